@@ -1,0 +1,55 @@
+"""llama_mini: the LLaMA you can run, read and take apart.
+
+The public names load on first use, so that `import llama_mini` and `--help` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_mini.config import LlamaConfig
+    from llama_mini.engine import LLM, Chunk, Completion
+    from llama_mini.kv_cache import KVCache
+    from llama_mini.model import Llama
+    from llama_mini.norm import RMSNorm
+    from llama_mini.norm_plan import NormPlan
+    from llama_mini.sampling import SamplingParams
+    from llama_mini.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": "engine",
+    "SamplingParams": "sampling",
+    "Completion": "engine",
+    "Chunk": "engine",
+    "Llama": "model",
+    "LlamaConfig": "config",
+    "NormPlan": "norm_plan",
+    "RMSNorm": "norm",
+    "Tokenizer": "tokenizer",
+    "KVCache": "kv_cache",
+}
+
+__all__ = [
+    "LLM",
+    "Chunk",
+    "Completion",
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "NormPlan",
+    "RMSNorm",
+    "SamplingParams",
+    "Tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

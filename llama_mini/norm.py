@@ -1,0 +1,89 @@
+"""RMSNorm with LLaMA's exact arithmetic: a reader starts here.
+
+    y = round(x / √(mean(x²) + eps)) · g      "early": round to the input's dtype, then the gain (LLaMA, Mistral, Qwen)
+    y = round(x / √(mean(x²) + eps) · g)      "late": the gain in float32, then round (OLMo 2, Gemma)
+
+The two orders give different bits in a quarter of all bfloat16 elements, and the same bits when every gain is one.
+Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; the rounding orders are those of transformers.
+"""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from llama_mini.errors import ConfigError
+
+Gain = Literal["w", "1+w", "none"]
+Cast = Literal["early", "late"]
+
+
+class RMSNorm(nn.Module):
+    """Divides each row by its root mean square, then multiplies by a gain.
+
+    Args:
+        dim: width of the last dimension.
+        eps: added to the mean of squares, inside the root; finite and ≥ 0 (`rms_norm_eps` of a config.json).
+        gain: `w` (LLaMA), `1+w` (Gemma, whose weight starts at 0), or `none` (no weight at all).
+        cast: `early` or `late`, see the module.
+        scale: a constant factor on the output (LayerNorm Scaling: 1/√l in layer l).
+
+    Shape: (..., dim) -> (..., dim), the input's dtype, whatever the weight's: a float32 gain does not widen a
+    bfloat16 stream. Squares and mean are taken in float32, for float64 in float64. A row that holds NaN becomes NaN;
+    an infinity becomes NaN and the rest of its row 0; a row with ‖x‖₂ > 1.8447e19 overflows its sum of squares and
+    silently becomes 0; with eps = 0 a row of zeros becomes NaN.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        *,
+        gain: Gain = "w",
+        cast: Cast = "early",
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise ConfigError(f"RMSNorm: dim must be a whole number of at least 1, not {dim!r}")
+        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+            raise ConfigError(f"RMSNorm: eps must be a finite number of at least 0, not {eps!r}")
+        if gain not in get_args(Gain):
+            raise ConfigError(f"RMSNorm: unknown gain {gain!r}; known: {', '.join(get_args(Gain))}")
+        if cast not in get_args(Cast):
+            raise ConfigError(f"RMSNorm: unknown cast {cast!r}; known: {', '.join(get_args(Cast))}")
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
+            raise ConfigError(f"RMSNorm: scale must be a finite number, not {scale!r}")
+        self.dim, self.eps, self.gain, self.cast, self.scale = dim, eps, gain, cast, scale
+        self.weight: nn.Parameter | None
+        weight = None if gain == "none" else nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.register_parameter("weight", weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the effective gain to one."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 0.0 if self.gain == "1+w" else 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.dim,):  # a width of 1 would broadcast
+            raise ValueError(f"RMSNorm over {self.dim} elements got an input of shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"RMSNorm needs a floating-point input, not {x.dtype}")
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of float16 overflow from 256 on
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.cast == "early":
+            normed = normed.to(x.dtype)
+        if self.weight is not None:
+            weight = self.weight if self.gain == "w" else 1 + self.weight.to(wide.dtype)
+            normed = normed * weight.to(normed.dtype)
+        if self.scale != 1:
+            normed = normed * self.scale
+        return normed.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        scale = "" if self.scale == 1 else f", scale={self.scale:g}"
+        return f"{self.dim}, eps={self.eps:g}, gain={self.gain}, cast={self.cast}{scale}"

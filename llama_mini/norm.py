@@ -7,12 +7,12 @@ The two orders give different bits in a quarter of all bfloat16 elements, and th
 Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; the rounding orders are those of transformers.
 """
 
-import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from llama_mini.checks import is_finite, is_whole, shown
 from llama_mini.errors import ConfigError
 
 Gain = Literal["w", "1+w", "none"]
@@ -47,16 +47,16 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ConfigError(f"RMSNorm: dim must be a whole number of at least 1, not {dim!r}")
-        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-            raise ConfigError(f"RMSNorm: eps must be a finite number of at least 0, not {eps!r}")
+        if not is_whole(dim) or dim < 1:
+            raise ConfigError(f"RMSNorm: dim must be a whole number of at least 1, not {shown(dim)}")
+        if not is_finite(eps) or eps < 0:
+            raise ConfigError(f"RMSNorm: eps must be a finite number of at least 0, not {shown(eps)}")
         if gain not in get_args(Gain):
-            raise ConfigError(f"RMSNorm: unknown gain {gain!r}; known: {', '.join(get_args(Gain))}")
+            raise ConfigError(f"RMSNorm: unknown gain {shown(gain)}; known: {', '.join(get_args(Gain))}")
         if cast not in get_args(Cast):
-            raise ConfigError(f"RMSNorm: unknown cast {cast!r}; known: {', '.join(get_args(Cast))}")
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
-            raise ConfigError(f"RMSNorm: scale must be a finite number, not {scale!r}")
+            raise ConfigError(f"RMSNorm: unknown cast {shown(cast)}; known: {', '.join(get_args(Cast))}")
+        if not is_finite(scale):
+            raise ConfigError(f"RMSNorm: scale must be a finite number, not {shown(scale)}")
         self.dim, self.eps, self.gain, self.cast, self.scale = dim, eps, gain, cast, scale
         self.weight: nn.Parameter | None
         weight = None if gain == "none" else nn.Parameter(torch.empty(dim, device=device, dtype=dtype))

@@ -1,0 +1,54 @@
+"""Grouped-query attention with rotary positions."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_mini.config import LlamaConfig
+from llama_mini.kv_cache import LayerCache
+from llama_mini.linear import Linear
+from llama_mini.norm_slots import BranchPlan, NormSpec, build_norm
+from llama_mini.residual import Residual
+from llama_mini.rope import Rope, apply_rope
+
+
+class Attention(Residual):
+    """The attention branch: H query heads share K key and value heads."""
+
+    def __init__(self, config: LlamaConfig, plan: BranchPlan) -> None:
+        super().__init__(config, plan)
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = Linear(config.dim, q_dim)
+        self.k_proj = Linear(config.dim, kv_dim)
+        self.v_proj = Linear(config.dim, kv_dim)
+        self.o_proj = Linear(q_dim, config.dim)
+        self.q_norm, self.q_view = self._head_norm(plan.q, config.n_heads, config)
+        self.k_norm, self.k_view = self._head_norm(plan.k, config.n_kv_heads, config)
+        self.v_norm, self.v_view = self._head_norm(plan.v, config.n_kv_heads, config)
+        self.mid_norm = build_norm(plan.mid, q_dim, config.norm_eps)
+
+    @staticmethod
+    def _head_norm(spec: NormSpec | None, heads: int, config: LlamaConfig) -> tuple[nn.Module, tuple[int, ...]]:
+        """The norm of a q, k or v slot, and the view it has of the projection: (H, D) or (H·D)."""
+        full = spec is not None and spec.view == "full"
+        view = (heads * config.head_dim,) if full else (heads, config.head_dim)
+        return build_norm(spec, view[-1], config.norm_eps), view
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) -> queries (B, T, H, D), keys and values (B, T, K, D), normed, not yet rotated."""
+        rows = x.shape[:-1]
+        q = self.q_norm(self.q_proj(x).view(*rows, *self.q_view)).view(*rows, self.n_heads, self.head_dim)
+        k = self.k_norm(self.k_proj(x).view(*rows, *self.k_view)).view(*rows, self.n_kv_heads, self.head_dim)
+        v = self.v_norm(self.v_proj(x).view(*rows, *self.v_view)).view(*rows, self.n_kv_heads, self.head_dim)
+        return q, k, v
+
+    def branch(self, x: Tensor, rope: Rope, mask: Tensor, kv: LayerCache | None) -> Tensor:  # type: ignore[override]
+        q, k, v = self.qkv(x)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if kv is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        else:
+            k, v = kv.append(k, v, mask.shape[-1])  # (B, K, S, D)
+        # Never is_causal: it aligns the triangle top-left, which is wrong as soon as keys outnumber queries.
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(self.mid_norm(y.transpose(1, 2).flatten(2)))

@@ -1,0 +1,140 @@
+"""The key/value cache: preallocated rows, each with its own length.
+
+Lengths live on the host, where nothing has to wait for them, and as a tensor, the only form that enters the model.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_mini.config import LlamaConfig
+from llama_mini.errors import CapacityError
+
+BLOCK = 16  # positions are read in multiples of this, so that a row's bits do not depend on who shares its batch
+
+
+class LayerCache(NamedTuple):
+    """One layer's storage and where the new tokens go. Tensors only, so that a step can be exported."""
+
+    k: Tensor  # (B, K, capacity, D)
+    v: Tensor
+    rows: Tensor  # (B, 1)
+    positions: Tensor  # (B, T)
+
+    def append(self, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Writes k and v (B, T, K, D) at `positions`; returns the first `length` positions, each (B, K, S, D)."""
+        self.k.transpose(1, 2)[self.rows, self.positions] = k
+        self.v.transpose(1, 2)[self.rows, self.positions] = v
+        return self.k[:, :, :length], self.v[:, :, :length]
+
+
+class KVCache:
+    """Keys and values of `batch` rows for up to `length` positions each, in every layer.
+
+    Storage is (L, B, K, S, D) and starts as zeros: what lies under the mask is multiplied by zero, and a NaN there
+    would poison the row all the same. A row that failed is cleared for the same reason.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch < 1 or length < 1:
+            raise CapacityError(f"a cache needs a row and a position at least, not {batch} and {length}")
+        shape = (config.n_layers, batch, config.n_kv_heads, _rounded(length), config.head_dim)
+        self.length = length
+        self._k = torch.zeros(shape, dtype=dtype, device=device)
+        self._v = torch.zeros(shape, dtype=dtype, device=device)
+        self._host = torch.zeros(batch, dtype=torch.int64)
+        self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    @property
+    def batch(self) -> int:
+        return len(self._host)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions filled, by row."""
+        return self._host.tolist()
+
+    def positions(self, n_new: int) -> Tensor:
+        """Where the next `n_new` tokens of each row stand: (B, T) int64. Raises CapacityError if they do not fit."""
+        filled = max(self.lengths)
+        if filled + n_new > self.length:
+            raise CapacityError(
+                f"the cache holds {self.length} positions: {filled} are filled, {n_new} more do not fit"
+            )
+        return self._lengths[:, None] + torch.arange(n_new, device=self._lengths.device)
+
+    def read_length(self, n_new: int) -> int:
+        """Positions that attention reads when `n_new` tokens join: the longest row, rounded up to a whole block."""
+        return _rounded(max(self.lengths) + n_new)
+
+    def layers(self, positions: Tensor) -> list[LayerCache]:
+        """Each layer's storage, ready to take the tokens that stand at `positions`."""
+        rows = torch.arange(self.batch, device=positions.device)[:, None]
+        return [LayerCache(k, v, rows, positions) for k, v in zip(self._k, self._v, strict=True)]
+
+    def advance(self, n_new: int) -> None:
+        """Counts `n_new` tokens as filled in every row."""
+        self._host += n_new
+        self._lengths += n_new
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets what row `row` holds from position `length` on."""
+        if not 0 <= length <= self.lengths[row]:
+            raise CapacityError(f"row {row} holds {self.lengths[row]} positions and cannot be cut to {length}")
+        self._host[row] = length
+        self._lengths[row] = length
+
+    def clear(self, row: int) -> None:
+        """Empties a row and zeroes its storage."""
+        self.truncate(row, 0)
+        self._k[:, row] = 0
+        self._v[:, row] = 0
+
+    def row(self, index: int) -> "KVCache":
+        """One row as a cache of its own over the same storage, until the next `grow` or `drop`."""
+        if not 0 <= index < self.batch:
+            raise CapacityError(f"there is no row {index} in a cache of {self.batch}")
+        return self._view(slice(index, index + 1))
+
+    def drop(self, row: int) -> None:
+        """Takes a row out of the batch; the last row moves into its place."""
+        last = self.batch - 1
+        if row != last:
+            filled = self.lengths[last]
+            for storage in (self._k, self._v):
+                storage[:, row] = 0
+                storage[:, row, :, :filled] = storage[:, last, :, :filled]
+            self._host[row], self._lengths[row] = self._host[last], self._lengths[last]
+        view = self._view(slice(0, last))
+        self._k, self._v, self._host, self._lengths = view._k, view._v, view._host, view._lengths
+
+    def grow(self, length: int) -> None:
+        """Makes room for `length` positions in each row, keeping what is there."""
+        if _rounded(length) > self._k.shape[3]:
+            pad = (0, 0, 0, _rounded(length) - self._k.shape[3])
+            self._k, self._v = (torch.nn.functional.pad(storage, pad) for storage in (self._k, self._v))
+        self.length = max(self.length, length)
+
+    def _view(self, rows: slice) -> "KVCache":
+        view = object.__new__(KVCache)
+        view.length = self.length
+        view._k, view._v = self._k[:, rows], self._v[:, rows]
+        view._host, view._lengths = self._host[rows], self._lengths[rows]
+        return view
+
+
+def causal_mask(positions: Tensor, length: int) -> Tensor:
+    """(B, T) -> (B, 1, T, S) bool: a token sees every position up to its own."""
+    return torch.arange(length, device=positions.device) <= positions[:, None, :, None]
+
+
+def _rounded(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK

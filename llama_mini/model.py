@@ -1,0 +1,106 @@
+"""The whole model, top-down: tokens to logits on one screen."""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_mini.attention import Attention
+from llama_mini.config import LlamaConfig
+from llama_mini.errors import RequestError
+from llama_mini.feed_forward import FeedForward
+from llama_mini.kv_cache import KVCache, LayerCache, causal_mask
+from llama_mini.linear import Embedding, Linear
+from llama_mini.norm_slots import build_norm
+from llama_mini.rope import Rope, RotaryEmbedding
+
+
+class Llama(nn.Module):
+    """A LLaMA: embedding, residual layers, final norm, head. The config's plan says where its norms are.
+
+    `Llama(config)` is random: embedding N(0, 1), matrices N(0, 1/fan_in), gains 1.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim)
+        self.embed_norm = build_norm(config.norm_plan.embed, config.dim, config.norm_eps)
+        self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
+        self.norm = build_norm(config.norm_plan.final, config.dim, config.norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.dim, config.vocab_size)
+        self.rope = RotaryEmbedding(config)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Next-token logits. tokens (B, T) int64 -> (B, T, V) float32 (float64 for a float64 model).
+
+        With a cache, the tokens continue its rows and are appended to it. Raises CapacityError if they do not fit.
+        """
+        return self.logits(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The last hidden states, (B, T, C): all bookkeeping is here, all arithmetic in `trunk`."""
+        if tokens.ndim != 2 or tokens.dtype != torch.int64:
+            raise RequestError(f"tokens must be (batch, length) int64, not {tuple(tokens.shape)} {tokens.dtype}")
+        n_new = tokens.shape[1]
+        if cache is None:
+            positions = torch.arange(n_new, device=tokens.device)[None]
+            return self.trunk(tokens, positions, causal_mask(positions, n_new), None)
+        if cache.batch != tokens.shape[0]:
+            raise RequestError(f"{tokens.shape[0]} rows of tokens for a cache of {cache.batch} rows")
+        positions = cache.positions(n_new)
+        mask = causal_mask(positions, cache.read_length(n_new))
+        x = self.trunk(tokens, positions, mask, cache.layers(positions))
+        cache.advance(n_new)
+        return x
+
+    def trunk(self, tokens: Tensor, positions: Tensor, mask: Tensor, kv: list[LayerCache] | None) -> Tensor:
+        """Tensors in, tensors out: the one function that is run, captured or exported."""
+        x = self.embed_norm(self.tok_embeddings(tokens))  # (B, T, C)
+        rope = self.rope(positions)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, None if kv is None else kv[i])
+        return self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V)."""
+        y = F.linear(x, self.tok_embeddings.weight) if self.lm_head is None else self.lm_head(x)
+        return y.to(torch.promote_types(y.dtype, torch.float32))
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache of `batch` rows of `length` positions, on the model's device and in its dtype."""
+        weight = self.tok_embeddings.weight
+        return KVCache(self.config, batch, length, dtype=weight.dtype, device=weight.device)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Opens a checkpoint directory: eval mode, no gradients. `dtype=None` keeps the file's.
+
+        Raises CheckpointError, ConfigError.
+        """
+        from llama_mini.checkpoint import load_model  # the one late import: checkpoint/ builds models
+
+        return load_model(cls, Path(path), dtype, device)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes the directory that `from_pretrained` reads: whole or not at all. Raises CheckpointPathError."""
+        from llama_mini.checkpoint import save_model
+
+        save_model(self, Path(path))
+
+
+class TransformerBlock(nn.Module):
+    """One layer: two residual branches. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: LlamaConfig, index: int) -> None:
+        super().__init__()
+        attention, feed_forward = config.norm_plan.layer(index)
+        self.attention = Attention(config, attention)
+        self.feed_forward = FeedForward(config, feed_forward)
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor, kv: LayerCache | None) -> Tensor:
+        return self.feed_forward(self.attention(x, rope, mask, kv))

@@ -1,0 +1,114 @@
+"""The norms of one residual branch, as data.
+
+A branch (attention or feed-forward) has up to seven slots:
+
+    x ─┬─ pre ─ q_proj ─ q ─┐                              pre   before the branch        (LLaMA)
+       │      ─ k_proj ─ k ─┼─ attend ─ mid ─ o_proj ─ out ─ (α·x + β·) ─ post
+       │      ─ v_proj ─ v ─┘                              out   on the branch's output   (OLMo 2)
+       └──────────────────────────────────────────────     post  after the sum            (the original Transformer)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from llama_mini.checks import is_finite, shown
+from llama_mini.errors import ConfigError
+from llama_mini.norm import Cast, Gain, RMSNorm
+
+View = Literal["head", "full"]
+SLOTS = ("pre", "q", "k", "v", "mid", "out", "post")
+HEAD_SLOTS = ("q", "k", "v")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """One norm. `eps=None` takes the config's `norm_eps`; `view` (q, k and v slots only) says whether the norm sees
+    each head by itself (Qwen 3) or the whole projection (OLMo 2). The rest is as in RMSNorm."""
+
+    kind: Literal["rms"] = "rms"
+    eps: float | None = None
+    gain: Gain = "w"
+    cast: Cast = "early"
+    scale: float = 1.0
+    view: View = "head"
+
+    def __post_init__(self) -> None:
+        if self.kind != "rms":
+            raise ConfigError(f"norm plan: unknown kind {shown(self.kind)}; known: rms")
+        if self.view not in get_args(View):
+            raise ConfigError(f"norm plan: unknown view {shown(self.view)}; known: {', '.join(get_args(View))}")
+        self.build(1, norm_eps=0.0)  # the module checks the rest
+
+    def build(self, dim: int, norm_eps: float) -> RMSNorm:
+        """The module this describes, over `dim` elements."""
+        eps = norm_eps if self.eps is None else self.eps
+        return RMSNorm(dim, eps, gain=self.gain, cast=self.cast, scale=self.scale)
+
+    def to_dict(self) -> dict[str, Any]:
+        default = NormSpec()
+        changed = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"kind": self.kind} | {k: v for k, v in changed.items() if v != getattr(default, k)}
+
+    @staticmethod
+    def from_dict(data: Any, where: str) -> "NormSpec | None":
+        return None if data is None else NormSpec(**known_keys(data, NormSpec, where))
+
+
+def build_norm(spec: NormSpec | None, dim: int, norm_eps: float) -> nn.Module:
+    """The norm of a slot; an empty slot is an identity, so that every address exists and costs nothing."""
+    return nn.Identity() if spec is None else spec.build(dim, norm_eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchPlan:
+    """The norms of one residual branch, and the residual scales: post(α·x + β·out(branch(pre(x))))."""
+
+    pre: NormSpec | None = None
+    q: NormSpec | None = None
+    k: NormSpec | None = None
+    v: NormSpec | None = None
+    mid: NormSpec | None = None
+    out: NormSpec | None = None
+    post: NormSpec | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        for slot in SLOTS:
+            check_slot(slot, getattr(self, slot), head=slot in HEAD_SLOTS)
+        for name in ("alpha", "beta"):
+            if not is_finite(getattr(self, name)):
+                raise ConfigError(f"norm plan: {name} must be a finite number, not {shown(getattr(self, name))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        norms = {slot: getattr(self, slot).to_dict() for slot in SLOTS if getattr(self, slot) is not None}
+        return norms | {name: getattr(self, name) for name in ("alpha", "beta") if getattr(self, name) != 1}
+
+    @staticmethod
+    def from_dict(data: Any, where: str) -> "BranchPlan":
+        parts = known_keys(data, BranchPlan, where)
+        return BranchPlan(**parts | {s: NormSpec.from_dict(parts[s], f"{where}.{s}") for s in SLOTS if s in parts})
+
+
+def check_slot(slot: str, spec: Any, head: bool) -> None:
+    """Refuses what is no NormSpec, and `view` where there are no heads."""
+    if spec is None:
+        return
+    if not isinstance(spec, NormSpec):
+        raise ConfigError(f"norm plan: slot {slot} takes a NormSpec or None, not {shown(spec)}")
+    if spec.view != "head" and not head:
+        raise ConfigError(f"norm plan: view={spec.view!r} belongs to the slots q, k and v, not to {slot}")
+
+
+def known_keys(data: Any, cls: type, where: str) -> dict[str, Any]:
+    """The keys and values of a JSON object, all of which `cls` has as fields."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"norm plan, {where}: expected an object, found {shown(data)}")
+    names = {f.name for f in fields(cls)}
+    if unknown := [str(key) for key in data if key not in names]:
+        listed = ", ".join(sorted(names))
+        raise ConfigError(f"norm plan, {where}: unknown {', '.join(sorted(unknown))}; known: {listed}")
+    return dict(data)

@@ -1,0 +1,31 @@
+"""One residual branch and the norm slots around it."""
+
+from torch import Tensor, nn
+
+from llama_mini.config import LlamaConfig
+from llama_mini.norm_slots import BranchPlan, build_norm
+
+
+class Residual(nn.Module):
+    """α·x + β·branch(x), with a norm before the branch, on its output, or after the sum: the plan says which.
+
+    Shape: (B, T, C) -> (B, T, C).
+    """
+
+    def __init__(self, config: LlamaConfig, plan: BranchPlan) -> None:
+        super().__init__()
+        self.pre_norm = build_norm(plan.pre, config.dim, config.norm_eps)
+        self.out_norm = build_norm(plan.out, config.dim, config.norm_eps)
+        self.post_norm = build_norm(plan.post, config.dim, config.norm_eps)
+        self.alpha, self.beta = plan.alpha, plan.beta
+
+    def forward(self, x: Tensor, *context: object) -> Tensor:
+        return self.post_norm(self.add(x, self.out_norm(self.branch(self.pre_norm(x), *context))))
+
+    def branch(self, x: Tensor, *context: object) -> Tensor:
+        raise NotImplementedError
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x if self.alpha == 1 else self.alpha * x
+        y = y if self.beta == 1 else self.beta * y
+        return x + y

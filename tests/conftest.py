@@ -1,0 +1,32 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY = Path(__file__).parent / "tiny"
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The default checkpoint, fetched the first time."""
+    from llama_mini.checkpoint.default import ensure_default_checkpoint
+
+    return ensure_default_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def tiny_dir() -> Path:
+    """A committed random LLaMA with a byte-level tokenizer, for everything that needs no real weights."""
+    return TINY
+
+
+@pytest.fixture(autouse=True)
+def one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Threads that wait for each other cost more than a tiny model's arithmetic, a hundred times on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if "smollm2_dir" in request.fixturenames else 1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,28 @@
+"""Names of number formats: strings and torch dtypes both work, everywhere."""
+
+import torch
+
+from llama_mini.errors import RequestError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def as_dtype(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> torch.dtype:
+    """`auto` is bfloat16 where the processor or GPU computes in it, else float32. Raises RequestError when unknown."""
+    if dtype == "auto":
+        return torch.bfloat16 if _has_bfloat16(torch.device(device)) else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise RequestError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,0 +1,260 @@
+"""Tensors of a checkpoint: which files are read, that loading is strict, and which dtype comes out."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llama_mini.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointIncompleteError,
+    CheckpointMismatchError,
+    CheckpointPathError,
+    ConfigError,
+    LlamaMiniWarning,
+)
+from llama_mini.model import Llama
+from tests.tiny_models import hf_llama, random_tokens
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NORM = "model.layers.1.post_attention_layernorm.weight"
+Edit = Callable[[dict[str, Tensor]], Any]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A checkpoint that transformers wrote, in one file."""
+    hf_llama(1).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """The same in four shards or more."""
+    hf_llama(1).save_pretrained(tmp_path, max_shard_size="60KB")
+    return tmp_path
+
+
+def edit(directory: Path, change: Edit) -> None:
+    """Rewrites model.safetensors with its tensors changed."""
+    tensors = load_file(directory / SINGLE)
+    change(tensors)
+    save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(raw | changes))
+
+
+def weight_map(directory: Path) -> dict[str, str]:
+    return dict(json.loads((directory / INDEX).read_text())["weight_map"])
+
+
+def write_index(directory: Path, names: dict[str, str]) -> None:
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def refusal(directory: Path, expected: type[CheckpointError]) -> str:
+    with pytest.raises(expected) as caught:
+        Llama.from_pretrained(directory)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_shards_are_read_as_one_file(sharded: Path) -> None:
+    assert len(set(weight_map(sharded).values())) >= 4
+    tokens = random_tokens(1, 9)
+    theirs = hf_llama(1)
+    torch.testing.assert_close(Llama.from_pretrained(sharded)(tokens), theirs(tokens).logits, rtol=0, atol=2e-5)
+
+
+def test_only_what_the_index_names_is_read(sharded: Path) -> None:
+    (sharded / "consolidated.safetensors").write_bytes(b"not for us")
+    (sharded / "original").mkdir()
+    (sharded / "model-00099-of-00099.safetensors").write_bytes(b"left over")
+    assert Llama.from_pretrained(sharded)
+
+
+def test_every_fault_is_in_one_report(directory: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors["lm_head.weight"], tensors[NORM]
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(3, 5)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
+        tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(48, 16)
+
+    edit(directory, change)
+    message = refusal(directory, CheckpointMismatchError)
+    for part in (
+        f"2 missing: lm_head.weight, {NORM}",
+        "2 unexpected: model.layers.0.self_attn.q_proj.bias, model.layers.2.mlp.up_proj.weight",
+        "1 misshaped: model.layers.0.self_attn.k_proj.weight is (48, 16), not (16, 48)",
+        str(directory),
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop(NORM),
+        lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
+        lambda tensors: tensors.update({NORM: torch.ones(1)}),
+        lambda tensors: tensors.update({NORM: torch.ones(48, 1)}),
+        lambda tensors: tensors.update({NORM.removeprefix("model."): tensors.pop(NORM)}),
+    ],
+    ids=["dropped", "added", "broadcastable", "of another rank", "renamed"],
+)
+def test_nothing_is_forgiven(directory: Path, change: Edit) -> None:
+    edit(directory, change)
+    assert "_norm" in refusal(directory, CheckpointMismatchError).replace("layernorm", "_norm")
+
+
+def test_a_config_of_other_sizes_is_a_mismatch(directory: Path) -> None:
+    edit_config(directory, num_hidden_layers=3)
+    assert "9 missing: model.layers.2.input_layernorm.weight" in refusal(directory, CheckpointMismatchError)
+    edit_config(directory, num_hidden_layers=1)
+    assert "9 unexpected: model.layers.1.input_layernorm.weight" in refusal(directory, CheckpointMismatchError)
+
+
+def test_tables_of_old_checkpoints_are_harmless(directory: Path) -> None:
+    expected = Llama.from_pretrained(directory)(random_tokens(1, 5))
+    tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.full((4,), 7.0) for i in (0, 1)}
+    edit(directory, lambda tensors: tensors.update(tables | {"rope.freqs": torch.full((4,), 7.0).half()}))
+    assert torch.equal(Llama.from_pretrained(directory)(random_tokens(1, 5)), expected)
+
+
+@pytest.mark.parametrize("case", ["absent", "equal", "different", "of another shape"])
+def test_a_tied_head_that_is_stored_too(tmp_path: Path, case: str) -> None:
+    hf_llama(2, tie_word_embeddings=True).save_pretrained(tmp_path)
+    plain = Llama.from_pretrained(tmp_path)
+    embedding = plain.tok_embeddings.weight
+    head = {"equal": embedding.clone(), "different": embedding + 1, "of another shape": torch.ones(3)}.get(case)
+    if head is not None:
+        edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head}))
+    if case in ("absent", "equal"):
+        model = Llama.from_pretrained(tmp_path)  # a warning would be an error here
+    else:
+        with pytest.warns(LlamaMiniWarning, match="lm_head.weight differs from the embedding"):
+            model = Llama.from_pretrained(tmp_path)
+    assert model.lm_head is None
+    assert torch.equal(model.tok_embeddings.weight, embedding)
+
+
+def test_an_untied_model_needs_its_head(directory: Path) -> None:
+    edit(directory, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "1 missing: lm_head.weight" in refusal(directory, CheckpointMismatchError)
+
+
+def test_missing_shards_are_named_before_anything_is_read(sharded: Path) -> None:
+    names = sorted(set(weight_map(sharded).values()))
+    for name in names:
+        (sharded / name).write_bytes(b"garbage: reading it would be another error")
+    for name in names[1:3]:
+        (sharded / name).unlink()
+    message = refusal(sharded, CheckpointIncompleteError)
+    assert f"missing 2 of {len(names)} shards: {names[1]}, {names[2]}" in message
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "..", ".", "", "sub/x.safetensors"])
+def test_a_shard_outside_its_directory_is_refused(sharded: Path, name: str) -> None:
+    write_index(sharded, weight_map(sharded) | {NORM: name})
+    assert f"outside its directory: {name}" in refusal(sharded, CheckpointPathError)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{}", "has no weight_map"),
+        ('{"weight_map": []}', "has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map"),
+        ('{"weight_map": {}}', INDEX),
+        ("<html>", "is not JSON"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(sharded: Path, index: str, message: str) -> None:
+    (sharded / INDEX).write_text(index)
+    assert message in refusal(sharded, CheckpointError)
+
+
+def test_an_index_and_its_shards_must_agree(sharded: Path) -> None:
+    names = weight_map(sharded)
+    write_index(sharded, names | {"model.extra.weight": names[NORM]})
+    assert "names tensors that no shard holds: model.extra.weight" in refusal(sharded, CheckpointIncompleteError)
+    twin = next(name for name in sorted(set(names.values())) if name != names[NORM])
+    save_file(load_file(sharded / twin) | {NORM: torch.ones(48)}, sharded / twin)
+    write_index(sharded, names)
+    assert f"{NORM} is in both" in refusal(sharded, CheckpointFormatError)
+
+
+def test_a_directory_without_weights_is_named(directory: Path) -> None:
+    (directory / SINGLE).unlink()
+    assert f"{directory} holds neither {SINGLE} nor" in refusal(directory, CheckpointIncompleteError)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_built(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31 - 1}))
+    assert "asks for 2147483647 layers" in refusal(directory, CheckpointMismatchError)
+    save_file({}, directory / SINGLE)
+    (directory / "config.json").write_text(json.dumps(config))
+    assert "hold 0 tensors in all" in refusal(directory, CheckpointMismatchError)
+
+
+def test_sizes_whose_product_overflows_are_refused(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    huge = {"hidden_size": 2**31 - 2, "intermediate_size": 2**31 - 1, "head_dim": 2**30}
+    (directory / "config.json").write_text(json.dumps(config | huge))
+    assert "no model of these sizes" in refusal(directory, ConfigError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"1234567", b"\xff" * 8 + b"{}", (1 << 40).to_bytes(8, "little") + b"{}", b"<html>" * 50, b"PK\x03\x04" * 9],
+    ids=["empty", "seven bytes", "2^64 - 1", "longer than the file", "html", "zip"],
+)
+def test_a_broken_file_is_one_sentence(directory: Path, content: bytes) -> None:
+    (directory / SINGLE).write_bytes(content)
+    assert str(directory / SINGLE) in refusal(directory, CheckpointFormatError)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x"], ids=["cut", "trailing"])
+def test_data_must_be_as_long_as_its_header_says(directory: Path, change: Callable[[bytes], bytes]) -> None:
+    (directory / SINGLE).write_bytes(change((directory / SINGLE).read_bytes()))
+    assert str(directory / SINGLE) in refusal(directory, CheckpointFormatError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.bool])
+def test_weights_of_another_kind_are_named(directory: Path, dtype: torch.dtype) -> None:
+    edit(directory, lambda tensors: tensors.update({NORM: tensors[NORM].to(dtype)}))
+    message = refusal(directory, CheckpointFormatError)
+    assert NORM in message
+    assert "F64, F32, F16, BF16" in message
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("asked", [None, "float32", torch.float16, "bfloat16"], ids=str)
+def test_the_dtype_is_the_files_or_the_one_asked_for(
+    directory: Path, stored: torch.dtype, asked: torch.dtype | str | None
+) -> None:
+    exact = load_file(directory / SINGLE)
+    edit(directory, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    model = Llama.from_pretrained(directory, dtype=asked)
+    wanted = stored if asked is None else getattr(torch, str(asked).removeprefix("torch."))
+    assert {p.dtype for p in model.parameters()} == {wanted}
+    assert torch.equal(model.get_parameter("layers.1.feed_forward.pre_norm.weight"), exact[NORM].to(stored).to(wanted))
+
+
+@pytest.mark.parametrize(("stated", "expected"), [("bfloat16", torch.bfloat16), (None, torch.float32)])
+def test_mixed_dtypes_become_one(directory: Path, stated: str | None, expected: torch.dtype) -> None:
+    edit(directory, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items() if "norm" not in n}))
+    edit_config(directory, dtype=stated)
+    model = Llama.from_pretrained(directory)
+    assert {p.dtype for p in model.parameters()} == {expected}
+    assert model(random_tokens(1, 3)).dtype == torch.float32

@@ -1,0 +1,173 @@
+"""What the files beside a vocabulary say about it: names of special tokens, added tokens, templates, EOS and BOS."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_mini.errors import LlamaMiniWarning, TokenizerError
+
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedToken:
+    """A token beside the model's own vocabulary, with the matching rules that `tokenizer.json` gives it."""
+
+    content: str
+    id: int | None = None
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFiles:
+    """The facts read from a checkpoint's directory; every one of them may be absent."""
+
+    hugging_face: bool = False  # a tokenizer_config.json is there, so a template that is missing is not to be guessed
+    names: Mapping[str, str] = field(default_factory=dict)  # "eos_token" -> "</s>": the template's variables
+    added_tokens: tuple[AddedToken, ...] = ()
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    chat_template: str | None = None
+    bos_id: int | None = None  # by generation_config.json or config.json
+    eos_ids: tuple[int, ...] = ()  # by generation_config.json, or by config.json when that names none
+    model_vocab_size: int = 0  # by config.json; 0 when unknown
+
+
+def read_config_files(directory: Path) -> ConfigFiles:
+    """Read what is there. A broken tokenizer_config.json is a TokenizerError, the other two files only warn."""
+    settings = _read_settings(directory)
+    model = _read_model_facts(directory)
+    return ConfigFiles(
+        hugging_face=(directory / "tokenizer_config.json").is_file(),
+        names={key: content for key in NAMED if (content := _content(settings.get(key))) is not None},
+        added_tokens=_added_tokens(directory, settings),
+        add_bos=settings.get("add_bos_token"),
+        add_eos=settings.get("add_eos_token"),
+        chat_template=_chat_template(directory, settings),
+        **model,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; TokenizerError when it is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} cannot be read as JSON ({error}); restore the file") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, expected an object; restore the file")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; TokenizerError when it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path} cannot be read as UTF-8 text ({error}); restore the file") from error
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with the older special_tokens_map.json over it where transformers lays it there."""
+    path, older = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
+    settings = read_json(path) if path.is_file() else {}
+    if "added_tokens_decoder" not in settings and older.is_file():
+        settings.update(read_json(older))
+    return settings
+
+
+def _added_tokens(directory: Path, settings: dict[str, Any]) -> tuple[AddedToken, ...]:
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    if "added_tokens_decoder" in settings:
+        try:
+            return tuple(
+                AddedToken(id=int(key), content=token["content"], **{flag: token.get(flag, False) for flag in flags})
+                for key, token in settings["added_tokens_decoder"].items()
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            path = directory / "tokenizer_config.json"
+            raise TokenizerError(f"{path}: added_tokens_decoder is not a map from ids to tokens ({error!r})") from error
+    path = directory / "added_tokens.json"
+    if not path.is_file():
+        return ()
+    named = {_content(settings.get(key)) for key in NAMED}
+    return tuple(
+        AddedToken(id=id, content=content, special=content in named) for content, id in read_json(path).items()
+    )
+
+
+def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return read_text(path)
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is None or isinstance(template, str):
+        return template
+    raise TokenizerError(
+        f"{directory / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, "
+        "expected a string or a list of named templates"
+    )
+
+
+def _read_model_facts(directory: Path) -> dict[str, Any]:
+    """BOS, EOS and size; where both name an id, generation_config.json decides, as in transformers' generate."""
+    config = _read_or_warn(directory / "config.json")
+    generation_path = directory / "generation_config.json"
+    if config and not generation_path.is_file():
+        warnings.warn(
+            f"{directory} has no generation_config.json: text ends at the EOS of config.json and tokenizer_config.json",
+            LlamaMiniWarning,
+            stacklevel=5,
+        )
+    generation = _read_or_warn(generation_path)
+    size = config.get("vocab_size")
+    facts: dict[str, Any] = {"model_vocab_size": size if _is_id(size) else 0}
+    for path, values in ((directory / "config.json", config), (generation_path, generation)):
+        if eos_ids := _ids(path, values, "eos_token_id"):
+            facts["eos_ids"] = eos_ids
+        if bos_ids := _ids(path, values, "bos_token_id"):
+            facts["bos_id"] = bos_ids[0]
+    return facts
+
+
+def _read_or_warn(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except TokenizerError as error:
+        warnings.warn(f"ignored: {error}", LlamaMiniWarning, stacklevel=6)
+        return {}
+
+
+def _ids(path: Path, values: dict[str, Any], key: str) -> tuple[int, ...]:
+    value = values.get(key)
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if all(_is_id(id) for id in ids):
+        return tuple(ids)
+    warnings.warn(
+        f"{path}: {key} is {value!r}, expected an id or a list of ids; ignored", LlamaMiniWarning, stacklevel=6
+    )
+    return ()
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _content(token: object) -> str | None:
+    """A named token is a string or an added token written out as an object."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) and content else None

@@ -1,0 +1,163 @@
+"""tokenizer.json, through the `tokenizers` library.
+
+The file is taken as it is written, which is what transformers' PreTrainedTokenizerFast makes of it. (Its LlamaTokenizer
+class puts a pipeline of its own in the place of the file's; no other reader of the file does, nor does SentencePiece.)
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import tokenizers
+
+from llama_mini.errors import RequestError, TokenizerError
+from llama_mini.tokenizer.backend import Piece, is_control, native_failures_as
+from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles, read_json
+
+
+class HuggingFaceJson:
+    """A tokenizer.json whose control tokens are sealed: renamed at random, so that no text can hold their names.
+
+    One encoder serves raw text and chats, so a control token that a template wrote keeps its rules (rstrip, Metaspace's
+    "first" and the like) to the letter.
+    """
+
+    names: Mapping[str, str] = MappingProxyType({})  # the file has none: tokenizer_config.json names them
+    eos_ids: frozenset[int] = frozenset()
+
+    def __init__(self, path: Path, files: ConfigFiles) -> None:
+        spec = read_json(path)
+        try:
+            added = _added_tokens(spec, files)
+            seals = _seals(added)
+            self._bytes_of, self.strips_space = _reader(spec.get("decoder"))
+            sealed = json.dumps(_sealed(spec, added, seals))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise TokenizerError(
+                f"{path} is not a tokenizer.json that is known here ({error!r}); restore it"
+            ) from error
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
+        with native_failures_as(TokenizerError, f"reading {path}"):
+            self._encoder = tokenizers.Tokenizer.from_str(sealed)
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        ids = self._encoder.get_vocab(with_added_tokens=True)
+        names = {seal: content for content, seal in seals.items()}
+        self._contents = {id: names.get(content, content) for content, id in ids.items()}
+        own = _own_contents(spec)
+        self._added_ids = {ids[seals.get(token.content, token.content)] for token in added if token.content not in own}
+        self._seal_of = {ids[seal]: seal for seal in names}
+        self.vocab_size = max(self._contents, default=-1) + 1
+        self.control_ids: Mapping[str, int] = {content: ids[seal] for content, seal in seals.items()}
+        self.special_ids = frozenset(ids[seals[token.content]] for token in added if token.special)
+        self.frame = self._frame()
+
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        text = "".join(self._seal_of[piece] if isinstance(piece, int) else piece for piece in pieces)
+        with native_failures_as(RequestError, "encoding a text"):
+            return self._encoder.encode(text, add_special_tokens=False).ids
+
+    def token_id(self, content: str) -> int | None:
+        return self._encoder.token_to_id(self._seal_of.get(self.control_ids.get(content, -1), content))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        content = self._contents.get(token_id, "")
+        return content.encode() if token_id in self._added_ids else self._bytes_of(content)
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after a text."""
+        framed = self._encoder.encode("a")
+        text = [i for i, added in enumerate(framed.special_tokens_mask) if not added] or [len(framed.ids)]
+        return framed.ids[: text[0]], framed.ids[text[-1] + 1 :]
+
+
+def _added_tokens(spec: dict[str, Any], files: ConfigFiles) -> list[AddedToken]:
+    """The file's added tokens, those that only tokenizer_config.json has, and those that it names as special."""
+    added = {token["content"]: AddedToken(**token) for token in spec.get("added_tokens") or []}
+    for token in files.added_tokens:
+        added.setdefault(token.content, token)
+    known = _own_contents(spec)
+    for content in files.names.values():
+        if (content in added or content in known) and is_control(content, special=False):
+            added[content] = AddedToken(**(asdict(added.get(content, AddedToken(content=content))) | {"special": True}))
+    return list(added.values())
+
+
+def _own_contents(spec: dict[str, Any]) -> set[str]:
+    """The tokens of the model itself. Unigram's are pairs of piece and score, whose place is the id."""
+    vocab = spec["model"]["vocab"]
+    return set(vocab) if isinstance(vocab, dict) else {piece for piece, _ in vocab}
+
+
+def _seals(added: list[AddedToken]) -> dict[str, str]:
+    """A name for each control token that nobody can guess: drawn when the file is loaded, and never shown."""
+    key = secrets.token_hex(16)
+    contents = [token.content for token in added if is_control(token.content, token.special)]
+    return {content: f"\ue000{key}.{index}\ue000" for index, content in enumerate(contents)}
+
+
+def _sealed(spec: dict[str, Any], added: list[AddedToken], seals: dict[str, str]) -> dict[str, Any]:
+    """The same tokenizer with its control tokens renamed everywhere text could be matched against them."""
+    model = dict(spec["model"])
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {seals.get(content, content): id for content, id in vocab.items()}
+    else:
+        model["vocab"] = [[seals.get(content, content), score] for content, score in vocab]
+    inside = seals.keys() & _own_contents(spec)
+    if inside and model.get("merges"):  # a merge may spell `</s>` from its letters
+        model["merges"] = [merge for merge in model["merges"] if not inside.intersection(_merged(merge))]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = seals.get(model["unk_token"], model["unk_token"])
+    tokens = [asdict(token) | {"content": seals.get(token.content, token.content)} for token in added]
+    for token in tokens:  # the library numbers a token by its place; it reads an id, but wants one
+        token["id"] = 0 if token["id"] is None else token["id"]
+    return spec | {"model": model, "added_tokens": tokens}
+
+
+def _merged(merge: str | list[str]) -> tuple[str, str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right, left + right
+
+
+def _reader(decoder: Any) -> tuple[Callable[[str], bytes], bool]:
+    """The bytes of a token by the file's decoder, and whether a text loses one space at its start."""
+    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
+    kinds = [step and step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _byte_level_reader(), False
+    replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0] == replace and steps[3:] in ([], [strip]):
+        return _sentencepiece_bytes, steps[3:] == [strip]
+    raise TokenizerError(
+        f"its decoder {json.dumps(decoder)[:200]} is not known; expected ByteLevel, or the sequence Replace ▁, "
+        "ByteFallback, Fuse, with or without Strip, of SentencePiece"
+    )
+
+
+def _sentencepiece_bytes(content: str) -> bytes:
+    """`<0x0A>` is a byte; in all else ▁ stands for a space."""
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", content):
+        return bytes.fromhex(content[3:5])
+    return content.replace("▁", " ").encode()
+
+
+def _byte_level_reader() -> Callable[[str], bytes]:
+    """GPT-2's alphabet: Latin-1's printable bytes stand for themselves, for the other 68 the characters from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+    def bytes_of(content: str) -> bytes:
+        if all(char in byte_of for char in content):
+            return bytes(byte_of[char] for char in content)
+        return content.encode()
+
+    return bytes_of

@@ -1,0 +1,159 @@
+"""A SentencePiece tokenizer.model: LLaMA 1 and 2, TinyLlama.
+
+The file is a protobuf message (sentencepiece_model.proto). It is read here as far as the types of its pieces: a
+user-defined piece such as `<|im_start|>` would be matched in text, so its type is changed to control before the library
+sees it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from llama_mini.errors import RequestError, TokenizerError
+from llama_mini.tokenizer.backend import Piece, is_control, native_failures_as
+from llama_mini.tokenizer.config_files import ConfigFiles
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # SentencePiece.Type; 1 is an ordinary piece
+
+
+class SentencePieceFile:
+    """A SentencePiece vocabulary, with the control tokens that a Hugging Face directory adds to it."""
+
+    def __init__(self, path: Path, data: bytes, files: ConfigFiles) -> None:
+        """ValueError when `data` is no such file; TokenizerError when an added token cannot be served."""
+        pieces, rest, self.strips_space = _read_model(data)
+        added = {token.id: token for token in files.added_tokens if token.id is not None}
+        self._contents = dict(enumerate(piece.content for piece in pieces))
+        self._contents |= {id: token.content for id, token in added.items()}
+        self._byte_ids = {id for id, piece in enumerate(pieces) if piece.kind == BYTE}
+        special, control = set(), set()
+        for id, content in self._contents.items():
+            kind = pieces[id].kind if id < len(pieces) else USER_DEFINED
+            marker = is_control(content, special=False)
+            named = marker and content in files.names.values()
+            if kind in (UNKNOWN, CONTROL) or named or (id in added and added[id].special):
+                special.add(id)
+            if id in special or (marker and (kind == USER_DEFINED or id in added)):
+                control.add(id)
+            elif id >= len(pieces):
+                raise TokenizerError(
+                    f"{path}: the added token {content!r} ({id}) is ordinary text, which a SentencePiece file cannot "
+                    "take; convert the tokenizer to tokenizer.json"
+                )
+        with native_failures_as(ValueError, "sentencepiece"):
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=_write_model(pieces, rest, control))
+        self.vocab_size = max(self._contents) + 1
+        self.control_ids: Mapping[str, int] = {self._contents[id]: id for id in control}
+        self.special_ids = frozenset(special)
+        own = {"bos_token": self._processor.bos_id(), "eos_token": self._processor.eos_id()}
+        own = {key: id for key, id in own.items() if id >= 0}
+        self.names: Mapping[str, str] = {key: self._contents[id] for key, id in own.items()}
+        self.eos_ids = frozenset(id for key, id in own.items() if key == "eos_token")
+        before = [own["bos_token"]] if "bos_token" in own and files.add_bos is not False else []
+        self.frame = (before, list(self.eos_ids) if files.add_eos else [])
+
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        """Each text gets the model's leading space, also after a control token, as in Meta's dialogues."""
+        ids: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, int):
+                ids.append(piece)
+                continue
+            with native_failures_as(RequestError, "encoding a text"):
+                ids += self._processor.encode(piece)
+        return ids
+
+    def token_id(self, content: str) -> int | None:
+        return next((id for id, known in self._contents.items() if known == content), None)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        content = self._contents.get(token_id, "")
+        return bytes.fromhex(content[3:5]) if token_id in self._byte_ids else content.replace("▁", " ").encode()
+
+
+@dataclass(frozen=True)
+class _ModelPiece:
+    content: str
+    kind: int
+    message: bytes
+
+
+def _read_model(data: bytes) -> tuple[list[_ModelPiece], bytes, bool]:
+    """The pieces of a ModelProto, its other fields as they are, and whether encoding puts a space in front."""
+    pieces: list[_ModelPiece] = []
+    rest: list[bytes] = []
+    adds_space = True
+    for number, value, raw in _fields(data):
+        if number == 1 and isinstance(value, bytes):
+            parts = {part: content for part, content, _ in _fields(value)}
+            content = parts.get(1)
+            if not isinstance(content, bytes) or not content:
+                raise ValueError(f"piece {len(pieces)} has no text")
+            pieces.append(_ModelPiece(content.decode(), int(parts.get(3, 1)), value))
+        else:
+            rest.append(raw)
+            message = value if isinstance(value, bytes) and number in (2, 3) else b""  # the trainer's, the normalizer's
+            spec = {part: content for part, content, _ in _fields(message)}
+            if number == 2 and spec.get(24):
+                raise ValueError(
+                    "it writes the space behind a word (treat_whitespace_as_suffix), which is not supported"
+                )
+            if number == 3:
+                adds_space = bool(spec.get(3, 1)) or bool(spec.get(4, 1))  # add_dummy_prefix, remove_extra_whitespaces
+    if not pieces:
+        raise ValueError("it holds no pieces")
+    return pieces, b"".join(rest), adds_space
+
+
+def _write_model(pieces: list[_ModelPiece], rest: bytes, control: set[int]) -> bytes:
+    """The model again, with the type `control` for some: a field that stands twice has its last value."""
+    messages = (
+        piece.message + (bytes([3 << 3, CONTROL]) if id in control and piece.kind != UNKNOWN else b"")
+        for id, piece in enumerate(pieces)
+    )
+    return b"".join(bytes([1 << 3 | 2]) + _varint_bytes(len(message)) + message for message in messages) + rest
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """The fields of a protobuf message: number, value, and the field as it stands."""
+    position = 0
+    while position < len(data):
+        start = position
+        key, position = _varint(data, position)
+        value: int | bytes
+        if key & 7 == 0:
+            value, position = _varint(data, position)
+        elif key & 7 in (1, 2, 5):
+            length = {1: 8, 5: 4}.get(key & 7)
+            if length is None:
+                length, position = _varint(data, position)
+            value, position = data[position : position + length], position + length
+        else:
+            raise ValueError(f"byte {start} starts no protobuf field")
+        if position > len(data):
+            raise ValueError("a protobuf field ends beyond the file")
+        yield key >> 3, value, data[start:position]
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(data):
+            break
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError("a protobuf number does not end")
+
+
+def _varint_bytes(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -1,0 +1,106 @@
+"""LLaMA 3's tokenizer.model: lines of a token in base64 and its rank, read by tiktoken.
+
+The split pattern, the 256 special tokens and the length guards are those of Meta's llama-models (llama3/tokenizer.py).
+"""
+
+import base64
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import tiktoken
+
+from llama_mini.errors import RequestError
+from llama_mini.tokenizer.backend import Piece, native_failures_as
+
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+MAX_CHARS = 400_000  # tiktoken panics on much more at once
+MAX_RUN = 25_000  # characters in a row with, or without, white space: its merging is quadratic within a word
+N_SPECIAL = 256
+LLAMA_3_SPECIAL = (  # the names since LLaMA 3.1; 3.0 called the fifth, sixth, ninth and last two reserved as well
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+)
+_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,9})\s*\Z")
+
+
+class TiktokenFile:
+    """A LLaMA 3 vocabulary. Its ranks are the ids; the special tokens follow."""
+
+    names: Mapping[str, str] = MappingProxyType({"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"})
+    strips_space = False
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        """ValueError when `data` is no such file."""
+        ranks = _read_ranks(data)
+        reserved = (f"<|reserved_special_token_{2 + i}|>" for i in range(N_SPECIAL - len(LLAMA_3_SPECIAL)))
+        special = [*LLAMA_3_SPECIAL, *reserved]
+        self.control_ids: Mapping[str, int] = {content: len(ranks) + i for i, content in enumerate(special)}
+        self.special_ids = frozenset(self.control_ids.values())
+        self.vocab_size = len(ranks) + N_SPECIAL
+        self.eos_ids = frozenset(self.control_ids[f"<|{name}|>"] for name in ("end_of_text", "eom_id", "eot_id"))
+        self.frame: tuple[list[int], list[int]] = ([self.control_ids["<|begin_of_text|>"]], [])
+        self._bytes = [*ranks, *(content.encode() for content in special)]
+        with native_failures_as(ValueError, "tiktoken"):
+            self._encoding = tiktoken.Encoding(
+                name=path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}
+            )
+
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        ids: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, int):
+                ids.append(piece)
+                continue
+            for part in bounded_parts(piece):
+                with native_failures_as(RequestError, "encoding a text"):
+                    ids += self._encoding.encode_ordinary(part)
+        return ids
+
+    def token_id(self, content: str) -> int | None:
+        return self.control_ids.get(content)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._bytes[token_id]
+
+
+def bounded_parts(text: str) -> Iterator[str]:
+    """Cut a text where Meta's tokenizer does, so that the ids stay the same: only within absurdly long runs."""
+    long_run = re.compile(rf"\s{{{MAX_RUN + 1},}}|\S{{{MAX_RUN + 1},}}")
+    for start in range(0, len(text), MAX_CHARS):
+        chunk = text[start : start + MAX_CHARS]
+        cuts = [cut for run in long_run.finditer(chunk) for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN)]
+        for begin, end in zip([0, *cuts], [*cuts, len(chunk)], strict=True):
+            yield chunk[begin:end]
+
+
+def _read_ranks(data: bytes) -> dict[bytes, int]:
+    """Token bytes -> rank, in the order of the ranks."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        match = _LINE.match(line)
+        if match is None:
+            raise ValueError(f"line {number} is not a base64 token and its rank")
+        if int(match[2]) != len(ranks):
+            raise ValueError(f"line {number} has rank {int(match[2])}, expected {len(ranks)}")
+        token = base64.b64decode(match[1], validate=True)
+        if token in ranks:
+            raise ValueError(f"line {number} has the token of rank {ranks[token]} again")
+        ranks[token] = len(ranks)
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"{len(missing)} of the 256 single bytes are no tokens")
+    return ranks

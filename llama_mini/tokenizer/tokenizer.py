@@ -1,0 +1,171 @@
+"""Text to token ids and back, for every vocabulary of the LLaMA family."""
+
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
+from llama_mini.tokenizer import chat
+from llama_mini.tokenizer.backend import Backend
+from llama_mini.tokenizer.config_files import ConfigFiles, read_config_files
+from llama_mini.tokenizer.hf_json import HuggingFaceJson
+from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
+from llama_mini.tokenizer.tiktoken_file import TiktokenFile
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")  # the first that is there
+
+
+class Tokenizer:
+    """One tokenizer over tokenizer.json, LLaMA 3's tiktoken file and SentencePiece. Make one with `from_pretrained`.
+
+    Text never becomes a control token, in `encode` and in chats alike: whoever needs one passes its id to the model.
+
+    bos_id: the beginning of a text, by tokenizer_config.json, else the vocabulary, else generation_config.json and
+        config.json; None when nothing names one.
+    eos_ids: every id that ends a text: where transformers' generate stops (generation_config.json, or config.json when
+        that names none), the eos_token of tokenizer_config.json (the end of a turn in many a chat model), and what the
+        vocabulary itself ends with (LLaMA 3's end_of_text, eom and eot).
+    vocab_size: the vocabulary's highest id plus one; a model may have more rows.
+    """
+
+    def __init__(self, backend: Backend, files: ConfigFiles) -> None:
+        self._backend = backend
+        self._names = {**backend.names, **files.names}
+        self._template = files.chat_template
+        # A Meta directory does not say whether its model was taught to chat; the vocabulary has the format's markers.
+        self._llama_3_dialogue = isinstance(backend, TiktokenFile) and not files.hugging_face
+        self.vocab_size = backend.vocab_size
+        self._model_vocab_size = max(files.model_vocab_size, backend.vocab_size)
+        bos, eos = self._named_id("bos_token"), self._named_id("eos_token")
+        self.bos_id = bos if bos is not None else next(iter(backend.frame[0]), files.bos_id)
+        self.eos_ids = backend.eos_ids | frozenset(files.eos_ids) | frozenset([] if eos is None else [eos])
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "Tokenizer":
+        """Open a checkpoint's directory, Hugging Face's or Meta's, or a vocabulary file in one; TokenizerError if not.
+
+        The vocabulary's kind is told by its content. In a directory, tokenizer.json comes before tokenizer.model.
+        """
+        path = Path(path)
+        candidates = [path / name for name in VOCABULARIES] if path.is_dir() else [path]
+        vocabulary = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if vocabulary is None:
+            raise TokenizerError(
+                f"no tokenizer found: looked for {' and '.join(map(str, candidates))}; "
+                "give a checkpoint's directory or a vocabulary file"
+            )
+        files = read_config_files(vocabulary.parent)
+        return cls(_open(vocabulary, files), files)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text. With `add_special_tokens`, also what the checkpoint's own rule puts around it, often a BOS.
+
+        The rule is the post-processor of tokenizer.json; for tokenizer.model it is BOS, or what add_bos_token and
+        add_eos_token say. RequestError when `text` is no string or holds half a surrogate pair.
+        """
+        _check_text(text)
+        ids = self._backend.encode([text])
+        before, after = self._backend.frame
+        return [*before, *ids, *after] if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids, invalid UTF-8 as U+FFFD; no clean-up of spaces.
+
+        `skip_special_tokens` leaves out what the checkpoint marks special, as transformers does: seldom `<think>`.
+        """
+        text = b"".join(self.token_bytes(id, skip_special_tokens) for id in ids).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.strips_space else text
+
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
+        """The bytes one token adds to a text, perhaps a part of a character.
+
+        None for a row that the model has beyond the vocabulary: models are padded to round sizes and may sample one.
+        RequestError for an id beyond those.
+        """
+        try:
+            id = operator.index(token_id)
+        except TypeError as error:
+            raise RequestError(f"token id {token_id!r} is a {type(token_id).__name__}, expected an integer") from error
+        if not 0 <= id < self._model_vocab_size:
+            raise RequestError(f"token id {id} is outside the vocabulary; expected 0 to {self._model_vocab_size - 1}")
+        if id >= self.vocab_size or (skip_special_tokens and id in self._backend.special_ids):
+            return b""
+        return self._backend.token_bytes(id)
+
+    @property
+    def strips_space(self) -> bool:
+        """Whether a decoded text loses one space at its start, which encoding put there (SentencePiece)."""
+        return self._backend.strips_space
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` works. Always for Meta's LLaMA 3 files, which are the same for a base model."""
+        return self._template is not None or self._llama_3_dialogue
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of a chat, by the checkpoint's template, or in LLaMA 3's dialogue format for a Meta directory.
+
+        BOS stands in front exactly once if the checkpoint's rule adds it, whether the template writes it or not.
+        RequestError for malformed messages; TokenizerError when there is no template or it fails.
+        """
+        checked = chat.checked_messages(messages)
+        if self._template is not None:
+            pieces = chat.template_pieces(self._template, checked, self._names, self._backend, add_generation_prompt)
+        elif self._llama_3_dialogue:
+            pieces = chat.llama_3_pieces(checked, self._backend.control_ids, add_generation_prompt)
+        else:
+            raise TokenizerError("this checkpoint has no chat template; complete raw text instead (--raw)")
+        for piece in pieces:
+            if isinstance(piece, str):
+                _check_text(piece)
+        ids = self._backend.encode(pieces)
+        before, _ = self._backend.frame
+        return ids if ids[: len(before)] == before else [*before, *ids]
+
+    def _named_id(self, name: str) -> int | None:
+        content = self._names.get(name)
+        if content is None:
+            return None
+        id = self._backend.token_id(content)
+        if id is None:
+            warnings.warn(
+                f"tokenizer_config.json has the {name} {content!r}, which the vocabulary does not hold; ignored",
+                LlamaMiniWarning,
+                stacklevel=4,
+            )
+        return id
+
+
+def _open(path: Path, files: ConfigFiles) -> Backend:
+    """The backend for a file, by what it holds."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
+    if data.lstrip().startswith(b"{"):
+        return HuggingFaceJson(path, files)
+    reasons = []
+    for kind, opened in (
+        ("tiktoken", lambda: TiktokenFile(path, data)),
+        ("SentencePiece", lambda: SentencePieceFile(path, data, files)),
+    ):
+        try:
+            return opened()
+        except ValueError as error:
+            reasons.append(f"as {kind}: {error}")
+    raise TokenizerError(f"{path} is no tokenizer: {'; '.join(reasons)}; expected one of these, or a tokenizer.json")
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"a text is a {type(text).__name__}, expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"a text holds half a surrogate pair, {text[error.start]!r}, at character {error.start}; remove it"
+        ) from error

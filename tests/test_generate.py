@@ -1,0 +1,181 @@
+"""The command line, as a process: what goes where, and what every fault says."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_mini import LLM, SamplingParams
+from llama_mini.generate import main
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "texts.json").read_text(encoding="utf-8"))
+COMMAND = [sys.executable, "-m", "llama_mini.generate"]
+
+
+def run(*args: object, stdin: str | bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [*COMMAND, *map(str, args)], input=data, capture_output=True, env=os.environ | env, timeout=120, check=False
+    )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.mark.parametrize("case", [c for c in GOLDEN if c["checkpoint"] == "tiny"], ids=lambda c: c["prompt"])
+def test_golden_text_of_the_tiny_checkpoint(case: dict, tiny_dir, capfd: pytest.CaptureFixture[str]) -> None:
+    args = ["--model", str(tiny_dir), "--dtype", "float32", "--max-tokens", str(case["max_tokens"])]
+    assert main([*args, *(["--raw"] if case["raw"] else []), case["prompt"]]) == 0
+    out, err = capfd.readouterr()
+    assert out == case["text"] + "\n" * (not case["text"].endswith("\n"))
+    assert err == ""
+
+
+def test_text_alone_on_standard_output(tiny_dir) -> None:
+    done = run("--model", tiny_dir, "--max-tokens", 20, "--stats", "hello")
+    assert done.returncode == 0
+    assert done.stdout.endswith("\n")
+    assert "\x1b" not in done.stdout + done.stderr
+    for word in ("load", "first token", "prefill", "decode", "tok/s", "peak memory"):
+        assert word in done.stderr
+        assert word not in done.stdout
+
+
+def test_streamed_and_whole_are_the_same(tiny_dir) -> None:
+    streamed = run("--model", tiny_dir, "--max-tokens", 50, "--temperature", 1, "--seed", 3, "hello")
+    whole = run("--model", tiny_dir, "--max-tokens", 50, "--temperature", 1, "--seed", 3, "--no-stream", "hello")
+    assert streamed.stdout == whole.stdout
+    assert streamed.returncode == whole.returncode == 0
+
+
+def test_standard_input_is_the_prompt(tiny_dir) -> None:
+    args = ["--model", tiny_dir, "--max-tokens", 8]
+    assert run(*args, stdin="say hi\n").stdout == run(*args, "say hi").stdout
+    done = run(*args, stdin=b"\xff\xfe")
+    assert done.returncode == 2
+    assert "not UTF-8" in done.stderr
+    assert run(*args, stdin="").returncode == 2
+
+
+def test_options_reach_the_engine(tiny_dir, capfd: pytest.CaptureFixture[str]) -> None:
+    llm = LLM(tiny_dir, dtype="float32")
+    base = ["--model", str(tiny_dir), "--dtype", "float32", "--max-tokens", "30", "hello"]
+
+    def text(*options: str) -> str:
+        assert main([*base, *options]) == 0
+        return capfd.readouterr().out.removesuffix("\n")
+
+    user = {"role": "user", "content": "hello"}
+    chat = llm.chat([user], SamplingParams(max_tokens=30)).text
+    assert text() == text("--chat") == chat
+    assert text("--raw") == llm.generate("hello", SamplingParams(max_tokens=30))[0].text
+    system = [{"role": "system", "content": "Be brief."}, user]
+    assert text("--system", "Be brief.") == llm.chat(system, SamplingParams(max_tokens=30)).text != chat
+    stop = chat[5:7]
+    assert text("--stop", "never", "--stop", stop) == chat[: chat.index(stop)]
+    sampled = SamplingParams(max_tokens=30, temperature=1.2, top_k=20, top_p=0.9, min_p=0.01, seed=4, ignore_eos=True)
+    options = "--temperature 1.2 --top-k 20 --top-p 0.9 --min-p 0.01 --seed 4 --ignore-eos --threads 2"
+    assert text(*options.split()) == llm.chat([user], sampled).text
+
+
+def test_the_default_length_shrinks_to_the_context(tiny_dir) -> None:
+    room = 512 - len(LLM(tiny_dir).tokenizer.encode("x" * 400))
+    done = run("--model", tiny_dir, "--raw", "--ignore-eos", "--stats", "x" * 400)
+    assert done.returncode == 0
+    assert f"decode {room} tokens" in done.stderr
+    refused = run("--model", tiny_dir, "--raw", "--max-tokens", room + 1, "x" * 400)
+    assert refused.returncode == 2
+    assert "exceed the context of 512" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--top-p", "2", "hi"], 2, "top_p must be a number from 0 to 1, not 2.0"),
+        (["--temperature", "-1", "hi"], 2, "temperature"),
+        (["--max-tokens", "0", "hi"], 2, "max_tokens"),
+        (["--max-tokens", "many", "hi"], 2, "--max-tokens"),
+        (["--stop", "", "hi"], 2, "stop"),
+        (["--dtype", "float7", "hi"], 2, "unknown dtype 'float7'"),
+        (["--device", "abacus", "hi"], 2, "abacus"),
+        (["--threads", "0", "hi"], 2, "threads"),
+        (["--chat", "--raw", "hi"], 2, "not allowed with"),
+        (["--raw", "--system", "s", "hi"], 2, "--system"),
+        (["--nonsense", "hi"], 2, "--nonsense"),
+        ([""], 2, "empty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_bad_option_is_one_sentence(tiny_dir, args: list[str], code: int, message: str) -> None:
+    done = run("--model", tiny_dir, *args)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_checkpoint_is_one_sentence(tiny_dir, tmp_path: Path) -> None:
+    absent = run("--model", tmp_path / "nowhere", "hi")
+    assert absent.returncode == 3
+    assert absent.stderr.count("\n") == 1
+    assert "nowhere does not exist" in absent.stderr
+    broken = shutil.copytree(tiny_dir, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"")
+    done = run("--model", broken, "hi")
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "model.safetensors" in done.stderr
+    no_template = shutil.copytree(tiny_dir, tmp_path / "no_template")
+    (no_template / "chat_template.jinja").unlink()
+    assert run("--model", no_template, "--max-tokens", 2, "hi").returncode == 0  # completes
+    done = run("--model", no_template, "--chat", "hi")
+    assert done.returncode == 3
+    assert "template" in done.stderr
+
+
+def test_a_reader_that_leaves_early_ends_it_quietly(tiny_dir) -> None:
+    child = subprocess.Popen(
+        [*COMMAND, "--model", str(tiny_dir), "--ignore-eos", "hello"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.read(1)
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    child.stderr.close()
+    assert child.wait(timeout=60) == 0
+
+
+def test_interrupting_keeps_what_was_written(tiny_dir, tmp_path: Path) -> None:
+    # A context that lasts for minutes, so that the signal falls into the answer.
+    slow = shutil.copytree(tiny_dir, tmp_path / "slow")
+    config = json.loads((slow / "config.json").read_text())
+    (slow / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**6}))
+    child = subprocess.Popen(
+        [*COMMAND, "--model", str(slow), "--ignore-eos", "--max-tokens", "100000", "hello"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    written = child.stdout.read(40)
+    child.send_signal(signal.SIGINT)
+    rest, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert len(written) == 40
+    assert rest is not None
+    assert b"Traceback" not in err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["--nonsense"]])
+def test_help_version_and_usage_errors_do_not_import_torch(args: list[str]) -> None:
+    code = "import sys, runpy\nsys.argv = ['generate', *sys.argv[1:]]\n"
+    code += "try:\n    runpy.run_module('llama_mini.generate', run_name='__main__')\n"
+    code += "finally:\n    assert 'torch' not in sys.modules, 'torch'\n"
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+    assert "AssertionError" not in done.stderr
+    assert done.returncode == (2 if args == ["--nonsense"] else 0)
+
+
+def test_help_fits_eighty_columns() -> None:
+    done = run("--help", COLUMNS="80")
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())

@@ -1,0 +1,93 @@
+"""The default checkpoint against transformers: logits, greedy tokens, bfloat16's error, and one golden text."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llama_mini import LLM, Llama, SamplingParams
+from llama_mini.generate import main
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Die Hauptstadt von Deutschland ist",
+    "人工智能是",
+    "Q: What is 17 + 25?\nA:",
+    "Once upon a time, in a village by the sea,",
+    "La receta de la tortilla española lleva",
+    "<html>\n<body>\n  <h1>",
+]
+STEPS = 64
+
+
+@pytest.fixture(scope="module")
+def theirs(smollm2_dir: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2_dir: Path) -> LLM:
+    return LLM(smollm2_dir, dtype="float32")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda p: p[:20])
+def test_logits_and_greedy_tokens_equal_transformers(prompt: str, llm: LLM, theirs: PreTrainedModel) -> None:
+    ids = llm.tokenizer.encode(prompt)
+    tokens, past, expected = torch.tensor([ids]), None, []
+    with torch.inference_mode():
+        logits = theirs(tokens).logits
+        assert (llm.model(tokens) - logits).abs().max() <= 1e-4 * logits.abs().max()
+        for _ in range(STEPS):  # by hand: `generate` stops at the end of text, or bans it, and either hides steps
+            out = theirs(tokens, past_key_values=past, use_cache=True)
+            past, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            expected.append(int(tokens))
+    (ours,) = llm.generate(ids, SamplingParams(max_tokens=STEPS, ignore_eos=True))
+    assert ours.token_ids == expected
+
+
+def test_a_batch_of_real_prompts_is_each_alone(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=24)
+    together = llm.generate(PROMPTS, params)
+    assert [c.token_ids for c in together] == [llm.generate(p, params)[0].token_ids for p in PROMPTS]
+
+
+def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(
+    llm: LLM, theirs: PreTrainedModel, smollm2_dir: Path
+) -> None:
+    """Mean KL over 2,048 tokens of prose, both from the same float32 logits, in pieces of 512."""
+    prose = (Path(__file__).parent / "golden" / "alice.txt").read_text(encoding="utf-8")
+    ids = torch.tensor(llm.tokenizer.encode(prose)[:2048]).view(4, 512)
+    ours = Llama.from_pretrained(smollm2_dir, dtype="bfloat16")
+    reference = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.bfloat16).eval()
+
+    def kl(logits: torch.Tensor, exact: torch.Tensor) -> float:
+        p = exact.log_softmax(-1)
+        return float((p.exp() * (p - logits.float().log_softmax(-1))).sum(-1).mean())
+
+    with torch.inference_mode():
+        exact = [theirs(row[None]).logits[0] for row in ids]
+        our_kl = sum(kl(ours(row[None])[0], e) for row, e in zip(ids, exact, strict=True)) / 4
+        their_kl = sum(kl(reference(row[None]).logits[0], e) for row, e in zip(ids, exact, strict=True)) / 4
+    print(f"mean KL from float32: ours {our_kl:.3e}, transformers {their_kl:.3e} nats")
+    assert 0 < our_kl <= 1.1 * their_kl
+
+
+def test_golden_text(smollm2_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Covers tokenizer, template, model, loop and command line at once; transformers wrote the expected text."""
+    texts = json.loads((Path(__file__).parent / "golden" / "texts.json").read_text(encoding="utf-8"))
+    (case,) = [case for case in texts if case["checkpoint"] == "smollm2"]
+    args = ["--model", str(smollm2_dir), "--dtype", "float32", "--max-tokens", str(case["max_tokens"])]
+    assert main([*args, case["prompt"]]) == 0
+    assert capfd.readouterr().out == case["text"] + "\n" * (not case["text"].endswith("\n"))
+
+
+def test_tokens_equal_transformers(smollm2_dir: Path, llm: LLM) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    for prompt in PROMPTS:
+        assert llm.tokenizer.encode(prompt) == tokenizer(prompt).input_ids
+        messages = [{"role": "user", "content": prompt}]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
+        assert llm.tokenizer.apply_chat_template(messages) == expected

@@ -23,7 +23,7 @@ def updated(text: str) -> str:
             path = (folder if entry["indent"] else ROOT) / entry["name"]
             folder = folder if entry["indent"] else path
             width = len(entry["gap"] + entry["lines"])
-            line = f"{entry['indent']}{entry['name']}{lines_of(path):>{width},d}{entry['rest']}".replace(",", "")
+            line = f"{entry['indent']}{entry['name']}{lines_of(path):>{width}}{entry['rest']}"
         out.append(line)
     return head + "\n".join(out) + "\n" + tail
 

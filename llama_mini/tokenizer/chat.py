@@ -6,23 +6,35 @@ itself joins a marker out of a message's parts, as `'<|' + message.role + '|>'` 
 """
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-
+from llama_mini.checks import shown
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Backend, Piece
 
 Message = dict[str, Any]
+CHILD = Path(__file__).with_name("template_child.py")
+KEPT_ENVIRONMENT = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH")  # the local time; what Python itself may need to start
+MAX_TEMPLATE_CHARS = 1_000_000
+MAX_MESSAGES_CHARS = 8_000_000
+MAX_TEXT_CHARS = 16_000_000
+MAX_ANSWER_BYTES = 6 * MAX_TEXT_CHARS + 100  # JSON writes a control character as \u0000
+MAX_ERROR_CHARS = 300
+MAX_MEMORY = 512 << 20
+MAX_CPU_SECONDS = 3
+MAX_SECONDS = 10
 
 
 def checked_messages(messages: object) -> list[Message]:
@@ -53,9 +65,17 @@ def template_pieces(
 ) -> list[Piece]:
     """Render a template. Its control strings come back as ids, those inside the messages as text."""
     control_ids = backend.control_ids
-    everything = template + json.dumps([messages, dict(names)], ensure_ascii=False)
-    marks = _Marks(backend, _unused_char(everything))
-    variables = {**names, "messages": marks.put(messages), "tools": None, "documents": None}
+    try:
+        written = json.dumps([messages, dict(names)], ensure_ascii=False)
+        if len(written) > MAX_MESSAGES_CHARS:
+            raise RequestError(
+                f"messages hold {len(written):,} characters as JSON, more than the {MAX_MESSAGES_CHARS:,} that a chat "
+                "template is given; shorten them"
+            )
+        marks = _Marks(backend, _unused_char(template + written))
+        variables = {**names, "messages": marks.put(messages), "tools": None, "documents": None}
+    except (RecursionError, ValueError) as error:  # close to the limit of nesting; an integer of 5,000 digits
+        raise RequestError(f"messages cannot be written as JSON ({error}); expected plain, flat data") from error
     rendered = render(template, variables | {"add_generation_prompt": prompt})
     rendered = rendered.replace(_escaped(marks.mark), marks.mark)  # by tojson(ensure_ascii=true)
     return [
@@ -76,83 +96,89 @@ def llama_3_pieces(messages: list[Message], control_ids: Mapping[str, int], prom
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """Render a Jinja template in a sandbox, as transformers does; plain data in, TokenizerError for all that fails.
+    """Render a Jinja template as transformers does; plain data in, TokenizerError for all that fails.
 
-    The sandbox keeps a template from Python's internals. It bounds neither memory nor time.
+    The template is untrusted: it runs in a sandbox, in a process with limits on its memory, time and output.
     """
+    if len(template) > MAX_TEMPLATE_CHARS:
+        raise _stopped(f"it has {len(template):,} characters, the limit is {MAX_TEMPLATE_CHARS:,}")
+    request = {"template": template, "variables": dict(variables), "max_chars": MAX_TEXT_CHARS}
+    # Not \u escapes: reading them back joins the two halves of a surrogate pair that the text holds apart.
+    match _read_answer(_run_child(json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass"))):
+        case {"text": str(text)}:
+            return text
+        case {"error": str(error)}:
+            raise TokenizerError(f"the chat template failed: {_one_line(error)}")
+        case _:
+            raise _stopped("its process gave no valid answer")
+
+
+def _run_child(request: bytes) -> bytes:
+    """What template_child.py writes; TokenizerError when it hits a limit or dies."""
+    specs = [find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin}
+    command = [sys.executable, "-I", "-S", str(CHILD), str(MAX_MEMORY), str(MAX_CPU_SECONDS), *sorted(folders)]
+    environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+    started = time.monotonic()
     try:
-        return _compiled(template).render(**variables)
-    except Exception as error:  # a template is a program: it fails in every way that Python can
-        raise TokenizerError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C in a terminal is for the parent, which ends the child
+        )
+    except OSError as error:
+        raise TokenizerError(f"the process that renders the chat template did not start ({error})") from error
+    with child:
+        timer = threading.Timer(MAX_SECONDS, child.kill)
+        timer.start()
+        try:
+            answer = _exchange(child, request)
+            exit_code = child.wait()
+        finally:
+            timer.cancel()
+            child.kill()
+    if exit_code == 0:
+        return answer
+    if time.monotonic() - started >= MAX_SECONDS:
+        raise _stopped(f"it took more than {MAX_SECONDS} seconds")
+    if exit_code == -getattr(signal, "SIGXCPU", 0):
+        raise _stopped(f"it took more than {MAX_CPU_SECONDS} seconds of processor time")
+    raise _stopped(f"its process ended with exit code {exit_code}")
 
 
-@lru_cache(maxsize=4)
-def _compiled(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+def _exchange(child: subprocess.Popen[bytes], request: bytes) -> bytes:
+    """Write, then read: the child answers only after it has read everything, so neither waits for the other."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    with suppress(OSError):  # it has died: its exit code tells why
+        child.stdin.write(request)
+        child.stdin.close()
+    answer = child.stdout.read(MAX_ANSWER_BYTES + 1)
+    if len(answer) > MAX_ANSWER_BYTES:
+        raise _stopped(f"its answer is longer than {MAX_ANSWER_BYTES:,} bytes")
+    return answer
+
+
+def _stopped(reason: str) -> TokenizerError:
+    return TokenizerError(
+        f"the chat template was stopped: {reason}; repair the template, or complete raw text instead (--raw)"
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": _TemplateDict(),
-        "namespace": _Namespace,
-    }
-    return environment.from_string(template)
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's part for training; here it renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
-
-    def _render(self, caller: Any) -> str:
-        return caller()
+def _read_answer(data: bytes) -> object:
+    try:
+        return json.loads(data.decode("utf-8", "surrogatepass"))
+    except (RecursionError, ValueError):
+        return None
 
 
-class _TemplateDict:
-    """`dict` as a template may use it: to make dictionaries, with no way to the type."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without names that start with an underscore."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # `namespace(self=...)` is legal
-        self, *rest = args
-        values = dict(*rest, **kwargs)
-        for name in values:
-            _refuse_private(name)
-        jinja2.utils.Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_private(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}, which starts with an underscore")
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _one_line(message: str) -> str:
+    """A message out of an untrusted template, fit for a terminal."""
+    printable = "".join(char if char.isprintable() else " " for char in message[:1000])
+    return " ".join(printable.split())[:MAX_ERROR_CHARS]
 
 
 def _plain(value: object, where: str) -> Any:
@@ -162,11 +188,11 @@ def _plain(value: object, where: str) -> Any:
         return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise RequestError(f"{where} is {_shown(value)}, expected plain JSON data")
+    raise RequestError(f"{where:.200} is {_shown(value)}, expected plain JSON data")
 
 
 def _shown(value: object) -> str:
-    return f"{type(value).__name__} {value!r:.60}" if value is not None else "missing"
+    return "missing" if value is None else f"{type(value).__name__} {shown(value):.60}"
 
 
 def _any_of(contents: Iterable[str], conditions: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -202,9 +228,9 @@ class _Marks:
 
 def _unused_char(text: str) -> str:
     """A character for private use that stands nowhere in the text, nor does its escape in JSON."""
-    used = set(text)
+    used = set(text).union(chr(int(digits, 16)) for digits in re.findall(r"\\u([ef][0-9a-f]{3})", text))
     for char in map(chr, range(0xE000, 0xF900)):
-        if char not in used and _escaped(char) not in text:
+        if char not in used:
             return char
     raise RequestError("the messages hold every character for private use; at least one has to be free")
 

@@ -80,7 +80,8 @@ class TiktokenFile:
 
 def bounded_parts(text: str) -> Iterator[str]:
     """Cut a text where Meta's tokenizer does, so that the ids stay the same: only within absurdly long runs."""
-    long_run = re.compile(rf"\s{{{MAX_RUN + 1},}}|\S{{{MAX_RUN + 1},}}")
+    # A run is tried at its start only: from each of its characters, runs just under the limit take quadratic time.
+    long_run = re.compile(rf"(?<!\s)\s{{{MAX_RUN + 1},}}|(?<!\S)\S{{{MAX_RUN + 1},}}")
     for start in range(0, len(text), MAX_CHARS):
         chunk = text[start : start + MAX_CHARS]
         cuts = [cut for run in long_run.finditer(chunk) for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN)]

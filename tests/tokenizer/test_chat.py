@@ -184,6 +184,8 @@ def test_no_template_says_to_use_raw_completion(chat_spec: Callable[[], Spec], w
         ([{"role": "user", "content": "x", "extra": {"a": [object()]}}], r"\['extra'\]\['a'\]\[0\] is object"),
         ([{"role": "user", "content": "x", "extra": {1: 2}}], "expected plain JSON data"),
         ([{"role": "user", "content": "a\ud800"}], "half a surrogate pair"),
+        ([{"role": "user", "content": "x", "n": 10**5000}], "cannot be written as JSON .*4300 digits"),
+        ([{"role": "user", "content": "x", "k" * 10**6: object()}], r"'kkk.{0,300}, expected plain JSON data$"),
     ],
 )
 def test_malformed_messages_are_request_errors(
@@ -192,6 +194,24 @@ def test_malformed_messages_are_request_errors(
     path = write_directory({"tokenizer.json": chat_spec(), "chat_template.jinja": CHATML})
     with pytest.raises(RequestError, match=message):
         Tokenizer.from_pretrained(path).apply_chat_template(messages)
+
+
+def test_nested_messages_work_or_are_refused(chat_spec: Callable[[], Spec], write_directory: Write) -> None:
+    path = write_directory({"tokenizer.json": chat_spec(), "chat_template.jinja": "{{ messages[0].content }}"})
+    tokenizer = Tokenizer.from_pretrained(path)
+    outcomes = []
+    for depth in range(5, 1100, 40):
+        deep: list[Any] = []
+        for _ in range(depth):
+            deep = [deep]
+        try:
+            ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi", "extra": deep}])
+            outcomes.append(tokenizer.decode(ids))
+        except RequestError:
+            outcomes.append("refused")
+    assert outcomes[0] == "hi"
+    assert outcomes[-1] == "refused"
+    assert set(outcomes) == {"hi", "refused"}
 
 
 @pytest.mark.parametrize(

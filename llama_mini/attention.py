@@ -18,10 +18,10 @@ class Attention(Residual):
         super().__init__(config, plan)
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = Linear(config.dim, q_dim)
-        self.k_proj = Linear(config.dim, kv_dim)
-        self.v_proj = Linear(config.dim, kv_dim)
-        self.o_proj = Linear(q_dim, config.dim)
+        self.q_proj = Linear(config.dim, q_dim, config.qkv_bias)
+        self.k_proj = Linear(config.dim, kv_dim, config.qkv_bias)
+        self.v_proj = Linear(config.dim, kv_dim, config.qkv_bias)
+        self.o_proj = Linear(q_dim, config.dim, config.o_bias)
         self.q_norm, self.q_view = self._head_norm(plan.q, config.n_heads, config)
         self.k_norm, self.k_view = self._head_norm(plan.k, config.n_kv_heads, config)
         self.v_norm, self.v_view = self._head_norm(plan.v, config.n_kv_heads, config)

@@ -1,6 +1,9 @@
-"""Checks that several settings share, and how a wrong value is shown in a message."""
+"""Checks that several settings share, and how wrong values and names are shown in a message."""
 
+from collections.abc import Iterable
 from typing import Any
+
+_MOST_NAMES = 12
 
 
 def is_whole(value: Any) -> bool:
@@ -22,3 +25,11 @@ def shown(value: Any) -> str:
     except ValueError:  # such a number inside a list
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for a message, the first dozen, each cut short: a checkpoint may hold any number of any length."""
+    all_names = [str(name) for name in names]
+    short = [name if len(name) <= 160 else name[:157] + "..." for name in all_names[:_MOST_NAMES]]
+    more = len(all_names) - len(short)
+    return ", ".join(short) + (f" and {more} more" if more else "")

@@ -6,34 +6,10 @@ from typing import Any
 from llama_mini.checks import is_finite, is_whole, shown
 from llama_mini.errors import ConfigError
 from llama_mini.norm_plan import NormPlan
+from llama_mini.rope_scaling import DynamicScaling, RopeScaling
 
 _LARGEST_SIZE = 2**31 - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """LLaMA 3.1's stretching of the rotary frequencies (`rope_type: llama3` in a config.json).
-
-    Wavelengths beyond `original_max_seq_len / low_freq_factor` are stretched by `factor`, those below
-    `original_max_seq_len / high_freq_factor` stay, and between the two it is interpolated.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_seq_len: int
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check_positive(f"rope_scaling.{name}", getattr(self, name))
-        _check_size("rope_scaling.original_max_seq_len", self.original_max_seq_len)
-        if self.factor < 1:
-            raise ConfigError(f"rope_scaling.factor must be at least 1, not {self.factor}")
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ConfigError(
-                f"rope_scaling.low_freq_factor must be below high_freq_factor, "
-                f"not {self.low_freq_factor} and {self.high_freq_factor}"
-            )
+_MOST_LAYERS = 10_000  # ten times the deepest there is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +28,9 @@ class LlamaConfig:
         norm_eps: eps of every norm whose NormSpec does not set its own (rms_norm_eps).
         rope_theta: base of the rotary frequencies.
         rope_scaling: their scaling; None: none.
+        sliding_window: positions that a token sees, itself included (sliding_window); None: all before it.
+        sliding_layers: the layers that have the window; None: every layer. Empty without a window.
+        qkv_bias, o_bias, mlp_bias: whether q, k, v; the attention's output; gate, up and down have biases.
         tie_word_embeddings: the output head is the embedding.
         norm_plan: a NormPlan or a preset's name; LLaMA is `pre`.
         bos_id, eos_ids, pad_id: special tokens as the checkpoint states them. The model does not read them.
@@ -71,6 +50,11 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = None  # type: ignore[assignment]
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     tie_word_embeddings: bool = False
     norm_plan: NormPlan = "pre"  # type: ignore[assignment]
     bos_id: int | None = None
@@ -80,7 +64,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         fill = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen)
         for name in ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "max_seq_len"):
-            _check_size(name, getattr(self, name))
+            _check_size(name, getattr(self, name), _MOST_LAYERS if name == "n_layers" else _LARGEST_SIZE)
         if self.n_kv_heads is None:
             fill("n_kv_heads", self.n_heads)
         _check_size("n_kv_heads", self.n_kv_heads)
@@ -98,8 +82,12 @@ class LlamaConfig:
         _check_positive("rope_theta", self.rope_theta)
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ConfigError(f"rope_scaling must be a RopeScaling or None, not {shown(self.rope_scaling)}")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings must be true or false, not {shown(self.tie_word_embeddings)}")
+        if isinstance(self.rope_scaling, DynamicScaling) and self.head_dim < 4:
+            raise ConfigError(f"rope_scaling of type dynamic needs a head_dim of at least 4, not {self.head_dim}")
+        self._check_window()
+        for name in ("qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {shown(getattr(self, name))}")
         if isinstance(self.norm_plan, str):
             fill("norm_plan", NormPlan.parse(self.norm_plan, self.n_layers))
         if not isinstance(self.norm_plan, NormPlan):
@@ -111,14 +99,25 @@ class LlamaConfig:
             if getattr(self, name) is not None and not _is_id(getattr(self, name)):
                 raise ConfigError(f"{name} must be a token id or None, not {shown(getattr(self, name))}")
 
+    def _check_window(self) -> None:
+        every = tuple(range(self.n_layers)) if self.sliding_window is not None else ()
+        if self.sliding_layers is None:
+            object.__setattr__(self, "sliding_layers", every)
+        if self.sliding_window is not None:
+            _check_size("sliding_window", self.sliding_window)
+        layers = self.sliding_layers
+        if not isinstance(layers, tuple) or not all(map(is_whole, layers)) or not set(layers) <= set(every):
+            where = f"from 0 to {self.n_layers - 1}" if every else "empty, since there is no sliding_window"
+            raise ConfigError(f"sliding_layers must be a tuple of layers, {where}; found {shown(layers)}")
+
 
 def _is_id(value: Any) -> bool:
     return is_whole(value) and 0 <= value <= _LARGEST_SIZE
 
 
-def _check_size(name: str, value: Any) -> None:
-    if not is_whole(value) or not 1 <= value <= _LARGEST_SIZE:
-        raise ConfigError(f"{name} must be a whole number from 1 to {_LARGEST_SIZE}, not {shown(value)}")
+def _check_size(name: str, value: Any, largest: int = _LARGEST_SIZE) -> None:
+    if not is_whole(value) or not 1 <= value <= largest:
+        raise ConfigError(f"{name} must be a whole number from 1 to {largest}, not {shown(value)}")
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -14,9 +14,9 @@ class FeedForward(Residual):
 
     def __init__(self, config: LlamaConfig, plan: BranchPlan) -> None:
         super().__init__(config, plan)
-        self.gate_proj = Linear(config.dim, config.hidden_dim)
-        self.up_proj = Linear(config.dim, config.hidden_dim)
-        self.down_proj = Linear(config.hidden_dim, config.dim)
+        self.gate_proj = Linear(config.dim, config.hidden_dim, config.mlp_bias)
+        self.up_proj = Linear(config.dim, config.hidden_dim, config.mlp_bias)
+        self.down_proj = Linear(config.hidden_dim, config.dim, config.mlp_bias)
         self.mid_norm = build_norm(plan.mid, config.hidden_dim, config.norm_eps)
 
     def branch(self, x: Tensor) -> Tensor:  # type: ignore[override]

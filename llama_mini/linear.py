@@ -7,14 +7,17 @@ from torch import nn
 
 
 class Linear(nn.Linear):
-    """x · Wᵀ, without a bias; random: N(0, 1/fan_in)."""
+    """x · Wᵀ, plus a bias where the checkpoint has one; random: N(0, 1/fan_in), biases 0."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        if self.weight.is_meta:
+            return
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Embedding(nn.Embedding):

@@ -11,7 +11,7 @@ from llama_mini.attention import Attention
 from llama_mini.config import LlamaConfig
 from llama_mini.errors import RequestError
 from llama_mini.feed_forward import FeedForward
-from llama_mini.kv_cache import KVCache, LayerCache, causal_mask
+from llama_mini.kv_cache import KVCache, LayerCache, causal_mask, within_window
 from llama_mini.linear import Embedding, Linear
 from llama_mini.norm_slots import build_norm
 from llama_mini.rope import Rope, RotaryEmbedding
@@ -60,8 +60,10 @@ class Llama(nn.Module):
         """Tensors in, tensors out: the one function that is run, captured or exported."""
         x = self.embed_norm(self.tok_embeddings(tokens))  # (B, T, C)
         rope = self.rope(positions)
+        window, sliding = self.config.sliding_window, self.config.sliding_layers
+        near = mask if window is None else within_window(mask, positions, window)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, None if kv is None else kv[i])
+            x = layer(x, rope, near if i in sliding else mask, None if kv is None else kv[i])
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -78,17 +80,20 @@ class Llama(nn.Module):
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
     ) -> Self:
-        """Opens a checkpoint directory: eval mode, no gradients. `dtype=None` keeps the file's.
+        """Opens a checkpoint: a directory, a GGUF or safetensors file, or a hub name (org/name, org/name@revision).
 
-        Raises CheckpointError, ConfigError.
+        In eval mode, without gradients. `dtype=None` keeps the file's, and is bfloat16 for quantised blocks.
+
+        Raises CheckpointError, ConfigError; CapacityError before any data is read if it does not fit in memory.
         """
-        from llama_mini.checkpoint import load_model  # the one late import: checkpoint/ builds models
+        from llama_mini.checkpoint.load import load_model  # late: checkpoint/ builds models
+        from llama_mini.checkpoint.open import open_checkpoint, resolve
 
-        return load_model(cls, Path(path), dtype, device)
+        return load_model(cls, open_checkpoint(resolve(path)), dtype, device)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the directory that `from_pretrained` reads: whole or not at all. Raises CheckpointPathError."""
-        from llama_mini.checkpoint import save_model
+        from llama_mini.checkpoint.load import save_model
 
         save_model(self, Path(path))
 

@@ -1,33 +1,24 @@
-"""Rotary position embedding: tables from positions, LLaMA 3.1's scaling, and their application.
+"""Rotary position embedding: tables from positions, and their application; rope_scaling.py has the scaling rules.
 
 A head's elements turn in pairs (i, i + D/2), the split halves in which Hugging Face stores q and k (Meta's files
-interleave them instead). Source: Su et al. 2021 (RoFormer); the scaling is that of LLaMA 3.1's released code.
+interleave them instead). Source: Su et al. 2021 (RoFormer).
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from llama_mini.config import LlamaConfig, RopeScaling
+from llama_mini.config import LlamaConfig
+from llama_mini.rope_scaling import DynamicScaling, RopeScaling, exponents
 
 Rope = tuple[Tensor, Tensor]
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """Radians per position of each pair: (head_dim / 2,) float32, with the rounding of transformers' tables."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    frequencies = 1.0 / (theta**exponents)
-    return frequencies if scaling is None else _llama3(frequencies, scaling)
-
-
-def _llama3(frequencies: Tensor, s: RopeScaling) -> Tensor:
-    wavelengths = 2 * math.pi / frequencies
-    smooth = (s.original_max_seq_len / wavelengths - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    between = (1 - smooth) * frequencies / s.factor + smooth * frequencies
-    scaled = torch.where(wavelengths > s.original_max_seq_len / s.low_freq_factor, frequencies / s.factor, between)
-    return torch.where(wavelengths < s.original_max_seq_len / s.high_freq_factor, frequencies, scaled)
+    plain = 1.0 / theta ** exponents(head_dim)
+    return plain if scaling is None else scaling.frequencies(plain, theta)
 
 
 class RotaryEmbedding(nn.Module):
@@ -35,11 +26,18 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.config = config
         self.inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
     def forward(self, positions: Tensor) -> Rope:
-        angles = (positions[..., None].float() * self.inv_freq)[:, :, None]
-        return angles.cos(), angles.sin()
+        config, scaling, inv_freq = self.config, self.config.rope_scaling, self.inv_freq
+        if isinstance(scaling, DynamicScaling):
+            length = positions.max() + 1
+            inv_freq = scaling.stretched(length, config.max_seq_len, config.head_dim, config.rope_theta)
+        angles = (positions[..., None].float() * inv_freq)[:, :, None]
+        if scaling is None or scaling.magnitude == 1:
+            return angles.cos(), angles.sin()
+        return angles.cos() * scaling.magnitude, angles.sin() * scaling.magnitude
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
         # Not a buffer: .to(bfloat16) would round it, and position 15,962 would turn by the wrong angle. It moves only.

@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from llama_mini import Llama, LlamaConfig, RMSNorm
-from llama_mini.config import RopeScaling
+from llama_mini.rope_scaling import Llama3Scaling
 
 SEED = 20240
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"]
@@ -49,7 +49,7 @@ def make_model(tokenizer: Tokenizer) -> Llama:
         vocab_size=tokenizer.get_vocab_size(),
         max_seq_len=512,
         rope_theta=10_000.0,
-        rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=64),
+        rope_scaling=Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=64),
         bos_id=bos,
         eos_ids=(end, turn),
     )

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from llama_mini.config import LlamaConfig, RopeScaling
+from llama_mini.config import LlamaConfig
 from llama_mini.errors import ConfigError
 from llama_mini.norm_plan import NormPlan
+from llama_mini.rope_scaling import Llama3Scaling
 
 SIZES: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "vocab_size": 50}
 SCALING: dict[str, Any] = {
@@ -99,7 +100,7 @@ def test_a_number_of_five_thousand_digits_is_refused_in_a_short_sentence(name: s
 )
 def test_a_rope_scaling_that_is_none_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RopeScaling(**SCALING | changes)
+        Llama3Scaling(**SCALING | changes)
 
 
 def test_zero_is_an_eps_and_a_whole_number_is_a_base() -> None:
@@ -108,7 +109,7 @@ def test_zero_is_an_eps_and_a_whole_number_is_a_base() -> None:
 
 
 def test_a_config_is_a_value() -> None:
-    config, twin = (LlamaConfig(**SIZES, rope_scaling=RopeScaling(**SCALING), eos_ids=(2,)) for _ in range(2))
+    config, twin = (LlamaConfig(**SIZES, rope_scaling=Llama3Scaling(**SCALING), eos_ids=(2,)) for _ in range(2))
     assert config == twin
     assert hash(config) == hash(twin)
     assert config != LlamaConfig(**SIZES, eos_ids=(2,))

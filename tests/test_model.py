@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.attention import Attention
-from llama_mini.config import LlamaConfig, RopeScaling
+from llama_mini.config import LlamaConfig
 from llama_mini.errors import RequestError
 from llama_mini.kv_cache import KVCache, LayerCache, causal_mask
 from llama_mini.model import Llama
 from llama_mini.norm_plan import NormPlan
+from llama_mini.rope_scaling import Llama3Scaling
 from tests import reference
 from tests.tiny_models import TINY, hf_llama, random_tokens, tiny_model
 
@@ -108,7 +109,7 @@ def test_any_norm_plan_computes_its_formula(plan: Any) -> None:
         {"n_kv_heads": 1, "head_dim": 2},
         {
             "rope_theta": 500_000.0,
-            "rope_scaling": RopeScaling(
+            "rope_scaling": Llama3Scaling(
                 factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16
             ),
         },

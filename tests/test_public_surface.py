@@ -42,12 +42,13 @@ FIELDS = {
     Completion: "text token_ids finish_reason error logprobs stats",
     Chunk: "text token_id finish_reason completion",
     LlamaConfig: "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len norm_eps rope_theta "
-    "rope_scaling tie_word_embeddings norm_plan bos_id eos_ids pad_id",
+    "rope_scaling sliding_window sliding_layers qkv_bias o_bias mlp_bias tie_word_embeddings "
+    "norm_plan bos_id eos_ids pad_id",
     NormPlan: "attention feed_forward embed final overrides",
 }
 
 OPTIONS = (
-    "--help --version --model --dtype --device --threads --chat --raw --system --max-tokens --stop --ignore-eos "
+    "--help --version --model --info --dtype --device --threads --chat --raw --system --max-tokens --stop --ignore-eos "
     "--temperature --top-k --top-p --min-p --seed --no-stream --stats"
 )
 

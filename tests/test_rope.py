@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import LlamaConfig as HFConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from llama_mini.config import LlamaConfig, RopeScaling
+from llama_mini.config import LlamaConfig
 from llama_mini.rope import RotaryEmbedding, apply_rope
+from llama_mini.rope_scaling import Llama3Scaling
 from tests import reference
 from tests.tiny_models import TINY, tiny_model
 
@@ -28,7 +29,7 @@ def settings(head_dim: int, theta: float, factor: float | None) -> tuple[HFConfi
     theirs: dict[str, Any] = {"rope_type": "llama3", "rope_theta": theta, "original_max_position_embeddings": 8192}
     ours = LlamaConfig(
         **TINY | {"head_dim": head_dim, "rope_theta": theta},
-        rope_scaling=RopeScaling(**scaling, original_max_seq_len=8192),
+        rope_scaling=Llama3Scaling(**scaling, original_max_seq_len=8192),
     )
     return HFConfig(**sizes, rope_parameters=theirs | scaling), ours
 

@@ -1,0 +1,222 @@
+"""How checkpoints stretch their rotary frequencies past the context they were first trained on, as data.
+
+The words are those of `rope_type` in a config.json, and the arithmetic that of transformers, rounding included:
+
+    linear    every frequency ÷ factor                                              (kaiokendev 2023)
+    dynamic   a larger base, once the text is longer than the context               (NTK-aware, emozilla 2023)
+    llama3    slow frequencies ÷ factor, fast ones kept, those between interpolated (LLaMA 3.1's released code)
+    yarn      the same with a ramp over pairs, and cosines and sines scaled          (Peng et al. 2023)
+    factors   each frequency ÷ a number of its own                                  (GGUF's rope_freqs.weight)
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llama_mini.checks import is_finite, is_whole, listed, shown
+from llama_mini.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """The base of the rules below; `rope_type` names them. Raises ConfigError that names a field it cannot use."""
+
+    rope_type: ClassVar[str]
+
+    def frequencies(self, plain: Tensor, theta: float) -> Tensor:
+        """Unscaled radians per position of each pair, (D/2,) float32, and their base -> the scaled ones."""
+        raise NotImplementedError
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return {"rope_type": self.rope_type} | given
+
+    @staticmethod
+    def from_dict(data: Any) -> "RopeScaling":
+        """The inverse of `to_dict`. Raises ConfigError for an unknown type, and for keys missing or unknown."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"rope_scaling must be an object, not {shown(data)}")
+        rest = dict(data)
+        name = rest.pop("rope_type", None)
+        rule = next((rule for rule in RULES if rule.rope_type == name), None)
+        if rule is None:
+            known = ", ".join(["default", *(rule.rope_type for rule in RULES)])
+            raise ConfigError(f"rope_scaling: unknown rope type {shown(name)}; known: {known}")
+        known_fields = {f.name: f for f in fields(rule)}
+        if unknown := [str(key) for key in rest if key not in known_fields]:
+            raise ConfigError(f"rope_scaling of type {name}: unknown {listed(sorted(unknown))}")
+        required = [f.name for f in known_fields.values() if f.default is MISSING]
+        if absent := [key for key in required if rest.get(key) is None]:
+            raise ConfigError(f"rope_scaling of type {name}: {', '.join(absent)} missing")
+        return rule(**rest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling(RopeScaling):
+    rope_type: ClassVar[str] = "linear"
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+
+    def frequencies(self, plain: Tensor, theta: float) -> Tensor:
+        return plain / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicScaling(RopeScaling):
+    """Up to the model's `max_seq_len` nothing is scaled; beyond it, every token's angle depends on the whole length,
+    so that what was cached before is wrong: the engine stays within the context, `model(tokens)` need not."""
+
+    rope_type: ClassVar[str] = "dynamic"
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+
+    def frequencies(self, plain: Tensor, theta: float) -> Tensor:
+        return plain
+
+    def stretched(self, length: Tensor, max_seq_len: int, head_dim: int, theta: float) -> Tensor:
+        """The frequencies for a text of `length` tokens, a tensor so that nothing waits for the device."""
+        longer = torch.clamp(length, min=max_seq_len)
+        growth = (self.factor * longer / max_seq_len) - (self.factor - 1)
+        base = theta * growth ** (head_dim / (head_dim - 2))
+        return 1.0 / base ** exponents(head_dim).to(base.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling(RopeScaling):
+    """Wavelengths beyond `original_max_seq_len / low_freq_factor` are stretched by `factor`, those below
+    `original_max_seq_len / high_freq_factor` stay, and between the two it is interpolated."""
+
+    rope_type: ClassVar[str] = "llama3"
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        _check_positive("low_freq_factor", self.low_freq_factor)
+        _check_positive("high_freq_factor", self.high_freq_factor)
+        _check_length(self.original_max_seq_len)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"rope_scaling.low_freq_factor must be below high_freq_factor, "
+                f"not {self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+    def frequencies(self, plain: Tensor, theta: float) -> Tensor:
+        low, high, context = self.low_freq_factor, self.high_freq_factor, self.original_max_seq_len
+        wavelengths = 2 * math.pi / plain
+        smooth = (context / wavelengths - low) / (high - low)
+        between = (1 - smooth) * plain / self.factor + smooth * plain
+        scaled = torch.where(wavelengths > context / low, plain / self.factor, between)
+        return torch.where(wavelengths < context / high, plain, scaled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling(RopeScaling):
+    """Pairs that turn more than `beta_fast` times within the original context stay, those below `beta_slow` turns are
+    stretched by `factor`, and between them is a linear ramp, its ends at whole pairs if `truncate`.
+    `attention_factor` scales cosines and sines; None: 0.1·ln(factor) + 1, the paper's."""
+
+    rope_type: ClassVar[str] = "yarn"
+    factor: float
+    original_max_seq_len: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        _check_length(self.original_max_seq_len)
+        _check_positive("beta_fast", self.beta_fast)
+        _check_positive("beta_slow", self.beta_slow)
+        if self.beta_fast < self.beta_slow:
+            raise ConfigError(
+                f"rope_scaling.beta_fast must be at least beta_slow, not {self.beta_fast} and {self.beta_slow}"
+            )
+        if self.attention_factor is not None:
+            _check_positive("attention_factor", self.attention_factor)
+        if not isinstance(self.truncate, bool):
+            raise ConfigError(f"rope_scaling.truncate must be true or false, not {shown(self.truncate)}")
+
+    def frequencies(self, plain: Tensor, theta: float) -> Tensor:
+        dim = 2 * len(plain)
+
+        def pair_of(turns: float) -> float:
+            return (dim * math.log(self.original_max_seq_len / (turns * 2 * math.pi))) / (2 * math.log(theta))
+
+        low, high = pair_of(self.beta_fast), pair_of(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        pairs = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
+        ramp = (pairs - low) / (high - low if high != low else 0.001)
+        kept = 1 - ramp.clamp(0, 1)
+        powers = theta ** exponents(dim)
+        return 1.0 / (self.factor * powers) * (1 - kept) + 1.0 / powers * kept
+
+    @property
+    def magnitude(self) -> float:
+        return yarn_magnitude(self.factor) if self.attention_factor is None else self.attention_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorScaling(RopeScaling):
+    """One divisor for each of the D/2 frequencies."""
+
+    rope_type: ClassVar[str] = "factors"
+    factors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", tuple(self.factors) if isinstance(self.factors, list) else self.factors)
+        if not isinstance(self.factors, tuple) or not self.factors:
+            raise ConfigError(f"rope_scaling.factors must be a list of numbers, not {shown(self.factors)}")
+        for i, factor in enumerate(self.factors):
+            _check_positive(f"factors[{i}]", factor)
+
+    def frequencies(self, plain: Tensor, theta: float) -> Tensor:
+        if len(self.factors) != len(plain):
+            raise ConfigError(f"rope_scaling.factors has {len(self.factors)} numbers for {len(plain)} frequencies")
+        return plain / torch.tensor(self.factors, dtype=torch.float32, device="cpu")
+
+
+RULES: tuple[type[RopeScaling], ...] = (LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling, FactorScaling)
+
+
+def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's scale of cosines and sines: 0.1·mscale·ln(factor) + 1 (Peng et al. 2023, section 3.4)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def exponents(head_dim: int) -> Tensor:
+    """The power of the base that divides each pair's angle: 0, 2/D, 4/D, ...: (D/2,) float32."""
+    return torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+
+
+def _check_factor(value: Any) -> None:
+    if not is_finite(value) or value < 1:
+        raise ConfigError(f"rope_scaling.factor must be a finite number of at least 1, not {shown(value)}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not is_finite(value) or value <= 0:
+        raise ConfigError(f"rope_scaling.{name} must be a finite number above 0, not {shown(value)}")
+
+
+def _check_length(value: Any) -> None:
+    if not is_whole(value) or value < 1:
+        raise ConfigError(f"rope_scaling.original_max_seq_len must be a whole number of at least 1, not {shown(value)}")

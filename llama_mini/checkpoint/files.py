@@ -1,36 +1,108 @@
 """Reading JSON and writing directories, so that a fault is one sentence and nothing on disk is ever half written."""
 
+import codecs
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llama_mini.checkpoint.file_kind import HEAD, FileKind, kind_of, open_file, size_of, what_it_is
+from llama_mini.checks import shown
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+
+MAX_JSON_BYTES = 256 * 2**20  # bytes
+_DEEPEST_JSON = 127  # objects and lists within each other; Rust's serde_json, which others read with, has the same
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointPathError if it cannot be read, CheckpointFormatError if broken."""
+    with open_file(path) as file:
+        if (size := size_of(file)) > MAX_JSON_BYTES:
+            raise CheckpointFormatError(f"{path} has {size} bytes, and JSON is read up to {MAX_JSON_BYTES}; restore it")
+        data = file.read(size)
+    kind = kind_of(data[:HEAD], len(data))
+    if kind not in (FileKind.JSON, FileKind.OTHER):
+        raise CheckpointFormatError(f"{path} is not JSON but {what_it_is(kind)}")
+    if data.startswith(_UTF_16) or b"\0" in data[:4]:
+        raise CheckpointFormatError(f"{path} is UTF-16 or UTF-32 text; save it as UTF-8")
     try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointPathError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise CheckpointFormatError(f"{path} is not UTF-8 text") from None
-    except RecursionError:
-        raise CheckpointFormatError(f"{path} is nested too deeply to be read") from None
+        value = decode_json(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise CheckpointFormatError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from None
     except ValueError as error:
-        raise CheckpointFormatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointFormatError(f"{path} holds a JSON {type(data).__name__}, not an object")
-    return data
+        raise CheckpointFormatError(f"{path} {error}; restore the file") from None
+    if not isinstance(value, dict):
+        raise CheckpointFormatError(f"{path} holds a JSON {type(value).__name__}, not an object; restore the file")
+    return value
+
+
+def decode_json(text: str, unique_names: bool = False) -> Any:
+    """JSON without what only Python takes for it. Raises ValueError, whose text follows the name of the file."""
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique if unique_names else None,
+            parse_int=_int,
+            parse_float=_float,
+            parse_constant=_constant,
+        )
+        depth = _depth(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    except RecursionError:
+        depth = _DEEPEST_JSON + 1
+    if depth > _DEEPEST_JSON:
+        raise ValueError(f"is nested too deeply, where {_DEEPEST_JSON} objects and lists within each other are read")
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a surrogate pair, which is no character") from None
+    return value
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """An index's map of tensor names to file names, which are as untrusted as the rest. Raises CheckpointError."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointFormatError(f"{index} has no weight_map of tensor names to file names")
+    return weight_map
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file of a checkpoint's directory, whether it is there or not.
+
+    Raises CheckpointPathError if `name` is no plain file name, or that of a symbolic link which leaves the directory,
+    other than those that the Hugging Face hub's cache consists of.
+    """
+    if not _is_plain(name):
+        raise CheckpointPathError(
+            f"{directory}: {shown(name)} is no plain file name, so it may lie outside; correct it"
+        )
+    path = directory / name
+    try:
+        if not path.is_symlink() or not path.exists():
+            return path
+        home, target = directory.resolve(), path.resolve()
+        if target.is_relative_to(home) or _is_hub_link(home, path, target):
+            return path
+    except OSError as error:
+        raise CheckpointPathError(f"cannot read {directory / shown(name)}: {error.strerror}") from None
+    raise CheckpointPathError(
+        f"{path} is a symbolic link out of its directory, to {target}; if you trust that file, copy it here"
+    )
 
 
 def partial_prefix(target: Path) -> str:
@@ -77,3 +149,56 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return name == Path(name).name and name not in ("", ".", "..") and "\0" not in name
+
+
+def _is_hub_link(home: Path, path: Path, target: Path) -> bool:
+    """Whether CACHE/models--ORG--NAME/snapshots/REVISION/FILE links to blobs/ETAG of the same model, which is a file
+    or links on to CACHE/blobs/AB/ABCD..., where huggingface_hub 2 keeps what several models share."""
+    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
+    if snapshots is None or not snapshots.parent.name.startswith("models--"):
+        return False
+    model = snapshots.parent
+    link = path.parent / path.readlink()
+    blob = link.parent.resolve() / link.name
+    if blob.parent != model / "blobs":
+        return False
+    shared = target.parent.parent == model.parent / "blobs" and target.parent.name == target.name[:2]
+    return target == blob or (shared and re.fullmatch("[0-9a-f]{64}", target.name) is not None)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(entries := dict(pairs)) < len(pairs):
+        raise ValueError(f"holds the name {shown(Counter(name for name, _ in pairs).most_common(1)[0][0])} twice")
+    return entries
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"holds a number of {len(text)} digits, which is too large")
+    return value
+
+
+def _int(text: str) -> float:
+    value = _float(text)  # Python is slow at thousands of digits, or refuses them in words of its own
+    return value if text == "-0" else int(text)
+
+
+def _constant(text: str) -> None:
+    raise ValueError(f"holds {text}, which is no number in JSON")
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return depth

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama_mini.checkpoint.load import load_model, open_tokenizer
+from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checks import is_whole, shown
 from llama_mini.dtypes import as_dtype
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.kv_cache import KVCache
+from llama_mini.memory import PREFILL_CHUNK, check_cache_fits
 from llama_mini.model import Llama
 from llama_mini.request import Chunk, Completion, Request
 from llama_mini.sampling import SamplingParams, sample
 from llama_mini.scoring import token_logprobs
-from llama_mini.tokenizer import Tokenizer
 
-PREFILL_CHUNK = 512  # tokens of a prompt that run at once: enough to fill the matrix units, small enough for the cache
 DECODE_BATCH = 16  # rows that decode together
 UNKNOWN_NEED = 256  # positions reserved at first for an answer without max_tokens; the cache doubles when they are full
 
@@ -31,13 +32,13 @@ class LLM:
     """A checkpoint, ready to generate. Not thread-safe: one call at a time, a second one raises RequestError.
 
     Args:
-        path: a checkpoint directory.
+        path: a checkpoint: a directory, a GGUF or safetensors file, or a hub name (org/name, org/name@revision).
         dtype: `auto` (bfloat16 where the device computes in it, else float32), a name or a torch dtype.
         device: `cpu`, `cuda`, ...
         threads: of the processor; None leaves PyTorch's choice. It holds for the whole process.
 
     Raises:
-        CheckpointError, ConfigError, TokenizerError, RequestError.
+        CheckpointError, ConfigError, TokenizerError, RequestError; CapacityError if it does not fit in memory.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class LLM:
             torch.set_num_threads(threads)
         started = time.perf_counter()
         device = _available(device)
-        self.model = Llama.from_pretrained(path, as_dtype(dtype, device), device)
-        self.tokenizer = Tokenizer.from_pretrained(path)
+        source = open_checkpoint(resolve(path))
+        self.tokenizer = open_tokenizer(source)
+        self.model = load_model(Llama, source, as_dtype(dtype, device), device)
         self.config = self.model.config
         self.load_seconds = time.perf_counter() - started
         self._lock = threading.Lock()
@@ -130,12 +132,16 @@ class LLM:
 
     def _run(self, requests: list[Request]) -> Iterator[Chunk]:
         with self._exclusive():
-            for start in range(0, len(requests), DECODE_BATCH):
-                yield from self._run_group(requests[start : start + DECODE_BATCH])
+            groups = [requests[start : start + DECODE_BATCH] for start in range(0, len(requests), DECODE_BATCH)]
+            weight = self.model.tok_embeddings.weight
+            for group in groups:
+                check_cache_fits(self.config, len(group), weight.dtype, _positions(group), weight.device)
+            for group in groups:
+                yield from self._run_group(group)
 
     def _run_group(self, group: list[Request]) -> Iterator[Chunk]:
         """Prefills each row alone, then steps all rows together; a row that ends leaves the batch."""
-        cache = self.model.new_cache(len(group), max(_need(request) for request in group))
+        cache = self.model.new_cache(len(group), _positions(group))
         active = list(group)
         for row, request in enumerate(group):
             request.start()
@@ -206,10 +212,14 @@ class LLM:
         return f"the logits after position {len(ids) - 1} hold NaN or infinity; {where}"
 
 
-def _need(request: Request) -> int:
-    """Cache positions: the prompt and every new token but the last, which is never fed back."""
-    new = request.max_tokens if request.params.max_tokens is not None else min(request.max_tokens, UNKNOWN_NEED)
-    return len(request.prompt) + new - 1
+def _positions(group: list[Request]) -> int:
+    """What the longest row needs: the prompt and every new token but the last, which is never fed back."""
+
+    def need(request: Request) -> int:
+        new = request.max_tokens if request.params.max_tokens is not None else min(request.max_tokens, UNKNOWN_NEED)
+        return len(request.prompt) + new - 1
+
+    return max(map(need, group))
 
 
 def _available(device: torch.device | str) -> torch.device:

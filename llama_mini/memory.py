@@ -1,0 +1,196 @@
+"""What a model needs, what the machine has, and what would fit: compared before any data is read."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import psutil
+import torch
+
+from llama_mini.config import LlamaConfig
+from llama_mini.errors import CapacityError
+from llama_mini.kv_cache import BLOCK
+
+PREFILL_CHUNK = 512  # tokens of a prompt that run at once: enough to fill the matrix units, small enough for the cache
+THREAD_SCRATCH = 2**18  # bytes: the block of scores, 64 x 512 float32 and a copy, that attention keeps in each thread
+
+
+def check_fits(
+    config: LlamaConfig,
+    n_parameters: int,
+    dtype: torch.dtype,
+    positions: int,
+    device: torch.device,
+    available: int | None = None,
+) -> None:
+    """Whether weights, a cache row of `positions` and the work on them fit; nothing is allocated.
+
+    `available` is in bytes; None asks the machine, and where it does not say, everything fits.
+    Raises CapacityError with the numbers and with what would fit.
+    """
+    there = available_memory(device) if available is None else available
+    if there is None or _need(config, n_parameters, dtype, positions) <= there:
+        return
+    need, weights = _need(config, n_parameters, dtype, positions), weight_bytes(n_parameters, dtype)
+    cache, work = cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
+    raise CapacityError(
+        f"the model needs {shown_bytes(need)} in {_name(dtype)} ({shown_bytes(weights)} of weights, "
+        f"{shown_bytes(cache)} of cache for {positions} positions, {shown_bytes(work)} of work), "
+        f"but {device} has {shown_bytes(there)} available; {_advice(config, n_parameters, dtype, positions, there)}"
+    )
+
+
+def check_cache_fits(
+    config: LlamaConfig,
+    rows: int,
+    dtype: torch.dtype,
+    positions: int,
+    device: torch.device,
+    available: int | None = None,
+) -> None:
+    """The same for `rows` of cache beside a model that is loaded. Raises CapacityError."""
+    there = available_memory(device) if available is None else available
+    cache, work = rows * cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
+    if there is None or cache + work <= there:
+        return
+    left = (there - work) // cache_bytes(config, BLOCK, dtype) // rows
+    fits = f"{BLOCK * left} positions would fit" if left > 0 else "no prompt at all fits beside the model"
+    prompts = "a prompt" if rows == 1 else f"{rows} prompts"
+    raise CapacityError(
+        f"{prompts} with {positions} positions of cache, {shown_bytes(cache)}, and {shown_bytes(work)} of work do not "
+        f"fit in the {shown_bytes(there)} that {device} has available; {fits}"
+    )
+
+
+def weight_bytes(n_parameters: int, dtype: torch.dtype) -> int:
+    return n_parameters * dtype.itemsize
+
+
+def cache_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
+    """Keys and values of one row, in whole blocks as the cache has them."""
+    width = config.n_kv_heads * config.head_dim
+    return 2 * config.n_layers * width * _in_blocks(positions) * dtype.itemsize
+
+
+def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
+    """An upper bound of what is alive besides weights and cache: in a chunk of the prompt, or in sampling a token."""
+    size, wide = dtype.itemsize, max(dtype.itemsize, 4)  # norms, rotation and sampling compute in float32 at least
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    branches = map(config.norm_plan.layer, range(config.n_layers))
+    mid = any(feed_forward.mid is not None for _, feed_forward in branches)
+    branch = max(
+        2 * (q + 2 * kv) * size + 3 * q * wide,  # q, k and v, what turns one of them, and their turned copies
+        3 * config.hidden_dim * size,  # gate, up and their product
+        2 * (config.hidden_dim if mid else config.dim) * (size + wide),  # a norm
+    )
+    mask = (3 + size) * _in_blocks(positions)  # of bool: itself, its window, and one to make it; what attention adds
+    chunk = min(PREFILL_CHUNK, positions) * (3 * config.dim * size + branch + mask)
+    return max(chunk + torch.get_num_threads() * THREAD_SCRATCH, config.vocab_size * (size + 8 * wide))
+
+
+def available_memory(
+    device: torch.device, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Bytes that can be taken now without swapping or being killed; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    says = [*_machine(), *_address_space(), *_control_groups(proc, cgroups)]
+    return max(0, min(says)) if says else None
+
+
+def _need(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int) -> int:
+    cache, work = cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
+    return weight_bytes(n_parameters, dtype) + cache + work
+
+
+def _advice(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, there: int) -> str:
+    narrow = torch.bfloat16 if dtype.itemsize > torch.bfloat16.itemsize else dtype
+    ways = []
+    if _need(config, n_parameters, narrow, positions) <= there:
+        ways.append(f"--dtype {_name(narrow)}")
+    if shorter := _longest(config, n_parameters, dtype, positions, there):
+        ways.append(f"a context of {shorter} positions")
+    if not ways and (shorter := _longest(config, n_parameters, narrow, positions, there)):
+        ways.append(f"--dtype {_name(narrow)} with a context of {shorter} positions")
+    if ways:
+        return f"{' or '.join(ways)} would fit"
+    least = _need(config, n_parameters, narrow, min(positions, BLOCK))
+    return f"no dtype or context fits: the least, {_name(narrow)} with the shortest context, needs {shown_bytes(least)}"
+
+
+def _longest(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, there: int) -> int:
+    """The longest context that fits, in whole blocks and with fewer of them than `positions` take; 0 if none does."""
+    shorter = range(BLOCK, _in_blocks(positions), BLOCK)
+    return BLOCK * bisect_right(shorter, there, key=lambda n: _need(config, n_parameters, dtype, n))
+
+
+def _machine() -> Iterator[int]:
+    try:
+        yield psutil.virtual_memory().available
+    except OSError:  # no /proc
+        return
+
+
+def _address_space() -> Iterator[int]:
+    """What the soft limit of `ulimit -v` leaves, on systems that have one."""
+    if hasattr(psutil, "RLIMIT_AS"):
+        process = psutil.Process()
+        soft, _ = process.rlimit(psutil.RLIMIT_AS)
+        if soft != psutil.RLIM_INFINITY:
+            yield soft - process.memory_info().vms
+
+
+def _control_groups(proc: Path, root: Path) -> Iterator[int]:
+    """What each control group above this process leaves: any of them can be the one that kills it."""
+    for line in _text(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            for mount in (root, root / "unified"):
+                for group in _upwards(mount, path):
+                    yield from _left(group, "memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            for group in _upwards(root / "memory", path):
+                yield from _left(group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+
+
+def _upwards(mount: Path, path: str) -> Iterator[Path]:
+    """The group's folder and those above it. In a container the path may be the host's, and only `mount` is there."""
+    parts = PurePosixPath(path).parts[1:]
+    if ".." in parts:  # outside of what this namespace shows
+        parts = ()
+    for depth in range(len(parts), -1, -1):
+        yield mount.joinpath(*parts[:depth])
+
+
+def _left(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
+    """Nothing where the group has no limit, or has no say in memory."""
+    try:
+        left = int(_text(group / limit)) - int(_text(group / usage))
+    except ValueError:  # `max`, or no such file
+        return
+    stat = dict(line.split(" ", 1) for line in _text(group / "memory.stat").splitlines())
+    pages = (f"{prefix}inactive_file", f"{prefix}active_file")  # of files: given back when memory runs short
+    yield left + sum(int(stat.get(name, 0)) for name in pages)
+
+
+def _text(path: Path) -> str:
+    try:
+        return os.fsdecode(path.read_bytes())
+    except OSError:
+        return ""
+
+
+def _in_blocks(positions: int) -> int:
+    return -(-positions // BLOCK) * BLOCK
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shown_bytes(n_bytes: int) -> str:
+    """A size for people, in MiB or GiB."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

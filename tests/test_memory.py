@@ -1,0 +1,254 @@
+"""What a model needs, what there is, and what would fit. Only the two tests that measure allocate anything of size."""
+
+import gc
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+from llama_mini import LLM, Llama, LlamaConfig, SamplingParams
+from llama_mini.errors import CapacityError
+from llama_mini.kv_cache import KVCache
+from llama_mini.memory import (
+    PREFILL_CHUNK,
+    cache_bytes,
+    check_cache_fits,
+    check_fits,
+    weight_bytes,
+    work_bytes,
+)
+
+CPU = torch.device("cpu")
+MiB, GiB = 2**20, 2**30
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+LLAMA_8B = LlamaConfig(
+    dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=128_256, max_seq_len=131_072
+)
+LLAMA_70B = LlamaConfig(
+    dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672, vocab_size=128_256, max_seq_len=131_072
+)
+N_8B, N_70B = 8_030_261_248, 70_553_706_496
+
+
+def tiny(plan: str = "pre", **changes: int) -> LlamaConfig:
+    sizes = {"dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 160, "vocab_size": 320} | changes
+    return LlamaConfig(max_seq_len=8192, norm_plan=plan, **sizes)
+
+
+def need(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int) -> int:
+    cache, work = cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
+    return weight_bytes(n_parameters, dtype) + cache + work
+
+
+# --- the need ---
+
+
+def test_weights() -> None:
+    assert weight_bytes(N_8B, torch.bfloat16) == 16_060_522_496
+    assert weight_bytes(N_8B, torch.float32) == 32_121_044_992
+
+
+@pytest.mark.parametrize("positions", [1, 16, 17, 100, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cache_is_what_a_cache_allocates(positions: int, dtype: torch.dtype) -> None:
+    config = tiny(head_dim=24)
+    cache = KVCache(config, 1, positions, dtype, device="meta")
+    allocated = [value.nbytes for value in vars(cache).values() if isinstance(value, torch.Tensor) and value.ndim == 5]
+    assert len(allocated) == 2
+    assert cache_bytes(config, positions, dtype) == sum(allocated)
+
+
+def test_the_cache_of_the_published_models() -> None:
+    assert cache_bytes(LLAMA_8B, 131_072, torch.bfloat16) == 16 * GiB
+    assert cache_bytes(LLAMA_70B, 8192, torch.bfloat16) == 2.5 * GiB
+
+
+def peak(run: Callable[[], object]) -> int:
+    """Bytes alive at once, beyond those before, as PyTorch's allocator counts them."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record, torch.inference_mode():
+        run()
+    changes = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = most = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        alive += change.nbytes()
+        most = max(most, alive)
+    return most
+
+
+SHAPES = {
+    "tiny": tiny(),
+    "smollm2": tiny(dim=576, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=49_152),
+    "wide": tiny(dim=768, n_heads=12, n_kv_heads=4, hidden_dim=2688),
+    "many heads": tiny(dim=256, n_heads=16, n_kv_heads=16, head_dim=128, hidden_dim=256),
+    "peri": tiny("peri+qk", dim=512, n_heads=8, n_kv_heads=8, hidden_dim=1376),
+    "mid": tiny("sub", dim=256, n_heads=4, n_kv_heads=4, hidden_dim=2048),
+}
+
+
+@pytest.mark.parametrize("positions", [20, 512, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_work_is_bounded_and_not_by_far(shape: str, dtype: torch.dtype, positions: int) -> None:
+    torch.manual_seed(0)
+    config = SHAPES[shape]
+    model = Llama(config).to(dtype).eval()
+    cache = model.new_cache(1, positions)
+    chunk = min(PREFILL_CHUNK, positions)
+    cache.advance(positions - chunk)  # the last chunk of the prompt sees the whole cache
+    tokens = torch.randint(config.vocab_size, (1, chunk))
+    measured = peak(lambda: model.logits(model.hidden(tokens, cache)[0, -1]))
+    assert measured <= work_bytes(config, positions, dtype) <= 3 * measured + MiB
+
+
+# --- what fits ---
+
+
+@pytest.mark.parametrize(
+    ("config", "n_parameters", "dtype", "positions", "there", "says"),
+    [
+        (
+            LLAMA_8B,
+            N_8B,
+            torch.float32,
+            8192,
+            24 * GiB,
+            r"the model needs 32\.\d GiB in float32 \(29\.9 GiB of weights, 2\.0 GiB of cache for 8192 positions, "
+            r"\d+\.\d MiB of work\), but cpu has 24\.0 GiB available; --dtype bfloat16 would fit",
+        ),
+        (
+            LLAMA_8B,
+            N_8B,
+            torch.bfloat16,
+            131_072,
+            24 * GiB,
+            r"24\.0 GiB available; a context of \d+ positions would fit",
+        ),
+        (
+            LLAMA_8B,
+            N_8B,
+            torch.float32,
+            131_072,
+            36 * GiB,
+            r"; --dtype bfloat16 or a context of \d+ positions would fit",
+        ),
+        (LLAMA_8B, N_8B, torch.float32, 131_072, 20 * GiB, r"; --dtype bfloat16 with a context of \d+ positions would"),
+        (
+            LLAMA_70B,
+            N_70B,
+            torch.float32,
+            8192,
+            64 * GiB,
+            r"; no dtype or context fits: the least, bfloat16 with the shortest context, needs 131\.4 GiB",
+        ),
+        (LLAMA_70B, N_70B, torch.float16, 8192, 0, r"has 0\.0 MiB available; .* the least, float16 with the shortest"),
+    ],
+)
+def test_what_does_not_fit_says_what_would(
+    config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, there: int, says: str
+) -> None:
+    with pytest.raises(CapacityError) as caught:
+        check_fits(config, n_parameters, dtype, positions, CPU, there)
+    message = str(caught.value)
+    assert re.search(says, message), message
+    assert "\n" not in message
+
+
+@given(
+    st.integers(1, 10_000_000),
+    st.sampled_from(DTYPES),
+    st.integers(1, 20_000),
+    st.integers(0, 200 * MiB),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_is_said_to_fit_fits_and_no_more_does(n: int, dtype: torch.dtype, positions: int, there: int) -> None:
+    config = SHAPES["smollm2"]
+    try:
+        check_fits(config, n, dtype, positions, CPU, there)
+    except CapacityError as error:
+        message = str(error)
+    else:
+        assert need(config, n, dtype, positions) <= there
+        return
+    assert need(config, n, dtype, positions) > there
+    narrow = torch.bfloat16 if dtype.itemsize > 2 else dtype
+    told = re.search(r"context of (\d+) positions", message)
+    if told:
+        longest, with_dtype = int(told[1]), narrow if " with a context" in message else dtype
+        assert longest < positions
+        check_fits(config, n, with_dtype, longest, CPU, there)
+        with pytest.raises(CapacityError):
+            check_fits(config, n, with_dtype, min(longest + 16, positions), CPU, there)
+    if "--dtype bfloat16" in message:
+        check_fits(config, n, torch.bfloat16, longest if " with a context" in message else positions, CPU, there)
+    if not told and "--dtype" not in message:
+        with pytest.raises(CapacityError):
+            check_fits(config, n, narrow, min(positions, 16), CPU, there)
+
+
+@given(st.integers(1, 10**11), st.integers(1, 200_000), st.integers(1, 10**9), st.integers(1, 1000))
+@settings(deadline=None)
+def test_the_need_grows_with_everything(n: int, positions: int, more: int, longer: int) -> None:
+    base = need(LLAMA_8B, n, torch.bfloat16, positions)
+    assert need(LLAMA_8B, n + more, torch.bfloat16, positions) > base
+    assert need(LLAMA_8B, n, torch.bfloat16, positions + longer) >= base
+    assert need(LLAMA_8B, n, torch.float32, positions) > base
+    assert need(LLAMA_70B, n, torch.bfloat16, positions) > base
+
+
+def test_what_fits_exactly_fits() -> None:
+    exactly = need(LLAMA_8B, N_8B, torch.bfloat16, 8192)
+    check_fits(LLAMA_8B, N_8B, torch.bfloat16, 8192, CPU, exactly)
+    with pytest.raises(CapacityError, match=r"a context of 8176 positions would fit"):
+        check_fits(LLAMA_8B, N_8B, torch.bfloat16, 8192, CPU, exactly - 1)
+
+
+def test_the_machine_is_asked_where_nothing_is_given() -> None:
+    check_fits(tiny(), 1000, torch.float32, 100, CPU)
+    with pytest.raises(CapacityError, match=r"no dtype or context fits"):
+        check_fits(LLAMA_8B, 10**15, torch.bfloat16, 100, CPU)
+
+
+def test_where_nobody_says_everything_fits() -> None:
+    check_fits(LLAMA_8B, 10**15, torch.float64, 100, torch.device("meta"))
+
+
+# --- beside a loaded model ---
+
+
+@given(st.integers(1, 64), st.integers(1, 50_000), st.integers(1, 10**12))
+@settings(max_examples=300, deadline=None)
+def test_a_cache_that_is_said_to_fit_fits_and_no_longer_one_does(rows: int, positions: int, there: int) -> None:
+    def fits(n: int) -> bool:
+        return rows * cache_bytes(LLAMA_8B, n, torch.bfloat16) + work_bytes(LLAMA_8B, n, torch.bfloat16) <= there
+
+    if fits(positions):
+        check_cache_fits(LLAMA_8B, rows, torch.bfloat16, positions, CPU, there)
+        return
+    with pytest.raises(CapacityError) as caught:
+        check_cache_fits(LLAMA_8B, rows, torch.bfloat16, positions, CPU, there)
+    said = re.search(r"; (\d+) positions would fit$", str(caught.value))
+    assert said is None or fits(int(said[1]))
+    assert said is not None or not fits(1) or "no prompt at all fits" in str(caught.value)
+
+
+def test_the_engine_refuses_before_it_runs(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(tiny_dir, dtype="float32")
+    params = SamplingParams(max_tokens=400, ignore_eos=True)
+    monkeypatch.setattr("llama_mini.memory.available_memory", lambda device: MiB // 2)
+    monkeypatch.setattr(llm.model, "new_cache", None)
+    with pytest.raises(CapacityError, match=r"3 prompts with 4\d\d positions of cache, .* do not fit in the 0\.5 MiB"):
+        llm.generate(["one", "two", "three"], params)
+
+
+def test_a_model_is_refused_before_it_is_read(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_mini.memory.available_memory", lambda device: 1000)
+    monkeypatch.setattr("llama_mini.checkpoint.load.read_all", None)
+    with pytest.raises(CapacityError, match=r"the model needs .* in float32 .* but cpu has 0\.0 MiB available"):
+        Llama.from_pretrained(tiny_dir)

@@ -1,13 +1,17 @@
 """What the files beside a vocabulary say about it: names of special tokens, added tokens, templates, EOS and BOS."""
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_mini.errors import LlamaMiniWarning, TokenizerError
+from llama_mini.checkpoint import files
+from llama_mini.checkpoint.file_kind import open_file
+from llama_mini.checkpoint.files import inside
+from llama_mini.checkpoint.gguf_file import GGUFHeader
+from llama_mini.checkpoint.gguf_tokenizer import chat_template, special_eos_ids, tokenizer_config
+from llama_mini.errors import CheckpointError, LlamaMiniWarning, TokenizerError
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
@@ -45,7 +49,7 @@ def read_config_files(directory: Path) -> ConfigFiles:
     settings = _read_settings(directory)
     model = _read_model_facts(directory)
     return ConfigFiles(
-        hugging_face=(directory / "tokenizer_config.json").is_file(),
+        hugging_face=inside(directory, "tokenizer_config.json").is_file(),
         names={key: content for key in NAMED if (content := _content(settings.get(key))) is not None},
         added_tokens=_added_tokens(directory, settings),
         add_bos=settings.get("add_bos_token"),
@@ -55,28 +59,41 @@ def read_config_files(directory: Path) -> ConfigFiles:
     )
 
 
+def gguf_config_files(header: GGUFHeader) -> ConfigFiles:
+    """The same facts from a GGUF file, which holds them itself. TokenizerError when its metadata are wrong."""
+    settings = tokenizer_config(header)
+    embedding = header.tensors.get("token_embd.weight")
+    return ConfigFiles(
+        hugging_face=True,
+        names={key: content for key in NAMED if (content := _content(settings.get(key))) is not None},
+        chat_template=chat_template(header),
+        eos_ids=tuple(special_eos_ids(header)),
+        model_vocab_size=embedding.shape[0] if embedding else 0,
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; TokenizerError when it is none."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} cannot be read as JSON ({error}); restore the file") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, expected an object; restore the file")
-    return value
+        return files.read_json(path)
+    except CheckpointError as error:
+        raise TokenizerError(f"{error}; restore the file") from None
 
 
 def read_text(path: Path) -> str:
     """A UTF-8 text file; TokenizerError when it is none."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path} cannot be read as UTF-8 text ({error}); restore the file") from error
+        with open_file(path) as file:
+            return file.read(files.MAX_JSON_BYTES).decode()
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8 text at byte {error.start}; restore the file") from None
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json, with the older special_tokens_map.json over it where transformers lays it there."""
-    path, older = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
+    path, older = inside(directory, "tokenizer_config.json"), inside(directory, "special_tokens_map.json")
     settings = read_json(path) if path.is_file() else {}
     if "added_tokens_decoder" not in settings and older.is_file():
         settings.update(read_json(older))
@@ -92,9 +109,9 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> tuple[AddedToken
                 for key, token in settings["added_tokens_decoder"].items()
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            path = directory / "tokenizer_config.json"
+            path = inside(directory, "tokenizer_config.json")
             raise TokenizerError(f"{path}: added_tokens_decoder is not a map from ids to tokens ({error!r})") from error
-    path = directory / "added_tokens.json"
+    path = inside(directory, "added_tokens.json")
     if not path.is_file():
         return ()
     named = {_content(settings.get(key)) for key in NAMED}
@@ -104,7 +121,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> tuple[AddedToken
 
 
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
+    path = inside(directory, "chat_template.jinja")
     if path.is_file():
         return read_text(path)
     template = settings.get("chat_template")
@@ -121,8 +138,8 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
 
 def _read_model_facts(directory: Path) -> dict[str, Any]:
     """BOS, EOS and size; where both name an id, generation_config.json decides, as in transformers' generate."""
-    config = _read_or_warn(directory / "config.json")
-    generation_path = directory / "generation_config.json"
+    config = _read_or_warn(inside(directory, "config.json"))
+    generation_path = inside(directory, "generation_config.json")
     if config and not generation_path.is_file():
         warnings.warn(
             f"{directory} has no generation_config.json: text ends at the EOS of config.json and tokenizer_config.json",
@@ -132,7 +149,7 @@ def _read_model_facts(directory: Path) -> dict[str, Any]:
     generation = _read_or_warn(generation_path)
     size = config.get("vocab_size")
     facts: dict[str, Any] = {"model_vocab_size": size if _is_id(size) else 0}
-    for path, values in ((directory / "config.json", config), (generation_path, generation)):
+    for path, values in ((inside(directory, "config.json"), config), (generation_path, generation)):
         if eos_ids := _ids(path, values, "eos_token_id"):
             facts["eos_ids"] = eos_ids
         if bos_ids := _ids(path, values, "bos_token_id"):

@@ -17,7 +17,7 @@ import tokenizers
 
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Piece, is_control, native_failures_as
-from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles, read_json
+from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 
 
 class HuggingFaceJson:
@@ -30,8 +30,8 @@ class HuggingFaceJson:
     names: Mapping[str, str] = MappingProxyType({})  # the file has none: tokenizer_config.json names them
     eos_ids: frozenset[int] = frozenset()
 
-    def __init__(self, path: Path, files: ConfigFiles) -> None:
-        spec = read_json(path)
+    def __init__(self, spec: dict[str, Any], where: Path | str, files: ConfigFiles) -> None:
+        """`spec` is the content of the file, `where` a name for it in messages. TokenizerError if it is not known."""
         try:
             added = _added_tokens(spec, files)
             seals = _seals(added)
@@ -39,11 +39,11 @@ class HuggingFaceJson:
             sealed = json.dumps(_sealed(spec, added, seals))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise TokenizerError(
-                f"{path} is not a tokenizer.json that is known here ({error!r}); restore it"
+                f"{where} is not a tokenizer.json that is known here ({error!r}); restore it"
             ) from error
         except TokenizerError as error:
-            raise TokenizerError(f"{path}: {error}") from error
-        with native_failures_as(TokenizerError, f"reading {path}"):
+            raise TokenizerError(f"{where}: {error}") from error
+        with native_failures_as(TokenizerError, f"reading {where}"):
             self._encoder = tokenizers.Tokenizer.from_str(sealed)
         self._encoder.no_truncation()
         self._encoder.no_padding()

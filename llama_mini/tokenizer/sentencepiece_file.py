@@ -85,9 +85,9 @@ def _read_model(data: bytes) -> tuple[list[_ModelPiece], bytes, bool]:
     pieces: list[_ModelPiece] = []
     rest: list[bytes] = []
     adds_space = True
-    for number, value, raw in _fields(data):
+    for number, value, raw in protobuf_fields(data):
         if number == 1 and isinstance(value, bytes):
-            parts = {part: content for part, content, _ in _fields(value)}
+            parts = {part: content for part, content, _ in protobuf_fields(value)}
             content = parts.get(1)
             if not isinstance(content, bytes) or not content:
                 raise ValueError(f"piece {len(pieces)} has no text")
@@ -95,7 +95,7 @@ def _read_model(data: bytes) -> tuple[list[_ModelPiece], bytes, bool]:
         else:
             rest.append(raw)
             message = value if isinstance(value, bytes) and number in (2, 3) else b""  # the trainer's, the normalizer's
-            spec = {part: content for part, content, _ in _fields(message)}
+            spec = {part: content for part, content, _ in protobuf_fields(message)}
             if number == 2 and spec.get(24):
                 raise ValueError(
                     "it writes the space behind a word (treat_whitespace_as_suffix), which is not supported"
@@ -116,7 +116,7 @@ def _write_model(pieces: list[_ModelPiece], rest: bytes, control: set[int]) -> b
     return b"".join(bytes([1 << 3 | 2]) + _varint_bytes(len(message)) + message for message in messages) + rest
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+def protobuf_fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
     """The fields of a protobuf message: number, value, and the field as it stands."""
     position = 0
     while position < len(data):

@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_mini.checkpoint import gguf_tokenizer
+from llama_mini.checkpoint.file_kind import FileKind, file_kind
+from llama_mini.checkpoint.files import inside
+from llama_mini.checkpoint.gguf_file import GGUFHeader, read_header
+from llama_mini.checkpoint.hub import fetch_from_hub, is_hub_name
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.tokenizer import chat
 from llama_mini.tokenizer.backend import Backend
-from llama_mini.tokenizer.config_files import ConfigFiles, read_config_files
+from llama_mini.tokenizer.config_files import ConfigFiles, gguf_config_files, read_config_files, read_json
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
 from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
 from llama_mini.tokenizer.tiktoken_file import TiktokenFile
@@ -18,7 +23,9 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model")  # the first that is there
 
 
 class Tokenizer:
-    """One tokenizer over tokenizer.json, LLaMA 3's tiktoken file and SentencePiece. Make one with `from_pretrained`.
+    """One tokenizer over tokenizer.json, LLaMA 3's tiktoken file, SentencePiece and what a GGUF file holds.
+
+    Make one with `from_pretrained`.
 
     Text never becomes a control token, in `encode` and in chats alike: whoever needs one passes its id to the model.
 
@@ -30,8 +37,9 @@ class Tokenizer:
     vocab_size: the vocabulary's highest id plus one; a model may have more rows.
     """
 
-    def __init__(self, backend: Backend, files: ConfigFiles) -> None:
+    def __init__(self, backend: Backend, files: ConfigFiles, kind: str) -> None:
         self._backend = backend
+        self._kind = kind
         self._names = {**backend.names, **files.names}
         self._template = files.chat_template
         # A Meta directory does not say whether its model was taught to chat; the vocabulary has the format's markers.
@@ -44,20 +52,31 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """Open a checkpoint's directory, Hugging Face's or Meta's, or a vocabulary file in one; TokenizerError if not.
+        """Open a checkpoint's directory, Hugging Face's or Meta's, a vocabulary file in one, a GGUF file or a hub name.
 
         The vocabulary's kind is told by its content. In a directory, tokenizer.json comes before tokenizer.model.
+        TokenizerError when there is none or it is broken; CheckpointError when a file or repository cannot be read.
         """
-        path = Path(path)
-        candidates = [path / name for name in VOCABULARIES] if path.is_dir() else [path]
+        path = _fetched(path)
+        candidates = [inside(path, name) for name in VOCABULARIES] if path.is_dir() else [path]
         vocabulary = next((candidate for candidate in candidates if candidate.is_file()), None)
         if vocabulary is None:
             raise TokenizerError(
                 f"no tokenizer found: looked for {' and '.join(map(str, candidates))}; "
                 "give a checkpoint's directory or a vocabulary file"
             )
+        if file_kind(vocabulary) is FileKind.GGUF:
+            return cls.from_gguf(read_header(vocabulary))
         files = read_config_files(vocabulary.parent)
-        return cls(_open(vocabulary, files), files)
+        kind, backend = _open(vocabulary, files)
+        return cls(backend, files, kind)
+
+    @classmethod
+    def from_gguf(cls, header: GGUFHeader) -> "Tokenizer":
+        """The tokenizer in a GGUF file whose header is read already; TokenizerError when its metadata are wrong."""
+        files = gguf_config_files(header)
+        backend = HuggingFaceJson(gguf_tokenizer.tokenizer_json(header), f"the tokenizer in {header.path}", files)
+        return cls(backend, files, gguf_tokenizer.kind(header))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. With `add_special_tokens`, also what the checkpoint's own rule puts around it, often a BOS.
@@ -93,6 +112,11 @@ class Tokenizer:
         if id >= self.vocab_size or (skip_special_tokens and id in self._backend.special_ids):
             return b""
         return self._backend.token_bytes(id)
+
+    @property
+    def kind(self) -> str:
+        """A phrase for people: "tokenizer.json", "tiktoken", "SentencePiece", "GGUF byte-level BPE (llama-bpe)"."""
+        return self._kind
 
     @property
     def strips_space(self) -> bool:
@@ -140,21 +164,27 @@ class Tokenizer:
         return id
 
 
-def _open(path: Path, files: ConfigFiles) -> Backend:
-    """The backend for a file, by what it holds."""
+def _fetched(name: str | Path) -> Path:
+    """What exists on disk, else the tokenizer's files of a hub name, in the standard cache."""
+    path = Path(name)
+    return path if path.exists() or isinstance(name, Path) or not is_hub_name(name) else fetch_from_hub(name, True)
+
+
+def _open(path: Path, files: ConfigFiles) -> tuple[str, Backend]:
+    """The kind of a vocabulary file, by what it holds, and its backend."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
     if data.lstrip().startswith(b"{"):
-        return HuggingFaceJson(path, files)
+        return "tokenizer.json", HuggingFaceJson(read_json(path), path, files)
     reasons = []
     for kind, opened in (
         ("tiktoken", lambda: TiktokenFile(path, data)),
         ("SentencePiece", lambda: SentencePieceFile(path, data, files)),
     ):
         try:
-            return opened()
+            return kind, opened()
         except ValueError as error:
             reasons.append(f"as {kind}: {error}")
     raise TokenizerError(f"{path} is no tokenizer: {'; '.join(reasons)}; expected one of these, or a tokenizer.json")

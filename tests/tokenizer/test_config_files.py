@@ -73,5 +73,5 @@ def test_the_template_in_its_own_file_wins(write_directory: Write) -> None:
     write_directory({"chat_template.jinja": "file"})
     assert read_config_files(path).chat_template == "file"
     write_directory({"chat_template.jinja": b"\xff"})
-    with pytest.raises(TokenizerError, match=r"chat_template\.jinja cannot be read as UTF-8"):
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja is not UTF-8 text at byte 0"):
         read_config_files(path)

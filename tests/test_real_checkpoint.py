@@ -1,6 +1,7 @@
 """The default checkpoint against transformers: logits, greedy tokens, bfloat16's error, and one golden text."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,22 @@ def test_tokens_equal_transformers(smollm2_dir: Path, llm: LLM) -> None:
         messages = [{"role": "user", "content": prompt}]
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
         assert llm.tokenizer.apply_chat_template(messages) == expected
+
+
+def test_it_loads_in_under_half_a_second_from_a_warm_disk_cache(smollm2_dir: Path) -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        Llama.from_pretrained(smollm2_dir)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_the_gguf_file_beside_it_is_the_same_model(smollm2_dir: Path) -> None:
+    path = smollm2_dir.parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    one, other = Llama.from_pretrained(path), Llama.from_pretrained(smollm2_dir)
+    assert one.config == other.config
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(one.state_dict()[name], tensor), name
+    wide = Llama.from_pretrained(path, dtype="float32")  # not rounded to bfloat16 on the way
+    assert not torch.equal(wide.tok_embeddings.weight, other.tok_embeddings.weight.float())

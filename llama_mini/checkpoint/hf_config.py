@@ -7,11 +7,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint.files import read_json
-from llama_mini.checkpoint.keys import KEYS
-from llama_mini.config import LlamaConfig, RopeScaling
+from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN, Family
+from llama_mini.checkpoint.files import inside, read_json
+from llama_mini.checkpoint.hf_rope import read_rope, rope_to_hf
+from llama_mini.checks import is_whole, listed, shown
+from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointIncompleteError, ConfigError, LlamaMiniWarning
 from llama_mini.norm_plan import NormPlan
+from llama_mini.rope_scaling import RopeScaling
 
 SIZES = {  # Hugging Face's word -> ours
     "hidden_size": "dim",
@@ -24,26 +27,31 @@ SIZES = {  # Hugging Face's word -> ours
     "max_position_embeddings": "max_seq_len",
 }
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-ONLY = {  # settings of which one value is implemented
+ONLY: dict[str, Any] = {  # settings of which one value is implemented, unless the family reads them
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
+    "sliding_window": None,
+    "use_sliding_window": False,
     "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
 }
 REFUSED = {
-    "quantization_config": "quantised checkpoints of this kind are not read",
+    "quantization_config": "quantised checkpoints of this kind are not read; known are the block types of GGUF files",
     "auto_map": "code that comes with a checkpoint is never run",
 }
 READ = {"model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
+READ |= {"original_max_position_embeddings", "max_window_layers", "layer_types"}
 READ |= {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
 HARMLESS = {"architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout"}
 HARMLESS |= {"pretraining_tp", "_name_or_path", "is_llama_config", "transformers.js_config", "unsloth_fixed"}
-LLAMA_DEFAULT_EPS = 1e-6  # of transformers' LlamaConfig
+HARMLESS |= {"_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states", "problem_type"}
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
     """The configuration of a checkpoint directory, and config.json as it is. Raises CheckpointError, ConfigError."""
-    path = directory / "config.json"
+    path = inside(directory, "config.json")
     if not path.is_file():
         raise CheckpointIncompleteError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
     raw = read_json(path)
@@ -56,64 +64,56 @@ def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
 def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     """Raises ConfigError that names the key, what it holds, and what is known."""
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in KEYS:
-        raise ConfigError(f"unknown model_type {model_type!r}; known: {', '.join(KEYS)}")
-    if model_type == "llama_mini":
+    if not isinstance(model_type, str) or model_type not in KNOWN:
+        raise ConfigError(f"unknown model_type {shown(model_type)}; known: {', '.join(KNOWN)}")
+    if model_type == OWN:
         return _from_own(raw)
-    for key, why in REFUSED.items():
-        if raw.get(key) is not None:
-            raise ConfigError(f"{key}: {why}")
-    for key, value in ONLY.items():
-        if raw.get(key, value) != value:
-            raise ConfigError(f"{key} is {raw[key]!r}; only {value!r} is implemented")
-    if absent := [key for key in REQUIRED if raw.get(key) is None]:
-        raise ConfigError(f"{', '.join(absent)} missing")
-    if unknown := set(raw) - set(SIZES) - set(ONLY) - set(REFUSED) - READ - HARMLESS:
-        _warn(f"config.json: unknown {', '.join(sorted(unknown))} ignored")
+    family = FAMILIES[model_type]
+    _check_keys(raw, family)
+    given = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
     if raw.get("rms_norm_eps") is None:
-        _warn(f"config.json: rms_norm_eps is absent; {LLAMA_DEFAULT_EPS} taken, the default of model_type llama")
-    sizes = {ours: raw[key] for key, ours in SIZES.items() if raw.get(key) is not None}
+        eps = family.defaults["rms_norm_eps"]
+        _warn(f"config.json: rms_norm_eps is absent; {eps} taken, the default of model_type {model_type}")
+    sizes = {ours: given[key] for key, ours in SIZES.items() if key in given}
     try:
-        theta, scaling = _rope(raw, sizes)
+        theta, scaling = read_rope(raw, sizes["max_seq_len"])
+        window, layers = _window(raw, given, family)
         return LlamaConfig(
             **sizes,
-            norm_eps=LLAMA_DEFAULT_EPS if raw.get("rms_norm_eps") is None else raw["rms_norm_eps"],
+            norm_eps=given["rms_norm_eps"],
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            **_read_special_ids(raw),
+            sliding_window=window,
+            sliding_layers=layers,
+            **_biases(given, family),
+            tie_word_embeddings=given.get("tie_word_embeddings", False),
+            norm_plan=family.norm_plan(1),
+            **read_special_ids(raw),
         )
     except ConfigError as error:
         raise ConfigError(_in_their_words(str(error))) from None
 
 
-def to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
-    """config.json in the spelling that transformers v4 and v5 both read; our own for a plan that only we have."""
-    if config.norm_plan != NormPlan.parse("pre", config.n_layers):
-        own = asdict(config) | {"norm_plan": config.norm_plan.to_dict()}
-        return {"model_type": "llama_mini", "dtype": dtype} | own
-    scaling = config.rope_scaling
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": dtype,
-        **{key: getattr(config, ours) for key, ours in SIZES.items()},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling
-        and {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-        },
-        "tie_word_embeddings": config.tie_word_embeddings,
-        **special_ids(config),
-    }
+def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dict[str, Any]:
+    """config.json in the spelling that transformers v4 and v5 both read, of the first family that has all its settings,
+    `model_type` before the others; our own for a configuration that only we have."""
+    preferred = [FAMILIES[model_type]] if model_type in FAMILIES else []
+    for family in [*preferred, *FAMILIES.values()]:
+        if (settings := _family_settings(config, family)) is not None:
+            return {
+                "architectures": [family.architecture],
+                "model_type": family.model_type,
+                "torch_dtype": dtype,
+                **{key: getattr(config, ours) for key, ours in SIZES.items()},
+                "hidden_act": "silu",
+                "rms_norm_eps": config.norm_eps,
+                **settings,
+                "tie_word_embeddings": config.tie_word_embeddings,
+                **special_ids(config),
+            }
+    own = asdict(config) | {"norm_plan": config.norm_plan.to_dict()}
+    own["rope_scaling"] = config.rope_scaling and config.rope_scaling.to_dict()
+    return {"model_type": OWN, "dtype": dtype} | own
 
 
 def special_ids(config: LlamaConfig) -> dict[str, Any]:
@@ -122,42 +122,105 @@ def special_ids(config: LlamaConfig) -> dict[str, Any]:
     return {"bos_token_id": config.bos_id, "eos_token_id": eos, "pad_token_id": config.pad_id}
 
 
-def _rope(raw: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """The base and the scaling: `rope_parameters` of transformers v5, or `rope_theta` and `rope_scaling` of v4."""
-    given = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None]
-    if len(given) == 2 and raw[given[0]] != raw[given[1]]:
-        raise ConfigError(f"rope_parameters and rope_scaling disagree: {raw[given[0]]!r} and {raw[given[1]]!r}")
-    key = given[0] if given else "rope_scaling"
-    found = raw[key] if given else {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{key} must be an object or null, not {found!r}")
-    rest = dict(found)
-    bases = [base for base in (rest.pop("rope_theta", None), raw.get("rope_theta")) if base is not None]
-    if len(bases) == 2 and bases[0] != bases[1]:
-        raise ConfigError(f"rope_theta is {bases[1]!r}, but {key} says {bases[0]!r}")
-    theta = bases[0] if bases else 10_000.0
-    kinds = [rest.pop(name) for name in ("rope_type", "type") if name in rest] or ["default"]
-    if kinds[0] not in ("default", "llama3") or kinds[-1] != kinds[0]:
-        raise ConfigError(f"{key}: unknown rope type {' and '.join(map(repr, kinds))}; known: default, llama3")
-    original = rest.pop("original_max_position_embeddings", sizes.get("max_seq_len"))
-    if kinds[0] == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        if absent := [name for name in names if name not in rest]:
-            raise ConfigError(f"{key}: {', '.join(absent)} missing")
-        scaling = RopeScaling(original_max_seq_len=original, **{name: rest.pop(name) for name in names})
-    else:
-        scaling = None
-    if rest:
-        raise ConfigError(f"{key}: unknown {', '.join(sorted(map(str, rest)))}")
-    return theta, scaling
+def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
+    for key, why in REFUSED.items():
+        if raw.get(key) is not None:
+            raise ConfigError(f"{key} is {shown(raw[key])}: {why}")
+    read_here = {
+        "attention_bias": family.biases.startswith("attention"),
+        "mlp_bias": family.biases == "attention+mlp",
+        "sliding_window": family.window != "none",
+        "use_sliding_window": family.window == "listed",
+    }
+    for key, value in ONLY.items():
+        if not read_here.get(key) and raw.get(key) not in (value, None):
+            where = f" in model_type {family.model_type}" if key in read_here else ""
+            raise ConfigError(f"{key} is {shown(raw[key])}; only {value!r} is implemented{where}")
+    if absent := [key for key in REQUIRED if raw.get(key) is None]:
+        raise ConfigError(f"{', '.join(absent)} missing")
+    unknown = sorted(set(raw) - {*SIZES, *ONLY, *REFUSED, *READ, *HARMLESS})
+    if norms := [key for key in unknown if "norm" in key.lower() and raw[key] is not None]:
+        raise ConfigError(f"unknown {listed(norms)}, which may change a norm; known: rms_norm_eps")
+    if unknown:
+        _warn(f"config.json: unknown {listed(unknown)} ignored")
 
 
-def _read_special_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _biases(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    if family.biases == "qkv":
+        return {"qkv_bias": True}
+    attention = given.get("attention_bias", False) if family.biases != "none" else False
+    if not isinstance(attention, bool):
+        raise ConfigError(f"attention_bias must be true or false, not {shown(attention)}")
+    mlp = given.get("mlp_bias", False) if family.biases == "attention+mlp" else False
+    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": mlp}
+
+
+def _window(raw: Mapping[str, Any], given: Mapping[str, Any], family: Family) -> tuple[Any, Any]:
+    """The sliding window and the layers that have it."""
+    n_layers, types = given["num_hidden_layers"], raw.get("layer_types")
+    if not is_whole(n_layers) or n_layers > 10_000:  # LlamaConfig will say so
+        return None, None
+    window = given.get("sliding_window")
+    if family.window == "every" and "sliding_window" in raw:
+        window = raw["sliding_window"]  # null is full attention here, not the default
+    if family.window == "none" or (family.window == "listed" and not given.get("use_sliding_window", False)):
+        window = None
+    last = given.get("max_window_layers", 0) if family.window == "listed" else 0
+    if not is_whole(last):
+        raise ConfigError(f"max_window_layers must be a whole number, not {shown(last)}")
+    layers = tuple(range(max(last, 0), n_layers)) if window is not None else ()
+    if types is not None:
+        if not isinstance(types, list) or len(types) != n_layers or not all(t in (FULL, SLIDING) for t in types):
+            raise ConfigError(f"layer_types must list {n_layers} times {FULL} or {SLIDING}, not {shown(types)}")
+        listed = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
+        if listed != layers and (family.window != "listed" or window is None):
+            raise ConfigError(
+                f"layer_types has {len(listed)} layers of {SLIDING}, but by the other keys {len(layers)} have a window"
+            )
+        layers = listed
+    return (window, layers) if layers else (None, None)
+
+
+def _family_settings(config: LlamaConfig, family: Family) -> dict[str, Any] | None:
+    """What this family's config.json says beside sizes and names; None if it has no words for the configuration."""
+    biases = (config.qkv_bias, config.o_bias, config.mlp_bias)
+    possible = {
+        "attention": [(False, False, False), (True, True, False)],
+        "attention+mlp": [(b, b, mlp) for b in (False, True) for mlp in (False, True)],
+        "none": [(False, False, False)],
+        "qkv": [(True, False, False)],
+    }[family.biases]
+    every = config.sliding_layers == tuple(range(config.n_layers))
+    windowed = config.sliding_window is not None
+    rope = rope_to_hf(config.rope_theta, config.rope_scaling)
+    if (
+        rope is None
+        or config.norm_plan != family.norm_plan(config.n_layers)
+        or biases not in possible
+        or (windowed and (family.window == "none" or (family.window == "every" and not every)))
+    ):
+        return None
+    settings: dict[str, Any] = dict(rope)
+    if family.biases.startswith("attention"):
+        settings["attention_bias"] = config.qkv_bias
+    if family.biases == "attention+mlp":
+        settings["mlp_bias"] = config.mlp_bias
+    if family.window != "none":
+        settings["sliding_window"] = config.sliding_window
+    if family.window == "listed":
+        kinds = [SLIDING if i in config.sliding_layers else FULL for i in range(config.n_layers)]
+        settings |= {"use_sliding_window": windowed, "layer_types": kinds}
+    return settings
+
+
+def read_special_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `special_ids`, as fields of a LlamaConfig. Raises ConfigError."""
+
     def ids(key: str) -> tuple[int, ...]:
         value = raw.get(key)
         found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
-            raise ConfigError(f"{key} must be a token id or a list of them, not {value!r}")
+        if not all(is_whole(i) for i in found):
+            raise ConfigError(f"{key} must be a token id or a list of them, not {shown(value)}")
         return tuple(i for i in found if i >= 0)  # -1 stands for none
 
     bos, pad = ids("bos_token_id"), ids("pad_token_id")
@@ -175,17 +238,15 @@ def _from_own(raw: Mapping[str, Any]) -> LlamaConfig:
     values = {key: value for key, value in raw.items() if key not in ("model_type", "dtype")}
     known = {f.name for f in fields(LlamaConfig)}
     if unknown := set(values) - known:
-        raise ConfigError(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+        raise ConfigError(f"unknown {listed(sorted(unknown))}; known: {', '.join(sorted(known))}")
     if "norm_plan" not in values:
         raise ConfigError("norm_plan missing")
     values["norm_plan"] = NormPlan.from_dict(values["norm_plan"])
-    if isinstance(values.get("eos_ids"), list):
-        values["eos_ids"] = tuple(values["eos_ids"])
-    try:
-        if values.get("rope_scaling") is not None:
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-    except TypeError as error:  # no object, or one with other keys
-        raise ConfigError(f"rope_scaling: {error}") from None
+    for name in ("eos_ids", "sliding_layers"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
+    if values.get("rope_scaling") is not None:
+        values["rope_scaling"] = RopeScaling.from_dict(values["rope_scaling"])
     try:
         return LlamaConfig(**values)
     except TypeError as error:  # a field without a default is absent

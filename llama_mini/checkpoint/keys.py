@@ -1,35 +1,98 @@
-"""Tensor names of each family, in both directions: Hugging Face name <-> ours. `{}` is the number of the layer."""
+"""Tensor names of each family and format, in both directions: name in the file <-> ours. `{}` is the layer's number.
+
+The same Hugging Face key means different slots in different families: a table belongs to a `model_type`.
+"""
 
 import re
 
 KeyTable = dict[str, str]
 
-LLAMA_KEYS: KeyTable = {
-    "model.embed_tokens.weight": "tok_embeddings.weight",
+
+def _with_biases(table: KeyTable) -> KeyTable:
+    """The table, and a `.bias` for every projection's `.weight`."""
+    biased = {k: v for k, v in table.items() if v.endswith("_proj.weight")}
+    return table | {k.removesuffix("weight") + "bias": v.removesuffix("weight") + "bias" for k, v in biased.items()}
+
+
+_HUGGING_FACE = _with_biases(
+    {
+        "model.embed_tokens.weight": "tok_embeddings.weight",
+        "model.layers.{}.self_attn.q_proj.weight": "layers.{}.attention.q_proj.weight",
+        "model.layers.{}.self_attn.k_proj.weight": "layers.{}.attention.k_proj.weight",
+        "model.layers.{}.self_attn.v_proj.weight": "layers.{}.attention.v_proj.weight",
+        "model.layers.{}.self_attn.o_proj.weight": "layers.{}.attention.o_proj.weight",
+        "model.layers.{}.mlp.gate_proj.weight": "layers.{}.feed_forward.gate_proj.weight",
+        "model.layers.{}.mlp.up_proj.weight": "layers.{}.feed_forward.up_proj.weight",
+        "model.layers.{}.mlp.down_proj.weight": "layers.{}.feed_forward.down_proj.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+)
+_QK_NORMS = {
+    "model.layers.{}.self_attn.q_norm.weight": "layers.{}.attention.q_norm.weight",
+    "model.layers.{}.self_attn.k_norm.weight": "layers.{}.attention.k_norm.weight",
+}
+LLAMA_KEYS: KeyTable = _HUGGING_FACE | {
     "model.layers.{}.input_layernorm.weight": "layers.{}.attention.pre_norm.weight",
-    "model.layers.{}.self_attn.q_proj.weight": "layers.{}.attention.q_proj.weight",
-    "model.layers.{}.self_attn.k_proj.weight": "layers.{}.attention.k_proj.weight",
-    "model.layers.{}.self_attn.v_proj.weight": "layers.{}.attention.v_proj.weight",
-    "model.layers.{}.self_attn.o_proj.weight": "layers.{}.attention.o_proj.weight",
     "model.layers.{}.post_attention_layernorm.weight": "layers.{}.feed_forward.pre_norm.weight",  # despite its name
-    "model.layers.{}.mlp.gate_proj.weight": "layers.{}.feed_forward.gate_proj.weight",
-    "model.layers.{}.mlp.up_proj.weight": "layers.{}.feed_forward.up_proj.weight",
-    "model.layers.{}.mlp.down_proj.weight": "layers.{}.feed_forward.down_proj.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "lm_head.weight",
+}
+QWEN3_KEYS: KeyTable = LLAMA_KEYS | _QK_NORMS
+OLMO2_KEYS: KeyTable = (
+    _HUGGING_FACE
+    | _QK_NORMS
+    | {
+        "model.layers.{}.post_attention_layernorm.weight": "layers.{}.attention.out_norm.weight",
+        "model.layers.{}.post_feedforward_layernorm.weight": "layers.{}.feed_forward.out_norm.weight",
+    }
+)
+
+META_KEYS: KeyTable = {
+    "tok_embeddings.weight": "tok_embeddings.weight",
+    "layers.{}.attention_norm.weight": "layers.{}.attention.pre_norm.weight",
+    "layers.{}.attention.wq.weight": "layers.{}.attention.q_proj.weight",
+    "layers.{}.attention.wk.weight": "layers.{}.attention.k_proj.weight",
+    "layers.{}.attention.wv.weight": "layers.{}.attention.v_proj.weight",
+    "layers.{}.attention.wo.weight": "layers.{}.attention.o_proj.weight",
+    "layers.{}.ffn_norm.weight": "layers.{}.feed_forward.pre_norm.weight",
+    "layers.{}.feed_forward.w1.weight": "layers.{}.feed_forward.gate_proj.weight",
+    "layers.{}.feed_forward.w3.weight": "layers.{}.feed_forward.up_proj.weight",
+    "layers.{}.feed_forward.w2.weight": "layers.{}.feed_forward.down_proj.weight",
+    "norm.weight": "norm.weight",
+    "output.weight": "lm_head.weight",
 }
 
-KEYS: dict[str, KeyTable] = {
-    "llama": LLAMA_KEYS,
-    "llama_mini": {},  # a plan that no other family has is saved under our own names
-}
+GGUF_KEYS: KeyTable = _with_biases(
+    {
+        "token_embd.weight": "tok_embeddings.weight",
+        "blk.{}.attn_norm.weight": "layers.{}.attention.pre_norm.weight",
+        "blk.{}.attn_q.weight": "layers.{}.attention.q_proj.weight",
+        "blk.{}.attn_k.weight": "layers.{}.attention.k_proj.weight",
+        "blk.{}.attn_v.weight": "layers.{}.attention.v_proj.weight",
+        "blk.{}.attn_output.weight": "layers.{}.attention.o_proj.weight",
+        "blk.{}.attn_q_norm.weight": "layers.{}.attention.q_norm.weight",
+        "blk.{}.attn_k_norm.weight": "layers.{}.attention.k_norm.weight",
+        "blk.{}.post_attention_norm.weight": "layers.{}.attention.out_norm.weight",
+        "blk.{}.ffn_norm.weight": "layers.{}.feed_forward.pre_norm.weight",
+        "blk.{}.ffn_gate.weight": "layers.{}.feed_forward.gate_proj.weight",
+        "blk.{}.ffn_up.weight": "layers.{}.feed_forward.up_proj.weight",
+        "blk.{}.ffn_down.weight": "layers.{}.feed_forward.down_proj.weight",
+        "blk.{}.post_ffw_norm.weight": "layers.{}.feed_forward.out_norm.weight",
+        "output_norm.weight": "norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+)
 
-HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$")  # tables that old checkpoints stored
+# Tables that old checkpoints stored, and the one that a GGUF file's configuration has taken in.
+HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_freqs\.weight$")
 
 
-def hf_name(name: str, table: KeyTable) -> str:
+def their_name(name: str, table: KeyTable) -> str:
     """Our name of a parameter -> the name in the file."""
     layer = re.search(r"\.(\d+)\.", name)
     pattern = name.replace(layer[0], ".{}.", 1) if layer else name
-    theirs = {ours: hf for hf, ours in table.items()}.get(pattern, pattern)
+    theirs = _reversed(table).get(pattern, pattern)
     return theirs.replace("{}", layer[1]) if layer else theirs
+
+
+def _reversed(table: KeyTable) -> KeyTable:
+    return {ours: theirs for theirs, ours in table.items()}

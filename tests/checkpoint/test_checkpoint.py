@@ -11,15 +11,16 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
-from llama_mini.config import LlamaConfig, RopeScaling
+from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointError, CheckpointPathError
 from llama_mini.model import Llama
 from llama_mini.norm_plan import NormPlan
 from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.rope_scaling import Llama3Scaling
 from tests.tiny_models import hf_llama, random_tokens, tiny_model
 
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-SCALED = RopeScaling(**SCALING, original_max_seq_len=32)
+SCALED = Llama3Scaling(**SCALING, original_max_seq_len=32)
 OWN_PLAN = NormPlan(
     attention=BranchPlan(q=NormSpec(view="full"), post=NormSpec(eps=0.1, gain="1+w", cast="late"), alpha=1.5),
     feed_forward=BranchPlan(mid=NormSpec(scale=0.5), out=NormSpec(gain="none")),
@@ -131,10 +132,10 @@ def test_a_directory_that_holds_something_is_not_written_over(tmp_path: Path) ->
 
 def test_saving_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*args: Any, **kwargs: Any) -> None:
-        args[1].write_bytes(b"half")
+        args[0].write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llama_mini.checkpoint.weights.save_file", full_disk)
+    monkeypatch.setattr("llama_mini.checkpoint.load.write_file", full_disk)
     with pytest.raises(CheckpointPathError, match=f"cannot write {tmp_path / 'model'}: No space left on device"):
         tiny_model().save_pretrained(tmp_path / "model")
     assert not any(tmp_path.iterdir())
@@ -166,8 +167,8 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path, message in [
         (tmp_path / "absent", "absent does not exist"),
-        (tmp_path / "file", "file is not a directory"),
-        (tmp_path, "has no config.json"),
+        (tmp_path / "file", "file is no checkpoint: it is empty"),
+        (tmp_path, "it has no config.json, no params.json and no GGUF file"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             Llama.from_pretrained(path)
@@ -188,7 +189,7 @@ MEASURE = """
         import re
         from pathlib import Path
         from llama_mini.model import Llama
-        import llama_mini.checkpoint
+        import llama_mini.checkpoint.load, llama_mini.checkpoint.open
 
         def kib(what):
             return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -75,7 +75,7 @@ def child(target: Path, gguf: Path, then: str = "") -> subprocess.Popen[str]:
     """Another process that ensures a checkpoint at `target` made from `gguf`; `then` is Python run before."""
     program = f"""
 import os, pathlib, signal
-from llama_mini.checkpoint import default, gguf_convert
+from llama_mini.checkpoint import convert, default
 default.default_checkpoint_dir = lambda: pathlib.Path({str(target)!r})
 default.fetch_from_package = lambda *_: print("fetched") or pathlib.Path({str(gguf)!r})
 def kill_at(module, name):
@@ -89,8 +89,8 @@ print(default.ensure_default_checkpoint())
 @pytest.mark.parametrize(
     "moment",
     [
-        "kill_at(gguf_convert, 'read_llama_tensor')",
-        "kill_at(gguf_convert, 'write_json')",  # after the tensors are saved
+        "kill_at(convert, 'read_all')",
+        "kill_at(convert, 'write_file')",  # after the small files are written
         "kill_at(pathlib.Path, 'rename')",
         "rename = pathlib.Path.rename; pathlib.Path.rename = lambda *a: rename(*a) and os.kill(os.getpid(), 9)",
     ],

@@ -7,11 +7,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Value
 from gguf import quants
 
-from llama_mini.checkpoint.gguf_file import GGUFHeader, read_header, read_tensor
+from llama_mini.checkpoint.gguf_file import GGUFHeader, read_header
+from llama_mini.checkpoint.gguf_tensor import read_tensor
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 
 SCALARS = {
@@ -133,7 +135,7 @@ def test_blocks_are_dequantised(whole: Path, kind: str) -> None:
     expected = [v for at in range(0, len(data), size) for v in _by_hand(kind, data[at : at + size])]
     with whole.open("rb") as file:
         values = read_tensor(file, info)
-    assert values.dtype == np.float32
+    assert values.dtype == torch.float32
     np.testing.assert_allclose(values, np.reshape(expected, (3, 5, 64)), rtol=2e-7, atol=1e-7)
 
 
@@ -142,7 +144,7 @@ def test_plain_floats_are_read(whole: Path, kind: str, relative: float) -> None:
     values = np.random.default_rng(0).standard_normal((3, 3, 5, 64), np.float32)[["F32", "F16", "BF16"].index(kind)]
     with whole.open("rb") as file:
         found = read_tensor(file, read_header(whole).tensors[f"{kind}.weight"])
-    assert found.dtype == np.float32
+    assert found.dtype == torch.float32
     np.testing.assert_allclose(found, values, rtol=relative, atol=2**-24 if relative else 0)
 
 

@@ -8,10 +8,11 @@ import pytest
 from transformers import LlamaConfig as HFConfig
 
 from llama_mini.checkpoint.hf_config import from_hf, read_config, to_hf
-from llama_mini.config import LlamaConfig, RopeScaling
+from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointError, ConfigError, LlamaMiniWarning
 from llama_mini.norm_plan import NormPlan
 from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.rope_scaling import Llama3Scaling, RopeScaling
 from tests.tiny_models import HF_TINY, TINY
 
 BASE: dict[str, Any] = {"model_type": "llama"} | HF_TINY
@@ -21,7 +22,8 @@ SCALE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=64)
+ORIGINAL = {"original_max_position_embeddings": 64}
+SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=64)
 
 
 def test_the_sizes_have_our_names() -> None:
@@ -92,17 +94,41 @@ def test_an_absent_eps_is_transformers_default_with_a_warning(absent: dict[str, 
         ({"model_type": None}, "model_type None"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
-        ({"attention_bias": True}, "attention_bias is True; only False"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"attention_bias": "yes"}, "attention_bias must be true or false, not 'yes'"),
+        ({"mlp_bias": 1}, "mlp_bias must be true or false, not 1"),
+        (
+            {"model_type": "mistral", "attention_bias": True},
+            "attention_bias is True; only False is .* model_type mistral",
+        ),
+        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is True; only False is implemented in model_type qwen3"),
+        ({"sliding_window": 4096}, "sliding_window is 4096; only None is implemented in model_type llama"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be .* not 0"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "2 layers of sliding_attention, but"),
+        ({"layer_types": ["full_attention"]}, "layer_types must list 2 times full_attention or sliding_attention"),
+        ({"use_qk_norm": True}, "unknown use_qk_norm, which may change a norm; known: rms_norm_eps"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"num_hidden_layers": 10_001}, "num_hidden_layers must be a whole number from 1 to 10000"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: .*not read"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map: .*never run"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "unknown rope type 'linear'; known: default, llama3"),
-        ({"rope_parameters": {"rope_type": "spiral"}}, "unknown rope type 'spiral'; known: default, llama3"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq.*: .*not read"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map is .*never run"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear: factor missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be a finite number of at least 1, not 0.5"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, "beta_fast must be at least beta_slow"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": "a"}}, "mscale must be a finite number"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "short_factor": [1]}}, "type yarn: unknown short_factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0} | ORIGINAL}, "dynamic scaling starts from 128"),
+        (
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "unknown rope type 'longrope'; known: default, linear, dynamic, llama3, yarn",
+        ),
         ({"rope_scaling": {"type": "default", "rope_type": "llama3"} | SCALE}, "rope type"),
         ({"rope_scaling": {"rope_type": 5}}, "rope type 5"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor, high_freq_factor missing"),
-        ({"rope_scaling": {"rope_type": "llama3", "attention_factor": 2} | SCALE}, "rope_scaling: .*attention_factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "attention_factor": 2} | SCALE},
+            "type llama3: unknown attention_factor",
+        ),
         ({"rope_scaling": {"rope_type": "default", "factor": 2}}, "rope_scaling: .*factor"),
         ({"rope_scaling": "llama3"}, "rope_scaling must be an object or null, not 'llama3'"),
         ({"rope_parameters": []}, "rope_parameters must be an object or null"),
@@ -189,7 +215,9 @@ def test_a_config_survives_its_file(changes: dict[str, Any]) -> None:
         ({"norm_plan": None}, "norm plan"),
         ({"norm_plan": "pre"}, "norm plan"),
         ({"dim": "48"}, "dim must be"),
-        ({"rope_scaling": {"factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": {"factor": 8.0}}, "unknown rope type None"),
+        ({"sliding_window": 4, "sliding_layers": [7]}, "sliding_layers must be"),
         ({"rope_scaling": 8.0}, "rope_scaling"),
         ({"eos_ids": 5}, "eos_ids"),
     ],

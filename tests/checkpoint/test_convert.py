@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from llama_mini.checkpoint import gguf_convert
-from llama_mini.checkpoint.gguf_convert import convert_gguf
+from llama_mini.checkpoint import convert as convert_module
+from llama_mini.checkpoint.convert import convert
 from llama_mini.errors import CheckpointMismatchError, CheckpointPathError, ConfigError, TokenizerError
 
 Write = Callable[..., Path]
@@ -23,7 +23,7 @@ def test_transformers_loads_it_as_it_is(
     tmp_path: Path, write_gguf: Write, tiny_llama: Callable[..., LlamaForCausalLM], tied: bool
 ) -> None:
     target = tmp_path / "tiny"
-    convert_gguf(write_gguf(tmp_path / "tiny.gguf", tied=tied), target)
+    convert(write_gguf(tmp_path / "tiny.gguf", tied=tied), target, "bfloat16")
     loaded, report = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not any(report.values())
     assert loaded.dtype == torch.bfloat16
@@ -49,7 +49,7 @@ def test_transformers_loads_it_as_it_is(
 def test_anyone_may_read_what_the_mask_allows(tmp_path: Path, write_gguf: Write) -> None:
     before = os.umask(0o022)
     try:
-        convert_gguf(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tiny")
+        convert(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tiny")
     finally:
         os.umask(before)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "tiny").iterdir()}
@@ -58,14 +58,14 @@ def test_anyone_may_read_what_the_mask_allows(tmp_path: Path, write_gguf: Write)
 
 
 def test_nothing_goes_to_standard_output(tmp_path: Path, write_gguf: Write, capfd: pytest.CaptureFixture[str]) -> None:
-    convert_gguf(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tiny")
+    convert(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tiny")
     assert capfd.readouterr().out == ""
 
 
 def test_a_file_without_a_template_makes_none(tmp_path: Path, write_gguf: Write) -> None:
-    convert_gguf(write_gguf(tmp_path / "tiny.gguf", {"tokenizer.chat_template": None}), tmp_path / "tiny")
+    convert(write_gguf(tmp_path / "tiny.gguf", {"tokenizer.chat_template": None}), tmp_path / "tiny")
     assert not (tmp_path / "tiny" / "chat_template.jinja").exists()
-    assert json.loads((tmp_path / "tiny" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "tiny" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_is_refused_leaves_nothing(
 ) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", changes)
     with pytest.raises(error):
-        convert_gguf(path, tmp_path / "tiny")
+        convert(path, tmp_path / "tiny")
     assert os.listdir(tmp_path) == ["tiny.gguf"]
 
 
@@ -90,7 +90,7 @@ def test_more_tokens_than_rows_are_refused(tmp_path: Path, write_gguf: Write) ->
     changes = {"tokens": tokens, "token_type": [1] * 264, "merges": ["一 丁"]}
     path = write_gguf(tmp_path / "tiny.gguf", {f"tokenizer.ggml.{key}": value for key, value in changes.items()})
     with pytest.raises(TokenizerError, match="264 tokens, but the embedding has 263 rows"):
-        convert_gguf(path, tmp_path / "tiny")
+        convert(path, tmp_path / "tiny")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, write_gguf: Write) -> None:
@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, write_gg
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # a write beyond it fails as on a full disk
     try:
         with pytest.raises(CheckpointPathError, match=r"cannot write .*model\.safetensors: .*File too large"):
-            convert_gguf(path, tmp_path / "tiny")
+            convert(path, tmp_path / "tiny")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["tiny.gguf"]
@@ -110,7 +110,7 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path: Path, write_gguf: Write, m
         raise KeyboardInterrupt
 
     path = write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(gguf_convert, "write_json", fail)
+    monkeypatch.setattr(convert_module, "write_json", fail)
     with pytest.raises(KeyboardInterrupt):
-        convert_gguf(path, tmp_path / "tiny")
+        convert(path, tmp_path / "tiny")
     assert os.listdir(tmp_path) == ["tiny.gguf"]

@@ -165,7 +165,7 @@ def test_missing_shards_are_named_before_anything_is_read(sharded: Path) -> None
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "..", ".", "", "sub/x.safetensors"])
 def test_a_shard_outside_its_directory_is_refused(sharded: Path, name: str) -> None:
     write_index(sharded, weight_map(sharded) | {NORM: name})
-    assert f"outside its directory: {name}" in refusal(sharded, CheckpointPathError)
+    assert f"{name!r} is no plain file name" in refusal(sharded, CheckpointPathError)
 
 
 @pytest.mark.parametrize(
@@ -200,11 +200,11 @@ def test_a_directory_without_weights_is_named(directory: Path) -> None:
 
 def test_more_layers_than_tensors_are_refused_before_they_are_built(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31 - 1}))
-    assert "asks for 2147483647 layers" in refusal(directory, CheckpointMismatchError)
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9_999}))
+    assert "asks for 9999 layers" in refusal(directory, CheckpointMismatchError)
     save_file({}, directory / SINGLE)
     (directory / "config.json").write_text(json.dumps(config))
-    assert "hold 0 tensors in all" in refusal(directory, CheckpointMismatchError)
+    assert "holds no tensors" in refusal(directory, CheckpointFormatError)
 
 
 def test_sizes_whose_product_overflows_are_refused(directory: Path) -> None:

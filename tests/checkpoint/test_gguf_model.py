@@ -1,7 +1,6 @@
 """The llama architecture of a GGUF file against the model it was written from and against transformers' own reading."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +10,18 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from llama_mini.checkpoint.gguf_file import read_header
-from llama_mini.checkpoint.gguf_llama import llama_config, llama_tensors, read_llama_tensor
+from llama_mini.checkpoint.gguf_model import gguf_config
+from llama_mini.checkpoint.keys import LLAMA_KEYS, their_name
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError
+from llama_mini.model import Llama
 
 Write = Callable[..., Path]
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    header = read_header(path)
-    config = llama_config(header)
-    with path.open("rb") as file:
-        return {
-            name: torch.tensor(read_llama_tensor(file, info, config))
-            for name, info in llama_tensors(header, config).items()
-        }
+    """The tensors under their Hugging Face names."""
+    model = Llama.from_pretrained(path, dtype="float32")
+    return {their_name(name, LLAMA_KEYS): tensor for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -55,7 +52,7 @@ def test_logits_are_those_of_transformers_own_reading(
 
 
 def test_config_is_that_of_the_model(tmp_path: Path, write_gguf: Write) -> None:
-    config = llama_config(read_header(write_gguf(tmp_path / "tiny.gguf")))
+    config = gguf_config(read_header(write_gguf(tmp_path / "tiny.gguf")))
     assert (config.dim, config.hidden_dim, config.n_layers) == (32, 64, 2)
     assert (config.n_heads, config.n_kv_heads, config.head_dim) == (4, 2, 8)
     assert (config.max_seq_len, config.rope_theta, config.rope_scaling) == (128, 100_000.0, None)
@@ -67,22 +64,22 @@ def test_config_is_that_of_the_model(tmp_path: Path, write_gguf: Write) -> None:
 def test_absent_keys_have_the_formats_defaults(tmp_path: Path, write_gguf: Write) -> None:
     names = ["attention.head_count_kv", "rope.freq_base", "rope.dimension_count", "vocab_size"]
     path = write_gguf(tmp_path / "tiny.gguf", {f"llama.{name}": None for name in names})
-    config = llama_config(read_header(path))
+    config = gguf_config(read_header(path))
     assert (config.n_kv_heads, config.rope_theta, config.head_dim, config.vocab_size) == (4, 10_000.0, 8, 263)
 
 
 def test_a_head_dim_of_its_own(tmp_path: Path, write_gguf: Write) -> None:
     keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
     path = write_gguf(tmp_path / "tiny.gguf", {f"llama.{key}": 16 for key in keys} | {"llama.attention.head_count": 2})
-    assert llama_config(read_header(path)).head_dim == 16
+    assert gguf_config(read_header(path)).head_dim == 16
 
 
 REFUSED = {
-    "architecture": ({"general.architecture": "qwen2"}, CheckpointFormatError, "architecture is qwen2"),
+    "architecture": ({"general.architecture": "gpt2"}, ConfigError, "architecture is gpt2; known: llama, qwen2, qwen3"),
     "adapter": ({"general.type": "adapter"}, CheckpointFormatError, "general.type is adapter"),
-    "shards": ({"split.count": 2}, CheckpointFormatError, "split.count is 2"),
-    "scaling": ({"llama.rope.scaling.type": "yarn"}, ConfigError, "llama.rope.scaling.type is yarn; only 'none'"),
-    "factor": ({"llama.rope.scaling.factor": 2.0}, ConfigError, "llama.rope.scaling.factor is 2.0"),
+    "shards": ({"split.count": 2}, CheckpointFormatError, "split.count is 2; .* merge the parts"),
+    "scaling": ({"llama.rope.scaling.type": "su"}, ConfigError, "rope.scaling.type is su; known: none, linear, yarn"),
+    "factor": ({"llama.rope.scaling.factor": 0.5}, ConfigError, "factor must be .* at least 1, not 0.5"),
     "experts": ({"llama.expert_count": 8}, ConfigError, "llama.expert_count is 8"),
     "soft-capping": ({"llama.final_logit_softcapping": 30.0}, ConfigError, "final_logit_softcapping is 30.0"),
     "window": ({"llama.attention.sliding_window": 4096}, ConfigError, "attention.sliding_window is 4096"),
@@ -104,7 +101,7 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path, write_gguf: 
     changes, error, sentence = REFUSED[case]
     path = write_gguf(tmp_path / "tiny.gguf", changes)
     with pytest.raises(error, match=sentence) as caught:
-        llama_config(read_header(path))
+        gguf_config(read_header(path))
     assert str(caught.value).startswith(f"{path}: ")
 
 
@@ -117,40 +114,44 @@ def test_what_changes_nothing_is_accepted(tmp_path: Path, write_gguf: Write) -> 
         "llama.attention.causal": True,
         "llama.tensor_data_layout": "Meta AI original pth",
     }
-    plain = llama_config(read_header(write_gguf(tmp_path / "plain.gguf")))
-    assert llama_config(read_header(write_gguf(tmp_path / "neutral.gguf", neutral))) == plain
+    plain = gguf_config(read_header(write_gguf(tmp_path / "plain.gguf")))
+    assert gguf_config(read_header(write_gguf(tmp_path / "neutral.gguf", neutral))) == plain
 
 
 def test_missing_and_unexpected_tensors_come_in_one_message(tmp_path: Path, write_gguf: Write) -> None:
-    header = read_header(write_gguf(tmp_path / "tiny.gguf"))
-    config = llama_config(header)
-    header.tensors["blk.0.attn_q.bias"] = header.tensors.pop("blk.1.attn_q.weight")
-    header.tensors["rope_freqs.weight"] = header.tensors["output_norm.weight"]
+    path = write_gguf(tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight"))
     with pytest.raises(CheckpointMismatchError) as caught:
-        llama_tensors(header, config)
-    message = str(caught.value)
-    assert "1 missing: blk.1.attn_q.weight;" in message
-    assert "2 unexpected: blk.0.attn_q.bias, rope_freqs.weight;" in message
-    assert "rope_freqs.weight scales the rotary frequencies" in message
+        Llama.from_pretrained(path)
+    assert "1 missing: blk.1.attn_q.weight; 1 unexpected: blk.1.attn_x.weight" in str(caught.value)
+
+
+def test_a_norm_of_another_family_is_named(tmp_path: Path, write_gguf: Write) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_norm.weight", b"blk.1.attnx_norm.weigh"))
+    with pytest.raises(CheckpointMismatchError, match=r"missing: blk\.1\.attn_norm\.weight; .*attnx_norm"):
+        Llama.from_pretrained(path)
 
 
 def test_a_file_without_an_embedding_is_refused(tmp_path: Path, write_gguf: Write) -> None:
     header = read_header(write_gguf(tmp_path / "tiny.gguf"))
     del header.tensors["token_embd.weight"]
     with pytest.raises(CheckpointFormatError, match=r"has no token_embd\.weight"):
-        llama_config(header)
+        gguf_config(header)
 
 
-def test_rows_that_are_no_heads_are_refused(tmp_path: Path, write_gguf: Write) -> None:
-    header = read_header(write_gguf(tmp_path / "tiny.gguf"))
-    config = replace(llama_config(header), n_kv_heads=1)
-    info = header.tensors["blk.0.attn_k.weight"]
-    with header.path.open("rb") as file, pytest.raises(CheckpointMismatchError, match=r"16 rows, .* 1 heads of 8"):
-        read_llama_tensor(file, info, config)
+def test_nan_in_a_norm_is_named(tmp_path: Path, write_gguf: Write) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    info = read_header(path).tensors["blk.1.ffn_norm.weight"]
+    data = bytearray(path.read_bytes())
+    data[info.offset : info.offset + 4] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(CheckpointFormatError, match=r"blk\.1\.ffn_norm\.weight holds NaN or infinity"):
+        Llama.from_pretrained(path)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(1e-5, 1e-5), (1e-6, 1e-6), (3.1e-7, 3.1e-7)])
 def test_eps_is_the_short_decimal(tmp_path: Path, write_gguf: Write, value: float, expected: float) -> None:
     assert float(np.float32(value)) != value
     path = write_gguf(tmp_path / "tiny.gguf", {"llama.attention.layer_norm_rms_epsilon": value})
-    assert llama_config(read_header(path)).norm_eps == expected
+    assert gguf_config(read_header(path)).norm_eps == expected

@@ -1,0 +1,106 @@
+"""A checkpoint of any format -> a Hugging Face directory, which transformers loads as it is."""
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_mini.checkpoint import gguf_tokenizer
+from llama_mini.checkpoint.families import key_table
+from llama_mini.checkpoint.files import inside, new_directory, write_json
+from llama_mini.checkpoint.hf_config import read_special_ids, special_ids, to_hf
+from llama_mini.checkpoint.hf_directory import SINGLE
+from llama_mini.checkpoint.keys import their_name
+from llama_mini.checkpoint.meta_tokenizer import meta_tokenizer_files
+from llama_mini.checkpoint.open import open_checkpoint
+from llama_mini.checkpoint.safetensors_file import write_file
+from llama_mini.checkpoint.source import Source, empty_model, match, read_all
+from llama_mini.config import LlamaConfig
+from llama_mini.dtypes import as_dtype
+from llama_mini.errors import LlamaMiniWarning, TokenizerError
+from llama_mini.model import Llama
+
+COPIED = [
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+]
+CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+
+
+def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) -> None:
+    """Writes `target`, whole or not at all; one tensor is in memory at a time.
+
+    `dtype=None` keeps that of the weights, and is bfloat16 for quantised blocks. Pickles are read too, as long as they
+    hold plain tensors alone.
+
+    Raises CheckpointError, ConfigError, TokenizerError.
+    """
+    source = open_checkpoint(path, pickles=True)
+    model = empty_model(Llama, source)
+    names = match(model, source)
+    tokenizer = tokenizer_files(source)
+    config = _with_special_ids(source.config, tokenizer)
+    wanted = source.dtype if dtype is None else as_dtype(dtype)
+    raw = to_hf(config, str(wanted).removeprefix("torch."), source.model_type)
+    table, parameters = key_table(raw["model_type"]), dict(model.named_parameters())
+    entries = [(their_name(ours, table), wanted, tuple(parameters[ours].shape)) for ours in names.values()]
+
+    def tensors() -> Iterator[Tensor]:
+        return (tensor.contiguous() for _, tensor in read_all(source, names, wanted, "converting", delay=0))
+
+    with new_directory(target) as folder:
+        write_json(folder / "config.json", raw)
+        for name, content in ({GENERATION: special_ids(config)} | tokenizer).items():
+            _write(folder / name, content)
+        write_file(folder / SINGLE, entries, tensors(), {"format": "pt"})
+
+
+def tokenizer_files(source: Source) -> dict[str, Any]:
+    """Names and contents: a JSON object, a text, or the path of a file to copy. Raises TokenizerError."""
+    if source.gguf is not None:
+        return _gguf_files(source)
+    found = {name: inside(source.directory, name) for name in COPIED}
+    found = {name: path for name, path in found.items() if path.is_file()}
+    files: dict[str, Any] = dict(found)
+    if set(found) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # as Meta leaves it: transformers needs more
+        files = meta_tokenizer_files(found["tokenizer.model"]) | files
+    if not {"tokenizer.json", "tokenizer.model"} & set(files):
+        warnings.warn(f"{source.directory} has no tokenizer; none is written", LlamaMiniWarning, stacklevel=3)
+    return files
+
+
+def _gguf_files(source: Source) -> dict[str, Any]:
+    header = source.gguf
+    assert header is not None
+    files: dict[str, Any] = {
+        "tokenizer.json": gguf_tokenizer.tokenizer_json(header),
+        "tokenizer_config.json": gguf_tokenizer.tokenizer_config(header),
+        GENERATION: special_ids(replace(source.config, eos_ids=tuple(gguf_tokenizer.special_eos_ids(header)))),
+    }
+    template = gguf_tokenizer.chat_template(header)
+    return files if template is None else files | {CHAT_TEMPLATE: template}
+
+
+def _with_special_ids(config: LlamaConfig, files: dict[str, Any]) -> LlamaConfig:
+    """The configuration with the special tokens of a tokenizer that we made; TokenizerError if it is too large."""
+    made, vocabulary = files.get(GENERATION), files.get("tokenizer.json")
+    if isinstance(vocabulary, dict):
+        ids = [*vocabulary["model"]["vocab"].values(), *(token["id"] for token in vocabulary["added_tokens"])]
+        n_tokens = 1 + max(ids)
+        if n_tokens > config.vocab_size:
+            raise TokenizerError(f"the tokenizer has {n_tokens} tokens, but the embedding has {config.vocab_size} rows")
+    return replace(config, **read_special_ids(made)) if isinstance(made, dict) else config
+
+
+def _write(path: Path, content: dict[str, Any] | str | Path) -> None:
+    if isinstance(content, dict):
+        write_json(path, content)
+    elif isinstance(content, str):
+        path.write_text(content, encoding="utf-8", newline="")
+    else:
+        shutil.copyfile(content, path)

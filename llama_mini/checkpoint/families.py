@@ -1,0 +1,119 @@
+"""The Hugging Face families that are opened: for each, its key table and what its configuration means.
+
+Source of the defaults: the configuration classes of transformers 5.23.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from llama_mini.checkpoint.keys import LLAMA_KEYS, OLMO2_KEYS, QWEN3_KEYS, KeyTable
+from llama_mini.norm_plan import NormPlan
+from llama_mini.norm_slots import SLOTS, BranchPlan, NormSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One `model_type`.
+
+    plan, late: the preset of its norms, and whether they round last.
+    biases: who decides on them: `attention_bias` (q, k, v and o), that and `mlp_bias`, nobody, or `qkv`: always those.
+    window: which layers may have a sliding window: none, every, or those that the configuration lists.
+    defaults: what an absent key means.
+    """
+
+    model_type: str
+    architecture: str
+    keys: KeyTable
+    plan: str = "pre"
+    late: bool = False
+    biases: Literal["attention", "attention+mlp", "none", "qkv"] = "none"
+    window: Literal["none", "every", "listed"] = "none"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def norm_plan(self, n_layers: int) -> NormPlan:
+        plan = NormPlan.parse(self.plan, n_layers)
+        return _late(plan) if self.late else plan
+
+
+_ALL = (
+    Family(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        keys=LLAMA_KEYS,
+        biases="attention+mlp",
+        defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    ),
+    Family(
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        keys=LLAMA_KEYS,
+        window="every",
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
+    ),
+    Family(
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        keys=LLAMA_KEYS,
+        biases="qkv",
+        window="listed",
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32_768,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+    Family(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        keys=QWEN3_KEYS,
+        plan="pre+qk",
+        biases="attention",
+        window="listed",
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32_768,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+    Family(
+        model_type="olmo2",
+        architecture="Olmo2ForCausalLM",
+        keys=OLMO2_KEYS,
+        plan="out+qk:full",
+        late=True,
+        biases="attention",
+        defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+    ),
+)
+FAMILIES = {family.model_type: family for family in _ALL}
+OWN = "llama_mini"  # the model_type of a plan that no family has: our own names and our own configuration
+KNOWN = (*FAMILIES, OWN)
+
+
+def key_table(model_type: str) -> KeyTable:
+    return {} if model_type == OWN else FAMILIES[model_type].keys
+
+
+def _late(plan: NormPlan) -> NormPlan:
+    """The same norms, each rounding last."""
+
+    def late(spec: NormSpec | None) -> NormSpec | None:
+        return spec and replace(spec, cast="late")
+
+    def branch(norms: BranchPlan) -> BranchPlan:
+        slots: dict[str, Any] = {slot: late(getattr(norms, slot)) for slot in SLOTS}
+        return replace(norms, **slots)
+
+    attention, feed_forward = branch(plan.attention), branch(plan.feed_forward)
+    return replace(plan, attention=attention, feed_forward=feed_forward, embed=late(plan.embed), final=late(plan.final))

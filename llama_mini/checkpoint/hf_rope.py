@@ -1,0 +1,85 @@
+"""The rotary settings of a config.json: `rope_parameters` of transformers v5, `rope_theta` and `rope_scaling` of v4."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llama_mini.checks import is_finite, listed, shown
+from llama_mini.errors import ConfigError
+from llama_mini.rope_scaling import FactorScaling, RopeScaling, yarn_magnitude
+
+DEFAULT_THETA = 10_000.0
+_KNOWN = ("default", "linear", "dynamic", "llama3", "yarn")
+_CONTEXT = "original_max_position_embeddings"
+
+
+def read_rope(raw: Mapping[str, Any], max_seq_len: Any) -> tuple[Any, RopeScaling | None]:
+    """The base and the scaling. Raises ConfigError that names the key, what it holds, and what is known."""
+    key, rest = _settings(raw)
+    bases = [base for base in (rest.pop("rope_theta", None), raw.get("rope_theta")) if base is not None]
+    if len(bases) == 2 and bases[0] != bases[1]:
+        raise ConfigError(f"rope_theta is {shown(bases[1])}, but {key} says {shown(bases[0])}")
+    theta = bases[0] if bases else DEFAULT_THETA
+    kinds = [rest.pop(name) for name in ("rope_type", "type") if name in rest] or ["default"]
+    kind = kinds[0]
+    if not isinstance(kind, str) or kind not in _KNOWN or kinds[-1] != kind:
+        found = " and ".join(map(shown, kinds))
+        raise ConfigError(f"{key}: unknown rope type {found}; known: {', '.join(_KNOWN)}")
+    partial = rest.pop("partial_rotary_factor", 1)
+    if partial not in (None, 1):
+        raise ConfigError(f"{key}: partial_rotary_factor is {shown(partial)}; only 1 is implemented")
+    context = rest.pop(_CONTEXT, None)
+    if raw.get(_CONTEXT) is not None:
+        context = raw[_CONTEXT]  # beside the rope settings it comes before the one within, as in transformers
+    if kind == "dynamic" and context not in (None, max_seq_len):
+        raise ConfigError(f"{key}: {_CONTEXT} is {shown(context)}, but dynamic scaling starts from {max_seq_len}")
+    if kind in ("llama3", "yarn"):
+        rest["original_max_seq_len"] = max_seq_len if context is None else context
+    if kind == "yarn":
+        _resolve_yarn(key, rest, max_seq_len)
+    if kind == "default":
+        if rest:
+            raise ConfigError(f"{key}: unknown {listed(sorted(map(str, rest)))}")
+        return theta, None
+    try:
+        return theta, RopeScaling.from_dict({"rope_type": kind} | rest)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("rope_scaling", key, 1)) from None
+
+
+def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """The same in the spelling of v4, which v5 reads as well; None where neither has a word for it."""
+    if isinstance(scaling, FactorScaling):
+        return None
+    data = scaling and {_CONTEXT if k == "original_max_seq_len" else k: v for k, v in scaling.to_dict().items()}
+    return {"rope_theta": theta, "rope_scaling": data}
+
+
+def _settings(raw: Mapping[str, Any]) -> tuple[str, dict[Any, Any]]:
+    """The key that holds the settings, and a copy of them."""
+    given = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None]
+    if len(given) == 2 and raw[given[0]] != raw[given[1]]:
+        raise ConfigError(
+            f"rope_parameters and rope_scaling disagree: {shown(raw[given[0]])} and {shown(raw[given[1]])}"
+        )
+    key = given[0] if given else "rope_scaling"
+    found = raw[key] if given else {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{key} must be an object or null, not {shown(found)}")
+    return key, dict(found)
+
+
+def _resolve_yarn(key: str, rest: dict[Any, Any], max_seq_len: Any) -> None:
+    """Turns what transformers infers into what it comes to: the factor, and `mscale` into an attention factor."""
+    for name in [name for name in ("factor", "attention_factor", "beta_fast", "beta_slow") if rest.get(name) is None]:
+        rest.pop(name, None)
+    context = rest["original_max_seq_len"]
+    numbers = {name: rest.pop(name, None) for name in ("mscale", "mscale_all_dim")}
+    if "factor" not in rest and is_finite(context) and context > 0 and is_finite(max_seq_len):
+        rest["factor"] = max_seq_len / context
+    for name, value in numbers.items():
+        if value is not None and (not is_finite(value) or value < 0):
+            raise ConfigError(f"{key}.{name} must be a finite number of at least 0, not {shown(value)}")
+    if all(numbers.values()) and "attention_factor" not in rest and is_finite(rest.get("factor")):
+        rest["attention_factor"] = yarn_magnitude(rest["factor"], numbers["mscale"]) / yarn_magnitude(
+            rest["factor"], numbers["mscale_all_dim"]
+        )

@@ -1,0 +1,65 @@
+"""Any path or hub name -> an opened checkpoint. The format is told by content, never by a name."""
+
+from pathlib import Path
+
+from llama_mini.checkpoint.file_kind import FileKind, file_kind, what_it_is
+from llama_mini.checkpoint.files import inside
+from llama_mini.checkpoint.gguf_model import open_gguf
+from llama_mini.checkpoint.hf_directory import open_hf_directory
+from llama_mini.checkpoint.meta_directory import open_meta_directory
+from llama_mini.checkpoint.meta_params import PARAMS
+from llama_mini.checkpoint.pickles import open_hf_pickles, open_meta_pickles
+from llama_mini.checkpoint.source import Source
+from llama_mini.checks import listed
+from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+
+CONFIG = "config.json"
+
+
+def resolve(name: str | Path) -> Path:
+    """What exists on disk, else what a hub name names, fetched into the standard cache. Raises CheckpointError."""
+    path = Path(name)
+    if path.exists() or isinstance(name, Path):
+        return path
+    from llama_mini.checkpoint.hub import fetch_from_hub, is_hub_name
+
+    return fetch_from_hub(name) if is_hub_name(name) else path
+
+
+def open_checkpoint(path: Path, pickles: bool = False) -> Source:
+    """Opens what `resolve` found; nothing but headers is read. Pickles only if asked for: opening one can run code.
+
+    Raises CheckpointError, ConfigError: one sentence for whatever is wrong with it.
+    """
+    if not path.exists():
+        raise CheckpointPathError(
+            f"{path} does not exist; give a checkpoint's directory, a GGUF or safetensors file, or a hub name, org/name"
+        )
+    return _open_directory(path, pickles) if path.is_dir() else _open_file(path)
+
+
+def _open_directory(path: Path, pickles: bool) -> Source:
+    safe = any(path.glob("*.safetensors"))
+    if inside(path, CONFIG).is_file():
+        return open_hf_pickles(path) if pickles and not safe else open_hf_directory(path)
+    if inside(path, PARAMS).is_file():
+        return open_meta_pickles(path) if pickles and not safe else open_meta_directory(path)
+    ggufs = sorted(file for file in path.iterdir() if file.is_file() and file_kind(file) is FileKind.GGUF)
+    if len(ggufs) == 1:
+        return open_gguf(inside(path, ggufs[0].name))
+    if ggufs:
+        raise CheckpointPathError(
+            f"{path} holds {len(ggufs)} GGUF files; give one of them: {listed(file.name for file in ggufs)}"
+        )
+    raise CheckpointFormatError(f"{path} is no checkpoint: it has no {CONFIG}, no {PARAMS} and no GGUF file")
+
+
+def _open_file(path: Path) -> Source:
+    kind = file_kind(path)
+    if kind is FileKind.GGUF:
+        return open_gguf(path)
+    if kind is FileKind.SAFETENSORS:
+        if not inside(path.parent, CONFIG).is_file():
+            raise CheckpointFormatError(f"{path} holds weights alone; a {CONFIG} that describes them belongs beside it")
+        return open_hf_directory(path.parent, path)
+    raise CheckpointFormatError(f"{path} is no checkpoint: it is {what_it_is(kind)}")

@@ -1,0 +1,130 @@
+"""A checkpoint of any format, opened and not yet read; its tensors against those that its configuration asks for."""
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llama_mini.checkpoint.gguf_file import GGUFHeader
+from llama_mini.checkpoint.keys import HARMLESS, KeyTable, their_name
+from llama_mini.checks import listed
+from llama_mini.config import LlamaConfig
+from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, LlamaMiniWarning
+from llama_mini.model import Llama
+
+Model = TypeVar("Model", bound=Llama)
+HEAD, EMBEDDING = "lm_head.weight", "tok_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: `shape` as the model has it, `number_format` as the file names it (BF16, Q4_1)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    number_format: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What every format comes down to.
+
+    path: the directory or file.
+    format: a phrase for people, such as "Hugging Face directory, 2 safetensors files".
+    model_type: the family, in Hugging Face's words.
+    dtype: what the model gets if nobody asks for another.
+    keys: names in the file -> ours.
+    tensors: by name in the file.
+    read: gives the tensors of these names in a dtype, each once, as the model has them, in that order
+        where the tensors of a file stand together in it.
+    gguf: the header, where the checkpoint is a GGUF file, which holds the tokenizer too.
+    """
+
+    path: Path
+    format: str
+    model_type: str
+    config: LlamaConfig
+    dtype: torch.dtype
+    keys: KeyTable
+    tensors: Mapping[str, StoredTensor]
+    read: Callable[[Collection[str], torch.dtype], Iterator[tuple[str, Tensor]]]
+    gguf: GGUFHeader | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where the files that belong to it lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def empty_model(cls: type[Model], source: Source) -> Model:
+    """The model on the meta device. Raises CheckpointMismatchError, ConfigError where there can be none."""
+    config = source.config
+    if config.n_layers > len(source.tensors):  # before a model of a billion layers is built
+        raise CheckpointMismatchError(
+            f"{source.path} asks for {config.n_layers} layers, but holds {len(source.tensors)} tensors in all"
+        )
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except RuntimeError as error:  # a product of sizes that no address reaches
+        raise ConfigError(f"{source.path}: no model of these sizes can be made: {error}") from None
+
+
+def match(model: nn.Module, source: Source) -> dict[str, str]:
+    """Name in the file -> ours, for every parameter, as they lie in the files.
+
+    Raises CheckpointMismatchError that names every missing, unexpected and misshaped tensor at once.
+    """
+    wanted = {their_name(name, source.keys): (name, tuple(p.shape)) for name, p in model.named_parameters()}
+    ignored = {name for name in source.tensors if HARMLESS.search(name)} | set(_spare_head(model, source))
+    found = {name: stored.shape for name, stored in source.tensors.items() if name not in ignored or name in wanted}
+    faults = []
+    if missing := sorted(set(wanted) - set(found)):
+        faults.append(f"{len(missing)} missing: {listed(missing)}")
+    if unexpected := sorted(set(found) - set(wanted)):
+        faults.append(f"{len(unexpected)} unexpected: {listed(unexpected)}")
+    if misshaped := sorted(name for name in set(wanted) & set(found) if wanted[name][1] != found[name]):
+        shapes = [f"{name} is {found[name]}, not {wanted[name][1]}" for name in misshaped]
+        faults.append(f"{len(misshaped)} misshaped: {listed(shapes)}")
+    if faults:
+        raise CheckpointMismatchError(
+            f"{source.path}: the tensors are not those of its configuration: {'; '.join(faults)}"
+        )
+    return {theirs: wanted[theirs][0] for theirs in source.tensors if theirs in wanted}
+
+
+def read_all(
+    source: Source, names: Mapping[str, str], dtype: torch.dtype, what: str, delay: float = 1
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that `match` found, by our name, with a progress bar after `delay` seconds, on a terminal alone.
+
+    Raises CheckpointFormatError where a norm or a bias is not finite: no answer would be.
+    """
+    with tqdm(total=len(names), desc=what, unit="tensor", delay=delay, leave=False, disable=None) as bar:
+        for theirs, tensor in source.read(names.keys(), dtype):
+            if tensor.ndim == 1 and not torch.isfinite(tensor).all():
+                raise CheckpointFormatError(
+                    f"{source.tensors[theirs].file}: {theirs} holds NaN or infinity; download it again"
+                )
+            yield names[theirs], tensor
+            bar.update()
+
+
+def warn_of_other_head(model: nn.Module, source: Source, embedding: Tensor) -> None:
+    """A tied model whose file has a head all the same: silent where it equals the embedding, a warning where not."""
+    for name, tensor in source.read(_spare_head(model, source), embedding.dtype):
+        if not torch.equal(tensor.to(embedding.device), embedding):
+            message = f"{name} differs from the embedding, but tie_word_embeddings is true: it is ignored"
+            warnings.warn(message, LlamaMiniWarning, stacklevel=3)
+
+
+def _spare_head(model: nn.Module, source: Source) -> list[str]:
+    head = their_name(HEAD, source.keys)
+    tied = HEAD not in dict(model.named_parameters())
+    return [head] if tied and head in source.tensors else []

@@ -53,8 +53,9 @@ def parser() -> argparse.ArgumentParser:
 
     model = p.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="DIR", help="checkpoint; default: SmolLM2-135M-Instruct, fetched the first time"
+        "--model", metavar="M", help="directory, GGUF file or hub name; default: SmolLM2-135M-Instruct, fetched once"
     )
+    model.add_argument("--info", action="store_true", help="print what the checkpoint is, without loading it, and end")
     model.add_argument(
         "--dtype", default="auto", metavar="D", help="auto (default), float32, bfloat16, float16, float64"
     )
@@ -93,6 +94,11 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Everything after the arguments are parsed. Raises LlamaMiniError."""
+    if args.info:
+        from llama_mini.info import describe
+
+        print(describe(_checkpoint(args), args.dtype, args.device))
+        return
     if args.raw and args.system is not None:
         raise RequestError("--system belongs to a chat and --raw completes text: leave one of them out")
     prompt = _read_prompt() if args.prompt is None else args.prompt
@@ -137,13 +143,15 @@ def _params(args: argparse.Namespace) -> "SamplingParams":
 def _load(args: argparse.Namespace) -> "LLM":
     from llama_mini.engine import LLM
 
-    if args.model is None:
-        from llama_mini.checkpoint.default import ensure_default_checkpoint
+    return LLM(_checkpoint(args), dtype=args.dtype, device=args.device, threads=args.threads)
 
-        path = ensure_default_checkpoint()
-    else:
-        path = Path(args.model)
-    return LLM(path, dtype=args.dtype, device=args.device, threads=args.threads)
+
+def _checkpoint(args: argparse.Namespace) -> str | Path:
+    if args.model is not None:
+        return str(args.model)
+    from llama_mini.checkpoint.default import ensure_default_checkpoint
+
+    return ensure_default_checkpoint()
 
 
 def _tokens(llm: "LLM", prompt: str, args: argparse.Namespace) -> list[int]:

@@ -1,0 +1,103 @@
+"""What a checkpoint is, without loading it: python -m llama_mini.generate --model X --info."""
+
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from llama_mini.checkpoint.families import FAMILIES
+from llama_mini.checkpoint.load import open_tokenizer
+from llama_mini.checkpoint.open import open_checkpoint, resolve
+from llama_mini.checkpoint.source import Source, empty_model, match
+from llama_mini.config import LlamaConfig
+from llama_mini.dtypes import as_dtype
+from llama_mini.memory import available_memory, cache_bytes, shown_bytes, weight_bytes, work_bytes
+from llama_mini.model import Llama
+from llama_mini.norm import RMSNorm
+from llama_mini.norm_plan import NormPlan
+
+_PRESETS = ("pre", "post", "peri", "out", "none", "deep", "lns", "sub", "normformer")
+_SUFFIXES = (("", "+qk", "+qk:full"), ("", "+embed"), ("", "-final"))
+
+
+def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> str:
+    """A table of facts, a line each. Headers are read and checked, data is not; raises as loading would."""
+    source = open_checkpoint(resolve(name))
+    model = empty_model(Llama, source)
+    names = match(model, source)
+    tokenizer = open_tokenizer(source)
+    config, wanted = source.config, as_dtype(dtype, device)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    rows = {
+        "path": str(source.path),
+        "format": source.format,
+        "family": source.model_type,
+        "parameters": f"{n_parameters:,} in {len(names)} tensors, stored as {_stored_as(source, names)}",
+        "shape": f"{config.n_layers} layers, dim {config.dim}, hidden {config.hidden_dim}, {config.n_heads} heads of "
+        f"{config.head_dim}, {config.n_kv_heads} KV heads, {'tied' if config.tie_word_embeddings else 'untied'} head",
+        "norms": _norms(config, model),
+        "context": f"{config.max_seq_len:,} tokens, {_rope(config)}{_window(config)}",
+        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {_id(tokenizer.bos_id)}, "
+        f"EOS {', '.join(map(str, sorted(tokenizer.eos_ids))) or 'none'}",
+        "chat template": "yes" if tokenizer.has_chat_template else "no",
+        "memory": _memory(config, n_parameters, wanted, torch.device(device)),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+
+
+def plan_name(config: LlamaConfig) -> str:
+    """The preset and suffixes that make the plan, or its JSON."""
+    for preset, suffixes in product(_PRESETS, product(*_SUFFIXES)):
+        text = preset + "".join(suffixes)
+        if text.endswith("-final") and preset in ("post", "deep"):
+            continue
+        if config.norm_plan == NormPlan.parse(text, config.n_layers):
+            return text
+    for family in FAMILIES.values():
+        if config.norm_plan == family.norm_plan(config.n_layers):
+            return f"{family.plan}, each rounded last"
+    return str(config.norm_plan.to_dict())
+
+
+def _norms(config: LlamaConfig, model: Llama) -> str:
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    eps = ", ".join(f"{value:g}" for value in sorted({norm.eps for norm in norms}))
+    return f"{plan_name(config)}: {len(norms)} norms, eps {eps or 'none'}"
+
+
+def _rope(config: LlamaConfig) -> str:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return f"rope base {config.rope_theta:,g}"
+    factor = getattr(scaling, "factor", None)
+    return f"rope base {config.rope_theta:,g}, {scaling.rope_type}" + (f" × {factor:g}" if factor else "")
+
+
+def _window(config: LlamaConfig) -> str:
+    if config.sliding_window is None:
+        return ""
+    return f", window of {config.sliding_window:,} in {len(config.sliding_layers)} of {config.n_layers} layers"
+
+
+def _stored_as(source: Source, names: dict[str, str]) -> str:
+    formats: dict[str, int] = {}
+    for name in names:
+        stored = source.tensors[name]
+        formats[stored.number_format] = formats.get(stored.number_format, 0) + stored.n_bytes
+    return ", ".join(f"{kind} ({shown_bytes(size)})" for kind, size in sorted(formats.items(), key=lambda kv: -kv[1]))
+
+
+def _memory(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, device: torch.device) -> str:
+    there = available_memory(device)
+    return (
+        f"weights {shown_bytes(weight_bytes(n_parameters, dtype))} in {str(dtype).removeprefix('torch.')}, "
+        f"cache {shown_bytes(cache_bytes(config, 1024, dtype))} for 1,024 tokens and "
+        f"{shown_bytes(cache_bytes(config, config.max_seq_len, dtype))} for all, "
+        f"work {shown_bytes(work_bytes(config, config.max_seq_len, dtype))}"
+        + (f"; {shown_bytes(there)} are free" if there is not None else "")
+    )
+
+
+def _id(value: int | None) -> str:
+    return "none" if value is None else str(value)

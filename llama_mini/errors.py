@@ -1,10 +1,15 @@
 """Every error that bad input can raise, and the exit code the command line gives it."""
 
+_LONGEST = 1900
+
 
 class LlamaMiniError(Exception):
     """The base: its message names the file or parameter, what was found, what was expected and what to do."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
 
 
 class ConfigError(LlamaMiniError):
@@ -59,3 +64,12 @@ class NumericalError(LlamaMiniError):
 
 class LlamaMiniWarning(UserWarning):
     """Something odd in a checkpoint that does not stop it from being used."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
+
+
+def _printable(message: str) -> str:
+    """One line of bounded length: names and values from a file may hold escape codes that a terminal would obey."""
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message[:_LONGEST])
+    return text if len(text) < _LONGEST else text[: _LONGEST - 3] + "..."

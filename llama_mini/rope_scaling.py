@@ -155,6 +155,8 @@ class YarnScaling(RopeScaling):
 
     def frequencies(self, plain: Tensor, theta: float) -> Tensor:
         dim = 2 * len(plain)
+        if theta <= 1:
+            raise ConfigError(f"rope_theta must be above 1 for rope_scaling of type yarn, not {theta}")
 
         def pair_of(turns: float) -> float:
             return (dim * math.log(self.original_max_seq_len / (turns * 2 * math.pi))) / (2 * math.log(theta))

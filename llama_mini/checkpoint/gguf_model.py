@@ -143,7 +143,7 @@ class _Metadata:
 
     def check_kind(self) -> None:
         """A whole model of a known architecture with nothing that is not implemented."""
-        if self.architecture not in ARCHITECTURES:
+        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
             raise ConfigError(f"general.architecture is {shown(self.architecture)}; known: {', '.join(ARCHITECTURES)}")
         for key, only, do in (
             ("general.type", "model", "give the file of the model itself"),

@@ -93,6 +93,8 @@ def _sentencepiece_files(path: Path, data: bytes) -> Files:
     scores = [processor.get_score(id) for id in range(len(types))]
     named = {name: getattr(processor, f"{name}_id")() for name in ("bos", "eos", "unk", "pad")}
     named = {name: id for name, id in named.items() if id >= 0}
+    if "unk" not in named:
+        raise TokenizerError(f"{path} has no unknown piece, which tokenizer.json needs; restore the file")
     defined = [id for id, type_ in enumerate(types) if type_ == USER_DEFINED]
     markers = {id for id in defined if is_control(pieces[id], special=False)}
     words = [pieces[id] for id in defined if id not in markers]

@@ -156,10 +156,12 @@ def _exchange(child: subprocess.Popen[bytes], request: bytes) -> bytes:
     with suppress(OSError):  # it has died: its exit code tells why
         child.stdin.write(request)
         child.stdin.close()
-    answer = child.stdout.read(MAX_ANSWER_BYTES + 1)
-    if len(answer) > MAX_ANSWER_BYTES:
-        raise _stopped(f"its answer is longer than {MAX_ANSWER_BYTES:,} bytes")
-    return answer
+    answer = bytearray()
+    while part := child.stdout.read(1 << 20):  # asked for at once, all that is allowed would be reserved
+        answer += part
+        if len(answer) > MAX_ANSWER_BYTES:
+            raise _stopped(f"its answer is longer than {MAX_ANSWER_BYTES:,} bytes")
+    return bytes(answer)
 
 
 def _stopped(reason: str) -> TokenizerError:

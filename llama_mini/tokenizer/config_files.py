@@ -105,7 +105,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> tuple[AddedToken
     if "added_tokens_decoder" in settings:
         try:
             return tuple(
-                AddedToken(id=int(key), content=token["content"], **{flag: token.get(flag, False) for flag in flags})
+                AddedToken(id=int(key), content=_text(token), **{flag: token.get(flag, False) for flag in flags})
                 for key, token in settings["added_tokens_decoder"].items()
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -126,8 +126,10 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
         return read_text(path)
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = [
+            entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"
+        ]
+        template = named[-1] if named else None
     if template is None or isinstance(template, str):
         return template
     raise TokenizerError(
@@ -188,3 +190,9 @@ def _content(token: object) -> str | None:
     """A named token is a string or an added token written out as an object."""
     content = token.get("content") if isinstance(token, Mapping) else token
     return content if isinstance(content, str) and content else None
+
+
+def _text(token: Mapping[str, Any]) -> str:
+    if not isinstance(token["content"], str):
+        raise ValueError(f"content is a {type(token['content']).__name__}")
+    return token["content"]

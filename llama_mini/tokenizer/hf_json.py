@@ -56,7 +56,7 @@ class HuggingFaceJson:
         self.vocab_size = max(self._contents, default=-1) + 1
         self.control_ids: Mapping[str, int] = {content: ids[seal] for content, seal in seals.items()}
         self.special_ids = frozenset(ids[seals[token.content]] for token in added if token.special)
-        self.frame = self._frame()
+        self.frame = self._frame(where)
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
         text = "".join(self._seal_of[piece] if isinstance(piece, int) else piece for piece in pieces)
@@ -70,9 +70,12 @@ class HuggingFaceJson:
         content = self._contents.get(token_id, "")
         return content.encode() if token_id in self._added_ids else self._bytes_of(content)
 
-    def _frame(self) -> tuple[list[int], list[int]]:
+    def _frame(self, where: Path | str) -> tuple[list[int], list[int]]:
         """What the post-processor puts before and after a text."""
-        framed = self._encoder.encode("a")
+        with native_failures_as(TokenizerError, f"the post-processor of {where}"):
+            framed = self._encoder.encode("a")
+        if outside := [id for id in framed.ids if id >= self.vocab_size]:
+            raise TokenizerError(f"{where}: its post-processor adds token {outside[0]} of {self.vocab_size}")
         text = [i for i, added in enumerate(framed.special_tokens_mask) if not added] or [len(framed.ids)]
         return framed.ids[: text[0]], framed.ids[text[-1] + 1 :]
 

@@ -1,4 +1,4 @@
-"""RMSNorm with LLaMA's exact arithmetic: a reader starts here.
+"""RMSNorm with LLaMA's exact arithmetic, and its kin: a reader starts here.
 
     y = round(x / √(mean(x²) + eps)) · g      "early": round to the input's dtype, then the gain (LLaMA, Mistral, Qwen)
     y = round(x / √(mean(x²) + eps) · g)      "late": the gain in float32, then round (OLMo 2, Gemma)
@@ -7,7 +7,7 @@ The two orders give different bits in a quarter of all bfloat16 elements, and th
 Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; the rounding orders are those of transformers.
 """
 
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,21 @@ Gain = Literal["w", "1+w", "none"]
 Cast = Literal["early", "late"]
 
 
-class RMSNorm(nn.Module):
-    """Divides each row by its root mean square, then multiplies by a gain.
+class Norm(nn.Module):
+    """What every norm here does around its own arithmetic: widen, `normalise`, round, gain, scale.
 
     Args:
         dim: width of the last dimension.
-        eps: added to the mean of squares, inside the root; finite and ≥ 0 (`rms_norm_eps` of a config.json).
+        eps: added inside the root; finite and ≥ 0 (`rms_norm_eps` of a config.json).
         gain: `w` (LLaMA), `1+w` (Gemma, whose weight starts at 0), or `none` (no weight at all).
         cast: `early` or `late`, see the module.
         scale: a constant factor on the output (LayerNorm Scaling: 1/√l in layer l).
 
     Shape: (..., dim) -> (..., dim), the input's dtype, whatever the weight's: a float32 gain does not widen a
-    bfloat16 stream. Squares and mean are taken in float32, for float64 in float64. A row that holds NaN becomes NaN;
-    an infinity becomes NaN and the rest of its row 0; a row with ‖x‖₂ > 1.8447e19 overflows its sum of squares and
-    silently becomes 0; with eps = 0 a row of zeros becomes NaN.
+    bfloat16 stream. Computes in float32, for float64 in float64.
     """
+
+    kind: ClassVar[str]
 
     def __init__(
         self,
@@ -47,19 +47,21 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        name = type(self).__name__
         if not is_whole(dim) or dim < 1:
-            raise ConfigError(f"RMSNorm: dim must be a whole number of at least 1, not {shown(dim)}")
+            raise ConfigError(f"{name}: dim must be a whole number of at least 1, not {shown(dim)}")
         if not is_finite(eps) or eps < 0:
-            raise ConfigError(f"RMSNorm: eps must be a finite number of at least 0, not {shown(eps)}")
+            raise ConfigError(f"{name}: eps must be a finite number of at least 0, not {shown(eps)}")
         if gain not in get_args(Gain):
-            raise ConfigError(f"RMSNorm: unknown gain {shown(gain)}; known: {', '.join(get_args(Gain))}")
+            raise ConfigError(f"{name}: unknown gain {shown(gain)}; known: {', '.join(get_args(Gain))}")
         if cast not in get_args(Cast):
-            raise ConfigError(f"RMSNorm: unknown cast {shown(cast)}; known: {', '.join(get_args(Cast))}")
+            raise ConfigError(f"{name}: unknown cast {shown(cast)}; known: {', '.join(get_args(Cast))}")
         if not is_finite(scale):
-            raise ConfigError(f"RMSNorm: scale must be a finite number, not {shown(scale)}")
+            raise ConfigError(f"{name}: scale must be a finite number, not {shown(scale)}")
         self.dim, self.eps, self.gain, self.cast, self.scale = dim, eps, gain, cast, scale
         self.weight: nn.Parameter | None
-        weight = None if gain == "none" else nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        n_gains = 1 if self.kind == "scale" else dim
+        weight = None if gain == "none" else nn.Parameter(torch.empty(n_gains, device=device, dtype=dtype))
         self.register_parameter("weight", weight)
         self.reset_parameters()
 
@@ -70,11 +72,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.dim,):  # a width of 1 would broadcast
-            raise ValueError(f"RMSNorm over {self.dim} elements got an input of shape {tuple(x.shape)}")
+            raise ValueError(f"{type(self).__name__} over {self.dim} elements got an input of shape {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise TypeError(f"RMSNorm needs a floating-point input, not {x.dtype}")
+            raise TypeError(f"{type(self).__name__} needs a floating-point input, not {x.dtype}")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of float16 overflow from 256 on
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        normed = self.normalise(wide)
         if self.cast == "early":
             normed = normed.to(x.dtype)
         if self.weight is not None:
@@ -84,6 +86,88 @@ class RMSNorm(nn.Module):
             normed = normed * self.scale
         return normed.to(x.dtype)
 
+    def normalise(self, wide: Tensor) -> Tensor:
+        """The arithmetic before the gain, in float32 or float64."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         scale = "" if self.scale == 1 else f", scale={self.scale:g}"
         return f"{self.dim}, eps={self.eps:g}, gain={self.gain}, cast={self.cast}{scale}"
+
+
+class RMSNorm(Norm):
+    """Divides each row by its root mean square, then multiplies by a gain. Arguments and shape: see Norm.
+
+    A row that holds NaN becomes NaN; an infinity becomes NaN and the rest of its row 0; a row with ‖x‖₂ > 1.8447e19
+    overflows its sum of squares and silently becomes 0; with eps = 0 a row of zeros becomes NaN.
+    """
+
+    kind = "rms"
+
+    def normalise(self, wide: Tensor) -> Tensor:
+        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class LayerNorm(Norm):
+    """RMSNorm of a row less its mean, without a bias. Source: Ba et al. 2016."""
+
+    kind = "layer"
+
+    def normalise(self, wide: Tensor) -> Tensor:
+        centred = wide - wide.mean(-1, keepdim=True)
+        return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class ScaleNorm(RMSNorm):
+    """RMSNorm with one gain for all elements. Source: Nguyen & Salazar 2019, whose g is √dim times this one."""
+
+    kind = "scale"
+
+
+class L2Norm(Norm):
+    """Divides each row by its length √(Σx² + eps): 1/√dim of what RMSNorm gives."""
+
+    kind = "l2"
+
+    def normalise(self, wide: Tensor) -> Tensor:
+        return wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + self.eps)
+
+
+class PartialRMSNorm(Norm):
+    """RMSNorm by the root mean square of a row's first elements. Source: Zhang & Sennrich 2019, section 3.2."""
+
+    kind = "prms"
+    share = 0.0625  # of the row; the paper's choice
+
+    def normalise(self, wide: Tensor) -> Tensor:
+        first = wide[..., : max(1, round(self.dim * self.share))]
+        return wide * torch.rsqrt(first.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class DynamicTanh(Norm):
+    """tanh(α·x), with one learned α that starts at 0.5; there is no statistic, and eps is not used.
+
+    Source: Zhu et al. 2025, "Transformers without Normalization", without its bias.
+    """
+
+    kind = "dyt"
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(dim, eps, device=device, dtype=dtype, **settings)
+        self.alpha = nn.Parameter(torch.full((1,), 0.5, device=device, dtype=dtype))
+
+    def normalise(self, wide: Tensor) -> Tensor:
+        return torch.tanh(self.alpha.to(wide.dtype) * wide)
+
+
+NORMS: dict[str, type[Norm]] = {
+    norm.kind: norm for norm in (RMSNorm, LayerNorm, ScaleNorm, L2Norm, PartialRMSNorm, DynamicTanh)
+}

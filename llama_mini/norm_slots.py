@@ -16,7 +16,7 @@ from torch import nn
 
 from llama_mini.checks import is_finite, shown
 from llama_mini.errors import ConfigError
-from llama_mini.norm import Cast, Gain, RMSNorm
+from llama_mini.norm import NORMS, Cast, Gain, Norm
 
 View = Literal["head", "full"]
 SLOTS = ("pre", "q", "k", "v", "mid", "out", "post")
@@ -25,10 +25,11 @@ HEAD_SLOTS = ("q", "k", "v")
 
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:
-    """One norm. `eps=None` takes the config's `norm_eps`; `view` (q, k and v slots only) says whether the norm sees
-    each head by itself (Qwen 3) or the whole projection (OLMo 2). The rest is as in RMSNorm."""
+    """One norm. `kind`: rms, layer, scale, l2, prms or dyt, a class of norm.py. `eps=None` takes the config's
+    `norm_eps`; `view` (q, k and v slots only) says whether the norm sees each head by itself (Qwen 3) or the whole
+    projection (OLMo 2). The rest is as in Norm."""
 
-    kind: Literal["rms"] = "rms"
+    kind: str = "rms"
     eps: float | None = None
     gain: Gain = "w"
     cast: Cast = "early"
@@ -36,16 +37,16 @@ class NormSpec:
     view: View = "head"
 
     def __post_init__(self) -> None:
-        if self.kind != "rms":
-            raise ConfigError(f"norm plan: unknown kind {shown(self.kind)}; known: rms")
+        if not isinstance(self.kind, str) or self.kind not in NORMS:
+            raise ConfigError(f"norm plan: unknown kind {shown(self.kind)}; known: {', '.join(NORMS)}, none")
         if self.view not in get_args(View):
             raise ConfigError(f"norm plan: unknown view {shown(self.view)}; known: {', '.join(get_args(View))}")
         self.build(1, norm_eps=0.0)  # the module checks the rest
 
-    def build(self, dim: int, norm_eps: float) -> RMSNorm:
+    def build(self, dim: int, norm_eps: float) -> Norm:
         """The module this describes, over `dim` elements."""
         eps = norm_eps if self.eps is None else self.eps
-        return RMSNorm(dim, eps, gain=self.gain, cast=self.cast, scale=self.scale)
+        return NORMS[self.kind](dim, eps, gain=self.gain, cast=self.cast, scale=self.scale)
 
     def to_dict(self) -> dict[str, Any]:
         default = NormSpec()
@@ -54,7 +55,8 @@ class NormSpec:
 
     @staticmethod
     def from_dict(data: Any, where: str) -> "NormSpec | None":
-        return None if data is None else NormSpec(**known_keys(data, NormSpec, where))
+        """The inverse of `to_dict`; null and {"kind": "none"} are an empty slot."""
+        return None if data in (None, {"kind": "none"}) else NormSpec(**known_keys(data, NormSpec, where))
 
 
 def build_norm(spec: NormSpec | None, dim: int, norm_eps: float) -> nn.Module:

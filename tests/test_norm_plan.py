@@ -158,6 +158,36 @@ def test_of_two_overrides_the_later_one_holds() -> None:
     }
 
 
+def test_layers_make_the_shortest_plan() -> None:
+    pre, out = BranchPlan(pre=NormSpec()), BranchPlan(out=NormSpec())
+    start = NormPlan.parse("post+embed", 6)
+    pairs = [(pre, pre), (out, pre), (out, pre), (out, out), (pre, out), (pre, pre)]
+    plan = start.with_layers(pairs)
+    assert [plan.layer(i) for i in range(6)] == pairs
+    assert (plan.attention, plan.feed_forward) == (pre, pre)  # of attention's three and three, the last one's
+    assert (plan.embed, plan.final) == (start.embed, None)
+    assert plan.overrides == (
+        Override(first=1, last=2, attention=out),
+        Override(first=3, last=3, attention=out, feed_forward=out),
+        Override(first=4, last=4, feed_forward=out),
+    )
+    assert start.with_layers([(out, pre)] * 6).overrides == ()
+    assert start.with_layers([(out, out)] * 4 + [(pre, pre)] * 2).overrides == (
+        Override(first=4, last=5, attention=pre, feed_forward=pre),
+    )
+
+
+@pytest.mark.parametrize("plan", EVERY_PLAN)
+def test_the_same_layers_make_an_equal_plan(plan: str) -> None:
+    made = NormPlan.parse(plan, N_LAYERS)
+    layers = [made.layer(i) for i in range(N_LAYERS)]
+    again = made.with_layers(layers)
+    assert [again.layer(i) for i in range(N_LAYERS)] == layers
+    assert NormPlan(embed=made.embed, final=made.final).with_layers(layers) == again
+    if plan not in ("mix(1)", "mix(1.)"):  # whose own branch no layer has
+        assert again == made
+
+
 NAN, INF = float("nan"), float("inf")
 BAD_TEXTS = {
     "": "unknown preset ''.*known: pre, post",
@@ -197,7 +227,7 @@ BAD_PLANS: list[tuple[Any, str]] = [
     ({"final": {"view": "full"}}, "view='full' .* not to final"),
     ({"embed": {"view": "full"}}, "view='full' .* not to embed"),
     ({"attention": {"q": {"view": "heads"}}}, "unknown view 'heads'; known: head, full"),
-    ({"embed": {"kind": "layer"}}, "unknown kind 'layer'; known: rms"),
+    ({"embed": {"kind": "batch"}}, "unknown kind 'batch'; known: rms, layer, scale, l2, prms, dyt, none"),
     ({"embed": {"gain": "w+1"}}, r"unknown gain 'w\+1'; known: w, 1\+w, none"),
     ({"embed": {"cast": "never"}}, "unknown cast 'never'; known: early, late"),
     *(({"embed": {"eps": bad}}, "eps must be a finite number") for bad in (-1e-9, NAN, INF, "0", True)),

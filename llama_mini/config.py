@@ -80,6 +80,8 @@ class LlamaConfig:
         if not is_finite(self.norm_eps) or self.norm_eps < 0:
             raise ConfigError(f"norm_eps must be a finite number of at least 0, not {shown(self.norm_eps)}")
         _check_positive("rope_theta", self.rope_theta)
+        for name in ("norm_eps", "rope_theta"):  # a whole number of JSON; torch takes none beyond 64 bits
+            fill(name, float(getattr(self, name)))
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ConfigError(f"rope_scaling must be a RopeScaling or None, not {shown(self.rope_scaling)}")
         if isinstance(self.rope_scaling, DynamicScaling) and self.head_dim < 4:

@@ -1,4 +1,4 @@
-"""Names of number formats: strings and torch dtypes both work, everywhere."""
+"""Names of number formats and devices: strings and those of torch both work, everywhere."""
 
 import torch
 
@@ -20,6 +20,18 @@ def as_dtype(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> to
     if name not in DTYPES:
         raise RequestError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """A device that can be used here. Raises RequestError."""
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RequestError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise RequestError("device 'meta' cannot be used: it holds no numbers")
+    return device
 
 
 def _has_bfloat16(device: torch.device) -> bool:

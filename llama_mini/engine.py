@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from llama_mini.checkpoint.load import load_model, open_tokenizer
 from llama_mini.checkpoint.open import open_checkpoint, resolve
+from llama_mini.checkpoint.source import Source
 from llama_mini.checks import is_whole, shown
-from llama_mini.dtypes import as_dtype
+from llama_mini.dtypes import as_device, as_dtype
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.kv_cache import KVCache
 from llama_mini.memory import PREFILL_CHUNK, check_cache_fits
@@ -32,7 +33,8 @@ class LLM:
     """A checkpoint, ready to generate. Not thread-safe: one call at a time, a second one raises RequestError.
 
     Args:
-        path: a checkpoint: a directory, a GGUF or safetensors file, or a hub name (org/name, org/name@revision).
+        path: a checkpoint: a directory, a GGUF or safetensors file, a hub name (org/name, org/name@revision), or
+            what `open_checkpoint` made of one.
         dtype: `auto` (bfloat16 where the device computes in it, else float32), a name or a torch dtype.
         device: `cpu`, `cuda`, ...
         threads: of the processor; None leaves PyTorch's choice. It holds for the whole process.
@@ -43,7 +45,7 @@ class LLM:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Source,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         threads: int | None = None,
@@ -53,8 +55,8 @@ class LLM:
                 raise RequestError(f"threads must be a whole number of at least 1, not {shown(threads)}")
             torch.set_num_threads(threads)
         started = time.perf_counter()
-        device = _available(device)
-        source = open_checkpoint(resolve(path))
+        device = as_device(device)
+        source = path if isinstance(path, Source) else open_checkpoint(resolve(path))
         self.tokenizer = open_tokenizer(source)
         self.model = load_model(Llama, source, as_dtype(dtype, device), device)
         self.config = self.model.config
@@ -135,7 +137,8 @@ class LLM:
             groups = [requests[start : start + DECODE_BATCH] for start in range(0, len(requests), DECODE_BATCH)]
             weight = self.model.tok_embeddings.weight
             for group in groups:
-                check_cache_fits(self.config, len(group), weight.dtype, _positions(group), weight.device)
+                longest = max(len(request.prompt) for request in group)
+                check_cache_fits(self.config, len(group), weight.dtype, _positions(group), longest, weight.device)
             for group in groups:
                 yield from self._run_group(group)
 
@@ -220,12 +223,3 @@ def _positions(group: list[Request]) -> int:
         return len(request.prompt) + new - 1
 
     return max(map(need, group))
-
-
-def _available(device: torch.device | str) -> torch.device:
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RequestError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device

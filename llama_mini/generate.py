@@ -141,9 +141,17 @@ def _params(args: argparse.Namespace) -> "SamplingParams":
 
 
 def _load(args: argparse.Namespace) -> "LLM":
+    from llama_mini.checkpoint.open import open_checkpoint, resolve
+    from llama_mini.checkpoint.source import n_parameters
+    from llama_mini.dtypes import as_device, as_dtype
     from llama_mini.engine import LLM
+    from llama_mini.memory import check_fits
 
-    return LLM(_checkpoint(args), dtype=args.dtype, device=args.device, threads=args.threads)
+    source = open_checkpoint(resolve(_checkpoint(args)))
+    device = as_device(args.device)
+    asked = min(args.max_tokens or DEFAULT_MAX_TOKENS, source.config.max_seq_len)
+    check_fits(source.config, n_parameters(source), as_dtype(args.dtype, device), asked, device)
+    return LLM(source, dtype=args.dtype, device=device, threads=args.threads)
 
 
 def _checkpoint(args: argparse.Namespace) -> str | Path:

@@ -10,10 +10,10 @@ from llama_mini.checkpoint.load import open_tokenizer
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source, empty_model, match
 from llama_mini.config import LlamaConfig
-from llama_mini.dtypes import as_dtype
+from llama_mini.dtypes import as_device, as_dtype
 from llama_mini.memory import available_memory, cache_bytes, shown_bytes, weight_bytes, work_bytes
 from llama_mini.model import Llama
-from llama_mini.norm import RMSNorm
+from llama_mini.norm import Norm
 from llama_mini.norm_plan import NormPlan
 
 _PRESETS = ("pre", "post", "peri", "out", "none", "deep", "lns", "sub", "normformer")
@@ -22,11 +22,12 @@ _SUFFIXES = (("", "+qk", "+qk:full"), ("", "+embed"), ("", "-final"))
 
 def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> str:
     """A table of facts, a line each. Headers are read and checked, data is not; raises as loading would."""
+    there = as_device(device)
     source = open_checkpoint(resolve(name))
     model = empty_model(Llama, source)
     names = match(model, source)
     tokenizer = open_tokenizer(source)
-    config, wanted = source.config, as_dtype(dtype, device)
+    config, wanted = source.config, as_dtype(dtype, there)
     n_parameters = sum(p.numel() for p in model.parameters())
     rows = {
         "path": str(source.path),
@@ -40,7 +41,7 @@ def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = 
         "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {_id(tokenizer.bos_id)}, "
         f"EOS {', '.join(map(str, sorted(tokenizer.eos_ids))) or 'none'}",
         "chat template": "yes" if tokenizer.has_chat_template else "no",
-        "memory": _memory(config, n_parameters, wanted, torch.device(device)),
+        "memory": _memory(config, n_parameters, wanted, there),
     }
     width = max(map(len, rows))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
@@ -54,6 +55,10 @@ def plan_name(config: LlamaConfig) -> str:
             continue
         if config.norm_plan == NormPlan.parse(text, config.n_layers):
             return text
+    if len(config.norm_plan.overrides) == 1:
+        text = f"mix({(config.norm_plan.overrides[0].last + 1) / config.n_layers:.6g})"
+        if config.norm_plan == NormPlan.parse(text, config.n_layers):
+            return text
     for family in FAMILIES.values():
         if config.norm_plan == family.norm_plan(config.n_layers):
             return f"{family.plan}, each rounded last"
@@ -61,7 +66,7 @@ def plan_name(config: LlamaConfig) -> str:
 
 
 def _norms(config: LlamaConfig, model: Llama) -> str:
-    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    norms = [module for module in model.modules() if isinstance(module, Norm)]
     eps = ", ".join(f"{value:g}" for value in sorted({norm.eps for norm in norms}))
     return f"{plan_name(config)}: {len(norms)} norms, eps {eps or 'none'}"
 

@@ -46,16 +46,21 @@ def check_cache_fits(
     rows: int,
     dtype: torch.dtype,
     positions: int,
+    n_new: int,
     device: torch.device,
     available: int | None = None,
 ) -> None:
-    """The same for `rows` of cache beside a model that is loaded. Raises CapacityError."""
+    """The same for `rows` of cache beside a loaded model, for prompts of up to `n_new` tokens. Raises CapacityError."""
     there = available_memory(device) if available is None else available
-    cache, work = rows * cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
-    if there is None or cache + work <= there:
+
+    def need(n: int) -> int:
+        return rows * cache_bytes(config, n, dtype) + work_bytes(config, n, dtype, n_new)
+
+    if there is None or need(positions) <= there:
         return
-    left = (there - work) // cache_bytes(config, BLOCK, dtype) // rows
-    fits = f"{BLOCK * left} positions would fit" if left > 0 else "no prompt at all fits beside the model"
+    cache, work = rows * cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype, n_new)
+    left = bisect_right(range(BLOCK, _in_blocks(positions), BLOCK), there, key=need)
+    fits = f"{BLOCK * left} positions would fit" if left else "no prompt at all fits beside the model"
     prompts = "a prompt" if rows == 1 else f"{rows} prompts"
     raise CapacityError(
         f"{prompts} with {positions} positions of cache, {shown_bytes(cache)}, and {shown_bytes(work)} of work do not "
@@ -73,8 +78,11 @@ def cache_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
     return 2 * config.n_layers * width * _in_blocks(positions) * dtype.itemsize
 
 
-def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
-    """An upper bound of what is alive besides weights and cache: in a chunk of the prompt, or in sampling a token."""
+def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: int | None = None) -> int:
+    """An upper bound of what is alive besides weights and cache: in a chunk of the prompt, or in sampling a token.
+
+    `n_new`: tokens of the longest prompt; None: all positions are.
+    """
     size, wide = dtype.itemsize, max(dtype.itemsize, 4)  # norms, rotation and sampling compute in float32 at least
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     branches = map(config.norm_plan.layer, range(config.n_layers))
@@ -85,7 +93,7 @@ def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
         2 * (config.hidden_dim if mid else config.dim) * (size + wide),  # a norm
     )
     mask = (3 + size) * _in_blocks(positions)  # of bool: itself, its window, and one to make it; what attention adds
-    chunk = min(PREFILL_CHUNK, positions) * (3 * config.dim * size + branch + mask)
+    chunk = min(PREFILL_CHUNK, positions if n_new is None else n_new) * (3 * config.dim * size + branch + mask)
     return max(chunk + torch.get_num_threads() * THREAD_SCRATCH, config.vocab_size * (size + 8 * wide))
 
 

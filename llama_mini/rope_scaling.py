@@ -20,6 +20,8 @@ from torch import Tensor
 from llama_mini.checks import is_finite, is_whole, listed, shown
 from llama_mini.errors import ConfigError
 
+_LARGEST = 1e12  # of any setting, and its inverse the least: their quotients and logarithms stay finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -155,7 +157,7 @@ class YarnScaling(RopeScaling):
 
     def frequencies(self, plain: Tensor, theta: float) -> Tensor:
         dim = 2 * len(plain)
-        if theta <= 1:
+        if theta <= 1.0001:
             raise ConfigError(f"rope_theta must be above 1 for rope_scaling of type yarn, not {theta}")
 
         def pair_of(turns: float) -> float:
@@ -210,15 +212,15 @@ def exponents(head_dim: int) -> Tensor:
 
 
 def _check_factor(value: Any) -> None:
-    if not is_finite(value) or value < 1:
+    if not is_finite(value) or not 1 <= value <= _LARGEST:
         raise ConfigError(f"rope_scaling.factor must be a finite number of at least 1, not {shown(value)}")
 
 
 def _check_positive(name: str, value: Any) -> None:
-    if not is_finite(value) or value <= 0:
+    if not is_finite(value) or not 1 / _LARGEST <= value <= _LARGEST:
         raise ConfigError(f"rope_scaling.{name} must be a finite number above 0, not {shown(value)}")
 
 
 def _check_length(value: Any) -> None:
-    if not is_whole(value) or value < 1:
+    if not is_whole(value) or not 1 <= value <= _LARGEST:
         raise ConfigError(f"rope_scaling.original_max_seq_len must be a whole number of at least 1, not {shown(value)}")

@@ -58,21 +58,22 @@ def test_a_hugging_face_directory(tiny_dir: Path, capsys: pytest.CaptureFixture[
     ],
 )
 def test_every_family(tmp_path: Path, tiny_dir: Path, model_type: str, norms: str) -> None:
-    random_model(model_type, 0).save_pretrained(tmp_path)
+    random_model(model_type, 0, vocab_size=260).save_pretrained(tmp_path)
     found = rows(with_tokenizer(tmp_path, tiny_dir))
     assert found["family"] == model_type
     assert found["norms"].startswith(norms)
 
 
 def test_windows_are_told(tmp_path: Path, tiny_dir: Path) -> None:
-    window = {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 1}
+    window = {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 1, "vocab_size": 260}
     random_model("qwen2", 0, **window).save_pretrained(tmp_path)
     assert rows(with_tokenizer(tmp_path, tiny_dir))["context"].endswith(", window of 1,024 in 2 of 3 layers")
 
 
 def test_a_meta_directory(tmp_path: Path, tiny_dir: Path) -> None:
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
-    save_file({n: t.bfloat16() for n, (t, _) in meta_tensors(model()).items()}, tmp_path / "consolidated.safetensors")
+    tensors = {name: tensor.bfloat16() for name, (tensor, _) in meta_tensors(model(vocab_size=260)).items()}
+    save_file(tensors, tmp_path / "consolidated.safetensors")
     found = rows(with_tokenizer(tmp_path, tiny_dir))
     assert found["format"] == "Meta directory, 1 safetensors file"
     assert "stored as BF16" in found["parameters"]

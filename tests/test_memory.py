@@ -226,16 +226,21 @@ def test_where_nobody_says_everything_fits() -> None:
 @settings(max_examples=300, deadline=None)
 def test_a_cache_that_is_said_to_fit_fits_and_no_longer_one_does(rows: int, positions: int, there: int) -> None:
     def fits(n: int) -> bool:
-        return rows * cache_bytes(LLAMA_8B, n, torch.bfloat16) + work_bytes(LLAMA_8B, n, torch.bfloat16) <= there
+        work = work_bytes(LLAMA_8B, n, torch.bfloat16, n_new=5)
+        return rows * cache_bytes(LLAMA_8B, n, torch.bfloat16) + work <= there
 
     if fits(positions):
-        check_cache_fits(LLAMA_8B, rows, torch.bfloat16, positions, CPU, there)
+        check_cache_fits(LLAMA_8B, rows, torch.bfloat16, positions, 5, CPU, there)
         return
     with pytest.raises(CapacityError) as caught:
-        check_cache_fits(LLAMA_8B, rows, torch.bfloat16, positions, CPU, there)
+        check_cache_fits(LLAMA_8B, rows, torch.bfloat16, positions, 5, CPU, there)
     said = re.search(r"; (\d+) positions would fit$", str(caught.value))
-    assert said is None or fits(int(said[1]))
-    assert said is not None or not fits(1) or "no prompt at all fits" in str(caught.value)
+    if said is None:
+        assert str(caught.value).endswith("no prompt at all fits beside the model")
+        assert not fits(16)
+    else:
+        assert fits(int(said[1]))
+        assert not fits(int(said[1]) + 16)
 
 
 def test_the_engine_refuses_before_it_runs(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

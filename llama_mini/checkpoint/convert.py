@@ -12,9 +12,8 @@ from torch import Tensor
 
 from llama_mini.checkpoint import gguf_tokenizer
 from llama_mini.checkpoint.families import key_table
-from llama_mini.checkpoint.files import inside, new_directory, write_json
+from llama_mini.checkpoint.files import SINGLE, inside, new_directory, write_json
 from llama_mini.checkpoint.hf_config import read_special_ids, special_ids, to_hf
-from llama_mini.checkpoint.hf_directory import SINGLE
 from llama_mini.checkpoint.keys import their_name
 from llama_mini.checkpoint.meta_tokenizer import meta_tokenizer_files
 from llama_mini.checkpoint.open import open_checkpoint
@@ -91,9 +90,8 @@ def _with_special_ids(config: LlamaConfig, files: dict[str, Any]) -> LlamaConfig
     made, vocabulary = files.get(GENERATION), files.get("tokenizer.json")
     if isinstance(vocabulary, dict):
         ids = [*vocabulary["model"]["vocab"].values(), *(token["id"] for token in vocabulary["added_tokens"])]
-        n_tokens = 1 + max(ids)
-        if n_tokens > config.vocab_size:
-            raise TokenizerError(f"the tokenizer has {n_tokens} tokens, but the embedding has {config.vocab_size} rows")
+        if max(ids) >= config.vocab_size:
+            raise TokenizerError(f"the tokenizer has {max(ids) + 1} tokens, but the embedding {config.vocab_size} rows")
     return replace(config, **read_special_ids(made)) if isinstance(made, dict) else config
 
 

@@ -29,11 +29,11 @@ class FileKind(Enum):
     GGUF = "a GGUF file: give its path as the model"
     PICKLE = "a PyTorch pickle: convert it with `python scripts/convert.py SRC DST`, since the engine reads no pickle"
     ZIP = "a zip archive: unpack it"
-    JSON = "JSON text"
+    JSON = "JSON text: give the directory that it lies in"
     LFS_POINTER = "a Git LFS pointer: run `git lfs pull`"
     HTML = "an HTML page, probably an error page of a download: download the file again"
     EMPTY = "empty: download it again"
-    OTHER = "of a kind that the engine does not know"
+    OTHER = "of a kind that the engine does not know: give a directory, a GGUF file or a safetensors file"
 
 
 def what_it_is(kind: FileKind) -> str:

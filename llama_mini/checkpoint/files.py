@@ -17,6 +17,7 @@ from llama_mini.checkpoint.file_kind import HEAD, FileKind, kind_of, open_file, 
 from llama_mini.checks import shown
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights, or what says where they are
 MAX_JSON_BYTES = 256 * 2**20  # bytes
 _DEEPEST_JSON = 127  # objects and lists within each other; Rust's serde_json, which others read with, has the same
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -79,6 +80,14 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything at a path; one that no file can have is none. (pathlib raises for a name too long.)"""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def inside(directory: Path, name: str) -> Path:

@@ -3,6 +3,7 @@
 What the metadata say is honoured, or known to change nothing, or refused by name.
 """
 
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from llama_mini.checkpoint.keys import GGUF_KEYS
 from llama_mini.checkpoint.rotary_layout import split_halves
 from llama_mini.checkpoint.source import Source, StoredTensor
 from llama_mini.config import LlamaConfig
-from llama_mini.errors import CheckpointFormatError, ConfigError
+from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniWarning
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2")  # by the names that the families have too
 HEAD = "output.weight"
@@ -34,9 +35,14 @@ READ = {*SIZES, "attention.head_count_kv", "attention.key_length", "attention.va
 READ |= {"attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", *READ_ROPE}
 ONLY = {  # settings of which one value is implemented
     "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
     "attention.sliding_window": 0,
     "expert_count": 0,
     "expert_used_count": 0,
+    "leading_dense_block_count": 0,
+    "logit_scale": 1,
+    "pooling_type": 0,
     "use_parallel_residual": False,
 }
 HARMLESS = {"tensor_data_layout"}  # tells what the file was made from
@@ -90,7 +96,7 @@ def _as_the_model_has_it(values: Tensor, info: TensorInfo, config: LlamaConfig, 
     """Rotary pairs lie side by side in files of the llama architecture alone; the others have split halves already."""
     if architecture == "llama" and info.name.rpartition(".")[0].endswith((".attn_q", ".attn_k")):
         heads = config.n_heads if ".attn_q." in info.name else config.n_kv_heads
-        return split_halves(values, heads, f"{info.name}")
+        return split_halves(values, heads, info.name)
     return values
 
 
@@ -122,7 +128,7 @@ def _config(metadata: "_Metadata", header: GGUFHeader) -> LlamaConfig:
         norm_plan=FAMILIES[metadata.architecture].norm_plan(1),
         bos_id=metadata.token_id("bos"),
         eos_ids=tuple(i for i in [metadata.token_id("eos")] if i is not None),
-        pad_id=metadata.token_id("padding"),
+        pad_id=metadata.spare_token_id("padding", vocab_size),
     )
     for key in ("attention.value_length", "rope.dimension_count"):
         if metadata.get(key, config.head_dim) != config.head_dim:
@@ -145,13 +151,17 @@ class _Metadata:
         """A whole model of a known architecture with nothing that is not implemented."""
         if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
             raise ConfigError(f"general.architecture is {shown(self.architecture)}; known: {', '.join(ARCHITECTURES)}")
-        for key, only, do in (
-            ("general.type", "model", "give the file of the model itself"),
-            ("split.count", 1, "merge the parts first, with llama.cpp's llama-gguf-split --merge"),
+        for key, known, do in (
+            ("general.type", ("model",), "give the file of the model itself"),
+            (
+                "split.count",
+                (1, 0),
+                "merge the parts first, with llama.cpp's llama-gguf-split --merge",
+            ),  # which writes 0
         ):
-            found = self.values.get(key, only)
-            if isinstance(found, np.ndarray) or found != only:
-                raise CheckpointFormatError(f"{self.path}: {key} is {shown(found)}; only {only} can be read; {do}")
+            found = self.values.get(key, known[0])
+            if not isinstance(found, int | str) or found not in known:
+                raise CheckpointFormatError(f"{self.path}: {key} is {shown(found)}; only {known[0]} can be read; {do}")
         for key, value in self.values.items():
             name = key.removeprefix(f"{self.architecture}.")
             if name == key or name in READ or name in HARMLESS:
@@ -164,6 +174,8 @@ class _Metadata:
     def get(self, name: str, *default: Any) -> Any:
         """The value of `name` of the architecture; without a default it must be there."""
         value = self.values.get(f"{self.architecture}.{name}", *default)
+        if isinstance(value, np.ndarray) and len(value) and np.all(value == value[0]):
+            value = value[0].item()  # the same for each layer
         if value is None and not default:
             raise ConfigError(f"{self.architecture}.{name} is missing from the metadata")
         if isinstance(value, np.ndarray | list):
@@ -171,6 +183,14 @@ class _Metadata:
                 f"{self.architecture}.{name} holds a value for each layer; one for all layers is implemented"
             )
         return value
+
+    def spare_token_id(self, name: str, vocab_size: int) -> int | None:
+        """The same for a token that the model does without: one that does not exist is warned of, as in llama.cpp."""
+        value = self.token_id(name)
+        if value is None or 0 <= value < vocab_size:
+            return value
+        warnings.warn(f"{self.path}: {name}_token_id is {value} of {vocab_size} tokens; ignored", LlamaMiniWarning, 4)
+        return None
 
     def token_id(self, name: str) -> int | None:
         value = self.values.get(f"tokenizer.ggml.{name}_token_id")

@@ -5,6 +5,7 @@ first. Every way to cut a piece into two others is therefore a merge, ranked by 
 does so whatever algorithm the scores were trained for.
 """
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,10 +16,11 @@ BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 def merges_by_score(pieces: Sequence[str], scores: Sequence[float], ordinary: Collection[int]) -> list[list[str]]:
     """Every pair of ordinary pieces that makes a third, the highest score first. `ordinary` are ids."""
     known = {pieces[id] for id in ordinary}
+    lengths = sorted(set(map(len, known)))  # a cut elsewhere makes no two pieces, and one of a million characters many
     return [
         [piece[:cut], piece[cut:]]
         for piece in (pieces[id] for id in sorted(ordinary, key=lambda id: (-scores[id], id)))
-        for cut in range(1, len(piece))
+        for cut in lengths[: bisect_left(lengths, len(piece))]
         if piece[:cut] in known and piece[cut:] in known
     ]
 

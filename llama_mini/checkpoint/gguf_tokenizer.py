@@ -21,7 +21,10 @@ _TOKEN_TYPES = range(1, 7)  # the last is a byte
 _ADDED = (_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED)  # matched before the model, or never by text
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _USUAL_IDS = {"unknown": (0, _UNKNOWN), "bos": (1, _CONTROL), "eos": (2, _CONTROL)}  # SentencePiece, where not stated
-_ENDS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")  # LLaMA 3's three, ChatML's
+_ENDS = (
+    *("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),  # LLaMA 3's
+    *("<|im_end|>", "<|endoftext|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"),  # chat formats'
+)
 
 
 def tokenizer_json(header: GGUFHeader) -> dict[str, Any]:
@@ -175,9 +178,6 @@ class _Metadata:
             known = "gpt2, byte-level BPE, and llama, SentencePiece"
             raise self.fault("model", f"is {shown(model)}; only {known}, can be read")
         self.is_sentencepiece = model == "llama"
-        for key in () if self.is_sentencepiece else ("add_space_prefix", "remove_extra_whitespaces"):
-            if self.flag(key):
-                raise self.fault(key, "is true, which byte-level BPE does not have")
         if self.is_sentencepiece and np.size(self.get("precompiled_charsmap", ())):
             raise self.fault("precompiled_charsmap", "changes characters before they are looked up; it is not known")
 
@@ -248,11 +248,13 @@ class _Metadata:
         if value is None:
             usual, type_ = _USUAL_IDS.get(name, (0, 0))
             return usual if self.is_sentencepiece and self.types[usual : usual + 1] == [type_] else None
-        if type(value) is not int or not 0 <= value < len(self.tokens):
-            raise self.fault(
-                f"{name}_token_id", f"must be a token from 0 to {len(self.tokens) - 1}, not {shown(value)}"
-            )
-        return value
+        if type(value) is int and 0 <= value < len(self.tokens):
+            return value
+        problem = f"must be a token from 0 to {len(self.tokens) - 1}, not {shown(value)}"
+        if type(value) is not int or name not in ("padding", "unknown"):
+            raise self.fault(f"{name}_token_id", problem)
+        warnings.warn(f"{self.fault(f'{name}_token_id', problem)}; ignored", LlamaMiniWarning, stacklevel=4)
+        return None
 
     def names(self) -> dict[str, str]:
         """The named special tokens that the file has: "bos_token" -> "<s>"."""

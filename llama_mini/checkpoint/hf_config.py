@@ -35,6 +35,15 @@ ONLY: dict[str, Any] = {  # settings of which one value is implemented, unless t
     "use_sliding_window": False,
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
+    "use_mrope": False,
+    "use_qk_norm": False,
+    "qk_layernorm": False,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": None,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
 }
 REFUSED = {
     "quantization_config": "quantised checkpoints of this kind are not read; known are the block types of GGUF files",
@@ -45,6 +54,8 @@ READ |= {"original_max_position_embeddings", "max_window_layers", "layer_types"}
 READ |= {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
 HARMLESS = {"architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout"}
 HARMLESS |= {"pretraining_tp", "_name_or_path", "is_llama_config", "transformers.js_config", "unsloth_fixed"}
+HARMLESS |= {"unsloth_version", "_flash_attn_2_enabled", "max_sequence_length", "pad_token", "torchscript"}
+HARMLESS |= {"temperature", "top_p", "top_k", "max_length", "do_sample", "num_beams", "repetition_penalty"}
 HARMLESS |= {"_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states", "problem_type"}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -52,7 +63,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
     """The configuration of a checkpoint directory, and config.json as it is. Raises CheckpointError, ConfigError."""
     path = inside(directory, "config.json")
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointIncompleteError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
     raw = read_json(path)
     try:
@@ -71,6 +82,9 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     family = FAMILIES[model_type]
     _check_keys(raw, family)
     given = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
+    for key in ("num_key_value_heads", "head_dim", "sliding_window"):
+        if key in raw and raw[key] is None:  # as many as query heads, dim / heads, no window: not the family's default
+            del given[key]
     if raw.get("rms_norm_eps") is None:
         eps = family.defaults["rms_norm_eps"]
         _warn(f"config.json: rms_norm_eps is absent; {eps} taken, the default of model_type {model_type}")
@@ -124,10 +138,10 @@ def special_ids(config: LlamaConfig) -> dict[str, Any]:
 
 def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
     for key, why in REFUSED.items():
-        if raw.get(key) is not None:
+        if raw.get(key) not in (None, {}):
             raise ConfigError(f"{key} is {shown(raw[key])}: {why}")
     read_here = {
-        "attention_bias": family.biases.startswith("attention"),
+        "attention_bias": family.biases != "none",  # which `qkv` is not moved by
         "mlp_bias": family.biases == "attention+mlp",
         "sliding_window": family.window != "none",
         "use_sliding_window": family.window == "listed",
@@ -135,6 +149,8 @@ def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
     for key, value in ONLY.items():
         if not read_here.get(key) and raw.get(key) not in (value, None):
             where = f" in model_type {family.model_type}" if key in read_here else ""
+            if key == "hidden_act" and raw[key] == "swish":  # the same by another name
+                continue
             raise ConfigError(f"{key} is {shown(raw[key])}; only {value!r} is implemented{where}")
     if absent := [key for key in REQUIRED if raw.get(key) is None]:
         raise ConfigError(f"{', '.join(absent)} missing")
@@ -161,8 +177,6 @@ def _window(raw: Mapping[str, Any], given: Mapping[str, Any], family: Family) ->
     if not is_whole(n_layers) or n_layers > 10_000:  # LlamaConfig will say so
         return None, None
     window = given.get("sliding_window")
-    if family.window == "every" and "sliding_window" in raw:
-        window = raw["sliding_window"]  # null is full attention here, not the default
     if family.window == "none" or (family.window == "listed" and not given.get("use_sliding_window", False)):
         window = None
     last = given.get("max_window_layers", 0) if family.window == "listed" else 0
@@ -172,12 +186,12 @@ def _window(raw: Mapping[str, Any], given: Mapping[str, Any], family: Family) ->
     if types is not None:
         if not isinstance(types, list) or len(types) != n_layers or not all(t in (FULL, SLIDING) for t in types):
             raise ConfigError(f"layer_types must list {n_layers} times {FULL} or {SLIDING}, not {shown(types)}")
-        listed = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
-        if listed != layers and (family.window != "listed" or window is None):
+        sliding = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
+        if sliding != layers and (family.window != "listed" or window is None):
             raise ConfigError(
-                f"layer_types has {len(listed)} layers of {SLIDING}, but by the other keys {len(layers)} have a window"
+                f"layer_types has {len(sliding)} layers of {SLIDING}, but by the other keys {len(layers)} have a window"
             )
-        layers = listed
+        layers = sliding
     return (window, layers) if layers else (None, None)
 
 

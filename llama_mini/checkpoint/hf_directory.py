@@ -1,6 +1,7 @@
 """A Hugging Face directory: config.json, and safetensors in one file, in shards with an index, or in shards without."""
 
 import functools
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.families import key_table
-from llama_mini.checkpoint.files import inside, read_weight_map
+from llama_mini.checkpoint.files import INDEX, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.hf_config import read_config
 from llama_mini.checkpoint.keys import HARMLESS, KeyTable
 from llama_mini.checkpoint.safetensors_file import TensorInfo, read_tensors, weight_dtype
@@ -16,10 +17,8 @@ from llama_mini.checkpoint.shards import all_present, read_headers, stored, whol
 from llama_mini.checkpoint.source import Source
 from llama_mini.checks import listed
 from llama_mini.dtypes import DTYPES
-from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
+from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 CONVERT = "python scripts/convert.py {source} NEW_DIRECTORY"
 
@@ -43,7 +42,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
         model_type=raw["model_type"],
         config=config,
         dtype=common_dtype(dtypes.values(), raw.get("dtype") or raw.get("torch_dtype")),
-        keys=_keys(raw["model_type"], infos),
+        keys=keys_of(raw["model_type"], infos),
         tensors=stored(infos),
         read=read,
     )
@@ -57,7 +56,7 @@ def common_dtype(found: Collection[torch.dtype], stated: object) -> torch.dtype:
     return functools.reduce(torch.promote_types, kinds) if kinds else torch.float32
 
 
-def _keys(model_type: str, names: Mapping[str, object]) -> KeyTable:
+def keys_of(model_type: str, names: Mapping[str, object]) -> KeyTable:
     """The family's table; a model saved without its head class has the same names without `model.`."""
     table = key_table(model_type)
     if "embed_tokens.weight" in names:
@@ -67,14 +66,20 @@ def _keys(model_type: str, names: Mapping[str, object]) -> KeyTable:
 
 def _files(directory: Path) -> tuple[list[Path], set[str]]:
     """The files to read, and the tensor names that the index promises."""
-    if inside(directory, INDEX).is_file():
-        weight_map = read_weight_map(directory / INDEX)
+    single, index = inside(directory, SINGLE), inside(directory, INDEX)
+    if single.exists():  # before an index, as transformers has it
+        if index.exists():
+            message = f"{directory} has both {SINGLE} and {INDEX}: the former is read, the shards are not"
+            warnings.warn(message, LlamaMiniWarning, stacklevel=4)
+        return [single], set()
+    if index.exists():
+        weight_map = read_weight_map(index)
         return all_present(directory, sorted(set(weight_map.values()))), set(weight_map)
-    if inside(directory, SINGLE).is_file():
-        return [directory / SINGLE], set()
     found = sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("consolidated"))
+    if weights := [name for name in found if not name.startswith("adapter_")]:
+        return whole_set(directory, weights), set()
     if found:
-        return whole_set(directory, found), set()
+        raise CheckpointFormatError(f"{directory} holds an adapter alone, {found[0]}; merge it into its model first")
     if pickles := [name for name in PICKLES if (directory / name).is_file()]:
         raise CheckpointFormatError(
             f"{directory} holds its weights as a pickle, {pickles[0]}, which can run code when it is opened; "

@@ -14,7 +14,21 @@ _CONTEXT = "original_max_position_embeddings"
 
 def read_rope(raw: Mapping[str, Any], max_seq_len: Any) -> tuple[Any, RopeScaling | None]:
     """The base and the scaling. Raises ConfigError that names the key, what it holds, and what is known."""
-    key, rest = _settings(raw)
+    keys = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None] or ["rope_scaling"]
+    found = [_read(raw, key, max_seq_len) for key in keys]
+    if found[0] != found[-1]:
+        raise ConfigError(
+            f"rope_parameters and rope_scaling disagree: {shown(raw[keys[0]])} and {shown(raw[keys[-1]])}"
+        )
+    return found[0]
+
+
+def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, RopeScaling | None]:
+    settings = {} if raw.get(key) is None else raw[key]
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{key} must be an object or null, not {shown(settings)}")
+    rest = dict(settings)
+    rest.pop("finetuned", None)  # whether a model was trained with it: nothing is computed from that
     bases = [base for base in (rest.pop("rope_theta", None), raw.get("rope_theta")) if base is not None]
     if len(bases) == 2 and bases[0] != bases[1]:
         raise ConfigError(f"rope_theta is {shown(bases[1])}, but {key} says {shown(bases[0])}")
@@ -52,20 +66,6 @@ def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any] | No
         return None
     data = scaling and {_CONTEXT if k == "original_max_seq_len" else k: v for k, v in scaling.to_dict().items()}
     return {"rope_theta": theta, "rope_scaling": data}
-
-
-def _settings(raw: Mapping[str, Any]) -> tuple[str, dict[Any, Any]]:
-    """The key that holds the settings, and a copy of them."""
-    given = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None]
-    if len(given) == 2 and raw[given[0]] != raw[given[1]]:
-        raise ConfigError(
-            f"rope_parameters and rope_scaling disagree: {shown(raw[given[0]])} and {shown(raw[given[1]])}"
-        )
-    key = given[0] if given else "rope_scaling"
-    found = raw[key] if given else {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{key} must be an object or null, not {shown(found)}")
-    return key, dict(found)
 
 
 def _resolve_yarn(key: str, rest: dict[Any, Any], max_seq_len: Any) -> None:

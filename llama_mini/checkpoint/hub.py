@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from llama_mini.checkpoint.files import read_weight_map
+from llama_mini.checkpoint.files import INDEX, SINGLE, read_weight_map
 from llama_mini.checks import shown
 from llama_mini.errors import (
     CheckpointError,
@@ -20,8 +20,6 @@ from llama_mini.errors import (
     CheckpointPathError,
 )
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 CONFIGS = ("config.json", "params.json")  # Hugging Face's and Meta's: the second only where the first is not there
 SMALL = (
@@ -139,7 +137,7 @@ def _wanted(repo: str, names: Collection[str], tokenizer_only: bool) -> list[str
 def _weights(top: Collection[str]) -> list[str]:
     """The index or the safetensors files themselves; `consolidated` ones are in the layout of params.json."""
     meta = CONFIGS[0] not in top and CONFIGS[1] in top
-    for name in (INDEX, SINGLE):
+    for name in (SINGLE, INDEX):  # as the reader has it, and transformers
         if name in top and not meta:
             return [name]
     return sorted(name for name in top if name.endswith(".safetensors") and name.startswith("consolidated") == meta)
@@ -209,7 +207,10 @@ def _sentence(error: BaseException, repo: str, revision: str, lacks: str) -> str
         return f"{repo} has no revision {revision!r}: name one of its branches, tags or commits after the @"
     if isinstance(error, errors.OfflineModeIsEnabled):
         variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
-        return f"{repo} cannot be downloaded while {variable} is set, and {lacks}: unset it, or fetch it beforehand"
+        return (
+            f"there is no path {repo} here, it cannot be downloaded from the hub while {variable} is set, and {lacks}: "
+            "unset that, or fetch it beforehand"
+        )
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):

@@ -1,17 +1,18 @@
 """An opened checkpoint as a model and a tokenizer, and a model as a checkpoint."""
 
+import warnings
 from pathlib import Path
 
 import torch
 
 from llama_mini.checkpoint.families import key_table
-from llama_mini.checkpoint.files import new_directory, write_json
+from llama_mini.checkpoint.files import SINGLE, new_directory, write_json
 from llama_mini.checkpoint.hf_config import special_ids, to_hf
-from llama_mini.checkpoint.hf_directory import SINGLE
 from llama_mini.checkpoint.keys import their_name
 from llama_mini.checkpoint.safetensors_file import write_file
 from llama_mini.checkpoint.source import EMBEDDING, Model, Source, empty_model, match, read_all, warn_of_other_head
 from llama_mini.dtypes import as_dtype
+from llama_mini.errors import LlamaMiniWarning, TokenizerError
 from llama_mini.memory import check_fits
 from llama_mini.model import Llama
 from llama_mini.tokenizer import Tokenizer
@@ -30,8 +31,16 @@ def load_model(cls: type[Model], source: Source, dtype: torch.dtype | str | None
 
 
 def open_tokenizer(source: Source) -> Tokenizer:
-    """The tokenizer of an opened checkpoint. Raises TokenizerError."""
-    return Tokenizer.from_pretrained(source.directory) if source.gguf is None else Tokenizer.from_gguf(source.gguf)
+    """The tokenizer of an opened checkpoint. Raises TokenizerError, also where the model has no row for a word."""
+    found = Tokenizer.from_pretrained(source.directory) if source.gguf is None else Tokenizer.from_gguf(source.gguf)
+    rows = source.config.vocab_size
+    if found.vocab_size > rows:
+        problem = f"{source.path}: the tokenizer has {found.vocab_size} tokens, but the embedding has {rows} rows"
+        special = found.control_ids
+        if found.vocab_size - rows > len(special) or not special.issuperset(range(rows, found.vocab_size)):
+            raise TokenizerError(f"{problem}; they belong to two checkpoints")
+        warnings.warn(f"{problem}: the special tokens from {rows} on cannot be used", LlamaMiniWarning, stacklevel=3)
+    return found
 
 
 def save_model(model: Llama, path: Path) -> None:

@@ -1,11 +1,12 @@
 """One writer at a time for a file or directory, and nothing left of those that were killed."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from llama_mini.checkpoint.files import partial_prefix
 from llama_mini.errors import CheckpointPathError
@@ -17,10 +18,16 @@ def one_writer(target: Path) -> Iterator[None]:
 
     Raises CheckpointPathError if the folder of `target` cannot be written.
     """
-    lock = FileLock(target.parent / f".{target.name}.lock")
+    path = target.parent / f".{target.name}.lock"
+    lock = FileLock(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        path.touch()  # where this fails, the library would try for ever
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(f"waiting for another run that writes {target}", file=sys.stderr)
+            lock.acquire()
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         reason = getattr(error, "strerror", None) or error
         raise CheckpointPathError(f"cannot write in {target.parent}: {reason}") from None

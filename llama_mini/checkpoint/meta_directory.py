@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.hf_directory import CONVERT, common_dtype
-from llama_mini.checkpoint.keys import META_KEYS
+from llama_mini.checkpoint.keys import HARMLESS, META_KEYS
 from llama_mini.checkpoint.meta_params import read_params
 from llama_mini.checkpoint.rotary_layout import split_halves
 from llama_mini.checkpoint.safetensors_file import read_tensors, weight_dtype
@@ -42,7 +42,7 @@ def open_meta_directory(directory: Path) -> Source:
         format=f"Meta directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
         model_type="llama",
         config=config,
-        dtype=common_dtype([weight_dtype(info) for info in infos.values()], None),
+        dtype=common_dtype([weight_dtype(info) for name, info in infos.items() if not HARMLESS.search(name)], None),
         keys=META_KEYS,
         tensors=stored(infos),
         read=read,

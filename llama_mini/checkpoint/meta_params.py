@@ -34,6 +34,8 @@ def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     given = {key: value for key, value in raw.items() if value is not None}
     if refused := sorted(key for key in given if key in REFUSED or key.startswith("vision_")):
         raise ConfigError(f"{refused[0]} is {shown(given[refused[0]])}; this is not implemented")
+    if not isinstance(given.get("use_scaled_rope", False), bool):
+        raise ConfigError(f"use_scaled_rope must be true or false, not {shown(given['use_scaled_rope'])}")
     if given.get("use_biases") not in (None, False):
         raise ConfigError(f"use_biases is {shown(given['use_biases'])}; only False is implemented")
     unknown = sorted(set(given) - READ - HARMLESS)
@@ -88,7 +90,9 @@ def _vocab_size(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
 def _context(given: Mapping[str, Any]) -> int:
     """Meta's file does not state the context a model was trained on; its releases are told apart by other settings."""
     theta, eps = given.get("rope_theta", 10_000.0), given.get("norm_eps", 1e-5)
-    if given.get("use_scaled_rope"):
+    if "head_dim" in given and "hidden_dim" in given:
+        length, release = 32_768, "Mistral 7B"
+    elif given.get("use_scaled_rope"):
         length, release = 131_072, "LLaMA 3.1 and later"
     elif theta == 500_000:
         length, release = 8192, "LLaMA 3"
@@ -96,7 +100,7 @@ def _context(given: Mapping[str, Any]) -> int:
         length, release = 16_384, "Code Llama"
     else:
         length, release = (2048, "LLaMA 1") if eps == 1e-6 else (4096, "LLaMA 2")
-    _warn(f"{PARAMS} states no max_seq_len; {length} taken, that of {release}")
+    _warn(f"{PARAMS} states no max_seq_len; {length} is assumed, as in {release}, which its other settings resemble")
     return length
 
 
@@ -106,7 +110,9 @@ def _scaling(given: Mapping[str, Any]) -> Llama3Scaling | None:
     factor = given.get("rope_scaling_factor")
     if factor is None:
         factor = 32.0 if (given["dim"], given["n_layers"]) in LLAMA_3_2 else 8.0
-        _warn(f"{PARAMS} states no rope_scaling_factor; {factor:g} taken, that of a published model of these sizes")
+        _warn(
+            f"{PARAMS} states no rope_scaling_factor; {factor:g} is assumed, as in the published model of these sizes"
+        )
     return Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llama_mini.checkpoint.file_kind import FileKind, file_kind, what_it_is
-from llama_mini.checkpoint.files import inside
+from llama_mini.checkpoint.files import exists, inside
 from llama_mini.checkpoint.gguf_model import open_gguf
 from llama_mini.checkpoint.hf_directory import open_hf_directory
 from llama_mini.checkpoint.meta_directory import open_meta_directory
@@ -19,7 +19,9 @@ CONFIG = "config.json"
 def resolve(name: str | Path) -> Path:
     """What exists on disk, else what a hub name names, fetched into the standard cache. Raises CheckpointError."""
     path = Path(name)
-    if path.exists() or isinstance(name, Path):
+    if name == "":
+        raise CheckpointPathError("the model's name is empty; give a directory, a file or a hub name, org/name")
+    if exists(path) or isinstance(name, Path):
         return path
     from llama_mini.checkpoint.hub import fetch_from_hub, is_hub_name
 
@@ -31,18 +33,18 @@ def open_checkpoint(path: Path, pickles: bool = False) -> Source:
 
     Raises CheckpointError, ConfigError: one sentence for whatever is wrong with it.
     """
-    if not path.exists():
+    if not exists(path):
         raise CheckpointPathError(
-            f"{path} does not exist; give a checkpoint's directory, a GGUF or safetensors file, or a hub name, org/name"
+            f"{path!s:.200} does not exist; give a directory, a GGUF or safetensors file, or a hub name, org/name"
         )
     return _open_directory(path, pickles) if path.is_dir() else _open_file(path)
 
 
 def _open_directory(path: Path, pickles: bool) -> Source:
     safe = any(path.glob("*.safetensors"))
-    if inside(path, CONFIG).is_file():
+    if inside(path, CONFIG).exists():
         return open_hf_pickles(path) if pickles and not safe else open_hf_directory(path)
-    if inside(path, PARAMS).is_file():
+    if inside(path, PARAMS).exists():
         return open_meta_pickles(path) if pickles and not safe else open_meta_directory(path)
     ggufs = sorted(file for file in path.iterdir() if file.is_file() and file_kind(file) is FileKind.GGUF)
     if len(ggufs) == 1:

@@ -13,10 +13,9 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.files import inside, read_weight_map
 from llama_mini.checkpoint.hf_config import read_config
-from llama_mini.checkpoint.hf_directory import common_dtype
+from llama_mini.checkpoint.hf_directory import common_dtype, keys_of
 from llama_mini.checkpoint.keys import HARMLESS, META_KEYS, their_name
 from llama_mini.checkpoint.meta_directory import as_the_model_has_it
 from llama_mini.checkpoint.meta_params import read_params
@@ -53,8 +52,11 @@ def open_hf_pickles(directory: Path) -> Source:
         format=f"Hugging Face directory, {len(files)} pickled file{'s' if len(files) > 1 else ''}",
         model_type=raw["model_type"],
         config=config,
-        dtype=common_dtype([t.dtype for _, t in tensors.values()], raw.get("dtype") or raw.get("torch_dtype")),
-        keys=key_table(raw["model_type"]),
+        dtype=common_dtype(
+            [tensor.dtype for name, (_, tensor) in tensors.items() if not HARMLESS.search(name)],
+            raw.get("dtype") or raw.get("torch_dtype"),
+        ),
+        keys=keys_of(raw["model_type"], tensors),
         tensors={name: _stored(file, tensor, tuple(tensor.shape)) for name, (file, tensor) in tensors.items()},
         read=read,
     )

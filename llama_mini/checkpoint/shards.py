@@ -31,7 +31,7 @@ def whole_set(directory: Path, found: list[str]) -> list[Path]:
 def all_present(directory: Path, names: list[str]) -> list[Path]:
     """Their paths. Raises CheckpointIncompleteError that names those that are missing, CheckpointPathError."""
     files = [inside(directory, name) for name in names]
-    if missing := [file.name for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not file.exists()]:
         raise CheckpointIncompleteError(
             f"{directory}: missing {len(missing)} of {len(files)} shards: {listed(missing)}"
         )

@@ -1,5 +1,6 @@
 """A checkpoint of any format, opened and not yet read; its tensors against those that its configuration asks for."""
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -76,12 +77,20 @@ def empty_model(cls: type[Model], source: Source) -> Model:
         raise ConfigError(f"{source.path}: no model of these sizes can be made: {error}") from None
 
 
+def n_parameters(source: Source) -> int:
+    """Numbers in the checkpoint's tensors: those of its model, without building one."""
+    return sum(math.prod(tensor.shape) for name, tensor in source.tensors.items() if not HARMLESS.search(name))
+
+
 def match(model: nn.Module, source: Source) -> dict[str, str]:
     """Name in the file -> ours, for every parameter, as they lie in the files.
 
     Raises CheckpointMismatchError that names every missing, unexpected and misshaped tensor at once.
     """
     wanted = {their_name(name, source.keys): (name, tuple(p.shape)) for name, p in model.named_parameters()}
+    head, embedding = their_name(HEAD, source.keys), their_name(EMBEDDING, source.keys)
+    if head not in wanted and head in source.tensors and embedding not in source.tensors:
+        wanted[head] = wanted.pop(embedding)  # tied, and stored once under the name of the head
     ignored = {name for name in source.tensors if HARMLESS.search(name)} | set(_spare_head(model, source))
     found = {name: stored.shape for name, stored in source.tensors.items() if name not in ignored or name in wanted}
     faults = []
@@ -125,6 +134,6 @@ def warn_of_other_head(model: nn.Module, source: Source, embedding: Tensor) -> N
 
 
 def _spare_head(model: nn.Module, source: Source) -> list[str]:
-    head = their_name(HEAD, source.keys)
+    head, embedding = their_name(HEAD, source.keys), their_name(EMBEDDING, source.keys)
     tied = HEAD not in dict(model.named_parameters())
-    return [head] if tied and head in source.tensors else []
+    return [head] if tied and head in source.tensors and embedding in source.tensors else []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint import files
-from llama_mini.checkpoint.file_kind import open_file
+from llama_mini.checkpoint.file_kind import HEAD, FileKind, kind_of, open_file, what_it_is
 from llama_mini.checkpoint.files import inside
 from llama_mini.checkpoint.gguf_file import GGUFHeader
 from llama_mini.checkpoint.gguf_tokenizer import chat_template, special_eos_ids, tokenizer_config
@@ -77,16 +77,29 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return files.read_json(path)
     except CheckpointError as error:
-        raise TokenizerError(f"{error}; restore the file") from None
+        raise TokenizerError(str(error)) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file, which may be as large as a tokenizer.json; TokenizerError when it cannot be read."""
+    try:
+        with open_file(path) as file:
+            data = file.read(files.MAX_JSON_BYTES + 1)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
+    if len(data) > files.MAX_JSON_BYTES:
+        raise TokenizerError(f"{path} has more than {files.MAX_JSON_BYTES} bytes; restore the file")
+    return data
 
 
 def read_text(path: Path) -> str:
     """A UTF-8 text file; TokenizerError when it is none."""
+    data = read_bytes(path)
+    kind = kind_of(data[:HEAD], len(data))
+    if kind in (FileKind.LFS_POINTER, FileKind.HTML):
+        raise TokenizerError(f"{path} is no text of its own: it is {what_it_is(kind)}")
     try:
-        with open_file(path) as file:
-            return file.read(files.MAX_JSON_BYTES).decode()
-    except CheckpointError as error:
-        raise TokenizerError(str(error)) from None
+        return data.decode()
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} is not UTF-8 text at byte {error.start}; restore the file") from None
 

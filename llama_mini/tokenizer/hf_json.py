@@ -36,6 +36,7 @@ class HuggingFaceJson:
             added = _added_tokens(spec, files)
             seals = _seals(added)
             self._bytes_of, self.strips_space = _reader(spec.get("decoder"))
+            _check_frame(spec.get("post_processor"))
             sealed = json.dumps(_sealed(spec, added, seals))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise TokenizerError(
@@ -122,6 +123,15 @@ def _sealed(spec: dict[str, Any], added: list[AddedToken], seals: dict[str, str]
     for token in tokens:  # the library numbers a token by its place; it reads an id, but wants one
         token["id"] = 0 if token["id"] is None else token["id"]
     return spec | {"model": model, "added_tokens": tokens}
+
+
+def _check_frame(processor: Any) -> None:
+    """Refuses a template of special tokens that it does not list: the library would panic on it."""
+    for step in [processor, *((processor or {}).get("processors") or ())]:
+        if step and step["type"] == "TemplateProcessing":
+            named = {item["SpecialToken"]["id"] for item in [*step["single"], *step["pair"]] if "SpecialToken" in item}
+            if absent := sorted(named - set(step["special_tokens"])):
+                raise TokenizerError(f"its post-processor uses the token {absent[0]!r:.80}, which it does not list")
 
 
 def _merged(merge: str | list[str]) -> tuple[str, str, str]:

@@ -122,6 +122,8 @@ def protobuf_fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
     while position < len(data):
         start = position
         key, position = _varint(data, position)
+        if not key >> 3:
+            raise ValueError(f"byte {start} starts no protobuf field")
         value: int | bytes
         if key & 7 == 0:
             value, position = _varint(data, position)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint import gguf_tokenizer
-from llama_mini.checkpoint.file_kind import FileKind, file_kind
-from llama_mini.checkpoint.files import inside
+from llama_mini.checkpoint.file_kind import FileKind, file_kind, what_it_is
+from llama_mini.checkpoint.files import exists, inside
 from llama_mini.checkpoint.gguf_file import GGUFHeader, read_header
 from llama_mini.checkpoint.hub import fetch_from_hub, is_hub_name
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.tokenizer import chat
 from llama_mini.tokenizer.backend import Backend
-from llama_mini.tokenizer.config_files import ConfigFiles, gguf_config_files, read_config_files, read_json
+from llama_mini.tokenizer.config_files import ConfigFiles, gguf_config_files, read_bytes, read_config_files, read_json
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
 from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
 from llama_mini.tokenizer.tiktoken_file import TiktokenFile
@@ -63,7 +63,12 @@ class Tokenizer:
         if vocabulary is None:
             raise TokenizerError(
                 f"no tokenizer found: looked for {' and '.join(map(str, candidates))}; "
-                "give a checkpoint's directory or a vocabulary file"
+                + (
+                    "make one of vocab.json and merges.txt with transformers' AutoTokenizer.from_pretrained and "
+                    "save_pretrained"
+                    if exists(path / "merges.txt")
+                    else "give a checkpoint's directory or a vocabulary file"
+                )
             )
         if file_kind(vocabulary) is FileKind.GGUF:
             return cls.from_gguf(read_header(vocabulary))
@@ -119,6 +124,11 @@ class Tokenizer:
         return self._kind
 
     @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids that a chat template may write and text never becomes."""
+        return frozenset(self._backend.control_ids.values())
+
+    @property
     def strips_space(self) -> bool:
         """Whether a decoded text loses one space at its start, which encoding put there (SentencePiece)."""
         return self._backend.strips_space
@@ -167,26 +177,26 @@ class Tokenizer:
 def _fetched(name: str | Path) -> Path:
     """What exists on disk, else the tokenizer's files of a hub name, in the standard cache."""
     path = Path(name)
-    return path if path.exists() or isinstance(name, Path) or not is_hub_name(name) else fetch_from_hub(name, True)
+    return path if exists(path) or isinstance(name, Path) or not is_hub_name(name) else fetch_from_hub(name, True)
 
 
 def _open(path: Path, files: ConfigFiles) -> tuple[str, Backend]:
     """The kind of a vocabulary file, by what it holds, and its backend."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from error
-    if data.lstrip().startswith(b"{"):
+    kind = file_kind(path)
+    if kind in (FileKind.EMPTY, FileKind.LFS_POINTER, FileKind.HTML, FileKind.PICKLE, FileKind.ZIP):
+        raise TokenizerError(f"{path} is no tokenizer: it is {what_it_is(kind)}")
+    if kind is FileKind.JSON:
         return "tokenizer.json", HuggingFaceJson(read_json(path), path, files)
+    data = read_bytes(path)
     reasons = []
-    for kind, opened in (
+    for name, opened in (
         ("tiktoken", lambda: TiktokenFile(path, data)),
         ("SentencePiece", lambda: SentencePieceFile(path, data, files)),
     ):
         try:
-            return kind, opened()
+            return name, opened()
         except ValueError as error:
-            reasons.append(f"as {kind}: {error}")
+            reasons.append(f"as {name}: {error}")
     raise TokenizerError(f"{path} is no tokenizer: {'; '.join(reasons)}; expected one of these, or a tokenizer.json")
 
 

@@ -35,7 +35,7 @@ def random_files(*names: str) -> dict[str, bytes]:
 
 
 REPOS: dict[str, dict[str, bytes]] = {
-    "org/sharded": random_files(*SMALL, *SHARDS, *CLUTTER, "model.safetensors", "model-00003-of-00003.safetensors")
+    "org/sharded": random_files(*SMALL, *SHARDS, *CLUTTER, "model-00003-of-00003.safetensors")
     | {INDEX: index_of(SHARDS[1], SHARDS[0], SHARDS[1])},
     "org/single": random_files(*SMALL, *CLUTTER, "model.safetensors", "extra.safetensors", "tokenizer.model"),
     "org/loose": random_files("config.json", "tokenizer.model", *CLUTTER, "a[1].safetensors", "b.safetensors"),

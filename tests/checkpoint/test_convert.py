@@ -28,7 +28,8 @@ def test_transformers_loads_it_as_it_is(
     assert not any(report.values())
     assert loaded.dtype == torch.bfloat16
     expected = tiny_llama(tied)
-    for name in ("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id"):
+    assert loaded.config.eos_token_id == loaded.generation_config.eos_token_id == [2, 0]  # the file's, <|endoftext|>
+    for name in ("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id"):
         assert getattr(loaded.config, name) == getattr(expected.config, name)
     assert loaded.generation_config.pad_token_id == 2
     rounded = {name: values.to(torch.bfloat16) for name, values in expected.state_dict().items()}
@@ -89,7 +90,7 @@ def test_more_tokens_than_rows_are_refused(tmp_path: Path, write_gguf: Write) ->
     tokens = [*map(chr, range(0x4E00, 0x4E00 + 263)), "一丁"]
     changes = {"tokens": tokens, "token_type": [1] * 264, "merges": ["一 丁"]}
     path = write_gguf(tmp_path / "tiny.gguf", {f"tokenizer.ggml.{key}": value for key, value in changes.items()})
-    with pytest.raises(TokenizerError, match="264 tokens, but the embedding has 263 rows"):
+    with pytest.raises(TokenizerError, match="264 tokens, but the embedding 263 rows"):
         convert(path, tmp_path / "tiny")
 
 

@@ -152,7 +152,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown type": ({"token_type": np.array([0, *TYPES[1:]])}, "token_type holds 0; 1 to 6 are known"),
     "token twice": ({"tokens": [*TOKENS[:-1], "ab"]}, "tokens holds 'ab' twice"),
     "no tokens": ({"tokens": None}, "tokens is missing"),
-    "id outside": ({"unknown_token_id": len(TOKENS)}, "unknown_token_id must be a token from 0 to"),
+    "id outside": ({"eos_token_id": len(TOKENS)}, "eos_token_id must be a token from 0 to"),
     "id no number": ({"bos_token_id": "<s>"}, "bos_token_id must be a token from 0 to .*, not '<s>'"),
     "flag": ({"add_space_prefix": 1}, "add_space_prefix must be true or false, not 1"),
     "charsmap": ({"precompiled_charsmap": np.ones(9, np.uint8)}, "precompiled_charsmap changes characters"),

@@ -260,8 +260,6 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "flag": ({"add_bos_token": 1}, "add_bos_token must be true or false, not 1"),
     "eos without id": ({"add_eos_token": True, "eos_token_id": None}, "add_eos_token is true or absent, but"),
     "default bos": ({"pre": "llama-bpe", "bos_token_id": None}, "add_bos_token is true or absent, but there is no bos"),
-    "space": ({"add_space_prefix": True}, "add_space_prefix is true"),
-    "extra spaces": ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces is true"),
     "line break": ({"tokens": [*TOKENS[:-2], "a\n", "a\n"]}, r"tokens holds 'a\\n' twice"),
     "half a merge": ({"merges": ["Ġ "]}, "merges holds 'Ġ ', which is not two tokens"),
 }

@@ -224,6 +224,12 @@ def test_a_broken_file_is_one_sentence(directory: Path, content: bytes) -> None:
     assert str(directory / SINGLE) in refusal(directory, CheckpointFormatError)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_no_number_is_named(directory: Path, value: float) -> None:
+    edit(directory, lambda tensors: tensors[NORM].index_fill_(0, torch.tensor([3]), value))
+    assert f"{NORM} holds NaN or infinity" in refusal(directory, CheckpointFormatError)
+
+
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x"], ids=["cut", "trailing"])
 def test_data_must_be_as_long_as_its_header_says(directory: Path, change: Callable[[bytes], bytes]) -> None:
     (directory / SINGLE).write_bytes(change((directory / SINGLE).read_bytes()))

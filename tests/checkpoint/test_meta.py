@@ -269,7 +269,7 @@ def test_the_published_shapes_come_out(release: str) -> None:
 def test_scaled_rope_has_the_factor_of_its_release(sizes: tuple[int, int], factor: float) -> None:
     raw = {"dim": sizes[0], "n_layers": sizes[1], "n_heads": 32, "use_scaled_rope": True, "rope_theta": 5e5}
     raw |= {"vocab_size": 9, "norm_eps": 1e-5, "max_seq_len": 4096}
-    with pytest.warns(LlamaMiniWarning, match=f"rope_scaling_factor; {factor:g} taken"):
+    with pytest.warns(LlamaMiniWarning, match=f"rope_scaling_factor; {factor:g} is assumed"):
         scaling = from_params(raw, {}).rope_scaling
     assert scaling is not None
     assert scaling.to_dict() == {
@@ -292,6 +292,7 @@ def test_scaled_rope_has_the_factor_of_its_release(sizes: tuple[int, int], facto
         ({"vision_chunk_size": 5}, "vision_chunk_size is 5; this is not implemented"),
         ({"quantization_args": {"scheme": "int8"}}, "quantization_args is"),
         ({"use_biases": True}, "use_biases is True; only False"),
+        ({"use_scaled_rope": "false"}, "use_scaled_rope must be true or false, not 'false'"),
         ({"qk_norm": True}, "unknown qk_norm, which may change a norm; known: norm_eps"),
         ({"n_kv_heads": 3}, "not a multiple of n_kv_heads"),
         ({"norm_eps": -1.0}, "norm_eps must be"),

@@ -87,12 +87,23 @@ def test_a_directory_prefers_tokenizer_json(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"garbage", b"\x00" * 100, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<!DOCTYPE html>"],
+    [b"garbage", b"\x00" * 100, b"\x00" * 20_000_000],
+    ids=["text", "zeros", "many zeros"],
 )
 def test_garbage_names_both_attempts(write_directory: Write, content: bytes) -> None:
     path = write_directory({"tokenizer.model": content})
     with pytest.raises(TokenizerError, match=r"tokenizer.model is no tokenizer: as tiktoken: .*; as SentencePiece: .*"):
         Tokenizer.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(b"", "empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"), (b"<!DOCTYPE html>", "HTML")],
+)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_what_a_download_left_is_named(write_directory: Write, name: str, content: bytes, what: str) -> None:
+    with pytest.raises(TokenizerError, match=f"is no tokenizer: it is .*{what}"):
+        Tokenizer.from_pretrained(write_directory({name: content}))
 
 
 def test_nothing_there_lists_what_was_looked_for(tmp_path: Path) -> None:

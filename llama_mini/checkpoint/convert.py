@@ -86,13 +86,15 @@ def _gguf_files(source: Source) -> dict[str, Any]:
 
 
 def _with_special_ids(config: LlamaConfig, files: dict[str, Any]) -> LlamaConfig:
-    """The configuration with the special tokens of a tokenizer that we made; TokenizerError if it is too large."""
+    """The configuration, with special tokens that it lacks from a tokenizer we made; TokenizerError if it is too large."""
     made, vocabulary = files.get(GENERATION), files.get("tokenizer.json")
     if isinstance(vocabulary, dict):
-        ids = [*vocabulary["model"]["vocab"].values(), *(token["id"] for token in vocabulary["added_tokens"])]
-        if max(ids) >= config.vocab_size:
-            raise TokenizerError(f"the tokenizer has {max(ids) + 1} tokens, but the embedding {config.vocab_size} rows")
-    return replace(config, **read_special_ids(made)) if isinstance(made, dict) else config
+        added = [token["id"] for token in vocabulary["added_tokens"]]
+        n_tokens = 1 + max([*vocabulary["model"]["vocab"].values(), *added])
+        if n_tokens > config.vocab_size:
+            raise TokenizerError(f"the tokenizer has {n_tokens} tokens, but the embedding {config.vocab_size} rows")
+    ids = read_special_ids(made) if isinstance(made, dict) else {}
+    return replace(config, **{key: value for key, value in ids.items() if getattr(config, key) in (None, ())})
 
 
 def _write(path: Path, content: dict[str, Any] | str | Path) -> None:

@@ -28,8 +28,8 @@ def test_transformers_loads_it_as_it_is(
     assert not any(report.values())
     assert loaded.dtype == torch.bfloat16
     expected = tiny_llama(tied)
-    assert loaded.config.eos_token_id == loaded.generation_config.eos_token_id == [2, 0]  # the file's, <|endoftext|>
-    for name in ("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id"):
+    assert loaded.generation_config.eos_token_id == [2, 0]  # the file's own and <|endoftext|>
+    for name in ("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id"):
         assert getattr(loaded.config, name) == getattr(expected.config, name)
     assert loaded.generation_config.pad_token_id == 2
     rounded = {name: values.to(torch.bfloat16) for name, values in expected.state_dict().items()}

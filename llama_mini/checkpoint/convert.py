@@ -86,7 +86,7 @@ def _gguf_files(source: Source) -> dict[str, Any]:
 
 
 def _with_special_ids(config: LlamaConfig, files: dict[str, Any]) -> LlamaConfig:
-    """The configuration, with special tokens that it lacks from a tokenizer we made; TokenizerError if it is too large."""
+    """The configuration, and what it lacks of special tokens from a tokenizer we made. Raises TokenizerError."""
     made, vocabulary = files.get(GENERATION), files.get("tokenizer.json")
     if isinstance(vocabulary, dict):
         added = [token["id"] for token in vocabulary["added_tokens"]]

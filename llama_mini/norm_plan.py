@@ -5,7 +5,8 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +78,25 @@ class NormPlan:
                 feed_forward = override.feed_forward or feed_forward
         return attention, feed_forward
 
+    def with_layers(self, layers: Sequence[tuple[BranchPlan, BranchPlan]]) -> "NormPlan":
+        """The plan whose layer `i` is `layers[i]`, attention and feed-forward; embed and final stay.
+
+        The same layers always make an equal plan: the commonest branch is the plan's own (of equally common ones the
+        last), and neighbours that differ from it alike share an override.
+        """
+        own: dict[str, Any] = {
+            name: _commonest(branches) for name, branches in zip(BRANCHES, zip(*layers, strict=True), strict=True)
+        }
+        overrides: list[Override] = []
+        for i, branches in enumerate(layers):
+            differs = {name: b for name, b in zip(BRANCHES, branches, strict=True) if b != own[name]}
+            here = Override(first=i, last=i, **differs)
+            if overrides and overrides[-1] == replace(here, first=overrides[-1].first, last=i - 1):
+                overrides[-1] = replace(here, first=overrides[-1].first)
+            elif differs:
+                overrides.append(here)
+        return replace(self, **own, overrides=tuple(overrides))
+
     def check_depth(self, n_layers: int) -> None:
         """Refuses an override of a layer that a model of `n_layers` does not have."""
         for override in self.overrides:
@@ -118,6 +138,10 @@ class NormPlan:
         return NormPlan(**parts, overrides=tuple(Override.from_dict(entry) for entry in entries))
 
 
+def _commonest(branches: Sequence[BranchPlan]) -> BranchPlan:
+    return Counter(reversed(branches)).most_common(1)[0][0]  # of equals, the one counted first
+
+
 def _check_branch(name: str, branch: Any) -> None:
     if not isinstance(branch, BranchPlan):
         raise ConfigError(f"norm plan: {name} takes a BranchPlan, not {shown(branch)}")
@@ -156,8 +180,7 @@ def _preset(name: str, n_layers: int) -> NormPlan:
             return everywhere(replace(post, alpha=(2 * n_layers) ** 0.25), final=None)
         case "lns":  # LayerNorm Scaling: layer l, from 1, divides its norm's output by √l
             scaled = [BranchPlan(pre=NormSpec(scale=(i + 1) ** -0.5)) for i in range(n_layers)]
-            layers = [Override(first=i, last=i, attention=b, feed_forward=b) for i, b in enumerate(scaled)]
-            return everywhere(pre, overrides=tuple(layers))
+            return NormPlan().with_layers([(branch, branch) for branch in scaled])
         case "sub":  # Sub-LN
             return everywhere(sub)
         case "normformer":

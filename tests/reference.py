@@ -19,8 +19,8 @@ def logits(config: Any, state: Mapping[str, Array], tokens: Array) -> Array:
             return x
         if spec.view == "head" and address[-6:] in ("q_norm", "k_norm", "v_norm"):
             heads = x.reshape(*x.shape[:-1], -1, config.head_dim)
-            return _rms_norm(heads, spec, state.get(f"{address}.weight"), config.norm_eps).reshape(x.shape)
-        return _rms_norm(x, spec, state.get(f"{address}.weight"), config.norm_eps)
+            return _norm(heads, spec, address, state, config.norm_eps).reshape(x.shape)
+        return _norm(x, spec, address, state, config.norm_eps)
 
     x = norm(state["tok_embeddings.weight"][tokens], "embed_norm", plan.embed)
     for layer in range(config.n_layers):
@@ -79,7 +79,26 @@ def _feed_forward(x: Array, at: str, plan: Any, config: Any, state: Mapping[str,
     return norm(y, f"{at}.mid_norm", plan.mid) @ state[f"{at}.down_proj.weight"].T
 
 
-def _rms_norm(x: Array, spec: Any, weight: Array | None, default_eps: float) -> Array:
-    eps = default_eps if spec.eps is None else spec.eps
+def _norm(x: Array, spec: Any, address: str, state: Mapping[str, Array], default_eps: float) -> Array:
+    weight = state.get(f"{address}.weight")
     gain = {"w": weight, "1+w": None if weight is None else 1 + weight, "none": 1.0}[spec.gain]
-    return spec.scale * gain * x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps)
+    eps = default_eps if spec.eps is None else spec.eps
+    return spec.scale * gain * normalised(x, spec.kind, eps, state.get(f"{address}.alpha"))
+
+
+def normalised(x: Array, kind: str, eps: float, alpha: Array | None = None) -> Array:
+    """A norm of any kind before its gain; `alpha` is dyt's."""
+
+    def mean_square(values: Array) -> Array:
+        return np.mean(np.square(values), axis=-1, keepdims=True)
+
+    if kind == "dyt":
+        return np.tanh(alpha * x)
+    if kind == "layer":
+        return (x - np.mean(x, axis=-1, keepdims=True)) / np.sqrt(np.var(x, axis=-1, keepdims=True) + eps)
+    if kind == "l2":
+        return x / np.sqrt(np.linalg.norm(x, axis=-1, keepdims=True) ** 2 + eps)
+    if kind == "prms":  # the first sixteenth of the row
+        return x / np.sqrt(mean_square(x[..., : max(1, round(x.shape[-1] / 16))]) + eps)
+    assert kind in ("rms", "scale")
+    return x / np.sqrt(mean_square(x) + eps)

@@ -47,6 +47,33 @@ EVERY_SLOT = {  # each slot filled, each setting away from its default, and laye
         {"layers": "2", "feed_forward": {"pre": {"scale": 3.0}, "alpha": 0.5}},
     ],
 }
+EVERY_KIND = {  # each in a slot before a branch, in one of the heads or inside, and behind one
+    "attention": {
+        "pre": {"kind": "layer", "gain": "1+w", "eps": 0.2},
+        "q": {"kind": "scale", "view": "full"},
+        "k": {"kind": "l2", "eps": 0.1},
+        "v": {"kind": "dyt", "gain": "none"},
+        "mid": {"kind": "prms", "scale": 0.7},
+        "post": {"kind": "scale", "eps": 0.3},
+    },
+    "feed_forward": {"pre": {"kind": "prms"}, "mid": {"kind": "dyt", "gain": "1+w"}, "out": {"kind": "layer"}},
+    "embed": {"kind": "dyt", "scale": 1.6},
+    "final": {"kind": "l2"},
+    "overrides": [
+        {
+            "layers": "2",
+            "attention": {
+                "pre": {"kind": "dyt"},
+                "q": {"kind": "prms"},
+                "k": {"kind": "dyt", "view": "full"},
+                "v": {"kind": "layer"},
+                "mid": {"kind": "l2", "scale": 5.0},
+                "out": {"kind": "prms"},
+            },
+            "feed_forward": {"pre": {"kind": "l2", "scale": 7.0}, "mid": {"kind": "scale", "gain": "1+w"}},
+        }
+    ],
+}
 
 
 def random_hf_settings(seed: int) -> dict[str, Any]:
@@ -95,7 +122,7 @@ def assert_is_the_reference(model: Llama, tokens: Tensor) -> None:
     np.testing.assert_allclose(model(tokens).numpy(), expected, rtol=0, atol=1e-10 * max(1, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("plan", [*PLANS, EVERY_SLOT], ids=[*PLANS, "every slot"])
+@pytest.mark.parametrize("plan", [*PLANS, EVERY_SLOT, EVERY_KIND], ids=[*PLANS, "every slot", "every kind"])
 def test_any_norm_plan_computes_its_formula(plan: Any) -> None:
     plan = plan if isinstance(plan, str) else NormPlan.from_dict(plan)
     assert_is_the_reference(in_float64(tiny_model(7, norm_plan=plan)), random_tokens(2, 21))

@@ -1,0 +1,53 @@
+"""Every norm of a model in one table."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_mini.lab.paths import slots
+from llama_mini.lab.table import Table
+from llama_mini.model import Llama
+from llama_mini.norm import Norm
+
+
+@dataclass(frozen=True)
+class NormRow:
+    """One norm: its address, the last part of it, its settings, and the range of its effective gain (1+w where so).
+
+    min, mean and max are None for a norm without a weight.
+    """
+
+    path: str
+    slot: str
+    kind: str
+    eps: float
+    gain: str
+    cast: str
+    scale: float
+    min: float | None
+    mean: float | None
+    max: float | None
+
+
+def norms(model: Llama) -> Table[NormRow]:
+    """One row a norm, in the order of the forward pass; empty slots have none. Works on the meta device too,
+    where a gain has no values and its range is None."""
+    return Table([_row(path, module) for path, module in slots(model).items() if isinstance(module, Norm)])
+
+
+def effective_gain(norm: Norm) -> Tensor | None:
+    """What a norm multiplies by, (dim,), or (1,) for kind `scale`, in float32 or wider; None without a weight."""
+    if norm.weight is None:
+        return None
+    wide = norm.weight.detach().to(torch.promote_types(norm.weight.dtype, torch.float32))
+    return 1 + wide if norm.gain == "1+w" else wide
+
+
+def _row(path: str, norm: Norm) -> NormRow:
+    gain = effective_gain(norm)
+    span: tuple[float | None, ...] = (None, None, None)
+    if gain is not None and not gain.is_meta:
+        span = float(gain.min()), float(gain.double().mean()), float(gain.max())
+    slot = path.rpartition(".")[2]
+    return NormRow(path, slot, norm.kind, norm.eps, norm.gain, norm.cast, norm.scale, *span)

@@ -1,0 +1,197 @@
+"""Edits are undone whatever happens, and refuse what they cannot do."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llama_mini import Llama, lab
+from llama_mini.errors import RequestError
+from llama_mini.lab.editing import Frozen, edited_norms
+from llama_mini.norm_plan import NormPlan
+from llama_mini.norm_slots import BranchPlan, NormSpec
+from tests.tiny_models import random_tokens, tiny_model
+
+TEXT = random_tokens(2, 23)
+PATH = "layers.1.feed_forward.pre_norm"
+KINDS = NormPlan(
+    attention=BranchPlan(pre=NormSpec()),
+    feed_forward=BranchPlan(pre=NormSpec(kind="dyt")),
+    final=NormSpec(kind="layer"),
+)
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def assert_as_before(model: Llama, before: dict[str, nn.Module], state: dict[str, Tensor]) -> None:
+    after = dict(model.named_modules())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert n_hooks(model) == 0
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("settings", [{"kind": "layer"}, {"skip": True}, {"freeze": "token", "keep_first": True}])
+def test_an_edit_is_undone(settings: dict[str, Any]) -> None:
+    model = tiny_model(norm_plan="peri")
+    before, state = dict(model.named_modules()), {k: v.clone() for k, v in model.state_dict().items()}
+    logits = model(TEXT)
+    with lab.edit(model, {"layers.*.*.pre_norm": settings}, TEXT):
+        assert not isinstance(model.get_submodule(PATH), type(before[PATH])) or model.get_submodule(PATH).kind != "rms"
+    assert_as_before(model, before, state)
+    with pytest.raises(KeyError, match="inside"), lab.edit(model, {"layers.*.*.pre_norm": settings}, TEXT):  # noqa: PT012
+        model(TEXT)
+        raise KeyError("inside")
+    assert_as_before(model, before, state)
+    with pytest.raises(RequestError, match="norn"), lab.edit(model, {PATH: settings, "norn": settings}, TEXT):
+        pass
+    assert_as_before(model, before, state)
+    assert torch.equal(model(TEXT), logits)
+
+
+def test_a_measurement_that_fails_leaves_no_hooks() -> None:
+    model = tiny_model()
+    model.norm.dim = 5
+    with pytest.raises(ValueError, match="over 5 elements"), lab.edit(model, {PATH: {"freeze": "mean"}}, TEXT):
+        pass
+    assert n_hooks(model) == 0
+
+
+def test_nested_edits_undo_in_order() -> None:
+    model = tiny_model()
+    own = model.get_submodule(PATH)
+    with lab.edit(model, {PATH: {"eps": 0.5}}):
+        outer = model.get_submodule(PATH)
+        with lab.edit(model, {"layers.1.*.pre_norm": {"gain": ("scale", 2.0)}}):
+            inner = model.get_submodule(PATH)
+            assert (inner.eps, outer.eps) == (0.5, 0.5)
+            torch.testing.assert_close(inner.weight, 2 * own.weight, rtol=0, atol=0)
+        assert model.get_submodule(PATH) is outer
+        with lab.edit(model, {PATH: {"skip": True}}):
+            assert type(model.get_submodule(PATH)) is nn.Identity
+    assert model.get_submodule(PATH) is own
+
+
+def test_inside_inference_mode_and_while_training() -> None:
+    model = tiny_model()
+    with torch.inference_mode(), lab.edit(model, {PATH: {"freeze": "mean", "gain": 2.0}}, TEXT):
+        expected = model(TEXT).clone()
+    model.requires_grad_(True)
+    with lab.edit(model, {PATH: {"freeze": "mean", "gain": 2.0}}, TEXT):
+        logits = model(TEXT)
+        logits.square().mean().backward()
+    assert torch.equal(logits, expected)
+    assert model.layers[0].attention.q_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("settings", [{"freeze": "token"}, {"freeze": "mean", "keep_first": True}])
+def test_positions_are_whole_texts(settings: dict[str, Any]) -> None:
+    """A frozen norm that tells positions apart cannot tell those of a cache; a plain mean can do without."""
+    model = tiny_model()
+    with lab.edit(model, {PATH: settings}, TEXT):
+        cache = model.new_cache(2, 30)
+        torch.testing.assert_close(model(TEXT[:, :20], cache), model(TEXT)[:, :20], rtol=0, atol=1e-5)
+        with pytest.raises(RequestError, match="the cache already holds tokens"):
+            model(TEXT[:, 20:], cache)
+    cache.truncate(0, 20)
+    cache.truncate(1, 20)
+    model(TEXT[:, 20:], cache)
+    with lab.edit(model, {PATH: {"freeze": "mean"}}, TEXT):
+        cache, whole = model.new_cache(2, 30), model(TEXT)
+        model(TEXT[:, :20], cache)
+        torch.testing.assert_close(model(TEXT[:, 20:], cache), whole[:, 20:], rtol=0, atol=1e-5)
+
+
+def test_a_text_that_was_not_measured_is_refused() -> None:
+    model = tiny_model()
+    with lab.edit(model, {PATH: {"freeze": "token"}}, TEXT):
+        with pytest.raises(RequestError, match="measured on 2 texts of 23 tokens and reads 2 of 24"):
+            model(random_tokens(2, 24))
+        with pytest.raises(RequestError, match="measured on 2 texts of 23 tokens and reads 1 of 9"):
+            model(random_tokens(1, 9))
+        model(random_tokens(2, 9))
+    with lab.edit(model, {PATH: {"freeze": "token"}}, TEXT[0]):
+        model(TEXT)
+
+
+NAME = r"'layers.1.\*.pre_norm'"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "expected settings such as"),
+        (None, "expected settings such as dict\\(eps=1e-6\\), found None"),
+        ({"epsilon": 1}, "unknown setting 'epsilon'; known: eps, kind, gain, cast, freeze, keep_first, skip"),
+        ({3: 1}, "unknown setting 3"),
+        ({"eps": -1e-6}, "eps must be a finite number of at least 0, not -1e-06"),
+        ({"eps": float("nan")}, "eps must be"),
+        ({"eps": "1e-6"}, "eps must be"),
+        ({"eps": None}, "eps must be"),
+        ({"eps": True}, "eps must be"),
+        ({"kind": "none"}, "unknown kind 'none'; known: rms, layer, .*skip=True leaves a norm out"),
+        ({"kind": "frozen"}, "unknown kind 'frozen'"),
+        ({"kind": ["rms"]}, "unknown kind"),
+        ({"gain": "two"}, r"gain is a number, \('scale', number\), 'mean' or 'one', not 'two'"),
+        ({"gain": ("scale", "2")}, "gain is a number"),
+        ({"gain": ("scale", float("inf"))}, "gain is a number"),
+        ({"gain": ("add", 2)}, "gain is a number"),
+        ({"gain": True}, "gain is a number"),
+        ({"gain": torch.ones(48)}, "gain is a number"),
+        ({"cast": "middle"}, "cast must be one of early, late, not 'middle'"),
+        ({"cast": torch.ones(2)}, "cast must be one of"),
+        ({"freeze": "text"}, "freeze must be one of mean, token, not 'text'"),
+        ({"freeze": "mean", "keep_first": 1}, "keep_first must be true or false, not 1"),
+        ({"skip": "yes"}, "skip must be true or false"),
+        ({"keep_first": True}, "keep_first belongs to freeze"),
+        ({"skip": True, "eps": 1e-3}, "skip leaves nothing for eps to change"),
+        ({"skip": True, "freeze": "mean"}, "skip leaves nothing for freeze to change"),
+        ({"freeze": "mean", "eps": 1e-3}, "freeze leaves nothing for eps to change"),
+        ({"freeze": "mean", "kind": "rms"}, "freeze leaves nothing for kind to change"),
+        ({"freeze": "mean"}, "freeze needs ids"),
+        ({"kind": "dyt", "eps": 1e-3}, "kind dyt, which has no eps"),
+    ],
+)
+def test_wrong_settings_are_refused_by_pattern(settings: Any, message: str) -> None:
+    model = tiny_model()
+    with (
+        pytest.raises(RequestError, match=f"{NAME}.*{message}") as error,
+        lab.edit(model, {"layers.1.*.pre_norm": settings}),
+    ):
+        pass
+    assert "\n" not in str(error.value)
+    assert n_hooks(model) == 0
+
+
+def test_settings_that_the_norm_has_no_use_for_are_refused() -> None:
+    model = tiny_model(norm_plan=KINDS)
+    dyt, layer = "layers.*.feed_forward.pre_norm", "norm"
+    with pytest.raises(RequestError, match=r"'norm': norm is of kind layer; freeze is for rms and scale"):
+        edited_norms(model, {layer: {"freeze": "mean"}}, TEXT)
+    with pytest.raises(RequestError, match=r"layers.0.feed_forward.pre_norm would be of kind dyt, which has no eps"):
+        edited_norms(model, {dyt: {"eps": 0.1}})
+    (rms,) = edited_norms(model, {"layers.0.feed_forward.pre_norm": {"eps": 0.1, "kind": "rms"}}).values()
+    assert rms.eps == 0.1
+    pre = "layers.0.attention.pre_norm"
+    with lab.edit(model, {pre: {"freeze": "mean"}}, TEXT):
+        with pytest.raises(RequestError, match="kind frozen; give all its settings in one edit"):
+            edited_norms(model, {pre: {"gain": 2.0}})
+        assert isinstance(model.get_submodule(pre), Frozen)
+        assert isinstance(edited_norms(model, {pre: {"skip": True}})[pre], nn.Identity)
+
+
+def test_patterns_that_share_a_norm_or_are_no_mapping_are_refused() -> None:
+    model = tiny_model()
+    both = {"layers.*.*.pre_norm": {"eps": 0.1}, PATH: {"gain": 2.0}}
+    with pytest.raises(RequestError, match=rf"'layers.\*.\*.pre_norm' and '{PATH}' both match {PATH}: give each"):
+        edited_norms(model, both)
+    with pytest.raises(RequestError, match="edits are a mapping of patterns to settings, not 'norm'"):
+        edited_norms(model, "norm")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="matches empty slots alone"):
+        edited_norms(model, {"layers.*.*.out_norm": {"eps": 0.1}})
+    with pytest.raises(RequestError, match="T at least 2"):
+        edited_norms(model, {PATH: {"freeze": "mean"}}, [1])

@@ -21,7 +21,6 @@ _HOME = {  # no file is named like a function in it: importing the file would pu
     "init": "measurement",
     "sweep": "sweeps",
     "race": "training",
-    "report": "html_report",
 }
 __all__ = sorted(_HOME)
 

@@ -10,6 +10,7 @@ from llama_mini.lab import doctor, fold
 from llama_mini.lab.diagnosis import Finding
 from llama_mini.lab.table import Table
 from llama_mini.model import Llama
+from llama_mini.norm import Norm
 from llama_mini.norm_plan import NormPlan
 from llama_mini.norm_slots import BranchPlan, NormSpec
 from tests.oracles import same_bits
@@ -28,6 +29,18 @@ def test_an_eps_of_one_norms_own_is_named_by_its_path() -> None:
     own = BranchPlan(pre=NormSpec(eps=0.5))
     model = tiny_model(1, norm_plan=plan.with_layers([plan.layer(0), (own, plan.feed_forward), plan.layer(2)]))
     assert only(doctor(model)).path == "layers.1.attention.pre_norm"
+
+
+def test_gains_above_one_are_healthy_in_heads_and_final_norm_and_near_one_everywhere() -> None:
+    """As the final norm of the default checkpoint has them, and as a short training leaves all of them."""
+    model = tiny_model(1, norm_plan="pre+qk")
+    for name, norm in model.named_modules():
+        if isinstance(norm, Norm) and (name == "norm" or name.endswith(("q_norm", "k_norm"))):
+            norm.weight += 1
+    assert len(doctor(model)) == 0
+    for norm in (module for module in model.modules() if isinstance(module, Norm)):
+        norm.weight.copy_(torch.linspace(0.98, 1.05, norm.dim))
+    assert len(doctor(model)) == 0
 
 
 def test_a_model_without_any_training_gets_a_note(smollm2_dir: Path) -> None:

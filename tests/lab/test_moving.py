@@ -121,6 +121,7 @@ def test_trees_are_apart_and_parameters_are_shared() -> None:
     assert set(map(id, ours.values())) == set(map(id, theirs.values()))
     assert all(parameter.requires_grad for parameter in theirs.values())
     assert moved.training
+    assert not move(tiny_model(1), "layers.1.attention.pre_norm", "out").training
     assert not set(map(id, model.modules())) & set(map(id, moved.modules()))
     before = model(TOKENS)
     moved.layers[0].attention.pre_norm.eps = 1.0

@@ -1,0 +1,221 @@
+"""What a plan does to the residual stream and its gradient at random init, from formulas: there is no model here.
+
+Per sublayer, S is the second moment of an element of the stream, f that of the branch's output, and g the growth of the
+squared gradient on its way back through the branch:
+
+    y = α²·S + β²·f        the second moment after the sum
+    G = α² + β²·g·b        the growth of the squared gradient, b that of the pre norm
+
+A norm multiplies the forward moment m by s²/(m + eps) and the squared gradient by the same factor: what it takes out of
+the gradient along x, one of d directions, is gone as d grows.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_mini.checks import is_whole, shown
+from llama_mini.config import LlamaConfig
+from llama_mini.errors import RequestError
+from llama_mini.lab.table import Table
+from llama_mini.norm_plan import BRANCHES, NormPlan
+from llama_mini.norm_slots import BranchPlan, NormSpec
+
+Plan = NormPlan | str
+Floats = NDArray[np.float64]
+COVERED = ("rms", "layer", "scale")  # the same at init as d grows: a mean is 1/d of the energy, a scalar gain is one
+DEEPEST = 1000
+TOLERANCES = (0.05, 0.06)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    layer: int
+    second_moment: float
+    gradient: float
+    angle: float | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Profile:
+    """One token on its way through a model at random init, predicted or measured.
+
+    plan: its preset, or its JSON.
+    second_moment: (depth + 1,) E‖x_l‖²/d of the stream before layer l, the last one after all layers.
+    gradient: (depth + 1,) ‖∂L/∂x_l‖ / ‖∂L/∂x_L‖.
+    angle: (depth,) between the input and the output of each layer, in units of π.
+    spread: standard deviations over the seeds of a measurement, in the same fields.
+    """
+
+    plan: str
+    second_moment: Floats
+    gradient: Floats
+    angle: Floats
+    spread: "Profile | None" = None
+
+    @property
+    def depth(self) -> int:
+        return len(self.angle)
+
+    def deviation(self, prediction: "Profile") -> dict[str, float]:
+        """The largest relative difference from `prediction` in each field; NaN where a value is not finite."""
+        if self.depth != prediction.depth:
+            raise RequestError(f"profiles of {self.depth} and {prediction.depth} layers: compare equal depths")
+        with np.errstate(all="ignore"):
+            return {
+                name: float(np.max(np.abs(getattr(self, name) - expected) / np.abs(expected)))
+                for name in ("second_moment", "gradient", "angle")
+                for expected in [getattr(prediction, name)]
+            }
+
+    def close(self, prediction: "Profile", rtol: float | tuple[float, float] = TOLERANCES) -> bool:
+        """Whether every value is within a relative tolerance: one number, or one for forward and one for backward."""
+        forward, backward = rtol if isinstance(rtol, tuple) else (rtol, rtol)
+        off = self.deviation(prediction)
+        return off["second_moment"] <= forward and off["angle"] <= forward and off["gradient"] <= backward
+
+    def table(self) -> Table[LayerRow]:
+        angles = [*map(float, self.angle), None]
+        rows = zip(map(float, self.second_moment), map(float, self.gradient), angles, strict=True)
+        return Table([LayerRow(i, *row) for i, row in enumerate(rows)])
+
+    def to_json(self) -> str:
+        return as_json(self)
+
+    def __repr__(self) -> str:
+        ends = (f"{name} {v[0]:.4g} → {v[-1]:.4g}" for name, v in vars(self).items() if isinstance(v, np.ndarray))
+        return f"Profile({shown(self.plan)}, depth={self.depth}: {', '.join(ends)})"
+
+
+def predict(plan: Plan, depth: int) -> Profile:
+    """What `plan` does to one token in a model of `depth` layers at random init, in the limit of a wide model.
+
+    Assumes an embedding N(0, 1), matrices N(0, 1/fan_in), gains 1 and sequences of one token, where q and k norms drop
+    out; it holds for the forward pass at position 0 of any sequence. The gradient is that of a random direction at
+    x_L, before the final norm. Norms of kind rms, layer and scale are exact as the width grows. At width 256 and 12
+    layers the error is below 2 % forward and 5 % backward, except for `none`, which squares the second moment, and
+    every deviation with it, in each layer; `post` at 32 layers is 11 % low backward at width 256, 3 % at 512. What
+    overflows float64 is inf, then NaN.
+
+    Raises RequestError for the kinds l2 (depends on the width), prms and dyt (depend on more than second moments);
+    ConfigError for what is no plan.
+    """
+    norms = as_plan(plan, depth)
+    moments: list[float] = [np.float64(1)]  # of NumPy, whose division by zero gives inf
+    growth: list[float] = []
+    cosines: list[float] = []
+    with np.errstate(all="ignore"):
+        if norms.embed is not None:
+            moments = [_norm("embed_norm", norms.embed, moments[0])[0]]
+        for i in range(depth):
+            attention, feed_forward = (
+                (branch, f"layers.{i}.{name}") for name, branch in zip(BRANCHES, norms.layer(i), strict=True)
+            )
+            mid, grown, cosine = _sublayer(moments[-1], *attention, _attend)
+            out, grown_2, cosine_2 = _sublayer(mid, *feed_forward, _swiglu)
+            moments.append(out)
+            growth.append(grown * grown_2)
+            cosines.append(cosine * cosine_2)
+        gradient = np.sqrt(np.cumprod([1.0, *growth[::-1]])[::-1])
+        angle = np.arccos(np.clip(cosines, -1, 1)) / math.pi
+    return Profile(label(plan), np.array(moments), gradient, angle)
+
+
+def _sublayer(s: float, plan: BranchPlan, path: str, branch: Callable) -> tuple[float, float, float]:
+    """Second moment after one residual branch, growth of the squared gradient, cosine between input and output."""
+    h, b = (s, 1.0) if plan.pre is None else _norm(f"{path}.pre_norm", plan.pre, s)
+    f, g = branch(h)
+    for slot, norm in (("v", plan.v), ("mid", plan.mid), ("out", plan.out)):
+        if norm is not None:
+            f, factor = _norm(f"{path}.{slot}_norm", norm, f)
+            g = g * factor
+    y = plan.alpha**2 * s + plan.beta**2 * f
+    growth = plan.alpha**2 + plan.beta**2 * g * b
+    cosine = plan.alpha * np.sqrt(s / y)
+    if plan.post is not None:
+        y, factor = _norm(f"{path}.post_norm", plan.post, y)
+        growth, cosine = growth * factor, cosine * np.sign(plan.post.scale)
+    return y, growth, cosine
+
+
+def _norm(path: str, norm: NormSpec, moment: float) -> tuple[float, float]:
+    """The second moment after a norm, and its factor on the squared gradient."""
+    if norm.kind not in COVERED:
+        raise RequestError(
+            f"{path} is of kind {norm.kind!r}, and the theory covers {', '.join(COVERED)}: measure this plan with init"
+        )
+    eps = LlamaConfig.norm_eps if norm.eps is None else norm.eps
+    factor = norm.scale**2 / (moment + eps)
+    return moment * factor, factor
+
+
+def _attend(h: float) -> tuple[float, float]:
+    """One token attends to itself alone: two matrices in a row."""
+    return h, 1.0
+
+
+def _swiglu(h: float) -> tuple[float, float]:
+    silu, slope = silu_moments(h)
+    return h * silu, h * slope + silu
+
+
+def silu_moments(h: float) -> tuple[float, float]:
+    """E[silu(√h·z)²] and E[silu'(√h·z)²] for z ~ N(0, 1), to nine digits near h = 1."""
+    r = np.minimum(np.sqrt(h), 1e6)  # from there on silu is a ramp
+    z = (np.arange(4000) - 1999.5) * 0.006  # ±12 standard deviations
+    weight = np.exp(-z * z / 2)
+    sigmoid = (1 + np.tanh(r * z / 2)) / 2
+    ramp, slope = z * sigmoid, sigmoid * (1 + r * z * (1 - sigmoid))
+    return h * np.average(ramp**2, weights=weight), np.average(slope**2, weights=weight)
+
+
+def as_plan(plan: Plan, depth: int) -> NormPlan:
+    """The plan for a model of `depth` layers. Raises RequestError or ConfigError."""
+    check_whole("depth", depth, 1, DEEPEST)
+    parsed = NormPlan.parse(plan, depth) if isinstance(plan, str) else plan
+    if not isinstance(parsed, NormPlan):
+        raise RequestError(f"a plan is a NormPlan or the text of one, such as 'out+qk', not {shown(plan)}")
+    parsed.check_depth(depth)
+    return parsed
+
+
+def as_plans(plans: Plan | Sequence[Plan], depths: Sequence[int]) -> list[Plan]:
+    """A list of plans without repeats, each possible at every depth: checked before hours of work, not during it."""
+    several = [plans] if isinstance(plans, NormPlan | str) else list(plans)
+    if not several:
+        raise RequestError("there is no plan to study: give at least one, such as 'pre'")
+    for plan in several:
+        for depth in depths:
+            as_plan(plan, depth)
+    return list(dict.fromkeys(several))
+
+
+def check_whole(name: str, value: Any, least: int, most: int) -> None:
+    if not is_whole(value) or not least <= value <= most:
+        raise RequestError(f"{name} must be a whole number from {least} to {most}, not {shown(value)}")
+
+
+def label(plan: Plan) -> str:
+    return plan if isinstance(plan, str) else json.dumps(plan.to_dict())
+
+
+def as_json(result: Any) -> str:
+    """A dataclass of arrays as a JSON object, with the text of each plan for a key; what is not finite is null."""
+    return json.dumps(_plain(result), indent=2)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {label(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

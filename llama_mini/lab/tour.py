@@ -1,0 +1,169 @@
+"""What RMSNorm computes, step by step, on a real checkpoint's own activations: in English or in Korean."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from llama_mini.errors import RequestError
+from llama_mini.lab.recording import capture
+from llama_mini.lab.tour_text import TEXTS
+from llama_mini.model import Llama
+from llama_mini.norm import Cast, RMSNorm
+
+LANGUAGES = tuple(TEXTS)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stop of the tour: its title, what is said, and the numbers, computed on the spot."""
+
+    title: str
+    text: str
+    numbers: list[str]
+
+
+def tour(model: Llama, tokens: list[int], language: str = "en") -> Iterator[Step]:
+    """The steps one by one, so that they can be printed as they come. `tokens` are those of a short text."""
+    path = f"layers.{len(model.layers) // 2}.feed_forward.pre_norm"
+    norm = model.get_submodule(path)
+    if not isinstance(norm, RMSNorm) or norm.weight is None:
+        raise RequestError(f"the tour looks at {path}, which is no RMSNorm with a gain; take a LLaMA")
+    with torch.inference_mode():
+        seen = capture(model, tokens, at=path)[path].x
+        assert seen is not None
+        x = seen[0].float()  # (T, C)
+        for name, numbers in STEPS.items():
+            title, text = TEXTS[language][name]
+            yield Step(title.format(path=path), text, numbers(x, norm, model, tokens))
+
+
+Numbers = Callable[[Tensor, RMSNorm, Llama, list[int]], list[str]]
+
+
+def _input(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
+    row = x[-1]
+    return [
+        f"x            {_few(row)}",
+        f"shape        {tuple(x.shape)}",
+        f"RMS          {_rms(row):.4f}    mean {row.mean():+.4f}    largest |x| {row.abs().max():.3f}",
+    ]
+
+
+def _mean(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
+    squares = x.pow(2)
+    lines = [f"mean()                     {tuple(squares.mean().shape)!s:<10} {squares.mean():.4f}"]
+    for dim in (0, 1, -1):
+        for keepdim in (False, True):
+            found = squares.mean(dim, keepdim=keepdim)
+            fits = "x / it divides" if _broadcasts(x, found) else "x / it fails"
+            right = "   <- each row by its own" if dim != 0 and keepdim else ""
+            lines.append(f"mean({dim:>2}, keepdim={keepdim!s:<5})    {tuple(found.shape)!s:<10} {fits}{right}")
+    return lines
+
+
+def _root(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
+    square = x.pow(2).mean(-1, keepdim=True) + norm.eps
+    one, other = torch.rsqrt(square), 1 / torch.sqrt(square)
+    exact = 1 / square.double().sqrt()
+    return [
+        f"rsqrt(s)     {_few(one[:, 0])}    largest error {((one - exact) / exact).abs().max():.1e}",
+        f"1 / sqrt(s)  {_few(other[:, 0])}    largest error {((other - exact) / exact).abs().max():.1e}",
+    ]
+
+
+def _wide(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
+    exact = x.double().pow(2).mean(-1)
+    lines = []
+    for dtype in (torch.float16, torch.bfloat16):
+        squares = x.to(dtype) * x.to(dtype)
+        error = ((squares.mean(-1).double() - exact) / exact).abs().max()
+        wrong = f"largest error {100 * error:.2g} %" if error.isfinite() else "overflows"
+        lines.append(f"mean of squares in {str(dtype).removeprefix('torch.'):<9}  {wrong}")
+    big = torch.full((1, norm.dim), 300.0, dtype=torch.float16)
+    square = float((big * big)[0, 0])
+    narrow = float((big * torch.rsqrt((big * big).mean(-1, keepdim=True) + norm.eps))[0, 0])
+    wide = float(RMSNorm(norm.dim, norm.eps, gain="none")(big)[0, 0])
+    return [*lines, f"float16, every x 300: 300² = {square}, so y = {narrow}; through float32 y = {wide}"]
+
+
+def _eps(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
+    lines = []
+    for size in (1.0, 1e-2, 1e-3, 1e-4):
+        row = x[-1] / _rms(x[-1]) * size
+        square = row.pow(2).mean()
+        inside, outside = row / (square + norm.eps).sqrt(), row / (square.sqrt() + norm.eps)
+        lines.append(f"RMS in {size:<7g} RMS out, eps inside {_rms(inside):.4f}, outside {_rms(outside):.4f}")
+    zero = torch.zeros(norm.dim)
+    without = float((zero / zero.pow(2).mean().sqrt())[0])
+    return [
+        *lines,
+        f"a row of zeros: with eps {float((zero / (zero.pow(2).mean() + norm.eps).sqrt())[0])}, without {without}",
+    ]
+
+
+def _gain(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
+    assert norm.weight is not None
+    gain = norm.weight.float()
+    plain = RMSNorm(norm.dim, norm.eps, gain="none")(x)
+    return [
+        f"g            {_few(gain)}    least {gain.min():.3f}, mean {gain.mean():.3f}, largest {gain.max():.3f}",
+        f"x / RMS      {_few(plain[-1])}    RMS {_rms(plain[-1]):.4f}",
+        f"x / RMS · g  {_few((plain * gain)[-1])}    RMS {_rms((plain * gain)[-1]):.4f}",
+    ]
+
+
+def _cast(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
+    found = []
+    for cast in get_args(Cast):
+        twin = RMSNorm(norm.dim, norm.eps, cast=cast)
+        twin.weight = norm.weight
+        found.append(twin(x.bfloat16()))
+    differ = (found[0] != found[1]).float().mean()
+    return [f"bfloat16: the two orders differ in {100 * differ:.1f} % of the elements, there by the last of eight bits"]
+
+
+def _claim(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
+    pre = [f"layers.{i}.attention.pre_norm" for i in range(len(model.layers))]
+    record = capture(model, tokens, at=pre, keep="stats")
+    sizes = [float(record[path].rms[0, 1:].mean()) for path in pre]  # token 0 is a size of its own
+    energy = sorted(record[path].mean_energy for path in pre)[len(pre) // 2]
+    with torch.inference_mode(False), torch.enable_grad():
+        row = torch.tensor(x[-1].tolist(), dtype=torch.float64, requires_grad=True)
+        direction = torch.linspace(-1, 1, norm.dim, dtype=torch.float64)
+        (slope,) = torch.autograd.grad(row / (row.pow(2).mean() + norm.eps).sqrt() @ direction, row)
+        along = abs(float((slope @ row / slope.norm() / row.norm()).detach()))
+    return [
+        f"RMS into the first layer's norm {sizes[0]:.3f}, into the last's {sizes[-1]:.3f}; each gives 1",
+        f"energy in the mean of a row: {100 * energy:.2f} % (any direction has 1/d on average, {100 / norm.dim:.2f} %)",
+        f"share of the gradient that points along x: {along:.1e}",
+    ]
+
+
+STEPS: dict[str, Numbers] = {
+    "input": _input,
+    "mean": _mean,
+    "root": _root,
+    "wide": _wide,
+    "eps": _eps,
+    "gain": _gain,
+    "cast": _cast,
+    "claim": _claim,
+}
+
+
+def _rms(row: Tensor) -> float:
+    return float(row.double().pow(2).mean().sqrt())
+
+
+def _few(values: Tensor) -> str:
+    return " ".join(f"{float(v):+.3f}" for v in values[:5]) + " …"
+
+
+def _broadcasts(x: Tensor, other: Tensor) -> bool:
+    try:
+        return torch.broadcast_shapes(x.shape, other.shape) == x.shape
+    except RuntimeError:
+        return False

@@ -171,6 +171,8 @@ def test_layers_make_the_shortest_plan() -> None:
         Override(first=3, last=3, attention=out, feed_forward=out),
         Override(first=4, last=4, feed_forward=out),
     )
+    apart = start.with_layers([(pre, pre), (out, pre), (pre, pre), (out, pre), (pre, pre), (pre, pre)])
+    assert [(o.first, o.last) for o in apart.overrides] == [(1, 1), (3, 3)]  # alike, but no neighbours
     assert start.with_layers([(out, pre)] * 6).overrides == ()
     assert start.with_layers([(out, out)] * 4 + [(pre, pre)] * 2).overrides == (
         Override(first=4, last=5, attention=pre, feed_forward=pre),

@@ -35,7 +35,8 @@ def fold(model: Llama, pattern: str | None = None) -> Llama:
     """A new model whose pre, mid and final norms (those at `pattern`) have gains of one, which the weights now hold.
 
     The logits stay: within 5e-6 of the largest in float32, bit for bit where the gains are powers of two. In bfloat16
-    the products are rounded once, which moves logits as much as any change of rounding does: fold in float32. A tied
+    the products are rounded once more: in the default checkpoint the largest error of a logit against float32, 0.03 of
+    the largest logit, becomes 0.04 to 0.08, also when folded in float32 and rounded then. A tied
     head is untied first. The norms keep their weights, at one, so that the model stays of its family and any program
     opens it; scale factors stay in the norms, biases need no change. The other parameters are shared with `model`,
     which stays as it is.

@@ -151,7 +151,7 @@ def test_bfloat16_is_rounded_once() -> None:
     gain = model.layers[0].attention.pre_norm.weight
     exact = model.layers[0].attention.q_proj.weight.double() * gain.double()
     assert torch.equal(folded.layers[0].attention.q_proj.weight, exact.to(torch.bfloat16))
-    assert 1e-4 < gap(fold(model)(TOKENS), model(TOKENS)) < 0.05  # as any change of rounding
+    assert 1e-4 < gap(fold(model)(TOKENS), model(TOKENS)) < 0.05  # not exact, and no other model
 
 
 def test_gradients_are_asked_for_as_before() -> None:

@@ -21,6 +21,7 @@ _HOME = {  # no file is named like a function in it: importing the file would pu
     "init": "measurement",
     "sweep": "sweeps",
     "race": "training",
+    "report": "html_report",
 }
 __all__ = sorted(_HOME)
 

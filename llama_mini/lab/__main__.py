@@ -78,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
     race = add("race", "short trainings of small models, without warm-up")
     race.add_argument("plans", nargs="*", default=["pre", "post"], help="default: pre post")
     race.add_argument("--steps", type=int, default=150, metavar="N", help="default: %(default)s")
+    report = add("report", "all of it as one page", model, text)
+    report.add_argument("target", nargs="?", type=Path, default=Path("norms.html"), help="default: %(default)s")
     tour = add("tour", "what RMSNorm computes, step by step, on real activations", model)
     tour.add_argument("--lang", choices=["en", "ko"], default="en", help="default: %(default)s")
     return p

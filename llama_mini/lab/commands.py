@@ -103,6 +103,14 @@ def _compare(model: Llama, other: Llama, what: str, tokenizer: Tokenizer, args: 
         other.save_pretrained(args.save)
 
 
+def _report(args: argparse.Namespace) -> None:
+    if args.json or args.csv:
+        raise RequestError("a report is a page, not a table: leave --json and --csv out")
+    path = _checkpoint(args)
+    model, tokenizer = _model(args)
+    print(lab.report(args.target, model, _ids(tokenizer, args), tokenizer=tokenizer, name=path.name))
+
+
 def _tour(args: argparse.Namespace) -> None:
     model, tokenizer = _model(args)
     steps = tour(model, tokenizer.encode(TOUR_TEXT), args.lang)
@@ -148,6 +156,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "init": _init,
     "sweep": _sweep,
     "race": _race,
+    "report": _report,
     "tour": _tour,
 }
 

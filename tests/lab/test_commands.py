@@ -77,6 +77,12 @@ def test_a_moved_model_is_saved(model: list[str], tmp_path: Path, capsys: pytest
     assert {row.slot for row in moved if "feed_forward" in row.path} == {"out_norm"}
 
 
+def test_a_report_is_one_page(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "norms.html"
+    assert out(["report", str(target), *model, *TEXT], capsys) == f"{target}\n"
+    assert "</html>" in target.read_text(encoding="utf-8")
+
+
 def test_a_healthy_checkpoint_has_no_findings(smollm2_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out(["doctor", "--model", str(smollm2_dir), *TEXT], capsys) == "nothing found\n"
 
@@ -106,6 +112,7 @@ def test_the_tour_counts_on_real_activations(
         (["capture", "--tokens", "1"], 2, "--tokens must be at least 2"),
         (["capture", "--text", "/absent"], 3, "cannot read /absent"),
         (["tour", "--csv"], 2, "leave --csv out"),
+        (["report", "--json"], 2, "leave --json and --csv out"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -122,7 +129,7 @@ def test_a_mistake_is_one_sentence(
 def test_every_command_is_listed_and_its_help_waits_for_nothing() -> None:
     listed = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert set(listed) == {
-        *ON_A_TEXT, *OF_A_PLAN, "norms", "doctor", "sweep", "race", "tour",
+        *ON_A_TEXT, *OF_A_PLAN, "norms", "doctor", "sweep", "race", "report", "tour",
     }  # fmt: skip
     code = "import sys; from llama_mini.lab.__main__ import parser; parser(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,121 @@
+"""How the lab's pictures look, and how they become files. matplotlib (the extra `lab`) is imported with the first one.
+
+Ink follows the page: as SVG it is currentColor, so that one picture serves light and dark. The other colours are near
+Okabe and Ito's, which are told apart without red and green, and stand out 3:1 from a white page and from a dark one.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from functools import wraps
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+from llama_mini.checkpoint.files import partial_prefix, umask
+from llama_mini.errors import RequestError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+INK = "#24292f"
+LIGHT, DARK = "#ffffff", "#14171c"  # pages
+BLUE, VERMILION, GREEN, PURPLE = PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5679a")
+SVG = "http://www.w3.org/2000/svg"
+_STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 10,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "llama-mini",
+}
+_PAGE = (
+    f"svg{{color:{INK};background:{LIGHT}}}@media(prefers-color-scheme:dark){{svg{{color:#e6edf3;background:{DARK}}}}}"
+)
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # a date changes the bytes
+
+
+def styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
+    """Draws in the lab's style. Raises RequestError without matplotlib."""
+
+    @wraps(draw)
+    def in_style(*args: P.args, **kwargs: P.kwargs) -> "Figure":
+        try:
+            from matplotlib import rc_context
+        except ModuleNotFoundError:
+            raise RequestError("pictures need matplotlib, which is absent: pip install 'llama-mini[lab]'") from None
+        with rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+def new_figure(rows: int, row_height: float) -> "tuple[Figure, list[Axes]]":
+    """A figure of panels over one another that share their x; heights in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, rows * row_height + 0.4), layout="constrained")
+    return figure, list(figure.subplots(rows, sharex=True, squeeze=False)[:, 0])
+
+
+def svg(figure: "Figure", name: str) -> str:
+    """A figure as an <svg> element to stand in a page, its ids beginning with `name`, its ink that of the page."""
+    from matplotlib import rc_context
+
+    file = BytesIO()
+    with rc_context(_STYLE):
+        figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
+    text = file.getvalue().decode()
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace("xlink:href", "href")
+    text = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+
+
+def save(figure: "Figure", path: str | Path) -> None:
+    """Writes a PNG (on white) or an SVG (light or dark as its reader is), by the suffix; the same bytes each time.
+
+    Raises RequestError for another suffix, or where the file cannot be written.
+    """
+    from matplotlib import rc_context
+
+    path = Path(path)
+    if path.suffix == ".svg":
+        opening = f'<svg xmlns="{SVG}"'
+        picture = svg(figure, "p").replace("<svg", opening, 1).replace(">", f"><style>{_PAGE}</style>", 1)
+        write_whole(path, picture.encode())
+    elif path.suffix == ".png":
+        file = BytesIO()
+        with rc_context(_STYLE):
+            figure.savefig(file, format="png", dpi=150, facecolor=LIGHT, metadata={"Software": None})
+        write_whole(path, file.getvalue())
+    else:
+        raise RequestError(f"{path.name}: a picture is saved as .png or .svg; name it so")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes aside, syncs, renames: the file is whole or as it was. Raises RequestError where it cannot be written."""
+    aside = None
+    try:
+        descriptor, aside = tempfile.mkstemp(prefix=partial_prefix(path), dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        os.chmod(aside, 0o666 & ~umask())
+        os.replace(aside, path)
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror}; name a file in a folder that is there") from None
+    finally:
+        if aside is not None:
+            Path(aside).unlink(missing_ok=True)

@@ -1,0 +1,296 @@
+"""The report: one HTML file that is whole, shows the lab's own numbers, and lets no text from a file become markup."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llama_mini import lab
+from llama_mini.errors import RequestError
+from llama_mini.lab import html_report
+from llama_mini.lab.diagram import layer_kinds, plan_diagram, ranges
+from llama_mini.lab.drawing import DARK, LIGHT, SVG
+from llama_mini.lab.html_report import report
+from llama_mini.lab.recording import capture, massive_activation
+from llama_mini.lab.training import Race
+from llama_mini.model import Llama
+from llama_mini.norm_plan import NormPlan
+from tests.tiny_models import TINY, random_tokens, tiny_model
+
+pytest.importorskip("matplotlib", reason="the report needs the extra lab")
+IDS = random_tokens(2, 20)
+HOSTILE = "\"><script>alert(1)</script>&'\x00"
+VOID = ("meta", "path", "rect", "use", "br")
+CURVES = {"pre": np.array([[4.0, 3.0], [4.2, 3.2]]), "post<b>": np.array([[4.0, 3.9], [4.1, np.nan]])}
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed in turn, and collects ids, headings, table cells and text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.words: list[str] = []
+        self.headings: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+        self.text = " ".join("".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        values = dict(attrs)
+        self.ids += [str(values["id"])] if "id" in values else []
+        self.links += [str(values[name]) for name in ("href", "src", "xlink:href") if name in values]
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+class HostileTokenizer:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return HOSTILE
+
+
+@pytest.fixture(scope="module")
+def massive() -> Llama:
+    """A model whose layer 1 writes a huge dimension 7 for one token of the text."""
+    model = tiny_model(2)
+    seen: list[torch.Tensor] = []
+    handle = model.layers[1].feed_forward.down_proj.register_forward_hook(lambda _, args, y: seen.append(args[0]))
+    model(IDS)
+    handle.remove()
+    weight = model.layers[1].feed_forward.down_proj.weight
+    inside = seen[0][1, 13]
+    others = torch.cat([seen[0].flatten(0, 1)[:33], seen[0].flatten(0, 1)[34:]])
+    free = inside - others.T @ torch.linalg.lstsq(others.T, inside[:, None]).solution[:, 0]  # no other token has it
+    weight[7] += 5000 * free / (free @ inside)
+    return model
+
+
+@pytest.fixture(scope="module")
+def written(massive: Llama, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "norms.html"
+    found = report(path, massive, IDS, tokenizer=HostileTokenizer(), name=HOSTILE, race=Race(CURVES, 3.0))  # type: ignore[arg-type]
+    assert found == path
+    assert [file.name for file in path.parent.iterdir()] == ["norms.html"]
+    return path
+
+
+def test_the_page_is_well_formed_and_has_every_section(written: Path) -> None:
+    page = Page(written)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.headings == [
+        "The checkpoint",
+        "Where the norms are",
+        "The residual stream",
+        "Massive activations",
+        "What each norm's statistic is worth",
+        "Gains",
+        "What each layer is worth",
+        "The doctor's findings",
+        "Theory against measurement, at random init",
+        "A race of plans",
+    ]
+
+
+def test_the_page_asks_for_nothing_from_outside(written: Path) -> None:
+    page, text = Page(written), written.read_text()
+    assert set(re.findall(r"\w+://[^\s\"'<]*", text)) <= {SVG}
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert not page.tags & {"script", "link", "img", "iframe", "object"}
+
+
+def test_text_from_files_never_becomes_markup(written: Path) -> None:
+    page = Page(written)
+    assert "script" not in page.tags
+    assert "b" not in page.tags  # of a plan's name
+    assert "<script>alert(1)</script>" in page.text
+    assert "post<b>" in page.text
+
+
+def test_the_numbers_are_those_of_the_lab(massive: Llama, written: Path) -> None:
+    text = Page(written).text
+    base = lab.score(massive, IDS)
+    assert f"{base.loss:.4f} nats per token" in text
+    costs = lab.ablate(massive, IDS)
+    worst = max(costs, key=lambda row: row.dloss)
+    assert f"Dearest is {worst.path}, {worst.dloss:+.3g} nats per token" in text
+    layers = lab.skip_layers(massive, IDS)
+    dear = max(layers, key=lambda row: row.dloss)
+    assert f"Leaving out layer {dear.layer} costs most, {dear.dloss:+.3g}" in text
+    final = massive.norm.weight.double().numpy()
+    assert f"norm has {final.min():.3g}, {final.mean():.3g} and {final.max():.3g}." in text
+    off = lab.init("pre", TINY["n_layers"]).deviation(lab.predict("pre", TINY["n_layers"]))
+    assert f"Largest deviation: {off['second_moment']:.1%} in the second moment" in text
+    assert "post<b> diverged in a seed or more" in text
+    assert "Lowest at the end is pre, 3.6 nats per byte" in text
+
+
+def test_the_planted_massive_activation_is_found(massive: Llama, written: Path) -> None:
+    born = massive_activation(capture(massive, IDS))
+    assert born is not None
+    assert (born.layer, born.row, born.token, born.dim) == (1, 1, 13, 7)
+    text = Page(written).text
+    assert "A massive activation is born in layer 1, in dimension 7 at token 13" in text
+    rows = re.findall("<tr>(.*?)</tr>", written.read_text())
+    cells = [re.findall("<td[^>]*>(.*?)</td>", row) for row in rows]
+    (first, *_) = [row for row in cells if len(row) == 8]
+    assert first[:4] == ["1", "1", "13", "7"]
+    after = [point.x for point in capture(massive, IDS).resid.resid_post]
+    times = [float(x[1, 13, 7].abs() / x.abs().median()) for x in after if x is not None]
+    assert int(first[6]) == int(np.argmax(times))
+    assert float(first[5].replace(",", "")) == pytest.approx(max(times), rel=1e-3)
+    x = after[int(first[6])]
+    assert x is not None
+    assert float(first[4].replace(",", "")) == pytest.approx(float(x[1, 13, 7]), rel=1e-3)
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = tiny_model(6, norm_plan="peri+qk:full")
+    before, tree = model(IDS), repr(model)
+    report(tmp_path / "a.html", model, IDS)
+    assert torch.equal(model(IDS), before)
+    assert repr(model) == tree
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert "A race of plans" not in Page(tmp_path / "a.html").headings
+
+
+def test_a_model_without_norms_or_prediction_is_reported(tmp_path: Path) -> None:
+    text = Page(report(tmp_path / "a.html", tiny_model(norm_plan="none-final"), IDS)).text
+    assert "No norm of this model is of kind rms or scale." in text
+    assert "No norm of this model has a gain." in text
+    rms = tiny_model().config.norm_plan.to_dict() | {"attention": {"pre": {"kind": "dyt"}}}
+    text = Page(report(tmp_path / "b.html", tiny_model(norm_plan=NormPlan.from_dict(rms)), IDS)).text
+    assert "There is no prediction:" in text
+    assert "3 norms of other kinds are left out." in text
+
+
+def test_a_bfloat16_model_of_one_layer_is_reported(tmp_path: Path) -> None:
+    text = Page(report(tmp_path / "a.html", tiny_model(n_layers=1, dtype=torch.bfloat16), IDS[0])).text
+    assert "20 tokens in 1 row" in text
+    assert "bfloat16" in text
+
+
+def test_a_failure_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.html"
+    path.write_text("older")
+
+    def fail(*_: object) -> None:
+        raise RequestError("planted")
+
+    monkeypatch.setattr(html_report, "doctor", fail)
+    with pytest.raises(RequestError, match="planted"):
+        report(path, tiny_model(), IDS)
+    assert path.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_there_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html_report, "score", None)
+    with pytest.raises(RequestError, match=r"cannot write .*a\.html: there is no folder .*; make it first"):
+        report(tmp_path / "no" / "a.html", tiny_model(), IDS)
+
+
+def test_the_diagram_has_a_full_box_for_each_norm_and_a_dashed_one_for_each_empty_slot() -> None:
+    drawn = plan_diagram(NormPlan.parse("peri+qk:full", 3), 3)
+    full = re.findall(r'fill="#0072b2"/><text[^>]*>(\w+)', drawn)
+    assert sorted(full) == ["k_norm", "norm", "out_norm", "out_norm", "pre_norm", "pre_norm", "q_norm"]
+    dashed = re.findall(r'stroke-dasharray="3 3"/><text[^>]*>(\w+)', drawn)
+    assert sorted(dashed) == ["embed_norm", "mid_norm", "mid_norm", "post_norm", "post_norm", "v_norm"]
+    assert drawn.count("rms, full") == 4  # two boxes, and two in the words for who cannot see them
+
+
+def test_layers_that_differ_are_drawn_apart() -> None:
+    plan = NormPlan.parse("mix(.5)", 8)
+    assert [(kind.name, kind.layers) for kind in layer_kinds(plan, 8)] == [("A", [0, 1, 2, 3]), ("B", [4, 5, 6, 7])]
+    assert "A, attention, layers 0–3" in plan_diagram(plan, 8)
+    scaled = NormPlan.parse("lns", 4)
+    assert len(layer_kinds(scaled, 4)) == 1
+    assert "rms, × 0.5–1" in plan_diagram(scaled, 4)
+    assert "1.68 · x + branch" in plan_diagram(NormPlan.parse("deep", 4), 4)
+
+
+def test_layers_are_named_in_ranges() -> None:
+    assert ranges([3]) == "layer 3"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "layers 0–2, 5, 7–8"
+    assert ranges(range(0, 40, 2)) == "layers 0, 2, 4, 6, 8, 10 …"
+
+
+# --- in a browser ---
+
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH")
+
+
+def browse(page: Path, folder: Path, *options: str) -> str:
+    """Runs headless Chromium on a page; what it prints."""
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
+    quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command = [str(CHROMIUM), *quiet, f"--user-data-dir={folder / 'profile'}", *options, page.as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@needs_chromium
+@pytest.mark.parametrize(("scheme", "page"), [(1, LIGHT), (0, DARK)])
+def test_the_page_is_drawn_in_light_and_dark(scheme: int, page: str, written: Path, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    shot = tmp_path / "shot.png"
+    browse(
+        written,
+        tmp_path,
+        f"--screenshot={shot}",
+        "--window-size=1000,2400",
+        f"--blink-settings=preferredColorScheme={scheme}",
+    )
+    pixels = (imread(shot)[..., :3] * 255).round().astype(int)
+    ground = [int(page[i : i + 2], 16) for i in (1, 3, 5)]
+    different = (np.abs(pixels - ground).max(-1) > 60).mean(1)  # by line of the picture
+    assert (pixels[0, 0] == ground).all()
+    assert 0.2 < (different > 0.001).mean() < 0.98
+    assert different.mean() < 0.3
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [340, 1200])
+def test_the_page_does_not_scroll_sideways(width: int, written: Path, tmp_path: Path) -> None:
+    probe = (
+        f"<style>html{{width:{width}px}}</style><script>document.title=document.documentElement.scrollWidth</script>"
+    )
+    copy = tmp_path / "copy.html"
+    copy.write_text(written.read_text().replace("</body>", probe + "</body>"))
+    title = re.search(
+        r"<title>(\d+)</title>", browse(copy, tmp_path, "--dump-dom", f"--window-size={max(width, 500)},900")
+    )
+    assert title is not None
+    assert int(title[1]) <= max(width, 500)
+    body = copy.read_text().replace("document.documentElement.scrollWidth", "document.body.scrollWidth")
+    copy.write_text(body)
+    title = re.search(
+        r"<title>(\d+)</title>", browse(copy, tmp_path, "--dump-dom", f"--window-size={max(width, 500)},900")
+    )
+    assert title is not None
+    assert int(title[1]) <= width

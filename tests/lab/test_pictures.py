@@ -1,0 +1,214 @@
+"""The lab's pictures: they show the numbers, in colours that can be told from the page, as the same bytes each time."""
+
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from llama_mini import lab
+from llama_mini.errors import RequestError
+from llama_mini.lab import pictures
+from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
+from llama_mini.lab.drawing import DARK, INK, LIGHT, PALETTE, SVG, save, svg
+from llama_mini.lab.measurement import init
+from llama_mini.lab.theory import predict
+from llama_mini.lab.training import Race
+from tests.tiny_models import TINY, random_tokens, tiny_model
+
+pytest.importorskip("matplotlib", reason="pictures need the extra lab")
+PRESETS = ("pre", "post", "peri", "out", "none", "deep", "mix(.34)", "lns", "sub", "normformer", "peri+qk:full+embed")
+IDS = random_tokens(2, 20)
+
+
+def test_the_stream_and_the_norms_of_a_model_are_drawn_as_numpy_computes_them() -> None:
+    model = tiny_model(3)
+    seen: list[np.ndarray] = []
+    hooks = [
+        branch.register_forward_hook(lambda _, args, y: seen.extend([args[0].double().numpy(), y.double().numpy()]))
+        for layer in model.layers
+        for branch in (layer.attention, layer.feed_forward)
+    ]
+    outputs: list[np.ndarray] = []
+    hooks.append(model.layers[1].attention.pre_norm.register_forward_hook(lambda *a: outputs.append(a[2].numpy())))
+    model(IDS)
+    for hook in hooks:
+        hook.remove()
+    stream = [seen[0], *seen[1::2]]
+    (axes,) = pictures.residual_rms_picture(lab.capture(model, IDS)).axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    expected = [np.median(rms(x)[:, 1:]) for x in stream]
+    np.testing.assert_allclose(lines["before a norm: the stream, median token"].get_ydata(), expected, rtol=1e-5)
+    first = [np.median(rms(x)[:, 0]) for x in stream]
+    np.testing.assert_allclose(lines["before a norm: the stream, first token"].get_ydata(), first, rtol=1e-5)
+    after = lines["after a norm of attention"]
+    assert list(after.get_xdata()) == [0, 1, 2]
+    assert after.get_ydata()[1] == pytest.approx(np.median(rms(outputs[0])[:, 1:]), rel=1e-5)
+    assert list(lines["after a norm of feed-forward"].get_xdata()) == [0.5, 1.5, 2.5]
+
+
+def rms(x: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.mean(np.asarray(x, np.float64) ** 2, -1))
+
+
+def test_a_norm_inside_a_branch_is_drawn_before_and_after() -> None:
+    recording = lab.capture(tiny_model(3, norm_plan="out"), IDS)
+    (axes,) = pictures.residual_rms_picture(recording).axes
+    hollow = [line for line in axes.get_lines() if line.get_label() == "before it, in the branch"]
+    assert [list(line.get_xdata()) for line in hollow] == [[0.5, 1.5, 2.5], [1, 2, 3]]
+    x = recording["layers.2.feed_forward.out_norm"].x
+    assert x is not None
+    assert hollow[1].get_ydata()[2] == pytest.approx(np.median(rms(x.numpy())[:, 1:]), rel=1e-5)
+
+
+def test_a_recording_without_tensors_is_refused() -> None:
+    recording = lab.capture(tiny_model(), IDS, keep="stats")
+    with pytest.raises(RequestError, match=r"kept no tensors of layers\.0\.attention\.pre_norm: capture with keep"):
+        pictures.residual_rms_picture(recording)
+
+
+def test_a_bar_is_as_high_as_the_cost_and_stands_at_its_layer() -> None:
+    costs = {"embed_norm": 0.4, "layers.0.attention.pre_norm": -0.1, "layers.1.feed_forward.pre_norm": 0.2}
+    costs |= {"layers.1.attention.out_norm": 0.3, "norm": 0.5}
+    figure = pictures.norm_cost_picture([AblatedNorm(path, cost, 0.0, 1.0) for path, cost in costs.items()])
+    bars = {
+        axes.get_ylabel().partition(":")[0]: {
+            (container.get_label(), round(bar.get_x() + bar.get_width() / 2, 6)): bar.get_height()
+            for container in axes.containers
+            for bar in container
+        }
+        for axes in figure.axes
+    }
+    assert bars == {
+        "pre_norm": {
+            ("attention", -0.2): -0.1,
+            ("feed-forward", 1.2): 0.2,
+            ("embedding, final", -1): 0.4,
+            ("embedding, final", 2): 0.5,
+        },
+        "out_norm": {("attention", 0.8): 0.3},
+    }
+
+
+def test_the_gains_are_those_of_the_weights() -> None:
+    model = tiny_model(4)
+    figure = pictures.gain_picture(lab.norms(model))
+    for container, branch in zip(figure.axes[0].containers, ("attention", "feed_forward"), strict=True):
+        weights = [getattr(layer, branch).pre_norm.weight.double().numpy() for layer in model.layers]
+        middle, _, (bars,) = container
+        np.testing.assert_allclose(middle.get_ydata(), [w.mean() for w in weights], rtol=1e-6)
+        spans = [(segment[0, 1], segment[1, 1]) for segment in bars.get_segments()]
+        np.testing.assert_allclose(spans, [(w.min(), w.max()) for w in weights], rtol=1e-6)
+
+
+def test_massive_activations_are_drawn_over_the_median() -> None:
+    recording = lab.capture(tiny_model(5), IDS)
+    line, limit = pictures.massive_picture(recording, 100).axes[0].get_lines()
+    after = [point.x for point in recording.resid.resid_post]
+    ratios = [float(x.abs().max()) / np.sort(x.abs().numpy().ravel())[(x.numel() - 1) // 2] for x in after]
+    np.testing.assert_allclose(line.get_ydata()[1:], ratios, rtol=1e-6)
+    assert set(limit.get_ydata()) == {100}
+
+
+def test_a_cost_far_above_the_others_does_not_flatten_them() -> None:
+    rows = [SkippedLayer(i, cost, 0.0, 1.0, 0.1) for i, cost in enumerate([9.0, 0.01, -0.02, 0.03])]
+    assert pictures.skip_picture(rows).axes[0].get_yscale() == "symlog"
+    assert pictures.skip_picture(rows[1:]).axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("plan", PRESETS)
+def test_every_preset_can_be_drawn(plan: str, tmp_path: Path) -> None:
+    model = tiny_model(1, norm_plan=plan)  # a warning of matplotlib's, such as a missing glyph, is an error here
+    recording = lab.capture(model, IDS)
+    norms = lab.norms(model)
+    costs = [AblatedNorm(row.path, 0.1 * i, 0.0, 1.0) for i, row in enumerate(norms)]
+    n_layers = TINY["n_layers"]
+    drawn = [pictures.residual_rms_picture(recording), pictures.massive_picture(recording, 100)]
+    drawn += [pictures.norm_cost_picture(costs), pictures.gain_picture(norms)]
+    drawn.append(pictures.init_picture(predict(plan, n_layers), init(plan, n_layers, dim=16, seeds=2)))
+    for i, figure in enumerate(drawn):
+        save(figure, tmp_path / f"{i}.svg")
+        ElementTree.parse(tmp_path / f"{i}.svg")
+
+
+def test_what_overflows_is_left_out() -> None:
+    figure = pictures.init_picture(predict("none", 14), init("none", 14, dim=16, seeds=1))
+    assert figure.axes[0].get_yscale() == "log"
+    svg(figure, "a")
+
+
+def test_a_race_shows_the_mean_and_the_range_of_the_seeds() -> None:
+    curves = np.array([[4.0, 3.0, 2.0], [5.0, 4.0, np.nan]])
+    lost = np.full((1, 3), np.nan)
+    figure = pictures.race_picture(Race({"none": lost, "pre": curves, "post": curves[:1] + 1}, unigram=3.1))
+    svg(pictures.race_picture(Race({"none": lost}, unigram=3.1)), "a")
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
+    np.testing.assert_array_equal(lines["pre"], [4.5, 3.5, np.nan])
+    np.testing.assert_array_equal(lines["post"], [5, 4, 3])
+    assert set(lines["unigram"]) == {3.1}
+    assert figure.axes[0].get_ylim()[1] == pytest.approx(1.3 * 5)
+    svg(figure, "a")
+
+
+@pytest.mark.parametrize("page", [LIGHT, DARK])
+def test_every_colour_stands_out_from_a_light_and_a_dark_page(page: str) -> None:
+    for color in PALETTE:  # WCAG 2.2, 1.4.11: 3:1 for graphics
+        bright, dim = sorted((luminance(color), luminance(page)), reverse=True)
+        assert (bright + 0.05) / (dim + 0.05) >= 3, color
+
+
+def luminance(color: str) -> float:
+    parts = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_a_picture_is_the_same_bytes_each_time(suffix: str, tmp_path: Path) -> None:
+    recording = lab.capture(tiny_model(), IDS)
+    files = [tmp_path / f"{name}{suffix}" for name in ("one", "two")]
+    for file in files:
+        save(pictures.residual_rms_picture(recording), file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert sorted(tmp_path.iterdir()) == files
+    assert (files[0].stat().st_mode & 0o777) != 0o600
+
+
+def test_an_svg_follows_its_readers_light_or_dark(tmp_path: Path) -> None:
+    save(pictures.massive_picture(lab.capture(tiny_model(), IDS), 100), tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    style = ElementTree.fromstring(text).find(f"{{{SVG}}}style")
+    assert style is not None
+    assert "prefers-color-scheme:dark" in str(style.text)
+    assert text.count(INK) == 1
+    assert "currentColor" in text
+    assert text.count("http") == 1  # the namespace
+
+
+def test_what_cannot_be_saved_is_one_sentence(tmp_path: Path) -> None:
+    figure = pictures.massive_picture(lab.capture(tiny_model(), IDS), 100)
+    with pytest.raises(RequestError, match=r"a\.jpg: a picture is saved as \.png or \.svg"):
+        save(figure, tmp_path / "a.jpg")
+    with pytest.raises(RequestError, match=r"cannot write .*/no/a\.png: No such file"):
+        save(figure, tmp_path / "no" / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = lab.capture(tiny_model(), IDS)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(RequestError, match=r"pip install 'llama-mini\[lab\]'"):
+        pictures.residual_rms_picture(recording)
+
+
+def test_importing_the_pictures_does_not_import_matplotlib() -> None:
+    code = "import sys, llama_mini.lab.pictures, llama_mini.lab.html_report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_text_of_one_token_is_drawn_with_the_first_token_alone() -> None:
+    (axes,) = pictures.residual_rms_picture(lab.capture(tiny_model(), torch.tensor([5]))).axes
+    assert "before a norm: the stream, first token" not in [line.get_label() for line in axes.get_lines()]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,6 +20,7 @@ from llama_mini.lab.tour import tour
 from llama_mini.model import Llama
 from llama_mini.tokenizer import Tokenizer
 
+WIDTHS = {"en": 100, "ko": 55}  # a Korean letter is two columns wide
 TOUR_TEXT = "The quick brown fox jumps over the lazy dog."
 
 
@@ -121,7 +123,8 @@ def _tour(args: argparse.Namespace) -> None:
         raise RequestError("a tour is a text, not a table: leave --csv out")
     for step in steps:
         numbers = "\n".join(f"    {line}" for line in step.numbers)
-        print(f"{step.title}\n\n{step.text}\n\n{numbers}\n", flush=True)
+        text = textwrap.fill(step.text, WIDTHS[args.lang])
+        print(f"{step.title}\n\n{text}\n\n{numbers}\n", flush=True)
 
 
 # --- a plan ---

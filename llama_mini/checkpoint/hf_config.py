@@ -84,7 +84,7 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     given = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
     for key in ("num_key_value_heads", "head_dim", "sliding_window"):
         if key in raw and raw[key] is None:  # as many as query heads, dim / heads, no window: not the family's default
-            del given[key]
+            given.pop(key, None)
     if raw.get("rms_norm_eps") is None:
         eps = family.defaults["rms_norm_eps"]
         _warn(f"config.json: rms_norm_eps is absent; {eps} taken, the default of model_type {model_type}")

@@ -98,6 +98,14 @@ def test_an_explicit_null_is_not_the_familys_default(tmp_path: Path, model_type:
     torch.testing.assert_close(Llama.from_pretrained(tmp_path)(TOKENS), logits(again, TOKENS), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
+@pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads", "sliding_window"])
+def test_a_null_size_is_no_fault_in_any_family(model_type: str, key: str) -> None:
+    config = from_hf({"model_type": model_type} | HF_TINY | {key: None})
+    assert config.head_dim == (128 if model_type == "qwen3" and key != "head_dim" else 48 // 6)
+    assert config.n_kv_heads == (6 if key == "num_key_value_heads" else 2)
+
+
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 
 

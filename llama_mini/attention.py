@@ -1,5 +1,7 @@
 """Grouped-query attention with rotary positions."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,10 +39,15 @@ class Attention(Residual):
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) -> queries (B, T, H, D), keys and values (B, T, K, D), normed, not yet rotated."""
         rows = x.shape[:-1]
-        q = self.q_norm(self.q_proj(x).view(*rows, *self.q_view)).view(*rows, self.n_heads, self.head_dim)
-        k = self.k_norm(self.k_proj(x).view(*rows, *self.k_view)).view(*rows, self.n_kv_heads, self.head_dim)
-        v = self.v_norm(self.v_proj(x).view(*rows, *self.v_view)).view(*rows, self.n_kv_heads, self.head_dim)
+        q, k, v = self.project(x)
+        q = self.q_norm(q.reshape(*rows, *self.q_view)).view(*rows, self.n_heads, self.head_dim)
+        k = self.k_norm(k.reshape(*rows, *self.k_view)).view(*rows, self.n_kv_heads, self.head_dim)
+        v = self.v_norm(v.reshape(*rows, *self.v_view)).view(*rows, self.n_kv_heads, self.head_dim)
         return q, k, v
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """(B, T, C) -> (B, T, H·D) and twice (B, T, K·D)."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def branch(self, x: Tensor, rope: Rope, mask: Tensor, kv: LayerCache | None) -> Tensor:  # type: ignore[override]
         q, k, v = self.qkv(x)

@@ -20,4 +20,8 @@ class FeedForward(Residual):
         self.mid_norm = build_norm(plan.mid, config.hidden_dim, config.norm_eps)
 
     def branch(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return self.down_proj(self.mid_norm(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+        return self.down_proj(self.mid_norm(self.gated(x)))
+
+    def gated(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, F)."""
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)

@@ -50,6 +50,7 @@ class KVCache:
         self.length = length
         self._k = torch.zeros(shape, dtype=dtype, device=device)
         self._v = torch.zeros(shape, dtype=dtype, device=device)
+        self._layers: list[tuple[Tensor, Tensor]] | None = None
         self._host = torch.zeros(batch, dtype=torch.int64)
         self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -77,8 +78,10 @@ class KVCache:
 
     def layers(self, positions: Tensor) -> list[LayerCache]:
         """Each layer's storage, ready to take the tokens that stand at `positions`."""
+        if self._layers is None:  # a step would else spend as long on slices as on a small layer
+            self._layers = list(zip(self._k, self._v, strict=True))
         rows = torch.arange(self.batch, device=positions.device)[:, None]
-        return [LayerCache(k, v, rows, positions) for k, v in zip(self._k, self._v, strict=True)]
+        return [LayerCache(k, v, rows, positions) for k, v in self._layers]
 
     def advance(self, n_new: int) -> None:
         """Counts `n_new` tokens as filled in every row."""
@@ -115,17 +118,19 @@ class KVCache:
             self._host[row], self._lengths[row] = self._host[last], self._lengths[last]
         view = self._view(slice(0, last))
         self._k, self._v, self._host, self._lengths = view._k, view._v, view._host, view._lengths
+        self._layers = None
 
     def grow(self, length: int) -> None:
         """Makes room for `length` positions in each row, keeping what is there."""
         if _rounded(length) > self._k.shape[3]:
             pad = (0, 0, 0, _rounded(length) - self._k.shape[3])
             self._k, self._v = (torch.nn.functional.pad(storage, pad) for storage in (self._k, self._v))
+            self._layers = None
         self.length = max(self.length, length)
 
     def _view(self, rows: slice) -> "KVCache":
         view = object.__new__(KVCache)
-        view.length = self.length
+        view.length, view._layers = self.length, None
         view._k, view._v = self._k[:, rows], self._v[:, rows]
         view._host, view._lengths = self._host[rows], self._lengths[rows]
         return view

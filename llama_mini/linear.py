@@ -3,7 +3,9 @@
 On the meta device, where a checkpoint's model is born, nothing is drawn: PyTorch would import for a second to do it.
 """
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
@@ -26,3 +28,15 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             nn.init.normal_(self.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def project(self, x: Tensor) -> Tensor:
+        """As the head of a model that ties the two: (..., C) -> (..., V)."""
+        return F.linear(x, self.weight)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_mini.attention import Attention
@@ -28,7 +27,7 @@ class Llama(nn.Module):
         self.config = config
         self.tok_embeddings = Embedding(config.vocab_size, config.dim)
         self.embed_norm = build_norm(config.norm_plan.embed, config.dim, config.norm_eps)
-        self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
+        self.layers = Layers(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = build_norm(config.norm_plan.final, config.dim, config.norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.dim, config.vocab_size)
         self.rope = RotaryEmbedding(config)
@@ -62,19 +61,26 @@ class Llama(nn.Module):
         rope = self.rope(positions)
         window, sliding = self.config.sliding_window, self.config.sliding_layers
         near = mask if window is None else within_window(mask, positions, window)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rope, near if i in sliding else mask, None if kv is None else kv[i])
-        return self.norm(x)
+        masks = [near if i in sliding else mask for i in range(self.config.n_layers)]
+        return self.norm(self.layers(x, rope, masks, kv))
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
-        y = F.linear(x, self.tok_embeddings.weight) if self.lm_head is None else self.lm_head(x)
+        y = self.tok_embeddings.project(x) if self.lm_head is None else self.lm_head(x)
         return y.to(torch.promote_types(y.dtype, torch.float32))
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `batch` rows of `length` positions, on the model's device and in its dtype."""
-        weight = self.tok_embeddings.weight
-        return KVCache(self.config, batch, length, dtype=weight.dtype, device=weight.device)
+        return KVCache(self.config, batch, length, dtype=self.dtype, device=self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        return self.tok_embeddings.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.device
 
     @classmethod
     def from_pretrained(
@@ -96,6 +102,15 @@ class Llama(nn.Module):
         from llama_mini.checkpoint.load import save_model
 
         save_model(self, Path(path))
+
+
+class Layers(nn.ModuleList):
+    """All layers, one after another: (B, T, C) -> (B, T, C), with a mask and, if there is one, a cache for each."""
+
+    def forward(self, x: Tensor, rope: Rope, masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
+        for i, layer in enumerate(self):
+            x = layer(x, rope, masks[i], None if kv is None else kv[i])
+        return x
 
 
 class TransformerBlock(nn.Module):

@@ -60,10 +60,12 @@ class Norm(nn.Module):
             raise ConfigError(f"{name}: scale must be a finite number, not {shown(scale)}")
         self.dim, self.eps, self.gain, self.cast, self.scale = dim, eps, gain, cast, scale
         self.weight: nn.Parameter | None
-        n_gains = 1 if self.kind == "scale" else dim
-        weight = None if gain == "none" else nn.Parameter(torch.empty(n_gains, device=device, dtype=dtype))
-        self.register_parameter("weight", weight)
+        self.make_parameters(device=device, dtype=dtype)
         self.reset_parameters()
+
+    def make_parameters(self, **place: Any) -> None:
+        n_gains = 1 if self.kind == "scale" else self.dim
+        self.register_parameter("weight", None if self.gain == "none" else nn.Parameter(torch.empty(n_gains, **place)))
 
     def reset_parameters(self) -> None:
         """Sets the effective gain to one."""
@@ -152,17 +154,14 @@ class DynamicTanh(Norm):
 
     kind = "dyt"
 
-    def __init__(
-        self,
-        dim: int,
-        eps: float = 1e-6,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(dim, eps, device=device, dtype=dtype, **settings)
-        self.alpha = nn.Parameter(torch.full((1,), 0.5, device=device, dtype=dtype))
+    def make_parameters(self, **place: Any) -> None:
+        super().make_parameters(**place)
+        self.alpha = nn.Parameter(torch.empty(1, **place))
+
+    def reset_parameters(self) -> None:
+        """Sets the effective gain to one, and α to 0.5."""
+        super().reset_parameters()
+        nn.init.constant_(self.alpha, 0.5)
 
     def normalise(self, wide: Tensor) -> Tensor:
         return torch.tanh(self.alpha.to(wide.dtype) * wide)

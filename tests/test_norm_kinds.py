@@ -115,6 +115,21 @@ def test_the_parameters_and_a_fresh_norm(kind: str) -> None:
     assert (fresh.kind, NORMS[kind].__name__ in repr(fresh)) == (kind, True)
 
 
+@pytest.mark.parametrize("gain", ["w", "1+w", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_parameters_makes_a_fresh_norm(kind: str, gain: str) -> None:
+    norm, x = make(kind, 48, torch.float64, gain=gain)
+    fresh = NORMS[kind](48, EPS, gain=gain).double()
+    assert len(list(norm.parameters())) == 0 or not same_bits(norm(x), fresh(x))
+    kept = dict(norm.named_parameters())
+    norm.reset_parameters()
+    assert same_bits(norm(x), fresh(x))
+    for name, parameter in fresh.named_parameters():
+        assert same_bits(norm.get_parameter(name), parameter)
+        assert norm.get_parameter(name) is kept[name]
+    assert kind != "dyt" or norm.alpha.tolist() == [0.5]
+
+
 @pytest.mark.parametrize("cast", ["early", "late"])
 @pytest.mark.parametrize("gain", ["w", "1+w", "none"])
 @pytest.mark.parametrize("kind", KINDS)

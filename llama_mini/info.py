@@ -55,10 +55,10 @@ def plan_name(config: LlamaConfig) -> str:
             continue
         if config.norm_plan == NormPlan.parse(text, config.n_layers):
             return text
-    if len(config.norm_plan.overrides) == 1:
-        text = f"mix({(config.norm_plan.overrides[0].last + 1) / config.n_layers:.6g})"
-        if config.norm_plan == NormPlan.parse(text, config.n_layers):
-            return text
+    n_post = sum(config.norm_plan.layer(i)[0].post is not None for i in range(config.n_layers))
+    text = f"mix({n_post / config.n_layers!r})"
+    if config.norm_plan == NormPlan.parse(text, config.n_layers):
+        return text
     for family in FAMILIES.values():
         if config.norm_plan == family.norm_plan(config.n_layers):
             return f"{family.plan}, each rounded last"

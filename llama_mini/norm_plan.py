@@ -163,8 +163,7 @@ def _preset(name: str, n_layers: int) -> NormPlan:
         if share > 1:
             raise ConfigError(f"norm plan {name!r}: the share of layers must lie between 0 and 1")
         n_post = math.floor(share * n_layers + 1e-9)
-        first = (Override(first=0, last=n_post - 1, attention=post, feed_forward=post),) if n_post else ()
-        return everywhere(pre, overrides=first)
+        return NormPlan().with_layers([(post, post)] * n_post + [(pre, pre)] * (n_layers - n_post))
     match name:
         case "pre":  # LLaMA
             return everywhere(pre)

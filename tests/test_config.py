@@ -63,7 +63,7 @@ def test_a_size_that_is_absent_is_refused_by_name(name: str) -> None:
         ({"norm_plan": "prenorm"}, "unknown preset 'prenorm'"),
         ({"norm_plan": None}, "norm_plan must be a NormPlan or a preset's name, not None"),
         ({"norm_plan": {}}, "norm_plan must be a NormPlan or a preset's name"),
-        ({"norm_plan": NormPlan.parse("mix(1)", 5)}, "override of layers 0-4 in a model of 2 layers"),
+        ({"norm_plan": NormPlan.parse("mix(.5)", 10)}, "override of layers 0-4 in a model of 2 layers"),
         ({"eos_ids": 2}, "eos_ids"),
         ({"eos_ids": [2]}, "eos_ids"),
         ({"eos_ids": ("2",)}, "eos_ids"),

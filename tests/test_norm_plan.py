@@ -185,9 +185,13 @@ def test_the_same_layers_make_an_equal_plan(plan: str) -> None:
     layers = [made.layer(i) for i in range(N_LAYERS)]
     again = made.with_layers(layers)
     assert [again.layer(i) for i in range(N_LAYERS)] == layers
-    assert NormPlan(embed=made.embed, final=made.final).with_layers(layers) == again
-    if plan not in ("mix(1)", "mix(1.)"):  # whose own branch no layer has
-        assert again == made
+    assert NormPlan(embed=made.embed, final=made.final).with_layers(layers) == again == made
+
+
+def test_a_mix_of_one_kind_is_that_kind() -> None:
+    for n_layers in (1, 2, 7):
+        assert NormPlan.parse("mix(0)", n_layers) == NormPlan.parse("pre", n_layers)
+        assert NormPlan.parse("mix(1)-final", n_layers) == NormPlan.parse("post", n_layers)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -9,6 +9,7 @@ from typing import Any
 _HOME = {  # no file is named like a function in it: importing the file would put it in the function's place
     "norms": "norm_table",
     "capture": "recording",
+    "massive_activation": "recording",
     "score": "cost",
     "edit": "editing",
     "ablate": "ablation",

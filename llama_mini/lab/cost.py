@@ -74,7 +74,7 @@ def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> T
         raise RequestError(f"token ids are (T,) or (B, T), T at least {at_least}, not {tuple(tokens.shape)}")
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < model.config.vocab_size:
         raise RequestError(f"a token id lies outside the vocabulary of {model.config.vocab_size}")
-    return tokens.to(device=model.tok_embeddings.weight.device, dtype=torch.int64)
+    return tokens.to(device=model.device, dtype=torch.int64)
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> float:

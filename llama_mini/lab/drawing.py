@@ -25,6 +25,7 @@ INK = "#24292f"
 LIGHT, DARK = "#ffffff", "#14171c"  # pages
 BLUE, VERMILION, GREEN, PURPLE = PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5679a")
 SVG = "http://www.w3.org/2000/svg"
+SUFFIXES = (".png", ".svg")
 _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "axes.grid": True,
@@ -50,14 +51,34 @@ def styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
 
     @wraps(draw)
     def in_style(*args: P.args, **kwargs: P.kwargs) -> "Figure":
-        try:
-            from matplotlib import rc_context
-        except ModuleNotFoundError:
-            raise RequestError("pictures need matplotlib, which is absent: pip install 'llama-mini[lab]'") from None
+        check_matplotlib()
+        from matplotlib import rc_context
+
         with rc_context(_STYLE):
             return draw(*args, **kwargs)
 
     return in_style
+
+
+def check_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise RequestError("pictures need matplotlib, which is absent: pip install 'llama-mini[lab]'") from None
+
+
+def check_drawable(path: Path) -> None:
+    """Before the long work, not after it: raises RequestError without matplotlib, or without the file's folder."""
+    check_matplotlib()
+    if not path.parent.is_dir():
+        raise RequestError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+
+
+def check_picture(path: Path) -> None:
+    """The same for a picture, which also needs a suffix that `save` knows."""
+    if path.suffix not in SUFFIXES:
+        raise RequestError(f"{path.name}: a picture is saved as {' or '.join(SUFFIXES)}; name it so")
+    check_drawable(path)
 
 
 def new_figure(rows: int, row_height: float) -> "tuple[Figure, list[Axes]]":
@@ -66,6 +87,31 @@ def new_figure(rows: int, row_height: float) -> "tuple[Figure, list[Axes]]":
 
     figure = Figure(figsize=(7.2, rows * row_height + 0.4), layout="constrained")
     return figure, list(figure.subplots(rows, sharex=True, squeeze=False)[:, 0])
+
+
+def layer_ticks(axes: "Axes", depth: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=min(depth + 1, 16), integer=True))
+
+
+def log_scale(axes: "Axes") -> None:
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """Its choice of ticks to label, but 0.6 for its 6e-01."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(Plain())
+
+
+def legend_above(axes: "Axes", columns: int) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 
 
 def svg(figure: "Figure", name: str) -> str:
@@ -87,20 +133,19 @@ def save(figure: "Figure", path: str | Path) -> None:
 
     Raises RequestError for another suffix, or where the file cannot be written.
     """
+    path = Path(path)
+    check_picture(path)
     from matplotlib import rc_context
 
-    path = Path(path)
     if path.suffix == ".svg":
         opening = f'<svg xmlns="{SVG}"'
         picture = svg(figure, "p").replace("<svg", opening, 1).replace(">", f"><style>{_PAGE}</style>", 1)
         write_whole(path, picture.encode())
-    elif path.suffix == ".png":
+    else:
         file = BytesIO()
         with rc_context(_STYLE):
             figure.savefig(file, format="png", dpi=150, facecolor=LIGHT, metadata={"Software": None})
         write_whole(path, file.getvalue())
-    else:
-        raise RequestError(f"{path.name}: a picture is saved as .png or .svg; name it so")
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -203,8 +203,7 @@ def _unit_norm(model: Llama, path: str) -> Norm:
     config, slot = model.config, path.rpartition(".")[2]
     width = {"q_norm": config.head_dim, "k_norm": config.head_dim, "v_norm": config.head_dim}
     width["mid_norm"] = config.n_heads * config.head_dim if ".attention." in path else config.hidden_dim
-    weight = model.tok_embeddings.weight
-    return RMSNorm(width.get(slot, config.dim), config.norm_eps, device=weight.device, dtype=weight.dtype)
+    return RMSNorm(width.get(slot, config.dim), config.norm_eps, device=model.device, dtype=model.dtype)
 
 
 def _changed(old: Norm, settings: Mapping[str, Any]) -> Norm:

@@ -1,6 +1,7 @@
 """One HTML page with everything inside it: sections, tables, pictures, readable in light and dark and on a phone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -32,6 +33,19 @@ code{{background:var(--soft);border-radius:.2rem;padding:0 .2rem;white-space:pre
 summary{{cursor:pointer}}
 """
 
+COMMAND = "python -m llama_mini.lab"
+
+
+@dataclass(frozen=True)
+class Shell:
+    """The options that name a model, and a text, on the lab's command line."""
+
+    model: str
+    text: str
+
+    def command(self, words: str) -> str:
+        return f"{COMMAND} {words} {self.model} {self.text}"
+
 
 def page(title: str, sections: Sequence[str]) -> str:
     """The whole file. The title is text, the sections are HTML."""
@@ -54,7 +68,7 @@ def paragraph(text: str) -> str:
 
 
 def picture(svg: str, seen: str, command: str, title: str) -> str:
-    """An <svg> with its caption: what is seen, and the call that made it."""
+    """An <svg> with its caption: what is seen, and the command or the call that made it."""
     labelled = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
     return f'<figure><div class="wide">{labelled}</div>{caption(seen, command)}</figure>'
 

@@ -1,5 +1,7 @@
 """The report: everything the lab finds out about one model and one text, as one HTML file."""
 
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,28 +10,36 @@ from torch import Tensor
 from tqdm import tqdm
 
 import llama_mini
-from llama_mini.checks import listed
-from llama_mini.errors import RequestError
 from llama_mini.info import plan_name
 from llama_mini.lab import pictures
 from llama_mini.lab.ablation import ablate, skip_layers
 from llama_mini.lab.cost import as_tokens, score
 from llama_mini.lab.diagnosis import doctor
 from llama_mini.lab.diagram import layer_kinds, plan_diagram, ranges
-from llama_mini.lab.drawing import svg, write_whole
-from llama_mini.lab.html_page import caption, facts, folded, number, page, paragraph, picture, section, table
-from llama_mini.lab.measurement import init
+from llama_mini.lab.drawing import check_drawable, svg, write_whole
+from llama_mini.lab.html_page import (
+    COMMAND,
+    Shell,
+    caption,
+    facts,
+    folded,
+    number,
+    page,
+    paragraph,
+    picture,
+    section,
+    table,
+)
+from llama_mini.lab.html_plans import init_section, race_section
 from llama_mini.lab.norm_table import norms
-from llama_mini.lab.recording import Recording, capture, massive_activation
-from llama_mini.lab.theory import Profile, predict
+from llama_mini.lab.paths import select
+from llama_mini.lab.recording import MASSIVE, Recording, capture, massive_activation
 from llama_mini.lab.training import Race
 from llama_mini.model import Llama
 from llama_mini.tokenizer import Tokenizer
 
-_MASSIVE = 100  # times the median, as recording.py has it
 _MOST_ELEMENTS = 12
 _FREEZABLE = ("rms", "scale")  # they divide by the root mean square
-_DIM, _SEEDS = 256, 3  # of the random models
 
 
 def report(
@@ -40,31 +50,32 @@ def report(
     tokenizer: Tokenizer | None = None,
     name: str = "a model",
     race: Race | None = None,
+    shell: Shell | None = None,
 ) -> Path:
     """Writes one HTML file that needs no network and no script, and returns its path.
 
     ids: the text, (T,), (B, T) or a list. Each norm and each layer costs a forward pass over it, and every activation
         of one pass is held at once.
     tokenizer: shows tokens as text. name: of the checkpoint, for people. race: trainings, whose curves are added.
+    shell: of the command line, whose captions are commands; without it they are calls.
 
     Raises RequestError for ids that the model cannot read, where the file cannot be written, or without matplotlib.
     """
     target = Path(path)
     tokens = as_tokens(model, ids)
-    if not target.parent.is_dir():
-        raise RequestError(f"cannot write {target}: there is no folder {target.parent}; make it first")
+    check_drawable(target)
     steps: list[Callable[[], str]] = [
         lambda: _checkpoint(model, tokens, tokenizer, name),
-        lambda: _plan(model),
-        lambda: _activations(model, tokens, tokenizer),
-        lambda: _costs(model, tokens),
-        lambda: _gains(model),
-        lambda: _layers(model, tokens),
-        lambda: _findings(model, tokens),
-        lambda: _init(model),
+        lambda: _plan(model, shell),
+        lambda: _activations(model, tokens, tokenizer, shell),
+        lambda: _costs(model, tokens, shell),
+        lambda: _gains(model, shell),
+        lambda: _layers(model, tokens, shell),
+        lambda: _findings(model, tokens, shell),
+        lambda: init_section(model),
     ]
     if race is not None:
-        steps.append(lambda: _race(race))
+        steps.append(lambda: race_section(race, shell is not None))
     bar = tqdm(steps, "report", unit="section", delay=1, leave=False, disable=None)
     sections = [step() for step in bar]
     write_whole(target, page(f"The norms of {name}", sections).encode(errors="replace"))
@@ -87,7 +98,7 @@ def _checkpoint(model: Llama, tokens: Tensor, tokenizer: Tokenizer | None, name:
     return section("The checkpoint", facts(rows))
 
 
-def _plan(model: Llama) -> str:
+def _plan(model: Llama, shell: Shell | None) -> str:
     config = model.config
     kinds = layer_kinds(config.norm_plan, config.n_layers)
     alike = f"All {config.n_layers} layers have the same norms in the same slots."
@@ -100,11 +111,11 @@ def _plan(model: Llama) -> str:
     return section(
         "Where the norms are",
         plan_diagram(config.norm_plan, config.n_layers),
-        caption(seen + alike, "model.config.norm_plan"),
+        caption(seen + alike, f"{COMMAND} norms {shell.model}" if shell else "model.config.norm_plan"),
     )
 
 
-def _activations(model: Llama, tokens: Tensor, tokenizer: Tokenizer | None) -> str:
+def _activations(model: Llama, tokens: Tensor, tokenizer: Tokenizer | None, shell: Shell | None) -> str:
     recording = capture(model, tokens)
     first, last = (
         float(pictures.besides_first(point.rms).quantile(0.5))
@@ -116,15 +127,14 @@ def _activations(model: Llama, tokens: Tensor, tokenizer: Tokenizer | None) -> s
         "out."
     )
     drawn = svg(pictures.residual_rms_picture(recording), "rms")
-    stream = section(
-        "The residual stream", picture(drawn, seen, "lab.capture(model, ids)", "RMS of the residual stream by layer")
-    )
-    return stream + _massive(recording, tokens, tokenizer)
+    command = shell.command("capture --picture rms.svg") if shell else "lab.capture(model, ids)"
+    stream = section("The residual stream", picture(drawn, seen, command, "RMS of the residual stream by layer"))
+    return stream + _massive(recording, tokens, tokenizer, shell)
 
 
-def _massive(recording: Recording, tokens: Tensor, tokenizer: Tokenizer | None) -> str:
+def _massive(recording: Recording, tokens: Tensor, tokenizer: Tokenizer | None, shell: Shell | None) -> str:
     born = massive_activation(recording)
-    seen = f"No layer's output holds an element that jumps to {_MASSIVE} times the median or more."
+    seen = f"No layer's output holds an element that jumps to {MASSIVE} times the median or more."
     if born is not None:
         token = int(tokens[born.row, born.token])
         seen = (
@@ -134,14 +144,14 @@ def _massive(recording: Recording, tokens: Tensor, tokenizer: Tokenizer | None) 
             "of its input."
         )
     drawn = picture(
-        svg(pictures.massive_picture(recording, _MASSIVE), "massive"),
+        svg(pictures.massive_picture(recording), "massive"),
         seen,
-        "massive_activation(lab.capture(model, ids))",
+        shell.command("capture") if shell else "lab.massive_activation(lab.capture(model, ids))",
         "Largest element over the median by layer",
     )
     rows = _massive_elements(recording, tokens, tokenizer)
     what = (
-        f"Elements of {_MASSIVE} times the median or more, the largest first, {_MOST_ELEMENTS} at most, with the layer "
+        f"Elements of {MASSIVE} times the median or more, the largest first, {_MOST_ELEMENTS} at most, with the layer "
         "whose output holds them first, which may be before the jump, and the one where they are largest."
     )
     return section("Massive activations", drawn, *([paragraph(what), table(rows)] if rows else []))
@@ -157,7 +167,7 @@ def _massive_elements(recording: Recording, tokens: Tensor, tokenizer: Tokenizer
         median = x.abs().median()
         times = (x.abs() / median).flatten()
         top = times.topk(min(_MOST_ELEMENTS, len(times)))
-        for index in top.indices[top.values >= _MASSIVE]:
+        for index in top.indices[top.values >= MASSIVE]:
             row, token, dim = (int(i) for i in torch.unravel_index(index, x.shape))
             value, ratio = float(x[row, token, dim]), float(times[index])
             here = found.setdefault(
@@ -172,7 +182,7 @@ def _massive_elements(recording: Recording, tokens: Tensor, tokenizer: Tokenizer
     return [found[place] for place in order]
 
 
-def _costs(model: Llama, tokens: Tensor) -> str:
+def _costs(model: Llama, tokens: Tensor, shell: Shell | None) -> str:
     title, rows = "What each norm's statistic is worth", norms(model)
     paths = [row.path for row in rows if row.kind in _FREEZABLE]
     if not paths:
@@ -187,91 +197,50 @@ def _costs(model: Llama, tokens: Tensor) -> str:
         + (f" {len(rows) - len(paths)} norms of other kinds are left out." if len(rows) > len(paths) else "")
     )
     command = "lab.ablate(model, ids, freeze='mean', keep_first=True)"
+    patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
+    if shell and select(model, patterns) == paths:
+        command = shell.command(f"ablate {shlex.quote(','.join(patterns))} --picture cost.svg")
     drawn = picture(svg(pictures.norm_cost_picture(costs), "cost"), seen, command, "Cost of freezing each norm")
     return section(title, drawn, folded("The numbers", table(costs)))
 
 
-def _gains(model: Llama) -> str:
+def _gains(model: Llama, shell: Shell | None) -> str:
     rows = norms(model)
     gained = [row for row in rows if row.mean is not None]
     if not gained:
         return section("Gains", paragraph("No norm of this model has a gain."))
+    numbers = folded("Every norm", table(rows))
+    if not any(row.path.startswith("layers.") for row in gained):
+        return section("Gains", paragraph("No norm of the layers has a gain."), numbers)
     ours = {row.path: row for row in gained if "." not in row.path}
     seen = "The least, mean and largest effective gain of each norm of the layers. "
     seen += " ".join(f"{p} has {r.min:.3g}, {r.mean:.3g} and {r.max:.3g}." for p, r in ours.items())
-    drawn = picture(svg(pictures.gain_picture(rows), "gain"), seen, "lab.norms(model)", "Gains by layer")
-    return section("Gains", drawn, folded("Every norm", table(rows)))
+    command = f"{COMMAND} norms --picture gains.svg {shell.model}" if shell else "lab.norms(model)"
+    drawn = picture(svg(pictures.gain_picture(rows), "gain"), seen, command, "Gains by layer")
+    return section("Gains", drawn, numbers)
 
 
-def _layers(model: Llama, tokens: Tensor) -> str:
+def _layers(model: Llama, tokens: Tensor, shell: Shell | None) -> str:
     rows = skip_layers(model, tokens)
     dear, cheap = max(rows, key=lambda row: row.dloss), min(rows, key=lambda row: row.dloss)
     seen = (
         f"Leaving out layer {dear.layer} costs most, {dear.dloss:+.3g} nats per token, layer {cheap.layer} least, "
         f"{cheap.dloss:+.3g}; below, the mean angle between a layer's input and its output."
     )
-    drawn = picture(svg(pictures.skip_picture(rows), "skip"), seen, "lab.skip_layers(model, ids)", "Cost of each layer")
+    command = shell.command("skip --picture layers.svg") if shell else "lab.skip_layers(model, ids)"
+    drawn = picture(svg(pictures.skip_picture(rows), "skip"), seen, command, "Cost of each layer")
     return section("What each layer is worth", drawn, folded("The numbers", table(rows)))
 
 
-def _findings(model: Llama, tokens: Tensor) -> str:
+def _findings(model: Llama, tokens: Tensor, shell: Shell | None) -> str:
     found = doctor(model, tokens)
     said = table(found) if len(found) else paragraph("Nothing found.")
-    return section(
-        "The doctor's findings", said, caption("What is likely wrong with the norms.", "lab.doctor(model, ids)")
-    )
-
-
-def _init(model: Llama) -> str:
-    plan, depth = model.config.norm_plan, model.config.n_layers
-    title = "Theory against measurement, at random init"
-    try:
-        predicted = predict(plan, depth)
-    except RequestError as error:
-        return section(title, paragraph(f"There is no prediction: {error}."))
-    measured = init(plan, depth, dim=_DIM, seeds=_SEEDS)
-    off = measured.deviation(predicted)
-    seen = (
-        f"{depth} random layers of width {_DIM} with this model's plan: what theory says without a model (line) and "
-        f"what {_SEEDS} models give (marks). Largest deviation: {_off(off['second_moment'])} in the second moment, "
-        f"{_off(off['gradient'])} in the gradient, {_off(off['angle'])} in the angle."
-    )
-    command = f"lab.predict(plan, {depth}), lab.init(plan, {depth}, dim={_DIM}, seeds={_SEEDS})"
-    drawn = svg(pictures.init_picture(predicted, measured), "init")
-    return section(
-        title, picture(drawn, seen, command, "Prediction and measurement by layer"), _ends(predicted, measured)
-    )
-
-
-def _ends(predicted: Profile, measured: Profile) -> str:
-    lines = zip(predicted.table(), measured.table(), strict=True)
-    rows = [
-        {f"{name} {who}": getattr(row, name) for name in ("second_moment", "gradient", "angle") for who, row in pair}
-        for pair in ((("predicted", a), ("measured", b)) for a, b in lines)
-    ]
-    return folded("The numbers", table([{"layer": i} | row for i, row in enumerate(rows)]))
-
-
-def _race(race: Race) -> str:
-    seeds, steps = next(iter(race.loss.values())).shape
-    best = min(race.table(), key=lambda row: row.final if row.final == row.final else float("inf"))
-    seen = (
-        f"{len(race.loss)} plans, {seeds} seeds, {steps} steps from random init without warm-up; band: all "
-        f"seeds. Lowest at the end is {best.plan:.60}, {best.final:.3g} nats per byte; dotted is the entropy of the "
-        "text's bytes."
-    )
-    diverged = [row.plan for row in race.table() if row.diverged]
-    seen += f" {listed(diverged)} diverged in a seed or more, where the line ends." if diverged else ""
-    drawn = picture(svg(pictures.race_picture(race), "race"), seen, "lab.race(plans)", "Training loss by step")
-    return section("A race of plans", drawn, table(race.table()))
-
-
-def _off(share: float) -> str:
-    return f"{share:.1%}" if share == share else "not finite"
+    command = shell.command("doctor") if shell else "lab.doctor(model, ids)"
+    return section("The doctor's findings", said, caption("What is likely wrong with the norms.", command))
 
 
 def _dtype(model: Llama) -> str:
-    return str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _shown(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The lab's pictures: figures of matplotlib, which drawing.py writes as PNG or SVG."""
+"""The lab's pictures of a checkpoint: figures of matplotlib, which drawing.py writes as PNG or SVG."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,11 +8,20 @@ from torch import Tensor
 
 from llama_mini.errors import RequestError
 from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
-from llama_mini.lab.drawing import BLUE, GREEN, INK, PALETTE, PURPLE, VERMILION, new_figure, styled
+from llama_mini.lab.drawing import (
+    BLUE,
+    GREEN,
+    INK,
+    PURPLE,
+    VERMILION,
+    layer_ticks,
+    legend_above,
+    log_scale,
+    new_figure,
+    styled,
+)
 from llama_mini.lab.norm_table import NormRow
-from llama_mini.lab.recording import Recording
-from llama_mini.lab.theory import Profile, label
-from llama_mini.lab.training import Race
+from llama_mini.lab.recording import MASSIVE, Recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +29,6 @@ if TYPE_CHECKING:
 
 _BRANCH = {"attention": (BLUE, "o"), "feed_forward": (VERMILION, "s"), "": (GREEN, "D")}
 _HEADS = ("q_norm", "k_norm", "v_norm")
-_LINES = ("-", "--", "-.", ":")
 
 
 class _Place(NamedTuple):
@@ -61,10 +69,10 @@ def residual_rms_picture(recording: Recording) -> "Figure":
             axes.plot(at, before, markerfacecolor="none", label="before it, in the branch", **looks)
         if here:
             axes.plot([_position(place) for place in here.values()], after, label=f"after {name}", **looks)
-    _log_scale(axes)
+    log_scale(axes)
     axes.set(xlabel="layer (feed-forward at the half)", ylabel="RMS over the width")
-    _layers(axes, depth)
-    _legend(axes, 2)
+    layer_ticks(axes, depth)
+    legend_above(axes, 2)
     return figure
 
 
@@ -78,9 +86,12 @@ def norm_cost_picture(costs: Sequence[AblatedNorm]) -> "Figure":
 def gain_picture(rows: Sequence[NormRow]) -> "Figure":
     """The least, mean and largest gain of each norm of a layer that has one: a panel a slot.
 
-    The final norm's are several times as large, so that it would hide the others.
+    The final norm's are several times as large, so that it would hide the others. Raises RequestError where there is
+    nothing to draw.
     """
     gains = {row.path: row for row in rows if row.mean is not None and row.path.startswith("layers.")}
+    if not gains:
+        raise RequestError("no norm of a layer has a gain, so there is no picture: ask for the table alone")
     depth = _depth(gains)
     panels = _panels(gains, depth)
     figure, all_axes = new_figure(len(panels), 2.6)
@@ -95,23 +106,23 @@ def gain_picture(rows: Sequence[NormRow]) -> "Figure":
                 )
         axes.set_xlim(-0.7, depth - 0.3)
         axes.set_ylabel(f"gain of {slot}\n(min, mean, max)")
-        _layers(axes, depth)
-        _legend(axes, 3)
+        layer_ticks(axes, depth)
+        legend_above(axes, 3)
     all_axes[-1].set_xlabel("layer")
     return figure
 
 
 @styled
-def massive_picture(recording: Recording, threshold: float) -> "Figure":
+def massive_picture(recording: Recording) -> "Figure":
     """The largest element of each layer's input and output over the median one."""
     figure, (axes,) = new_figure(1, 2.8)
     points = [recording.resid.resid_pre[0], *recording.resid.resid_post]
     axes.plot([point.max_over_median for point in points], color=BLUE, marker="o", markersize=4)
-    axes.axhline(threshold, color=VERMILION, linestyle="--", label=f"{threshold:g} times: massive")
-    _log_scale(axes)
+    axes.axhline(MASSIVE, color=VERMILION, linestyle="--", label=f"{MASSIVE} times: massive")
+    log_scale(axes)
     axes.set(xlabel="layers passed", ylabel="largest / median |x|")
-    _layers(axes, len(points) - 1)
-    _legend(axes, 1)
+    layer_ticks(axes, len(points) - 1)
+    legend_above(axes, 1)
     return figure
 
 
@@ -126,52 +137,7 @@ def skip_picture(rows: Sequence[SkippedLayer]) -> "Figure":
     cost.set_ylabel("change of loss\n(nats per token)")
     angle.plot(layers, [row.angle for row in rows], color=VERMILION, marker="o", markersize=4)
     angle.set(ylabel="input to output\n(angle / π)", xlabel="layer", ylim=(0, None))
-    _layers(angle, len(layers) - 1)
-    return figure
-
-
-@styled
-def init_picture(predicted: Profile, measured: Profile) -> "Figure":
-    """Second moment, gradient and angle by layer at random init: predicted as lines, measured as marks."""
-    figure, panels = new_figure(3, 2.0)
-    titles = {
-        "second_moment": "second moment\nof the stream",
-        "gradient": "gradient norm\n(last layer = 1)",
-        "angle": "turn of a layer\n(angle / π)",
-    }
-    for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        theory, seen = (getattr(result, name) for result in (predicted, measured))
-        axes.plot(theory, color=INK, linewidth=1.2, label="predicted")
-        axes.plot(seen, color=BLUE, linestyle="", marker="o", markersize=4, label="measured")
-        axes.set_ylabel(title)
-        values = np.concatenate([theory, seen])
-        values = values[np.isfinite(values)]
-        if len(values) and values.min() > 0 and values.max() > 100 * values.min():
-            _log_scale(axes)
-        else:
-            axes.set_ylim(bottom=0)
-    panels[-1].set_xlabel("layer")
-    _layers(panels[-1], predicted.depth)
-    _legend(panels[0], 2)
-    return figure
-
-
-@styled
-def race_picture(race: Race) -> "Figure":
-    """Training loss by step: the mean over seeds as a line, their range as a band; a line ends where one diverges."""
-    figure, (axes,) = new_figure(1, 3.6)
-    starts = np.concatenate([curves[:, 0] for curves in race.loss.values()])
-    starts = starts[np.isfinite(starts)]
-    top = 1.3 * float(np.median(starts)) if len(starts) else 2 * race.unigram  # what explodes leaves the picture
-    for i, (plan, curves) in enumerate(race.loss.items()):
-        color, line = PALETTE[i % len(PALETTE)], _LINES[i // len(PALETTE) % len(_LINES)]
-        steps = np.arange(1, curves.shape[1] + 1)
-        with np.errstate(all="ignore"):
-            axes.plot(steps, curves.mean(0), color=color, linestyle=line, label=f"{label(plan):.30}")
-            axes.fill_between(steps, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
-    axes.axhline(race.unigram, color=INK, linewidth=0.8, linestyle=":", label="unigram")
-    axes.set(xlabel="step", ylabel="loss (nats per byte)", ylim=(0, top))
-    _legend(axes, 4)
+    layer_ticks(angle, len(layers) - 1)
     return figure
 
 
@@ -190,10 +156,11 @@ def _bars_by_slot(values: Mapping[str, float], what: str) -> "Figure":
                     color=color,
                     label=_named(branch),
                 )
+        axes.margins(x=0.015)  # no tick beyond the last layer
         _signed_scale(axes, [values[path] for path in places])
         axes.set_ylabel(f"{slot}: {what}")
-        _layers(axes, depth)
-        _legend(axes, 3)
+        layer_ticks(axes, depth)
+        legend_above(axes, 3)
     all_axes[-1].set_xlabel("layer")
     return figure
 
@@ -252,20 +219,6 @@ def _named(branch: str) -> str:
     return branch.replace("_", "-") or "embedding, final"
 
 
-def _layers(axes: "Axes", depth: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=min(depth + 1, 16), integer=True))
-
-
-def _log_scale(axes: "Axes") -> None:
-    from matplotlib.ticker import LogFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(LogFormatter())
-
-
 def _signed_scale(axes: "Axes", values: Sequence[float]) -> None:
     """Linear where the values are alike, else logarithmic away from zero on both sides."""
     size = np.abs([value for value in values if np.isfinite(value) and value])
@@ -273,8 +226,3 @@ def _signed_scale(axes: "Axes", values: Sequence[float]) -> None:
         axes.set_yscale("symlog", linthresh=10.0 ** np.round(np.log10(np.median(size))))
         axes.yaxis.set_major_formatter("{x:g}")
     axes.axhline(0, color=INK, linewidth=0.8)
-
-
-def _legend(axes: "Axes", columns: int) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)

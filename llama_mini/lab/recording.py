@@ -15,7 +15,7 @@ from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.paths import select
 from llama_mini.model import Llama
 
-_MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
+MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
 _JUMP = 10  # by which the ratio grows in the layer that makes one
 
 
@@ -150,7 +150,7 @@ def massive_activation(recording: Recording) -> MassiveActivation | None:
     resid = recording.resid
     for layer, (before, after) in enumerate(zip(resid.resid_pre, resid.resid_post, strict=True)):
         ratio, growth = after.max_over_median, after.max_over_median / before.max_over_median
-        if ratio >= _MASSIVE and growth >= max(_JUMP, born.growth if born else 0):
+        if ratio >= MASSIVE and growth >= max(_JUMP, born.growth if born else 0):
             born = MassiveActivation(layer, *after.peak, ratio, growth)
     return born
 

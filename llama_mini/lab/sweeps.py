@@ -11,8 +11,8 @@ from tqdm import tqdm
 from llama_mini.checks import shown
 from llama_mini.errors import RequestError
 from llama_mini.lab.measurement import random_llama
+from llama_mini.lab.study import Floats, Plan, as_json, as_plans, check_whole, label
 from llama_mini.lab.table import Table
-from llama_mini.lab.theory import Floats, Plan, as_json, as_plans, check_whole, label
 from llama_mini.scoring import token_logprobs
 
 _ROWS, _LENGTH, _VOCAB = 4, 16, 256

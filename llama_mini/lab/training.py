@@ -12,8 +12,8 @@ from tqdm import tqdm
 from llama_mini.checks import is_finite, shown
 from llama_mini.errors import RequestError
 from llama_mini.lab.measurement import random_llama, spread_over_seeds
+from llama_mini.lab.study import Floats, Plan, as_json, as_plans, check_whole, label
 from llama_mini.lab.table import Table
-from llama_mini.lab.theory import Floats, Plan, as_json, as_plans, check_whole, label
 from llama_mini.scoring import token_logprobs
 
 _ROWS, _LENGTH, _BYTES = 8, 32, 256
@@ -97,7 +97,8 @@ def race(
 
 def sample_text() -> str:
     """The text that the lab reads where none is given: 20 kB of English, plain ASCII."""
-    # Lewis Carroll, Alice's Adventures in Wonderland (1865), chapters I and II, in the public domain; no headings.
+    # Lewis Carroll, Alice's Adventures in Wonderland (1865), chapters I and II without headings, in the public domain;
+    # word for word Project Gutenberg's eBook 11.
     return Path(__file__).with_name("text.txt").read_text(encoding="utf-8")
 
 

@@ -1,19 +1,34 @@
 """The lab's command line on the committed tiny checkpoint: every command runs, and prints a table, JSON or CSV."""
 
 import csv
+import html
 import io
 import json
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from llama_mini import Llama, lab
+from llama_mini.lab import commands, training
 from llama_mini.lab.__main__ import main, parser
 from llama_mini.tokenizer import Tokenizer
+from tests.tiny_families import random_model
 
+TINY = Path(__file__).parent.parent / "tiny"
 TEXT = ["--tokens", "24"]
+HAS_PICTURE = ("norms", "capture", "ablate", "skip", "predict", "init", "sweep", "race")
+PRE = ["attention.pre_norm", "feed_forward.pre_norm"]
+SLOTS = {
+    "llama": PRE,
+    "olmo2": ["attention.out_norm", "attention.q_norm", "attention.k_norm", "feed_forward.out_norm"],
+    "qwen3": [*PRE, "attention.q_norm", "attention.k_norm"],
+}
 ON_A_TEXT = {
     "capture": [],
     "ablate": ["layers.*.*.pre_norm"],
@@ -56,6 +71,41 @@ def test_plans_need_no_checkpoint(command: str, capsys: pytest.CaptureFixture[st
     assert len(rows) == {"predict": 4, "init": 3}[command]
 
 
+@pytest.fixture(scope="module", params=["llama", "olmo2", "qwen3"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    folder = tmp_path_factory.mktemp(request.param)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    random_model(request.param, seed=1, vocab_size=260).save_pretrained(folder)
+    return request.param, ["--model", str(folder)]
+
+
+@pytest.mark.parametrize("command", ["capture", "edit", "ablate", "skip", "norms", "doctor"])
+def test_every_family_goes_through_every_command(
+    command: str, family: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, model = family
+    slots = SLOTS[name]
+    of_layers = {f"layers.{i}.{slot}" for i in range(3) for slot in slots}
+    args = {"edit": [f"layers.*.{slots[0]}", "gain=scale:0.5"], "ablate": [",".join(f"layers.*.{s}" for s in slots)]}
+    words = [command, *args.get(command, []), *model, *(TEXT if command != "norms" else [])]
+    if command in HAS_PICTURE:
+        words += ["--picture", str(tmp_path / "a.svg")]
+    rows = json.loads(out([*words, "--json"], capsys))
+    assert (tmp_path / "a.svg").exists() is (command in HAS_PICTURE)
+    found = {row["path"] for row in rows if "path" in row}
+    if command in ("norms", "ablate"):
+        assert found == of_layers | ({"norm"} if command == "norms" else set())
+    elif command == "capture":
+        assert found >= of_layers | {"norm", "layers.0.resid_pre", "layers.2.resid_mid", "layers.2.resid_post"}
+    elif command == "doctor":
+        assert all(row["severity"] != "error" for row in rows)
+    if command in ("ablate", "skip"):
+        assert all(abs(row["dloss"]) > 1e-6 and row["kl"] > 0 for row in rows)
+    if command == "edit":
+        assert rows[1]["kl"] > 1e-4
+
+
 def test_an_edit_costs_what_the_function_says(
     model: list[str], tiny_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,10 +127,80 @@ def test_a_moved_model_is_saved(model: list[str], tmp_path: Path, capsys: pytest
     assert {row.slot for row in moved if "feed_forward" in row.path} == {"out_norm"}
 
 
-def test_a_report_is_one_page(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "norms.html"
-    assert out(["report", str(target), *model, *TEXT], capsys) == f"{target}\n"
-    assert "</html>" in target.read_text(encoding="utf-8")
+def test_a_report_is_one_page_whose_captions_can_be_run(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "race", partial(training.race, steps=2, seeds=1))
+    (tmp_path / "a text.txt").write_text("It's one thing, and one thing more, that the tokens of this text say.")
+    text = ["--text", "a text.txt", "--tokens", "20"]
+    assert out(["report", "norms.html", *model, *text], capsys) == "norms.html\n"
+    page = (tmp_path / "norms.html").read_text(encoding="utf-8")
+    assert "A race of plans" in page
+    made = [shlex.split(html.unescape(code)) for code in re.findall("<code>(.*?)</code>", page)]
+    assert [words[:3] for words in made] == [["python", "-m", "llama_mini.lab"]] * 9
+    printed = {words[3]: out(words[3:], capsys) for words in made}
+    assert list(printed) == ["norms", "capture", "ablate", "skip", "doctor", "init", "race"]
+    worst = max(json.loads(out([*made[3][3:], "--json"], capsys)), key=lambda row: row["dloss"])
+    assert f"Dearest is {worst['path']}, {worst['dloss']:+.3g} nats per token" in page
+    assert printed["ablate"].splitlines()[-1].startswith("norm ")
+    assert {"rms.svg", "cost.svg", "gains.svg", "layers.svg", "init.svg", "race.svg"} < {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+@pytest.mark.parametrize("command", HAS_PICTURE)
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_a_picture_is_drawn_beside_the_table(
+    command: str, suffix: str, model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra lab")
+    picture = tmp_path / f"picture{suffix}"
+    args = [command, *ON_A_TEXT.get(command, []), *OF_A_PLAN.get(command, [])]
+    args += {"sweep": ["pre", "--depths", "2", "3"], "race": ["pre", "--steps", "2"]}.get(command, [])
+    args += [*model, *(TEXT if command in ON_A_TEXT else [])] if command in (*ON_A_TEXT, "norms") else []
+    table = out(args, capsys)
+    assert out([*args, "--picture", str(picture)], capsys) == table
+    assert picture.read_bytes().startswith({".png": b"\x89PNG", ".svg": b"<svg"}[suffix])
+
+
+@pytest.mark.parametrize("command", ["ablate", "race"])
+@pytest.mark.parametrize(
+    ("picture", "message"), [("a.jpg", "saved as .png or .svg"), ("no/a.svg", "no folder no; make it first")]
+)
+def test_a_picture_that_cannot_be_is_refused_before_the_work(
+    command: str,
+    picture: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(commands.COMMANDS, command, None)  # type: ignore[arg-type]
+    assert main([command, "--picture", picture]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["sweep", "--picture", "a.svg"], ["report", "a.html"]])
+def test_without_matplotlib_nothing_is_begun(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("read_model", "checkpoint"):
+        monkeypatch.setattr(commands, name, None)
+    assert main(words) == 2
+    assert "pip install 'llama-mini[lab]'" in capsys.readouterr().err
+
+
+def test_the_study_prints_commands_that_exist_and_shows_pictures_that_are_there() -> None:
+    folder = TINY.parents[1] / "llama_mini" / "lab"  # of the checkout: a wheel has no pictures
+    study = (folder / "README.md").read_text(encoding="utf-8")
+    words = [shlex.split(line, comments=True) for line in re.findall(r"python -m llama_mini\.lab ([^`\n]*)", study)]
+    given = [parser().parse_args(line) for line in words]
+    assert len(given) > 8
+    shown = re.findall(r"!\[[^]]*\]\((.*?)\)", study)
+    assert sorted(shown) == sorted(str(args.picture) for args in given if getattr(args, "picture", None))
+    assert len(shown) == 3
+    assert all((folder / name).stat().st_size < 60_000 for name in shown)
 
 
 def test_a_healthy_checkpoint_has_no_findings(smollm2_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

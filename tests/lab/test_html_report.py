@@ -182,6 +182,8 @@ def test_a_model_without_norms_or_prediction_is_reported(tmp_path: Path) -> None
     text = Page(report(tmp_path / "a.html", tiny_model(norm_plan="none-final"), IDS)).text
     assert "No norm of this model is of kind rms or scale." in text
     assert "No norm of this model has a gain." in text
+    text = Page(report(tmp_path / "c.html", tiny_model(norm_plan="none"), IDS)).text
+    assert "No norm of the layers has a gain." in text
     rms = tiny_model().config.norm_plan.to_dict() | {"attention": {"pre": {"kind": "dyt"}}}
     text = Page(report(tmp_path / "b.html", tiny_model(norm_plan=NormPlan.from_dict(rms)), IDS)).text
     assert "There is no prediction:" in text

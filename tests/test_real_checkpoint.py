@@ -103,11 +103,10 @@ def test_it_loads_in_under_half_a_second_from_a_warm_disk_cache(smollm2_dir: Pat
     assert min(seconds() for _ in range(5)) < 0.5
 
 
-def test_the_gguf_file_beside_it_is_the_same_model(smollm2_dir: Path) -> None:
-    path = smollm2_dir.parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    one, other = Llama.from_pretrained(path), Llama.from_pretrained(smollm2_dir)
+def test_the_gguf_file_beside_it_is_the_same_model(smollm2_dir: Path, smollm2_gguf: Path) -> None:
+    one, other = Llama.from_pretrained(smollm2_gguf), Llama.from_pretrained(smollm2_dir)
     assert one.config == other.config
     for name, tensor in other.state_dict().items():
         assert torch.equal(one.state_dict()[name], tensor), name
-    wide = Llama.from_pretrained(path, dtype="float32")  # not rounded to bfloat16 on the way
+    wide = Llama.from_pretrained(smollm2_gguf, dtype="float32")  # not rounded to bfloat16 on the way
     assert not torch.equal(wide.tok_embeddings.weight, other.tok_embeddings.weight.float())

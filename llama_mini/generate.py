@@ -60,7 +60,16 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", metavar="D", help="auto (default), float32, bfloat16, float16, float64"
     )
     model.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, ...")
-    model.add_argument("--threads", type=int, metavar="N", help="processor threads; default: PyTorch's choice")
+    model.add_argument(
+        "--quantize", choices=["int8", "int4"], metavar="Q", help="int8 or int4: weights of so many bits, made at load"
+    )
+    model.add_argument(
+        "--kernels",
+        choices=["auto", "off"],
+        default="auto",
+        help="auto (default) builds fast operators once, about 10 s; off uses PyTorch's own",
+    )
+    model.add_argument("--threads", type=int, metavar="N", help="processor threads; default: the cores it may use")
 
     text = p.add_argument_group("text")
     mode = text.add_mutually_exclusive_group()
@@ -150,8 +159,8 @@ def _load(args: argparse.Namespace) -> "LLM":
     source = open_checkpoint(resolve(_checkpoint(args)))
     device = as_device(args.device)
     asked = min(args.max_tokens or DEFAULT_MAX_TOKENS, source.config.max_seq_len)
-    check_fits(source.config, n_parameters(source), as_dtype(args.dtype, device), asked, device)
-    return LLM(source, dtype=args.dtype, device=device, threads=args.threads)
+    check_fits(source.config, n_parameters(source), as_dtype(args.dtype, device), asked, device, quantize=args.quantize)
+    return LLM(source, args.dtype, device, args.quantize, args.kernels, args.threads)
 
 
 def _checkpoint(args: argparse.Namespace) -> str | Path:

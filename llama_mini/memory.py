@@ -13,6 +13,7 @@ from llama_mini.errors import CapacityError
 from llama_mini.kv_cache import BLOCK
 
 PREFILL_CHUNK = 512  # tokens of a prompt that run at once: enough to fill the matrix units, small enough for the cache
+BITS = {"int8": 8.5, "int4": 5.0}  # of a weight of the layers, its share of the scales included
 THREAD_SCRATCH = 2**18  # bytes: the block of scores, 64 x 512 float32 and a copy, that attention keeps in each thread
 
 
@@ -23,6 +24,7 @@ def check_fits(
     positions: int,
     device: torch.device,
     available: int | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Whether weights, a cache row of `positions` and the work on them fit; nothing is allocated.
 
@@ -30,14 +32,20 @@ def check_fits(
     Raises CapacityError with the numbers and with what would fit.
     """
     there = available_memory(device) if available is None else available
-    if there is None or _need(config, n_parameters, dtype, positions) <= there:
+    weights = weight_bytes(n_parameters, dtype, config, quantize)
+    need = weights + _need(config, 0, dtype, positions)
+    if there is None or need <= there:
         return
-    need, weights = _need(config, n_parameters, dtype, positions), weight_bytes(n_parameters, dtype)
     cache, work = cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
+    if quantize is None:
+        advice = _advice(config, n_parameters, dtype, positions, there)
+    else:
+        shorter = _longest(config, 0, dtype, positions, there - weights)
+        advice = f"a context of {shorter} positions would fit" if shorter else "no context fits"
     raise CapacityError(
-        f"the model needs {shown_bytes(need)} in {_name(dtype)} ({shown_bytes(weights)} of weights, "
+        f"the model needs {shown_bytes(need)} in {quantize or _name(dtype)} ({shown_bytes(weights)} of weights, "
         f"{shown_bytes(cache)} of cache for {positions} positions, {shown_bytes(work)} of work), "
-        f"but {device} has {shown_bytes(there)} available; {_advice(config, n_parameters, dtype, positions, there)}"
+        f"but {device} has {shown_bytes(there)} available; {advice}"
     )
 
 
@@ -68,8 +76,16 @@ def check_cache_fits(
     )
 
 
-def weight_bytes(n_parameters: int, dtype: torch.dtype) -> int:
-    return n_parameters * dtype.itemsize
+def weight_bytes(
+    n_parameters: int, dtype: torch.dtype, config: LlamaConfig | None = None, quantize: str | None = None
+) -> int:
+    if config is None or quantize is None:
+        return n_parameters * dtype.itemsize
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    layers = config.n_layers * config.dim * (2 * q + 2 * kv + 3 * config.hidden_dim)
+    head = config.vocab_size * config.dim  # the embedding too, where it is the head
+    others = max(0, n_parameters - layers - head)
+    return int((layers * BITS[quantize] + head * BITS["int8"]) / 8) + others * dtype.itemsize
 
 
 def cache_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
@@ -123,10 +139,17 @@ def _advice(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, position
         ways.append(f"a context of {shorter} positions")
     if not ways and (shorter := _longest(config, n_parameters, narrow, positions, there)):
         ways.append(f"--dtype {_name(narrow)} with a context of {shorter} positions")
+    if not ways:  # int8 before int4: it is closer to the weights
+        work = _need(config, 0, narrow, positions)
+        coded = [name for name in BITS if weight_bytes(n_parameters, narrow, config, name) + work <= there]
+        ways = [f"--quantize {coded[0]}"] if coded else []
     if ways:
         return f"{' or '.join(ways)} would fit"
     least = _need(config, n_parameters, narrow, min(positions, BLOCK))
-    return f"no dtype or context fits: the least, {_name(narrow)} with the shortest context, needs {shown_bytes(least)}"
+    return (
+        f"no dtype, format or context fits: the least, {_name(narrow)} with the shortest context, "
+        f"needs {shown_bytes(least)}"
+    )
 
 
 def _longest(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, there: int) -> int:

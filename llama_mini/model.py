@@ -98,7 +98,10 @@ class Llama(nn.Module):
         return load_model(cls, open_checkpoint(resolve(path)), dtype, device)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes the directory that `from_pretrained` reads: whole or not at all. Raises CheckpointPathError."""
+        """Writes the directory that `from_pretrained` reads: whole or not at all.
+
+        Raises CheckpointPathError; RequestError for a model whose weights were replaced by faster forms.
+        """
         from llama_mini.checkpoint.load import save_model
 
         save_model(self, Path(path))

@@ -33,9 +33,11 @@ def tiny_dir() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+def one_thread_for_tiny_models(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Threads that wait for each other cost more than a tiny model's arithmetic, a hundred times on a busy machine."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads if "smollm2_dir" in request.fixturenames else 1)
+    if "smollm2_dir" not in request.fixturenames:
+        torch.set_num_threads(1)
+        monkeypatch.setattr("llama_mini.optimize.threads.usable_cores", lambda: 1)
     yield
     torch.set_num_threads(threads)

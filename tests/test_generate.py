@@ -9,12 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_mini import LLM, SamplingParams
 from llama_mini.generate import main
+from llama_mini.optimize.build import load_kernels
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "texts.json").read_text(encoding="utf-8"))
 COMMAND = [sys.executable, "-m", "llama_mini.generate"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built_operators() -> None:
+    """The one line that says that they are being built is not among what is tested here."""
+    assert load_kernels()
 
 
 def run(*args: object, stdin: str | bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
@@ -81,6 +89,24 @@ def test_options_reach_the_engine(tiny_dir, capfd: pytest.CaptureFixture[str]) -
     assert text(*options.split()) == llm.chat([user], sampled).text
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_formats_and_kernels_reach_the_engine(
+    tiny_dir, quantize: str | None, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[object, ...]] = []
+
+    class Spy(LLM):
+        def __init__(self, *args: object) -> None:
+            given.append(args[1:])
+            super().__init__(*args)
+
+    monkeypatch.setattr("llama_mini.engine.LLM", Spy)
+    options = ["--kernels", kernels, "--threads", "1", "--dtype", "float32", "--max-tokens", "3"]
+    assert main(["--model", str(tiny_dir), *options, *(["--quantize", quantize] if quantize else []), "hi"]) == 0
+    assert given == [("float32", torch.device("cpu"), quantize, kernels, 1)]
+
+
 def test_the_default_length_shrinks_to_the_context(tiny_dir) -> None:
     room = 512 - len(LLM(tiny_dir).tokenizer.encode("x" * 400))
     done = run("--model", tiny_dir, "--raw", "--ignore-eos", "--stats", "x" * 400)
@@ -101,7 +127,10 @@ def test_the_default_length_shrinks_to_the_context(tiny_dir) -> None:
         (["--stop", "", "hi"], 2, "stop"),
         (["--dtype", "float7", "hi"], 2, "unknown dtype 'float7'"),
         (["--device", "abacus", "hi"], 2, "abacus"),
-        (["--threads", "0", "hi"], 2, "threads"),
+        (["--threads", "0", "hi"], 2, "threads must be a whole number of at least 1, not 0"),
+        (["--threads", "two", "hi"], 2, "--threads"),
+        (["--quantize", "int3", "hi"], 2, "--quantize: invalid choice: 'int3'"),
+        (["--kernels", "fast", "hi"], 2, "--kernels: invalid choice: 'fast'"),
         (["--chat", "--raw", "hi"], 2, "not allowed with"),
         (["--raw", "--system", "s", "hi"], 2, "--system"),
         (["--nonsense", "hi"], 2, "--nonsense"),

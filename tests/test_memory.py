@@ -144,9 +144,11 @@ def test_the_work_is_bounded_and_not_by_far(shape: str, dtype: torch.dtype, posi
             N_70B,
             torch.float32,
             8192,
-            64 * GiB,
-            r"; no dtype or context fits: the least, bfloat16 with the shortest context, needs 131\.4 GiB",
+            32 * GiB,
+            r"; no dtype, format or context fits: the least, bfloat16 with the shortest context, needs 131\.4 GiB",
         ),
+        (LLAMA_70B, N_70B, torch.float32, 8192, 64 * GiB, r"has 64\.0 GiB available; --quantize int4 would fit$"),
+        (LLAMA_70B, N_70B, torch.float32, 8192, 96 * GiB, r"has 96\.0 GiB available; --quantize int8 would fit$"),
         (LLAMA_70B, N_70B, torch.float16, 8192, 0, r"has 0\.0 MiB available; .* the least, float16 with the shortest"),
     ],
 )
@@ -187,6 +189,8 @@ def test_what_is_said_to_fit_fits_and_no_more_does(n: int, dtype: torch.dtype, p
             check_fits(config, n, with_dtype, min(longest + 16, positions), CPU, there)
     if "--dtype bfloat16" in message:
         check_fits(config, n, torch.bfloat16, longest if " with a context" in message else positions, CPU, there)
+    for name in re.findall(r"--quantize (\w+)", message):
+        check_fits(config, n, narrow, positions, CPU, there, name)
     if not told and "--dtype" not in message:
         with pytest.raises(CapacityError):
             check_fits(config, n, narrow, min(positions, 16), CPU, there)
@@ -211,7 +215,7 @@ def test_what_fits_exactly_fits() -> None:
 
 def test_the_machine_is_asked_where_nothing_is_given() -> None:
     check_fits(tiny(), 1000, torch.float32, 100, CPU)
-    with pytest.raises(CapacityError, match=r"no dtype or context fits"):
+    with pytest.raises(CapacityError, match=r"no dtype, format or context fits"):
         check_fits(LLAMA_8B, 10**15, torch.bfloat16, 100, CPU)
 
 

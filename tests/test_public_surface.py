@@ -13,7 +13,7 @@ from llama_mini import errors as errors_module
 from llama_mini.generate import parser
 
 SIGNATURES = {
-    LLM: "(path, dtype='auto', device='cpu', threads=None)",
+    LLM: "(path, dtype='auto', device='cpu', quantize=None, kernels='auto', threads=None)",
     LLM.generate: "(self, prompts, params=None)",
     LLM.chat: "(self, messages, params=None)",
     LLM.stream: "(self, prompt, params=None)",
@@ -48,8 +48,8 @@ FIELDS = {
 }
 
 OPTIONS = (
-    "--help --version --model --info --dtype --device --threads --chat --raw --system --max-tokens --stop --ignore-eos "
-    "--temperature --top-k --top-p --min-p --seed --no-stream --stats"
+    "--help --version --model --info --dtype --device --quantize --kernels --threads --chat --raw --system "
+    "--max-tokens --stop --ignore-eos --temperature --top-k --top-p --min-p --seed --no-stream --stats"
 )
 
 LAYER_KEYS = (

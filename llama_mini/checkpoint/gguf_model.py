@@ -15,7 +15,7 @@ from torch import Tensor
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.gguf_file import GGUFHeader, TensorInfo, read_header, shown
 from llama_mini.checkpoint.gguf_rope import READ_ROPE, gguf_scaling
-from llama_mini.checkpoint.gguf_tensor import read_tensor
+from llama_mini.checkpoint.gguf_tensor import Codes, read_codes, read_tensor
 from llama_mini.checkpoint.keys import GGUF_KEYS
 from llama_mini.checkpoint.rotary_layout import split_halves
 from llama_mini.checkpoint.source import Source, StoredTensor
@@ -63,6 +63,13 @@ def open_gguf(path: Path) -> Source:
                 values = read_tensor(file, header.tensors[name], dtype)
                 yield name, _as_the_model_has_it(values, header.tensors[name], config, architecture)
 
+    def read_coded(names: Collection[str]) -> Iterator[tuple[str, Codes]]:
+        with path.open("rb") as file:
+            for name in names:
+                info = header.tensors[name]
+                parts = (_as_the_model_has_it(part, info, config, architecture) for part in read_codes(file, info))
+                yield name, Codes(*parts)
+
     return Source(
         path=path,
         format=f"GGUF file, {', '.join(sorted(matrices))}",
@@ -75,6 +82,7 @@ def open_gguf(path: Path) -> Source:
             for info in sorted(header.tensors.values(), key=lambda info: info.offset)
         },
         read=read,
+        read_coded=read_coded,
         gguf=header,
     )
 

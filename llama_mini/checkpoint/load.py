@@ -1,33 +1,85 @@
 """An opened checkpoint as a model and a tokenizer, and a model as a checkpoint."""
 
 import warnings
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.files import SINGLE, new_directory, write_json
+from llama_mini.checkpoint.gguf_tensor import Codes
 from llama_mini.checkpoint.hf_config import special_ids, to_hf
 from llama_mini.checkpoint.keys import their_name
 from llama_mini.checkpoint.safetensors_file import write_file
 from llama_mini.checkpoint.source import EMBEDDING, Model, Source, empty_model, match, read_all, warn_of_other_head
 from llama_mini.dtypes import as_dtype
-from llama_mini.errors import LlamaMiniWarning, TokenizerError
+from llama_mini.errors import CheckpointFormatError, LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.memory import check_fits
 from llama_mini.model import Llama
 from llama_mini.tokenizer import Tokenizer
 
 
-def load_model(cls: type[Model], source: Source, dtype: torch.dtype | str | None, device: torch.device | str) -> Model:
-    """An opened checkpoint as a model in eval mode without gradients; see `Llama.from_pretrained`."""
+class Place(Protocol):
+    """Where a tensor of the plain model goes instead of a parameter; `keeps`: number formats that it takes as codes."""
+
+    @property
+    def keeps(self) -> Collection[str]: ...
+
+    def put(self, tensor: Tensor | Codes) -> None: ...
+
+
+Fuse = Callable[[Llama, torch.dtype, torch.device], Mapping[str, Place]]
+
+
+def load_model(
+    cls: type[Model],
+    source: Source,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str,
+    fuse: Fuse | None = None,
+    quantize: str | None = None,
+) -> Model:
+    """An opened checkpoint as a model in eval mode without gradients; see `Llama.from_pretrained`.
+
+    fuse: replaces modules of the empty model and says what takes the tensors that they hold; one tensor is in memory
+        beside them at a time. quantize: the format that it gives them.
+    """
     wanted = source.dtype if dtype is None else as_dtype(dtype, device)
     model = empty_model(cls, source)
     names = match(model, source)
-    check_fits(source.config, sum(p.numel() for p in model.parameters()), wanted, 1, torch.device(device))
-    state = {ours: tensor.to(device) for ours, tensor in read_all(source, names, wanted, "loading")}
-    warn_of_other_head(model, source, state[EMBEDDING])
+    n_parameters = sum(p.numel() for p in model.parameters())
+    check_fits(source.config, n_parameters, wanted, 1, torch.device(device), quantize=quantize)
+    places = {} if fuse is None else fuse(model, wanted, torch.device(device))
+    doing = "loading" if quantize is None else f"quantising to {quantize}"
+    coded = [name for name in names if names[name] in places and _kept(source, name, places[names[name]])]
+    bar = tqdm(source.read_coded(coded), doing, len(coded), unit="tensor", delay=1, leave=False, disable=None)
+    for theirs, codes in bar:
+        _put(places, names.pop(theirs), codes, source)
+    state = {}
+    for ours, tensor in read_all(source, names, wanted, doing):
+        if ours in places:
+            _put(places, ours, tensor, source)
+        else:
+            state[ours] = tensor.to(device)
+        if ours == EMBEDDING:
+            warn_of_other_head(source, tensor)
     model.load_state_dict(state, assign=True, strict=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _put(places: Mapping[str, Place], ours: str, tensor: Tensor | Codes, source: Source) -> None:
+    try:
+        places[ours].put(tensor)
+    except CheckpointFormatError as error:
+        raise CheckpointFormatError(f"{source.path}: {ours}: {error}; load it without --quantize") from None
+
+
+def _kept(source: Source, name: str, place: Place) -> bool:
+    return source.tensors[name].number_format in place.keeps
 
 
 def open_tokenizer(source: Source) -> Tokenizer:
@@ -45,8 +97,14 @@ def open_tokenizer(source: Source) -> Tokenizer:
 
 def save_model(model: Llama, path: Path) -> None:
     """Writes config.json, generation_config.json and model.safetensors; see `Llama.save_pretrained`."""
-    dtype = model.tok_embeddings.weight.dtype
-    raw = to_hf(model.config, str(dtype).removeprefix("torch."))
+    with torch.device("meta"):
+        described = Llama(model.config)
+    if replaced := {name for name, _ in described.named_parameters()} - {name for name, _ in model.named_parameters()}:
+        raise RequestError(
+            f"{min(replaced)} was replaced, so the model cannot be saved: load the checkpoint plain, with "
+            "Llama.from_pretrained, and save that"
+        )
+    raw = to_hf(model.config, str(model.dtype).removeprefix("torch."))
     table = key_table(raw["model_type"])
     parameters = {their_name(name, table): p.detach() for name, p in model.named_parameters()}
     with new_directory(path) as directory:

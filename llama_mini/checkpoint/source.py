@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama_mini.checkpoint.gguf_file import GGUFHeader
+from llama_mini.checkpoint.gguf_tensor import Codes
 from llama_mini.checkpoint.keys import HARMLESS, KeyTable, their_name
 from llama_mini.checks import listed
 from llama_mini.config import LlamaConfig
@@ -44,6 +45,7 @@ class Source:
     tensors: by name in the file.
     read: gives the tensors of these names in a dtype, each once, as the model has them, in that order
         where the tensors of a file stand together in it.
+    read_coded: the same for tensors of four bits, as their codes; there where such tensors are.
     gguf: the header, where the checkpoint is a GGUF file, which holds the tokenizer too.
     """
 
@@ -55,6 +57,7 @@ class Source:
     keys: KeyTable
     tensors: Mapping[str, StoredTensor]
     read: Callable[[Collection[str], torch.dtype], Iterator[tuple[str, Tensor]]]
+    read_coded: Callable[[Collection[str]], Iterator[tuple[str, Codes]]] = lambda _: iter(())
     gguf: GGUFHeader | None = None
 
     @property
@@ -91,7 +94,7 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
     head, embedding = their_name(HEAD, source.keys), their_name(EMBEDDING, source.keys)
     if head not in wanted and head in source.tensors and embedding not in source.tensors:
         wanted[head] = wanted.pop(embedding)  # tied, and stored once under the name of the head
-    ignored = {name for name in source.tensors if HARMLESS.search(name)} | set(_spare_head(model, source))
+    ignored = {name for name in source.tensors if HARMLESS.search(name)} | set(_spare_head(source))
     found = {name: stored.shape for name, stored in source.tensors.items() if name not in ignored or name in wanted}
     faults = []
     if missing := sorted(set(wanted) - set(found)):
@@ -125,15 +128,16 @@ def read_all(
             bar.update()
 
 
-def warn_of_other_head(model: nn.Module, source: Source, embedding: Tensor) -> None:
+def warn_of_other_head(source: Source, embedding: Tensor) -> None:
     """A tied model whose file has a head all the same: silent where it equals the embedding, a warning where not."""
-    for name, tensor in source.read(_spare_head(model, source), embedding.dtype):
+    for name, tensor in source.read(_spare_head(source), embedding.dtype):
         if not torch.equal(tensor.to(embedding.device), embedding):
             message = f"{name} differs from the embedding, but tie_word_embeddings is true: it is ignored"
             warnings.warn(message, LlamaMiniWarning, stacklevel=3)
 
 
-def _spare_head(model: nn.Module, source: Source) -> list[str]:
+def _spare_head(source: Source) -> list[str]:
     head, embedding = their_name(HEAD, source.keys), their_name(EMBEDDING, source.keys)
-    tied = HEAD not in dict(model.named_parameters())
-    return [head] if tied and head in source.tensors and embedding in source.tensors else []
+    return (
+        [head] if source.config.tie_word_embeddings and head in source.tensors and embedding in source.tensors else []
+    )

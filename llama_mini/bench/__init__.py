@@ -1,0 +1,1 @@
+"""Measures this engine and its peers, in turn, in one run: scripts/bench.py."""

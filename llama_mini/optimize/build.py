@@ -1,0 +1,134 @@
+"""The operators in C++ as torch.ops.llama_mini: built once on demand, with the compiler of the machine.
+
+The library lies in the user's cache folder, mode 0700, named after a hash of torch, the processor, the compiler and the
+source. Where it cannot be built or loaded, stock PyTorch operators do the same work more slowly.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache as cached
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from llama_mini.checks import shown
+from llama_mini.errors import LlamaMiniWarning, RequestError
+
+KERNELS = ("auto", "off")
+_WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
+FORMS = {"avx2": ("-mavx2", "-mfma", "-mf16c"), "avx512": _WIDE, "avx512_bf16": (*_WIDE, "-mavx512bf16")}
+# GCC takes half of an intrinsic for uninitialised, and tells how vectors are passed, which no function here is.
+_QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized")
+_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-Wall", *_QUIET)
+
+
+def load_kernels(kernels: str = "auto") -> bool:
+    """Whether torch.ops.llama_mini is there, after building it if need be. Warns, once a process, where it cannot be.
+
+    Raises RequestError for a setting other than `auto` and `off`.
+    """
+    if kernels not in KERNELS:
+        raise RequestError(f"kernels must be one of {', '.join(KERNELS)}, not {shown(kernels)}")
+    return kernels == "auto" and _loaded()
+
+
+@cached  # what failed would fail again, after the same seconds
+def _loaded() -> bool:
+    try:
+        torch.ops.load_library(str(built()))
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        warnings.warn(
+            f"the fast operators could not be built or loaded ({reason[0] if reason else type(error).__name__:.300}): "
+            "stock PyTorch operators run instead; a C++ compiler (g++) for this processor makes them fast",
+            LlamaMiniWarning,
+            stacklevel=3,
+        )
+        return False
+    from llama_mini.optimize import fakes  # noqa: F401  registers them for export and compile
+
+    return True
+
+
+def built(cache: Path | None = None) -> Path:
+    """The library's path; compiles it first where it is not there. Raises OSError, SubprocessError."""
+    named = os.environ.get("CXX") or "g++"
+    compiler = shutil.which(named)
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise OSError(f"there are none for {platform.machine()}")
+    if compiler is None:
+        raise OSError(f"no compiler {named} on the path")
+    folder = _folder(cache)
+    with as_file(files("llama_mini.optimize") / "native") as source:
+        library = folder / f"operators-{_key(source, compiler)}.so"
+        with FileLock(library.with_suffix(".lock"), mode=0o600):
+            if not library.is_file():
+                print("building the fast operators, once, about 10 s", file=sys.stderr, flush=True)
+                _compile(source, compiler, library)
+    return library
+
+
+def _folder(cache: Path | None) -> Path:
+    """A folder that only this user can write, and could before: what lies in it is run."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "llama_mini" / "operators" if cache is None else cache
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = folder.stat()
+    if hasattr(os, "getuid") and state.st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to another user")
+    if state.st_mode & 0o022:
+        raise OSError(f"{folder} can be written by other users: remove it, and it is made anew")
+    folder.chmod(0o700)
+    return folder
+
+
+def _key(source: Path, compiler: str) -> str:
+    version = _run([compiler, "-dumpfullversion"])
+    said = [torch.__version__, sys.platform, platform.machine(), compiler, version, repr((FORMS, _FLAGS))]
+    digest = hashlib.sha256("\0".join(said).encode())
+    for path in sorted(source.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _compile(source: Path, compiler: str, library: Path) -> None:
+    """Every form and the operators at once, linked aside, made to last and then renamed."""
+    root = Path(torch.__file__).parent
+    include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as name:
+        folder = Path(name)
+        units = {form: ["form.cpp", f"-DFORM={form}", *flags] for form, flags in FORMS.items()}
+        # OpenMP is torch's own: the object asks for it, and nothing here links another.
+        units["operators"] = ["operators.cpp", "-O1", "-fopenmp", *include]
+
+        def compile_unit(unit: str) -> str:
+            target = str(folder / f"{unit}.o")
+            words = [compiler, *_FLAGS, *units[unit][1:], "-c", str(source / units[unit][0]), "-o", target]
+            _run(words)
+            return target
+
+        with ThreadPoolExecutor(len(units)) as pool:
+            objects = list(pool.map(compile_unit, sorted(units, reverse=True)))  # the longest first
+        made = folder / library.name
+        _run([compiler, "-shared", *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made)])
+        made.chmod(0o700)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(made, library)
+
+
+def _run(words: list[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=600)
+    if done.returncode:
+        error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise OSError(f"{Path(words[0]).name} ended with {done.returncode}: {error.strip()}")
+    return done.stdout

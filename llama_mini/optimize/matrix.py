@@ -1,0 +1,256 @@
+"""Weight formats: one stored copy of a matrix, or of several that read the same input, behind one small interface.
+
+Codes lie in blocks of sixteen rows and 32 columns, zeros where a part of the matrix ends before its block does; four
+columns of a row stand side by side (native/rows.h). Each part begins with a block.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_mini.errors import CheckpointFormatError
+from llama_mini.optimize.scratch import Scratch
+
+BLOCK, STEP = 16, 32  # rows and columns that codes come in
+_AT_ONCE = 512  # rows that are quantised at once: a whole embedding in float32 would be a second model
+FEW = 16  # rows of input up to which a matrix is read once, as codes; beyond, matrix products are worth widening it
+
+
+class Matrix(nn.Module):
+    """y = x · [W0; W1; ...]ᵀ + b, for parts W0, W1, ... that all read x. Parts are filled by `put`.
+
+    Args:
+        parts: rows of each.
+        columns: width of the input.
+        dtype: of the input and the output.
+        scratch: where codes are widened, shared by the matrices of a model.
+        kernels: whether torch.ops.llama_mini is there.
+
+    Shape: (..., columns) -> (..., width), where `begins[i]` is where part i begins.
+    """
+
+    name: ClassVar[str]
+    block: ClassVar[int] = BLOCK
+
+    def __init__(
+        self,
+        parts: Sequence[int],
+        columns: int,
+        dtype: torch.dtype,
+        scratch: Scratch,
+        kernels: bool,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.parts, self.columns, self.dtype, self.scratch, self.kernels = parts, columns, dtype, scratch, kernels
+        sizes = [-(-rows // self.block) * self.block for rows in parts]
+        self.begins = [sum(sizes[:i]) for i in range(len(parts))]
+        self.rows = sum(sizes)
+        self.width = self.rows if len(parts) > 1 else parts[0]
+        self.bias: Tensor | None
+        self.register_buffer("bias", torch.zeros(self.width, dtype=dtype) if bias else None, persistent=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """As the operators take a matrix."""
+        raise NotImplementedError
+
+    @property
+    def bias_or_nothing(self) -> Tensor:
+        """As the operators take it: empty where there is none."""
+        return torch.empty(0, dtype=self.dtype) if self.bias is None else self.bias
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def put(self, part: int, weight: Tensor) -> None:
+        """Stores one part, (rows, columns), from floats."""
+        raise NotImplementedError
+
+    def put_bias(self, part: int, bias: Tensor) -> None:
+        assert self.bias is not None
+        self.bias[self.begins[part] :][: self.parts[part]] = bias
+
+    def rows_at(self, rows: Tensor) -> Tensor:
+        """Some rows as floats of `dtype`: (n,) -> (n, columns)."""
+        raise NotImplementedError
+
+    def split(self, y: Tensor) -> list[Tensor]:
+        """The output of each part."""
+        return [y[..., begin : begin + rows] for begin, rows in zip(self.begins, self.parts, strict=True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernels and x.numel() <= FEW * self.columns and not tracked(x):
+            return torch.ops.llama_mini.project(x, self.tensors, self.bias_or_nothing, self.width).to(x.dtype)
+        return self.many(x)
+
+    def many(self, x: Tensor) -> Tensor:
+        """The form for many rows: a matrix product."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Matrix":
+        super()._apply(fn, recurse)
+        now = fn(torch.empty(0, dtype=self.dtype))
+        self.dtype = now.dtype
+        self.kernels &= served(now.dtype, now.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.columns} -> {' + '.join(map(str, self.parts))}, {self.name}"
+
+
+class FloatMatrix(Matrix):
+    """Rows of float32, bfloat16, ... as PyTorch has them."""
+
+    name, block = "float", 1
+    weight: Tensor
+
+    def __init__(self, parts: Sequence[int], columns: int, dtype: torch.dtype, *rest: Any, **named: Any) -> None:
+        super().__init__(parts, columns, dtype, *rest, **named)
+        self.register_buffer("weight", torch.empty(self.rows, columns, dtype=dtype), persistent=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight]
+
+    def put(self, part: int, weight: Tensor) -> None:
+        self.weight[self.begins[part] :][: self.parts[part]] = weight
+
+    def rows_at(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.weight)
+
+    def many(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class CodedMatrix(Matrix):
+    """Codes of 8 or 4 bits with float16 scales."""
+
+    codes: Tensor
+    scale: Tensor
+    least: Tensor | None
+    bits: ClassVar[int]
+
+    def __init__(self, parts: Sequence[int], columns: int, dtype: torch.dtype, *rest: Any, **named: Any) -> None:
+        super().__init__(parts, columns, dtype, *rest, **named)
+        self.steps = -(-columns // STEP)
+        blocks, vectors = self.rows // BLOCK, self.steps * self.bits
+        self.register_buffer("codes", torch.zeros(blocks, vectors, BLOCK, 4, dtype=torch.uint8), persistent=False)
+        scales = torch.zeros(blocks, self.steps, BLOCK, dtype=torch.float16)
+        self.register_buffer("scale", scales, persistent=False)
+        self.register_buffer("least", torch.zeros_like(scales) if self.bits == 4 else None, persistent=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.scale] if self.least is None else [self.codes, self.scale, self.least]
+
+    def put(self, part: int, weight: Tensor) -> None:
+        for first in range(0, self.parts[part], _AT_ONCE):
+            rows = weight[first : first + _AT_ONCE].float()
+            padded = F.pad(rows, (0, self.steps * STEP - self.columns)).view(len(rows), self.steps, -1)
+            self.put_codes(part, first, *self.quantised(padded))
+
+    def quantised(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Steps of rows, (rows, steps, STEP) float32 -> codes (rows, columns) uint8, scale and least (rows, steps)."""
+        raise NotImplementedError
+
+    def put_codes(self, part: int, first: int, codes: Tensor, scale: Tensor, least: Tensor | None) -> None:
+        """Stores rows of a part, from a multiple of BLOCK on: codes (rows, columns), the others (rows, steps)."""
+        if not torch.isfinite(scale).all() or (least is not None and not torch.isfinite(least).all()):
+            raise CheckpointFormatError(f"a matrix of {self.columns} columns holds numbers that {self.name} cannot")
+        short = -len(codes) % BLOCK  # the last block of a part is filled with zeros
+        blocks = slice((self.begins[part] + first) // BLOCK, (self.begins[part] + first + len(codes) + short) // BLOCK)
+        vectors = self.packed(F.pad(codes, (0, 0, 0, short)).view(len(codes) + short, -1, 4))
+        self.codes[blocks] = vectors.unflatten(0, (-1, BLOCK)).transpose(1, 2)
+        for store, values in ((self.scale, scale), (self.least, least)):
+            if store is not None and values is not None:
+                store[blocks] = F.pad(values, (0, 0, 0, short)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+
+    def packed(self, quads: Tensor) -> Tensor:
+        """Codes as bytes: (rows, quads, 4) -> (rows, vectors, 4)."""
+        return quads
+
+    def unpacked(self, vectors: Tensor) -> Tensor:
+        """What `packed` took."""
+        return vectors
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Matrix":
+        scale, least = self.scale, self.least
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.codes.device)  # a new dtype is one of the input and the output, not of the scales
+        self.least = None if least is None else least.to(self.codes.device)
+        return self
+
+    def rows_at(self, rows: Tensor) -> Tensor:
+        block, row = rows // BLOCK, rows % BLOCK
+        codes = self.unpacked(self.codes[block, :, row]).reshape(len(rows), self.steps, -1).float()
+        scale = self.scale[block, :, row].float()[..., None]
+        if self.least is None:
+            values = (codes - 128) * scale
+        else:
+            values = codes * scale + self.least[block, :, row].float()[..., None]
+        return values.flatten(1)[:, : self.columns].to(self.dtype).contiguous()
+
+    def many(self, x: Tensor) -> Tensor:
+        y = x.new_empty(*x.shape[:-1], self.width)
+        for first in range(0, self.width, self.scratch.rows(self.columns)):
+            last = min(first + self.scratch.rows(self.columns), self.width)
+            if self.kernels and not tracked(x):  # the scratch will hold another matrix by then
+                weight = self.scratch.take(last - first, self.columns, x.dtype)
+                torch.ops.llama_mini.widen(self.tensors, first, weight, self.rows)
+            else:
+                weight = self.rows_at(torch.arange(first, last, device=x.device))
+            bias = None if self.bias is None else self.bias[first:last]
+            if last - first == self.width:
+                return F.linear(x, weight, bias)
+            y[..., first:last] = F.linear(x, weight, bias)
+        return y
+
+
+class Int8Matrix(CodedMatrix):
+    """scale · (code − 128), with a scale for 32 columns of a row, as GGUF's Q8_0 has."""
+
+    name, bits = "int8", 8
+
+    def quantised(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        scale = (groups.abs().amax(-1) / 127).half()
+        codes = torch.round(groups / _divisor(scale)).clamp_(-127, 127).add_(128)
+        return codes.to(torch.uint8).flatten(1), scale, None
+
+
+class Int4Matrix(CodedMatrix):
+    """scale · code + least, with one of each for 32 columns of a row, as GGUF's Q4_1 has. Two codes a byte."""
+
+    name, bits = "int4", 4
+
+    def quantised(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        least = groups.amin(-1).half()
+        scale = ((groups.amax(-1) - least.float()) / 15).half()
+        codes = torch.round((groups - least.float()[..., None]) / _divisor(scale)).clamp_(0, 15)
+        return codes.to(torch.uint8).flatten(1), scale, least
+
+    def packed(self, quads: Tensor) -> Tensor:
+        return quads[:, 0::2] | (quads[:, 1::2] << 4)
+
+    def unpacked(self, vectors: Tensor) -> Tensor:
+        return torch.stack((vectors & 15, vectors >> 4), 2)
+
+
+def served(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the operators compute in this dtype, there."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+
+
+def tracked(x: Tensor) -> bool:
+    """Whether a gradient will flow back through x: the operators pass none."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """A group of equal numbers has scale 0: its codes are 0 by any divisor."""
+    return torch.where(scale == 0, math.inf, scale.float())[..., None]

@@ -1,0 +1,149 @@
+// Attention of one new token a row over its own length of the cache; grouped queries read each key and value once.
+//
+// The positions are taken in chunks that count from 0, each by whichever thread is free, and put together in order: the
+// bits of a row depend on its own length alone.
+#pragma once
+
+#include "norm.h"
+
+namespace FORM {
+
+constexpr int64_t CHUNK = 256;
+constexpr float LEAST = -3e38f, START = -1e30f;  // a masked score; the largest score before there is one
+
+// Turns the pairs (i, i + dim/2) of a head.
+inline void rotate(float* head, const float* cos, const float* sin, int64_t dim) {
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; i += LANES) {
+    const int n = (int)(half - i);
+    f32 a = load_first(head + i, n), b = load_first(head + half + i, n);
+    f32 c = load_first(cos + i, n), s = load_first(sin + i, n);
+    store_first(head + i, a * c - b * s, n);
+    store_first(head + half + i, b * c + a * s, n);
+  }
+}
+
+// A head as attention sees it: normed where there is a norm, turned, rounded.
+template <typename T, typename X>
+inline void place(const X* from, const Norm& norm, const float* cos, const float* sin, int64_t dim, float* to) {
+  if (norm.gain != nullptr)
+    rms_norm<T>(from, norm, dim, to);
+  else
+    copy_row(from, dim, to);
+  rotate(to, cos, sin, dim);
+  for (int64_t i = 0; i < dim; i += LANES)
+    store_first(to + i, round_to<T>(load_first(to + i, (int)(dim - i))), (int)(dim - i));
+}
+
+// scores[n] -> e^(score - their largest), their sum, and the largest.
+inline float soften(float* scores, int64_t n, float scale, float& most) {
+  for (int64_t i = n; i < (n + LANES - 1) / LANES * LANES; i++) scores[i] = LEAST;
+  f32 top = splat(START), total = {};
+  for (int64_t i = 0; i < n; i += LANES) {
+    f32 v = load(scores + i) * scale;
+    top = max(v, top);
+    store(scores + i, v);
+  }
+  most = largest(top);
+  for (int64_t i = 0; i < n; i += LANES) {
+    f32 p = exp(load(scores + i) - most);
+    total += p;
+    store(scores + i, p);
+  }
+  return sum(total);
+}
+
+// out[g * stride ...] = sum over n positions of weights[g * CHUNK + s] * v[s], V vectors wide from `at` on.
+template <int G, int V, typename T>
+inline void mix(const float* weights, const T* v, int64_t n, int64_t dim, int64_t at, float* out, int64_t stride) {
+  f32 acc[G][V] = {};
+  for (int64_t s = 0; s < n; s++)
+    for (int i = 0; i < V; i++) {
+      f32 x = load_first(v + s * dim + at + i * LANES, (int)(dim - at - i * LANES));
+      for (int g = 0; g < G; g++) acc[g][i] += weights[g * CHUNK + s] * x;
+    }
+  for (int g = 0; g < G; g++)
+    for (int i = 0; i < V; i++) store(out + g * stride + at + i * LANES, acc[g][i]);
+}
+
+template <int G, typename T>
+inline void mix(const float* weights, const T* v, int64_t n, int64_t dim, float* out, int64_t stride) {
+  int64_t at = 0;
+  constexpr int V = LANES == 16 ? 4 : 2;  // sums in registers: G of each
+  for (; at + V * LANES <= dim; at += V * LANES) mix<G, V>(weights, v, n, dim, at, out, stride);
+  for (; at < dim; at += LANES) mix<G, 1>(weights, v, n, dim, at, out, stride);
+}
+
+
+// One chunk of one KV head of one row; the last one first appends the new key and value.
+template <typename T>
+void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b, int64_t h, int64_t chunk, float* part) {
+  const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
+  const int64_t position = a.positions[b], seen = position + 1;
+  const int64_t oldest = a.window > 0 && seen > a.window ? seen - a.window : 0;
+  const int64_t from = chunk * CHUNK > oldest ? chunk * CHUNK : oldest;
+  const int64_t to = (chunk + 1) * CHUNK < seen ? (chunk + 1) * CHUNK : seen;
+  const float *row = qkv + b * width, *cos = a.cos + b * dim / 2, *sin = a.sin + b * dim / 2;
+  T* k = (T*)a.k_cache + b * a.cache_row + h * a.cache_head;
+  T* v = (T*)a.v_cache + b * a.cache_row + h * a.cache_head;
+  Array<float> heads(group * dim), scores(group * CHUNK);
+  if (to == seen) {
+    place<T>(row + a.k_at + h * dim, a.k, cos, sin, dim, heads);
+    copy_row((const float*)heads, dim, k + position * dim);
+    copy_row(row + a.v_at + h * dim, dim, v + position * dim);
+  }
+  for (int64_t g = 0; g < group; g++) place<T>(row + (h * group + g) * dim, a.q, cos, sin, dim, heads + g * dim);
+  Input in;
+  ready(in, a.wide ? Kind::FLOAT32 : Kind::BFLOAT16, heads, group, dim);
+  dots(k + from * dim, to - from, dim, dim, in, scores, CHUNK);
+  float* out = part + 2 * group;
+  for (int64_t g = 0; g < group; g++)
+    part[g] = soften(scores + g * CHUNK, to - from, 1.f / __builtin_sqrtf((float)dim), part[group + g]);
+  int64_t g = 0;
+  for (; g + 4 <= group; g += 4) mix<4>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
+  for (; g + 3 <= group; g += 3) mix<3>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
+  for (; g < group; g++) mix<1>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
+}
+
+// out (batch, heads * head_dim)
+template <typename T>
+void attend_rows(const Attention& a, const float* qkv, int64_t width, float* out, Team team) {
+  const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
+  const int64_t size = group * (stride + 2), pairs = a.batch * a.kv_heads;
+  int64_t chunks = 1;
+  for (int64_t b = 0; b < a.batch; b++) chunks = a.positions[b] / CHUNK + 1 > chunks ? a.positions[b] / CHUNK + 1 : chunks;
+  Array<float> parts(pairs * chunks * size);
+  auto first_chunk = [&](int64_t b) {
+    const int64_t seen = a.positions[b] + 1;
+    return a.window > 0 && seen > a.window ? (seen - a.window) / CHUNK : 0;
+  };
+  int64_t next = 0;
+  parallel(team, pairs * chunks, [&](int64_t, int64_t) {
+    for (;;) {  // by whoever is free: rows differ in length
+      const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (i >= pairs * chunks) return;
+      const int64_t pair = i / chunks, chunk = i % chunks, b = pair / a.kv_heads;
+      if (chunk < first_chunk(b) || chunk > a.positions[b] / CHUNK) continue;
+      attend_chunk<T>(a, qkv, width, b, pair % a.kv_heads, chunk, parts + i * size);
+    }
+  });
+  for (int64_t pair = 0; pair < pairs; pair++)
+    for (int64_t g = 0; g < group; g++) {
+      const int64_t b = pair / a.kv_heads, begin = first_chunk(b), end = a.positions[b] / CHUNK + 1;
+      const float* part = parts + pair * chunks * size;
+      float most = START, total = 0;
+      for (int64_t c = begin; c < end; c++) most = part[c * size + group + g] > most ? part[c * size + group + g] : most;
+      Array<float> acc(stride);
+      for (int64_t i = 0; i < stride; i++) acc[i] = 0;
+      for (int64_t c = begin; c < end; c++) {
+        const float share = exp(splat(part[c * size + group + g] - most))[0];
+        total += share * part[c * size + g];
+        for (int64_t i = 0; i < stride; i += LANES)
+          store(acc + i, load(acc + i) + share * load(part + c * size + 2 * group + g * stride + i));
+      }
+      float* to = out + (b * a.heads + pair % a.kv_heads * group + g) * dim;
+      for (int64_t i = 0; i < dim; i += LANES) store_first(to + i, load(acc + i) / total, (int)(dim - i));
+    }
+}
+
+}  // namespace FORM

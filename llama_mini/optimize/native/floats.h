@@ -1,0 +1,74 @@
+// Matrices of floats, as PyTorch has them, times a few rows: read once, at the speed of memory.
+#pragma once
+
+#include "input.h"
+
+namespace FORM {
+
+constexpr int AHEAD = 9 * 1024;  // bytes: how far before their use weights are asked for
+constexpr int ROWS = 4;          // of the matrix, multiplied at once
+#ifdef __AVX512F__
+constexpr int BATCH = 4;  // rows of the batch: as many as the registers hold
+#else
+constexpr int BATCH = 1;
+#endif
+
+inline void ask_for(const void* p) { __builtin_prefetch((const char*)p + AHEAD, 0, 3); }
+
+inline f32 times(f32 acc, const float* w, const Input& in, int64_t at) {
+  for (int i = 0; i < STEP; i += LANES) acc += load(w + i) * load(in.floats + at + i);
+  return acc;
+}
+
+inline f32 times(f32 acc, const bf16* w, const Input& in, int64_t at) {
+#ifdef __AVX512BF16__
+  return (f32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w),
+                               (__m512bh)_mm512_loadu_si512(in.halves + at));
+#else
+  for (int i = 0; i < STEP / 2; i += LANES) {
+    u32 pairs = load_as<u32>(w + 2 * i);
+    acc += (f32)(pairs << 16) * load(in.floats + at + i);
+    acc += (f32)(pairs & 0xffff0000u) * load(in.floats + at + STEP / 2 + i);
+  }
+  return acc;
+#endif
+}
+
+// out[b * stride + r]: R rows of w, `pitch` apart, times B rows of the batch from `row` on.
+template <int R, int B, typename T>
+inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, int64_t row, float* out, int64_t stride) {
+  f32 acc[R][B] = {};
+  const int64_t whole = n / STEP * STEP, base = row * in.width;
+  for (int64_t i = 0; i < whole; i += STEP)
+    for (int r = 0; r < R; r++) {
+      const T* at = w + r * pitch + i;
+      ask_for(at);
+      if (sizeof(T) == 4) ask_for(at + STEP / 2);
+      for (int b = 0; b < B; b++) acc[r][b] = times(acc[r][b], at, in, base + b * in.width + i);
+    }
+  if (whole < n)
+    for (int r = 0; r < R; r++) {
+      T rest[STEP] = {};  // never beyond the end of a row: what lies there may be NaN, or nobody's
+      std::memcpy(rest, w + r * pitch + whole, (n - whole) * sizeof(T));
+      for (int b = 0; b < B; b++) acc[r][b] = times(acc[r][b], rest, in, base + b * in.width + whole);
+    }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++) out[b * stride + r] = sum(acc[r][b]);
+}
+
+template <int R, typename T>
+inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, float* out, int64_t stride) {
+  int64_t b = 0;
+  for (; b + BATCH <= in.batch; b += BATCH) products<R, BATCH>(w, n, pitch, in, b, out + b * stride, stride);
+  for (; b < in.batch; b++) products<R, 1>(w, n, pitch, in, b, out + b * stride, stride);
+}
+
+// `rows` rows of w against every row of the batch.
+template <typename T>
+inline void dots(const T* w, int64_t rows, int64_t n, int64_t pitch, const Input& in, float* out, int64_t stride) {
+  int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS) products<ROWS>(w + r * pitch, n, pitch, in, out + r, stride);
+  for (; r < rows; r++) products<1>(w + r * pitch, n, pitch, in, out + r, stride);
+}
+
+}  // namespace FORM

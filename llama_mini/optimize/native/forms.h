@@ -1,0 +1,65 @@
+// What an operator asks of the arithmetic, which is compiled once for each instruction set ("form").
+// Nothing here comes from a library: an inline function compiled for AVX-512 must not end up in another form's hands.
+#pragma once
+
+#include <cstdint>
+
+enum class Kind { FLOAT32, BFLOAT16, INT8, INT4 };
+
+// rows x columns. Floats lie as PyTorch has them; codes in blocks of 16 rows and 32 columns, padded: see rows.h.
+struct Matrix {
+  Kind kind;
+  int64_t rows, columns;
+  const void* data;
+  const uint16_t* scale;  // float16
+  const uint16_t* least;  // float16, of INT4
+  const void* bias;       // as the stream; nullptr where there is none
+};
+
+// RMSNorm with a gain as the stream; nullptr where there is no norm.
+struct Norm {
+  const void* gain;
+  float eps;
+  bool late;
+};
+
+// The stream, the cache and what is written are float32 if `wide`, else bfloat16.
+struct Attention {
+  bool wide;
+  int64_t batch, length;  // length: new tokens of each row
+  int64_t heads, kv_heads, head_dim;
+  int64_t k_at, v_at;  // where k and v begin in a row of q, k and v
+  Norm q, k;
+  const float *cos, *sin;  // (batch, length, head_dim / 2)
+  void *k_cache, *v_cache;
+  int64_t cache_row, cache_head;  // elements from one row, one head, of the cache to the next
+  const int64_t* positions;       // (batch, length): where the new tokens stand
+  int64_t window;                 // positions that a token sees, its own included; 0: all
+};
+
+// Runs work(context, first, last) on shares of 0..n in several threads, and waits for all.
+using Work = void (*)(void* context, int64_t first, int64_t last);
+struct Team {
+  void (*run)(void* self, int64_t n, Work work, void* context);
+  void* self;
+};
+
+struct Form {
+  // out (batch, dim) = x + o(attention(qkv(norm(x)))), for one new token a row
+  void (*attention_step)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o, void* out,
+                         Team);
+  // out (batch, dim) = x + down(silu(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up
+  void (*feed_forward_step)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
+                            bool wide, int64_t batch, void* out, Team);
+  // out (batch, rows) float32 = x (batch, columns) times the matrix
+  void (*project)(const void* x, const Matrix&, bool wide, int64_t batch, float* out, Team);
+  // out (length, heads, head_dim): attention of one row's new tokens; qkv (length, width) as the stream
+  void (*attend)(const void* qkv, int64_t width, const Attention&, void* out, Team);
+  void (*norm)(const void* x, const Norm&, bool wide, int64_t n, int64_t dim, void* out, Team);
+  // out (n, hidden) = silu(x[:, :hidden]) * x[:, up_at:][:, :hidden]
+  void (*swiglu)(const void* x, bool wide, int64_t n, int64_t width, int64_t hidden, int64_t up_at, void* out, Team);
+  // out: rows first..last of a matrix of codes, as the stream
+  void (*widen)(const Matrix&, bool wide, int64_t first, int64_t last, void* out, Team);
+};
+
+extern const Form form_avx2, form_avx512, form_avx512_bf16;

@@ -1,0 +1,113 @@
+// The rows of a batch, made ready once for every tile of a matrix that multiplies them.
+//
+// Against codes, activations are codes too, of 16 bits: round(x * 32512 / max|x|), as two signed bytes.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "forms.h"
+#include "lanes.h"
+
+namespace FORM {
+
+constexpr int TILE = 16;  // rows of a matrix taken together
+constexpr int STEP = 32;  // columns summed as integers, or read at once as bfloat16
+constexpr int QUADS = STEP / 4;
+
+template <typename T>
+struct Array {
+  T* data = nullptr;
+  Array() = default;
+  explicit Array(int64_t n) { resize(n); }
+  Array(const Array&) = delete;
+  ~Array() { free(data); }
+  void resize(int64_t n) {  // not filled
+    free(data);
+    data = (T*)aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64);
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  operator T*() { return data; }
+  operator const T*() const { return data; }
+};
+
+template <typename F>
+void parallel(Team team, int64_t n, const F& f) {
+  team.run(team.self, n, [](void* f, int64_t first, int64_t last) { (*(const F*)f)(first, last); }, (void*)&f);
+}
+
+struct Input {
+  int64_t batch, width;          // width: columns, padded with zeros to whole steps
+  Array<float> floats;           // of float32; of bfloat16 without dot product: evens, then odds, of each step
+  Array<uint16_t> halves;        // of bfloat16
+  Array<int32_t> first, second;  // of codes, by quad: high and low bytes; without VNNI columns (0, 2) and (1, 3)
+  Array<int32_t> sums;           // of the codes of a step
+  Array<float> scale;            // of a row's codes
+};
+
+inline void pack_step(Input& in, const float* x, int n, float to_code, int64_t step) {
+  int32_t q[STEP], sum = 0;
+  for (int at = 0; at < STEP; at += LANES) {
+    f32 v = n > at && to_code != 0 ? load_first(x + at, n - at) : f32{};
+    i32 codes = (i32)(v * to_code + 12582912.f) - 0x4b400000;  // rounds to nearest: 1.5 * 2^23 leaves no fraction
+    std::memcpy(q + at, &codes, sizeof codes);
+    for (int i = 0; i < LANES; i++) sum += codes[i];
+#ifdef __AVX512VNNI__
+    i32 low = ((codes + 128) & 255) - 128;
+    _mm_storeu_si128((__m128i*)(in.first + step * QUADS + at / 4), _mm512_cvtepi32_epi8((__m512i)((codes - low) >> 8)));
+    _mm_storeu_si128((__m128i*)(in.second + step * QUADS + at / 4), _mm512_cvtepi32_epi8((__m512i)low));
+#endif
+  }
+#ifndef __AVX512VNNI__
+  for (int i = 0; i < QUADS; i++) {
+    in.first[step * QUADS + i] = (q[4 * i] & 0xffff) | (int32_t)((uint32_t)q[4 * i + 2] << 16);
+    in.second[step * QUADS + i] = (q[4 * i + 1] & 0xffff) | (int32_t)((uint32_t)q[4 * i + 3] << 16);
+  }
+#endif
+  in.sums[step] = sum;
+}
+
+inline void pack_row(Input& in, const float* x, int64_t n, int64_t b) {
+  f32 most = {}, zeros = {};
+  for (int64_t i = 0; i < n; i += LANES) {
+    f32 v = load_first(x + i, (int)(n - i));
+    most = max(most, max(v, -v));
+    zeros += v * 0.f;  // NaN where something is not finite, which no integer can hold: then the row becomes NaN
+  }
+  float peak = largest(most), lost = sum(zeros);
+  float to_code = peak > 1e-30f && lost == 0 ? 32512.f / peak : 0.f;
+  in.scale[b] = peak / 32512.f + lost;
+  int64_t steps = in.width / STEP;
+  for (int64_t s = 0; s < steps; s++) pack_step(in, x + s * STEP, (int)(n - s * STEP), to_code, b * steps + s);
+}
+
+// x: (batch, n), rounded already to what the model computes in.
+inline void ready(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
+  in.batch = batch;
+  int64_t w = in.width = (n + STEP - 1) / STEP * STEP;
+  if (kind == Kind::INT8 || kind == Kind::INT4) {
+    in.first.resize(batch * w / 4);
+    in.second.resize(batch * w / 4);
+    in.sums.resize(batch * w / STEP);
+    in.scale.resize(batch);
+    for (int64_t b = 0; b < batch; b++) pack_row(in, x + b * n, n, b);
+    return;
+  }
+#ifdef __AVX512BF16__
+  if (kind == Kind::BFLOAT16) {
+    in.halves.resize(batch * w);
+    for (int64_t b = 0; b < batch; b++)
+      for (int64_t i = 0; i < w; i += LANES)
+        store((bf16*)(in.halves + b * w + i), i < n ? load_first(x + b * n + i, (int)(n - i)) : f32{});
+    return;
+  }
+#endif
+  in.floats.resize(batch * w);
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t i = 0; i < w; i++) {
+      int64_t at = kind == Kind::FLOAT32 ? i : i / STEP * STEP + i % 2 * (STEP / 2) + i % STEP / 2;
+      in.floats[b * w + at] = i < n ? x[b * n + i] : 0;
+    }
+}
+
+}  // namespace FORM

@@ -1,0 +1,118 @@
+// A vector of numbers, sixteen at a time with AVX-512 and eight with AVX2. Written with GCC's vector extensions, so that one
+// text serves both; only dot products and changes of width need instructions by name.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+namespace FORM {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float f32 __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32 __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+template <typename V, typename T>
+inline V load_as(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+inline f32 splat(float x) { return x - f32{}; }
+inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
+
+#ifdef __AVX512F__
+inline u32 widened(u16 v) { return (u32)_mm512_cvtepu16_epi32((__m256i)v); }
+inline u16 narrowed(u32 v) { return (u16)_mm512_cvtepi32_epi16((__m512i)v); }
+inline f32 half_to_float(const uint16_t* x) { return (f32)_mm512_cvtph_ps(load_as<__m256i>(x)); }
+#else
+inline u32 widened(u16 v) { return (u32)_mm256_cvtepu16_epi32((__m128i)v); }
+inline u16 narrowed(u32 v) {
+  return (u16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x08));
+}
+inline f32 half_to_float(const uint16_t* x) { return (f32)_mm256_cvtph_ps(load_as<__m128i>(x)); }
+#endif
+
+inline f32 load(const float* x) { return load_as<f32>(x); }
+inline f32 load(const bf16* x) { return (f32)(widened(load_as<u16>(x)) << 16); }
+
+// Rounds to the nearest, ties to even; NaN stays NaN.
+inline u16 rounded(f32 v) {
+  u32 bits = (u32)v, up = bits + 0x7fff + ((bits >> 16) & 1);
+  return narrowed((v == v ? up : bits | 0x400000) >> 16);
+}
+inline void store(float* to, f32 v) { std::memcpy(to, &v, sizeof v); }
+inline void store(bf16* to, f32 v) {
+  u16 bits = rounded(v);
+  std::memcpy(to, &bits, sizeof bits);
+}
+
+// The first n; the others are zero.
+template <typename T>
+inline f32 load_first(const T* x, int n) {
+  if (n >= LANES) return load(x);
+  T buffer[LANES] = {};
+  std::memcpy(buffer, x, n * sizeof(T));
+  return load(buffer);
+}
+template <typename T>
+inline void store_first(T* to, f32 v, int n) {
+  if (n >= LANES) return store(to, v);
+  T buffer[LANES];
+  store(buffer, v);
+  std::memcpy(to, buffer, n * sizeof(T));
+}
+
+inline f32 round_to(f32 v, const float*) { return v; }
+inline f32 round_to(f32 v, const bf16*) { return (f32)(widened(rounded(v)) << 16); }
+
+// Adds the lanes in one fixed order.
+inline float sum(f32 v) {
+  typedef float f8 __attribute__((vector_size(32)));
+  typedef float f4 __attribute__((vector_size(16)));
+  f8 a[LANES / 8];
+  std::memcpy(a, &v, sizeof v);
+  f8 b = a[0];
+  for (int i = 1; i < LANES / 8; i++) b += a[i];
+  f4 c[2];
+  std::memcpy(c, &b, sizeof b);
+  f4 d = c[0] + c[1];
+  return (d[0] + d[2]) + (d[1] + d[3]);
+}
+inline float largest(f32 v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// e^x within 2 ULP up to x = 88, 0 below -87. Cody and Waite's reduction, then a polynomial (Cephes).
+inline f32 exp(f32 x) {
+  const i32 under = x < -87.3f, number = x == x;
+  x = x > 88.3f ? splat(88.3f) : x;
+  f32 shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer stands in the low bits
+  f32 n = shifted - 12582912.f;
+  f32 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f32 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const u32 result = (u32)p + (((u32)shifted - 0x4b400000u) << 23);
+  return number ? (f32)(result & ~(u32)under) : x;
+}
+inline f32 silu(f32 x) { return x / (1.f + exp(-x)); }
+
+}  // namespace FORM

@@ -1,0 +1,33 @@
+// RMSNorm in the roundings of a stream of T: early rounds before the gain, late after it.
+#pragma once
+
+#include "rows.h"
+
+namespace FORM {
+
+template <typename T>
+inline f32 round_to(f32 v) {
+  return round_to(v, (const T*)nullptr);
+}
+
+template <typename T, typename X>
+inline void rms_norm(const X* x, const Norm& norm, int64_t n, float* out) {
+  f32 squares = {};
+  for (int64_t i = 0; i < n; i += LANES) {
+    f32 v = load_first(x + i, (int)(n - i));
+    squares += v * v;
+  }
+  const float root = 1.f / __builtin_sqrtf(sum(squares) / n + norm.eps);
+  for (int64_t i = 0; i < n; i += LANES) {
+    f32 v = load_first(x + i, (int)(n - i)) * root, gain = load_first((const T*)norm.gain + i, (int)(n - i));
+    if (!norm.late) v = round_to<T>(v);
+    store_first(out + i, round_to<T>(v * gain), (int)(n - i));
+  }
+}
+
+template <typename From, typename To>
+inline void copy_row(const From* from, int64_t n, To* to) {
+  for (int64_t i = 0; i < n; i += LANES) store_first(to + i, load_first(from + i, (int)(n - i)), (int)(n - i));
+}
+
+}  // namespace FORM

@@ -1,0 +1,98 @@
+"""Fast models beside plain ones of the very same weights."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llama_mini import KVCache, Llama
+from llama_mini.linear import Linear
+from llama_mini.optimize import optimize
+from llama_mini.optimize.branches import FusedAttention, FusedFeedForward
+from llama_mini.optimize.build import load_kernels
+from llama_mini.optimize.embedding import FusedEmbedding, FusedHead
+from llama_mini.optimize.matrix import Matrix
+from tests.tiny_models import random_tokens
+
+FORMATS = (None, "int8", "int4")
+KERNELS = ("auto", "off")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_operators() -> None:
+    """Built before a test captures what is printed; a machine without a compiler fails here."""
+    assert load_kernels()
+
+
+def fast_of(plain: Llama, quantize: str | None = None, kernels: str = "auto") -> Llama:
+    return optimize(copy.deepcopy(plain), quantize, kernels)
+
+
+def plain_of(fast: Llama, plain: Llama) -> Llama:
+    """`plain` with the weights that `fast` holds, widened: between the two stands arithmetic, not quantisation."""
+    twin = copy.deepcopy(plain)
+    for ours, theirs in zip(fast.layers, twin.layers, strict=True):
+        attention, feed_forward = ours.attention, ours.feed_forward
+        assert isinstance(attention, FusedAttention)
+        assert isinstance(feed_forward, FusedFeedForward)
+        _widen(attention.qkv_proj, [theirs.attention.q_proj, theirs.attention.k_proj, theirs.attention.v_proj])
+        _widen(attention.o_proj, [theirs.attention.o_proj])
+        _widen(feed_forward.gate_up_proj, [theirs.feed_forward.gate_proj, theirs.feed_forward.up_proj])
+        _widen(feed_forward.down_proj, [theirs.feed_forward.down_proj])
+    if isinstance(fast.lm_head, FusedHead):
+        _widen(fast.lm_head.matrix, [twin.lm_head])
+    else:
+        assert isinstance(fast.tok_embeddings, FusedEmbedding)
+        _widen(fast.tok_embeddings.head.matrix, [twin.tok_embeddings])
+    return twin
+
+
+def _widen(matrix: Matrix, linears: Sequence[Linear]) -> None:
+    for begin, rows, linear in zip(matrix.begins, matrix.parts, linears, strict=True):
+        linear.weight.copy_(matrix.rows_at(torch.arange(begin, begin + rows)))
+
+
+def prompts(model: Llama, cache: KVCache, lengths: Sequence[int], chunks: Sequence[int] = (10**6,)) -> list[Tensor]:
+    """Fills row r with `lengths[r]` tokens of its own, in chunks; the logits of each row, (T, V)."""
+    found = []
+    for row, length in enumerate(lengths):
+        tokens, sizes, left = random_tokens(1, length, seed=row), [], length
+        for size in [*chunks, length]:
+            sizes.append(min(size, left))
+            left -= sizes[-1]
+        view = cache.row(row)
+        found.append(torch.cat([model(part, view)[0] for part in tokens.split([s for s in sizes if s], dim=1)]))
+    return found
+
+
+def steps(model: Llama, cache: KVCache, n: int) -> Tensor:
+    """Logits of `n` steps of all rows, (B, n, V)."""
+    tokens = random_tokens(cache.batch, n, seed=99)
+    return torch.cat([model(tokens[:, i : i + 1], cache) for i in range(n)], dim=1)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest relative error of a token's logits, ‖found − expected‖ / ‖expected‖."""
+    found, expected = found.double(), expected.double()
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+class Seen(TorchDispatchMode):
+    """Counts the fast operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if namespace == "llama_mini":
+            self.names.append(name)
+        return func(*args, **kwargs or {})

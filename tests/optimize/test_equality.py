@@ -1,0 +1,192 @@
+"""Fast models against the plain model on logits, for every format, dtype, batch and context.
+
+Codes are compared with a plain model of the same weights widened. The tolerances are relative, of each token's logits:
+float32 sums in another order; activations of 16 bits against codes; and in bfloat16 the rounding of every layer, which
+differs wherever sums differ.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from llama_mini import LLM, Llama, NormPlan, SamplingParams, Tokenizer
+from llama_mini.norm_slots import BranchPlan, NormSpec
+from tests.optimize.conftest import DTYPES, FORMATS, KERNELS, Seen, error, fast_of, plain_of, prompts, steps
+from tests.tiny_models import random_tokens, tiny_model
+
+LATE = NormSpec(cast="late")
+QK_LATE = NormPlan(
+    attention=BranchPlan(pre=LATE, q=LATE, k=LATE), feed_forward=BranchPlan(pre=NormSpec(eps=1e-2)), final=NormSpec()
+)
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa, head_dim 8": {},
+    "mqa, tied, biases, no multiple of 16": {
+        "dim": 37, "hidden_dim": 51, "n_heads": 7, "n_kv_heads": 1, "head_dim": 10, "tie_word_embeddings": True,
+        "qkv_bias": True, "o_bias": True, "mlp_bias": True,
+    },
+    "mha, head_dim 64, every bias": {
+        "dim": 64, "hidden_dim": 96, "n_heads": 2, "n_kv_heads": 2, "head_dim": 64, "vocab_size": 128,
+        "qkv_bias": True, "o_bias": True, "mlp_bias": True,
+    },
+    "head_dim 80, tied, windows in some layers": {
+        "n_heads": 10, "n_kv_heads": 2, "head_dim": 80, "sliding_window": 100, "sliding_layers": (0, 2),
+        "qkv_bias": True, "tie_word_embeddings": True,
+    },
+    "head_dim 96, q and k normed early": {"n_heads": 3, "n_kv_heads": 1, "head_dim": 96, "norm_plan": "pre+qk"},
+    "q and k normed late, a window beyond a chunk": {
+        "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "norm_plan": QK_LATE, "sliding_window": 300,
+        "sliding_layers": (1,),
+    },
+}  # fmt: skip
+OTHER_PLANS = (
+    "post", "peri", "out+qk:full", "deep", "lns", "sub", "mix(.5)", "pre+qk:full", "normformer"
+)  # fmt: skip
+LENGTHS = (1, 16, 17, 254, 510, 600)  # decode crosses 256 and 512, where attention's next chunk begins
+CHUNKS = (100, 16, 300)
+
+
+def tolerance(dtype: torch.dtype, quantize: str | None, kernels: str) -> float:
+    if dtype == torch.bfloat16:
+        return 0.03
+    return 2e-4 if quantize and kernels == "auto" else 2e-5
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("quantize", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompts_and_steps_of_any_length_are_the_plain_models(
+    shape: str, dtype: torch.dtype, quantize: str | None, kernels: str
+) -> None:
+    settings = {"max_seq_len": 1024} | SHAPES[shape]
+    plain = tiny_model(1, dtype, **settings)
+    fast = fast_of(plain, quantize, kernels)
+    plain = plain_of(fast, plain)
+    most = tolerance(dtype, quantize, kernels)
+    caches = [model.new_cache(len(LENGTHS), 610) for model in (fast, plain)]
+    found, expected = (prompts(model, cache, LENGTHS) for model, cache in zip((fast, plain), caches, strict=True))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert error(ours, theirs) < most
+    found, expected = (steps(model, cache, 4) for model, cache in zip((fast, plain), caches, strict=True))
+    assert found.dtype == torch.float32
+    assert error(found, expected) < most
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("quantize", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 5, 16])
+def test_every_batch_after_prompts_in_chunks(
+    batch: int, dtype: torch.dtype, quantize: str | None, kernels: str
+) -> None:
+    plain = tiny_model(2, dtype, max_seq_len=1024, norm_plan="pre+qk")
+    fast = fast_of(plain, quantize, kernels)
+    plain = plain_of(fast, plain)
+    lengths = [(250 + 97 * row) % 430 + 1 for row in range(batch)]
+    caches = [model.new_cache(batch, 450) for model in (fast, plain)]
+    found, expected = (prompts(model, c, lengths, CHUNKS) for model, c in zip((fast, plain), caches, strict=True))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert error(ours, theirs) < tolerance(dtype, quantize, kernels)
+    found, expected = (steps(model, cache, 3) for model, cache in zip((fast, plain), caches, strict=True))
+    assert error(found, expected) < tolerance(dtype, quantize, kernels)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("quantize", FORMATS)
+@pytest.mark.parametrize("tokens", [(1, 1), (3, 1), (1, 40), (3, 40)], ids=str)
+def test_without_a_cache_too(tokens: tuple[int, int], quantize: str | None, kernels: str) -> None:
+    plain = tiny_model(3, sliding_window=9, sliding_layers=(1,))
+    fast = fast_of(plain, quantize, kernels)
+    ids = random_tokens(*tokens)
+    assert error(fast(ids), plain_of(fast, plain)(ids)) < tolerance(torch.float32, quantize, kernels)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("plan", OTHER_PLANS)
+def test_a_plan_that_no_operator_knows_runs_module_by_module(plan: str, quantize: str | None) -> None:
+    plain = tiny_model(4, norm_plan=plan, n_layers=4)
+    fast = fast_of(plain, quantize)
+    plain, most = plain_of(fast, plain), tolerance(torch.float32, quantize, "auto")
+    caches = [model.new_cache(3, 64) for model in (fast, plain)]
+    found, expected = (prompts(model, c, (30, 1, 19)) for model, c in zip((fast, plain), caches, strict=True))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert error(ours, theirs) < most
+    assert error(steps(fast, caches[0], 3), steps(plain, caches[1], 3)) < most
+
+
+@pytest.mark.parametrize(
+    ("plan", "served"), [("pre", 1), ("pre+qk", 1), ("pre+qk:full", 0), ("peri", 0), ("lns", 1), ("mix(.5)", 1)]
+)
+def test_a_step_is_one_operator_for_each_run_of_layers_that_it_serves(plan: str, served: int) -> None:
+    """`lns` scales every norm but the first layer's; the second half of `mix(.5)` is the plain plan."""
+    fast = fast_of(tiny_model(5, norm_plan=plan, n_layers=4))
+    cache = fast.new_cache(2, 16)
+    with Seen() as seen:
+        steps(fast, cache, 1)
+    assert seen.names.count("layers_step") == served
+    assert seen.names[-1] == "project"
+    with Seen() as seen:
+        fast(random_tokens(1, 20), fast.new_cache(1, 32))
+    assert seen.names.count("attend") == {"pre": 4, "pre+qk": 4, "lns": 1, "mix(.5)": 2}.get(plan, 0)
+
+
+# --- rows alone and together ---
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [(torch.bfloat16, None), *((d, q) for d in DTYPES for q in ("int8", "int4"))], ids=str
+)
+@pytest.mark.parametrize("shape", ["mqa, tied, biases, no multiple of 16", "head_dim 80, tied, windows in some layers"])
+@pytest.mark.parametrize("batch", [2, 3, 7, 16])
+def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(
+    batch: int, shape: str, dtype: torch.dtype, quantize: str | None
+) -> None:
+    fast = fast_of(tiny_model(6, dtype, max_seq_len=1024, **SHAPES[shape]), quantize)
+    lengths = [(1, 255, 31, 300, 2, 16, 511, 90)[row % 8] + row // 8 for row in range(batch)]
+    together = fast.new_cache(batch, 520)
+    prompts(fast, together, lengths)
+    alone = copy.deepcopy(together)
+    tokens = random_tokens(batch, 3)
+    for token in tokens.split(1, dim=1):
+        logits = fast(token, together)
+        for row in range(batch):
+            assert torch.equal(logits[row], fast(token[row : row + 1], alone.row(row))[0]), row
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_answers_of_a_batch_are_those_of_each_prompt_alone(tiny_dir, quantize: str | None) -> None:
+    llm = LLM(tiny_dir, dtype="bfloat16", quantize=quantize, threads=1)
+    questions = [f"{'word ' * (row * 5 % 17)}{row}" for row in range(16)]
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    for question, together in zip(questions, llm.generate(questions, params), strict=True):
+        (alone,) = llm.generate(question, params)
+        assert together.token_ids == alone.token_ids
+        assert together.logprobs == alone.logprobs
+
+
+# --- the default checkpoint ---
+
+QUESTIONS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village by the sea,"]
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_answers_of_the_default_checkpoint_have_the_same_bits_in_a_batch(smollm2_dir, quantize: str | None) -> None:
+    llm = LLM(smollm2_dir, dtype="bfloat16", quantize=quantize, threads=1)
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    for question, together in zip(QUESTIONS, llm.generate(QUESTIONS, params), strict=True):
+        (alone,) = llm.generate(question, params)
+        assert (together.token_ids, together.logprobs) == (alone.token_ids, alone.logprobs)
+
+
+def test_greedy_text_in_float32_is_the_plain_models(smollm2_dir) -> None:
+    """Token by token: where the plain model reads the whole text, each argmax is the token that follows."""
+    tokenizer, plain = Tokenizer.from_pretrained(smollm2_dir), Llama.from_pretrained(smollm2_dir, dtype="float32")
+    fast, off = (LLM(smollm2_dir, dtype="float32", kernels=kernels, threads=1) for kernels in KERNELS)
+    params = SamplingParams(max_tokens=48, ignore_eos=True)
+    answers = fast.generate(QUESTIONS, params)
+    assert off.generate(QUESTIONS[0], params)[0].token_ids == answers[0].token_ids
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        ids = tokenizer.encode(question) + answer.token_ids
+        assert plain(torch.tensor([ids]))[0, -49:-1].argmax(-1).tolist() == answer.token_ids

@@ -1,0 +1,180 @@
+"""Making a model fast: what is replaced, what stays the same object, and what becomes of a fast model that is moved."""
+
+import copy
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+
+from llama_mini import Llama
+from llama_mini.errors import RequestError
+from llama_mini.optimize import fuse, is_fused, optimize
+from llama_mini.optimize.layers import FusedLayers
+from llama_mini.optimize.matrix import CodedMatrix, FloatMatrix, Int4Matrix, Int8Matrix, Matrix
+from tests.optimize.conftest import DTYPES, FORMATS, KERNELS, Seen, error, fast_of, plain_of, prompts, steps
+from tests.tiny_models import random_tokens, tiny_model
+
+TOKENS = random_tokens(1, 24)
+
+
+def run(model: Llama) -> torch.Tensor:
+    """Logits of a prompt and of two steps, through a cache of the model's own."""
+    cache = model.new_cache(1, 32)
+    return torch.cat([*prompts(model, cache, (24,)), steps(model, cache, 2)[0]])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_norms_are_adopted_and_matrices_replaced(tied: bool, kernels: str) -> None:
+    model = tiny_model(norm_plan="pre+qk+embed", tie_word_embeddings=tied)
+    norms = {name: m for name, m in model.named_modules() if name.endswith("norm")}
+    assert not is_fused(model)
+    fast = optimize(model, "int4", kernels)
+    assert fast is model
+    assert is_fused(fast)
+    assert all(fast.get_submodule(name) is norm for name, norm in norms.items())
+    assert isinstance(fast.layers, FusedLayers) is (kernels == "auto")
+    kinds = {type(m) for m in fast.modules() if isinstance(m, Matrix)}
+    assert kinds == {Int4Matrix, Int8Matrix}
+    left = {name for name, p in fast.named_parameters() if "norm" not in name}
+    assert left == (set() if tied else {"tok_embeddings.weight"})
+    assert (fast.dtype, fast.device, fast.training) == (torch.float32, torch.device("cpu"), False)
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [(None, FloatMatrix), ("int8", Int8Matrix), ("int4", Int4Matrix)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_tensor_of_a_plain_model_has_one_place(tied: bool, quantize: str | None, kind: type[Matrix]) -> None:
+    model = tiny_model(qkv_bias=True, o_bias=True, mlp_bias=True, tie_word_embeddings=tied)
+    plain = {name for name, _ in model.named_parameters()}
+    slots = fuse(model, torch.float32, torch.device("cpu"), quantize)
+    left = {name for name, _ in model.named_parameters()}
+    assert left | set(slots) == plain
+    assert not left & set(slots)
+    places = [(id(slot.matrix), slot.part, slot.bias) for slot in slots.values()]
+    assert len(set(places)) == len(places)
+    assert {type(slot.matrix) for name, slot in slots.items() if name.startswith("layers")} == {kind}
+    assert all(slot.keeps == (("Q4_0", "Q4_1") if type(slot.matrix) is Int4Matrix else ()) for slot in slots.values())
+
+
+def test_a_model_is_made_fast_on_the_meta_device_without_its_numbers() -> None:
+    with torch.device("meta"):
+        model = Llama(tiny_model().config)
+    fuse(model, torch.bfloat16, torch.device("cpu"), "int8")
+    assert {m.tensors[0].device.type for m in model.modules() if isinstance(m, Matrix)} == {"cpu"}
+    assert model.norm.weight.is_meta
+
+
+def test_all_matrices_of_a_model_share_one_scratch() -> None:
+    matrices = [m for m in fast_of(tiny_model(), "int8").modules() if isinstance(m, Matrix)]
+    assert len(matrices) == 13
+    assert all(a.scratch is b.scratch for a, b in pairwise(matrices))
+
+
+def test_a_fast_model_is_not_made_fast_twice() -> None:
+    with pytest.raises(RequestError, match="fast already: load it plain"):
+        optimize(fast_of(tiny_model()), "int8")
+
+
+@pytest.mark.parametrize("quantize", ["int3", "", 8, True])
+def test_an_unknown_format_leaves_the_model_as_it_was(quantize: object) -> None:
+    model = tiny_model()
+    with pytest.raises(RequestError, match=r"^quantize must be int8, int4 or None, not "):
+        optimize(model, quantize)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"^kernels must be one of auto, off, not 'fast'$"):
+        optimize(model, None, "fast")
+    assert not is_fused(model)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_operators_run_only_where_they_are_wanted(kernels: str) -> None:
+    fast = fast_of(tiny_model(), "int8", kernels)
+    with Seen() as seen:
+        run(fast)
+    assert bool(seen.names) is (kernels == "auto")
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_a_dtype_without_operators_runs_on_pytorchs(dtype: torch.dtype, quantize: str | None) -> None:
+    plain = tiny_model(1, dtype)
+    fast = fast_of(plain, quantize)
+    with Seen() as seen:
+        found = run(fast)
+    assert seen.names == []
+    assert error(found, run(plain_of(fast, plain))) < {torch.float16: 1e-2, torch.float64: 1e-12}[dtype]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("quantize", FORMATS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_fast_model_is_moved_to_another_dtype(
+    dtype: torch.dtype, to: torch.dtype, tied: bool, quantize: str | None, kernels: str
+) -> None:
+    fast = fast_of(tiny_model(2, dtype, tie_word_embeddings=tied, qkv_bias=True), quantize, kernels)
+    before = run(fast)
+    codes = [tensor.clone() for tensor in stored(fast)]
+    assert fast.to(to) is fast
+    assert fast.dtype == fast.new_cache(1, 1)._k.dtype == to
+    found = run(fast)
+    exact = dtype == to
+    assert torch.equal(found, before) if exact else error(found, before) < 0.1
+    assert all(map(torch.equal, stored(fast), codes))
+
+
+def stored(model: Llama) -> list[torch.Tensor]:
+    """Every tensor of codes or scales."""
+    return [tensor for m in model.modules() if isinstance(m, CodedMatrix) for tensor in m.tensors]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_a_copy_is_a_model_of_its_own(quantize: str | None, kernels: str) -> None:
+    fast = fast_of(tiny_model(3, norm_plan="pre+qk"), quantize, kernels)
+    before = run(fast)
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(run(twin), before)
+        for i in range(3):
+            twin.layers[i].attention.qkv_proj.tensors[-1].zero_()
+            twin.layers[i].feed_forward.pre_norm.register_forward_hook(lambda *_: None)
+        assert not torch.equal(run(twin), before)
+        assert torch.equal(run(fast), before)
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_the_cache_views_follow_rows_that_leave_and_room_that_grows(quantize: str | None) -> None:
+    """Rows of a batch that is grown and dropped from between steps, against rows that were alone all along."""
+    fast = fast_of(tiny_model(4, torch.bfloat16, norm_plan="pre+qk", max_seq_len=256), quantize)
+    lengths = (5, 17, 30, 9)
+    cache = fast.new_cache(4, 33)
+    prompts(fast, cache, lengths)
+    alone = []
+    for row, length in enumerate(lengths):
+        own = fast.new_cache(1, 200)
+        fast(random_tokens(1, length, seed=row), own)
+        alone.append(own)
+
+    def step(rows: list[int], seed: int) -> None:
+        tokens = random_tokens(len(rows), 1, seed=seed)
+        logits = fast(tokens, cache)
+        for i, row in enumerate(rows):
+            assert torch.equal(logits[i], fast(tokens[i : i + 1], alone[row])[0]), (seed, row)
+
+    step([0, 1, 2, 3], 1)
+    cache.grow(120)
+    step([0, 1, 2, 3], 2)
+    cache.drop(1)  # the last row takes its place
+    step([0, 3, 2], 3)
+    cache.drop(2)
+    cache.grow(190)
+    step([0, 3], 4)
+    cache.truncate(1, 4)
+    alone[3].truncate(0, 4)
+    step([0, 3], 5)
+    cache.clear(0)
+    alone[0].clear(0)
+    prompt = random_tokens(1, 6, seed=7)
+    assert torch.equal(fast(prompt, cache.row(0)), fast(prompt, alone[0]))
+    step([0, 3], 6)

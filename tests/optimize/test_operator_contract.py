@@ -1,0 +1,285 @@
+"""What callers of the operators rely on: wrong calls are refused, schemas and shapes hold, threads do not disturb.
+
+As a script it makes every wrong call and prints the names of those that end in a RuntimeError and have written nothing:
+one that ends the process, or never ends, is then a failed test.
+"""
+
+import copy
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llama_mini.kv_cache import LayerCache
+from llama_mini.model import Llama, causal_mask
+from llama_mini.optimize import optimize
+from llama_mini.optimize.build import load_kernels
+from tests.optimize.twins import generator, random, random_gain, random_matrix, same_bits
+from tests.tiny_models import random_tokens, tiny_model
+
+Arguments = dict[str, Any]
+op = torch.ops.llama_mini
+NOTHING = torch.empty(0)
+ROOT = Path(__file__).parents[2]
+DIM, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, BATCH, LAYERS = 24, 18, 6, 2, 20, 3, 2
+
+
+def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32, new: int = 4) -> Arguments:
+    """The arguments of a right call."""
+    rng = generator(1)
+    rows, columns = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM], DIM
+    if name == "project":
+        w = random_matrix(format_, [HIDDEN], DIM, dtype, rng)
+        bias = random((HIDDEN,), dtype, rng)
+        return {"x": random((BATCH, DIM), dtype, rng), "w": w.tensors, "bias": bias, "rows": HIDDEN}
+    if name == "widen":
+        w = random_matrix("int4" if format_ == "float" else format_, [40], DIM, dtype, rng)
+        return {"w": w.tensors, "first": 16, "out": torch.zeros(20, DIM, dtype=dtype), "rows": 40}
+    if name == "rms_norm":
+        return {"x": random((BATCH, DIM), dtype, rng), "gain": random_gain(DIM, dtype, rng), "eps": 1e-5, "late": True}
+    if name == "swiglu":
+        return {"gate_up": random((BATCH, 2 * HIDDEN), dtype, rng), "hidden": HIDDEN, "up_at": HIDDEN}
+    tokens = new if name == "attend" else BATCH
+    angles = torch.rand(tokens, HEAD_DIM // 2, generator=rng)
+    shared = {"cos": angles.cos(), "sin": angles.sin(), "heads": HEADS}
+    caches = [random((BATCH, KV_HEADS, 11, HEAD_DIM), dtype, rng) for _ in range(2 * LAYERS)]
+    heads = [random_gain(HEAD_DIM, dtype, rng) for _ in range(2)]
+    if name == "attend":
+        return shared | {
+            "qkv": random((1, tokens, sum(rows)), dtype, rng),
+            "positions": torch.arange(5, 5 + tokens)[None],
+            "k_cache": caches[0][:1],
+            "v_cache": caches[1][:1],
+            "gains": heads,
+            "eps": [1e-5, 1e-6],
+            "late": [0, 1],
+            "window": 6,
+            "codes": False,
+        }
+    shapes = [(rows, columns), ([DIM], HEADS * HEAD_DIM), ([HIDDEN, HIDDEN], DIM), ([DIM], HIDDEN)]
+    matrices = [random_matrix(format_, *shape, dtype, rng) for shape in shapes * LAYERS]
+    return shared | {
+        "x": random((BATCH, 1, DIM), dtype, rng),
+        "positions": torch.tensor([[3], [0], [10]]),
+        "k_caches": caches[:LAYERS],
+        "v_caches": caches[LAYERS:],
+        "gains": [random_gain(DIM, dtype, rng), *heads, random_gain(DIM, dtype, rng)] * LAYERS,
+        "eps": [1e-5] * 4 * LAYERS,
+        "late": [0, 1, 0, 1] * LAYERS,
+        "matrices": [tensor for matrix in matrices for tensor in matrix.tensors],
+        "biases": [torch.empty(0, dtype=dtype)] * 4 * LAYERS,
+        "windows": [0, 4],
+        "hidden": HIDDEN,
+    }
+
+
+def wrong(name: str, **changes: Any) -> tuple[str, Callable[[Arguments], Arguments]]:
+    """A call with some arguments changed: a function is given what was there."""
+    return name, lambda a: {k: change(a[k]) if callable(change) else change for k, change in changes.items()}
+
+
+def last(new: Callable[[Any], Any]) -> Callable[[list[Any]], list[Any]]:
+    return lambda values: [*values[:-1], new(values[-1])]
+
+
+def longer(t: Tensor) -> Tensor:
+    return torch.cat((t, t), -1)
+
+
+def strided(t: Tensor) -> Tensor:
+    return longer(t)[..., ::2]
+
+
+def as_long(t: Tensor) -> Tensor:
+    return t.long()
+
+
+LISTS = ("k_caches", "v_caches", "gains", "eps", "late", "matrices", "biases", "windows")
+WRONG = {
+    "step: no layers": wrong("layers_step", **{each: [] for each in LISTS}),
+    **{f"step: {each} too short": wrong("layers_step", **{each: lambda v: v[:-1]}) for each in LISTS},
+    **{f"step: {each} shorter": wrong("layers_step", **{each: last(lambda t: t[..., :-1])}) for each in LISTS[:3]},
+    **{f"step: {each} strided": wrong("layers_step", **{each: last(strided)}) for each in (*LISTS[:3], "matrices")},
+    **{f"step: {each} of bfloat16": wrong("layers_step", **{each: last(Tensor.bfloat16)}) for each in LISTS[:3]},
+    "step: last matrix longer": wrong("layers_step", matrices=last(longer)),
+    "step: last matrix of bfloat16": wrong("layers_step", matrices=last(Tensor.bfloat16)),
+    "step: last bias too long": wrong("layers_step", biases=last(lambda _: torch.ones(DIM + 1))),
+    "step: x of float64": wrong("layers_step", x=Tensor.double),
+    "step: x strided": wrong("layers_step", x=strided),
+    "step: x wider": wrong("layers_step", x=longer),
+    "step: x without width": wrong("layers_step", x=lambda x: x[..., :0]),
+    "step: one row too few": wrong("layers_step", x=lambda x: x[:-1]),
+    "step: cos too long": wrong("layers_step", cos=longer),
+    "step: sin of float64": wrong("layers_step", sin=Tensor.double),
+    "step: position past the end": wrong("layers_step", positions=torch.tensor([[3], [0], [11]])),
+    "step: position before the start": wrong("layers_step", positions=torch.tensor([[-1], [0], [10]])),
+    "step: positions of int32": wrong("layers_step", positions=Tensor.int),
+    "step: no heads": wrong("layers_step", heads=0),
+    "step: heads no multiple": wrong("layers_step", heads=7),
+    "step: no KV heads": wrong("layers_step", **dict.fromkeys(LISTS[:2], lambda v: [t[:, :0] for t in v])),
+    "step: fewer KV heads in one layer": wrong(
+        "layers_step", **dict.fromkeys(LISTS[:2], last(lambda t: t[:, :1].clone()))
+    ),
+    "step: hidden": wrong("layers_step", hidden=HIDDEN - 1),
+    "step: hidden below zero": wrong("layers_step", hidden=-1),
+    "attend: nothing new": wrong(
+        "attend", qkv=lambda t: t[:, :0], positions=torch.zeros(1, 0).long(), cos=lambda t: t[:0], sin=lambda t: t[:0]
+    ),
+    "attend: positions apart": wrong("attend", positions=lambda t: t.flip(1)),
+    "attend: past the end": wrong("attend", positions=lambda t: t + 3),
+    "attend: two rows": wrong("attend", qkv=lambda t: t.repeat(2, 1, 1)),
+    "attend: narrow": wrong("attend", qkv=lambda t: t[..., :-1].contiguous()),
+    "attend: no heads": wrong("attend", heads=0),
+    "attend: heads below zero": wrong("attend", heads=-2),
+    "attend: no KV heads": wrong("attend", k_cache=lambda t: t[:, :0], v_cache=lambda t: t[:, :0]),
+    "attend: gain too short": wrong("attend", gains=last(lambda t: t[:-1])),
+    "attend: integers": wrong("attend", qkv=as_long),
+    "project: rows": wrong("project", rows=HIDDEN + 1),
+    "project: rows below zero": wrong("project", rows=-1),
+    "project: no tensor": wrong("project", w=[]),
+    "project: bias too short": wrong("project", bias=lambda t: t[:-1]),
+    "project: bias strided": wrong("project", bias=strided),
+    "project: x wider": wrong("project", x=longer),
+    "project: x without width": wrong("project", x=lambda x: x[:, :0], w=lambda w: [w[0][:, :0]]),
+    "project: integers": wrong("project", x=as_long, w=lambda w: [as_long(w[0])], bias=as_long),
+    "project: x of integers, codes": wrong(
+        "project", x=as_long, w=random_matrix("int8", [HIDDEN], DIM, torch.float32, generator(0)).tensors, bias=as_long
+    ),
+    "widen: past the end": wrong("widen", first=32),
+    "widen: far past the end": wrong("widen", first=2**63 - 16),
+    "widen: amid a block": wrong("widen", first=8),
+    "widen: before the start": wrong("widen", first=-16),
+    "widen: too wide": wrong("widen", out=lambda t: torch.zeros(20, DIM + 32)),
+    "widen: scales of float32": wrong("widen", w=lambda w: [w[0], w[1].float(), w[2]]),
+    "widen: codes cut": wrong("widen", w=lambda w: [w[0][:-1], *w[1:]]),
+    "widen: least values cut": wrong("widen", w=lambda w: [*w[:2], w[2][:-1]]),
+    "widen: into integers": wrong("widen", out=as_long),
+    "rms_norm: no gain": wrong("rms_norm", gain=NOTHING),
+    "rms_norm: gain too short": wrong("rms_norm", gain=lambda t: t[:-1]),
+    "rms_norm: gain of bfloat16": wrong("rms_norm", gain=Tensor.bfloat16),
+    "rms_norm: integers": wrong("rms_norm", x=as_long, gain=as_long),
+    "rms_norm: no width": wrong("rms_norm", x=lambda x: x[:, :0], gain=NOTHING),
+    "swiglu: up before the start": wrong("swiglu", up_at=-1),
+    "swiglu: up past the end": wrong("swiglu", up_at=HIDDEN + 1),
+    "swiglu: up far past the end": wrong("swiglu", up_at=2**63 - 2),
+    "swiglu: hidden below zero": wrong("swiglu", hidden=-1),
+    "swiglu: strided": wrong("swiglu", gate_up=strided),
+    "swiglu: integers": wrong("swiglu", gate_up=as_long),
+    "swiglu: no width": wrong("swiglu", gate_up=lambda t: t[:, :0], hidden=0, up_at=0),
+}
+
+
+def tensors(arguments: Arguments) -> Iterator[Tensor]:
+    for value in arguments.values():
+        yield from (
+            [value]
+            if isinstance(value, Tensor)
+            else [t for t in value if isinstance(t, Tensor)]
+            if isinstance(value, list)
+            else []
+        )
+
+
+def refuses(name: str, change: Callable[[Arguments], Arguments]) -> bool:
+    arguments = valid(name)
+    arguments |= change(arguments)
+    before = [t.clone() for t in tensors(arguments)]
+    try:
+        getattr(op, name)(**arguments)
+    except RuntimeError:
+        return all(torch.equal(t, old) for t, old in zip(tensors(arguments), before, strict=True))
+    return False
+
+
+@pytest.fixture(scope="module")
+def refused() -> list[str]:
+    with subprocess.Popen([sys.executable, "-m", __name__], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        killer = threading.Timer(60, child.kill)  # a call that never ends
+        killer.start()
+        names = child.stdout.read().splitlines()
+        killer.cancel()
+    return names
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_is_refused_and_writes_nothing(refused: list[str], name: str) -> None:
+    assert name in refused
+
+
+CALLS = [(name, format_) for name in ("layers_step", "project", "widen") for format_ in ("float", "int8", "int4")]
+CALLS += [(name, "float") for name in ("attend", "rms_norm", "swiglu")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "format_"), CALLS)
+def test_schema_and_fake_tensors_agree_with_what_happens(name: str, format_: str, dtype: torch.dtype) -> None:
+    torch.library.opcheck(getattr(op, name).default, (), valid(name, format_, dtype))
+
+
+def test_a_norm_of_rows_apart_gives_rows_that_touch() -> None:
+    arguments = valid("rms_norm")
+    arguments["x"] = random((DIM, 7), torch.float32, generator(2)).T
+    torch.library.opcheck(op.rms_norm.default, (), arguments)
+
+
+@pytest.mark.parametrize(("name", "format_"), CALLS)
+def test_two_threads_at_once_get_the_same_bits(name: str, format_: str) -> None:
+    def run() -> list[Tensor]:
+        arguments = valid(name, format_)
+        result = getattr(op, name)(**arguments)
+        return [t for t in (result, *tensors(arguments)) if t is not None]
+
+    def check() -> None:
+        start.wait()
+        same.append(all(all(map(same_bits, run(), alone)) for _ in range(20)))
+
+    torch.set_num_threads(2)
+    alone, same, start = run(), list[bool](), threading.Barrier(2)
+    threads = [threading.Thread(target=check) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == [True, True]
+
+
+class Decode(nn.Module):
+    """A step of decoding, tensors in and out: what can be exported."""
+
+    def __init__(self, model: Llama) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
+        rows = torch.arange(tokens.shape[0])[:, None]
+        kv = [LayerCache(k, v, rows, positions) for k, v in layers]
+        return self.model.logits(self.model.trunk(tokens, positions, mask, kv))
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_step_of_decoding_exports(quantize: str | None) -> None:
+    model = optimize(tiny_model(), quantize)
+    cache = model.new_cache(2, 40)
+    model(random_tokens(2, 9), cache)
+    tokens, positions = random_tokens(2, 1, seed=8), cache.positions(1)
+    layers = [(layer.k, layer.v) for layer in cache.layers(positions)]
+    inputs = (tokens, positions, causal_mask(positions, cache.read_length(1)), layers)
+    program = torch.export.export(Decode(model), copy.deepcopy(inputs))
+    assert any("layers_step" in str(node.target) for node in program.graph.nodes)
+    logits = program.module()(*copy.deepcopy(inputs))
+    assert same_bits(logits, model(tokens, cache))
+
+
+if __name__ == "__main__":
+    load_kernels()
+    torch.set_num_threads(2)
+    for name, case in WRONG.items():
+        if refuses(*case):
+            print(name, flush=True)

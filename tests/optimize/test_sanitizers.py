@@ -1,0 +1,60 @@
+"""The arithmetic of the operators under the compiler's sanitizers, in memory without a byte to spare."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama_mini.optimize
+from llama_mini.optimize.build import FORMS, load_kernels
+
+NATIVE = Path(llama_mini.optimize.__file__).parent / "native"
+DRIVER = Path(__file__).parent / "native" / "driver.cpp"
+SANITIZERS = ["address,undefined", pytest.param("thread", marks=pytest.mark.slow)]
+Driver = Callable[..., subprocess.CompletedProcess[str]]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    """Runs the driver with a sanitizer and a form, compiled once."""
+
+    @cache
+    def program(sanitizer: str, form: str) -> Path:
+        path = tmp_path_factory.mktemp("sanitizers") / "driver"
+        words = ["g++", "-O1", "-g", "-std=c++20", "-fno-math-errno", "-w", f"-fsanitize={sanitizer}"]
+        words += ["-fno-sanitize-recover=all", f"-DFORM={form}", *FORMS[form], f"-I{NATIVE}"]
+        words += [str(DRIVER), str(NATIVE / "form.cpp"), "-pthread", "-o", str(path)]
+        subprocess.run(words, check=True, timeout=300)
+        return path
+
+    def run(sanitizer: str, form: str, *plant: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([program(sanitizer, form), *plant], capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("form", ["best", "avx2"])
+def test_no_form_is_caught(driver: Driver, sanitizer: str, form: str) -> None:
+    assert load_kernels()
+    done = driver(sanitizer, torch.ops.llama_mini.forms()[0] if form == "best" else form)
+    assert (done.returncode, done.stdout, done.stderr[:2000]) == (0, "192 cases\n", "")
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "plant", "report"),
+    [
+        ("address,undefined", "read", "heap-buffer-overflow"),
+        pytest.param("thread", "race", "data race", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_planted_is_caught(driver: Driver, sanitizer: str, plant: str, report: str) -> None:
+    done = driver(sanitizer, "avx2", plant)
+    assert done.returncode != 0
+    assert report in done.stderr

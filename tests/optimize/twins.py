@@ -1,0 +1,221 @@
+"""The operators again, in float64 and from the formulas: what the native ones are held to.
+
+Each rounds to the stream's dtype where the native operator does, so that early and late casts tell apart.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_mini.optimize.build import load_kernels
+from llama_mini.optimize.matrix import FloatMatrix, Int4Matrix, Int8Matrix, Matrix
+from llama_mini.optimize.scratch import Scratch
+
+FORMATS: dict[str, type[Matrix]] = {
+    "float": FloatMatrix,
+    "int8": Int8Matrix,
+    "int4": Int4Matrix,
+}
+
+
+def each_form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For a fixture with the names of forms as parameters: uses one, and then the first again."""
+    assert load_kernels()
+    known = torch.ops.llama_mini.forms()
+    if request.param not in known:
+        pytest.skip(f"this processor has no {request.param}")
+    torch.ops.llama_mini.use_form(request.param)
+    yield request.param
+    torch.ops.llama_mini.use_form(known[0])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random(shape: Sequence[int], dtype: torch.dtype, rng: torch.Generator, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=rng, dtype=torch.float64) * scale).to(dtype)
+
+
+def random_gain(width: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    return (torch.rand(width, generator=rng) + 0.5).to(dtype)
+
+
+def random_matrix(
+    format_: str, parts: Sequence[int], columns: int, dtype: torch.dtype, rng: torch.Generator, bias: bool = False
+) -> Matrix:
+    matrix = FORMATS[format_](list(parts), columns, dtype, Scratch(), True, bias)
+    for i, rows in enumerate(parts):
+        matrix.put(i, random((rows, columns), dtype, rng, columns**-0.5))
+        if bias:
+            matrix.put_bias(i, random((rows,), dtype, rng))
+    return matrix
+
+
+def dense(matrix: Matrix) -> Tensor:
+    """What a matrix stands for, (rows, columns) float64, from the layout that codes.h describes."""
+    tensors = matrix.tensors
+    if len(tensors) == 1:
+        return tensors[0].double()
+    blocks, steps = matrix.rows // 16, -(-matrix.columns // 32)
+    codes = tensors[0].view(blocks, steps, -1, 1, 16, 4)  # (block, step, vector, half, row, column of four)
+    if len(tensors) == 3:
+        codes = torch.cat((codes & 15, codes >> 4), 3)
+    codes = codes.permute(0, 4, 1, 2, 3, 5).reshape(blocks, 16, steps, 32).double()
+    scale = tensors[1].view(blocks, -1, 16).transpose(1, 2)[..., None].double()
+    if len(tensors) == 3:
+        values = codes * scale + tensors[2].view(blocks, -1, 16).transpose(1, 2)[..., None].double()
+    else:
+        values = (codes - 128) * scale
+    return values.reshape(matrix.rows, -1)[:, : matrix.columns]
+
+
+def product(x: Tensor, matrix: Matrix) -> Tensor:
+    y = x.double() @ dense(matrix)[: matrix.width].T
+    return y if matrix.bias is None else y + matrix.bias.double()
+
+
+class Gain(NamedTuple):
+    """A norm; an empty gain where there is none."""
+
+    gain: Tensor
+    eps: float
+    late: bool
+
+
+def norm_of(width: int, dtype: torch.dtype, rng: torch.Generator, late: bool) -> Gain:
+    return Gain(random_gain(width, dtype, rng), 1e-5, late)
+
+
+def rms_norm(x: Tensor, norm: Gain, dtype: torch.dtype) -> Tensor:
+    if not norm.gain.numel():
+        return x
+    y = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    if not norm.late:
+        y = y.to(dtype)
+    return (y.double() * norm.gain.double()).to(dtype)
+
+
+def turned(x: Tensor, norm: Gain, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Heads (T, heads, D), normed where there is a norm, rotated, rounded."""
+    a, b = rms_norm(x, norm, dtype).double().chunk(2, -1)
+    cos, sin = (angle.double().view(len(x), 1, -1) for angle in (cos, sin))
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(dtype)
+
+
+class Cache(NamedTuple):
+    k: Tensor  # (K, S, D)
+    v: Tensor
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    at: Tensor,
+    cache: Cache,
+    norms: Sequence[Gain],
+    window: int,
+) -> Tensor:
+    """A row's new tokens, q (T, H, D), k and v (T, K, D), at positions (T,) -> (T, H * D) float64; fills the cache."""
+    dtype = cache.k.dtype
+    q, k = turned(q, norms[0], cos, sin, dtype), turned(k, norms[1], cos, sin, dtype)
+    cache.k[:, at], cache.v[:, at] = k.transpose(0, 1), v.transpose(0, 1).to(dtype)
+    group, seen = q.shape[1] // k.shape[1], torch.arange(int(at.max()) + 1)
+    keys, values = (t[:, : len(seen)].double().repeat_interleave(group, 0) for t in cache)
+    scores = torch.einsum("thd,hsd->hts", q.double(), keys) / q.shape[-1] ** 0.5
+    hidden = seen > at[:, None]
+    if window:
+        hidden |= seen <= at[:, None] - window
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("hts,hsd->thd", weights, values).flatten(1)
+
+
+class Layer(NamedTuple):
+    """One layer as layers_step takes it, and its cache (B, K, S, D)."""
+
+    norms: list[Gain]  # before attention, of q, of k, before feed-forward
+    matrices: list[Matrix]  # qkv, o, gate and up, down
+    k: Tensor
+    v: Tensor
+    window: int
+
+
+def layer_step(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer, heads: int, form: str) -> Tensor:
+    """x (B, C), one new token a row, through one layer; writes the cache."""
+    qkv, o, gate_up, down = layer.matrices
+    dtype, kv_heads, dim = x.dtype, layer.k.shape[1], layer.k.shape[3]
+    rows = qkv.split(product(rms_norm(x, layer.norms[0], dtype), qkv))
+    q, k, v = (part.view(len(x), -1, dim) for part in rows)
+    assert (q.shape[1], k.shape[1]) == (heads, kv_heads)
+    y = [
+        attend(
+            *(t[b : b + 1] for t in (q, k, v, cos, sin)),
+            positions[b],
+            Cache(layer.k[b], layer.v[b]),
+            layer.norms[1:3],
+            layer.window,
+        )
+        for b in range(len(x))
+    ]
+    # a dot product of bfloat16 rounds what is multiplied, and others need not
+    inside = dtype if form == "avx512_bf16" and len(o.tensors) == 1 else torch.float64
+    x = (x.double() + o.split(product(torch.cat(y).to(inside), o))[0]).to(dtype)
+    gate, up = gate_up.split(product(rms_norm(x, layer.norms[3], dtype), gate_up))
+    return (x.double() + down.split(product((silu(gate) * up).to(inside), down))[0]).to(dtype)
+
+
+class Step(NamedTuple):
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    layers: list[Layer]
+    heads: int
+    hidden: int
+
+    def row(self, b: int) -> "Step":
+        at = slice(b, b + 1)
+        layers = [layer._replace(k=layer.k[at].clone(), v=layer.v[at].clone()) for layer in self.layers]
+        return self._replace(
+            x=self.x[at], cos=self.cos[at], sin=self.sin[at], positions=self.positions[at], layers=layers
+        )
+
+    def copy(self) -> "Step":
+        return self._replace(layers=[layer._replace(k=layer.k.clone(), v=layer.v.clone()) for layer in self.layers])
+
+    def run(self) -> Tensor:
+        norms = [norm for layer in self.layers for norm in layer.norms]
+        matrices = [matrix for layer in self.layers for matrix in layer.matrices]
+        return torch.ops.llama_mini.layers_step(
+            *self[:4],
+            [layer.k for layer in self.layers],
+            [layer.v for layer in self.layers],
+            [norm.gain for norm in norms],
+            [norm.eps for norm in norms],
+            [int(norm.late) for norm in norms],
+            [tensor for matrix in matrices for tensor in matrix.tensors],
+            [matrix.bias_or_nothing for matrix in matrices],
+            [layer.window for layer in self.layers],
+            self.heads,
+            self.hidden,
+        )
+
+    def twin(self, form: str) -> Tensor:
+        x = self.x
+        for layer in self.layers:
+            x = layer_step(x, self.cos, self.sin, self.positions, layer, self.heads, form)
+        return x
+
+
+def silu(x: Tensor) -> Tensor:
+    return x.double() * torch.sigmoid(x.double())

@@ -67,7 +67,8 @@ inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, floa
 template <typename T>
 inline void dots(const T* w, int64_t rows, int64_t n, int64_t pitch, const Input& in, float* out, int64_t stride) {
   int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS) products<ROWS>(w + r * pitch, n, pitch, in, out + r, stride);
+  if (in.batch > 1)  // for one, memory read in one sequence is a fifth faster than four rows side by side
+    for (; r + ROWS <= rows; r += ROWS) products<ROWS>(w + r * pitch, n, pitch, in, out + r, stride);
   for (; r < rows; r++) products<1>(w + r * pitch, n, pitch, in, out + r, stride);
 }
 

@@ -66,7 +66,7 @@ void with_team(const F& f) {
   Crew crew(threads);
   const Form& ours = form();
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) noexcept {  // a thread that left would be waited for
-    if (first != 0) return crew.help();
+    if (first != 0) return crew.help(first);
     f(ours, Team{Crew::run, &crew});
     crew.finish();
   });

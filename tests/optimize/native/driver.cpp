@@ -17,7 +17,7 @@ template <typename F>
 void with_team(const F& f) {
   Crew crew(THREADS);
   std::vector<std::thread> helpers;
-  for (int i = 1; i < THREADS; i++) helpers.emplace_back([&] { crew.help(); });
+  for (int i = 1; i < THREADS; i++) helpers.emplace_back([&, i] { crew.help(i); });
   f(Team{Crew::run, &crew});
   crew.finish();
   for (auto& helper : helpers) helper.join();

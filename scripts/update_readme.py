@@ -6,11 +6,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+SOURCES = (".py", ".h", ".cpp")
 ENTRY = re.compile(r"^(?P<indent> *)(?P<name>[\w./]+)(?P<gap> +)(?P<lines>\d+)(?P<rest>  .*)$")
 
 
 def lines_of(path: Path) -> int:
-    files = path.rglob("*.py") if path.is_dir() else [path]
+    files = [file for file in path.rglob("*") if file.suffix in SOURCES] if path.is_dir() else [path]
     return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 

@@ -27,7 +27,7 @@ KERNELS = ("auto", "off")
 _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
 FORMS = {"avx2": ("-mavx2", "-mfma", "-mf16c"), "avx512": _WIDE, "avx512_bf16": (*_WIDE, "-mavx512bf16")}
 # GCC takes half of an intrinsic for uninitialised, and tells how vectors are passed, which no function here is.
-_QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized")
+_QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-Wall", *_QUIET)
 
 

@@ -53,13 +53,15 @@ inline float soften(float* scores, int64_t n, float scale, float& most) {
   return sum(total);
 }
 
-// out[g * stride ...] = sum over n positions of weights[g * CHUNK + s] * v[s], V vectors wide from `at` on.
-template <int G, int V, typename T>
+// out[g * stride ...] = sum over n positions of weights[g * CHUNK + s] * v[s], V vectors wide from `at` on. WHOLE: none of
+// them ends beyond a head.
+template <int G, int V, bool WHOLE, typename T>
 inline void mix(const float* weights, const T* v, int64_t n, int64_t dim, int64_t at, float* out, int64_t stride) {
   f32 acc[G][V] = {};
   for (int64_t s = 0; s < n; s++)
     for (int i = 0; i < V; i++) {
-      f32 x = load_first(v + s * dim + at + i * LANES, (int)(dim - at - i * LANES));
+      const T* from = v + s * dim + at + i * LANES;
+      const f32 x = WHOLE ? load(from) : load_first(from, (int)(dim - at));
       for (int g = 0; g < G; g++) acc[g][i] += weights[g * CHUNK + s] * x;
     }
   for (int g = 0; g < G; g++)
@@ -70,8 +72,8 @@ template <int G, typename T>
 inline void mix(const float* weights, const T* v, int64_t n, int64_t dim, float* out, int64_t stride) {
   int64_t at = 0;
   constexpr int V = LANES == 16 ? 4 : 2;  // sums in registers: G of each
-  for (; at + V * LANES <= dim; at += V * LANES) mix<G, V>(weights, v, n, dim, at, out, stride);
-  for (; at < dim; at += LANES) mix<G, 1>(weights, v, n, dim, at, out, stride);
+  for (; at + V * LANES <= dim; at += V * LANES) mix<G, V, true>(weights, v, n, dim, at, out, stride);
+  for (; at < dim; at += LANES) mix<G, 1, false>(weights, v, n, dim, at, out, stride);
 }
 
 

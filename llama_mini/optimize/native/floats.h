@@ -37,29 +37,34 @@ inline f32 times(f32 acc, const bf16* w, const Input& in, int64_t at) {
 // out[b * stride + r]: R rows of w, `pitch` apart, times B rows of the batch from `row` on.
 template <int R, int B, typename T>
 inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, int64_t row, float* out, int64_t stride) {
-  f32 acc[R][B] = {};
+  f32 acc[B][R] = {};
   const int64_t whole = n / STEP * STEP, base = row * in.width;
   for (int64_t i = 0; i < whole; i += STEP)
     for (int r = 0; r < R; r++) {
       const T* at = w + r * pitch + i;
       ask_for(at);
       if (sizeof(T) == 4) ask_for(at + STEP / 2);
-      for (int b = 0; b < B; b++) acc[r][b] = times(acc[r][b], at, in, base + b * in.width + i);
+      for (int b = 0; b < B; b++) acc[b][r] = times(acc[b][r], at, in, base + b * in.width + i);
     }
   if (whole < n)
     for (int r = 0; r < R; r++) {
       T rest[STEP] = {};  // never beyond the end of a row: what lies there may be NaN, or nobody's
       std::memcpy(rest, w + r * pitch + whole, (n - whole) * sizeof(T));
-      for (int b = 0; b < B; b++) acc[r][b] = times(acc[r][b], rest, in, base + b * in.width + whole);
+      for (int b = 0; b < B; b++) acc[b][r] = times(acc[b][r], rest, in, base + b * in.width + whole);
     }
-  for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++) out[b * stride + r] = sum(acc[r][b]);
+  for (int b = 0; b < B; b++) {
+    if (R == 4)
+      _mm_storeu_ps(out + b * stride, sums(acc[b]));
+    else
+      for (int r = 0; r < R; r++) out[b * stride + r] = sum(acc[b][r]);
+  }
 }
 
 template <int R, typename T>
 inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, float* out, int64_t stride) {
   int64_t b = 0;
   for (; b + BATCH <= in.batch; b += BATCH) products<R, BATCH>(w, n, pitch, in, b, out + b * stride, stride);
+  for (; BATCH > 1 && b + 3 <= in.batch; b += 3) products<R, 3>(w, n, pitch, in, b, out + b * stride, stride);
   for (; b < in.batch; b++) products<R, 1>(w, n, pitch, in, b, out + b * stride, stride);
 }
 

@@ -77,23 +77,36 @@ inline void store_first(T* to, f32 v, int n) {
 inline f32 round_to(f32 v, const float*) { return v; }
 inline f32 round_to(f32 v, const bf16*) { return (f32)(widened(rounded(v)) << 16); }
 
+// Two halves into one, until four lanes are left.
+template <typename F>
+inline __m128 quarter(f32 v, F both) {
+#ifdef __AVX512F__
+  const __m256 half = (__m256)both(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  const __m256 half = (__m256)v;
+#endif
+  return both(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
 // Adds the lanes in one fixed order.
 inline float sum(f32 v) {
-  typedef float f8 __attribute__((vector_size(32)));
-  typedef float f4 __attribute__((vector_size(16)));
-  f8 a[LANES / 8];
-  std::memcpy(a, &v, sizeof v);
-  f8 b = a[0];
-  for (int i = 1; i < LANES / 8; i++) b += a[i];
-  f4 c[2];
-  std::memcpy(c, &b, sizeof b);
-  f4 d = c[0] + c[1];
-  return (d[0] + d[2]) + (d[1] + d[3]);
+  __m128 d = quarter(v, [](auto a, auto b) { return a + b; });
+  d = d + _mm_movehl_ps(d, d);
+  return _mm_cvtss_f32(d + _mm_movehdup_ps(d));
+}
+// Four sums at once, each in that order.
+inline __m128 sums(const f32* v) {
+  __m128 d[4];
+  for (int i = 0; i < 4; i++) d[i] = quarter(v[i], [](auto a, auto b) { return a + b; });
+  const __m128 a = _mm_unpacklo_ps(d[0], d[1]) + _mm_unpackhi_ps(d[0], d[1]);
+  const __m128 b = _mm_unpacklo_ps(d[2], d[3]) + _mm_unpackhi_ps(d[2], d[3]);
+  return _mm_movelh_ps(a, b) + _mm_movehl_ps(b, a);
 }
 inline float largest(f32 v) {
-  float m = v[0];
-  for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
-  return m;
+  auto both = [](auto a, auto b) { return a > b ? a : b; };
+  __m128 d = quarter(v, both);
+  d = both(d, _mm_movehl_ps(d, d));
+  return _mm_cvtss_f32(both(d, _mm_movehdup_ps(d)));
 }
 
 // e^x within 2 ULP up to x = 88, 0 below -87. Cody and Waite's reduction, then a polynomial (Cephes).

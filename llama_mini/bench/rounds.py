@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import Any, TypeVar
 
 import psutil
@@ -114,15 +115,17 @@ def first_byte(watch: Watch, command: Sequence[str]) -> float:
 def in_rounds(
     watch: Watch, runs: Mapping[str, Callable[[int], Value]], repeats: int, tries: int
 ) -> dict[str, list[Value]]:
-    """Every run once a round, in turn, after one round to warm up; each gets the round's number and gives a value.
+    """Every run once a round, in turn, after one round to warm up; each gets the turn's number and gives a value.
 
     A round that other load disturbed is taken again, up to `tries` times in all; the last is kept as it is.
     """
     values: dict[str, list[Value]] = {name: [] for name in runs}
+    turns = count()
     for number in range(-1, repeats):
         for attempt in range(tries):
             watch.disturbed = False
-            taken = {name: run(max(number, 0)) for name, run in runs.items()}
+            turn = next(turns)  # another text each time: an engine may keep what it has read
+            taken = {name: run(turn) for name, run in runs.items()}
             if not watch.disturbed or number < 0:
                 break
             watch.again += attempt + 1 < tries

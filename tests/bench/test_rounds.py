@@ -18,7 +18,7 @@ def test_runs_alternate_after_one_round_to_warm_up() -> None:
 
     watch = Watch()
     values = in_rounds(watch, {"a": lambda n: run("a", n), "b": lambda n: run("b", n)}, repeats=2, tries=3)
-    assert order == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert values == {"a": [3, 5], "b": [4, 6]}
     assert (watch.runs, watch.again, watch.kept) == (2, 0, 0)
 

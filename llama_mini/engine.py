@@ -69,8 +69,8 @@ class LLM:
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Completes raw text or token ids: one prompt or a list of them, always a list back, in order.
 
-        Rows of a batch differ from rows alone by the rounding of a matrix product: 1e-6 relative in float32, and in
-        bfloat16 now and then the last of its eight bits.
+        With the fast operators a row of a batch has the bits that it has alone. PyTorch's own differ by the rounding
+        of a matrix product: 1e-6 relative in float32, and in bfloat16 now and then the last of its eight bits.
         Raises RequestError before anything runs. A row whose numbers fail ends alone, with `finish_reason="error"`.
         """
         single = isinstance(prompts, str) or (bool(prompts) and all(is_whole(p) for p in prompts))

@@ -30,10 +30,11 @@ def test_a_quick_run_measures_everything(tmp_path: Path) -> None:
     positive = [each["values"][0] for name, each in found["series"].items() if " over bfloat16" not in name]
     assert min(positive) > 0
     judged = {target["over"].split()[0] for target in found["targets"]}
-    assert {"decode", "prefill", "start", "load", "peak", "bandwidth", "quality"} <= judged
+    assert {"decode", "start", "load", "peak", "bandwidth", "quality"} <= judged
     for peer, module in {"llama.cpp": "llama_cpp", "OpenVINO": "openvino_genai"}.items():
         left_out = f"{peer} is left out: {module} is not installed" in run.stderr
         assert left_out != any(name.endswith(peer) for name in found["series"])
+        assert left_out or "prefill" in judged  # which is held to these peers alone
 
 
 @pytest.mark.slow

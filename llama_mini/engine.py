@@ -14,6 +14,7 @@ from llama_mini.checkpoint.load import load_model, open_tokenizer
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.checks import is_whole, shown
+from llama_mini.collector import collector_off
 from llama_mini.dtypes import as_device, as_dtype
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.kv_cache import KVCache
@@ -59,9 +60,10 @@ class LLM:
         started = time.perf_counter()
         device = as_device(device)
         source = path if isinstance(path, Source) else open_checkpoint(resolve(path))
-        self.tokenizer = open_tokenizer(source)
-        fuse = fuser(quantize, kernels)
-        self.model = load_model(Llama, source, as_dtype(dtype, device), device, fuse, quantize)
+        with collector_off():
+            self.tokenizer = open_tokenizer(source)
+            fuse = fuser(quantize, kernels)
+            self.model = load_model(Llama, source, as_dtype(dtype, device), device, fuse, quantize)
         self.config = self.model.config
         self.load_seconds = time.perf_counter() - started
         self._lock = threading.Lock()

@@ -4,6 +4,7 @@ Text goes to standard output, all else to standard error. torch is imported only
 """
 
 import argparse
+import gc
 import os
 import sys
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_mini import __version__
+from llama_mini.collector import collector_off
 from llama_mini.errors import LlamaMiniError, RequestError
 
 if TYPE_CHECKING:
@@ -113,8 +115,10 @@ def run(args: argparse.Namespace) -> None:
     prompt = _read_prompt() if args.prompt is None else args.prompt
     if not prompt:
         raise RequestError("the prompt is empty: give PROMPT, or text on standard input")
-    params = _params(args)
-    llm = _load(args)
+    with collector_off():
+        params = _params(args)
+        llm = _load(args)
+        gc.freeze()  # it stays: nothing to look through later
     ids = _tokens(llm, prompt, args)
     room = llm.config.max_seq_len - len(ids)
     if params.max_tokens is None and room > 0:

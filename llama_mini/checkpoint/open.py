@@ -8,7 +8,6 @@ from llama_mini.checkpoint.gguf_model import open_gguf
 from llama_mini.checkpoint.hf_directory import open_hf_directory
 from llama_mini.checkpoint.meta_directory import open_meta_directory
 from llama_mini.checkpoint.meta_params import PARAMS
-from llama_mini.checkpoint.pickles import open_hf_pickles, open_meta_pickles
 from llama_mini.checkpoint.source import Source
 from llama_mini.checks import listed
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
@@ -41,11 +40,11 @@ def open_checkpoint(path: Path, pickles: bool = False) -> Source:
 
 
 def _open_directory(path: Path, pickles: bool) -> Source:
-    safe = any(path.glob("*.safetensors"))
+    pickles &= not any(path.glob("*.safetensors"))
     if inside(path, CONFIG).exists():
-        return open_hf_pickles(path) if pickles and not safe else open_hf_directory(path)
+        return _open_pickles(path) if pickles else open_hf_directory(path)
     if inside(path, PARAMS).exists():
-        return open_meta_pickles(path) if pickles and not safe else open_meta_directory(path)
+        return _open_pickles(path) if pickles else open_meta_directory(path)
     ggufs = sorted(file for file in path.iterdir() if file.is_file() and file_kind(file) is FileKind.GGUF)
     if len(ggufs) == 1:
         return open_gguf(inside(path, ggufs[0].name))
@@ -54,6 +53,12 @@ def _open_directory(path: Path, pickles: bool) -> Source:
             f"{path} holds {len(ggufs)} GGUF files; give one of them: {listed(file.name for file in ggufs)}"
         )
     raise CheckpointFormatError(f"{path} is no checkpoint: it has no {CONFIG}, no {PARAMS} and no GGUF file")
+
+
+def _open_pickles(path: Path) -> Source:
+    from llama_mini.checkpoint.pickles import open_hf_pickles, open_meta_pickles  # which the engine never needs
+
+    return open_hf_pickles(path) if inside(path, CONFIG).exists() else open_meta_pickles(path)
 
 
 def _open_file(path: Path) -> Source:

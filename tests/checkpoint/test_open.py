@@ -105,6 +105,11 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "pipe")
 
 
+def test_the_engine_does_not_import_what_reads_pickles() -> None:
+    look = "import sys, llama_mini.engine; sys.exit('llama_mini.checkpoint.pickles' in sys.modules)"
+    subprocess.run([sys.executable, "-c", look], check=True)
+
+
 def test_what_is_on_disk_wins_over_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)

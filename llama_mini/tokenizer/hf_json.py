@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import compress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -115,8 +116,8 @@ def _sealed(spec: dict[str, Any], added: list[AddedToken], seals: dict[str, str]
     else:
         model["vocab"] = [[seals.get(content, content), score] for content, score in vocab]
     inside = seals.keys() & _own_contents(spec)
-    if inside and model.get("merges"):  # a merge may spell `</s>` from its letters
-        model["merges"] = [merge for merge in model["merges"] if not inside.intersection(_merged(merge))]
+    if model.get("merges"):
+        model["merges"] = _lines(_without(inside, model["merges"]))
     if model.get("unk_token") is not None:
         model["unk_token"] = seals.get(model["unk_token"], model["unk_token"])
     tokens = [asdict(token) | {"content": seals.get(token.content, token.content)} for token in added]
@@ -134,9 +135,22 @@ def _check_frame(processor: Any) -> None:
                 raise TokenizerError(f"its post-processor uses the token {absent[0]!r:.80}, which it does not list")
 
 
-def _merged(merge: str | list[str]) -> tuple[str, str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right, left + right
+def _without(inside: set[str], merges: list[Any]) -> list[Any]:
+    """The merges but those that spell a control token: `</s>` may be made from its letters."""
+    if not inside:
+        return merges
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    safe = (not (left in inside or right in inside or left + right in inside) for left, right in pairs)
+    return list(compress(merges, safe))
+
+
+def _lines(merges: list[Any]) -> list[Any]:
+    """Pairs as the older form of the file has them, "left right", which the library reads twice as fast."""
+    if not all(isinstance(merge, list) for merge in merges):
+        return merges
+    lines = list(map(" ".join, merges))
+    text = "".join(lines)  # a token may hold a space, and a line that begins like this is a comment
+    return lines if text.count(" ") == len(lines) and "#version" not in text else merges
 
 
 def _reader(decoder: Any) -> tuple[Callable[[str], bytes], bool]:

@@ -112,6 +112,24 @@ def test_control_tokens_of_a_unigram_model_are_not_matched(write_directory: Writ
     assert tokenizer.encode("é") == [0]  # what the model itself does not know is still unknown
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "older"), [("a", " b", False), ("#version", "b", False), ("a", "b", False), ("a", "b", True)]
+)
+def test_merges_that_lines_cannot_say_stay_pairs(
+    byte_level_spec: Callable[[], Spec], write_directory: Write, left: str, right: str, older: bool
+) -> None:
+    """A line is split at its space, and is a comment where it begins with #version."""
+    spec = byte_level_spec()
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    for content in (left, right, left + right):
+        vocab.setdefault(content, len(vocab) + len(spec["added_tokens"]))
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges] + [[left, right]]
+    spec["model"]["merges"] = list(map(" ".join, pairs)) if older else pairs
+    tokenizer = Tokenizer.from_pretrained(write_directory({"tokenizer.json": spec}))
+    state = json.loads(tokenizer._backend._encoder.to_str())  # type: ignore[attr-defined]
+    assert [left, right] in state["model"]["merges"]
+
+
 def test_added_text_is_still_matched(byte_level_spec: Callable[[], Spec], write_directory: Write) -> None:
     spec = with_added(byte_level_spec(), "    ", "covid", "日", "õ")  # õ is the model's own name for the byte F5
     path = write_directory({"tokenizer.json": spec})

@@ -50,7 +50,8 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) ->
     entries = [(their_name(ours, table), wanted, tuple(parameters[ours].shape)) for ours in names.values()]
 
     def tensors() -> Iterator[Tensor]:
-        return (tensor.contiguous() for _, tensor in read_all(source, names, wanted, "converting", delay=0))
+        whole = replace(source, read_rows=None)
+        return (tensor.contiguous() for *_, tensor in read_all(whole, names, wanted, "converting", delay=0))
 
     with new_directory(target) as folder:
         write_json(folder / "config.json", raw)

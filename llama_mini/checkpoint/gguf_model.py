@@ -16,9 +16,10 @@ from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.gguf_file import GGUFHeader, TensorInfo, read_header, shown
 from llama_mini.checkpoint.gguf_rope import READ_ROPE, gguf_scaling
 from llama_mini.checkpoint.gguf_tensor import Codes, read_codes, read_tensor
+from llama_mini.checkpoint.gguf_tensor import read_rows as read_tensor_rows
 from llama_mini.checkpoint.keys import GGUF_KEYS
 from llama_mini.checkpoint.rotary_layout import split_halves
-from llama_mini.checkpoint.source import Source, StoredTensor
+from llama_mini.checkpoint.source import Rows, Source, StoredTensor, rows_at_once
 from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniWarning
 
@@ -63,12 +64,27 @@ def open_gguf(path: Path) -> Source:
                 values = read_tensor(file, header.tensors[name], dtype)
                 yield name, _as_the_model_has_it(values, header.tensors[name], config, architecture)
 
-    def read_coded(names: Collection[str]) -> Iterator[tuple[str, Codes]]:
+    def read_rows(names: Collection[str], dtype: torch.dtype) -> Iterator[Rows[Tensor]]:
         with path.open("rb") as file:
             for name in names:
                 info = header.tensors[name]
-                parts = (_as_the_model_has_it(part, info, config, architecture) for part in read_codes(file, info))
-                yield name, Codes(*parts)
+                if len(info.shape) == 1 or _has_pairs(info, architecture):
+                    yield name, 0, _as_the_model_has_it(read_tensor(file, info, dtype), info, config, architecture)
+                else:
+                    yield from (
+                        (name, *rows) for rows in read_tensor_rows(file, info, dtype, rows_at_once(info.shape[-1]))
+                    )
+
+    def read_coded(names: Collection[str]) -> Iterator[Rows[Codes]]:
+        with path.open("rb") as file:
+            for name in names:
+                info = header.tensors[name]
+                at_once = info.shape[0] if _has_pairs(info, architecture) else rows_at_once(info.shape[-1])
+                for first, (codes, scale, least) in read_codes(file, info, at_once):
+                    codes, scale = (_as_the_model_has_it(t, info, config, architecture) for t in (codes, scale))
+                    if least is not None:
+                        least = _as_the_model_has_it(least, info, config, architecture)
+                    yield name, first, Codes(codes, scale, least)
 
     return Source(
         path=path,
@@ -82,6 +98,7 @@ def open_gguf(path: Path) -> Source:
             for info in sorted(header.tensors.values(), key=lambda info: info.offset)
         },
         read=read,
+        read_rows=read_rows,
         read_coded=read_coded,
         gguf=header,
     )
@@ -100,9 +117,13 @@ def gguf_config(header: GGUFHeader) -> LlamaConfig:
         raise ConfigError(f"{header.path}: {error}") from None
 
 
-def _as_the_model_has_it(values: Tensor, info: TensorInfo, config: LlamaConfig, architecture: str) -> Tensor:
+def _has_pairs(info: TensorInfo, architecture: str) -> bool:
     """Rotary pairs lie side by side in files of the llama architecture alone; the others have split halves already."""
-    if architecture == "llama" and info.name.rpartition(".")[0].endswith((".attn_q", ".attn_k")):
+    return architecture == "llama" and info.name.rpartition(".")[0].endswith((".attn_q", ".attn_k"))
+
+
+def _as_the_model_has_it(values: Tensor, info: TensorInfo, config: LlamaConfig, architecture: str) -> Tensor:
+    if _has_pairs(info, architecture):
         heads = config.n_heads if ".attn_q." in info.name else config.n_kv_heads
         return split_halves(values, heads, info.name)
     return values

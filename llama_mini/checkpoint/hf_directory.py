@@ -12,9 +12,9 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.files import INDEX, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.hf_config import read_config
 from llama_mini.checkpoint.keys import HARMLESS, KeyTable
-from llama_mini.checkpoint.safetensors_file import TensorInfo, read_tensors, weight_dtype
+from llama_mini.checkpoint.safetensors_file import TensorInfo, read_rows, read_tensors, weight_dtype
 from llama_mini.checkpoint.shards import all_present, read_headers, stored, whole_set
-from llama_mini.checkpoint.source import Source
+from llama_mini.checkpoint.source import Rows, Source, rows_at_once
 from llama_mini.checks import listed
 from llama_mini.dtypes import DTYPES
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
@@ -36,6 +36,10 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
             del tensor  # the next one is made before the loop would let go of it
             yield info.name, wanted
 
+    def by_rows(names: Collection[str], dtype: torch.dtype) -> Iterator[Rows[Tensor]]:
+        for info, first, rows in read_rows((infos[name] for name in names), rows_at_once):
+            yield info.name, first, rows.to(dtype)
+
     return Source(
         path=directory if file is None else file,
         format=f"Hugging Face directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
@@ -45,6 +49,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
         keys=keys_of(raw["model_type"], infos),
         tensors=stored(infos),
         read=read,
+        read_rows=by_rows,
     )
 
 

@@ -15,7 +15,7 @@ from llama_mini.checkpoint.gguf_tensor import Codes
 from llama_mini.checkpoint.hf_config import special_ids, to_hf
 from llama_mini.checkpoint.keys import their_name
 from llama_mini.checkpoint.safetensors_file import write_file
-from llama_mini.checkpoint.source import EMBEDDING, Model, Source, empty_model, match, read_all, warn_of_other_head
+from llama_mini.checkpoint.source import Model, Source, empty_model, match, read_all, warn_of_other_head
 from llama_mini.dtypes import as_dtype
 from llama_mini.errors import CheckpointFormatError, LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.memory import check_fits
@@ -29,7 +29,7 @@ class Place(Protocol):
     @property
     def keeps(self) -> Collection[str]: ...
 
-    def put(self, tensor: Tensor | Codes) -> None: ...
+    def put(self, tensor: Tensor | Codes, first: int) -> None: ...
 
 
 Fuse = Callable[[Llama, torch.dtype, torch.device], Mapping[str, Place]]
@@ -45,8 +45,8 @@ def load_model(
 ) -> Model:
     """An opened checkpoint as a model in eval mode without gradients; see `Llama.from_pretrained`.
 
-    fuse: replaces modules of the empty model and says what takes the tensors that they hold; one tensor is in memory
-        beside them at a time. quantize: the format that it gives them.
+    fuse: replaces modules of the empty model and says what takes the tensors that they hold; some rows of one tensor
+        are in memory beside them at a time. quantize: the format that it gives them.
     """
     wanted = source.dtype if dtype is None else as_dtype(dtype, device)
     model = empty_model(cls, source)
@@ -56,24 +56,27 @@ def load_model(
     places = {} if fuse is None else fuse(model, wanted, torch.device(device))
     doing = "loading" if quantize is None else f"quantising to {quantize}"
     coded = [name for name in names if names[name] in places and _kept(source, name, places[names[name]])]
-    bar = tqdm(source.read_coded(coded), doing, len(coded), unit="tensor", delay=1, leave=False, disable=None)
-    for theirs, codes in bar:
-        _put(places, names.pop(theirs), codes, source)
-    state = {}
-    for ours, tensor in read_all(source, names, wanted, doing):
+    with tqdm(total=len(coded), desc=doing, unit="tensor", delay=1, leave=False, disable=None) as bar:
+        for theirs, first, codes in source.read_coded(coded):
+            _put(places, names[theirs], codes, first, source)
+            bar.update(first == 0)
+    rest = {theirs: ours for theirs, ours in names.items() if theirs not in coded}
+    plain = {ours: p.shape for ours, p in model.named_parameters() if ours not in places}
+    # Before anything is read: small things between large ones that come and go leave holes in memory.
+    state = {ours: torch.empty(shape, dtype=wanted, device=device) for ours, shape in plain.items()}
+    for ours, first, rows in read_all(source, rest, wanted, doing):
         if ours in places:
-            _put(places, ours, tensor, source)
+            _put(places, ours, rows, first, source)
         else:
-            state[ours] = tensor.to(device)
-        if ours == EMBEDDING:
-            warn_of_other_head(source, tensor)
+            state[ours][first : first + len(rows)] = rows
+    warn_of_other_head(source, wanted)
     model.load_state_dict(state, assign=True, strict=True)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _put(places: Mapping[str, Place], ours: str, tensor: Tensor | Codes, source: Source) -> None:
+def _put(places: Mapping[str, Place], ours: str, rows: Tensor | Codes, first: int, source: Source) -> None:
     try:
-        places[ours].put(tensor)
+        places[ours].put(rows, first)
     except CheckpointFormatError as error:
         raise CheckpointFormatError(f"{source.path}: {ours}: {error}; load it without --quantize") from None
 

@@ -1,17 +1,16 @@
 """safetensors files: a header reader that believes no number it has not checked, the tensors, and a streaming writer.
 
 Format: https://huggingface.co/docs/safetensors. The library refuses what is refused here too, but with one short
-message for many faults and after allocating; it still reads the tensors.
+message for many faults and after allocating, and to give some rows of a tensor it reads all of it.
 """
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama_mini.checkpoint.file_kind import (
@@ -25,7 +24,7 @@ from llama_mini.checkpoint.file_kind import (
 )
 from llama_mini.checkpoint.files import decode_json
 from llama_mini.checks import is_whole, shown
-from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointPathError
 
 WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
@@ -92,23 +91,40 @@ def read_tensors(infos: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, Tens
 
     Raises CheckpointFormatError if a file is not what it was then, or holds something else than weights.
     """
+    return ((info, tensor) for info, _, tensor in read_rows(infos, lambda _: _LARGEST))
+
+
+def read_rows(infos: Iterable[TensorInfo], at_once: Callable[[int], int]) -> Iterator[tuple[TensorInfo, int, Tensor]]:
+    """The same, of a matrix of so many columns `at_once` rows: the first of them, and these."""
     by_file: dict[Path, list[TensorInfo]] = {}
     for info in infos:
         by_file.setdefault(info.file, []).append(info)
     for path, wanted in by_file.items():
+        dtypes = {info: weight_dtype(info) for info in sorted(wanted, key=_position)}
         try:
             stamp = _stamp(path)
-            # pread, not a memory map: a file that is cut later must not kill the process, nor an edit change weights.
-            with safe_open(path, framework="pt", backend="pread") as file:
-                for info in sorted(wanted, key=_position):
-                    expected = weight_dtype(info), info.shape
-                    tensor = file.get_tensor(info.name)
-                    if (tensor.dtype, tuple(tensor.shape)) != expected or _stamp(path) != stamp:
-                        raise _changed(path)
-                    yield info, tensor
-                    del tensor  # before the next one is made
-        except (SafetensorError, OSError):
+            found = read_header(path)
+            # No memory map: a file that is cut later must not kill the process, nor an edit change weights.
+            with path.open("rb") as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+                for info, dtype in dtypes.items():
+                    file.seek(start + info.begin)
+                    for first, shape in _blocks(info.shape, at_once):
+                        rows = torch.empty(shape, dtype=dtype)
+                        n_bytes = file.readinto(rows.view(-1).view(torch.uint8).numpy().data)
+                        if n_bytes != rows.nbytes or _stamp(path) != stamp or found.get(info.name) != info:
+                            raise _changed(path)
+                        yield info, first, rows
+                        del rows  # before the next ones are made
+        except (CheckpointError, OSError):
             raise _changed(path) from None
+
+
+def _blocks(shape: tuple[int, ...], at_once: Callable[[int], int]) -> list[tuple[int, tuple[int, ...]]]:
+    """The first row, and the shape, of each block of rows; what is no matrix is one block."""
+    if len(shape) != 2 or shape[0] <= (n := at_once(shape[1])):
+        return [(0, shape)]
+    return [(first, (min(n, shape[0] - first), shape[1])) for first in range(0, shape[0], n)]
 
 
 def write_file(

@@ -20,7 +20,11 @@ from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, Co
 from llama_mini.model import Llama
 
 Model = TypeVar("Model", bound=Llama)
+Numbers = TypeVar("Numbers", Tensor, Codes)
+Rows = tuple[str, int, Numbers]  # a tensor's name, the first of some of its rows, and these
 HEAD, EMBEDDING = "lm_head.weight", "tok_embeddings.weight"
+_AT_ONCE = 1 << 20  # numbers of a tensor that are read at once: beside its codes a whole embedding is too much
+_BLOCK = 16  # rows that stay together
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Source:
     tensors: by name in the file.
     read: gives the tensors of these names in a dtype, each once, as the model has them, in that order
         where the tensors of a file stand together in it.
-    read_coded: the same for tensors of four bits, as their codes; there where such tensors are.
+    read_rows: the same by the rows, in order, where the format can: at most `rows_at_once` of a tensor.
+    read_coded: the same for tensors of four and eight bits, as their codes; there where such tensors are.
     gguf: the header, where the checkpoint is a GGUF file, which holds the tokenizer too.
     """
 
@@ -57,13 +62,23 @@ class Source:
     keys: KeyTable
     tensors: Mapping[str, StoredTensor]
     read: Callable[[Collection[str], torch.dtype], Iterator[tuple[str, Tensor]]]
-    read_coded: Callable[[Collection[str]], Iterator[tuple[str, Codes]]] = lambda _: iter(())
+    read_rows: Callable[[Collection[str], torch.dtype], Iterator[Rows[Tensor]]] | None = None
+    read_coded: Callable[[Collection[str]], Iterator[Rows[Codes]]] = lambda _: iter(())
     gguf: GGUFHeader | None = None
 
     @property
     def directory(self) -> Path:
         """Where the files that belong to it lie."""
         return self.path if self.path.is_dir() else self.path.parent
+
+    def by_rows(self, names: Collection[str], dtype: torch.dtype) -> Iterator[Rows[Tensor]]:
+        if self.read_rows is not None:
+            return self.read_rows(names, dtype)
+        return ((name, 0, tensor) for name, tensor in self.read(names, dtype))
+
+
+def rows_at_once(columns: int) -> int:
+    return max(_BLOCK, _AT_ONCE // max(columns, 1) // _BLOCK * _BLOCK)
 
 
 def empty_model(cls: type[Model], source: Source) -> Model:
@@ -113,25 +128,26 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
 
 def read_all(
     source: Source, names: Mapping[str, str], dtype: torch.dtype, what: str, delay: float = 1
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[Rows[Tensor]]:
     """Every tensor that `match` found, by our name, with a progress bar after `delay` seconds, on a terminal alone.
 
     Raises CheckpointFormatError where a norm or a bias is not finite: no answer would be.
     """
     with tqdm(total=len(names), desc=what, unit="tensor", delay=delay, leave=False, disable=None) as bar:
-        for theirs, tensor in source.read(names.keys(), dtype):
+        for theirs, first, tensor in source.by_rows(names.keys(), dtype):
             if tensor.ndim == 1 and not torch.isfinite(tensor).all():
                 raise CheckpointFormatError(
                     f"{source.tensors[theirs].file}: {theirs} holds NaN or infinity; download it again"
                 )
-            yield names[theirs], tensor
-            bar.update()
+            yield names[theirs], first, tensor
+            bar.update(first == 0)
 
 
-def warn_of_other_head(source: Source, embedding: Tensor) -> None:
+def warn_of_other_head(source: Source, dtype: torch.dtype) -> None:
     """A tied model whose file has a head all the same: silent where it equals the embedding, a warning where not."""
-    for name, tensor in source.read(_spare_head(source), embedding.dtype):
-        if not torch.equal(tensor.to(embedding.device), embedding):
+    for name in _spare_head(source):
+        pair = (source.by_rows([key], dtype) for key in (name, their_name(EMBEDDING, source.keys)))
+        if not all(torch.equal(head, embedding) for (*_, head), (*_, embedding) in zip(*pair, strict=True)):
             message = f"{name} differs from the embedding, but tie_word_embeddings is true: it is ignored"
             warnings.warn(message, LlamaMiniWarning, stacklevel=3)
 

@@ -14,7 +14,7 @@ from llama_mini.optimize.branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.embedding import FusedEmbedding, FusedHead
 from llama_mini.optimize.layers import FusedLayers
-from llama_mini.optimize.matrix import FloatMatrix, Int4Matrix, Int8Matrix, Matrix, served
+from llama_mini.optimize.matrix import CodedMatrix, FloatMatrix, Int4Matrix, Int8Matrix, Matrix, served
 from llama_mini.optimize.scratch import Scratch
 
 # What the matrices of the layers become, and what the head does.
@@ -23,6 +23,8 @@ FORMATS: dict[str | None, tuple[type[Matrix], type[Matrix]]] = {
     "int8": (Int8Matrix, Int8Matrix),
     "int4": (Int4Matrix, Int8Matrix),
 }
+
+KEPT: dict[type[Matrix], Collection[str]] = {Int8Matrix: ("Q8_0",), Int4Matrix: ("Q4_0", "Q4_1")}
 
 
 @dataclass
@@ -36,16 +38,17 @@ class Slot:
     @property
     def keeps(self) -> Collection[str]:
         """GGUF's number formats whose codes the matrix keeps as they are."""
-        return ("Q4_0", "Q4_1") if isinstance(self.matrix, Int4Matrix) else ()
+        return KEPT.get(type(self.matrix), ())
 
-    def put(self, tensor: Tensor | Codes) -> None:
+    def put(self, tensor: Tensor | Codes, first: int = 0) -> None:
+        """Takes rows of the tensor, from `first` on, a multiple of BLOCK; a bias whole."""
         if isinstance(tensor, Codes):
-            assert isinstance(self.matrix, Int4Matrix)
-            self.matrix.put_codes(self.part, 0, *tensor)
+            assert isinstance(self.matrix, CodedMatrix)
+            self.matrix.put_codes(self.part, first, *tensor)
         elif self.bias:
             self.matrix.put_bias(self.part, tensor)
         else:
-            self.matrix.put(self.part, tensor)
+            self.matrix.put(self.part, tensor, first)
 
 
 def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -> Llama:

@@ -68,8 +68,8 @@ class Matrix(nn.Module):
     def n_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.buffers())
 
-    def put(self, part: int, weight: Tensor) -> None:
-        """Stores one part, (rows, columns), from floats."""
+    def put(self, part: int, weight: Tensor, first: int = 0) -> None:
+        """Stores rows of a part, (rows, columns), from floats; `first` is a multiple of BLOCK."""
         raise NotImplementedError
 
     def put_bias(self, part: int, bias: Tensor) -> None:
@@ -118,8 +118,8 @@ class FloatMatrix(Matrix):
     def tensors(self) -> list[Tensor]:
         return [self.weight]
 
-    def put(self, part: int, weight: Tensor) -> None:
-        self.weight[self.begins[part] :][: self.parts[part]] = weight
+    def put(self, part: int, weight: Tensor, first: int = 0) -> None:
+        self.weight[self.begins[part] + first :][: len(weight)] = weight
 
     def rows_at(self, rows: Tensor) -> Tensor:
         return F.embedding(rows, self.weight)
@@ -149,11 +149,12 @@ class CodedMatrix(Matrix):
     def tensors(self) -> list[Tensor]:
         return [self.codes, self.scale] if self.least is None else [self.codes, self.scale, self.least]
 
-    def put(self, part: int, weight: Tensor) -> None:
-        for first in range(0, self.parts[part], _AT_ONCE):
-            rows = weight[first : first + _AT_ONCE].float()
-            padded = F.pad(rows, (0, self.steps * STEP - self.columns)).view(len(rows), self.steps, -1)
-            self.put_codes(part, first, *self.quantised(padded))
+    def put(self, part: int, weight: Tensor, first: int = 0) -> None:
+        for begin in range(0, len(weight), _AT_ONCE):
+            rows = weight[begin : begin + _AT_ONCE].float()
+            if self.columns % STEP:
+                rows = F.pad(rows, (0, self.steps * STEP - self.columns))
+            self.put_codes(part, first + begin, *self.quantised(rows.view(len(rows), self.steps, -1)))
 
     def quantised(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Steps of rows, (rows, steps, STEP) float32 -> codes (rows, columns) uint8, scale and least (rows, steps)."""
@@ -165,18 +166,19 @@ class CodedMatrix(Matrix):
             raise CheckpointFormatError(f"a matrix of {self.columns} columns holds numbers that {self.name} cannot")
         short = -len(codes) % BLOCK  # the last block of a part is filled with zeros
         blocks = slice((self.begins[part] + first) // BLOCK, (self.begins[part] + first + len(codes) + short) // BLOCK)
-        vectors = self.packed(F.pad(codes, (0, 0, 0, short)).view(len(codes) + short, -1, 4))
-        self.codes[blocks] = vectors.unflatten(0, (-1, BLOCK)).transpose(1, 2)
+        quads = F.pad(codes, (0, 0, 0, short)).view(torch.int32)  # four codes move as one number
+        vectors = self.packed(quads).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+        self.codes[blocks].view(torch.int32).copy_(vectors[..., None])
         for store, values in ((self.scale, scale), (self.least, least)):
             if store is not None and values is not None:
                 store[blocks] = F.pad(values, (0, 0, 0, short)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
 
     def packed(self, quads: Tensor) -> Tensor:
-        """Codes as bytes: (rows, quads, 4) -> (rows, vectors, 4)."""
+        """Codes as bytes, four of them an int32: (rows, quads) -> (rows, vectors)."""
         return quads
 
     def unpacked(self, vectors: Tensor) -> Tensor:
-        """What `packed` took."""
+        """The quads of `packed`, four bytes each: (n, vectors, 4) -> (n, quads, 4)."""
         return vectors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Matrix":
@@ -219,8 +221,8 @@ class Int8Matrix(CodedMatrix):
 
     def quantised(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         scale = (groups.abs().amax(-1) / 127).half()
-        codes = torch.round(groups / _divisor(scale)).clamp_(-127, 127).add_(128)
-        return codes.to(torch.uint8).flatten(1), scale, None
+        codes = (groups / _divisor(scale)).round_().clamp_(-127, 127).to(torch.int8)  # PyTorch is slow at uint8
+        return codes.view(torch.uint8).add_(128).flatten(1), scale, None
 
 
 class Int4Matrix(CodedMatrix):
@@ -231,8 +233,8 @@ class Int4Matrix(CodedMatrix):
     def quantised(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         least = groups.amin(-1).half()
         scale = ((groups.amax(-1) - least.float()) / 15).half()
-        codes = torch.round((groups - least.float()[..., None]) / _divisor(scale)).clamp_(0, 15)
-        return codes.to(torch.uint8).flatten(1), scale, least
+        codes = (groups - least.float()[..., None]).div_(_divisor(scale)).round_().clamp_(0, 15).to(torch.int8)
+        return codes.view(torch.uint8).flatten(1), scale, least
 
     def packed(self, quads: Tensor) -> Tensor:
         return quads[:, 0::2] | (quads[:, 1::2] << 4)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from llama_mini.checkpoint import safetensors_file
 from llama_mini.checkpoint.files import new_directory
-from llama_mini.checkpoint.safetensors_file import read_header, read_tensors, write_file
+from llama_mini.checkpoint.safetensors_file import read_header, read_rows, read_tensors, write_file
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointPathError
 
 
@@ -48,17 +48,31 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_tensors_are_read_file_after_file_in_order_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {tmp_path / "b.safetensors": random_tensors(1), tmp_path / "a.safetensors": random_tensors(2)}
     opened = []
-    monkeypatch.setattr(safetensors_file, "safe_open", lambda path, **kw: opened.append(path) or safe_open(path, **kw))
     infos = []
     for path, tensors in files.items():
         save_file(tensors, path)
         infos.append(list(read_header(path).values()))
+    monkeypatch.setattr(safetensors_file, "read_header", lambda path: opened.append(path) or read_header(path))
     shuffled = [info for pair in zip(*map(reversed, infos), strict=True) for info in pair]
     read = list(read_tensors(shuffled))
     assert [info for info, _ in read] == infos[0] + infos[1]
     assert opened == list(files)
     for path, tensors in files.items():
         assert_equal({info.name: tensor for info, tensor in read if info.file == path}, tensors)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+def test_rows_are_those_of_the_whole_tensor(tmp_path: Path, at_once: int) -> None:
+    path, tensors = tmp_path / "model.safetensors", random_tensors()
+    save_file(tensors, path)
+    found: dict[str, list[Tensor]] = {name: [] for name in tensors}
+    for info, first, rows in read_rows(read_header(path).values(), lambda _: at_once):
+        assert first == sum(map(len, found[info.name]))
+        assert rows.ndim != 2 or len(rows) <= at_once
+        found[info.name].append(rows)
+    whole = {name: torch.cat(rows) if len(rows) > 1 else rows[0] for name, rows in found.items()}
+    assert_equal(whole, tensors)
+    assert len(found["a.torch.bfloat16"]) == -(-3 // at_once)
 
 
 def cut(path: Path) -> None:

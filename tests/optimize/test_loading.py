@@ -153,13 +153,49 @@ def test_four_bit_blocks_keep_their_codes(tmp_path: Path, kind: Kind, family: st
         assert np.array_equal(floats_of(matrix, part).numpy(), widened), name
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_eight_bit_blocks_keep_their_codes(tmp_path: Path, family: str) -> None:
+    """The lowest, −128, too, which nothing here makes; of the head too, which has 8 bits beside matrices of 4."""
+    path = write_family(tmp_path / "model", random_model(family, 0, **SIZES), Kind.Q8_0)
+    data = np.memmap(path, np.uint8, mode="r+")
+    names = {info.name: info for info in read_header(path).tensors.values() if info.type == "Q8_0"}
+    for info in names.values():
+        data[info.offset : info.offset + info.n_bytes].reshape(-1, 34)[::3, 5] = 128
+    data.flush()
+    plain, model = Llama.from_pretrained(path, dtype="float32"), loaded(path, "int8")
+    weights = dict(plain.named_parameters())
+    for name, (matrix, part) in (parts(model) | {"lm_head": (model.lm_head.matrix, 0)}).items():
+        assert isinstance(matrix, Int8Matrix)
+        assert matrix.codes.min() == 0
+        assert torch.equal(floats_of(matrix, part), weights[f"{name}.weight"]), name
+    head = loaded(path, "int4").lm_head.matrix
+    assert torch.equal(floats_of(head, 0), weights["lm_head.weight"])
+    tokens = random_tokens(1, 40)
+    assert error(model(tokens), plain(tokens)) < 2e-2
+    assert error(model(tokens[:, :1]), plain(tokens[:, :1])) < 2e-2  # as codes, not widened
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_reading_by_rows_changes_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None, tied: bool
+) -> None:
+    monkeypatch.setattr("llama_mini.checkpoint.source._AT_ONCE", 1000)
+    plain = randomise(tiny_model(vocab_size=100, tie_word_embeddings=tied), 3)
+    plain.save_pretrained(tmp_path / "model")
+    found, expected = loaded(tmp_path / "model", quantize), fast_of(plain, quantize)
+    buffers, weights = dict(expected.named_buffers()), dict(expected.named_parameters())
+    assert all(torch.equal(tensor, buffers[name]) for name, tensor in found.named_buffers())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.named_parameters())
+
+
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("quantize", FORMATS)
 def test_a_gguf_file_answers_as_its_plain_reading_does(tmp_path: Path, kind: Kind, quantize: str | None) -> None:
     path = write_family(tmp_path / "model", random_model("llama", 0, **SIZES), kind)
     tokens = random_tokens(1, 40)
     found, expected = loaded(path, quantize)(tokens), Llama.from_pretrained(path, dtype="float32")(tokens)
-    kept = quantize is None or (quantize == "int4" and kind != Kind.Q8_0)  # but for the head, of 8 bits
+    kept = quantize is None or (quantize == "int8") == (kind == Kind.Q8_0)  # but for the head, of 8 bits
     assert error(found, expected) < {True: 2e-2 if quantize else 2e-5, False: 0.03 if quantize == "int8" else 0.4}[kept]
 
 

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from llama_mini.model import Llama
     from llama_mini.norm import RMSNorm
     from llama_mini.norm_plan import NormPlan
-    from llama_mini.sampling import SamplingParams
+    from llama_mini.sampling_params import SamplingParams
     from llama_mini.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "engine",
-    "SamplingParams": "sampling",
+    "SamplingParams": "sampling_params",
     "Completion": "engine",
     "Chunk": "engine",
     "Llama": "model",

@@ -1,14 +1,16 @@
 """LLM: prefill by row, decode by batch, stream. It knows text; it knows no terminal."""
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from llama_mini.checkpoint.load import load_model, open_tokenizer
 from llama_mini.checkpoint.open import open_checkpoint, resolve
@@ -16,19 +18,16 @@ from llama_mini.checkpoint.source import Source
 from llama_mini.checks import is_whole, shown
 from llama_mini.collector import collector_off
 from llama_mini.dtypes import as_device, as_dtype
-from llama_mini.errors import NumericalError, RequestError
-from llama_mini.kv_cache import KVCache
-from llama_mini.memory import PREFILL_CHUNK, check_cache_fits
+from llama_mini.errors import RequestError
 from llama_mini.model import Llama
 from llama_mini.optimize import fuser, set_threads
 from llama_mini.request import Chunk, Completion, Request
-from llama_mini.sampling import SamplingParams, sample
+from llama_mini.runner import Runner
+from llama_mini.sampling_params import SamplingParams, check_vocab
 from llama_mini.scoring import token_logprobs
 
-DECODE_BATCH = 16  # rows that decode together
-UNKNOWN_NEED = 256  # positions reserved at first for an answer without max_tokens; the cache doubles when they are full
-
 Prompt = str | list[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
@@ -67,52 +66,101 @@ class LLM:
         self.config = self.model.config
         self.load_seconds = time.perf_counter() - started
         self._lock = threading.Lock()
+        self._runner = Runner(self.model, self.tokenizer.eos_ids)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[Completion]:
         """Completes raw text or token ids: one prompt or a list of them, always a list back, in order.
 
-        With the fast operators a row of a batch has the bits that it has alone. PyTorch's own differ by the rounding
-        of a matrix product: 1e-6 relative in float32, and in bfloat16 now and then the last of its eight bits.
+        `params` may be a list too, one for each prompt. With `n` answers each, those of a prompt follow one another;
+        answer i draws from seed + i. What prompts share, or share with the last call, is prefilled once.
+
+        With the fast operators a row of a batch has the bits that it has alone, as long as nothing is taken over from
+        another prompt: a prefill in two parts, like PyTorch's own operators, differs by the rounding of a matrix
+        product, 1e-6 relative in float32, and in bfloat16 now and then the last of its eight bits.
         Raises RequestError before anything runs. A row whose numbers fail ends alone, with `finish_reason="error"`.
         """
-        single = isinstance(prompts, str) or (bool(prompts) and all(is_whole(p) for p in prompts))
-        batch: list[Any] = [prompts] if single else list(prompts)
-        requests = [self._request(prompt, params) for prompt in batch]
+        requests = [r for prompt, own in self._pairs(prompts, params) for r in self._requests(prompt, own)]
         for _ in self._run(requests):
             pass
         return [request.completion for request in requests if request.completion is not None]
 
+    def completions(self, prompts: Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Completion]]:
+        """The completions of `generate` as each one ends, with the place of its prompt, in whatever order.
+
+        A prompt that cannot run comes back with `finish_reason="error"` and keeps no other from running.
+        """
+        requests = []
+        for index, (prompt, own) in enumerate(self._pairs(list(prompts), params)):
+            try:
+                requests += [replace(request, index=index) for request in self._requests(prompt, own)]
+            except RequestError as error:
+                refused = Request([], own, 0, self.tokenizer, self.load_seconds)
+                refused.fail(error)
+                assert refused.completion is not None
+                yield index, refused.completion
+        for request in self._run(requests):
+            if request.completion is not None:
+                yield request.index, request.completion
+
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
         """The answer to messages, each with `role` and `content`, through the checkpoint's chat template."""
-        return self.generate(self.tokenizer.apply_chat_template(messages), params)[0]
+        return self.generate(self.tokenizer.apply_chat_template(messages), _one(params))[0]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """One chunk a token; their texts joined are what `generate` gives. Raises NumericalError if numbers fail."""
-        request = self._request(prompt, params)
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
+        """One chunk a token; their texts joined are what `generate` gives. Raises where a row of `generate` fails."""
+        (request,) = self._requests(prompt, _one(params))
         return self._stream(request)
+
+    async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio: the steps run in a thread of their own, and the event loop goes on meanwhile."""
+        chunks = self.stream(prompt, params)
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                while (chunk := await loop.run_in_executor(thread, next, chunks, None)) is not None:
+                    yield chunk
+            finally:
+                await loop.run_in_executor(thread, chunks.close)
 
     def score(self, ids: list[int]) -> list[float | None]:
         """Of each token its log-probability after those before it, in nats; None for the first."""
         ids = self._ids(ids, new=0)
-        with self._exclusive(), torch.inference_mode():
-            cache = self.model.new_cache(1, len(ids))
-            scores: list[float | None] = [None]
-            for chunk in self._chunks(ids):
-                logits = self.model(chunk, cache)[0]
-                targets = torch.tensor(ids[len(scores) : len(scores) + len(logits)], device=logits.device)
-                scores += token_logprobs(logits[: len(targets)], targets).tolist()
-            return scores
+        scores: list[float | None] = [None]
+        with self._exclusive():
+            for logits, targets in self._runner.scored(ids):
+                scores += token_logprobs(logits, targets).tolist()
+        return scores
 
-    def _stream(self, request: Request) -> Iterator[Chunk]:
-        yield from self._run([request])
-        if request.error is not None:
-            raise NumericalError(request.error)
+    def forget(self) -> None:
+        """Frees what the last call left in the cache for a prompt that begins alike."""
+        with self._exclusive():
+            self._runner.kept = None
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
-        params = SamplingParams() if params is None else params
+    def _stream(self, request: Request) -> Generator[Chunk, None, None]:
+        for _ in self._run([request]):
+            yield request.chunk
+        if request.failure is not None:
+            raise request.failure
+
+    def _pairs(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[tuple[Prompt, SamplingParams]]:
+        """Each prompt with its parameters."""
+        single = isinstance(prompts, str) or (bool(prompts) and all(is_whole(p) for p in prompts))
+        batch: list[Any] = [prompts] if single else list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            return [(prompt, params or SamplingParams()) for prompt in batch]
+        if len(params) != len(batch):
+            raise RequestError(f"params are {len(params)} for {len(batch)} prompts: give one for all, or one for each")
+        return list(zip(batch, params, strict=True))
+
+    def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
+        """One request for each of the `n` answers."""
         ids = self._ids(prompt, params.max_tokens or 1)
-        room = self.config.max_seq_len - len(ids)
-        return Request(ids, params, params.max_tokens or room, self.tokenizer, self.load_seconds)
+        check_vocab(params, self.config.vocab_size)
+        most = params.max_tokens or self.config.max_seq_len - len(ids)
+        each = [
+            params if params.seed is None else replace(params, seed=(params.seed + i) % 2**64) for i in range(params.n)
+        ]
+        return [Request(ids, own, most, self.tokenizer, self.load_seconds) for own in each]
 
     def _ids(self, prompt: Prompt, new: int) -> list[int]:
         """A prompt as token ids that the model knows and, with `new` ones, has room for."""
@@ -137,91 +185,13 @@ class LLM:
         finally:
             self._lock.release()
 
-    def _run(self, requests: list[Request]) -> Iterator[Chunk]:
+    def _run(self, requests: list[Request]) -> Generator[Request, None, None]:
         with self._exclusive():
-            groups = [requests[start : start + DECODE_BATCH] for start in range(0, len(requests), DECODE_BATCH)]
-            dtype, device = self.model.dtype, self.model.device
-            for group in groups:
-                longest = max(len(request.prompt) for request in group)
-                check_cache_fits(self.config, len(group), dtype, _positions(group), longest, device)
-            for group in groups:
-                yield from self._run_group(group)
-
-    def _run_group(self, group: list[Request]) -> Iterator[Chunk]:
-        """Prefills each row alone, then steps all rows together; a row that ends leaves the batch."""
-        cache = self.model.new_cache(len(group), _positions(group))
-        active = list(group)
-        for row, request in enumerate(group):
-            request.start()
-            yield self._take(request, self._prefill(request, cache.row(row)))
-        while True:
-            for row in reversed(range(len(active))):
-                if active[row].finish_reason is not None:
-                    cache.drop(row)
-                    active[row] = active[-1]
-                    active.pop()
-            if not active:
-                return
-            logits = self._decode(active, cache)
-            for row, request in enumerate(active):
-                yield self._take(request, logits[row])
-
-    def _prefill(self, request: Request, cache: KVCache) -> Tensor:
-        """Runs a prompt through an empty row, in chunks; the logits (V,) after its last token."""
-        with torch.inference_mode():
-            for chunk in self._chunks(request.prompt):
-                x = self.model.hidden(chunk, cache)
-            return self.model.logits(x[0, -1])
-
-    def _decode(self, active: list[Request], cache: KVCache) -> Tensor:
-        """One step of every row: the logits (B, V) after each one's newest token."""
-        filled = max(cache.lengths)
-        if filled == cache.length:
-            cache.grow(min(2 * filled, self.config.max_seq_len))
-        tokens = torch.tensor([[request.token_ids[-1]] for request in active], device=self.model.device)
-        with torch.inference_mode():
-            return self.model(tokens, cache)[:, -1]
-
-    def _chunks(self, ids: list[int]) -> Iterator[Tensor]:
-        return iter(torch.tensor([ids], dtype=torch.int64, device=self.model.device).split(PREFILL_CHUNK, dim=1))
-
-    def _take(self, request: Request, logits: Tensor) -> Chunk:
-        """Samples the next token of a row and books it."""
-        if not torch.isfinite(logits).all():  # argmax and multinomial would silently answer with some token
-            return request.fail(self._blame(request))
-        token = sample(logits, request.params, request.generator)
-        logprob = float(token_logprobs(logits, torch.tensor(token, device=logits.device)))
-        return request.accept(token, logprob)
-
-    def _blame(self, request: Request) -> str:
-        """Where the numbers went wrong: the same tokens once more, watching every layer."""
-        bad: list[str] = []
-
-        def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            return lambda _module, _args, y: None if torch.isfinite(y).all() else bad.append(name)
-
-        stages = {"tok_embeddings": self.model.tok_embeddings} | {
-            f"layers.{i}": layer for i, layer in enumerate(self.model.layers)
-        }
-        hooks = [module.register_forward_hook(watch(name)) for name, module in stages.items()]
-        ids = request.prompt + request.token_ids
-        try:
-            cache = self.model.new_cache(1, len(ids))
-            with torch.inference_mode():
-                for chunk in self._chunks(ids):
-                    self.model.hidden(chunk, cache)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        where = f"the output of {bad[0]} is the first that does" if bad else "the output of every layer is finite"
-        return f"the logits after position {len(ids) - 1} hold NaN or infinity; {where}"
+            yield from self._runner.run(requests)
 
 
-def _positions(group: list[Request]) -> int:
-    """What the longest row needs: the prompt and every new token but the last, which is never fed back."""
-
-    def need(request: Request) -> int:
-        new = request.max_tokens if request.params.max_tokens is not None else min(request.max_tokens, UNKNOWN_NEED)
-        return len(request.prompt) + new - 1
-
-    return max(map(need, group))
+def _one(params: SamplingParams | None) -> SamplingParams:
+    params = SamplingParams() if params is None else params
+    if params.n != 1:
+        raise RequestError(f"n must be 1 where one answer comes back, not {params.n}: use generate")
+    return params

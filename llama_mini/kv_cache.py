@@ -107,6 +107,22 @@ class KVCache:
             raise CapacityError(f"there is no row {index} in a cache of {self.batch}")
         return self._view(slice(index, index + 1))
 
+    def copy(self, n: int) -> "KVCache":
+        """The first `n` positions of a cache of one row, as a cache of its own."""
+        copied = self._view(slice(0, 1))
+        copied.length = n
+        shape = (*self._k.shape[:3], _rounded(n), self._k.shape[4])
+        copied._k, copied._v = self._k.new_zeros(shape), self._v.new_zeros(shape)
+        copied._host, copied._lengths = torch.zeros_like(self._host), torch.zeros_like(self._lengths)
+        copied.begin_as(self, n)
+        return copied
+
+    def begin_as(self, other: "KVCache", n: int) -> None:
+        """Fills an empty cache of one row with the first `n` positions of another."""
+        for mine, theirs in ((self._k, other._k), (self._v, other._v)):
+            mine[:, :, :, :n] = theirs[:, :, :, :n]
+        self.advance(n)
+
     def drop(self, row: int) -> None:
         """Takes a row out of the batch; the last row moves into its place."""
         last = self.batch - 1

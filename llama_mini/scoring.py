@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: the one place that computes them."""
+"""Log-probabilities of tokens: the one place that computes them."""
 
 import torch
 from torch import Tensor
@@ -6,5 +6,26 @@ from torch import Tensor
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Raw log-softmax in nats, at most 0: logits (..., V) and the token of each row (...) int64 -> (...)."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    return _logprobs(logits).gather(-1, tokens[..., None])[..., 0]
+
+
+def top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ids (..., k) int64 of the k likeliest tokens and their raw log-softmax in nats, the likeliest first.
+
+    Of equal ones the lower id comes first; all V when k is more.
+    """
+    logprobs = _logprobs(logits)
+    k = min(k, logits.shape[-1])
+    best = [_largest(row, k) for row in logprobs.reshape(-1, logits.shape[-1])]
+    ids = torch.stack(best).reshape(*logits.shape[:-1], k)
+    return ids, logprobs.gather(-1, ids)
+
+
+def _logprobs(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _largest(row: Tensor, k: int) -> Tensor:
+    # topk takes any of those that equal the k-th, in any order: all of them are sorted, and no other.
+    candidates = (row >= row.topk(k).values.min()).nonzero()[:, 0]
+    return candidates[row[candidates].argsort(descending=True, stable=True)][:k]

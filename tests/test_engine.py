@@ -56,13 +56,9 @@ def test_rows_that_end_early_leave_the_others_alone(llm: LLM) -> None:
     lengths = list(range(1, len(PROMPTS) + 1))
     longest = llm.generate(PROMPTS, SamplingParams(max_tokens=max(lengths), ignore_eos=True))
     for order in itertools.islice(itertools.permutations(lengths), 0, 5040, 997):
-        requests = [
-            llm._request(prompt, SamplingParams(max_tokens=n, ignore_eos=True))
-            for prompt, n in zip(PROMPTS, order, strict=True)
-        ]
-        list(llm._run(requests))
-        for request, whole, n in zip(requests, longest, order, strict=True):
-            assert request.completion.token_ids == whole.token_ids[:n]
+        each = [SamplingParams(max_tokens=n, ignore_eos=True) for n in order]
+        for completion, whole, n in zip(llm.generate(PROMPTS, each), longest, order, strict=True):
+            assert completion.token_ids == whole.token_ids[:n]
 
 
 def test_the_stream_joined_is_the_whole(llm: LLM) -> None:

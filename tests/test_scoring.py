@@ -1,9 +1,10 @@
 """Log-probabilities against float64 NumPy."""
 
 import numpy as np
+import pytest
 import torch
 
-from llama_mini.scoring import token_logprobs
+from llama_mini.scoring import token_logprobs, top_logprobs
 
 
 def test_against_float64() -> None:
@@ -23,3 +24,25 @@ def test_certainty_is_zero_and_never_above() -> None:
     assert (scores == 0).all()
     noise = torch.randn(1000, 7, generator=torch.Generator().manual_seed(1)) * 20
     assert (token_logprobs(noise, noise.argmax(-1)) <= 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 40, 50])
+def test_the_likeliest_are_numpys_with_ties_by_id(k: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randint(-6, 6, (3, 4, 40), generator=generator).float()  # many are equal
+    ids, values = top_logprobs(logits, k)
+    x = logits.double().numpy()
+    logprobs = x - np.log(np.exp(x).sum(-1, keepdims=True))
+    expected = np.argsort(-x, axis=-1, kind="stable")[..., : min(k, 40)]
+    np.testing.assert_array_equal(ids.numpy(), expected)
+    np.testing.assert_allclose(values.numpy(), np.take_along_axis(logprobs, expected, -1), rtol=1e-6, atol=1e-6)
+    assert torch.equal(values, token_logprobs(logits[..., None, :].expand(3, 4, min(k, 40), 40), ids))
+
+
+def test_the_likeliest_of_one_row_and_of_narrow_and_wide_logits() -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(3))
+    ids, values = top_logprobs(logits, 5)
+    assert ids.tolist() == logits.topk(5).indices.tolist()
+    assert values.shape == (5,)
+    assert top_logprobs(logits.bfloat16(), 5)[1].dtype == torch.float32
+    assert top_logprobs(logits.double(), 5)[1].dtype == torch.float64

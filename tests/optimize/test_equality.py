@@ -158,10 +158,12 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(
 @pytest.mark.parametrize("quantize", FORMATS)
 def test_answers_of_a_batch_are_those_of_each_prompt_alone(tiny_dir, quantize: str | None) -> None:
     llm = LLM(tiny_dir, dtype="bfloat16", quantize=quantize, threads=1)
-    questions = [f"{'word ' * (row * 5 % 17)}{row}" for row in range(16)]
+    questions = [f"{row}{' word' * (row * 5 % 17)}" for row in range(16)]  # none begins as another does
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     for question, together in zip(questions, llm.generate(questions, params), strict=True):
+        llm.forget()
         (alone,) = llm.generate(question, params)
+        assert alone.stats.cached_tokens == together.stats.cached_tokens == 0
         assert together.token_ids == alone.token_ids
         assert together.logprobs == alone.logprobs
 

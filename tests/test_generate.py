@@ -208,3 +208,61 @@ def test_help_version_and_usage_errors_do_not_import_torch(args: list[str]) -> N
 def test_help_fits_eighty_columns() -> None:
     done = run("--help", COLUMNS="80")
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
+
+
+def test_json_is_one_object(tiny_dir) -> None:
+    args = ["--model", tiny_dir, "--dtype", "float32", "--raw", "--max-tokens", 6, "--json"]
+    done = run(*args, "--top-logprobs", 2, "--prompt-logprobs", "hello")
+    assert done.returncode == 0
+    said = json.loads(done.stdout)
+    (whole,) = LLM(tiny_dir, dtype="float32").generate("hello", SamplingParams(max_tokens=6))
+    assert said["text"] == whole.text
+    assert said["token_ids"] == whole.token_ids
+    assert said["finish_reason"] == whole.finish_reason
+    assert said["error"] is None
+    assert said["logprobs"] == pytest.approx(whole.logprobs, abs=2e-5)
+    assert len(said["top_logprobs"]) == len(whole.token_ids)
+    assert said["prompt_logprobs"][0] is None
+    assert said["stats"]["new_tokens"] == len(whole.token_ids)
+    assert "prompt_logprobs" not in json.loads(run(*args, "hello").stdout)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--interactive", "hello"],
+        ["--interactive", "--raw"],
+        ["--interactive", "--json"],
+        ["--batch", "x", "hello"],
+        ["--batch", "x", "--stats"],
+        ["--output", "x", "hello"],
+        ["--top-logprobs", "2", "hello"],
+        ["--prompt-logprobs", "hello"],
+        ["--logit-bias", "5", "hello"],
+        ["--logit-bias", "a=1", "hello"],
+        ["--min-tokens", "5", "--max-tokens", "4", "hello"],
+        ["--repetition-penalty", "0", "hello"],
+    ],
+)
+def test_options_that_do_not_go_together(args: list[str], tiny_dir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(tiny_dir), *args]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_every_sampling_option_reaches_the_sampler(tiny_dir, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--model", str(tiny_dir), "--dtype", "float32", "--raw", "--json", "--max-tokens", "8", "hello"]
+
+    def said(*more: str) -> list[int]:
+        assert main([*args, *more]) == 0
+        return json.loads(capsys.readouterr().out)["token_ids"]
+
+    plain = said()
+    assert said("--logit-bias", "77=10000") == [77] * 8
+    assert plain[0] not in said("--logit-bias", f"{plain[0]}=-inf")
+    assert said("--stop-token", str(plain[0])) == plain[:1]
+    assert len(said("--stop-token", str(plain[0]), "--min-tokens", "4")) >= 4
+    for option, value in (("repetition", "9"), ("presence", "2"), ("frequency", "2")):
+        penalised = said("--ignore-eos", f"--{option}-penalty", value, "--logit-bias", "77=2", "--logit-bias", "78=1.9")
+        assert penalised != said("--ignore-eos", "--logit-bias", "77=2", "--logit-bias", "78=1.9"), option

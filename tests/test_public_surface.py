@@ -16,7 +16,10 @@ SIGNATURES = {
     LLM: "(path, dtype='auto', device='cpu', quantize=None, kernels='auto', threads=None)",
     LLM.generate: "(self, prompts, params=None)",
     LLM.chat: "(self, messages, params=None)",
+    LLM.completions: "(self, prompts, params=None)",
     LLM.stream: "(self, prompt, params=None)",
+    LLM.astream: "(self, prompt, params=None)",
+    LLM.forget: "(self)",
     LLM.score: "(self, ids)",
     Llama: "(config)",
     Llama.forward: "(self, tokens, cache=None)",
@@ -38,8 +41,10 @@ SIGNATURES = {
 }
 
 FIELDS = {
-    SamplingParams: "temperature top_k top_p min_p seed max_tokens stop ignore_eos",
-    Completion: "text token_ids finish_reason error logprobs stats",
+    SamplingParams: "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty "
+    "logit_bias logits_processors n seed min_tokens max_tokens max_time stop stop_token_ids ignore_eos top_logprobs "
+    "prompt_logprobs",
+    Completion: "text token_ids finish_reason error logprobs stats top_logprobs prompt_logprobs prompt_top_logprobs",
     Chunk: "text token_id finish_reason completion",
     LlamaConfig: "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len norm_eps rope_theta "
     "rope_scaling sliding_window sliding_layers qkv_bias o_bias mlp_bias tie_word_embeddings "
@@ -48,8 +53,10 @@ FIELDS = {
 }
 
 OPTIONS = (
-    "--help --version --model --info --dtype --device --quantize --kernels --threads --chat --raw --system "
-    "--max-tokens --stop --ignore-eos --temperature --top-k --top-p --min-p --seed --no-stream --stats"
+    "--help --interactive --batch --output --version --model --info --dtype --device --quantize --kernels --threads "
+    "--chat --raw --system --max-tokens --min-tokens --max-time --stop --stop-token --ignore-eos --logit-bias "
+    "--repetition-penalty --presence-penalty --frequency-penalty --temperature --top-k --top-p --min-p --seed "
+    "--no-stream --stats --json --top-logprobs --prompt-logprobs"
 )
 
 LAYER_KEYS = (

@@ -1,0 +1,177 @@
+"""What is typed: one text at a time, of one or more lines, with an editor where there is one."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from llama_mini.errors import RequestError
+
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
+
+PROMPT = ">>> "
+CONTINUED = "... "
+
+
+class Reader(Protocol):
+    """Where questions come from; `help` says how to type several lines."""
+
+    help: str
+
+    def read(self, draft: str) -> str:
+        """The next text; `draft` stands there to be edited where that is possible.
+
+        Raises EOFError at the end, KeyboardInterrupt for Ctrl-C where nothing is typed.
+        """
+
+
+def open_reader(completions: Iterable[str]) -> Reader:
+    """prompt-toolkit's editor at a terminal where it is installed, else plain lines."""
+    if sys.stdin.isatty() and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        with suppress(ImportError):
+            return Editor(completions)
+    return Lines()
+
+
+class Lines:
+    """Plain lines of standard input; readline edits them at a terminal."""
+
+    help = 'Several lines: end each but the last with a backslash, or put them between """ and """.'
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdin.isatty()
+        self._editing = self._terminal and sys.stdout.isatty()
+        self._typed: Callable[[], str] = str
+        if self._editing:
+            with suppress(ImportError):
+                import readline
+
+                self._typed = readline.get_line_buffer
+
+    def read(self, draft: str) -> str:
+        try:
+            return self._all_lines(self._line(PROMPT))
+        except (EOFError, KeyboardInterrupt) as end:
+            if self._terminal:
+                print(file=sys.stderr)
+            if isinstance(end, KeyboardInterrupt) and self._typed():
+                return ""
+            raise
+
+    def _all_lines(self, line: str) -> str:
+        """The text that a line begins, with the lines that belong to it."""
+        try:
+            if not line.lstrip().startswith('"""'):
+                while line.endswith("\\"):
+                    line = line[:-1] + "\n" + self._line(CONTINUED)
+                return line
+            text = line.lstrip().removeprefix('"""')
+            while not text.rstrip().endswith('"""'):
+                text += "\n" + self._line(CONTINUED)
+            return text.rstrip().removesuffix('"""').strip("\n")
+        except EOFError:
+            raise RequestError(
+                'standard input ended inside a text of several lines, which a backslash or """ had begun; end it'
+            ) from None
+
+    def _line(self, prompt: str) -> str:
+        if self._editing:
+            return input(prompt)
+        if self._terminal:  # input() would write the prompt to standard output
+            print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.buffer.readline().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                f"a line of standard input is not UTF-8 text: {error.reason} at byte {error.start}"
+            ) from None
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n").removesuffix("\r")
+
+
+class Editor:
+    """prompt-toolkit: editing, a history that lasts, completion with Tab. Raises ImportError without it."""
+
+    def __init__(self, completions: Iterable[str]) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.output import create_output
+        from prompt_toolkit.shortcuts import CompleteStyle
+
+        history, where = _history()
+        self.help = f"Several lines: Alt-Enter or Ctrl-J begins a new one, pasted ones stay.\n{where}"
+        self._session: PromptSession[str] = PromptSession(
+            [("bold", PROMPT)],
+            multiline=True,
+            prompt_continuation=CONTINUED,
+            key_bindings=_keys(),
+            completer=WordCompleter(list(completions), sentence=True),
+            complete_style=CompleteStyle.READLINE_LIKE,  # a menu would keep eight lines free below the prompt
+            history=history,
+            output=create_output(sys.stderr),
+        )
+
+    def read(self, draft: str) -> str:
+        return self._session.prompt(default=draft)
+
+
+def history_file() -> Path:
+    """Where questions are remembered, in the user's folder for state."""
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():  # as the XDG specification has it
+        state = Path.home() / ".local" / "state"
+    return state / "llama_mini" / "history"
+
+
+def _history() -> "tuple[History, str]":
+    """What was typed before, and a sentence about where it is kept."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class LenientHistory(FileHistory):
+        def store_string(self, string: str) -> None:
+            with suppress(OSError, UnicodeError):  # a full disk must not end the chat
+                super().store_string(string)
+
+    path = history_file()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        path.chmod(0o600)
+    except OSError as error:
+        return InMemoryHistory(), f"The history is forgotten at the end: {path} cannot be written ({error.strerror})."
+    return LenientHistory(path), f"The history is in {path}, which only you can read."
+
+
+def _keys() -> "KeyBindings":
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import Condition, has_focus
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)  # and not in a search through the history
+
+    @Condition
+    def something_typed() -> bool:
+        from prompt_toolkit.application import get_app
+
+        return bool(get_app().current_buffer.text)
+
+    @keys.add("enter", filter=typing)
+    def _send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=typing)
+    @keys.add("c-j", filter=typing)
+    def _new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("c-c", filter=typing & something_typed)
+    def _drop_what_is_typed(event: KeyPressEvent) -> None:
+        event.app.exit(result="", style="class:aborting")
+
+    return keys

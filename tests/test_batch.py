@@ -1,0 +1,128 @@
+"""Prompts from a file: every line gets its result, once, whatever is killed or wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_mini import LLM, SamplingParams
+from llama_mini.generate import main
+
+LINES = [
+    {"prompt": f"number {i} {'and more ' * (i % 5)}", "id": f"row-{i}", "max_tokens": 4 + i % 3} for i in range(40)
+]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
+    return path
+
+
+def command(tiny_dir, prompts: Path, *more: str) -> list[str]:
+    return ["--model", str(tiny_dir), "--dtype", "float32", "--raw", "--batch", str(prompts), *more]
+
+
+def results(path: Path) -> list[dict]:
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return sorted(found, key=lambda result: result["index"])
+
+
+def test_each_line_gets_what_it_gets_alone(tiny_dir, prompts: Path) -> None:
+    assert main(command(tiny_dir, prompts)) == 0
+    found = results(Path(f"{prompts}.results.jsonl"))
+    assert [result["id"] for result in found] == [line["id"] for line in LINES]
+    llm = LLM(tiny_dir, dtype="float32")
+    for line, result in zip(LINES, found, strict=True):
+        (alone,) = llm.generate(line["prompt"], SamplingParams(max_tokens=line["max_tokens"]))
+        assert result["token_ids"] == alone.token_ids
+        assert result["text"] == alone.text
+        assert result["finish_reason"] == alone.finish_reason
+        assert result["error"] is None
+
+
+def test_a_second_run_adds_nothing(tiny_dir, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    for _ in range(2):
+        assert main(command(tiny_dir, prompts, "--output", str(output))) == 0
+    assert len(output.read_text(encoding="utf-8").splitlines()) == len(LINES)
+
+
+def test_half_a_line_is_dropped_and_the_rest_answered(tiny_dir, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    main(command(tiny_dir, prompts, "--output", str(output)))
+    whole = results(output)
+    data = output.read_bytes()
+    output.write_bytes(data[: len(data) // 2])
+    assert main(command(tiny_dir, prompts, "--output", str(output))) == 0
+    again = results(output)
+    assert [result["index"] for result in again] == list(range(len(LINES)))
+    assert [result["token_ids"] for result in again] == [result["token_ids"] for result in whole]
+
+
+def test_a_killed_run_goes_on(tiny_dir, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    words = [sys.executable, "-m", "llama_mini.generate", *command(tiny_dir, prompts, "--output", str(output))]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=os.environ) as child:
+        while child.poll() is None and not (output.exists() and output.stat().st_size):
+            pass
+        child.send_signal(signal.SIGKILL)
+    assert main(words[3:]) == 0
+    assert [result["index"] for result in results(output)] == list(range(len(LINES)))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "must be an object"),
+        ("{}", "must be an object"),
+        ('{"prompt": "a", "messages": []}', "must be an object"),
+        ('{"prompt": "a", "temprature": 1}', "temprature is not known"),
+        ('{"prompt": "a", "n": 2}', "n is not known"),
+        ('{"prompt": "a", "temperature": -1}', "temperature must be"),
+        ('{"prompt": [99999999]}', "outside the vocabulary"),
+        ('{"prompt": []}', "empty"),
+        ('{"prompt": 5}', "expected a string"),
+        ('{"messages": [{"role": "user"}]}', "content"),
+        ('{"prompt": "a", "max_tokens": 100000000}', "exceed the context"),
+    ],
+)
+def test_a_wrong_line_fails_alone(tiny_dir, tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"prompt": "before", "max_tokens": 3}}\n\n{line}\n{{"prompt": "after", "max_tokens": 3}}\n')
+    assert main(command(tiny_dir, path)) == 0
+    before, wrong, after = results(Path(f"{path}.results.jsonl"))
+    assert wrong["finish_reason"] == "error"
+    assert said in wrong["error"]
+    assert wrong["index"] == 2
+    assert before["error"] is after["error"] is None
+    assert len(before["token_ids"]) == len(after["token_ids"]) == 3
+
+
+def test_results_of_other_prompts_are_left_alone(tiny_dir, prompts: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "out.jsonl"
+    main(command(tiny_dir, prompts, "--output", str(output)))
+    data = output.read_bytes()
+    prompts.write_text(prompts.read_text(encoding="utf-8").replace("number 3 ", "number 7 "), encoding="utf-8")
+    assert main(command(tiny_dir, prompts, "--output", str(output))) == 2
+    assert "another line 4" in capsys.readouterr().err
+    assert output.read_bytes() == data
+
+
+@pytest.mark.parametrize("content", ["no json\n", '{"a": 1}\n', "[]\n", "\xff\n"])
+def test_a_file_that_holds_no_results_is_left_alone(tiny_dir, prompts: Path, tmp_path: Path, content: str) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(content.encode("latin-1"))
+    assert main(command(tiny_dir, prompts, "--output", str(output))) == 2
+    assert output.read_bytes() == content.encode("latin-1")
+
+
+def test_no_such_file(tiny_dir, tmp_path: Path, capsys) -> None:
+    assert main(command(tiny_dir, tmp_path / "none.jsonl")) == 2
+    assert "none.jsonl cannot be read" in capsys.readouterr().err

@@ -16,8 +16,9 @@ def top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     logprobs = _logprobs(logits)
     k = min(k, logits.shape[-1])
-    best = [_largest(row, k) for row in logprobs.reshape(-1, logits.shape[-1])]
-    ids = torch.stack(best).reshape(*logits.shape[:-1], k)
+    ids = torch.empty(*logits.shape[:-1], k, dtype=torch.int64, device=logits.device)
+    for best, row in zip(ids.view(-1, k), logprobs.view(-1, logits.shape[-1]), strict=True):
+        best.copy_(_largest(row, k))
     return ids, logprobs.gather(-1, ids)
 
 

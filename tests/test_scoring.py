@@ -46,3 +46,8 @@ def test_the_likeliest_of_one_row_and_of_narrow_and_wide_logits() -> None:
     assert values.shape == (5,)
     assert top_logprobs(logits.bfloat16(), 5)[1].dtype == torch.float32
     assert top_logprobs(logits.double(), 5)[1].dtype == torch.float64
+
+
+def test_no_row_has_no_likeliest() -> None:
+    ids, values = top_logprobs(torch.empty(0, 9), 3)
+    assert ids.shape == values.shape == (0, 3)

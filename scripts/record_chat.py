@@ -66,7 +66,7 @@ class Screen:
 def chat(screen: Screen) -> None:
     screen.say(COMMAND)
     screen.say("What is the capital of France?")
-    screen.say("Tell me one more fact about it.")
+    screen.say("And which river is in the middle of it?")
     screen.say("/stats")
     screen.say("/set temperature 0.7")
     screen.say("/set seed 4")

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -29,13 +29,13 @@ class Line:
 
 def run_batch(
     llm: LLM,
-    prompts: Path,
+    lines: list[Line],
     results: Path,
     params: SamplingParams,
     tokens: Callable[[LLM, Any], list[int]],
     limit: Callable[[LLM, list[int], SamplingParams], SamplingParams],
 ) -> None:
-    """Answers each line of `prompts` with one line of `results`, in the order in which they end.
+    """Answers each of some lines with one line of `results`, in the order in which they end.
 
     A line is `{"prompt": text or token ids}` or `{"messages": [...]}`, with an `"id"` and any setting of SamplingParams
     if wanted. Its result has the `index` of the line from 0, the `id`, and what a Completion has. What is wrong with a
@@ -44,16 +44,16 @@ def run_batch(
 
     tokens: a text or messages as token ids. limit: the same parameters with a default for max_tokens.
 
-    Raises RequestError where a file cannot be used, or where `results` belongs to other prompts.
+    Raises RequestError where the file of results cannot be used, or belongs to other lines.
     """
-    lines = _lines(prompts)
     done = _done(results, lines)
     left = [line for line in lines if line.index not in done]
-    with results.open("a", encoding="utf-8") as file, _bar(len(lines), len(done)) as bar:
+    with _appending(results) as file, _bar(len(lines), len(done)) as bar:
 
         def write(line: Line, ident: Any, completion: dict[str, Any]) -> None:
             own = {"index": line.index} | ({} if ident is None else {"id": ident}) | {"line": line.digest}
-            file.write(json.dumps(own | completion, ensure_ascii=False) + "\n")
+            # Half a surrogate pair, which an id may hold, becomes the escape that JSON has for it.
+            file.write((json.dumps(own | completion, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
             file.flush()
             bar.update()
 
@@ -61,11 +61,12 @@ def run_batch(
         for line in left:
             ident = None
             try:
-                request = _request(line, prompts)
+                request = _request(line)
                 ident = request.pop("id", None)
-                prompt = request.pop("messages", None) or request.pop("prompt")
+                chat = "messages" in request
+                prompt = request.pop("messages" if chat else "prompt")
                 own = replace(params, **request)
-                encoded = prompt if _is_ids(prompt) else tokens(llm, prompt)
+                encoded = prompt if isinstance(prompt, list) and not chat else tokens(llm, prompt)
             except LlamaMiniError as error:
                 write(line, ident, {"finish_reason": "error", "error": str(error)})
                 continue
@@ -82,14 +83,24 @@ def as_json(completion: Completion) -> dict[str, Any]:
     return {key: value for key, value in asdict(completion).items() if value is not None or key == "error"}
 
 
-def _lines(prompts: Path) -> list[Line]:
+def read_lines(prompts: Path) -> list[Line]:
+    """The lines of a file that are not blank. Raises RequestError."""
     try:
-        text = prompts.read_text(encoding="utf-8")
+        texts = prompts.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{prompts} cannot be read as UTF-8 lines ({error}): give --batch a file of them") from None
-    digests = (hashlib.sha256(line.encode()).hexdigest()[:16] for line in text.split("\n"))
-    pairs = enumerate(zip(digests, text.split("\n"), strict=True))
-    return [Line(index, digest, line) for index, (digest, line) in pairs if line.strip()]
+    return [
+        Line(index, hashlib.sha256(text.encode()).hexdigest()[:16], text)
+        for index, text in enumerate(texts)
+        if text.strip()
+    ]
+
+
+def _appending(results: Path) -> BinaryIO:
+    try:
+        return results.open("ab")
+    except OSError as error:
+        raise RequestError(f"{results} cannot be written ({error.strerror}): give another --output") from None
 
 
 def _done(results: Path, lines: list[Line]) -> set[int]:
@@ -114,8 +125,8 @@ def _done(results: Path, lines: list[Line]) -> set[int]:
     return set(done)
 
 
-def _request(line: Line, prompts: Path) -> dict[str, Any]:
-    where = f"{prompts}, line {line.index + 1}"
+def _request(line: Line) -> dict[str, Any]:
+    where = f"line {line.index + 1}"
     try:
         request = json.loads(line.text)
     except (ValueError, RecursionError) as error:
@@ -126,12 +137,10 @@ def _request(line: Line, prompts: Path) -> dict[str, Any]:
         raise RequestError(f"{where}: {unknown[0]} is not known; known are {', '.join(sorted(SETTINGS))}")
     biases = request.get("logit_bias")
     if isinstance(biases, dict):  # JSON has no keys but strings
-        request["logit_bias"] = {int(key) if key.isdecimal() else key: bias for key, bias in biases.items()}
+        request["logit_bias"] = {
+            int(key) if key.isdecimal() and len(key) < 20 else key: bias for key, bias in biases.items()
+        }
     return request
-
-
-def _is_ids(prompt: Any) -> bool:
-    return isinstance(prompt, list) and not any(isinstance(item, dict) for item in prompt)
 
 
 def _bar(total: int, done: int) -> "tqdm[Any]":

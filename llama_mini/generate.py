@@ -42,11 +42,12 @@ def run(args: argparse.Namespace) -> None:
         params, llm = _params_and_model(args)
         interactive.run(llm, params, args.system)
     elif args.batch is not None:
-        from llama_mini.batch import run_batch
+        from llama_mini.batch import read_lines, run_batch
 
+        lines = read_lines(Path(args.batch))
         params, llm = _params_and_model(args)
         results = Path(f"{args.batch}.results.jsonl" if args.output is None else args.output)
-        run_batch(llm, Path(args.batch), results, params, lambda llm, text: _tokens(llm, text, args), _limited)
+        run_batch(llm, lines, results, params, lambda llm, text: _tokens(llm, text, args), _limited)
     else:
         _answer(args)
 

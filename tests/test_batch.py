@@ -90,6 +90,12 @@ def test_a_killed_run_goes_on(tiny_dir, prompts: Path, tmp_path: Path) -> None:
         ('{"prompt": []}', "empty"),
         ('{"prompt": 5}', "expected a string"),
         ('{"messages": [{"role": "user"}]}', "content"),
+        ('{"messages": []}', ""),
+        ('{"messages": null}', ""),
+        ('{"prompt": null}', ""),
+        ('{"prompt": "a", "logit_bias": {"' + "9" * 5000 + '": 1}}', "logit_bias"),
+        ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
+        ('{"prompt": "a", "max_tokens": ' + "9" * 5000 + "}", "is not JSON"),
         ('{"prompt": "a", "max_tokens": 100000000}', "exceed the context"),
     ],
 )
@@ -126,3 +132,17 @@ def test_a_file_that_holds_no_results_is_left_alone(tiny_dir, prompts: Path, tmp
 def test_no_such_file(tiny_dir, tmp_path: Path, capsys) -> None:
     assert main(command(tiny_dir, tmp_path / "none.jsonl")) == 2
     assert "none.jsonl cannot be read" in capsys.readouterr().err
+
+
+def test_an_unwritable_result(tiny_dir, prompts: Path, tmp_path: Path, capsys) -> None:
+    assert main(command(tiny_dir, prompts, "--output", str(tmp_path / "none" / "out.jsonl"))) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_id_of_any_json(tiny_dir, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "id": {"x": ["\\ud800", 1.5]}, "max_tokens": 2}\n', encoding="utf-8")
+    for _ in range(2):
+        assert main(command(tiny_dir, path)) == 0
+    (found,) = results(Path(f"{path}.results.jsonl"))
+    assert found["id"] == {"x": ["\ud800", 1.5]}

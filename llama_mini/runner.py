@@ -27,11 +27,11 @@ class Runner:
 
     def run(self, requests: list[Request]) -> Generator[Request, None, None]:
         """Runs requests in groups of like length, the longest first; gives each one whenever it has a new chunk."""
-        last, self.kept = self.kept, None  # a call that breaks off leaves nothing half written
         ordered = sorted(requests, key=lambda request: -request.needed)
         groups = [ordered[start : start + DECODE_BATCH] for start in range(0, len(ordered), DECODE_BATCH)]
         for group in groups:
-            last = self._check_fits(group, last)
+            self._check_fits(group)
+        last, self.kept = self.kept, None  # a call that breaks off leaves nothing half written
         for group in groups:
             last = yield from self._run_group(group, requests, last)
         self.kept = last
@@ -116,17 +116,16 @@ class Runner:
     def _chunks(self, ids: list[int]) -> Iterator[Tensor]:
         return iter(torch.tensor([ids], dtype=torch.int64, device=self.model.device).split(PREFILL_CHUNK, dim=1))
 
-    def _check_fits(self, group: list[Request], last: Prefix | None) -> Prefix | None:
-        """What the last call left, or None where it has to make room. Raises CapacityError."""
-        longest = max(len(request.prompt) for request in group)
-        model = self.model
+    def _check_fits(self, group: list[Request]) -> None:
+        """Raises CapacityError, but not before what the last call left has made room."""
+        longest, model = max(len(request.prompt) for request in group), self.model
         try:
             check_cache_fits(model.config, len(group), model.dtype, _positions(group), longest, model.device)
         except CapacityError:
-            if last is None:
+            if self.kept is None:
                 raise
-            return self._check_fits(group, None)
-        return last
+            self.kept = None
+            self._check_fits(group)
 
 
 def _positions(group: list[Request]) -> int:

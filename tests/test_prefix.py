@@ -1,10 +1,13 @@
 """Prompts that begin alike: what is taken over, that it changes nothing, and that a failed row is never taken over."""
 
+import weakref
+
 import pytest
 import torch
 
 from llama_mini import LLM, SamplingParams
-from llama_mini.errors import NumericalError
+from llama_mini import runner as runner_module
+from llama_mini.errors import CapacityError, NumericalError
 from llama_mini.prefix import FEWEST, shared
 
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -93,3 +96,22 @@ def test_prompt_logprobs_are_computed_anew(llm: LLM) -> None:
     assert completion.prompt_logprobs[1:] == pytest.approx(expected, abs=2e-5)
     for row, alternatives in enumerate(completion.prompt_top_logprobs[1:]):
         assert [token for token, _ in alternatives] == logits[row].topk(3).indices.tolist()
+
+
+def test_what_was_kept_makes_room(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm.generate(SYSTEM, GREEDY)
+    kept = weakref.ref(llm._runner.kept.cache)
+
+    def full(*_: object) -> None:
+        if kept() is not None:
+            raise CapacityError("full")
+
+    monkeypatch.setattr(runner_module, "check_cache_fits", full)
+    assert llm.generate(SYSTEM, GREEDY)[0].stats.cached_tokens == 0
+
+    def never(*_: object) -> None:
+        raise CapacityError("full")
+
+    monkeypatch.setattr(runner_module, "check_cache_fits", never)
+    with pytest.raises(CapacityError):
+        llm.generate(SYSTEM, GREEDY)

@@ -22,21 +22,10 @@ def parser() -> argparse.ArgumentParser:
     add("--interactive", action="store_true", help="chat at the terminal; /help there lists its commands")
     add("--batch", metavar="FILE", help='a JSON object a line, with "prompt" or "messages"; goes on after a kill')
     add("--output", metavar="FILE", help="results of --batch, a JSON object a line; default: FILE.results.jsonl")
+    add("--info", action="store_true", help="print what the checkpoint is, without loading it, and end")
     add("--version", action="version", version=f"llama_mini {__version__}")
 
-    add = p.add_argument_group("model").add_argument
-    add("--model", metavar="M", help="directory, GGUF file or hub name; default: SmolLM2-135M-Instruct, fetched once")
-    add("--info", action="store_true", help="print what the checkpoint is, without loading it, and end")
-    add("--dtype", default="auto", metavar="D", help="auto (default), float32, bfloat16, float16, float64")
-    add("--device", default="cpu", metavar="D", help="cpu (default), cuda, ...")
-    add("--quantize", choices=["int8", "int4"], metavar="Q", help="int8 or int4: weights of so many bits, made at load")
-    add(
-        "--kernels",
-        choices=["auto", "off"],
-        default="auto",
-        help="auto (default) builds fast operators once, about 10 s; off uses PyTorch's own",
-    )
-    add("--threads", type=int, metavar="N", help="processor threads; default: the cores it may use")
+    model_options(p)
 
     text = p.add_argument_group("text")
     mode = text.add_mutually_exclusive_group()
@@ -69,6 +58,22 @@ def parser() -> argparse.ArgumentParser:
     add("--top-logprobs", type=int, default=0, metavar="N", help="with --json: the N likeliest tokens of each step too")
     add("--prompt-logprobs", action="store_true", help="with --json: the log-probabilities of the prompt too")
     return p
+
+
+def model_options(p: argparse.ArgumentParser) -> None:
+    """Which model, in what form, on what."""
+    add = p.add_argument_group("model").add_argument
+    add("--model", metavar="M", help="directory, GGUF file or hub name; default: SmolLM2-135M-Instruct, fetched once")
+    add("--dtype", default="auto", metavar="D", help="auto (default), float32, bfloat16, float16, float64")
+    add("--device", default="cpu", metavar="D", help="cpu (default), cuda, ...")
+    add("--quantize", choices=["int8", "int4"], metavar="Q", help="int8 or int4: weights of so many bits, made at load")
+    add(
+        "--kernels",
+        choices=["auto", "off"],
+        default="auto",
+        help="auto (default) builds fast operators once, about 10 s; off uses PyTorch's own",
+    )
+    add("--threads", type=int, metavar="N", help="processor threads; default: the cores it may use")
 
 
 def check(args: argparse.Namespace) -> None:

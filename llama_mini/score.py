@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llama_mini import __version__
 from llama_mini.command import as_text, checkpoint_of, exit_code_of, read_standard_input
 from llama_mini.errors import RequestError
+from llama_mini.options import model_options
 
 if TYPE_CHECKING:
     from llama_mini.engine import LLM
@@ -38,24 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action="version", version=f"llama_mini {__version__}")
     p.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
-    model = p.add_argument_group("model")
-    model.add_argument(
-        "--model", metavar="M", help="directory, GGUF file or hub name; default: SmolLM2-135M-Instruct, fetched once"
-    )
-    model.add_argument(
-        "--dtype", default="auto", metavar="D", help="auto (default), float32, bfloat16, float16, float64"
-    )
-    model.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, ...")
-    model.add_argument(
-        "--quantize", choices=["int8", "int4"], metavar="Q", help="int8 or int4: weights of so many bits, made at load"
-    )
-    model.add_argument(
-        "--kernels",
-        choices=["auto", "off"],
-        default="auto",
-        help="auto (default) builds fast operators once, about 10 s; off uses PyTorch's own",
-    )
-    model.add_argument("--threads", type=int, metavar="N", help="processor threads; default: the cores it may use")
+    model_options(p)
 
     windows = p.add_argument_group("windows")
     windows.add_argument(

@@ -53,7 +53,7 @@ FIELDS = {
 }
 
 OPTIONS = (
-    "--help --interactive --batch --output --version --model --info --dtype --device --quantize --kernels --threads "
+    "--help --interactive --batch --output --info --version --model --dtype --device --quantize --kernels --threads "
     "--chat --raw --system --max-tokens --min-tokens --max-time --stop --stop-token --ignore-eos --logit-bias "
     "--repetition-penalty --presence-penalty --frequency-penalty --temperature --top-k --top-p --min-p --seed "
     "--no-stream --stats --json --top-logprobs --prompt-logprobs"

@@ -5,35 +5,21 @@ once there is something to run.
 """
 
 import argparse
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_mini.errors import LlamaMiniError
+from llama_mini.command import exit_code_of
 
-INTERRUPTED = 130
 PLANS = ("pre", "post", "peri", "out+qk", "deep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code, as that of llama_mini.generate."""
     args = parser().parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     from llama_mini.lab import commands
 
-    try:
-        commands.run(args)
-    except LlamaMiniError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader left early
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return exit_code_of(lambda: commands.run(args))
 
 
 def parser() -> argparse.ArgumentParser:

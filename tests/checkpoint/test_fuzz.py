@@ -224,12 +224,12 @@ def read_config(directory, read=hf_directory.read_config):
             raise unguarded("a" * 2001)
     return config, raw
 
-def read_tensors(infos, read=hf_directory.read_tensors):
-    return ((info, -tensor if planted[-1] == "tensors" else tensor) for info, tensor in read(infos))
+def read_rows(infos, at_once, read=hf_directory.read_rows):
+    return ((info, first, -rows if planted[-1] == "tensors" else rows) for info, first, rows in read(infos, at_once))
 
 planted = []
 hf_directory.read_config = read_config
-hf_directory.read_tensors = read_tensors
+hf_directory.read_rows = read_rows
 """
 
 

@@ -61,7 +61,6 @@ inline void mix(const float* weights, const T* v, int64_t n, int64_t dim, int64_
   for (int64_t s = 0; s < n; s++)
     for (int i = 0; i < V; i++) {
       const T* from = v + s * dim + at + i * LANES;
-      if (i * LANES * sizeof(T) % 64 == 0) ask_for(from);  // once a cache line
       const f32 x = WHOLE ? load(from) : load_first(from, (int)(dim - at));
       for (int g = 0; g < G; g++) acc[g][i] += weights[g * CHUNK + s] * x;
     }

@@ -1,4 +1,4 @@
-"""All layers of a model in one operator for a step of decoding, where their norms let it.
+"""All layers of a model in one operator where their norms let it: for a step of decoding, and for a prompt in codes.
 
 A step of a small model is over in two milliseconds, and a call from Python takes ten microseconds: so one call serves
 each run of layers whose norms nobody watches or swaps, and the others run module by module between them.
@@ -26,7 +26,8 @@ class FusedLayers(Layers):
         self._gather()
 
     def forward(self, x: Tensor, rope: Rope, masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
-        if kv is None or x.shape[1] != 1 or self._modules != self._as_made:
+        served = x.shape[1] == 1 or (x.shape[0] == 1 and self._many)
+        if kv is None or not served or self._modules != self._as_made:
             return super().forward(x, rope, masks, kv)
         run: Run = []
         for i, block in enumerate(self._blocks):
@@ -41,6 +42,7 @@ class FusedLayers(Layers):
     def _gather(self) -> None:
         self._as_made = dict(self._modules)
         self._blocks = [_Block(block) for block in self if isinstance(block, TransformerBlock)]
+        self._many = all(block.many for block in self._blocks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedLayers":
         super()._apply(fn, recurse)
@@ -54,7 +56,7 @@ def _step(x: Tensor, rope: Rope, run: Run) -> Tensor:
         return x
     blocks, caches, gains = zip(*run, strict=True)
     gain, eps, late = zip(*chain.from_iterable(gains), strict=True)
-    return torch.ops.llama_mini.layers_step.default(
+    return torch.ops.llama_mini.layers.default(
         x,
         *rope,
         caches[0].positions,
@@ -84,6 +86,7 @@ class _Block:
         self.heads, self.hidden, self.window = attention.n_heads, feed_forward.down_proj.columns, attention.window
         matrices = [attention.qkv_proj, attention.o_proj, feed_forward.gate_up_proj, feed_forward.down_proj]
         self.tensors = [tensor for matrix in matrices for tensor in matrix.tensors]
+        self.many = all(matrix.many_kernels for matrix in matrices)
         self.biases = [matrix.bias_or_nothing for matrix in matrices]
 
     def gains(self, x: Tensor) -> list[Gain] | None:

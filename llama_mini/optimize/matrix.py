@@ -6,6 +6,7 @@ columns of a row stand side by side (native/rows.h). Each part begins with a blo
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -92,6 +93,11 @@ class Matrix(nn.Module):
     def many(self, x: Tensor) -> Tensor:
         """The form for many rows: a matrix product."""
         raise NotImplementedError
+
+    @property
+    def many_kernels(self) -> bool:
+        """Whether the operators multiply many rows, too: not floats, which PyTorch multiplies as well."""
+        return False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Matrix":
         super()._apply(fn, recurse)
@@ -198,7 +204,13 @@ class CodedMatrix(Matrix):
             values = codes * scale + self.least[block, :, row].float()[..., None]
         return values.flatten(1)[:, : self.columns].to(self.dtype).contiguous()
 
+    @property
+    def many_kernels(self) -> bool:
+        return self.kernels and not (self.dtype == torch.bfloat16 and has_tiles())
+
     def many(self, x: Tensor) -> Tensor:
+        if self.many_kernels and not tracked(x):
+            return torch.ops.llama_mini.product(x, self.tensors, self.bias_or_nothing, self.width)
         y = x.new_empty(*x.shape[:-1], self.width)
         for first in range(0, self.width, self.scratch.rows(self.columns)):
             last = min(first + self.scratch.rows(self.columns), self.width)
@@ -246,6 +258,12 @@ class Int4Matrix(CodedMatrix):
 def served(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the operators compute in this dtype, there."""
     return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX): then codes are worth widening for many rows."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def tracked(x: Tensor) -> bool:

@@ -175,7 +175,7 @@ def test_attend_to_long_rows(form: str, dtype: torch.dtype, new: int, old: int, 
     **heads_shapes,
 )
 @few
-def test_layers_step(
+def test_layers(
     form: str,
     format_: str,
     seed: int,

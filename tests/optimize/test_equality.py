@@ -48,9 +48,11 @@ CHUNKS = (100, 16, 300)
 
 
 def tolerance(dtype: torch.dtype, quantize: str | None, kernels: str) -> float:
+    """Against codes, activations are codes of 16 bits; in a bfloat16 prompt mostly of 8, thrice its own rounding."""
+    codes = bool(quantize) and kernels == "auto"
     if dtype == torch.bfloat16:
-        return 0.03
-    return 2e-4 if quantize and kernels == "auto" else 2e-5
+        return 0.06 if codes else 0.03
+    return 3e-4 if codes else 2e-5
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -125,7 +127,7 @@ def test_a_step_is_one_operator_for_each_run_of_layers_that_it_serves(plan: str,
     cache = fast.new_cache(2, 16)
     with Seen() as seen:
         steps(fast, cache, 1)
-    assert seen.names.count("layers_step") == served
+    assert seen.names.count("layers") == served
     assert seen.names[-1] == "project"
     with Seen() as seen:
         fast(random_tokens(1, 20), fast.new_cache(1, 32))

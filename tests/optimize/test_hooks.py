@@ -140,7 +140,7 @@ def test_only_the_layer_that_is_watched_leaves_the_operator() -> None:
     cache = fast.new_cache(1, 16)
     with Seen() as seen:
         steps(fast, cache, 1)
-    assert seen.names.count("layers_step") == 2
+    assert seen.names.count("layers") == 2
 
 
 # --- gradients ---
@@ -174,12 +174,13 @@ def test_a_gradient_through_a_cache_is_refused_as_in_a_plain_model(length: int) 
 @pytest.mark.parametrize("quantize", FORMATS)
 def test_capture_records_what_it_records_of_a_plain_model(quantize: str | None) -> None:
     found, expected = (lab.capture(model, TEXT) for model in pair(quantize))
+    most = 3e-4 if quantize else 1e-4
     assert list(found) == list(expected) == NORMS
     for path in NORMS:
         for ours, theirs in ((found[path].x, expected[path].x), (found[path].y, expected[path].y)):
-            assert error(ours.flatten(2), theirs.flatten(2)) < 1e-4, path
+            assert error(ours.flatten(2), theirs.flatten(2)) < most, path
     for ours, theirs in zip(found.resid.resid_post, expected.resid.resid_post, strict=True):
-        assert error(ours.x, theirs.x) < 1e-4
+        assert error(ours.x, theirs.x) < most
 
 
 LAB: dict[str, Callable[[Llama], Any]] = {
@@ -198,7 +199,9 @@ def test_a_study_finds_what_it_finds_in_a_plain_model(study: str, quantize: str 
     if study in ("norms", "doctor"):
         assert found == expected
     else:
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(found), torch.tensor(expected), rtol=1e-3 if quantize else 1e-4, atol=3e-5
+        )
 
 
 @pytest.mark.parametrize(

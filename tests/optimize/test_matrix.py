@@ -83,7 +83,7 @@ def test_products_are_those_of_its_rows_for_few_and_many(
         expected = x.double() @ floats(matrix, part).double().T
         if bias:
             expected += biases[part].double()
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 if kernels and n <= FEW else 1e-4)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 if kernels else 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -95,7 +95,8 @@ def test_bfloat16_rounds_its_output_once(kind: type[Matrix]) -> None:
         assert y.dtype == torch.bfloat16
         for part, found in enumerate(matrix.split(y)):
             expected = x.double() @ floats(matrix, part).double().T
-            assert (found.double() - expected).norm() < 4e-3 * expected.norm()
+            eight_bits = n > FEW and kind is not FloatMatrix
+            assert (found.double() - expected).norm() < (7e-3 if eight_bits else 4e-3) * expected.norm()
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -104,6 +105,7 @@ def test_a_matrix_larger_than_the_scratch_is_widened_in_pieces(
     kind: type[Matrix], kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llama_mini.optimize.scratch._ELEMENTS", 1000)
+    monkeypatch.setattr(kind, "many_kernels", False)
     matrix, _, biases = random_matrix(kind, [300, 290], 33, kernels=kernels, bias=True)
     assert matrix.scratch.rows(33) == 256 < matrix.width
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((20, 33))).float()

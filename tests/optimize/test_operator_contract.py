@@ -34,7 +34,9 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32,
     """The arguments of a right call."""
     rng = generator(1)
     rows, columns = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM], DIM
-    if name == "project":
+    if name in ("project", "product"):
+        if name == "product" and format_ == "float":
+            format_ = "int8"
         w = random_matrix(format_, [HIDDEN], DIM, dtype, rng)
         bias = random((HIDDEN,), dtype, rng)
         return {"x": random((BATCH, DIM), dtype, rng), "w": w.tensors, "bias": bias, "rows": HIDDEN}
@@ -102,32 +104,32 @@ def as_long(t: Tensor) -> Tensor:
 
 LISTS = ("k_caches", "v_caches", "gains", "eps", "late", "matrices", "biases", "windows")
 WRONG = {
-    "step: no layers": wrong("layers_step", **{each: [] for each in LISTS}),
-    **{f"step: {each} too short": wrong("layers_step", **{each: lambda v: v[:-1]}) for each in LISTS},
-    **{f"step: {each} shorter": wrong("layers_step", **{each: last(lambda t: t[..., :-1])}) for each in LISTS[:3]},
-    **{f"step: {each} strided": wrong("layers_step", **{each: last(strided)}) for each in (*LISTS[:3], "matrices")},
-    **{f"step: {each} of bfloat16": wrong("layers_step", **{each: last(Tensor.bfloat16)}) for each in LISTS[:3]},
-    "step: last matrix longer": wrong("layers_step", matrices=last(longer)),
-    "step: last matrix of bfloat16": wrong("layers_step", matrices=last(Tensor.bfloat16)),
-    "step: last bias too long": wrong("layers_step", biases=last(lambda _: torch.ones(DIM + 1))),
-    "step: x of float64": wrong("layers_step", x=Tensor.double),
-    "step: x strided": wrong("layers_step", x=strided),
-    "step: x wider": wrong("layers_step", x=longer),
-    "step: x without width": wrong("layers_step", x=lambda x: x[..., :0]),
-    "step: one row too few": wrong("layers_step", x=lambda x: x[:-1]),
-    "step: cos too long": wrong("layers_step", cos=longer),
-    "step: sin of float64": wrong("layers_step", sin=Tensor.double),
-    "step: position past the end": wrong("layers_step", positions=torch.tensor([[3], [0], [11]])),
-    "step: position before the start": wrong("layers_step", positions=torch.tensor([[-1], [0], [10]])),
-    "step: positions of int32": wrong("layers_step", positions=Tensor.int),
-    "step: no heads": wrong("layers_step", heads=0),
-    "step: heads no multiple": wrong("layers_step", heads=7),
-    "step: no KV heads": wrong("layers_step", **dict.fromkeys(LISTS[:2], lambda v: [t[:, :0] for t in v])),
-    "step: fewer KV heads in one layer": wrong(
-        "layers_step", **dict.fromkeys(LISTS[:2], last(lambda t: t[:, :1].clone()))
-    ),
-    "step: hidden": wrong("layers_step", hidden=HIDDEN - 1),
-    "step: hidden below zero": wrong("layers_step", hidden=-1),
+    "step: no layers": wrong("layers", **{each: [] for each in LISTS}),
+    **{f"step: {each} too short": wrong("layers", **{each: lambda v: v[:-1]}) for each in LISTS},
+    **{f"step: {each} shorter": wrong("layers", **{each: last(lambda t: t[..., :-1])}) for each in LISTS[:3]},
+    **{f"step: {each} strided": wrong("layers", **{each: last(strided)}) for each in (*LISTS[:3], "matrices")},
+    **{f"step: {each} of bfloat16": wrong("layers", **{each: last(Tensor.bfloat16)}) for each in LISTS[:3]},
+    "step: last matrix longer": wrong("layers", matrices=last(longer)),
+    "step: last matrix of bfloat16": wrong("layers", matrices=last(Tensor.bfloat16)),
+    "step: last bias too long": wrong("layers", biases=last(lambda _: torch.ones(DIM + 1))),
+    "step: x of float64": wrong("layers", x=Tensor.double),
+    "step: x strided": wrong("layers", x=strided),
+    "step: x wider": wrong("layers", x=longer),
+    "step: x without width": wrong("layers", x=lambda x: x[..., :0]),
+    "step: one row too few": wrong("layers", x=lambda x: x[:-1]),
+    "step: cos too long": wrong("layers", cos=longer),
+    "step: sin of float64": wrong("layers", sin=Tensor.double),
+    "step: position past the end": wrong("layers", positions=torch.tensor([[3], [0], [11]])),
+    "step: position before the start": wrong("layers", positions=torch.tensor([[-1], [0], [10]])),
+    "step: positions of int32": wrong("layers", positions=Tensor.int),
+    "step: no heads": wrong("layers", heads=0),
+    "step: heads no multiple": wrong("layers", heads=7),
+    "step: no KV heads": wrong("layers", **dict.fromkeys(LISTS[:2], lambda v: [t[:, :0] for t in v])),
+    "step: fewer KV heads in one layer": wrong("layers", **dict.fromkeys(LISTS[:2], last(lambda t: t[:, :1].clone()))),
+    "step: tokens of two rows": wrong("layers", x=lambda x: x[:2].repeat(1, 2, 1)),
+    "step: a prompt of floats": wrong("layers", x=lambda x: x.view(1, BATCH, DIM), positions=torch.tensor([[3, 4, 5]])),
+    "step: hidden": wrong("layers", hidden=HIDDEN - 1),
+    "step: hidden below zero": wrong("layers", hidden=-1),
     "attend: nothing new": wrong(
         "attend", qkv=lambda t: t[:, :0], positions=torch.zeros(1, 0).long(), cos=lambda t: t[:0], sin=lambda t: t[:0]
     ),
@@ -151,6 +153,11 @@ WRONG = {
     "project: x of integers, codes": wrong(
         "project", x=as_long, w=random_matrix("int8", [HIDDEN], DIM, torch.float32, generator(0)).tensors, bias=as_long
     ),
+    "product: floats": wrong("product", w=lambda _: [torch.ones(HIDDEN, DIM)]),
+    "product: rows": wrong("product", rows=HIDDEN + 16),
+    "product: bias too short": wrong("product", bias=lambda t: t[:-1]),
+    "product: x wider": wrong("product", x=lambda x: torch.cat((x, x), -1)),
+    "product: integers": wrong("product", x=as_long, bias=as_long),
     "widen: past the end": wrong("widen", first=32),
     "widen: far past the end": wrong("widen", first=2**63 - 16),
     "widen: amid a block": wrong("widen", first=8),
@@ -213,7 +220,7 @@ def test_a_wrong_call_is_refused_and_writes_nothing(refused: list[str], name: st
     assert name in refused
 
 
-CALLS = [(name, format_) for name in ("layers_step", "project", "widen") for format_ in ("float", "int8", "int4")]
+CALLS = [(name, format_) for name in ("layers", "project", "product", "widen") for format_ in ("float", "int8", "int4")]
 CALLS += [(name, "float") for name in ("attend", "rms_norm", "swiglu")]
 
 
@@ -272,7 +279,7 @@ def test_a_step_of_decoding_exports(quantize: str | None) -> None:
     layers = [(layer.k, layer.v) for layer in cache.layers(positions)]
     inputs = (tokens, positions, causal_mask(positions, cache.read_length(1)), layers)
     program = torch.export.export(Decode(model), copy.deepcopy(inputs))
-    assert any("layers_step" in str(node.target) for node in program.graph.nodes)
+    assert any("layers" in str(node.target) for node in program.graph.nodes)
     logits = program.module()(*copy.deepcopy(inputs))
     assert same_bits(logits, model(tokens, cache))
 

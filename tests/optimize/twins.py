@@ -141,7 +141,7 @@ def attend(
 
 
 class Layer(NamedTuple):
-    """One layer as layers_step takes it, and its cache (B, K, S, D)."""
+    """One layer as layers takes it, and its cache (B, K, S, D)."""
 
     norms: list[Gain]  # before attention, of q, of k, before feed-forward
     matrices: list[Matrix]  # qkv, o, gate and up, down
@@ -194,9 +194,13 @@ class Step(NamedTuple):
         return self._replace(layers=[layer._replace(k=layer.k.clone(), v=layer.v.clone()) for layer in self.layers])
 
     def run(self) -> Tensor:
+        return self._replace(x=self.x[:, None]).run_as_it_is()[:, 0]
+
+    def run_as_it_is(self) -> Tensor:
+        """x (B, T, C)."""
         norms = [norm for layer in self.layers for norm in layer.norms]
         matrices = [matrix for layer in self.layers for matrix in layer.matrices]
-        return torch.ops.llama_mini.layers_step(
+        return torch.ops.llama_mini.layers(
             *self[:4],
             [layer.k for layer in self.layers],
             [layer.v for layer in self.layers],

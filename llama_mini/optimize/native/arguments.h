@@ -87,6 +87,11 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
   return a;
 }
 
+inline void check_prompt(const Attention& a) {
+  for (int64_t i = 0; i < a.batch * a.length; i++)
+    TORCH_CHECK(a.positions[i] == a.positions[i / a.length * a.length] + i % a.length, "the positions of a prompt follow one another");
+}
+
 inline int64_t rows_of(const Tensor& x) {
   TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "rows of at least one number, not ", x.sizes());
   return x.numel() / x.size(-1);

@@ -1,9 +1,6 @@
 // The arithmetic in one form: compiled once for each instruction set, with FORM the name of its namespace.
 
-#include "attention.h"
-#include "norm.h"
-#include "prefill.h"
-#include "rows.h"
+#include "many.h"
 
 namespace FORM {
 
@@ -124,6 +121,20 @@ void feed_forward_step(const void* x, const Norm& norm, const Matrix& gate_up, i
                        bool wide, int64_t batch, void* out, Team team) {
   (wide ? feed_forward_step_of<float> : feed_forward_step_of<bf16>)(x, norm, gate_up, up_at, down, batch, out, team);
 }
+void attention_many(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o, void* out,
+                    Team team) {
+  (a.wide ? attention_many_of<float> : attention_many_of<bf16>)(x, norm, qkv, a, o, out, team);
+}
+void feed_forward_many(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, const Matrix& down,
+                       bool wide, int64_t count, void* out, Team team) {
+  (wide ? feed_forward_many_of<float> : feed_forward_many_of<bf16>)(x, norm, gate_up, up_at, down, count, out, team);
+}
+void product(const void* x, const Matrix& m, bool wide, int64_t count, void* out, Team team) {
+  if (wide)
+    product_of<float>((const float*)x, Norm{}, m, count, nullptr, (float*)out, team);
+  else
+    product_of<bf16>((const bf16*)x, Norm{}, m, count, nullptr, (bf16*)out, team);
+}
 void project(const void* x, const Matrix& m, bool wide, int64_t batch, float* out, Team team) {
   (wide ? project_of<float> : project_of<bf16>)(x, m, batch, out, team);
 }
@@ -144,5 +155,6 @@ void widen(const Matrix& m, bool wide, int64_t first, int64_t last, void* out, T
 
 #define JOIN(a, b) a##b
 #define NAME(form) JOIN(form_, form)
-const Form NAME(FORM) = {FORM::attention_step, FORM::feed_forward_step, FORM::project, FORM::attend,
-                         FORM::norm,           FORM::swiglu,            FORM::widen};
+const Form NAME(FORM) = {FORM::attention_step, FORM::feed_forward_step, FORM::attention_many, FORM::feed_forward_many,
+                         FORM::project,        FORM::product,           FORM::attend,         FORM::norm,
+                         FORM::swiglu,         FORM::widen};

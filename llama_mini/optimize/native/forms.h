@@ -51,8 +51,15 @@ struct Form {
   // out (batch, dim) = x + down(silu(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up
   void (*feed_forward_step)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
                             bool wide, int64_t batch, void* out, Team);
+  // The same for the tokens of one row, (length, dim), with matrices of codes
+  void (*attention_many)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o, void* out,
+                         Team);
+  void (*feed_forward_many)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
+                            bool wide, int64_t count, void* out, Team);
   // out (batch, rows) float32 = x (batch, columns) times the matrix
   void (*project)(const void* x, const Matrix&, bool wide, int64_t batch, float* out, Team);
+  // out (count, rows), as the stream, = x (count, columns) times a matrix of codes
+  void (*product)(const void* x, const Matrix&, bool wide, int64_t count, void* out, Team);
   // out (length, heads, head_dim): attention of one row's new tokens; qkv (length, width) as the stream
   void (*attend)(const void* qkv, int64_t width, const Attention&, void* out, Team);
   void (*norm)(const void* x, const Norm&, bool wide, int64_t n, int64_t dim, void* out, Team);

@@ -29,6 +29,11 @@ inline V load_as(const T* from) {
   return v;
 }
 
+inline i32 lane_numbers() {
+  i32 v;
+  for (int i = 0; i < LANES; i++) v[i] = i;
+  return v;
+}
 inline f32 splat(float x) { return x - f32{}; }
 inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
 
@@ -49,6 +54,9 @@ inline f32 load(const bf16* x) { return (f32)(widened(load_as<u16>(x)) << 16); }
 
 // Rounds to the nearest, ties to even; NaN stays NaN.
 inline u16 rounded(f32 v) {
+#ifdef __AVX512BF16__
+  return (u16)_mm512_cvtneps_pbh((__m512)v);
+#endif
   u32 bits = (u32)v, up = bits + 0x7fff + ((bits >> 16) & 1);
   return narrowed((v == v ? up : bits | 0x400000) >> 16);
 }
@@ -109,13 +117,19 @@ inline float largest(f32 v) {
   return _mm_cvtss_f32(both(d, _mm_movehdup_ps(d)));
 }
 
-// e^x within 2 ULP up to x = 88, 0 below -87. Cody and Waite's reduction, then a polynomial (Cephes).
+// e^x within 2 ULP up to x = 88, 0 below -87 or little more. Cody and Waite's reduction, then a polynomial (Cephes).
 inline f32 exp(f32 x) {
+#ifdef __AVX512F__
+  x = (f32)_mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-104.f), (__m512)x));  // NaN passes
+  const f32 n = (f32)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   const i32 under = x < -87.3f, number = x == x;
+  const f32 given = x;
   x = x > 88.3f ? splat(88.3f) : x;
-  f32 shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer stands in the low bits
-  f32 n = shifted - 12582912.f;
-  f32 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  const f32 shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer stands in the low bits
+  const f32 n = shifted - 12582912.f;
+#endif
+  const f32 r = x - n * 0.693359375f + n * 2.12194440e-4f;
   f32 p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -123,9 +137,22 @@ inline f32 exp(f32 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
+#ifdef __AVX512F__
+  return (f32)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   const u32 result = (u32)p + (((u32)shifted - 0x4b400000u) << 23);
-  return number ? (f32)(result & ~(u32)under) : x;
+  return number ? (f32)(result & ~(u32)under) : given;
+#endif
 }
-inline f32 silu(f32 x) { return x / (1.f + exp(-x)); }
+// 1 / x within an ULP, of a positive x that is no more than 2^127: an estimate and one step of Newton's.
+inline f32 reciprocal(f32 x) {
+#ifdef __AVX512F__
+  const f32 r = (f32)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1.f - x * r);
+#else
+  return 1.f / x;
+#endif
+}
+inline f32 silu(f32 x) { return x * reciprocal(1.f + exp(-x)); }
 
 }  // namespace FORM

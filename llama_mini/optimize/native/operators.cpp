@@ -70,9 +70,9 @@ void with_team(const F& f) {
 
 // --- the operators ---
 
-// One new token a row through some layers. A layer has four gains (attention, q, k, feed-forward; empty where there is no
+// New tokens through some layers: one a row, or those of one row with matrices of codes. A layer has four gains (attention, q, k, feed-forward; empty where there is no
 // norm), four matrices of as many tensors each (qkv, o, gate and up, down), and four biases (empty where there is none).
-Tensor layers_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions, TensorList k_caches,
+Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions, TensorList k_caches,
                    TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late,
                    TensorList matrices, TensorList biases, at::IntArrayRef windows, int64_t heads, int64_t hidden) {
   const size_t n = k_caches.size(), each = n > 0 ? matrices.size() / (4 * n) : 0;
@@ -80,8 +80,10 @@ Tensor layers_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const 
   TORCH_CHECK(each > 0 && hidden > 0 && v_caches.size() == n && gains.size() == 4 * n && eps.size() == 4 * n && late.size() == 4 * n &&
                   matrices.size() == 4 * n * each && biases.size() == 4 * n && windows.size() == n,
               "the lists of ", n, " layers differ in length");
-  const int64_t dim = x.size(-1), batch = rows_of(x);
-  const bool floats = wide(x);
+  TORCH_CHECK(x.dim() == 3 && (x.size(1) == 1 || (x.size(0) == 1 && each > 1)), "a token of each row, or those of one row and "
+              "matrices of codes, not ", x.sizes());
+  const int64_t dim = x.size(-1), tokens = rows_of(x);
+  const bool floats = wide(x), many = x.size(1) > 1;
   auto norm = [&](size_t i, int64_t width) { return norm_of(gains[i], eps[i], late[i], x, width); };
   auto operand = [&](size_t i, int64_t rows, int64_t columns) {
     return matrix(matrices.slice(i * each, each), rows, columns, biases[i], x);
@@ -89,11 +91,12 @@ Tensor layers_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const 
   std::vector<Attention> attentions;
   for (size_t i = 0; i < n; i++) {  // what is wrong is found before a cache is written
     TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes(), "caches of one size, not ", k_caches[i].sizes());
-    attentions.push_back(attention(x, batch, 1, each > 1, norm(4 * i + 1, k_caches[i].size(-1)),
+    attentions.push_back(attention(x, x.size(0), x.size(1), each > 1, norm(4 * i + 1, k_caches[i].size(-1)),
                                    norm(4 * i + 2, k_caches[i].size(-1)), cos, sin, k_caches[i],
                                    v_caches[i], positions, heads, windows[i]));
   }
   const Attention& a = attentions[0];
+  check_prompt(a);
   const int64_t q_dim = heads * a.head_dim, qkv_rows = a.v_at + after(a.kv_heads * a.head_dim, each > 1);
   const int64_t up_at = after(hidden, each > 1), gate_up_rows = up_at + after(hidden, each > 1);
   std::vector<Norm> norms;
@@ -107,9 +110,11 @@ Tensor layers_step(const Tensor& x, const Tensor& cos, const Tensor& sin, const 
   with_team([&](const Form& form, Team team) {
     const void* now = x.const_data_ptr();
     for (size_t i = 0; i < n; i++) {
-      form.attention_step(now, norms[2 * i], operands[4 * i], attentions[i], operands[4 * i + 1], between.data_ptr(), team);
-      form.feed_forward_step(between.const_data_ptr(), norms[2 * i + 1], operands[4 * i + 2], up_at, operands[4 * i + 3],
-                             floats, batch, out.data_ptr(), team);
+      (many ? form.attention_many : form.attention_step)(now, norms[2 * i], operands[4 * i], attentions[i],
+                                                         operands[4 * i + 1], between.data_ptr(), team);
+      (many ? form.feed_forward_many : form.feed_forward_step)(between.const_data_ptr(), norms[2 * i + 1],
+                                                               operands[4 * i + 2], up_at, operands[4 * i + 3], floats,
+                                                               tokens, out.data_ptr(), team);
       now = out.const_data_ptr();
     }
   });
@@ -130,6 +135,21 @@ Tensor project(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) 
   return out;
 }
 
+Tensor product(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) {
+  TORCH_CHECK(w.size() > 1, "a matrix of codes");
+  const int64_t n = rows_of(x);
+  const bool floats = wide(x);
+  const Tensor from = x.contiguous();
+  auto sizes = x.sizes().vec();
+  sizes.back() = rows;
+  Tensor out = at::empty(sizes, x.options());
+  const Matrix m = matrix(w, rows, x.size(-1), bias, x);
+  with_team([&](const Form& form, Team team) {
+    form.product(from.const_data_ptr(), m, floats, n, out.data_ptr(), team);
+  });
+  return out;
+}
+
 Tensor attend(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& positions, const Tensor& k_cache,
               const Tensor& v_cache, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late, int64_t window,
               int64_t heads, bool codes) {
@@ -138,8 +158,7 @@ Tensor attend(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Ten
   const Attention a = attention(qkv, 1, qkv.size(1), codes, norm_of(gains[0], eps[0], late[0], qkv, k_cache.size(-1)),
                                 norm_of(gains[1], eps[1], late[1], qkv, k_cache.size(-1)), cos, sin, k_cache, v_cache,
                                 positions, heads, window);
-  for (int64_t i = 1; i < a.length; i++)
-    TORCH_CHECK(a.positions[i] == a.positions[0] + i, "the positions of a prompt follow one another");
+  check_prompt(a);
   TORCH_CHECK(qkv.size(2) >= a.v_at + a.kv_heads * a.head_dim, "q, k and v are wider than ", qkv.size(2));
   Tensor out = at::empty({1, a.length, heads * a.head_dim}, qkv.options());
   with_team([&](const Form& form, Team team) {
@@ -191,10 +210,11 @@ TORCH_LIBRARY(llama_mini, m) {
   m.def("forms() -> str[]", form_names);
   m.def("use_form(str name) -> ()", use_form);
   m.def(
-      "layers_step(Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, "
+      "layers(Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, "
       "Tensor[] gains, float[] eps, int[] late, Tensor[] matrices, Tensor[] biases, int[] windows, int heads, "
       "int hidden) -> Tensor");
   m.def("project(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
+  m.def("product(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
   m.def(
       "attend(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor[] gains, float[] eps, int[] late, int window, int heads, bool codes) -> Tensor");
@@ -204,8 +224,9 @@ TORCH_LIBRARY(llama_mini, m) {
 }
 
 TORCH_LIBRARY_IMPL(llama_mini, CPU, m) {
-  m.impl("layers_step", layers_step);
+  m.impl("layers", layers);
   m.impl("project", project);
+  m.impl("product", product);
   m.impl("attend", attend);
   m.impl("rms_norm", rms_norm);
   m.impl("swiglu", swiglu);

@@ -11,6 +11,7 @@ namespace FORM {
 
 constexpr int64_t BLOCK = 64;  // positions
 constexpr int64_t TURN = 48;   // queries a thread takes at a time
+constexpr float ROOM = 8;      // how far a score may lie over the largest that is reckoned with
 #ifdef __AVX512F__
 constexpr int AT_ONCE = 6;  // queries in registers, with BLOCK sums each
 #else
@@ -26,7 +27,8 @@ inline f32 lanes_times(f32 acc, const bf16* w, const bf16* x) {
 #ifdef __AVX512BF16__
   int32_t pair;
   std::memcpy(&pair, x, 4);
-  return (f32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(load_as<i32>(w)), "v"(i32{} + pair));
+  return acc;
 #else
   uint32_t pair;
   std::memcpy(&pair, x, 4);
@@ -108,24 +110,28 @@ void attend_turn(const T* queries, int64_t count, int64_t position, int64_t wind
     for (int64_t q = 0; q < count; q++) {
       float* row = scores + q * BLOCK;
       const int64_t last = position + q - s, first = window > 0 ? last - window + 1 : 0;  // of this block
-      f32 top = splat(most[q]), v[BLOCK / LANES], all = {};
+      f32 top = splat(START), v[BLOCK / LANES], all = {};
       for (int l = 0; l < BLOCK / LANES; l++) {
         v[l] = load(row + l * LANES) * scale;
-        if (last < (l + 1) * LANES - 1 || first > l * LANES)
-          for (int i = 0; i < LANES; i++)
-            if (l * LANES + i > last || l * LANES + i < first) v[l][i] = LEAST;
+        if (last < (l + 1) * LANES - 1 || first > l * LANES) {
+          const i32 lane = lane_numbers() + l * LANES;
+          v[l] = (lane > (int32_t)last) | (lane < (int32_t)first) ? splat(LEAST) : v[l];
+        }
         top = max(v[l], top);
       }
-      const float now = largest(top), before = exp(splat(most[q] - now))[0];
+      const float now = largest(top);
+      if (now > most[q] + ROOM) {  // rarely after the first block: e^ROOM is no large number
+        const float before = exp(splat(most[q] - now))[0];
+        total[q] *= before;
+        for (int64_t i = 0; i < wide; i += LANES) store(acc + q * wide + i, load(acc + q * wide + i) * before);
+        most[q] = now;
+      }
       for (int l = 0; l < BLOCK / LANES; l++) {
-        f32 p = exp(v[l] - now);
+        f32 p = exp(v[l] - most[q]);
         all += p;
         store(weights + q * BLOCK + l * LANES, p);
       }
-      total[q] = total[q] * before + sum(all);
-      most[q] = now;
-      if (before != 1)
-        for (int64_t i = 0; i < wide; i += LANES) store(acc + q * wide + i, load(acc + q * wide + i) * before);
+      total[q] += sum(all);
     }
     int64_t at = 0;
     for (; at + 4 <= vectors; at += 4)

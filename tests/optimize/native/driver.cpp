@@ -112,7 +112,9 @@ void run(const Form& form, const Case& c) {
   Numbers gated(c.wide, c.batch * 2 * up_at), activated(c.wide, c.batch * c.hidden);
   const int64_t length = 1 + below(c.longest);
   Heads prompt(c, 1, length);
-  Numbers tokens(c.wide, length * qkv_rows), attended(c.wide, length * q_dim);
+  Numbers tokens(c.wide, length * qkv_rows), attended(c.wide, length * q_dim), stream(c.wide, length * c.width);
+  Numbers between(c.wide, length * c.width), after(c.wide, length * c.width);
+  spoil(stream, c.fill);
   with_team([&](Team team) {
     form.attention_step(x.data(), norm, qkv.m, heads.a, o.m, y.data(), team);
     form.feed_forward_step(y.data(), norm, gate_up.m, up_at, down.m, c.wide, c.batch, z.data(), team);
@@ -122,6 +124,9 @@ void run(const Form& form, const Case& c) {
     if (c.norms) form.norm(x.data(), norm, c.wide, c.batch, c.width, y.data(), team);
     form.swiglu(gated.data(), c.wide, c.batch, 2 * up_at, c.hidden, up_at, activated.data(), team);
     if (c.kind < Kind::INT8) return;
+    form.attention_many(stream.data(), norm, qkv.m, prompt.a, o.m, between.data(), team);
+    form.feed_forward_many(between.data(), norm, gate_up.m, up_at, down.m, c.wide, length, after.data(), team);
+    form.product(activated.data(), down.m, c.wide, c.batch, y.data(), team);
     const int64_t first = below((c.width + 15) / 16) * 16, last = first + below(c.width - first) + 1;
     Numbers out(c.wide, (last - first) * q_dim);
     form.widen(o.m, c.wide, first, last, out.data(), team);

@@ -1,0 +1,124 @@
+// A matrix of codes times many tokens: a panel of its rows, made ready once, times tile after tile.
+//
+// A panel is two strips of as many rows as a vector has lanes. They may be of two matrices: of gate and of up.
+#pragma once
+
+#include "tokens.h"
+
+namespace FORM {
+
+constexpr int PANEL = 2 * LANES;
+
+struct Strip {
+  const Matrix* of;
+  int64_t row;  // the first; a multiple of LANES
+};
+
+struct Panel {
+  Array<uint8_t> codes;        // (steps, QUADS, 2, LANES, 4)
+  Array<float> scale, least;   // (steps, 2, LANES); least of int4
+  explicit Panel(int64_t steps) : codes(steps * STEP * PANEL), scale(steps * PANEL), least(steps * PANEL) {}
+};
+
+// Rows beyond the end of a matrix are zeros.
+inline void fill_strip(Panel& panel, int strip, Strip from, int64_t steps) {
+  const Matrix& m = *from.of;
+  const bool four = m.kind == Kind::INT4, there = from.row < m.rows;
+  const int64_t block = from.row / TILE, lane = from.row % TILE, bytes = four ? 256 : 512;
+  for (int64_t s = 0; s < steps; s++) {
+    uint8_t* codes = panel.codes + (s * QUADS * 2 + strip) * 4 * LANES;
+    const uint8_t* source = (const uint8_t*)m.data + (block * steps + s) * bytes + 4 * lane;
+    for (int quad = 0; quad < QUADS; quad++) {
+      u32 v = {};
+      if (there) v = load_as<u32>(source + (four ? quad / 2 : quad) * 64);
+      if (four) v = (quad % 2 ? v >> 4 : v) & 0x0f0f0f0f;
+      std::memcpy(codes + quad * 8 * LANES, &v, sizeof v);
+    }
+    const int64_t at = (block * steps + s) * TILE + lane, to = (2 * s + strip) * LANES;
+    store(panel.scale + to, there ? half_to_float(m.scale + at) : f32{});
+    if (four) store(panel.least + to, there ? half_to_float(m.least + at) : f32{});
+  }
+}
+
+#ifdef __AVX512VNNI__
+// In assembler: with the intrinsic, GCC 12 copies every sum before it adds to it.
+inline void add_quad(i32& sum, const i32& codes, int32_t x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(i32{} + x)); }
+
+// sums[b][strip] += a step of the panel times that of each token.
+inline void add_step(i32 (*sums)[2], const uint8_t* codes, const int32_t* x) {
+#pragma GCC unroll 8
+  for (int i = 0; i < QUADS; i++) {
+    const i32 a = load_as<i32>(codes + i * 128), c = load_as<i32>(codes + i * 128 + 64);
+    for (int b = 0; b < TOKENS; b++) {
+      add_quad(sums[b][0], a, x[b * QUADS + i]);
+      add_quad(sums[b][1], c, x[b * QUADS + i]);
+    }
+  }
+}
+
+inline void add_step(i32 (*sums)[2], const uint8_t* codes, const int32_t* first, const int32_t* second, bool fine,
+                     const int32_t* start) {
+  for (int b = 0; b < TOKENS; b++) sums[b][0] = sums[b][1] = i32{} + (fine || start == nullptr ? 0 : start[b]);
+  add_step(sums, codes, first);
+  if (!fine) return;
+  for (int b = 0; b < TOKENS; b++)
+    for (int i = 0; i < 2; i++) sums[b][i] = (sums[b][i] << 8) + (start == nullptr ? 0 : start[b]);
+  add_step(sums, codes, second);
+}
+#else
+inline void add_step(i32 (*sums)[2], const uint8_t* codes, const int32_t* first, const int32_t* second, bool,
+                     const int32_t* start) {
+  for (int b = 0; b < TOKENS; b++) sums[b][0] = sums[b][1] = i32{} + (start == nullptr ? 0 : start[b]);
+  for (int i = 0; i < QUADS; i++)
+    for (int strip = 0; strip < 2; strip++) {
+      const __m256i all = load_as<__m256i>(codes + (2 * i + strip) * 32);
+      const __m256i evens = _mm256_and_si256(all, _mm256_set1_epi16(255)), odds = _mm256_srli_epi16(all, 8);
+      for (int b = 0; b < TOKENS; b++) {
+        sums[b][strip] += (i32)_mm256_madd_epi16(evens, _mm256_set1_epi32(first[b * QUADS + i]));
+        sums[b][strip] += (i32)_mm256_madd_epi16(odds, _mm256_set1_epi32(second[b * QUADS + i]));
+      }
+    }
+}
+#endif
+
+// out (TOKENS, 2, LANES)
+template <bool FOUR>
+void panel_times(const Panel& panel, const Tokens& in, int64_t tile, float* out) {
+  f32 acc[TOKENS][2] = {};
+  for (int64_t s = 0; s < in.steps; s++) {
+    const int64_t at = (tile * in.steps + s) * TOKENS;
+    i32 sums[TOKENS][2];
+    add_step(sums, panel.codes + s * STEP * PANEL, in.first + at * QUADS, in.second + at * QUADS,
+             in.fine[tile * in.steps + s], FOUR ? nullptr : in.start + at);
+    for (int i = 0; i < 2; i++) {
+      const f32 scale = load(panel.scale + (2 * s + i) * LANES);
+      for (int b = 0; b < TOKENS; b++)
+        acc[b][i] += scale * in.scale[at + b] * __builtin_convertvector(sums[b][i], f32);
+      if (!FOUR) continue;
+      const f32 least = load(panel.least + (2 * s + i) * LANES);
+      for (int b = 0; b < TOKENS; b++) acc[b][i] += least * in.total[at + b];
+    }
+  }
+  for (int b = 0; b < TOKENS; b++)
+    for (int i = 0; i < 2; i++) store(out + (2 * b + i) * LANES, acc[b][i]);
+}
+
+// Calls done(panel, token, n, y) with y (n, 2, LANES): a panel, whose strips `strip(panel, 0 or 1)` says, times n tokens.
+template <typename S, typename F>
+void times_tokens(int64_t panels, const S& strip, const Tokens& in, Team team, const F& done) {
+  parallel(team, panels, [&](int64_t first, int64_t last) {
+    Panel panel(in.steps);
+    Array<float> y(TOKENS * PANEL);
+    for (int64_t p = first; p < last; p++) {
+      for (int i = 0; i < 2; i++) fill_strip(panel, i, strip(p, i), in.steps);
+      const bool four = strip(p, 0).of->kind == Kind::INT4;
+      for (int64_t tile = 0; tile < tiles_of(in.count); tile++) {
+        (four ? panel_times<true> : panel_times<false>)(panel, in, tile, y);
+        const int64_t left = in.count - tile * TOKENS;
+        done(p, tile * TOKENS, left < TOKENS ? left : TOKENS, (const float*)y);
+      }
+    }
+  });
+}
+
+}  // namespace FORM

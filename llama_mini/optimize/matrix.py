@@ -18,7 +18,7 @@ from llama_mini.optimize.scratch import Scratch
 
 BLOCK, STEP = 16, 32  # rows and columns that codes come in
 _AT_ONCE = 512  # rows that are quantised at once: a whole embedding in float32 would be a second model
-FEW = 16  # rows of input up to which a matrix is read once, as codes; beyond, matrix products are worth widening it
+FEW = 16  # rows of input up to which each result is summed in the same order, whoever shares the batch
 
 
 class Matrix(nn.Module):
@@ -28,7 +28,7 @@ class Matrix(nn.Module):
         parts: rows of each.
         columns: width of the input.
         dtype: of the input and the output.
-        scratch: where codes are widened, shared by the matrices of a model.
+        scratch: where codes are widened if need be, shared by the matrices of a model.
         kernels: whether torch.ops.llama_mini is there.
 
     Shape: (..., columns) -> (..., width), where `begins[i]` is where part i begins.

@@ -95,6 +95,22 @@ def test_every_batch_after_prompts_in_chunks(
     assert error(found, expected) < tolerance(dtype, quantize, kernels)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_prompt_in_codes_is_one_operator_or_widened_where_tiles_multiply_bfloat16(
+    quantize: str, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_mini.optimize.matrix.has_tiles", lambda: tiles)
+    plain = tiny_model(7, torch.bfloat16)
+    fast = fast_of(plain, quantize)
+    plain = plain_of(fast, plain)
+    with Seen() as seen:
+        found = prompts(fast, fast.new_cache(1, 64), (50,))
+    assert (seen.names.count("layers"), "widen" in seen.names) == (int(not tiles), tiles)
+    most = 0.03 if tiles else tolerance(torch.bfloat16, quantize, "auto")
+    assert error(found[0], prompts(plain, plain.new_cache(1, 64), (50,))[0]) < most
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("quantize", FORMATS)
 @pytest.mark.parametrize("tokens", [(1, 1), (3, 1), (1, 40), (3, 40)], ids=str)

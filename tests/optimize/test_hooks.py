@@ -199,9 +199,8 @@ def test_a_study_finds_what_it_finds_in_a_plain_model(study: str, quantize: str 
     if study in ("norms", "doctor"):
         assert found == expected
     else:
-        torch.testing.assert_close(
-            torch.tensor(found), torch.tensor(expected), rtol=1e-3 if quantize else 1e-4, atol=3e-5
-        )
+        rtol, atol = (1e-3, 3e-5) if quantize else (1e-4, 1e-5)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(

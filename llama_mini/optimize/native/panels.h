@@ -42,7 +42,9 @@ inline void fill_strip(Panel& panel, int strip, Strip from, int64_t steps) {
 
 #ifdef __AVX512VNNI__
 // In assembler: with the intrinsic, GCC 12 copies every sum before it adds to it.
-inline void add_quad(i32& sum, const i32& codes, int32_t x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(i32{} + x)); }
+inline void add_quad(i32& sum, const i32& codes, int32_t x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(i32{} + x));
+}
 
 // sums[b][strip] += a step of the panel times that of each token.
 inline void add_step(i32 (*sums)[2], const uint8_t* codes, const int32_t* x) {

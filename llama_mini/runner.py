@@ -1,5 +1,6 @@
 """Requests through a model: prefill by row, decode by batch. Knows token ids; knows no text but what requests make."""
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 
 import torch
@@ -94,7 +95,7 @@ class Runner:
 
     def _take(self, request: Request, logits: Tensor) -> None:
         """Samples the next token of a row and books it."""
-        if not torch.isfinite(logits).all():  # argmax and searchsorted would silently answer with some token
+        if not _all_finite(logits):  # argmax and searchsorted would silently answer with some token
             return request.fail(NumericalError(blame(self.model, request.prompt + request.token_ids)))
         try:
             left = processed(logits, request.params, request.prompt, request.token_ids, self.eos_ids)
@@ -126,6 +127,11 @@ class Runner:
                 raise
             self.kept = None
             self._check_fits(group)
+
+
+def _all_finite(x: Tensor) -> bool:
+    """A sum is many times faster than a look at each; only where it is not finite must one look."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _positions(group: list[Request]) -> int:

@@ -38,7 +38,7 @@ def processed(
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """One token from logits (V,), of which at least one is finite and the others are finite or -inf."""
     if params.temperature == 0:
-        return int(logits.argmax())
+        return int(logits.numpy(force=True).argmax())  # twenty times faster than PyTorch's; the first of equal ones
     ids, left = candidates(logits.float().cpu(), params)
     # One number a token, against V in torch.multinomial; float64 keeps u below 1 and the sum of a large V exact.
     cumulative = left.softmax(-1).cumsum(-1, dtype=torch.float64)

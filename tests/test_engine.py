@@ -241,6 +241,23 @@ def test_numbers_that_fail_end_their_row_alone_and_name_the_layer(tiny_dir) -> N
         list(llm.stream(bad_prompt))
 
 
+def test_logits_whose_sum_overflows_are_no_failure(llm: LLM) -> None:
+    (before,) = llm.generate("abc", SamplingParams(max_tokens=2, ignore_eos=True))
+    llm.forget()
+    found = []
+
+    def grown(_module, _args, y):
+        found.append((y - y.amin() + 1) / (y.amax() - y.amin() + 1) * 3e38)  # all of one sign
+        return found[-1]
+
+    head = llm.model.lm_head or llm.model.tok_embeddings.head
+    head.register_forward_hook(grown)
+    (after,) = llm.generate("abc", SamplingParams(max_tokens=2, ignore_eos=True))
+    assert any(y.isfinite().all() and not y.sum().isfinite() for y in found)
+    assert after.finish_reason == "length"
+    assert after.token_ids[0] == before.token_ids[0]
+
+
 def test_the_parts_are_reachable(llm: LLM, tiny_dir) -> None:
     assert isinstance(llm.model, Llama)
     assert isinstance(llm.tokenizer, Tokenizer)

@@ -141,6 +141,11 @@ def test_extremes_are_the_argmax(extreme: dict[str, float], scale: float) -> Non
         assert sample(x, params, params.generator()) == int(x.argmax())
 
 
+def test_of_equal_logits_the_first_is_taken() -> None:
+    logits = torch.zeros(40_000).index_fill(0, torch.tensor([7, 9_000, 39_999]), 3)
+    assert sample(logits, SamplingParams(temperature=0), torch.Generator()) == 7
+
+
 def test_zero_temperature_is_greedy_whatever_the_rest() -> None:
     params = SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.5, seed=1)
     assert [sample(logits(s), params, params.generator()) for s in range(20)] == [

@@ -110,6 +110,7 @@ def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: i
     )
     mask = (3 + size) * _in_blocks(positions)  # of bool: itself, its window, and one to make it; what attention adds
     chunk = min(PREFILL_CHUNK, positions if n_new is None else n_new) * (3 * config.dim * size + branch + mask)
+    chunk += 2 * kv * _in_blocks(positions) * size  # keys and values of one layer, as attention lays them out anew
     return max(chunk + torch.get_num_threads() * THREAD_SCRATCH, config.vocab_size * (size + 8 * wide))
 
 

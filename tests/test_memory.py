@@ -104,7 +104,10 @@ def test_the_work_is_bounded_and_not_by_far(shape: str, dtype: torch.dtype, posi
     cache.advance(positions - chunk)  # the last chunk of the prompt sees the whole cache
     tokens = torch.randint(config.vocab_size, (1, chunk))
     measured = peak(lambda: model.logits(model.hidden(tokens, cache)[0, -1]))
-    assert measured <= work_bytes(config, positions, dtype) <= 3 * measured + MiB
+    laid_out = (
+        cache_bytes(config, positions, dtype) // config.n_layers
+    )  # by fast operators, which allocate by themselves
+    assert measured <= work_bytes(config, positions, dtype) <= 3 * (measured + laid_out) + MiB
 
 
 # --- what fits ---

@@ -123,7 +123,9 @@ def test_compared_against_float64(tiny: LLM, tiny_dir: Path) -> None:
     coded = LLM(tiny_dir, dtype="float32", quantize="int8")
     found = compare(coded, tiny, ids)
     tokens = torch.tensor([ids])
-    p, q = (llm.model(tokens)[0, :-1].double().log_softmax(-1).numpy() for llm in (tiny, coded))
+    p, q = (
+        llm.model(tokens, llm.model.new_cache(1, 400))[0, :-1].double().log_softmax(-1).numpy() for llm in (tiny, coded)
+    )
     kl = (np.exp(p) * (p - q)).sum(-1)
     at = np.array(ids[1:])[:, None]
     moved = np.take_along_axis(p - q, at, -1)[:, 0]

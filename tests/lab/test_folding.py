@@ -96,6 +96,8 @@ def test_folding_keeps_the_logits(plan: Any, tied: bool) -> None:
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan if isinstance(plan, str) else "unusual")
 def test_powers_of_two_fold_bit_for_bit(plan: Any, dtype: torch.dtype) -> None:
     model = random_tiny(plan, dtype=dtype, tie_word_embeddings=True)
+    for weight in model.parameters():  # some processors' products of float16 take subnormal numbers for zero
+        weight[weight.abs() < 2**-11] = 0
     rng = np.random.default_rng(4)
     for norm in (m for m in model.modules() if isinstance(m, Norm) and m.weight is not None):
         powers = torch.from_numpy(2.0 ** rng.integers(-2, 3, norm.weight.shape))

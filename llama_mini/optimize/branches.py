@@ -1,7 +1,7 @@
-"""Attention and feed-forward with fused projections, and operators for what stands between them in a prompt.
+"""Attention and feed-forward with fused projections, and when an operator may stand for their norms.
 
-An operator stands only for norms that it computes exactly, while nobody watches or swaps one; any other branch runs
-module by module, as in the plain model.
+It stands only for norms that it computes exactly, while nobody watches or swaps one; any other branch runs module by
+module, as in the plain model.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from llama_mini.attention import Attention
 from llama_mini.feed_forward import FeedForward
-from llama_mini.kv_cache import LayerCache
 from llama_mini.norm import RMSNorm
 from llama_mini.optimize.matrix import Matrix, tracked
 from llama_mini.residual import Residual
-from llama_mini.rope import Rope
 
 MakeMatrix = Callable[[Sequence[nn.Linear]], Matrix]
 _EMPTY = ("out_norm", "post_norm", "mid_norm", "v_norm")  # slots that no operator fills
@@ -51,7 +49,7 @@ class FusedBranch(Residual):
         self._served = kernels and empty and self.alpha == 1 and self.beta == 1
         self._as_made = dict(self._modules)
         inside = [module for child in self.children() for module in child.modules()]
-        self._hooks = [hooks for m in inside for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+        self.hooks = [hooks for m in inside for hooks in (m._forward_pre_hooks, m._forward_hooks)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedBranch":
         super()._apply(fn, recurse)
@@ -60,7 +58,7 @@ class FusedBranch(Residual):
 
     def gains(self, x: Tensor) -> list[Gain] | None:
         """The branch's norms for the operators, read anew each time; None where they would not do what modules do."""
-        if not self._served or self._modules != self._as_made or any(self._hooks):
+        if not self._served or self._modules != self._as_made or any(self.hooks):
             return None
         if not x.is_contiguous() or tracked(x):
             return None
@@ -95,25 +93,6 @@ class FusedAttention(FusedBranch, Attention):
     def project(self, x: Tensor) -> Sequence[Tensor]:
         return self.qkv_proj.split(self.qkv_proj(x))
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor, kv: LayerCache | None) -> Tensor:  # type: ignore[override]
-        gains = self.gains(x) if kv is not None and x.shape[0] == 1 else None
-        if gains is None or kv is None:
-            return super().forward(x, rope, mask, kv)
-        pre, *heads = gains
-        qkv = self.qkv_proj(_normed(x, pre))
-        y = torch.ops.llama_mini.attend(
-            qkv,
-            *rope,
-            kv.positions,
-            kv.k,
-            kv.v,
-            *map(list, zip(*heads, strict=True)),
-            self.window,
-            self.n_heads,
-            self.qkv_proj.block > 1,
-        )
-        return x + self.o_proj(y)
-
 
 class FusedFeedForward(FusedBranch, FeedForward):
     """SwiGLU whose gate and up are one matrix."""
@@ -128,15 +107,3 @@ class FusedFeedForward(FusedBranch, FeedForward):
     def gated(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj.split(self.gate_up_proj(x))
         return F.silu(gate) * up
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        gains = self.gains(x)
-        if gains is None:
-            return super().forward(x)
-        gate_up = self.gate_up_proj(_normed(x, *gains))
-        y = torch.ops.llama_mini.swiglu(gate_up, self.down_proj.columns, self.gate_up_proj.begins[1])
-        return x + self.down_proj(y)
-
-
-def _normed(x: Tensor, norm: Gain) -> Tensor:
-    return torch.ops.llama_mini.rms_norm(x, *norm) if norm.gain.numel() else x

@@ -25,7 +25,12 @@ from llama_mini.errors import LlamaMiniWarning, RequestError
 
 KERNELS = ("auto", "off")
 _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
-FORMS = {"avx2": ("-mavx2", "-mfma", "-mf16c"), "avx512": _WIDE, "avx512_bf16": (*_WIDE, "-mavx512bf16")}
+FORMS = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": _WIDE,
+    "avx512_bf16": (*_WIDE, "-mavx512bf16"),
+    "amx": (*_WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+}
 # GCC takes half of an intrinsic for uninitialised, and tells how vectors are passed, which no function here is.
 _QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-Wall", *_QUIET)

@@ -15,7 +15,6 @@ from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.embedding import FusedEmbedding, FusedHead
 from llama_mini.optimize.layers import FusedLayers
 from llama_mini.optimize.matrix import CodedMatrix, FloatMatrix, Int4Matrix, Int8Matrix, Matrix, served
-from llama_mini.optimize.scratch import Scratch
 
 # What the matrices of the layers become, and what the head does.
 FORMATS: dict[str | None, tuple[type[Matrix], type[Matrix]]] = {
@@ -76,13 +75,13 @@ def fuse(
         raise RequestError("the model is fast already: load it plain to make it so in another way")
     native = load_kernels(kernels) and served(dtype, device)
     of_layers, of_head = FORMATS[quantize]
-    scratch, slots = Scratch(), dict[str, Slot]()
+    slots: dict[str, Slot] = {}
     names = {module: name for name, module in model.named_modules()}
 
     def make(linears: Sequence[nn.Linear | nn.Embedding], kind: type[Matrix] = of_layers) -> Matrix:
         bias = getattr(linears[0], "bias", None) is not None
         rows, columns = [linear.weight.shape[0] for linear in linears], linears[0].weight.shape[1]
-        matrix = kind(rows, columns, dtype, scratch, native, bias)
+        matrix = kind(rows, columns, dtype, native, bias)
         for part, linear in enumerate(linears):
             slots[f"{names[linear]}.weight"] = Slot(matrix, part)
             if bias:

@@ -6,7 +6,6 @@ columns of a row stand side by side (native/rows.h). Each part begins with a blo
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_mini.errors import CheckpointFormatError
-from llama_mini.optimize.scratch import Scratch
 
 BLOCK, STEP = 16, 32  # rows and columns that codes come in
 _AT_ONCE = 512  # rows that are quantised at once: a whole embedding in float32 would be a second model
+_WIDENED = 16384  # rows that stand as floats at once where there are no operators
 FEW = 16  # rows of input up to which each result is summed in the same order, whoever shares the batch
 
 
@@ -28,7 +27,6 @@ class Matrix(nn.Module):
         parts: rows of each.
         columns: width of the input.
         dtype: of the input and the output.
-        scratch: where codes are widened if need be, shared by the matrices of a model.
         kernels: whether torch.ops.llama_mini is there.
 
     Shape: (..., columns) -> (..., width), where `begins[i]` is where part i begins.
@@ -42,12 +40,11 @@ class Matrix(nn.Module):
         parts: Sequence[int],
         columns: int,
         dtype: torch.dtype,
-        scratch: Scratch,
         kernels: bool,
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.parts, self.columns, self.dtype, self.scratch, self.kernels = parts, columns, dtype, scratch, kernels
+        self.parts, self.columns, self.dtype, self.kernels = parts, columns, dtype, kernels
         sizes = [-(-rows // self.block) * self.block for rows in parts]
         self.begins = [sum(sizes[:i]) for i in range(len(parts))]
         self.rows = sum(sizes)
@@ -86,18 +83,15 @@ class Matrix(nn.Module):
         return [y[..., begin : begin + rows] for begin, rows in zip(self.begins, self.parts, strict=True)]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernels and x.numel() <= FEW * self.columns and not tracked(x):
+        if not self.kernels or tracked(x):
+            return self.stock(x)
+        if x.numel() <= FEW * self.columns:
             return torch.ops.llama_mini.project(x, self.tensors, self.bias_or_nothing, self.width).to(x.dtype)
-        return self.many(x)
+        return torch.ops.llama_mini.product(x, self.tensors, self.bias_or_nothing, self.width)
 
-    def many(self, x: Tensor) -> Tensor:
-        """The form for many rows: a matrix product."""
+    def stock(self, x: Tensor) -> Tensor:
+        """By PyTorch's own operators."""
         raise NotImplementedError
-
-    @property
-    def many_kernels(self) -> bool:
-        """Whether the operators multiply many rows, too: not floats, which PyTorch multiplies as well."""
-        return False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Matrix":
         super()._apply(fn, recurse)
@@ -130,7 +124,7 @@ class FloatMatrix(Matrix):
     def rows_at(self, rows: Tensor) -> Tensor:
         return F.embedding(rows, self.weight)
 
-    def many(self, x: Tensor) -> Tensor:
+    def stock(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
@@ -195,6 +189,8 @@ class CodedMatrix(Matrix):
         return self
 
     def rows_at(self, rows: Tensor) -> Tensor:
+        if self.kernels:
+            return torch.ops.llama_mini.rows(self.tensors, rows, self.columns, self.dtype)
         block, row = rows // BLOCK, rows % BLOCK
         codes = self.unpacked(self.codes[block, :, row]).reshape(len(rows), self.steps, -1).float()
         scale = self.scale[block, :, row].float()[..., None]
@@ -204,25 +200,12 @@ class CodedMatrix(Matrix):
             values = codes * scale + self.least[block, :, row].float()[..., None]
         return values.flatten(1)[:, : self.columns].to(self.dtype).contiguous()
 
-    @property
-    def many_kernels(self) -> bool:
-        return self.kernels and not (self.dtype == torch.bfloat16 and has_tiles())
-
-    def many(self, x: Tensor) -> Tensor:
-        if self.many_kernels and not tracked(x):
-            return torch.ops.llama_mini.product(x, self.tensors, self.bias_or_nothing, self.width)
+    def stock(self, x: Tensor) -> Tensor:
         y = x.new_empty(*x.shape[:-1], self.width)
-        for first in range(0, self.width, self.scratch.rows(self.columns)):
-            last = min(first + self.scratch.rows(self.columns), self.width)
-            if self.kernels and not tracked(x):  # the scratch will hold another matrix by then
-                weight = self.scratch.take(last - first, self.columns, x.dtype)
-                torch.ops.llama_mini.widen(self.tensors, first, weight, self.rows)
-            else:
-                weight = self.rows_at(torch.arange(first, last, device=x.device))
-            bias = None if self.bias is None else self.bias[first:last]
-            if last - first == self.width:
-                return F.linear(x, weight, bias)
-            y[..., first:last] = F.linear(x, weight, bias)
+        for first in range(0, self.width, _WIDENED):
+            rows = slice(first, min(first + _WIDENED, self.width))
+            weight = self.rows_at(torch.arange(rows.start, rows.stop, device=x.device))
+            y[..., rows] = F.linear(x, weight, None if self.bias is None else self.bias[rows])
         return y
 
 
@@ -258,12 +241,6 @@ class Int4Matrix(CodedMatrix):
 def served(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the operators compute in this dtype, there."""
     return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-
-
-@cache
-def has_tiles() -> bool:
-    """Whether the processor multiplies tiles of bfloat16 (AMX): then codes are worth widening for many rows."""
-    return torch.cpu._is_amx_tile_supported()
 
 
 def tracked(x: Tensor) -> bool:

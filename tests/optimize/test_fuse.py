@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from itertools import pairwise
 
 import pytest
 import torch
@@ -64,12 +63,6 @@ def test_a_model_is_made_fast_on_the_meta_device_without_its_numbers() -> None:
     fuse(model, torch.bfloat16, torch.device("cpu"), "int8")
     assert {m.tensors[0].device.type for m in model.modules() if isinstance(m, Matrix)} == {"cpu"}
     assert model.norm.weight.is_meta
-
-
-def test_all_matrices_of_a_model_share_one_scratch() -> None:
-    matrices = [m for m in fast_of(tiny_model(), "int8").modules() if isinstance(m, Matrix)]
-    assert len(matrices) == 13
-    assert all(a.scratch is b.scratch for a, b in pairwise(matrices))
 
 
 def test_a_fast_model_is_not_made_fast_twice() -> None:

@@ -137,10 +137,10 @@ def test_a_layer_is_swapped() -> None:
 def test_only_the_layer_that_is_watched_leaves_the_operator() -> None:
     fast, _ = pair()
     fast.layers[1].attention.q_norm.register_forward_hook(lambda *_: None)
-    cache = fast.new_cache(1, 16)
-    with Seen() as seen:
-        steps(fast, cache, 1)
-    assert seen.names.count("layers") == 2
+    for tokens in (1, 12):
+        with Seen() as seen:
+            prompts(fast, fast.new_cache(1, 16), (tokens,))
+        assert seen.names.count("layers") == 2
 
 
 # --- gradients ---

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.optimize.matrix import FEW, FloatMatrix, Int4Matrix, Int8Matrix, Matrix, served
-from llama_mini.optimize.scratch import Scratch
 
 KINDS: list[type[Matrix]] = [FloatMatrix, Int8Matrix, Int4Matrix]
 shapes = st.tuples(st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 130))
@@ -29,7 +28,7 @@ def random_matrix(
     rng = np.random.default_rng([columns, *parts])
     weights = [torch.from_numpy(rng.standard_normal((rows, columns))).to(dtype) for rows in parts]
     biases = [torch.from_numpy(rng.standard_normal(rows)).to(dtype) for rows in parts] if bias else []
-    matrix = kind(parts, columns, dtype, Scratch(), kernels, bias)
+    matrix = kind(parts, columns, dtype, kernels, bias)
     for part, weight in enumerate(weights):
         matrix.put(part, weight)
     for part, numbers in enumerate(biases):
@@ -66,6 +65,14 @@ def test_rows_are_near_what_was_put_in_by_half_a_step_of_their_scale(
             assert ((back - group).abs().amax(-1) <= step / 2 + rounding + smallest).all()
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_rows_are_found_in_any_order_by_numbers_that_lie_apart(kind: type[Matrix], kernels: bool) -> None:
+    matrix, _, _ = random_matrix(kind, [70], 40, kernels=kernels)
+    rows = torch.tensor([69, 1, 0, 2, 16, 3, 16, 4, 3, 5])[::2]
+    assert torch.equal(matrix.rows_at(rows), floats(matrix, 0)[rows])
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -95,22 +102,30 @@ def test_bfloat16_rounds_its_output_once(kind: type[Matrix]) -> None:
         assert y.dtype == torch.bfloat16
         for part, found in enumerate(matrix.split(y)):
             expected = x.double() @ floats(matrix, part).double().T
-            eight_bits = n > FEW and kind is not FloatMatrix
+            eight_bits = n > FEW and kind is not FloatMatrix and torch.ops.llama_mini.forms()[0] != "amx"
             assert (found.double() - expected).norm() < (7e-3 if eight_bits else 4e-3) * expected.norm()
 
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("kind", [Int8Matrix, Int4Matrix], ids=lambda kind: kind.name)
-def test_a_matrix_larger_than_the_scratch_is_widened_in_pieces(
+def test_a_large_matrix_of_codes_is_widened_in_pieces(
     kind: type[Matrix], kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_mini.optimize.scratch._ELEMENTS", 1000)
-    monkeypatch.setattr(kind, "many_kernels", False)
     matrix, _, biases = random_matrix(kind, [300, 290], 33, kernels=kernels, bias=True)
-    assert matrix.scratch.rows(33) == 256 < matrix.width
+    asked: list[int] = []
+    rows_at = matrix.rows_at
+
+    def counted(rows: Tensor) -> Tensor:
+        asked.append(len(rows))
+        return rows_at(rows)
+
+    monkeypatch.setattr("llama_mini.optimize.matrix._WIDENED", 256)
+    monkeypatch.setattr(matrix, "rows_at", counted)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((20, 33))).float()
+    y = matrix.stock(x)
+    assert asked == [256, 256, matrix.width - 512]
     expected = torch.cat([x @ floats(matrix, part).T + biases[part] for part in range(2)], 1)
-    torch.testing.assert_close(torch.cat(matrix.split(matrix(x)), 1), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.cat(matrix.split(y), 1), expected, rtol=0, atol=1e-4)
 
 
 def test_codes_are_where_the_operators_read_them() -> None:
@@ -118,9 +133,9 @@ def test_codes_are_where_the_operators_read_them() -> None:
     rng = np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(0, 256, (20, 64), dtype=np.uint8))
     scale = torch.rand(20, 2).half()
-    eight = Int8Matrix([3, 20], 64, torch.float32, Scratch(), False)
+    eight = Int8Matrix([3, 20], 64, torch.float32, False)
     eight.put_codes(1, 0, codes, scale, None)
-    four = Int4Matrix([3, 20], 64, torch.float32, Scratch(), False)
+    four = Int4Matrix([3, 20], 64, torch.float32, False)
     four.put_codes(1, 0, codes & 15, scale, -scale)
     assert eight.begins == four.begins == [0, 16]
     assert eight.codes.shape == (3, 16, 16, 4)
@@ -140,8 +155,8 @@ def test_numbers_of_a_group_that_eight_and_four_bits_hold_come_back_exactly() ->
     whole = torch.from_numpy(rng.integers(-127, 128, (9, 96))).float()
     whole[:, ::32] = 127
     eight, four = (
-        Int8Matrix([9], 96, torch.float32, Scratch(), False),
-        Int4Matrix([9], 96, torch.float32, Scratch(), False),
+        Int8Matrix([9], 96, torch.float32, False),
+        Int4Matrix([9], 96, torch.float32, False),
     )
     eight.put(0, whole / 64)
     assert torch.equal(floats(eight, 0), whole / 64)
@@ -154,7 +169,7 @@ def test_numbers_of_a_group_that_eight_and_four_bits_hold_come_back_exactly() ->
 @pytest.mark.parametrize("kind", [Int8Matrix, Int4Matrix], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("value", [0.0, 0.375, -2.5])
 def test_equal_numbers_are_no_division_by_zero(kind: type[Matrix], value: float) -> None:
-    matrix = kind([17], 40, torch.float32, Scratch(), True)
+    matrix = kind([17], 40, torch.float32, True)
     matrix.put(0, torch.full((17, 40), value))
     torch.testing.assert_close(floats(matrix, 0), torch.full((17, 40), value), rtol=1e-3, atol=0)
     assert torch.isfinite(matrix(torch.ones(2, 40))).all()
@@ -166,17 +181,15 @@ def test_what_no_scale_holds_is_refused(kind: type[Matrix], value: float) -> Non
     weight = torch.zeros(20, 40)
     weight[18, 35] = value
     with pytest.raises(CheckpointFormatError, match=f"^a matrix of 40 columns holds numbers that {kind.name} cannot"):
-        kind([20], 40, torch.float32, Scratch(), True).put(0, weight)
+        kind([20], 40, torch.float32, True).put(0, weight)
 
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("n", [1, FEW + 1])
 def test_gradients_of_the_input_flow_through(kind: type[Matrix], kernels: bool, n: int) -> None:
-    """Through two matrices that share one scratch: the second must not overwrite what the first needs."""
     first, _, _ = random_matrix(kind, [48], 32, kernels=kernels)
     second, _, _ = random_matrix(kind, [7], 48, kernels=kernels)
-    second.scratch = first.scratch
     x = torch.from_numpy(np.random.default_rng(n).standard_normal((n, 32))).float().requires_grad_()
     with torch.enable_grad():
         (found,) = torch.autograd.grad(second(first(x)).sum(), x)

@@ -1,6 +1,7 @@
 """The operators again, in float64 and from the formulas: what the native ones are held to.
 
-Each rounds to the stream's dtype where the native operator does, so that early and late casts tell apart.
+Each rounds to the stream's dtype where the native operator does, so that early and late casts tell apart. A prompt is
+more than one token of a row; `form` is the instruction set that the native operators use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.matrix import FloatMatrix, Int4Matrix, Int8Matrix, Matrix
-from llama_mini.optimize.scratch import Scratch
 
 FORMATS: dict[str, type[Matrix]] = {
     "float": FloatMatrix,
@@ -51,7 +51,7 @@ def random_gain(width: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
 def random_matrix(
     format_: str, parts: Sequence[int], columns: int, dtype: torch.dtype, rng: torch.Generator, bias: bool = False
 ) -> Matrix:
-    matrix = FORMATS[format_](list(parts), columns, dtype, Scratch(), True, bias)
+    matrix = FORMATS[format_](list(parts), columns, dtype, True, bias)
     for i, rows in enumerate(parts):
         matrix.put(i, random((rows, columns), dtype, rng, columns**-0.5))
         if bias:
@@ -78,8 +78,39 @@ def dense(matrix: Matrix) -> Tensor:
 
 
 def product(x: Tensor, matrix: Matrix) -> Tensor:
-    y = x.double() @ dense(matrix)[: matrix.width].T
+    return _with_bias(x.double() @ dense(matrix)[: matrix.width].T, matrix)
+
+
+def product_of_many(x: Tensor, matrix: Matrix, form: str) -> Tensor:
+    tokens, weight = multiplied(x, matrix, form)
+    return _with_bias(tokens @ weight.T, matrix)
+
+
+def _with_bias(y: Tensor, matrix: Matrix) -> Tensor:
     return y if matrix.bias is None else y + matrix.bias.double()
+
+
+def multiplied(x: Tensor, matrix: Matrix, form: str) -> tuple[Tensor, Tensor]:
+    """What the product of many tokens multiplies, in float64: them, and the weights."""
+    weight = dense(matrix)[: matrix.width]
+    if len(matrix.tensors) == 1:
+        return x.double(), weight
+    if form == "amx" and x.dtype == torch.bfloat16:
+        return x.double(), weight.float().bfloat16().double()
+    return as_codes(x, form), weight
+
+
+def as_codes(x: Tensor, form: str) -> Tensor:
+    """Tokens (..., columns) as codes: eight bits for 32 columns, sixteen where they are loud."""
+    columns = x.shape[-1]
+    steps = torch.nn.functional.pad(x.float(), (0, -columns % 32)).unflatten(-1, (-1, 32))
+    peak = steps.abs().amax(-1, keepdim=True)
+    loud = peak.square() > 3 * peak.square().mean(-2, keepdim=True)
+    if x.dtype == torch.float32 or form == "avx2":
+        loud = torch.ones_like(loud)
+    levels = torch.where(loud, 32512.0, 127.0)
+    codes = torch.where(peak == 0, 0, steps.double() * (levels / peak).double()).round()
+    return (codes * peak.double() / levels.double()).flatten(-2)[..., :columns]
 
 
 class Gain(NamedTuple):
@@ -140,6 +171,10 @@ def attend(
     return torch.einsum("hts,hsd->thd", weights, values).flatten(1)
 
 
+def silu(x: Tensor) -> Tensor:
+    return x.double() * torch.sigmoid(x.double())
+
+
 class Layer(NamedTuple):
     """One layer as layers takes it, and its cache (B, K, S, D)."""
 
@@ -150,54 +185,56 @@ class Layer(NamedTuple):
     window: int
 
 
-def layer_step(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer, heads: int, form: str) -> Tensor:
-    """x (B, C), one new token a row, through one layer; writes the cache."""
+def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer, form: str) -> Tensor:
+    """x (B, T, C), cos and sin (B, T, D / 2), positions (B, T), through one layer; fills the cache."""
     qkv, o, gate_up, down = layer.matrices
-    dtype, kv_heads, dim = x.dtype, layer.k.shape[1], layer.k.shape[3]
-    rows = qkv.split(product(rms_norm(x, layer.norms[0], dtype), qkv))
-    q, k, v = (part.view(len(x), -1, dim) for part in rows)
-    assert (q.shape[1], k.shape[1]) == (heads, kv_heads)
-    y = [
-        attend(
-            *(t[b : b + 1] for t in (q, k, v, cos, sin)),
-            positions[b],
-            Cache(layer.k[b], layer.v[b]),
-            layer.norms[1:3],
-            layer.window,
-        )
-        for b in range(len(x))
+    dtype, dim, many = x.dtype, layer.k.shape[3], x.shape[1] > 1
+    # A dot product of bfloat16 rounds what is multiplied; others need not, but a prompt is kept as the stream is.
+    rounds = many or (len(o.tensors) == 1 and form in ("avx512_bf16", "amx"))
+
+    def times(x: Tensor, matrix: Matrix) -> list[Tensor]:
+        x = x.to(dtype) if rounds else x
+        return matrix.split(product_of_many(x, matrix, form) if many else product(x, matrix))
+
+    projected = times(rms_norm(x, layer.norms[0], dtype), qkv)
+    q, k, v = ((part.to(dtype) if many else part).unflatten(-1, (-1, dim)) for part in projected)
+    rows = [
+        attend(q[b], k[b], v[b], cos[b], sin[b], at, Cache(layer.k[b], layer.v[b]), layer.norms[1:3], layer.window)
+        for b, at in enumerate(positions)
     ]
-    # a dot product of bfloat16 rounds what is multiplied, and others need not
-    inside = dtype if form == "avx512_bf16" and len(o.tensors) == 1 else torch.float64
-    x = (x.double() + o.split(product(torch.cat(y).to(inside), o))[0]).to(dtype)
-    gate, up = gate_up.split(product(rms_norm(x, layer.norms[3], dtype), gate_up))
-    return (x.double() + down.split(product((silu(gate) * up).to(inside), down))[0]).to(dtype)
+    x = (x.double() + times(torch.stack(rows), o)[0]).to(dtype)
+    gate, up = times(rms_norm(x, layer.norms[3], dtype), gate_up)
+    return (x.double() + times(silu(gate) * up, down)[0]).to(dtype)
 
 
 class Step(NamedTuple):
-    x: Tensor
-    cos: Tensor
+    """One new token of each row, or a prompt: those of one row."""
+
+    x: Tensor  # (B, T, C)
+    cos: Tensor  # (B, T, D / 2)
     sin: Tensor
-    positions: Tensor
+    positions: Tensor  # (B, T)
     layers: list[Layer]
     heads: int
     hidden: int
 
     def row(self, b: int) -> "Step":
+        """A row by itself, with a cache of its own."""
         at = slice(b, b + 1)
         layers = [layer._replace(k=layer.k[at].clone(), v=layer.v[at].clone()) for layer in self.layers]
         return self._replace(
             x=self.x[at], cos=self.cos[at], sin=self.sin[at], positions=self.positions[at], layers=layers
         )
 
+    def part(self, start: int, end: int) -> "Step":
+        """Some tokens of a prompt, with the same cache."""
+        x, cos, sin, positions = (t[:, start:end].contiguous() for t in self[:4])
+        return self._replace(x=x, cos=cos, sin=sin, positions=positions)
+
     def copy(self) -> "Step":
         return self._replace(layers=[layer._replace(k=layer.k.clone(), v=layer.v.clone()) for layer in self.layers])
 
     def run(self) -> Tensor:
-        return self._replace(x=self.x[:, None]).run_as_it_is()[:, 0]
-
-    def run_as_it_is(self) -> Tensor:
-        """x (B, T, C)."""
         norms = [norm for layer in self.layers for norm in layer.norms]
         matrices = [matrix for layer in self.layers for matrix in layer.matrices]
         return torch.ops.llama_mini.layers(
@@ -217,9 +254,5 @@ class Step(NamedTuple):
     def twin(self, form: str) -> Tensor:
         x = self.x
         for layer in self.layers:
-            x = layer_step(x, self.cos, self.sin, self.positions, layer, self.heads, form)
+            x = through(x, *self[1:4], layer, form)
         return x
-
-
-def silu(x: Tensor) -> Tensor:
-    return x.double() * torch.sigmoid(x.double())

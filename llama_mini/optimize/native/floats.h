@@ -5,7 +5,7 @@
 
 namespace FORM {
 
-constexpr int AHEAD = 9 * 1024;  // bytes: how far before their use weights are asked for
+constexpr int AHEAD = 14 * 1024;  // bytes: how far before their use weights are asked for, into the outer cache
 constexpr int ROWS = 4;          // of the matrix, multiplied at once
 #ifdef __AVX512F__
 constexpr int BATCH = 4;  // rows of the batch: as many as the registers hold
@@ -13,7 +13,7 @@ constexpr int BATCH = 4;  // rows of the batch: as many as the registers hold
 constexpr int BATCH = 1;
 #endif
 
-inline void ask_for(const void* p) { __builtin_prefetch((const char*)p + AHEAD, 0, 3); }
+inline void ask_for(const void* p) { __builtin_prefetch((const char*)p + AHEAD, 0, 2); }
 
 inline f32 times(f32 acc, const float* w, const Input& in, int64_t at) {
   for (int i = 0; i < STEP; i += LANES) acc += load(w + i) * load(in.floats + at + i);

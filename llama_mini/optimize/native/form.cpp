@@ -18,6 +18,7 @@ void normed(const void* x, const Norm& norm, int64_t batch, int64_t n, float* ou
 template <typename T>
 void multiply(const Matrix& m, const Input& in, float* out, int64_t stride, Team team) {
   parallel(team, tiles(m), [&](int64_t first, int64_t last) {
+    [[maybe_unused]] const Tiles registers(in.columns);
     Array<float> y(in.batch * TILE);
     for (int64_t t = first; t < last; t++) {
       tile<T>(m, t, in, y);
@@ -30,8 +31,9 @@ void multiply(const Matrix& m, const Input& in, float* out, int64_t stride, Team
 template <typename T>
 void multiply_add(const Matrix& m, const float* y, int64_t batch, const T* x, T* out, Team team) {
   Input in;
-  ready(in, m.kind, y, batch, m.columns);
+  ready(in, m, y, batch);
   parallel(team, tiles(m), [&](int64_t first, int64_t last) {
+    [[maybe_unused]] const Tiles registers(in.columns);
     Array<float> part(batch * TILE);
     for (int64_t t = first; t < last; t++) {
       tile<T>(m, t, in, part);
@@ -50,7 +52,7 @@ void attention_step_of(const void* x, const Norm& norm, const Matrix& qkv, const
   Array<float> rows(a.batch * qkv.columns), projected(a.batch * qkv.rows), y(a.batch * o.columns);
   normed<T>(x, norm, a.batch, qkv.columns, rows);
   Input in;
-  ready(in, qkv.kind, rows, a.batch, qkv.columns);
+  ready(in, qkv, rows, a.batch);
   multiply<T>(qkv, in, projected, qkv.rows, team);
   attend_rows<T>(a, projected, qkv.rows, y, team);
   multiply_add<T>(o, y, a.batch, (const T*)x, (T*)out, team);
@@ -63,9 +65,10 @@ void feed_forward_step_of(const void* x, const Norm& norm, const Matrix& gate_up
   Array<float> rows(batch * dim), y(batch * hidden);
   normed<T>(x, norm, batch, dim, rows);
   Input in;
-  ready(in, gate_up.kind, rows, batch, dim);
+  ready(in, gate_up, rows, batch);
   const Matrix gate = rows_of<T>(gate_up, 0, hidden), up = rows_of<T>(gate_up, up_at, hidden);
   parallel(team, tiles(gate), [&](int64_t first, int64_t last) {
+    [[maybe_unused]] const Tiles registers(in.columns);
     Array<float> g(batch * TILE), u(batch * TILE);
     for (int64_t t = first; t < last; t++) {
       tile<T>(gate, t, in, g);
@@ -85,30 +88,28 @@ void project_of(const void* x, const Matrix& m, int64_t batch, float* out, Team 
   Array<float> rows(batch * m.columns);
   normed<T>(x, Norm{}, batch, m.columns, rows);
   Input in;
-  ready(in, m.kind, rows, batch, m.columns);
+  ready(in, m, rows, batch);
   multiply<T>(m, in, out, m.rows, team);
 }
 
 template <typename T>
-void norm_of(const void* x, const Norm& norm, int64_t n, int64_t dim, void* out, Team team) {
+void rows_of_codes(const Matrix& m, const int64_t* at, int64_t n, void* out, Team team) {
+  const bool four = m.kind == Kind::INT4;
+  const int64_t steps = (m.columns + STEP - 1) / STEP, bytes = four ? 256 : 512;
   parallel(team, n, [&](int64_t first, int64_t last) {
-    Array<float> row(dim);
-    for (int64_t r = first; r < last; r++) {
-      rms_norm<T>((const T*)x + r * dim, norm, dim, row.data);
-      copy_row(row.data, dim, (T*)out + r * dim);
-    }
-  });
-}
-
-template <typename T>
-void swiglu_of(const void* x, int64_t n, int64_t width, int64_t hidden, int64_t up_at, void* out, Team team) {
-  parallel(team, n, [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; r++) {
-      const T *gate = (const T*)x + r * width, *up = gate + up_at;
-      for (int64_t i = 0; i < hidden; i += LANES) {
-        const int count = (int)(hidden - i);
-        store_first((T*)out + r * hidden + i, silu(load_first(gate + i, count)) * load_first(up + i, count), count);
+    Array<float> row(steps * STEP);
+    for (int64_t i = first; i < last; i++) {
+      for (int64_t s = 0; s < steps; s++) {
+        const int64_t step = at[i] / TILE * steps + s, lane = at[i] % TILE;
+        const uint8_t* codes = (const uint8_t*)m.data + step * bytes + 4 * lane;
+        const float scale = _cvtsh_ss(m.scale[step * TILE + lane]);
+        const float least = four ? _cvtsh_ss(m.least[step * TILE + lane]) : -128 * scale;
+        for (int c = 0; c < STEP; c++) {
+          const uint8_t code = codes[(four ? c / 8 : c / 4) * 64 + c % 4];
+          row[s * STEP + c] = scale * (four ? (c / 4 % 2 ? code >> 4 : code & 15) : code) + least;
+        }
       }
+      copy_row((const float*)row, m.columns, (T*)out + i * m.columns);
     }
   });
 }
@@ -131,24 +132,15 @@ void feed_forward_many(const void* x, const Norm& norm, const Matrix& gate_up, i
 }
 void product(const void* x, const Matrix& m, bool wide, int64_t count, void* out, Team team) {
   if (wide)
-    product_of<float>((const float*)x, Norm{}, m, count, nullptr, (float*)out, team);
+    product_of<float>(tokens_of((const float*)x, Norm{}, m.columns, team), m, count, nullptr, (float*)out, team);
   else
-    product_of<bf16>((const bf16*)x, Norm{}, m, count, nullptr, (bf16*)out, team);
+    product_of<bf16>(tokens_of((const bf16*)x, Norm{}, m.columns, team), m, count, nullptr, (bf16*)out, team);
 }
-void project(const void* x, const Matrix& m, bool wide, int64_t batch, float* out, Team team) {
-  (wide ? project_of<float> : project_of<bf16>)(x, m, batch, out, team);
+void rows(const Matrix& m, const int64_t* at, bool wide, int64_t n, void* out, Team team) {
+  (wide ? rows_of_codes<float> : rows_of_codes<bf16>)(m, at, n, out, team);
 }
-void attend(const void* qkv, int64_t width, const Attention& a, void* out, Team team) {
-  (a.wide ? attend_of<float> : attend_of<bf16>)(qkv, width, a, out, team);
-}
-void norm(const void* x, const Norm& norm, bool wide, int64_t n, int64_t dim, void* out, Team team) {
-  (wide ? norm_of<float> : norm_of<bf16>)(x, norm, n, dim, out, team);
-}
-void swiglu(const void* x, bool wide, int64_t n, int64_t width, int64_t hidden, int64_t up_at, void* out, Team team) {
-  (wide ? swiglu_of<float> : swiglu_of<bf16>)(x, n, width, hidden, up_at, out, team);
-}
-void widen(const Matrix& m, bool wide, int64_t first, int64_t last, void* out, Team team) {
-  (wide ? widen_of<float> : widen_of<bf16>)(m, first, last, out, team);
+void project(const void* x, const Matrix& m, bool wide, int64_t batch, void* out, Team team) {
+  (wide ? project_of<float> : project_of<bf16>)(x, m, batch, (float*)out, team);
 }
 
 }  // namespace FORM
@@ -156,5 +148,4 @@ void widen(const Matrix& m, bool wide, int64_t first, int64_t last, void* out, T
 #define JOIN(a, b) a##b
 #define NAME(form) JOIN(form_, form)
 const Form NAME(FORM) = {FORM::attention_step, FORM::feed_forward_step, FORM::attention_many, FORM::feed_forward_many,
-                         FORM::project,        FORM::product,           FORM::attend,         FORM::norm,
-                         FORM::swiglu,         FORM::widen};
+                         FORM::project,        FORM::product,           FORM::rows};

@@ -51,22 +51,17 @@ struct Form {
   // out (batch, dim) = x + down(silu(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up
   void (*feed_forward_step)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
                             bool wide, int64_t batch, void* out, Team);
-  // The same for the tokens of one row, (length, dim), with matrices of codes
+  // The same for the tokens of one row, (length, dim)
   void (*attention_many)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o, void* out,
                          Team);
   void (*feed_forward_many)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
                             bool wide, int64_t count, void* out, Team);
   // out (batch, rows) float32 = x (batch, columns) times the matrix
-  void (*project)(const void* x, const Matrix&, bool wide, int64_t batch, float* out, Team);
-  // out (count, rows), as the stream, = x (count, columns) times a matrix of codes
+  void (*project)(const void* x, const Matrix&, bool wide, int64_t batch, void* out, Team);
+  // out (count, rows), as the stream, = x (count, columns) times the matrix
   void (*product)(const void* x, const Matrix&, bool wide, int64_t count, void* out, Team);
-  // out (length, heads, head_dim): attention of one row's new tokens; qkv (length, width) as the stream
-  void (*attend)(const void* qkv, int64_t width, const Attention&, void* out, Team);
-  void (*norm)(const void* x, const Norm&, bool wide, int64_t n, int64_t dim, void* out, Team);
-  // out (n, hidden) = silu(x[:, :hidden]) * x[:, up_at:][:, :hidden]
-  void (*swiglu)(const void* x, bool wide, int64_t n, int64_t width, int64_t hidden, int64_t up_at, void* out, Team);
-  // out: rows first..last of a matrix of codes, as the stream
-  void (*widen)(const Matrix&, bool wide, int64_t first, int64_t last, void* out, Team);
+  // out (n, columns), as the stream, = some rows of a matrix of codes
+  void (*rows)(const Matrix&, const int64_t* at, bool wide, int64_t n, void* out, Team);
 };
 
-extern const Form form_avx2, form_avx512, form_avx512_bf16;
+extern const Form form_avx2, form_avx512, form_avx512_bf16, form_amx;

@@ -40,22 +40,28 @@ struct Input {
   int64_t batch, width;          // width: columns, padded with zeros to whole steps
   Array<float> floats;           // of float32; of bfloat16 without dot product: evens, then odds, of each step
   Array<uint16_t> halves;        // of bfloat16
+  int64_t columns = 1;           // of tiles: rows of the batch that are multiplied at once
+  Array<uint16_t> pairs;         // of bfloat16 with tiles: (batch / columns, width / 2, columns, 2)
   Array<int32_t> first, second;  // of codes, by quad: high and low bytes; without VNNI columns (0, 2) and (1, 3)
   Array<int32_t> sums;           // of the codes of a step
   Array<float> scale;            // of a row's codes
 };
 
 inline void pack_step(Input& in, const float* x, int n, float to_code, int64_t step) {
-  int32_t q[STEP], sum = 0;
+  i32 all = {};
+#ifndef __AVX512VNNI__
+  int32_t q[STEP];
+#endif
   for (int at = 0; at < STEP; at += LANES) {
     f32 v = n > at && to_code != 0 ? load_first(x + at, n - at) : f32{};
     i32 codes = (i32)(v * to_code + 12582912.f) - 0x4b400000;  // rounds to nearest: 1.5 * 2^23 leaves no fraction
-    std::memcpy(q + at, &codes, sizeof codes);
-    for (int i = 0; i < LANES; i++) sum += codes[i];
+    all += codes;
 #ifdef __AVX512VNNI__
     i32 low = ((codes + 128) & 255) - 128;
     _mm_storeu_si128((__m128i*)(in.first + step * QUADS + at / 4), _mm512_cvtepi32_epi8((__m512i)((codes - low) >> 8)));
     _mm_storeu_si128((__m128i*)(in.second + step * QUADS + at / 4), _mm512_cvtepi32_epi8((__m512i)low));
+#else
+    std::memcpy(q + at, &codes, sizeof codes);
 #endif
   }
 #ifndef __AVX512VNNI__
@@ -64,7 +70,7 @@ inline void pack_step(Input& in, const float* x, int n, float to_code, int64_t s
     in.second[step * QUADS + i] = (q[4 * i + 1] & 0xffff) | (int32_t)((uint32_t)q[4 * i + 3] << 16);
   }
 #endif
-  in.sums[step] = sum;
+  in.sums[step] = (int32_t)sum(__builtin_convertvector(all, f32));  // below 2^24: exact
 }
 
 inline void pack_row(Input& in, const float* x, int64_t n, int64_t b) {
@@ -81,7 +87,24 @@ inline void pack_row(Input& in, const float* x, int64_t n, int64_t b) {
   for (int64_t s = 0; s < steps; s++) pack_step(in, x + s * STEP, (int)(n - s * STEP), to_code, b * steps + s);
 }
 
-// x: (batch, n), rounded already to what the model computes in.
+#ifdef __AMX_BF16__
+inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
+  const int64_t columns = in.columns = batch < TILE ? batch : TILE, groups = (batch + columns - 1) / columns;
+  in.pairs.resize(groups * columns * in.width);
+  std::memset(in.pairs.data, 0, groups * columns * in.width * sizeof(uint16_t));
+  for (int64_t b = 0; b < batch; b++) {
+    uint32_t* to = (uint32_t*)(in.pairs + b / columns * columns * in.width) + b % columns;
+    for (int64_t i = 0; i < n; i += LANES) {
+      const u16 v = rounded(load_first(x + b * n + i, (int)(n - i)));
+      uint32_t both[LANES / 2];
+      std::memcpy(both, &v, sizeof v);
+      for (int64_t k = 0; k < LANES / 2 && i + 2 * k < n; k++) to[(i / 2 + k) * columns] = both[k];
+    }
+  }
+}
+#endif
+
+// x: (batch, n), rounded already to what the model computes in, for dot products with rows of `kind`.
 inline void ready(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
   in.batch = batch;
   int64_t w = in.width = (n + STEP - 1) / STEP * STEP;

@@ -1,7 +1,7 @@
-// The branches of a layer for the many tokens of a prompt, with matrices of codes.
+// The branches of a layer for the many tokens of a prompt.
 #pragma once
 
-#include "panels.h"
+#include "code_panels.h"
 #include "prefill.h"
 
 namespace FORM {
@@ -10,18 +10,17 @@ constexpr int64_t MANY = 768;  // tokens taken together: what stands between two
 
 // Writes one token's row of x, normed where there is a norm.
 template <typename T>
-auto row_of(const T* x, const Norm& norm, int64_t dim) {
+auto row_of(const T* x, int64_t pitch, const Norm& norm, int64_t dim) {
   return [=](int64_t token, float* to) {
     if (norm.gain != nullptr)
-      rms_norm<T>(x + token * dim, norm, dim, to);
+      rms_norm<T>(x + token * pitch, norm, dim, to);
     else
-      copy_row(x + token * dim, dim, to);
+      copy_row(x + token * pitch, dim, to);
   };
 }
 
-// Makes ready the `count` tokens whose rows `row` writes.
 template <typename T, typename F>
-void ready(Tokens& in, int64_t columns, int64_t count, const F& row, Team team) {
+void ready(CodeTokens& in, int64_t columns, int64_t count, const F& row, Team team) {
   in.count = count, in.steps = (columns + STEP - 1) / STEP;
   const int64_t tiles = tiles_of(count), all = tiles * in.steps * TOKENS;
   in.first.resize(all * QUADS), in.second.resize(all * QUADS), in.fine.resize(tiles * in.steps);
@@ -29,44 +28,75 @@ void ready(Tokens& in, int64_t columns, int64_t count, const F& row, Team team) 
   parallel(team, tiles, [&](int64_t first, int64_t last) { pack_tiles<T>(in, columns, first, last, row); });
 }
 
-// out (count, m.rows) = the tokens times the matrix, and x where there is one
 template <typename T>
-void multiply_tokens(const Matrix& m, const Tokens& in, const T* x, T* out, Team team) {
-  auto strip = [&](int64_t panel, int i) { return Strip{&m, (2 * panel + i) * LANES}; };
-  times_tokens((m.rows + PANEL - 1) / PANEL, strip, in, team, [&](int64_t p, int64_t token, int64_t n, const float* y) {
-    for (int i = 0; i < 2; i++) {
-      const int64_t row = (2 * p + i) * LANES;
+void take(CodeTokens& in, const Lines<T>& lines, int64_t columns, int64_t from, int64_t count, Team team) {
+  ready<T>(in, columns, count, row_of((const T*)lines[from], lines.pitch, Norm{}, columns), team);
+}
+
+// Calls f with tokens of the kind that suits a matrix: codes against codes, except where tiles multiply bfloat16 faster.
+template <typename T, typename F>
+void with_tokens(const Matrix& m, const F& f) {
+  if (m.kind < Kind::INT8 || TILES<T>) {
+    FloatTokens<T> in;
+    f(in);
+  } else {
+    CodeTokens in;
+    f(in);
+  }
+}
+
+// out (count, m.rows) = the tokens times the matrix, and x where there is one
+template <typename In, typename T>
+void multiply_tokens(const Matrix& m, const In& in, const T* x, T* out, Team team) {
+  constexpr int STRIPS = In::STRIPS;
+  auto strip = [&](int64_t panel, int i) { return Strip{&m, (STRIPS * panel + i) * LANES}; };
+  auto done = [&](int64_t panel, int64_t token, int64_t n, const float* y) {
+    for (int i = 0; i < STRIPS; i++) {
+      const int64_t row = (STRIPS * panel + i) * LANES;
       const int rows = (int)(m.rows - row);
       if (rows <= 0) continue;
       const f32 bias = m.bias != nullptr ? load_first((const T*)m.bias + row, rows) : f32{};
       for (int64_t b = 0; b < n; b++) {
         const int64_t at = (token + b) * m.rows + row;
-        f32 v = load(y + (2 * b + i) * LANES) + bias;
+        f32 v = load(y + (STRIPS * b + i) * LANES) + bias;
         if (x != nullptr) v += load_first(x + at, rows);
         store_first(out + at, v, rows);
       }
     }
+  };
+  times_tokens((m.rows + STRIPS * LANES - 1) / (STRIPS * LANES), strip, in, team, done);
+}
+
+// out (count, m.rows) = the tokens, made ready by `tokens(in, first, n)`, times the matrix, and `add` where there is one
+template <typename T, typename F>
+void product_of(const F& tokens, const Matrix& m, int64_t count, const T* add, T* out, Team team) {
+  with_tokens<T>(m, [&](auto& in) {
+    for (int64_t from = 0; from < count; from += MANY) {
+      tokens(in, from, count - from < MANY ? count - from : MANY);
+      multiply_tokens(m, in, add == nullptr ? nullptr : add + from * m.rows, out + from * m.rows, team);
+    }
   });
 }
 
-// out (count, m.rows) = x (count, m.columns), normed where there is a norm, times the matrix, and `add` where there is one
+// The rows of x (count, dim) as tokens, normed where there is a norm.
 template <typename T>
-void product_of(const T* x, const Norm& norm, const Matrix& m, int64_t count, const T* add, T* out, Team team) {
-  Tokens in;
-  for (int64_t from = 0; from < count; from += MANY) {
-    const int64_t n = count - from < MANY ? count - from : MANY;
-    ready<T>(in, m.columns, n, row_of(x + from * m.columns, norm, m.columns), team);
-    multiply_tokens(m, in, add == nullptr ? nullptr : add + from * m.rows, out + from * m.rows, team);
-  }
+auto tokens_of(const T* x, const Norm& norm, int64_t dim, Team team) {
+  return [=](auto& in, int64_t from, int64_t n) { ready<T>(in, dim, n, row_of(x + from * dim, dim, norm, dim), team); };
+}
+
+template <typename T>
+auto tokens_of(const Lines<T>& lines, int64_t columns, Team team) {
+  return [&lines, columns, team](auto& in, int64_t from, int64_t n) { take(in, lines, columns, from, n, team); };
 }
 
 template <typename T>
 void attention_many_of(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o, void* out,
                        Team team) {
-  Array<T> projected(a.length * qkv.rows), y(a.length * o.columns);
-  product_of<T>((const T*)x, norm, qkv, a.length, nullptr, projected, team);
-  attend_of<T>(projected, qkv.rows, a, y, team);
-  product_of<T>(y, Norm{}, o, a.length, (const T*)x, (T*)out, team);
+  Array<T> projected(a.length * qkv.rows);
+  Lines<T> y(a.length, o.columns);
+  product_of<T>(tokens_of((const T*)x, norm, qkv.columns, team), qkv, a.length, nullptr, projected, team);
+  attend_of<T>(projected, qkv.rows, a, y.at, y.pitch, team);
+  product_of<T>(tokens_of(y, o.columns, team), o, a.length, (const T*)x, (T*)out, team);
 }
 
 template <typename T>
@@ -74,31 +104,31 @@ void feed_forward_many_of(const void* x, const Norm& norm, const Matrix& gate_up
                           int64_t count, void* out, Team team) {
   const int64_t dim = gate_up.columns, hidden = down.columns;
   const Matrix gate = rows_of<T>(gate_up, 0, hidden), up = rows_of<T>(gate_up, up_at, hidden);
-  const int64_t panels = (hidden + LANES - 1) / LANES, most = count < MANY ? count : MANY;
-  Tokens in;
-  Array<T> y(tiles_of(most) * TOKENS * panels * LANES);  // by tile and panel, so that whole lines of the cache are written
-  auto at = [&](int64_t token, int64_t p) {
-    return y + ((token / TOKENS * panels + p) * TOKENS + token % TOKENS) * LANES;
-  };
-  for (int64_t from = 0; from < count; from += MANY) {
-    const int64_t n = count - from < MANY ? count - from : MANY;
-    const T* rows = (const T*)x + from * dim;
-    ready<T>(in, dim, n, row_of(rows, norm, dim), team);
-    auto strip = [&](int64_t panel, int i) { return Strip{i == 0 ? &gate : &up, panel * LANES}; };
-    times_tokens(panels, strip, in, team, [&](int64_t p, int64_t token, int64_t k, const float* v) {
-      auto bias = [&](const Matrix& m) {
-        return m.bias == nullptr ? f32{} : load_first((const T*)m.bias + p * LANES, (int)(hidden - p * LANES));
-      };
-      const f32 of_gate = bias(gate), of_up = bias(up);
-      for (int64_t b = 0; b < k; b++)
-        store(at(token + b, p), silu(load(v + 2 * b * LANES) + of_gate) * (load(v + (2 * b + 1) * LANES) + of_up));
-    });
-    auto row = [&](int64_t token, float* to) {
-      for (int64_t p = 0; p < panels; p++) store_first(to + p * LANES, load(at(token, p)), (int)(hidden - p * LANES));
-    };
-    ready<T>(in, hidden, n, row, team);
-    multiply_tokens(down, in, rows, (T*)out + from * dim, team);
-  }
+  Lines<T> y(count < MANY ? count : MANY, hidden);
+  with_tokens<T>(gate, [&]<typename In>(In& in) {
+    constexpr int STRIPS = In::STRIPS, PAIRS = STRIPS / 2;
+    auto strip = [&](int64_t panel, int i) { return Strip{i % 2 == 0 ? &gate : &up, (panel * PAIRS + i / 2) * LANES}; };
+    for (int64_t from = 0; from < count; from += MANY) {
+      const int64_t n = count - from < MANY ? count - from : MANY;
+      const T* rows = (const T*)x + from * dim;
+      tokens_of(rows, norm, dim, team)(in, 0, n);
+      times_tokens((hidden + PAIRS * LANES - 1) / (PAIRS * LANES), strip, in, team,
+                   [&](int64_t panel, int64_t token, int64_t k, const float* v) {
+        for (int i = 0; i < PAIRS; i++) {
+          const int64_t column = (panel * PAIRS + i) * LANES;
+          const int left = (int)(hidden - column);
+          if (left <= 0) continue;
+          auto bias = [&](const Matrix& m) { return m.bias == nullptr ? f32{} : load_first((const T*)m.bias + column, left); };
+          const f32 of_gate = bias(gate), of_up = bias(up);
+          for (int64_t b = 0; b < k; b++) {
+            const float* sums = v + (STRIPS * b + 2 * i) * LANES;
+            store_first(y[token + b] + column, silu(load(sums) + of_gate) * (load(sums + LANES) + of_up), left);
+          }
+        }
+      });
+      product_of<T>(tokens_of(y, hidden, team), down, n, rows, (T*)out + from * dim, team);
+    }
+  });
 }
 
 }  // namespace FORM

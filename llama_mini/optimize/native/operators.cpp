@@ -3,6 +3,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <string>
@@ -18,13 +22,26 @@ struct NamedForm {
   const Form* form;
 };
 
+// Whether the processor has tiles of bfloat16 and the system lets this process use them, which must be asked.
+bool tiles_allowed() {
+#ifdef __linux__
+  constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // of asm/prctl.h and of the processor's manual
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+
 std::vector<NamedForm> forms() {
   std::vector<NamedForm> found;
   __builtin_cpu_init();
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni");
-  if (wide && __builtin_cpu_supports("avx512bf16")) found.push_back({"avx512_bf16", &form_avx512_bf16});
+  const bool dots = wide && __builtin_cpu_supports("avx512bf16");
+  if (dots && tiles_allowed()) found.push_back({"amx", &form_amx});
+  if (dots) found.push_back({"avx512_bf16", &form_avx512_bf16});
   if (wide) found.push_back({"avx512", &form_avx512});
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     found.push_back({"avx2", &form_avx2});
@@ -70,8 +87,8 @@ void with_team(const F& f) {
 
 // --- the operators ---
 
-// New tokens through some layers: one a row, or those of one row with matrices of codes. A layer has four gains (attention, q, k, feed-forward; empty where there is no
-// norm), four matrices of as many tensors each (qkv, o, gate and up, down), and four biases (empty where there is none).
+// New tokens through some layers: one a row, or those of one row. A layer has four gains (attention, q, k, feed-forward;
+// empty where there is no norm), four matrices of as many tensors each (qkv, o, gate and up, down), and four biases (empty where there is none).
 Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions, TensorList k_caches,
                    TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late,
                    TensorList matrices, TensorList biases, at::IntArrayRef windows, int64_t heads, int64_t hidden) {
@@ -80,8 +97,7 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   TORCH_CHECK(each > 0 && hidden > 0 && v_caches.size() == n && gains.size() == 4 * n && eps.size() == 4 * n && late.size() == 4 * n &&
                   matrices.size() == 4 * n * each && biases.size() == 4 * n && windows.size() == n,
               "the lists of ", n, " layers differ in length");
-  TORCH_CHECK(x.dim() == 3 && (x.size(1) == 1 || (x.size(0) == 1 && each > 1)), "a token of each row, or those of one row and "
-              "matrices of codes, not ", x.sizes());
+  TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1), "a token of each row, or those of one row, not ", x.sizes());
   const int64_t dim = x.size(-1), tokens = rows_of(x);
   const bool floats = wide(x), many = x.size(1) > 1;
   auto norm = [&](size_t i, int64_t width) { return norm_of(gains[i], eps[i], late[i], x, width); };
@@ -121,87 +137,39 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   return out;
 }
 
-Tensor project(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) {
+// x times a matrix: `what` of a form, which writes numbers of `dtype`.
+template <typename F>
+Tensor times(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows, at::ScalarType dtype, const F& what) {
   const int64_t n = rows_of(x);
   const bool floats = wide(x);
   const Tensor from = x.contiguous();
   auto sizes = x.sizes().vec();
   sizes.back() = rows;
-  Tensor out = at::empty(sizes, x.options().dtype(at::kFloat));
+  Tensor out = at::empty(sizes, x.options().dtype(dtype));
   const Matrix m = matrix(w, rows, x.size(-1), bias, x);
-  with_team([&](const Form& form, Team team) {
-    form.project(from.const_data_ptr(), m, floats, n, out.data_ptr<float>(), team);
-  });
+  with_team([&](const Form& form, Team team) { what(form)(from.const_data_ptr(), m, floats, n, out.data_ptr(), team); });
   return out;
+}
+
+Tensor project(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) {
+  return times(x, w, bias, rows, at::kFloat, [](const Form& form) { return form.project; });
 }
 
 Tensor product(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) {
-  TORCH_CHECK(w.size() > 1, "a matrix of codes");
-  const int64_t n = rows_of(x);
-  const bool floats = wide(x);
-  const Tensor from = x.contiguous();
-  auto sizes = x.sizes().vec();
-  sizes.back() = rows;
-  Tensor out = at::empty(sizes, x.options());
-  const Matrix m = matrix(w, rows, x.size(-1), bias, x);
-  with_team([&](const Form& form, Team team) {
-    form.product(from.const_data_ptr(), m, floats, n, out.data_ptr(), team);
-  });
-  return out;
+  return times(x, w, bias, rows, x.scalar_type(), [](const Form& form) { return form.product; });
 }
 
-Tensor attend(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& positions, const Tensor& k_cache,
-              const Tensor& v_cache, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late, int64_t window,
-              int64_t heads, bool codes) {
-  TORCH_CHECK(qkv.dim() == 3 && qkv.size(0) == 1 && qkv.is_contiguous(), "q, k and v of one row, not ", qkv.sizes());
-  TORCH_CHECK(gains.size() == 2 && eps.size() == 2 && late.size() == 2, "two norms, of q and of k");
-  const Attention a = attention(qkv, 1, qkv.size(1), codes, norm_of(gains[0], eps[0], late[0], qkv, k_cache.size(-1)),
-                                norm_of(gains[1], eps[1], late[1], qkv, k_cache.size(-1)), cos, sin, k_cache, v_cache,
-                                positions, heads, window);
-  check_prompt(a);
-  TORCH_CHECK(qkv.size(2) >= a.v_at + a.kv_heads * a.head_dim, "q, k and v are wider than ", qkv.size(2));
-  Tensor out = at::empty({1, a.length, heads * a.head_dim}, qkv.options());
-  with_team([&](const Form& form, Team team) {
-    form.attend(qkv.const_data_ptr(), qkv.size(2), a, out.data_ptr(), team);
-  });
-  return out;
-}
-
-Tensor rms_norm(const Tensor& x, const Tensor& gain, double eps, bool late) {
-  const Tensor from = x.contiguous();
-  Tensor out = at::empty(x.sizes(), x.options());
-  const int64_t n = rows_of(x);
-  const bool floats = wide(x);
-  const Norm norm = norm_of(gain, eps, late, x, x.size(-1));
-  TORCH_CHECK(norm.gain != nullptr, "a norm has gains");
-  with_team([&](const Form& form, Team team) {
-    form.norm(from.const_data_ptr(), norm, floats, n, x.size(-1), out.data_ptr(), team);
-  });
-  return out;
-}
-
-Tensor swiglu(const Tensor& gate_up, int64_t hidden, int64_t up_at) {
-  const int64_t n = rows_of(gate_up), width = gate_up.size(-1);
-  const bool floats = wide(gate_up);
-  TORCH_CHECK(gate_up.is_contiguous() && hidden > 0 && hidden <= up_at && up_at <= width - hidden, "gate and up of ", hidden,
-              " in rows of ", width, ", up from ", up_at);
-  auto sizes = gate_up.sizes().vec();
-  sizes.back() = hidden;
-  Tensor out = at::empty(sizes, gate_up.options());
-  with_team([&](const Form& form, Team team) {
-    form.swiglu(gate_up.const_data_ptr(), floats, n, width, hidden, up_at, out.data_ptr(), team);
-  });
-  return out;
-}
-
-void widen(TensorList w, int64_t first, const Tensor& out, int64_t rows) {
-  TORCH_CHECK(w.size() > 1 && out.dim() == 2 && out.is_contiguous(), "codes, and room for some of their rows");
-  TORCH_CHECK(first % 16 == 0 && first >= 0 && first <= up(rows, 16) - out.size(0), "rows ", first, " and on of ", rows);
+Tensor rows(TensorList w, const Tensor& at, int64_t columns, at::ScalarType dtype) {
+  TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && columns > 0, "codes of at least one column");
+  TORCH_CHECK(at.dim() == 1 && at.scalar_type() == at::kLong, "rows by number, not ", at.sizes(), " ", at.scalar_type());
+  const Tensor numbers = at.contiguous();
+  const int64_t n = at.numel(), *first = numbers.const_data_ptr<int64_t>();
+  Tensor out = at::empty({n, columns}, w[0].options().dtype(dtype));
   const bool floats = wide(out);
-  const Matrix m = matrix(w, rows, out.size(1), at::empty({0}, out.options()), out);
-  with_team([&](const Form& form, Team team) {
-    form.widen(m, floats, first, first + out.size(0), out.data_ptr(), team);
-  });
+  const Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, out.options()), out);
+  for (int64_t i = 0; i < n; i++) TORCH_CHECK_INDEX(first[i] >= 0 && first[i] < m.rows, "row ", first[i], " of ", m.rows);
+  with_team([&](const Form& form, Team team) { form.rows(m, first, floats, n, out.data_ptr(), team); });
+  return out;
 }
 
 }  // namespace
@@ -215,20 +183,12 @@ TORCH_LIBRARY(llama_mini, m) {
       "int hidden) -> Tensor");
   m.def("project(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
   m.def("product(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
-  m.def(
-      "attend(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-      "Tensor[] gains, float[] eps, int[] late, int window, int heads, bool codes) -> Tensor");
-  m.def("rms_norm(Tensor x, Tensor gain, float eps, bool late) -> Tensor");
-  m.def("swiglu(Tensor gate_up, int hidden, int up_at) -> Tensor");
-  m.def("widen(Tensor[] w, int first, Tensor(a!) out, int rows) -> ()");
+  m.def("rows(Tensor[] w, Tensor at, int columns, ScalarType dtype) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(llama_mini, CPU, m) {
   m.impl("layers", layers);
   m.impl("project", project);
   m.impl("product", product);
-  m.impl("attend", attend);
-  m.impl("rms_norm", rms_norm);
-  m.impl("swiglu", swiglu);
-  m.impl("widen", widen);
+  m.impl("rows", rows);
 }

@@ -1,27 +1,21 @@
 // A matrix of codes times many tokens: a panel of its rows, made ready once, times tile after tile.
-//
-// A panel is two strips of as many rows as a vector has lanes. They may be of two matrices: of gate and of up.
 #pragma once
 
-#include "tokens.h"
+#include "code_tokens.h"
+#include "float_panels.h"
 
 namespace FORM {
 
 constexpr int PANEL = 2 * LANES;
 
-struct Strip {
-  const Matrix* of;
-  int64_t row;  // the first; a multiple of LANES
-};
-
-struct Panel {
+struct CodePanel {
   Array<uint8_t> codes;        // (steps, QUADS, 2, LANES, 4)
   Array<float> scale, least;   // (steps, 2, LANES); least of int4
-  explicit Panel(int64_t steps) : codes(steps * STEP * PANEL), scale(steps * PANEL), least(steps * PANEL) {}
+  explicit CodePanel(int64_t steps) : codes(steps * STEP * PANEL), scale(steps * PANEL), least(steps * PANEL) {}
 };
 
 // Rows beyond the end of a matrix are zeros.
-inline void fill_strip(Panel& panel, int strip, Strip from, int64_t steps) {
+inline void fill_strip(CodePanel& panel, int strip, Strip from, int64_t steps) {
   const Matrix& m = *from.of;
   const bool four = m.kind == Kind::INT4, there = from.row < m.rows;
   const int64_t block = from.row / TILE, lane = from.row % TILE, bytes = four ? 256 : 512;
@@ -85,7 +79,7 @@ inline void add_step(i32 (*sums)[2], const uint8_t* codes, const int32_t* first,
 
 // out (TOKENS, 2, LANES)
 template <bool FOUR>
-void panel_times(const Panel& panel, const Tokens& in, int64_t tile, float* out) {
+void panel_times(const CodePanel& panel, const CodeTokens& in, int64_t tile, float* out) {
   f32 acc[TOKENS][2] = {};
   for (int64_t s = 0; s < in.steps; s++) {
     const int64_t at = (tile * in.steps + s) * TOKENS;
@@ -107,9 +101,9 @@ void panel_times(const Panel& panel, const Tokens& in, int64_t tile, float* out)
 
 // Calls done(panel, token, n, y) with y (n, 2, LANES): a panel, whose strips `strip(panel, 0 or 1)` says, times n tokens.
 template <typename S, typename F>
-void times_tokens(int64_t panels, const S& strip, const Tokens& in, Team team, const F& done) {
+void times_tokens(int64_t panels, const S& strip, const CodeTokens& in, Team team, const F& done) {
   parallel(team, panels, [&](int64_t first, int64_t last) {
-    Panel panel(in.steps);
+    CodePanel panel(in.steps);
     Array<float> y(TOKENS * PANEL);
     for (int64_t p = first; p < last; p++) {
       for (int i = 0; i < 2; i++) fill_strip(panel, i, strip(p, i), in.steps);

@@ -24,7 +24,8 @@ template <typename T>
 constexpr bool ALL_FINE = true;
 #endif
 
-struct Tokens {
+struct CodeTokens {
+  static constexpr int STRIPS = 2;  // of a panel
   int64_t count, steps;
   Array<int32_t> first, second;  // (tiles, steps, TOKENS, QUADS), as Input has them
   Array<uint8_t> fine;           // (tiles, steps): whether any token of the tile has sixteen bits there
@@ -68,7 +69,7 @@ inline float put_step(const float* x, float peak, bool loud, bool fine, int32_t*
 
 // Some of the rows that `row` writes, (count, columns), as the tiles first..last.
 template <typename T, typename F>
-void pack_tiles(Tokens& in, int64_t columns, int64_t first, int64_t last, const F& row) {
+void pack_tiles(CodeTokens& in, int64_t columns, int64_t first, int64_t last, const F& row) {
   const int64_t steps = in.steps, width = steps * STEP;
   Array<float> rows(TOKENS * width), peaks(TOKENS * steps);
   Array<uint8_t> loud(TOKENS * steps);

@@ -1,0 +1,96 @@
+// The tile registers of AMX, of which one instruction multiplies two: bfloat16, sixteen rows of 64 bytes each.
+//
+// Registers 0 to 3 hold sums, 4 and 5 the left factor, 6 and 7 the right one, whose rows are pairs of columns.
+#pragma once
+
+#include "input.h"
+
+namespace FORM {
+
+#ifdef __AMX_BF16__
+template <typename T>
+constexpr bool TILES = sizeof(T) == 2;
+
+// The registers, set up while it lives; then as they were, for PyTorch's own operators. `columns`: of the right factor.
+class Tiles {
+ public:
+  explicit Tiles(int64_t columns = 16) {
+    asm volatile("sttilecfg (%0)" : : "r"(before_) : "memory");
+    Config ours;
+    for (int i = 0; i < 8; i++) ours.bytes[i] = (uint16_t)(i == 4 || i == 5 ? 64 : 4 * columns);
+    asm volatile("ldtilecfg (%0)" : : "r"(&ours) : "memory");
+  }
+  ~Tiles() { asm volatile("ldtilecfg (%0)" : : "r"(before_) : "memory"); }
+  Tiles(const Tiles&) = delete;
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  alignas(64) uint8_t before_[64];
+};
+
+// Of 16 * Q rows of x and L vectors of lanes; `meanwhile` is called once for every 32 columns. See lane_products.
+template <int Q, int L, bool ADD, typename F>
+inline void tile_products(const bf16* w, int64_t w_lanes, int64_t w_next, const bf16* x, int64_t x_next, int64_t n,
+                          float* out, int64_t stride, const F& meanwhile) {
+  const int64_t w_bytes = 2 * w_next, x_bytes = 2 * x_next, out_bytes = 4 * stride;
+  float *right = out + LANES, *under = out + 16 * stride;
+  asm volatile("" : : : "memory");  // GCC 12 does not know that a tile is loaded from memory
+  if (ADD) {
+    _tile_loadd(0, out, out_bytes);
+    if (L == 2) _tile_loadd(1, right, out_bytes);
+    if (Q == 2) _tile_loadd(2, under, out_bytes);
+    if (Q == 2 && L == 2) _tile_loadd(3, under + LANES, out_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < n; i += 32) {
+    const bf16 *at = w + i / 2 * w_next, *row = x + i;
+    _tile_loadd(6, at, w_bytes);
+    _tile_loadd(4, row, x_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (Q == 2) {
+      _tile_loadd(5, row + 16 * x_next, x_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if (L == 2) {
+      _tile_loadd(7, at + w_lanes, w_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+      if (Q == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    meanwhile();
+  }
+  _tile_stored(0, out, out_bytes);
+  if (L == 2) _tile_stored(1, right, out_bytes);
+  if (Q == 2) _tile_stored(2, under, out_bytes);
+  if (Q == 2 && L == 2) _tile_stored(3, under + LANES, out_bytes);
+}
+
+// out (TILE, columns): sixteen rows of w times pairs (n / 2, columns, 2), where n is a multiple of STEP. One row or sixteen
+// on the right cost the same: a tile of w.
+inline void tile_dots(const bf16* w, int64_t n, const bf16* pairs, int64_t columns, float* out) {
+  const int64_t w_bytes = 2 * n, right_bytes = 4 * columns;
+  asm volatile("" : : : "memory");
+  _tile_zero(0);
+  for (int64_t i = 0; i < n; i += STEP) {
+    _tile_loadd(4, w + i, w_bytes);
+    _tile_loadd(6, pairs + i * columns, right_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+  }
+  _tile_stored(0, out, right_bytes);
+}
+#else
+template <typename T>
+constexpr bool TILES = false;
+struct Tiles {
+  explicit Tiles(int64_t = 16) {}
+};
+#endif
+
+}  // namespace FORM

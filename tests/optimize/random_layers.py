@@ -1,0 +1,101 @@
+"""Random layers with tokens to go through them, and how near what comes out is to its twin."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tests.optimize.twins import Gain, Layer, Step, generator, norm_of, random, random_matrix, same_bits
+
+NO_NORM = {dtype: Gain(torch.empty(0, dtype=dtype), 0.0, False) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def random_step(
+    seed: int,
+    format_: str,
+    dtype: torch.dtype,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    half: int,
+    dim: int,
+    hidden: int,
+    longest: int = 40,
+    bias: bool = False,
+    norms: bool = True,
+    late: int = 0,
+    windows: Sequence[int] = (0, 9),
+) -> Step:
+    """A token of each row, which stand anywhere; a layer for each window. late: a bit for each norm of a layer."""
+    rng, head_dim = generator(seed), 2 * half
+    heads = kv_heads * group
+    positions = torch.randint(longest, (batch, 1), generator=rng)
+    angles = torch.rand(batch, 1, half, generator=rng) * 6
+    layers = []
+    for window in windows:
+        parts = [[n * head_dim for n in (heads, kv_heads, kv_heads)], [dim], [hidden, hidden], [dim]]
+        widths = [dim, heads * head_dim, dim, hidden]
+        matrices = [
+            random_matrix(format_, rows, width, dtype, rng, bias) for rows, width in zip(parts, widths, strict=True)
+        ]
+        k, v = (random((batch, kv_heads, longest + 3, head_dim), dtype, rng) for _ in range(2))
+        for cache in (k, v):
+            for row, position in zip(cache, positions, strict=True):
+                row[:, int(position) :] = torch.nan
+        gains = [norm_of(n, dtype, rng, bool(late >> i & 1)) for i, n in enumerate((dim, head_dim, head_dim, dim))]
+        layers.append(Layer(gains if norms else [NO_NORM[dtype]] * 4, matrices, k, v, window))
+    return Step(random((batch, 1, dim), dtype, rng), angles.cos(), angles.sin(), positions, layers, heads, hidden)
+
+
+def random_prompt(
+    seed: int,
+    format_: str,
+    dtype: torch.dtype,
+    old: int,
+    new: int,
+    kv_heads: int,
+    group: int,
+    half: int,
+    dim: int,
+    hidden: int,
+    bias: bool = True,
+    late: int = 0,
+    windows: Sequence[int] = (0, 9),
+) -> Step:
+    """Tokens of one row after `old` others. What lies beyond them in the cache is NaN."""
+    step = random_step(
+        seed, format_, dtype, 1, kv_heads, group, half, dim, hidden, old + new, bias, late=late, windows=windows
+    )
+    rng = generator(seed + 1)
+    for layer in step.layers:
+        for cache in (layer.k, layer.v):
+            cache[:, :, :old] = random((1, kv_heads, old, 2 * half), dtype, rng)
+            cache[:, :, old:] = torch.nan
+    angles = torch.rand(1, new, half, generator=rng) * 6
+    return step._replace(
+        x=random((1, new, dim), dtype, rng),
+        cos=angles.cos(),
+        sin=angles.sin(),
+        positions=torch.arange(old, old + new)[None],
+    )
+
+
+def assert_near(found: Tensor, expected: Tensor, share: float) -> None:
+    """Apart by no more than a share of the largest element of a row, or of one."""
+    size = expected.abs().amax(-1, keepdim=True).clamp_min(1)
+    assert ((found - expected).abs() <= share * size).all(), ((found - expected).abs() / size).max()
+
+
+def assert_near_caches(found: Step, expected: Step, share: float) -> None:
+    """And NaN where nothing was written."""
+    for ours, theirs in zip(found.layers, expected.layers, strict=True):
+        for k, twin in ((ours.k, theirs.k), (ours.v, theirs.v)):
+            assert torch.equal(k.isnan(), twin.isnan())
+            assert_near(k.nan_to_num(), twin.nan_to_num(), share)
+
+
+def same_caches(a: Step, b: Step) -> bool:
+    """To the bit."""
+    return all(
+        same_bits(one.k, other.k) and same_bits(one.v, other.v) for one, other in zip(a.layers, b.layers, strict=True)
+    )

@@ -92,7 +92,8 @@ class _Run:
             map(list, zip(*chain.from_iterable(gains), strict=True)) if gains else ([],) * 3
         )
         self._tensors = [tensor for block in blocks for tensor in block.tensors]
-        self._biases = [bias for block in blocks for bias in block.biases]
+        biases = [bias for block in blocks for bias in block.biases]
+        self._biases = biases if any(map(torch.numel, biases)) else []  # each tensor handed over takes its time
         self._windows = [block.window for block in blocks]
         # What `stands` looks at: lists of what is there, beside what was there.
         self._hooks = [hooks for block in blocks for hooks in block.hooks]

@@ -6,7 +6,12 @@
 namespace FORM {
 
 constexpr int AHEAD = 14 * 1024;  // bytes: how far before their use weights are asked for, into the outer cache
-constexpr int ROWS = 4;          // of the matrix, multiplied at once
+constexpr int ROWS = 4;           // of the matrix, multiplied at once
+#ifdef __AMX_BF16__
+constexpr bool IN_SEQUENCE = false;  // Intel's processors with AMX read four rows side by side 5 % faster than one
+#else
+constexpr bool IN_SEQUENCE = true;  // AMD's read one row after another a fifth faster than four side by side
+#endif
 #ifdef __AVX512F__
 constexpr int BATCH = 4;  // rows of the batch: as many as the registers hold
 #else
@@ -72,7 +77,7 @@ inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, floa
 template <typename T>
 inline void dots(const T* w, int64_t rows, int64_t n, int64_t pitch, const Input& in, float* out, int64_t stride) {
   int64_t r = 0;
-  if (in.batch > 1)  // for one, memory read in one sequence is a fifth faster than four rows side by side
+  if (in.batch > 1 || !IN_SEQUENCE)
     for (; r + ROWS <= rows; r += ROWS) products<ROWS>(w + r * pitch, n, pitch, in, out + r, stride);
   for (; r < rows; r++) products<1>(w + r * pitch, n, pitch, in, out + r, stride);
 }

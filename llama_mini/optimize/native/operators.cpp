@@ -88,21 +88,23 @@ void with_team(const F& f) {
 // --- the operators ---
 
 // New tokens through some layers: one a row, or those of one row. A layer has four gains (attention, q, k, feed-forward;
-// empty where there is no norm), four matrices of as many tensors each (qkv, o, gate and up, down), and four biases (empty where there is none).
+// empty where there is no norm), four matrices of as many tensors each (qkv, o, gate and up, down), and four biases
+// (empty where there is none; no list where no layer has any).
 Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions, TensorList k_caches,
                    TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late,
                    TensorList matrices, TensorList biases, at::IntArrayRef windows, int64_t heads, int64_t hidden) {
   const size_t n = k_caches.size(), each = n > 0 ? matrices.size() / (4 * n) : 0;
   TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
   TORCH_CHECK(each > 0 && hidden > 0 && v_caches.size() == n && gains.size() == 4 * n && eps.size() == 4 * n && late.size() == 4 * n &&
-                  matrices.size() == 4 * n * each && biases.size() == 4 * n && windows.size() == n,
+                  matrices.size() == 4 * n * each && (biases.empty() || biases.size() == 4 * n) && windows.size() == n,
               "the lists of ", n, " layers differ in length");
   TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1), "a token of each row, or those of one row, not ", x.sizes());
   const int64_t dim = x.size(-1), tokens = rows_of(x);
   const bool floats = wide(x), many = x.size(1) > 1;
   auto norm = [&](size_t i, int64_t width) { return norm_of(gains[i], eps[i], late[i], x, width); };
+  const Tensor no_bias = at::empty({0}, x.options());
   auto operand = [&](size_t i, int64_t rows, int64_t columns) {
-    return matrix(matrices.slice(i * each, each), rows, columns, biases[i], x);
+    return matrix(matrices.slice(i * each, each), rows, columns, biases.empty() ? no_bias : biases[i], x);
   };
   std::vector<Attention> attentions;
   for (size_t i = 0; i < n; i++) {  // what is wrong is found before a cache is written

@@ -21,8 +21,9 @@ from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights, or what says where they are
 MAX_JSON_BYTES = 256 * 2**20  # bytes
 _DEEPEST_JSON = 127  # objects and lists within each other; Rust's serde_json, which others read with, has the same
-_EVERY = 50  # of what characters a number too large for a float, of 309 digits, leaves six in a row
-_LARGE, _MINUS_ZERO = re.compile("[0-9]{6}"), re.compile("-0(?![.0-9eE])")
+_EVERY = 25  # of what characters a number too large for a float, of 309 digits, leaves twelve in a row
+_SAMPLES, _DIGITS = re.compile("[0-9]{12,}"), re.compile(f"[0-9]{{{11 * _EVERY + 1}}}")
+_MINUS_ZERO = re.compile("-0(?![.0-9eE])")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONTAINERS = {dict, list}
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -52,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def decode_json(text: str, unique_names: bool = False) -> Any:
     """JSON without what only Python takes for it. Raises ValueError, whose text follows the name of the file."""
-    strange = _LARGE.search(text[::_EVERY]) or _MINUS_ZERO.search(text)
+    strange = _holds_large_number(text) or _MINUS_ZERO.search(text)
     try:
         value = json.loads(
             text,
@@ -187,6 +188,13 @@ def _is_hub_link(home: Path, path: Path, target: Path) -> bool:
         return False
     shared = target.parent.parent == model.parent / "blobs" and target.parent.name == target.name[:2]
     return target == blob or (shared and re.fullmatch("[0-9a-f]{64}", target.name) is not None)
+
+
+def _holds_large_number(text: str) -> bool:
+    """Whether there may be one: a look at every digit takes longer than reading them. Lines of equal length mislead
+    the samples, so that what lies between is looked at too."""
+    found = _SAMPLES.finditer(text[::_EVERY])
+    return any(_DIGITS.search(text, of.start() * _EVERY, of.end() * _EVERY) for of in found)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ class puts a pipeline of its own in the place of the file's; no other reader of 
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from itertools import compress
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,12 @@ import tokenizers
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Piece, is_control, native_failures_as
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
+
+# Of a BPE model, besides its vocabulary and merges.
+_BPE_SETTINGS = (
+    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("fuse_unk", "byte_fallback", "ignore_merges"),
+)
 
 
 class HuggingFaceJson:
@@ -34,11 +40,12 @@ class HuggingFaceJson:
     def __init__(self, spec: dict[str, Any], where: Path | str, files: ConfigFiles) -> None:
         """`spec` is the content of the file, `where` a name for it in messages. TokenizerError if it is not known."""
         try:
-            added = _added_tokens(spec, files)
+            own = _own_ids(spec)
+            added = _added_tokens(spec, own, files)
             seals = _seals(added)
             self._bytes_of, self.strips_space = _reader(spec.get("decoder"))
             _check_frame(spec.get("post_processor"))
-            sealed = json.dumps(_sealed(spec, added, seals))
+            sealed = _sealed(spec, own, added, seals)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise TokenizerError(
                 f"{where} is not a tokenizer.json that is known here ({error!r}); restore it"
@@ -46,18 +53,17 @@ class HuggingFaceJson:
         except TokenizerError as error:
             raise TokenizerError(f"{where}: {error}") from error
         with native_failures_as(TokenizerError, f"reading {where}"):
-            self._encoder = tokenizers.Tokenizer.from_str(sealed)
+            self._encoder = _encoder(sealed)
         self._encoder.no_truncation()
         self._encoder.no_padding()
-        ids = self._encoder.get_vocab(with_added_tokens=True)
-        names = {seal: content for content, seal in seals.items()}
-        self._contents = {id: names.get(content, content) for content, id in ids.items()}
-        own = _own_contents(spec)
-        self._added_ids = {ids[seals.get(token.content, token.content)] for token in added if token.content not in own}
-        self._seal_of = {ids[seal]: seal for seal in names}
-        self.vocab_size = max(self._contents, default=-1) + 1
-        self.control_ids: Mapping[str, int] = {content: ids[seal] for content, seal in seals.items()}
-        self.special_ids = frozenset(ids[seals[token.content]] for token in added if token.special)
+        names = {token.content: seals.get(token.content, token.content) for token in added}
+        ids = {content: id for content, name in names.items() if (id := self._encoder.token_to_id(name)) is not None}
+        self._contents = {id: content for content, id in ids.items()}  # of the others the library has them
+        self._added_ids = {id for content, id in ids.items() if content not in own}
+        self.vocab_size = max([*own.values(), *self._contents], default=-1) + 1
+        self.control_ids: Mapping[str, int] = {content: ids[content] for content in seals}
+        self._seal_of = {ids[content]: seal for content, seal in seals.items()}
+        self.special_ids = frozenset(ids[token.content] for token in added if token.special)
         self.frame = self._frame(where)
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
@@ -69,7 +75,7 @@ class HuggingFaceJson:
         return self._encoder.token_to_id(self._seal_of.get(self.control_ids.get(content, -1), content))
 
     def token_bytes(self, token_id: int) -> bytes:
-        content = self._contents.get(token_id, "")
+        content = self._contents.get(token_id) or self._encoder.id_to_token(token_id) or ""
         return content.encode() if token_id in self._added_ids else self._bytes_of(content)
 
     def _frame(self, where: Path | str) -> tuple[list[int], list[int]]:
@@ -82,22 +88,41 @@ class HuggingFaceJson:
         return framed.ids[: text[0]], framed.ids[text[-1] + 1 :]
 
 
-def _added_tokens(spec: dict[str, Any], files: ConfigFiles) -> list[AddedToken]:
+def _encoder(spec: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The library's. A vocabulary and its merges are handed over as they are: as JSON they take four times as long."""
+    model = spec["model"]
+    if model.get("type") != "BPE":
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+    shell = tokenizers.Tokenizer.from_str(json.dumps(spec | {"model": model | {"vocab": {}, "merges": []}}))
+    settings = {name: value for name in _BPE_SETTINGS if (value := model.get(name)) is not None}
+    encoder = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=model["vocab"], merges=model["merges"], **settings))
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        setattr(encoder, part, getattr(shell, part))
+    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    encoder.add_tokens(
+        [tokenizers.AddedToken(**{name: token[name] for name in flags}) for token in spec["added_tokens"]]
+    )
+    return encoder
+
+
+def _added_tokens(spec: dict[str, Any], own: Mapping[str, int], files: ConfigFiles) -> list[AddedToken]:
     """The file's added tokens, those that only tokenizer_config.json has, and those that it names as special."""
     added = {token["content"]: AddedToken(**token) for token in spec.get("added_tokens") or []}
     for token in files.added_tokens:
         added.setdefault(token.content, token)
-    known = _own_contents(spec)
     for content in files.names.values():
-        if (content in added or content in known) and is_control(content, special=False):
+        if (content in added or content in own) and is_control(content, special=False):
             added[content] = AddedToken(**(asdict(added.get(content, AddedToken(content=content))) | {"special": True}))
     return list(added.values())
 
 
-def _own_contents(spec: dict[str, Any]) -> set[str]:
+def _own_ids(spec: dict[str, Any]) -> dict[str, int]:
     """The tokens of the model itself. Unigram's are pairs of piece and score, whose place is the id."""
     vocab = spec["model"]["vocab"]
-    return set(vocab) if isinstance(vocab, dict) else {piece for piece, _ in vocab}
+    ids = vocab if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
+    if strange := set(map(type, ids.values())) - {int}:
+        raise TokenizerError(f"its vocabulary has an id that is a {strange.pop().__name__}, not a whole number")
+    return ids
 
 
 def _seals(added: list[AddedToken]) -> dict[str, str]:
@@ -107,17 +132,20 @@ def _seals(added: list[AddedToken]) -> dict[str, str]:
     return {content: f"\ue000{key}.{index}\ue000" for index, content in enumerate(contents)}
 
 
-def _sealed(spec: dict[str, Any], added: list[AddedToken], seals: dict[str, str]) -> dict[str, Any]:
+def _sealed(
+    spec: dict[str, Any], own: Mapping[str, int], added: list[AddedToken], seals: dict[str, str]
+) -> dict[str, Any]:
     """The same tokenizer with its control tokens renamed everywhere text could be matched against them."""
     model = dict(spec["model"])
-    vocab = model["vocab"]
-    if isinstance(vocab, dict):
-        model["vocab"] = {seals.get(content, content): id for content, id in vocab.items()}
+    inside = seals.keys() & own.keys()
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {**own, **{seals[content]: own[content] for content in inside}}
+        for content in inside:
+            del model["vocab"][content]
     else:
-        model["vocab"] = [[seals.get(content, content), score] for content, score in vocab]
-    inside = seals.keys() & _own_contents(spec)
-    if model.get("merges"):
-        model["merges"] = _lines(_without(inside, model["merges"]))
+        model["vocab"] = [[seals.get(content, content), score] for content, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = _without(inside, _pairs(model["merges"]))
     if model.get("unk_token") is not None:
         model["unk_token"] = seals.get(model["unk_token"], model["unk_token"])
     tokens = [asdict(token) | {"content": seals.get(token.content, token.content)} for token in added]
@@ -135,22 +163,24 @@ def _check_frame(processor: Any) -> None:
                 raise TokenizerError(f"its post-processor uses the token {absent[0]!r:.80}, which it does not list")
 
 
-def _without(inside: set[str], merges: list[Any]) -> list[Any]:
+def _pairs(merges: list[Any]) -> list[tuple[str, ...]]:
+    """Merges as pairs; the older form of the file has lines, "left right", and comments that begin with #version."""
+    match set(map(type, merges)):
+        case kinds if kinds <= {list}:
+            return list(map(tuple, merges))
+        case kinds if kinds == {str}:
+            return [tuple(line.split(" ")) for line in merges if not line.startswith("#version")]
+    raise TokenizerError("its merges are neither pairs of tokens nor lines of two")
+
+
+def _without(inside: Collection[str], merges: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """The merges but those that spell a control token: `</s>` may be made from its letters."""
     if not inside:
         return merges
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    safe = (not (left in inside or right in inside or left + right in inside) for left, right in pairs)
-    return list(compress(merges, safe))
-
-
-def _lines(merges: list[Any]) -> list[Any]:
-    """Pairs as the older form of the file has them, "left right", which the library reads twice as fast."""
-    if not all(isinstance(merge, list) for merge in merges):
+    unsafe = set(inside)
+    if unsafe.isdisjoint(map("".join, merges)) and unsafe.isdisjoint(chain.from_iterable(merges)):
         return merges
-    lines = list(map(" ".join, merges))
-    text = "".join(lines)  # a token may hold a space, and a line that begins like this is a comment
-    return lines if text.count(" ") == len(lines) and "#version" not in text else merges
+    return [merge for merge in merges if unsafe.isdisjoint((*merge, "".join(merge)))]
 
 
 def _reader(decoder: Any) -> tuple[Callable[[str], bytes], bool]:

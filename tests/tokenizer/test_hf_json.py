@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_mini.errors import TokenizerError
 from llama_mini.tokenizer import Tokenizer
+from llama_mini.tokenizer.hf_json import _encoder, _pairs
 
 Spec = dict[str, Any]
 Write = Callable[[Spec], Any]
@@ -128,6 +129,47 @@ def test_merges_that_lines_cannot_say_stay_pairs(
     tokenizer = Tokenizer.from_pretrained(write_directory({"tokenizer.json": spec}))
     state = json.loads(tokenizer._backend._encoder.to_str())  # type: ignore[attr-defined]
     assert [left, right] in state["model"]["merges"]
+
+
+def test_the_encoder_is_the_one_that_the_library_reads(
+    byte_level_spec: Callable[[], Spec], llama_2_spec: Callable[[], Spec], llama3_files: Any
+) -> None:
+    settings = {"byte_fallback": True, "fuse_unk": True, "ignore_merges": True, "dropout": 0.25}
+    unusual = with_added(byte_level_spec(), "    ", "<x>", lstrip=True, special=True)
+    unusual["model"] |= settings | {"continuing_subword_prefix": "##", "unk_token": "<x>"}
+    unusual["model"]["merges"] = []
+    for spec in (byte_level_spec(), llama_2_spec(), unusual, json.loads(llama3_files.json.read_text())):
+        model = spec["model"] | {"merges": _pairs(spec["model"]["merges"])}
+        ours, theirs = _encoder(spec | {"model": model}), RustTokenizer.from_str(json.dumps(spec))
+        assert json.loads(ours.to_str()) == json.loads(theirs.to_str())
+        assert ours.get_vocab() == theirs.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda model: model["merges"].append("h e"), "its merges are neither pairs of tokens nor lines of two"),
+        (lambda model: model["merges"].append(["h"]), "reading .* failed"),
+        (lambda model: model["merges"].append(["h", "e", "y"]), "reading .* failed"),
+        (lambda model: model["merges"].append(["h", 1]), "is not a tokenizer.json that is known here"),
+        (lambda model: model["merges"].append(["nowhere", "found"]), "Token `nowhere` out of vocabulary"),
+        (lambda model: model["vocab"].update(h=True), "has an id that is a bool, not a whole number"),
+        (lambda model: model["vocab"].update(h=1.0), "has an id that is a float, not a whole number"),
+        (lambda model: model["vocab"].update(h=-1), "reading .* failed"),
+        (lambda model: model.update(fuse_unk="yes"), "reading .* failed"),
+        (lambda model: model.pop("merges"), "reading .* failed"),
+    ],
+)
+def test_a_model_that_the_library_refuses_is_refused(
+    byte_level_spec: Callable[[], Spec], write_directory: Write, change: Callable[[Spec], Any], fault: str
+) -> None:
+    spec = byte_level_spec()
+    spec["model"]["merges"] = [
+        merge if isinstance(merge, list) else merge.split(" ") for merge in spec["model"]["merges"]
+    ]
+    change(spec["model"])
+    with pytest.raises(TokenizerError, match=fault):
+        Tokenizer.from_pretrained(write_directory({"tokenizer.json": spec}))
 
 
 def test_added_text_is_still_matched(byte_level_spec: Callable[[], Spec], write_directory: Write) -> None:

@@ -21,6 +21,14 @@ _SCALARS = dict(enumerate(map(np.dtype, ("u1", "i1", "<u2", "<i2", "<u4", "<i4",
 _SCALARS |= {10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8")}
 _DEEPEST_ARRAY = 4
 _MOST_DIMENSIONS = 4
+_USUAL_TYPES = {  # as `_ggml_types` has them, for files that need not wait for it
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    8: ("Q8_0", 32, 34),
+    30: ("BF16", 1, 2),
+}
 _SMALLEST_ENTRY = 8 + 4 + 1  # bytes: a key's length, a value's type, a value
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes: a name's length, a count of dimensions, one dimension, a type, an offset
 
@@ -109,6 +117,24 @@ class _Bytes:
         except UnicodeDecodeError:
             raise self.fault(f"{what} is not UTF-8") from None
 
+    def texts(self, n: int, what: str) -> list[str]:
+        """The next n strings, as by `text`: of a vocabulary's hundred thousand each call would be felt."""
+        found, read, left = list[str](), self._read, self.size - self.position
+        for _ in range(n):
+            length = int.from_bytes(read(8), "little")
+            left -= 8
+            data = read(length) if length <= left else b""
+            if len(data) != length:
+                self.position = self.size - max(left, 0)
+                self.take(length, what)
+            left -= length
+            try:
+                found.append(data.decode())
+            except UnicodeDecodeError:
+                raise self.fault(f"{what} is not UTF-8") from None
+        self.position = self.size - left
+        return found
+
     def fault(self, sentence: str) -> CheckpointFormatError:
         return CheckpointFormatError(f"{self.path}: {sentence}")
 
@@ -171,7 +197,7 @@ def _read_array(file: _Bytes, what: str, depth: int) -> Any:
     n = file.count({_STRING: 8, _ARRAY: 12}.get(kind, 1), f"elements in {what}")
     if kind not in (_STRING, _ARRAY):
         raise file.fault(f"{what} has the unknown element type {kind}")
-    return [_read_value(file, kind, what, depth) for _ in range(n)]
+    return file.texts(n, what) if kind == _STRING else [_read_array(file, what, depth + 1) for _ in range(n)]
 
 
 def _numbers(file: _Bytes, kind: int, n: int, what: str) -> np.ndarray:
@@ -200,7 +226,7 @@ def _read_tensor_info(file: _Bytes, i: int, alignment: int) -> TensorInfo:
         raise file.fault(f"{what} has the shape {shape}, which holds nothing")
 
     number = file.number(4, f"the type of {what}")
-    types = _ggml_types()
+    types = _USUAL_TYPES if number in _USUAL_TYPES else _ggml_types()
     if number not in types:
         raise file.fault(
             f"{what} has the unknown type {number}; known are {', '.join(known[0] for known in types.values())}"
@@ -232,6 +258,6 @@ def _check_layout(file: _Bytes, tensors: dict[str, TensorInfo]) -> None:
 @cache
 def _ggml_types() -> dict[int, tuple[str, int, int]]:
     """Number of a type -> its name, the elements in a block, the bytes of a block."""
-    from gguf import GGML_QUANT_SIZES  # 100 ms, which a file that is no GGUF need not pay
+    from gguf import GGML_QUANT_SIZES  # 100 ms
 
     return {kind.value: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}

@@ -6,6 +6,7 @@ absent, is what llama.cpp makes of it (src/llama-vocab.cpp).
 
 import warnings
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -102,15 +103,16 @@ def _byte_level(metadata: "_Metadata") -> dict[str, Any]:
 
 
 def _merges(metadata: "_Metadata") -> list[list[str]]:
-    merges = []
-    for line in metadata.texts("merges"):
-        left, space, right = line.partition(" ")  # byte-level tokens hold no space: it is written Ġ
-        if not space or not left or not right or " " in right:
+    lines = metadata.texts("merges")
+    merges = [line.split(" ") for line in lines]  # byte-level tokens hold no space: it is written Ġ
+    if set(map(len, merges)) <= {2} and metadata.vocab.keys() >= {*chain.from_iterable(merges), *map("".join, merges)}:
+        return merges
+    for line, merge in zip(lines, merges, strict=True):
+        if len(merge) != 2 or "" in merge:
             raise metadata.fault("merges", f"holds {shown(line)}, which is not two tokens with a space between")
-        for token in (left, right, left + right):
+        for token in (*merge, "".join(merge)):
             if token not in metadata.vocab:
                 raise metadata.fault("merges", f"holds {shown(line)}, but {shown(token)} is not in the vocabulary")
-        merges.append([left, right])
     return merges
 
 
@@ -201,13 +203,15 @@ class _Metadata:
 
     def texts(self, key: str) -> list[str]:
         value = self.get(key)
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value[:1]):  # the others are alike
             raise self.fault(key, "is missing" if value is None else "must be an array of strings")
         return value
 
     @cached_property
     def tokens(self) -> list[str]:
-        tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(self.texts("tokens"))]
+        tokens = list(self.texts("tokens"))
+        for id in (id for id, token in enumerate(tokens) if not token):
+            tokens[id] = f"[EMPTY_{id}]"
         if not tokens:
             raise self.fault("tokens", "is empty")
         if self.is_sentencepiece:  # a user-defined piece is looked for in the text, whose spaces are not yet written ▁
@@ -227,7 +231,7 @@ class _Metadata:
 
     @cached_property
     def vocab(self) -> dict[str, int]:
-        vocab = {token: id for id, token in enumerate(self.tokens)}
+        vocab = dict(zip(self.tokens, range(len(self.tokens)), strict=True))
         if len(vocab) != len(self.tokens):
             twice = next(token for id, token in enumerate(self.tokens) if vocab[token] != id)
             raise self.fault("tokens", f"holds {shown(twice)} twice")

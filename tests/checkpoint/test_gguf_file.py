@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Value
 from gguf import quants
 
-from llama_mini.checkpoint.gguf_file import GGUFHeader, read_header
+from llama_mini.checkpoint.gguf_file import _USUAL_TYPES, GGUFHeader, _ggml_types, read_header
 from llama_mini.checkpoint.gguf_tensor import read_tensor
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 
@@ -165,6 +165,14 @@ def _file(entries: list[bytes], tensors: list[bytes], data: int = 256, version: 
     return header + bytes(-len(header) % 32 + data)
 
 
+def _texts(*texts: bytes) -> bytes:
+    return struct.pack("<IQ", 8, len(texts)) + b"".join(texts)
+
+
+def test_the_usual_types_are_the_librarys() -> None:
+    assert _USUAL_TYPES.items() <= _ggml_types().items()
+
+
 HUGE = struct.pack("<Q", 2**63)
 FAULTS = {
     "empty": (b"", "not a GGUF file"),
@@ -178,6 +186,9 @@ FAULTS = {
     "key length": (_file([HUGE + bytes(20)], []), "metadata key 0 needs 9223372036854775808 bytes"),
     "key not UTF-8": (_file([struct.pack("<Q", 1) + b"\xff" + bytes(20)], []), "key 0 is not UTF-8"),
     "string length": (_file([_entry("a", 8, HUGE)], []), "the value of a needs 9223372036854775808 bytes"),
+    "length in array": (_file([_entry("a", 9, _texts(_text("b"), HUGE))], []), "value of a needs 9223372036854775808"),
+    "cut in array": (_file([_entry("a", 9, _texts(_text("b"), HUGE[:3]))], [], data=0), "value of a needs|cut short"),
+    "array not UTF-8": (_file([_entry("a", 9, _texts(_text("a")[:-1] + b"\xff"))], []), "value of a is not UTF-8"),
     "value type": (_file([_entry("a", 13, bytes(8))], []), "the value of a has the unknown type 13"),
     "array count": (_file([_entry("a", 9, struct.pack("<I", 4) + HUGE)], []), "elements in the value of a needs"),
     "text array count": (_file([_entry("a", 9, struct.pack("<I", 8) + HUGE)], []), "elements in the value of a needs"),

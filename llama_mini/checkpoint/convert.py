@@ -17,7 +17,7 @@ from llama_mini.checkpoint.hf_config import read_special_ids, special_ids, to_hf
 from llama_mini.checkpoint.keys import their_name
 from llama_mini.checkpoint.meta_tokenizer import meta_tokenizer_files
 from llama_mini.checkpoint.open import open_checkpoint
-from llama_mini.checkpoint.safetensors_file import write_file
+from llama_mini.checkpoint.safetensors_tensors import write_file
 from llama_mini.checkpoint.source import Source, empty_model, match, read_all
 from llama_mini.config import LlamaConfig
 from llama_mini.dtypes import as_dtype

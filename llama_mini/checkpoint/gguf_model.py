@@ -15,10 +15,11 @@ from torch import Tensor
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.gguf_file import GGUFHeader, TensorInfo, read_header, shown
 from llama_mini.checkpoint.gguf_rope import READ_ROPE, gguf_scaling
-from llama_mini.checkpoint.gguf_tensor import Codes, read_codes, read_tensor
+from llama_mini.checkpoint.gguf_tensor import FLOATS, Blocks, read_blocks, read_tensor
 from llama_mini.checkpoint.gguf_tensor import read_rows as read_tensor_rows
 from llama_mini.checkpoint.keys import GGUF_KEYS
 from llama_mini.checkpoint.rotary_layout import split_halves
+from llama_mini.checkpoint.safetensors_tensors import Room
 from llama_mini.checkpoint.source import Rows, Source, StoredTensor, rows_at_once
 from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniWarning
@@ -47,7 +48,6 @@ ONLY = {  # settings of which one value is implemented
     "use_parallel_residual": False,
 }
 HARMLESS = {"tensor_data_layout"}  # tells what the file was made from
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def open_gguf(path: Path) -> Source:
@@ -64,7 +64,7 @@ def open_gguf(path: Path) -> Source:
                 values = read_tensor(file, header.tensors[name], dtype)
                 yield name, _as_the_model_has_it(values, header.tensors[name], config, architecture)
 
-    def read_rows(names: Collection[str], dtype: torch.dtype) -> Iterator[Rows[Tensor]]:
+    def read_rows(names: Collection[str], dtype: torch.dtype, _: Room) -> Iterator[Rows[Tensor]]:
         with path.open("rb") as file:
             for name in names:
                 info = header.tensors[name]
@@ -75,16 +75,14 @@ def open_gguf(path: Path) -> Source:
                         (name, *rows) for rows in read_tensor_rows(file, info, dtype, rows_at_once(info.shape[-1]))
                     )
 
-    def read_coded(names: Collection[str]) -> Iterator[Rows[Codes]]:
+    def read_coded(names: Collection[str]) -> Iterator[Rows[Blocks]]:
         with path.open("rb") as file:
             for name in names:
                 info = header.tensors[name]
                 at_once = info.shape[0] if _has_pairs(info, architecture) else rows_at_once(info.shape[-1])
-                for first, (codes, scale, least) in read_codes(file, info, at_once):
-                    codes, scale = (_as_the_model_has_it(t, info, config, architecture) for t in (codes, scale))
-                    if least is not None:
-                        least = _as_the_model_has_it(least, info, config, architecture)
-                    yield name, first, Codes(codes, scale, least)
+                for first, blocks in read_blocks(file, info, at_once):
+                    rows = _as_the_model_has_it(blocks.rows, info, config, architecture)
+                    yield name, first, blocks._replace(rows=rows)
 
     return Source(
         path=path,

@@ -13,6 +13,7 @@ from llama_mini.errors import CheckpointFormatError
 
 _AT_ONCE = 1 << 20  # elements of a whole tensor that are widened to float32 at a time
 
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HEADS = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}  # bytes of float16 before those of codes, in a block of 32 columns
 
 
@@ -27,21 +28,27 @@ class Codes(NamedTuple):
     least: Tensor | None
 
 
-def read_codes(file: BinaryIO, info: TensorInfo, at_once: int) -> Iterator[tuple[int, Codes]]:
-    """The codes of a Q4_0, Q4_1 or Q8_0 tensor as they are stored: the first row of `at_once`, and these.
+class Blocks(NamedTuple):
+    """Rows of a matrix as a Q4_0, Q4_1 or Q8_0 tensor stores them: (rows, bytes) uint8."""
 
-    Raises CheckpointFormatError where the data end early.
-    """
-    head = _HEADS[info.type]
-    for first, rows in _stored_rows(file, info, at_once):
-        blocks = rows.view(len(rows), info.shape[-1] // 32, -1)
-        floats = blocks[..., :head].contiguous().view(torch.float16)
-        scale, stored = floats[..., 0], blocks[..., head:]
-        if info.type == "Q8_0":
-            yield first, Codes((stored + 128).flatten(1), scale, None)
-        else:
-            codes = torch.cat((stored & 15, stored >> 4), dim=-1).flatten(1)
-            yield first, Codes(codes, scale, floats[..., 1] if info.type == "Q4_1" else -8 * scale)
+    rows: Tensor
+    number_format: str
+
+    def codes(self) -> Codes:
+        n_codes = 32 if self.number_format == "Q8_0" else 16  # bytes of them in a block; the others are float16
+        n_bytes = _HEADS[self.number_format] + n_codes
+        blocks = self.rows.view(len(self.rows), -1, n_bytes)
+        floats = blocks[..., :-n_codes].contiguous().view(torch.float16)
+        scale, stored = floats[..., 0], blocks[..., -n_codes:]
+        if self.number_format == "Q8_0":
+            return Codes((stored + 128).flatten(1), scale, None)
+        codes = torch.cat((stored & 15, stored >> 4), dim=-1).flatten(1)
+        return Codes(codes, scale, floats[..., 1] if self.number_format == "Q4_1" else -8 * scale)
+
+
+def read_blocks(file: BinaryIO, info: TensorInfo, at_once: int) -> Iterator[tuple[int, Blocks]]:
+    """The tensor as it is stored: the first row of `at_once`, and these. CheckpointFormatError where it ends early."""
+    return ((first, Blocks(rows, info.type)) for first, rows in _stored_rows(file, info, at_once))
 
 
 def read_tensor(file: BinaryIO, info: TensorInfo, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,7 +65,12 @@ def read_rows(file: BinaryIO, info: TensorInfo, dtype: torch.dtype, at_once: int
     Raises:
         CheckpointFormatError: the type is one that cannot be turned into numbers, or the data end early.
     """
-    from gguf import GGMLQuantizationType, quants  # 100 ms, which reading a header need not pay
+    if info.type in FLOATS:
+        yield from (
+            (first, rows.view(FLOATS[info.type]).to(dtype)) for first, rows in _stored_rows(file, info, at_once)
+        )
+        return
+    from gguf import GGMLQuantizationType, quants  # 100 ms, which codes and floats need not wait for
 
     for first, rows in _stored_rows(file, info, at_once):
         try:

@@ -12,7 +12,8 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.files import INDEX, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.hf_config import read_config
 from llama_mini.checkpoint.keys import HARMLESS, KeyTable
-from llama_mini.checkpoint.safetensors_file import TensorInfo, read_rows, read_tensors, weight_dtype
+from llama_mini.checkpoint.safetensors_file import TensorInfo, weight_dtype
+from llama_mini.checkpoint.safetensors_tensors import Room, read_rows, read_tensors
 from llama_mini.checkpoint.shards import all_present, read_headers, stored, whole_set
 from llama_mini.checkpoint.source import Rows, Source, rows_at_once
 from llama_mini.checks import listed
@@ -36,9 +37,10 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
             del tensor  # the next one is made before the loop would let go of it
             yield info.name, wanted
 
-    def by_rows(names: Collection[str], dtype: torch.dtype) -> Iterator[Rows[Tensor]]:
-        for info, first, rows in read_rows((infos[name] for name in names), rows_at_once):
-            yield info.name, first, rows.to(dtype)
+    def by_rows(names: Collection[str], _: torch.dtype, room: Room) -> Iterator[Rows[Tensor]]:
+        for info, first, rows in read_rows((infos[name] for name in names), rows_at_once, room):
+            yield info.name, first, rows
+            del rows  # before the next ones are made
 
     return Source(
         path=directory if file is None else file,

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.files import SINGLE, new_directory, write_json
-from llama_mini.checkpoint.gguf_tensor import Codes
+from llama_mini.checkpoint.gguf_tensor import Blocks
 from llama_mini.checkpoint.hf_config import special_ids, to_hf
 from llama_mini.checkpoint.keys import their_name
-from llama_mini.checkpoint.safetensors_file import write_file
+from llama_mini.checkpoint.safetensors_tensors import write_file
 from llama_mini.checkpoint.source import Model, Source, empty_model, match, read_all, warn_of_other_head
 from llama_mini.dtypes import as_dtype
 from llama_mini.errors import CheckpointFormatError, LlamaMiniWarning, RequestError, TokenizerError
@@ -29,7 +29,11 @@ class Place(Protocol):
     @property
     def keeps(self) -> Collection[str]: ...
 
-    def put(self, tensor: Tensor | Codes, first: int) -> None: ...
+    def room(self, first: int, n: int) -> Tensor | None:
+        """Where n rows from `first` on lie, if they stay numbers."""
+        ...
+
+    def put(self, tensor: Tensor | Blocks, first: int) -> None: ...
 
 
 Fuse = Callable[[Llama, torch.dtype, torch.device], Mapping[str, Place]]
@@ -57,24 +61,27 @@ def load_model(
     doing = "loading" if quantize is None else f"quantising to {quantize}"
     coded = [name for name in names if names[name] in places and _kept(source, name, places[names[name]])]
     with tqdm(total=len(coded), desc=doing, unit="tensor", delay=1, leave=False, disable=None) as bar:
-        for theirs, first, codes in source.read_coded(coded):
-            _put(places, names[theirs], codes, first, source)
+        for theirs, first, blocks in source.read_coded(coded):
+            _put(places, names[theirs], blocks, first, source)
             bar.update(first == 0)
     rest = {theirs: ours for theirs, ours in names.items() if theirs not in coded}
     plain = {ours: p.shape for ours, p in model.named_parameters() if ours not in places}
     # Before anything is read: small things between large ones that come and go leave holes in memory.
     state = {ours: torch.empty(shape, dtype=wanted, device=device) for ours, shape in plain.items()}
-    for ours, first, rows in read_all(source, rest, wanted, doing):
+
+    def room(theirs: str, first: int, shape: tuple[int, ...]) -> Tensor | None:
+        ours = names[theirs]
+        return places[ours].room(first, shape[0]) if ours in places else state[ours][first : first + shape[0]]
+
+    for ours, first, rows in read_all(source, rest, wanted, doing, room=room):
         if ours in places:
             _put(places, ours, rows, first, source)
-        else:
-            state[ours][first : first + len(rows)] = rows
     warn_of_other_head(source, wanted)
     model.load_state_dict(state, assign=True, strict=True)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _put(places: Mapping[str, Place], ours: str, rows: Tensor | Codes, first: int, source: Source) -> None:
+def _put(places: Mapping[str, Place], ours: str, rows: Tensor | Blocks, first: int, source: Source) -> None:
     try:
         places[ours].put(rows, first)
     except CheckpointFormatError as error:

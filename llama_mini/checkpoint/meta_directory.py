@@ -10,7 +10,8 @@ from llama_mini.checkpoint.hf_directory import CONVERT, common_dtype
 from llama_mini.checkpoint.keys import HARMLESS, META_KEYS
 from llama_mini.checkpoint.meta_params import read_params
 from llama_mini.checkpoint.rotary_layout import split_halves
-from llama_mini.checkpoint.safetensors_file import read_tensors, weight_dtype
+from llama_mini.checkpoint.safetensors_file import weight_dtype
+from llama_mini.checkpoint.safetensors_tensors import read_tensors
 from llama_mini.checkpoint.shards import read_headers, stored, whole_set
 from llama_mini.checkpoint.source import Source
 from llama_mini.config import LlamaConfig

@@ -1,17 +1,13 @@
-"""safetensors files: a header reader that believes no number it has not checked, the tensors, and a streaming writer.
+"""The header of a safetensors file, by a reader that believes no number it has not checked.
 
 Format: https://huggingface.co/docs/safetensors. The library refuses what is refused here too, but with one short
 message for many faults and after allocating, and to give some rows of a tensor it reads all of it.
 """
 
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor
 
 from llama_mini.checkpoint.file_kind import (
     HEAD,
@@ -24,17 +20,17 @@ from llama_mini.checkpoint.file_kind import (
 )
 from llama_mini.checkpoint.files import decode_json
 from llama_mini.checks import is_whole, shown
-from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointPathError
+from llama_mini.errors import CheckpointFormatError
 
 WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
+NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
 _BITS |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16)
 _BITS |= dict.fromkeys(("I32", "U32", "F32"), 32)
 _BITS |= dict.fromkeys(("C64", "F64", "I64", "U64"), 64)
 _LARGEST = 2**63 - 1
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
 
 
 class TensorInfo(NamedTuple):
@@ -59,15 +55,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         text = _header_text(path, file)
         n_bytes = size_of(file) - file.tell()
     header = _parse(path, text)
-    _check_metadata(path, header.pop(_METADATA, None))
+    _check_metadata(path, header.pop(METADATA, None))
     if not header:
         raise _fault(path, "it holds no tensors; download it again")
-    infos = sorted((_tensor_info(path, *item) for item in header.items()), key=_position)
+    infos = sorted((_tensor_info(path, *item) for item in header.items()), key=position)
     _check_layout(path, infos, n_bytes)
     return {info.name: info for info in infos}
 
 
-def _position(info: TensorInfo) -> tuple[int, int]:
+def position(info: TensorInfo) -> tuple[int, int]:
     return info.begin, info.end
 
 
@@ -84,97 +80,6 @@ def weight_dtype(info: TensorInfo) -> torch.dtype:
         f"tensor {shown(info.name)} {what} ({info.dtype}), but weights are read from {', '.join(WEIGHTS)}; give a "
         "checkpoint that has them so",
     )
-
-
-def read_tensors(infos: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, Tensor]]:
-    """The weights that `read_header` found, each read once, file after file in the order of the data.
-
-    Raises CheckpointFormatError if a file is not what it was then, or holds something else than weights.
-    """
-    return ((info, tensor) for info, _, tensor in read_rows(infos, lambda _: _LARGEST))
-
-
-def read_rows(infos: Iterable[TensorInfo], at_once: Callable[[int], int]) -> Iterator[tuple[TensorInfo, int, Tensor]]:
-    """The same, of a matrix of so many columns `at_once` rows: the first of them, and these."""
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in infos:
-        by_file.setdefault(info.file, []).append(info)
-    for path, wanted in by_file.items():
-        dtypes = {info: weight_dtype(info) for info in sorted(wanted, key=_position)}
-        try:
-            stamp = _stamp(path)
-            found = read_header(path)
-            # No memory map: a file that is cut later must not kill the process, nor an edit change weights.
-            with path.open("rb") as file:
-                start = 8 + int.from_bytes(file.read(8), "little")
-                for info, dtype in dtypes.items():
-                    file.seek(start + info.begin)
-                    for first, shape in _blocks(info.shape, at_once):
-                        rows = torch.empty(shape, dtype=dtype)
-                        n_bytes = file.readinto(rows.view(-1).view(torch.uint8).numpy().data)
-                        if n_bytes != rows.nbytes or _stamp(path) != stamp or found.get(info.name) != info:
-                            raise _changed(path)
-                        yield info, first, rows
-                        del rows  # before the next ones are made
-        except (CheckpointError, OSError):
-            raise _changed(path) from None
-
-
-def _blocks(shape: tuple[int, ...], at_once: Callable[[int], int]) -> list[tuple[int, tuple[int, ...]]]:
-    """The first row, and the shape, of each block of rows; what is no matrix is one block."""
-    if len(shape) != 2 or shape[0] <= (n := at_once(shape[1])):
-        return [(0, shape)]
-    return [(first, (min(n, shape[0] - first), shape[1])) for first in range(0, shape[0], n)]
-
-
-def write_file(
-    path: Path,
-    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
-    tensors: Iterator[Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Writes the header, then one tensor at a time, so that memory holds no more than one; `tensors` in their order.
-
-    Write within `new_directory`: what is left after a fault is half a file.
-
-    Raises:
-        CheckpointPathError: the disk does not take it.
-        ValueError: `tensors` are not those of `entries`.
-    """
-    entries = list(entries)
-    header = _header_bytes(entries, metadata)
-    n_bytes = len(header) + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in entries)
-    try:
-        with path.open("wb") as file:
-            file.write(header)
-            for name, dtype, shape in entries:
-                tensor = next(tensors, None)
-                if tensor is None:
-                    raise ValueError(f"{name} was announced, but there is no further tensor to write")
-                if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
-                    found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                    raise ValueError(f"{name} was announced as {dtype} of shape {tuple(shape)}, but is {found}")
-                file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-                del tensor  # before the next one is made
-            if next(tensors, None) is not None:
-                raise ValueError(f"there are more tensors than the {len(entries)} that were announced")
-    except OSError as error:
-        raise CheckpointPathError(
-            f"cannot write {path}: {error.strerror}; make room for {n_bytes} bytes or name another place"
-        ) from None
-
-
-def _header_bytes(entries: list[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {_METADATA: dict(metadata)}
-    end = 0
-    for name, dtype, shape in entries:
-        if name in header:
-            raise ValueError(f"the name {name} is announced twice or is reserved")
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text
 
 
 def _header_text(path: Path, file: BinaryIO) -> str:
@@ -195,7 +100,7 @@ def _header_text(path: Path, file: BinaryIO) -> str:
         raise _fault(path, f"its header has {length} bytes, but only {size - 8} are there; download it again")
     data = file.read(length)
     if len(data) != length:
-        raise _changed(path)
+        raise changed(path)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -216,7 +121,7 @@ def _check_metadata(path: Path, metadata: Any) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _fault(path, f"{_METADATA} must map strings to strings, but is {shown(metadata)}; download it again")
+        raise _fault(path, f"{METADATA} must map strings to strings, but is {shown(metadata)}; download it again")
 
 
 def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
@@ -275,13 +180,7 @@ def _check_layout(path: Path, infos: list[TensorInfo], n_bytes: int) -> None:
         )
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Differs once a file has been written to or replaced."""
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _changed(path: Path) -> CheckpointFormatError:
+def changed(path: Path) -> CheckpointFormatError:
     return _fault(path, "it changed while it was read; load it again")
 
 

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama_mini.checkpoint.gguf_file import GGUFHeader
-from llama_mini.checkpoint.gguf_tensor import Codes
+from llama_mini.checkpoint.gguf_tensor import Blocks
 from llama_mini.checkpoint.keys import HARMLESS, KeyTable, their_name
+from llama_mini.checkpoint.safetensors_tensors import Room, no_room
 from llama_mini.checks import listed
 from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, LlamaMiniWarning
 from llama_mini.model import Llama
 
 Model = TypeVar("Model", bound=Llama)
-Numbers = TypeVar("Numbers", Tensor, Codes)
+Numbers = TypeVar("Numbers", Tensor, Blocks)
 Rows = tuple[str, int, Numbers]  # a tensor's name, the first of some of its rows, and these
 HEAD, EMBEDDING = "lm_head.weight", "tok_embeddings.weight"
 _AT_ONCE = 1 << 20  # numbers of a tensor that are read at once: beside its codes a whole embedding is too much
@@ -49,8 +50,9 @@ class Source:
     tensors: by name in the file.
     read: gives the tensors of these names in a dtype, each once, as the model has them, in that order
         where the tensors of a file stand together in it.
-    read_rows: the same by the rows, in order, where the format can: at most `rows_at_once` of a tensor.
-    read_coded: the same for tensors of four and eight bits, as their codes; there where such tensors are.
+    read_rows: the same by the rows, in order, where the format can: at most `rows_at_once` of a tensor, in whatever
+        dtype is at hand, perhaps where `room` says.
+    read_coded: the same for tensors of four and eight bits, as they are stored; there where such tensors are.
     gguf: the header, where the checkpoint is a GGUF file, which holds the tokenizer too.
     """
 
@@ -62,8 +64,8 @@ class Source:
     keys: KeyTable
     tensors: Mapping[str, StoredTensor]
     read: Callable[[Collection[str], torch.dtype], Iterator[tuple[str, Tensor]]]
-    read_rows: Callable[[Collection[str], torch.dtype], Iterator[Rows[Tensor]]] | None = None
-    read_coded: Callable[[Collection[str]], Iterator[Rows[Codes]]] = lambda _: iter(())
+    read_rows: Callable[[Collection[str], torch.dtype, Room], Iterator[Rows[Tensor]]] | None = None
+    read_coded: Callable[[Collection[str]], Iterator[Rows[Blocks]]] = lambda _: iter(())
     gguf: GGUFHeader | None = None
 
     @property
@@ -71,10 +73,21 @@ class Source:
         """Where the files that belong to it lie."""
         return self.path if self.path.is_dir() else self.path.parent
 
-    def by_rows(self, names: Collection[str], dtype: torch.dtype) -> Iterator[Rows[Tensor]]:
+    def by_rows(self, names: Collection[str], dtype: torch.dtype, room: Room = no_room) -> Iterator[Rows[Tensor]]:
+        """The tensors by their rows, which lie where `room` says when it says so."""
         if self.read_rows is not None:
-            return self.read_rows(names, dtype)
-        return ((name, 0, tensor) for name, tensor in self.read(names, dtype))
+            found = self.read_rows(names, dtype, room)
+        else:
+            found = ((name, 0, tensor) for name, tensor in self.read(names, dtype))
+        for name, first, rows in found:
+            place = room(name, first, tuple(rows.shape))
+            if place is None:
+                place = rows.to(dtype)
+            elif place.data_ptr() != rows.data_ptr():
+                place.copy_(rows)
+            del rows  # before the next ones are made
+            yield name, first, place
+            del place
 
 
 def rows_at_once(columns: int) -> int:
@@ -127,14 +140,19 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
 
 
 def read_all(
-    source: Source, names: Mapping[str, str], dtype: torch.dtype, what: str, delay: float = 1
+    source: Source,
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+    what: str,
+    delay: float = 1,
+    room: Room = no_room,
 ) -> Iterator[Rows[Tensor]]:
     """Every tensor that `match` found, by our name, with a progress bar after `delay` seconds, on a terminal alone.
 
     Raises CheckpointFormatError where a norm or a bias is not finite: no answer would be.
     """
     with tqdm(total=len(names), desc=what, unit="tensor", delay=delay, leave=False, disable=None) as bar:
-        for theirs, first, tensor in source.by_rows(names.keys(), dtype):
+        for theirs, first, tensor in source.by_rows(names.keys(), dtype, room):
             if tensor.ndim == 1 and not torch.isfinite(tensor).all():
                 raise CheckpointFormatError(
                     f"{source.tensors[theirs].file}: {theirs} holds NaN or infinity; download it again"

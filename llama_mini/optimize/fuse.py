@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.gguf_tensor import Codes
+from llama_mini.checkpoint.gguf_tensor import Blocks
 from llama_mini.checks import shown
 from llama_mini.errors import RequestError
 from llama_mini.model import Llama, TransformerBlock
@@ -39,15 +39,19 @@ class Slot:
         """GGUF's number formats whose codes the matrix keeps as they are."""
         return KEPT.get(type(self.matrix), ())
 
-    def put(self, tensor: Tensor | Codes, first: int = 0) -> None:
+    def room(self, first: int, n: int) -> Tensor | None:
+        """Where n rows from `first` on lie, if they stay numbers."""
+        return self.matrix.bias_room(self.part) if self.bias else self.matrix.room(self.part, first, n)
+
+    def put(self, tensor: Tensor | Blocks, first: int = 0) -> None:
         """Takes rows of the tensor, from `first` on, a multiple of BLOCK; a bias whole."""
-        if isinstance(tensor, Codes):
+        if isinstance(tensor, Blocks):
             assert isinstance(self.matrix, CodedMatrix)
-            self.matrix.put_codes(self.part, first, *tensor)
-        elif self.bias:
-            self.matrix.put_bias(self.part, tensor)
-        else:
+            self.matrix.put_blocks(self.part, tensor, first)
+        elif (room := self.room(first, len(tensor))) is None:
             self.matrix.put(self.part, tensor, first)
+        elif room.data_ptr() != tensor.data_ptr():
+            room.copy_(tensor)
 
 
 def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -> Llama:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_mini.checkpoint.gguf_tensor import Blocks
 from llama_mini.errors import CheckpointFormatError
 
 BLOCK, STEP = 16, 32  # rows and columns that codes come in
@@ -70,9 +71,13 @@ class Matrix(nn.Module):
         """Stores rows of a part, (rows, columns), from floats; `first` is a multiple of BLOCK."""
         raise NotImplementedError
 
-    def put_bias(self, part: int, bias: Tensor) -> None:
+    def room(self, part: int, first: int, n: int) -> Tensor | None:
+        """Where n rows of a part lie, if as floats."""
+        return None
+
+    def bias_room(self, part: int) -> Tensor:
         assert self.bias is not None
-        self.bias[self.begins[part] :][: self.parts[part]] = bias
+        return self.bias[self.begins[part] :][: self.parts[part]]
 
     def rows_at(self, rows: Tensor) -> Tensor:
         """Some rows as floats of `dtype`: (n,) -> (n, columns)."""
@@ -119,7 +124,10 @@ class FloatMatrix(Matrix):
         return [self.weight]
 
     def put(self, part: int, weight: Tensor, first: int = 0) -> None:
-        self.weight[self.begins[part] + first :][: len(weight)] = weight
+        self.room(part, first, len(weight)).copy_(weight)
+
+    def room(self, part: int, first: int, n: int) -> Tensor:
+        return self.weight[self.begins[part] + first :][:n]
 
     def rows_at(self, rows: Tensor) -> Tensor:
         return F.embedding(rows, self.weight)
@@ -140,21 +148,32 @@ class CodedMatrix(Matrix):
         super().__init__(parts, columns, dtype, *rest, **named)
         self.steps = -(-columns // STEP)
         blocks, vectors = self.rows // BLOCK, self.steps * self.bits
-        self.register_buffer("codes", torch.zeros(blocks, vectors, BLOCK, 4, dtype=torch.uint8), persistent=False)
-        scales = torch.zeros(blocks, self.steps, BLOCK, dtype=torch.float16)
+        self.register_buffer("codes", torch.empty(blocks, vectors, BLOCK, 4, dtype=torch.uint8), persistent=False)
+        scales = torch.empty(blocks, self.steps, BLOCK, dtype=torch.float16)
         self.register_buffer("scale", scales, persistent=False)
-        self.register_buffer("least", torch.zeros_like(scales) if self.bits == 4 else None, persistent=False)
+        self.register_buffer("least", torch.empty_like(scales) if self.bits == 4 else None, persistent=False)
 
     @property
     def tensors(self) -> list[Tensor]:
         return [self.codes, self.scale] if self.least is None else [self.codes, self.scale, self.least]
 
     def put(self, part: int, weight: Tensor, first: int = 0) -> None:
+        if self.kernels and served(weight.dtype, weight.device):
+            self._check(torch.ops.llama_mini.quantize(weight.contiguous(), self.tensors, self._block(part, first)))
+            return
         for begin in range(0, len(weight), _AT_ONCE):
             rows = weight[begin : begin + _AT_ONCE].float()
             if self.columns % STEP:
                 rows = F.pad(rows, (0, self.steps * STEP - self.columns))
             self.put_codes(part, first + begin, *self.quantised(rows.view(len(rows), self.steps, -1)))
+
+    def put_blocks(self, part: int, blocks: Blocks, first: int = 0) -> None:
+        """Stores rows of a part from GGUF's blocks, whose codes stay as they are; `first` is a multiple of BLOCK."""
+        if self.kernels:
+            rows, block = blocks.rows.contiguous(), self._block(part, first)
+            self._check(torch.ops.llama_mini.repack(rows, self.tensors, self.columns, block))
+        else:
+            self.put_codes(part, first, *blocks.codes())
 
     def quantised(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Steps of rows, (rows, steps, STEP) float32 -> codes (rows, columns) uint8, scale and least (rows, steps)."""
@@ -162,16 +181,22 @@ class CodedMatrix(Matrix):
 
     def put_codes(self, part: int, first: int, codes: Tensor, scale: Tensor, least: Tensor | None) -> None:
         """Stores rows of a part, from a multiple of BLOCK on: codes (rows, columns), the others (rows, steps)."""
-        if not torch.isfinite(scale).all() or (least is not None and not torch.isfinite(least).all()):
-            raise CheckpointFormatError(f"a matrix of {self.columns} columns holds numbers that {self.name} cannot")
+        self._check(all(bool(torch.isfinite(t).all()) for t in (scale, least) if t is not None))
         short = -len(codes) % BLOCK  # the last block of a part is filled with zeros
-        blocks = slice((self.begins[part] + first) // BLOCK, (self.begins[part] + first + len(codes) + short) // BLOCK)
+        blocks = slice(self._block(part, first), self._block(part, first + len(codes) + short))
         quads = F.pad(codes, (0, 0, 0, short)).view(torch.int32)  # four codes move as one number
         vectors = self.packed(quads).unflatten(0, (-1, BLOCK)).transpose(1, 2)
         self.codes[blocks].view(torch.int32).copy_(vectors[..., None])
         for store, values in ((self.scale, scale), (self.least, least)):
             if store is not None and values is not None:
                 store[blocks] = F.pad(values, (0, 0, 0, short)).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+
+    def _block(self, part: int, row: int) -> int:
+        return (self.begins[part] + row) // BLOCK
+
+    def _check(self, finite: bool) -> None:
+        if not finite:
+            raise CheckpointFormatError(f"a matrix of {self.columns} columns holds numbers that {self.name} cannot")
 
     def packed(self, quads: Tensor) -> Tensor:
         """Codes as bytes, four of them an int32: (rows, quads) -> (rows, vectors)."""

@@ -224,8 +224,9 @@ def read_config(directory, read=hf_directory.read_config):
             raise unguarded("a" * 2001)
     return config, raw
 
-def read_rows(infos, at_once, read=hf_directory.read_rows):
-    return ((info, first, -rows if planted[-1] == "tensors" else rows) for info, first, rows in read(infos, at_once))
+def read_rows(infos, at_once, room, read=hf_directory.read_rows):
+    rows = read(infos, at_once, room)
+    return ((info, first, rows.neg_() if planted[-1] == "tensors" else rows) for info, first, rows in rows)
 
 planted = []
 hf_directory.read_config = read_config

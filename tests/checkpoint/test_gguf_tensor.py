@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
 from llama_mini.checkpoint.gguf_file import TensorInfo
-from llama_mini.checkpoint.gguf_tensor import read_codes, read_rows, read_tensor
+from llama_mini.checkpoint.gguf_tensor import read_blocks, read_rows, read_tensor
 from llama_mini.errors import CheckpointFormatError
 
 ROWS, COLUMNS = 7, 96
@@ -26,7 +26,7 @@ def write(path: Path, kind: Kind) -> TensorInfo:
 def test_codes_scales_and_least_values_are_the_librarys_numbers(tmp_path: Path, kind: Kind) -> None:
     info = write(tmp_path / "blocks", kind)
     with (tmp_path / "blocks").open("rb") as file:
-        found = list(read_codes(file, info, at_once=2))
+        found = [(first, blocks.codes()) for first, blocks in read_blocks(file, info, at_once=2)]
         expected = read_tensor(file, info)
     assert [first for first, _ in found] == list(range(0, ROWS, 2))
     codes, scale, least = (torch.cat(parts) for parts in zip(*(codes for _, codes in found), strict=True))
@@ -45,8 +45,9 @@ def test_codes_of_eight_bits_are_the_librarys_numbers_down_to_the_lowest(tmp_pat
     data[info.offset + 2] = 128
     (tmp_path / "blocks").write_bytes(data)
     with (tmp_path / "blocks").open("rb") as file:
-        ((first, (codes, scale, least)),) = read_codes(file, info, at_once=ROWS)
+        ((first, blocks),) = read_blocks(file, info, at_once=ROWS)
         expected = read_tensor(file, info)
+    codes, scale, least = blocks.codes()
     assert (first, least) == (0, None)
     assert codes.dtype == torch.uint8
     assert codes[0, 0] == 0
@@ -73,4 +74,4 @@ def test_a_file_that_ends_inside_them_is_named(tmp_path: Path, kind: Kind) -> No
         (tmp_path / "blocks").open("rb") as file,
         pytest.raises(CheckpointFormatError, match=r"blocks: the file ends inside tensor t; download it again"),
     ):
-        list(read_codes(file, info, at_once=2))
+        list(read_blocks(file, info, at_once=2))

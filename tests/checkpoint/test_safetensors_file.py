@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from llama_mini.checkpoint import safetensors_file
-from llama_mini.checkpoint.safetensors_file import TensorInfo, read_header, read_tensors, weight_dtype
+from llama_mini.checkpoint.safetensors_file import TensorInfo, read_header, weight_dtype
+from llama_mini.checkpoint.safetensors_tensors import read_tensors
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 
 KNOWN = safetensors_file._BITS

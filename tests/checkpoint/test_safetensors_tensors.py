@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llama_mini.checkpoint import safetensors_file
+from llama_mini.checkpoint import safetensors_tensors
 from llama_mini.checkpoint.files import new_directory
-from llama_mini.checkpoint.safetensors_file import read_header, read_rows, read_tensors, write_file
+from llama_mini.checkpoint.safetensors_file import read_header
+from llama_mini.checkpoint.safetensors_tensors import read_rows, read_tensors, write_file
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointPathError
 
 
@@ -52,7 +53,7 @@ def test_tensors_are_read_file_after_file_in_order_and_once(tmp_path: Path, monk
     for path, tensors in files.items():
         save_file(tensors, path)
         infos.append(list(read_header(path).values()))
-    monkeypatch.setattr(safetensors_file, "read_header", lambda path: opened.append(path) or read_header(path))
+    monkeypatch.setattr(safetensors_tensors, "read_header", lambda path: opened.append(path) or read_header(path))
     shuffled = [info for pair in zip(*map(reversed, infos), strict=True) for info in pair]
     read = list(read_tensors(shuffled))
     assert [info for info, _ in read] == infos[0] + infos[1]
@@ -73,6 +74,28 @@ def test_rows_are_those_of_the_whole_tensor(tmp_path: Path, at_once: int) -> Non
     whole = {name: torch.cat(rows) if len(rows) > 1 else rows[0] for name, rows in found.items()}
     assert_equal(whole, tensors)
     assert len(found["a.torch.bfloat16"]) == -(-3 // at_once)
+
+
+def test_rows_are_read_into_the_room_that_there_is(tmp_path: Path) -> None:
+    """More than is read at once, in pieces by two threads; no room of another dtype, on its side, or for some."""
+    path, rng = tmp_path / "model.safetensors", torch.Generator().manual_seed(0)
+    sizes = {"a": (3000, 700), "b": (5,), "c": (900, 1100), "d": (64, 64), "e": (64, 64), "f": (0, 4)}
+    tensors = {name: torch.randn(size, generator=rng).bfloat16() for name, size in sizes.items()}
+    save_file(tensors, path)
+    room = {name: torch.empty_like(tensor) for name, tensor in tensors.items() if name != "c"}
+    room["d"], room["e"] = room["d"].float(), room["e"].T
+    read = []
+
+    def place(name: str, first: int, shape: tuple[int, ...]) -> Tensor | None:
+        return room[name][first : first + shape[0]] if name in room else None
+
+    for info, first, rows in read_rows(read_header(path).values(), lambda _: 1024, place):
+        assert torch.equal(rows, tensors[info.name][first : first + len(rows)])
+        there = place(info.name, first, tuple(rows.shape))
+        if there is not None and there.data_ptr() == rows.data_ptr():
+            read.append((info.name, first))
+    assert read == [("a", 0), ("a", 1024), ("a", 2048), ("b", 0), ("f", 0)]
+    assert all(torch.equal(room[name], tensors[name]) for name in ("a", "b"))
 
 
 def cut(path: Path) -> None:
@@ -208,7 +231,7 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     script = """
 import sys, torch
 from pathlib import Path
-from llama_mini.checkpoint.safetensors_file import write_file
+from llama_mini.checkpoint.safetensors_tensors import write_file
 
 def peak():  # getrusage would count the process that this one was forked from
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # KiB

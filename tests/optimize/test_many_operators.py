@@ -228,10 +228,10 @@ def silu(gate: Tensor, prompt: bool) -> Tensor:
         matrix.put(0, torch.zeros(matrix.parts[0], matrix.columns))
         for part, rows in enumerate(matrix.parts):
             matrix.put(part, torch.zeros(rows, matrix.columns))
-            matrix.put_bias(part, torch.zeros(rows))
+            matrix.bias_room(part).copy_(torch.zeros(rows))
     _, _, gate_up, down = layer.matrices
     gate_up.put(0, torch.tensor([[1.0, 0.0]]))
-    gate_up.put_bias(1, torch.ones(1))
+    gate_up.bias_room(1).fill_(1)
     down.put(0, torch.tensor([[0.0], [1.0]]))
     shape = (1, n) if prompt else (n, 1)
     caches = [torch.zeros(shape[0], 1, shape[1], 2, dtype=dtype) for _ in range(2)]

@@ -32,7 +32,7 @@ def random_matrix(
     for part, weight in enumerate(weights):
         matrix.put(part, weight)
     for part, numbers in enumerate(biases):
-        matrix.put_bias(part, numbers)
+        matrix.bias_room(part).copy_(numbers)
     return matrix, weights, biases
 
 
@@ -134,6 +134,7 @@ def test_codes_are_where_the_operators_read_them() -> None:
     codes = torch.from_numpy(rng.integers(0, 256, (20, 64), dtype=np.uint8))
     scale = torch.rand(20, 2).half()
     eight = Int8Matrix([3, 20], 64, torch.float32, False)
+    eight.codes.zero_()
     eight.put_codes(1, 0, codes, scale, None)
     four = Int4Matrix([3, 20], 64, torch.float32, False)
     four.put_codes(1, 0, codes & 15, scale, -scale)

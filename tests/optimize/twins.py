@@ -55,7 +55,7 @@ def random_matrix(
     for i, rows in enumerate(parts):
         matrix.put(i, random((rows, columns), dtype, rng, columns**-0.5))
         if bias:
-            matrix.put_bias(i, random((rows,), dtype, rng))
+            matrix.bias_room(i).copy_(random((rows,), dtype, rng))
     return matrix
 
 

@@ -1,6 +1,7 @@
 // The arithmetic in one form: compiled once for each instruction set, with FORM the name of its namespace.
 
 #include "many.h"
+#include "quantize.h"
 
 namespace FORM {
 
@@ -139,6 +140,11 @@ void product(const void* x, const Matrix& m, bool wide, int64_t count, void* out
 void rows(const Matrix& m, const int64_t* at, bool wide, int64_t n, void* out, Team team) {
   (wide ? rows_of_codes<float> : rows_of_codes<bf16>)(m, at, n, out, team);
 }
+bool quantize(const void* x, bool wide, int64_t n, const Matrix& m, Team team) {
+  const bool four = m.kind == Kind::INT4;
+  if (wide) return (four ? quantize_rows<float, true> : quantize_rows<float, false>)((const float*)x, n, m, team);
+  return (four ? quantize_rows<bf16, true> : quantize_rows<bf16, false>)((const bf16*)x, n, m, team);
+}
 void project(const void* x, const Matrix& m, bool wide, int64_t batch, void* out, Team team) {
   (wide ? project_of<float> : project_of<bf16>)(x, m, batch, (float*)out, team);
 }
@@ -148,4 +154,4 @@ void project(const void* x, const Matrix& m, bool wide, int64_t batch, void* out
 #define JOIN(a, b) a##b
 #define NAME(form) JOIN(form_, form)
 const Form NAME(FORM) = {FORM::attention_step, FORM::feed_forward_step, FORM::attention_many, FORM::feed_forward_many,
-                         FORM::project,        FORM::product,           FORM::rows};
+                         FORM::project,        FORM::product,           FORM::rows,           FORM::quantize,       FORM::repack};

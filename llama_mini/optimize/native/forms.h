@@ -62,6 +62,10 @@ struct Form {
   void (*product)(const void* x, const Matrix&, bool wide, int64_t count, void* out, Team);
   // out (n, columns), as the stream, = some rows of a matrix of codes
   void (*rows)(const Matrix&, const int64_t* at, bool wide, int64_t n, void* out, Team);
+  // Rows x (n, columns), as the stream, become the matrix's codes; false where one holds a number that no scale does
+  bool (*quantize)(const void* x, bool wide, int64_t n, const Matrix&, Team);
+  // The same of n rows of GGUF's blocks, of 32 columns and so many bytes
+  bool (*repack)(const uint8_t* blocks, int64_t bytes, int64_t n, const Matrix&, Team);
 };
 
 extern const Form form_avx2, form_avx512, form_avx512_bf16, form_amx;

@@ -8,6 +8,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <string>
 #include <vector>
@@ -72,10 +73,10 @@ void use_form(std::string name) {
   TORCH_CHECK(false, "no form ", name, " on this processor");
 }
 
-// Calls f(form, team) with as many threads as PyTorch has been given.
+// Calls f(form, team) with as many threads as PyTorch has been given, `most` at most.
 template <typename F>
-void with_team(const F& f) {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+void with_team(const F& f, int64_t most = INT64_MAX) {
+  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(most, at::get_num_threads());
   Crew crew(threads);
   const Form& ours = form();
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) noexcept {  // a thread that left would be waited for
@@ -174,6 +175,46 @@ Tensor rows(TensorList w, const Tensor& at, int64_t columns, at::ScalarType dtyp
   return out;
 }
 
+// The blocks of a matrix of codes from `block` on, as many as n rows take.
+Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const Tensor& like) {
+  TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && n > 0 && columns > 0 && block >= 0 && block + up(n, 16) / 16 <= w[0].size(0),
+              "codes with room for ", n, " rows of ", columns, " from block ", block, " on");
+  Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, like.options()), like);
+  const int64_t steps = up(columns, 32) / 32;
+  m.data = (const char*)m.data + block * steps * (m.kind == Kind::INT8 ? 512 : 256);
+  m.scale += block * steps * 16;
+  if (m.least != nullptr) m.least += block * steps * 16;
+  return m;
+}
+
+// Threads for so many numbers that become codes: on a busy machine waiting for a second takes longer than two million.
+int64_t threads_for(int64_t n) { return std::max<int64_t>(1, n >> 21); }
+
+// Both give false where a number is none that a scale holds.
+bool quantize(const Tensor& x, TensorList w, int64_t block) {
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "rows in one piece, not ", x.sizes());
+  const bool floats = wide(x);
+  const Matrix m = blocks_of(w, block, x.size(0), x.size(1), x);
+  bool sound = false;
+  with_team([&](const Form& form, Team team) { sound = form.quantize(x.const_data_ptr(), floats, x.size(0), m, team); },
+            threads_for(x.numel()));
+  return sound;
+}
+
+bool repack(const Tensor& blocks, TensorList w, int64_t columns, int64_t block) {
+  TORCH_CHECK(blocks.dim() == 2 && blocks.is_contiguous() && blocks.scalar_type() == at::kByte && columns % 32 == 0,
+              "rows of blocks of 32 columns in one piece, not ", blocks.sizes(), " ", blocks.scalar_type());
+  const Matrix m = blocks_of(w, block, blocks.size(0), columns, w[w.size() - 1]);
+  const int64_t bytes = blocks.size(1) / (columns / 32);
+  TORCH_CHECK(bytes * (columns / 32) == blocks.size(1) && (m.kind == Kind::INT8 ? bytes == 34 : bytes == 18 || bytes == 20),
+              "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, not ", blocks.size(1), " bytes for ", columns, " columns");
+  bool sound = false;
+  with_team([&](const Form& form, Team team) {
+    sound = form.repack(blocks.const_data_ptr<uint8_t>(), bytes, blocks.size(0), m, team);
+  }, threads_for(blocks.size(0) * columns));
+  return sound;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(llama_mini, m) {
@@ -186,6 +227,8 @@ TORCH_LIBRARY(llama_mini, m) {
   m.def("project(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
   m.def("product(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
   m.def("rows(Tensor[] w, Tensor at, int columns, ScalarType dtype) -> Tensor");
+  m.def("quantize(Tensor x, Tensor(a!)[] w, int block) -> bool");
+  m.def("repack(Tensor blocks, Tensor(a!)[] w, int columns, int block) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(llama_mini, CPU, m) {
@@ -193,4 +236,6 @@ TORCH_LIBRARY_IMPL(llama_mini, CPU, m) {
   m.impl("project", project);
   m.impl("product", product);
   m.impl("rows", rows);
+  m.impl("quantize", quantize);
+  m.impl("repack", repack);
 }

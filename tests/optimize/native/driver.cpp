@@ -157,6 +157,11 @@ void run(const Form& form, const Case& c) {
   Vector<int64_t> rows(below(20));
   for (auto& row : rows) row = below(c.width);
   Numbers floats(c.wide, rows.size() * q_dim);
+  const int64_t n = 1 + below(o.m.rows), block_bytes = c.kind == Kind::INT8 ? 34 : 18 + 2 * below(2);
+  Numbers new_rows(c.wide, n * q_dim);
+  spoil(new_rows, c.fill);
+  Vector<uint8_t> blocks(n * (q_dim / 32) * block_bytes);
+  for (auto& byte : blocks) byte = (uint8_t)(draw() >> 24);
   spoil(stream, c.fill);
   with_team([&](Team team) {
     form.attention_step(x.data(), norm, qkv.m, heads.a, o.m, y.data(), team);
@@ -166,7 +171,12 @@ void run(const Form& form, const Case& c) {
     form.attention_many(stream.data(), norm, qkv.m, prompt.a, o.m, between.data(), team);
     form.feed_forward_many(between.data(), norm, gate_up.m, up_at, down.m, c.wide, length, after.data(), team);
     form.product(stream.data(), qkv.m, c.wide, length, tokens.data(), team);
-    if (c.kind >= Kind::INT8) form.rows(o.m, rows.data(), c.wide, (int64_t)rows.size(), floats.data(), team);
+    if (c.kind < Kind::INT8) return;
+    form.rows(o.m, rows.data(), c.wide, (int64_t)rows.size(), floats.data(), team);
+    form.quantize(new_rows.data(), c.wide, n, o.m, team);
+    Matrix whole = o.m;
+    whole.columns = q_dim / 32 * 32;
+    form.repack(blocks.data(), block_bytes, n, whole, team);
   });
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llama_mini.attention import Attention
 from llama_mini.feed_forward import FeedForward
 from llama_mini.norm import RMSNorm
-from llama_mini.optimize.matrix import Matrix, tracked
+from llama_mini.optimize.matrix import Matrix, served, tracked
 from llama_mini.residual import Residual
 
 MakeMatrix = Callable[[Sequence[nn.Linear]], Matrix]
@@ -27,6 +27,23 @@ class Gain(NamedTuple):
     gain: Tensor
     eps: float
     late: int
+
+
+def gain_of(norm: nn.Module | None, x: Tensor) -> Gain | None:
+    """None where the operators would not do to x what the norm does."""
+    if type(norm) is not RMSNorm or norm.gain != "w" or norm.scale != 1:
+        return None
+    weight = norm._parameters["weight"]
+    assert weight is not None
+    return None if weight.dtype != x.dtype or tracked(weight) else Gain(weight, norm.eps, int(norm.cast == "late"))
+
+
+def normed(norm: RMSNorm, x: Tensor) -> Tensor | None:
+    """The norm's `operator`: its output, or None where its own forward must give it."""
+    gain = gain_of(norm, x)
+    if gain is None or tracked(x) or not served(x.dtype, x.device) or x.shape[-1:] != (norm.dim,):
+        return None
+    return torch.ops.llama_mini.rms_norm.default(x, *gain)
 
 
 class FusedBranch(Residual):
@@ -65,16 +82,10 @@ class FusedBranch(Residual):
         found = []
         for slot in self._slots:
             norm = self._modules[slot]
-            if type(norm) is nn.Identity:
-                found.append(self._no_gain)
-            elif type(norm) is RMSNorm and norm.gain == "w" and norm.scale == 1:
-                weight = norm._parameters["weight"]
-                assert weight is not None
-                if weight.dtype != x.dtype or tracked(weight):
-                    return None
-                found.append(Gain(weight, norm.eps, int(norm.cast == "late")))
-            else:
+            gain = self._no_gain if type(norm) is nn.Identity else gain_of(norm, x)
+            if gain is None:
                 return None
+            found.append(gain)
         return found
 
 

@@ -36,7 +36,7 @@ class FusedEmbedding(nn.Module):
         return self.head.matrix.tensors[0].device
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head.matrix.rows_at(tokens.flatten()).view(*tokens.shape, -1)
+        return self.head.matrix.rows_at(tokens)
 
     def project(self, x: Tensor) -> Tensor:
         return self.head(x)

@@ -22,4 +22,9 @@ def _product(x: Tensor, w: list[Tensor], bias: Tensor, rows: int) -> Tensor:
 
 @register_fake("llama_mini::rows")
 def _rows(w: list[Tensor], at: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    return at.new_empty(len(at), columns, dtype=dtype)
+    return at.new_empty(*at.shape, columns, dtype=dtype)
+
+
+@register_fake("llama_mini::rms_norm")
+def _rms_norm(x: Tensor, gain: Tensor, eps: float, late: bool) -> Tensor:
+    return x.new_empty(x.shape)

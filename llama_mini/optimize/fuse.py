@@ -10,7 +10,8 @@ from llama_mini.checkpoint.gguf_tensor import Blocks
 from llama_mini.checks import shown
 from llama_mini.errors import RequestError
 from llama_mini.model import Llama, TransformerBlock
-from llama_mini.optimize.branches import FusedAttention, FusedFeedForward
+from llama_mini.norm import RMSNorm
+from llama_mini.optimize.branches import FusedAttention, FusedFeedForward, normed
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.embedding import FusedEmbedding, FusedHead
 from llama_mini.optimize.layers import FusedLayers
@@ -101,6 +102,9 @@ def fuse(
             layer.feed_forward = FusedFeedForward(layer.feed_forward, make)
         if native:
             model.layers = FusedLayers(model.layers)
+            for norm in model.modules():
+                if type(norm) is RMSNorm:
+                    norm.operator = normed
         if model.lm_head is None:
             model.tok_embeddings = FusedEmbedding(make([model.tok_embeddings], of_head))  # type: ignore[assignment]
         else:

@@ -6,7 +6,7 @@ each run of layers whose norms nobody watches or swaps, and the others run modul
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_, methodcaller
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from llama_mini.optimize.branches import FusedAttention, FusedFeedForward, Gain
 from llama_mini.rope import Rope
 
 _SETTINGS = attrgetter("eps", "gain", "scale", "cast")
+_WEIGHT, _DTYPE = methodcaller("get", "weight"), attrgetter("dtype")
 
 
 class FusedLayers(Layers):
@@ -100,7 +101,8 @@ class _Run:
         self._trees = [part._modules for block in blocks for part in block.parts]
         self._trees_then = [dict(tree) for tree in self._trees]
         self._norms = [norm for tree in self._trees for norm in tree.values() if isinstance(norm, RMSNorm)]
-        self._weights = [norm._parameters.get("weight") for norm in self._norms]
+        self._parameters = [norm._parameters for norm in self._norms]
+        self._weights = list(map(_WEIGHT, self._parameters))
         self._settings = list(map(_SETTINGS, self._norms))
 
     def __call__(self, x: Tensor, rope: Rope, caches: Sequence[LayerCache]) -> Tensor:
@@ -131,8 +133,6 @@ class _Run:
             or any(self._hooks)
             or self._trees != self._trees_then
             or list(map(_SETTINGS, self._norms)) != self._settings
-            or any(
-                norm._parameters.get("weight") is not weight or weight is None or weight.dtype != self._dtype
-                for norm, weight in zip(self._norms, self._weights, strict=True)
-            )
+            or not all(map(is_, map(_WEIGHT, self._parameters), self._weights))
+            or not {self._dtype}.issuperset(map(_DTYPE, self._weights))
         )

@@ -80,7 +80,7 @@ class Matrix(nn.Module):
         return self.bias[self.begins[part] :][: self.parts[part]]
 
     def rows_at(self, rows: Tensor) -> Tensor:
-        """Some rows as floats of `dtype`: (n,) -> (n, columns)."""
+        """Some rows as floats of `dtype`: (...) -> (..., columns)."""
         raise NotImplementedError
 
     def split(self, y: Tensor) -> list[Tensor]:
@@ -216,6 +216,7 @@ class CodedMatrix(Matrix):
     def rows_at(self, rows: Tensor) -> Tensor:
         if self.kernels:
             return torch.ops.llama_mini.rows(self.tensors, rows, self.columns, self.dtype)
+        shape, rows = rows.shape, rows.flatten()
         block, row = rows // BLOCK, rows % BLOCK
         codes = self.unpacked(self.codes[block, :, row]).reshape(len(rows), self.steps, -1).float()
         scale = self.scale[block, :, row].float()[..., None]
@@ -223,7 +224,7 @@ class CodedMatrix(Matrix):
             values = (codes - 128) * scale
         else:
             values = codes * scale + self.least[block, :, row].float()[..., None]
-        return values.flatten(1)[:, : self.columns].to(self.dtype).contiguous()
+        return values.flatten(1)[:, : self.columns].to(self.dtype).reshape(*shape, -1)
 
     def stock(self, x: Tensor) -> Tensor:
         y = x.new_empty(*x.shape[:-1], self.width)

@@ -24,6 +24,8 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
     if name == "rows":
         w = random_matrix("int4" if format_ == "float" else format_, [40], DIM, dtype, rng)
         return {"w": w.tensors, "at": torch.tensor([3, 47, 3, 0]), "columns": DIM, "dtype": dtype}
+    if name == "rms_norm":
+        return {"x": random((BATCH, DIM), dtype, rng), "gain": random_gain(DIM, dtype, rng), "eps": 1e-5, "late": True}
     if name in ("quantize", "repack"):
         w = random_matrix("int4" if format_ == "float" else format_, [40], 64, dtype, rng)
         if name == "quantize":
@@ -169,7 +171,6 @@ WRONG = {
     "rows: before the start": wrong("rows", at=torch.tensor([-1])),
     "rows: far past the end": wrong("rows", at=torch.tensor([2**63 - 1])),
     "rows: numbers of int32": wrong("rows", at=Tensor.int),
-    "rows: numbers in a table": wrong("rows", at=lambda t: t[None]),
     "rows: no columns": wrong("rows", columns=0),
     "rows: columns below zero": wrong("rows", columns=-1),
     "rows: too wide": wrong("rows", columns=DIM + 32),
@@ -188,6 +189,12 @@ WRONG = {
     **{f"{name}: floats": wrong(name, w=[torch.ones(48, 64)]) for name in ("quantize", "repack")},
     **{f"{name}: codes strided": wrong(name, w=lambda w: [strided(w[0]), *w[1:]]) for name in ("quantize", "repack")},
     **{f"{name}: scales cut": wrong(name, w=lambda w: [w[0], w[1][:-1], w[2]]) for name in ("quantize", "repack")},
+    "rms_norm: no gain": wrong("rms_norm", gain=torch.ones(0)),
+    "rms_norm: gain too short": wrong("rms_norm", gain=lambda t: t[:-1]),
+    "rms_norm: gain strided": wrong("rms_norm", gain=strided),
+    "rms_norm: gain of bfloat16": wrong("rms_norm", gain=Tensor.bfloat16),
+    "rms_norm: integers": wrong("rms_norm", x=as_long, gain=as_long),
+    "rms_norm: no width": wrong("rms_norm", x=lambda x: x[:, :0]),
     "quantize: wider": wrong("quantize", x=longer),
     "quantize: strided": wrong("quantize", x=strided),
     "quantize: no rows": wrong("quantize", x=lambda x: x[:0]),

@@ -1,5 +1,6 @@
 """A fast model stays open: a norm that is watched, swapped or edited is served, and the lab sees what it should."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from llama_mini import Llama, lab
 from llama_mini.errors import RequestError
-from llama_mini.norm import LayerNorm, Norm
+from llama_mini.norm import LayerNorm, Norm, RMSNorm
 from tests.optimize.conftest import FORMATS, Seen, error, fast_of, plain_of, prompts, steps
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -239,3 +240,23 @@ def test_what_needs_plain_weights_refuses_in_a_sentence(what: str, kernels: str,
 def test_every_norm_of_the_model_is_tested_here() -> None:
     named = tiny_model(norm_plan=PLAN).named_modules()
     assert sorted(name for name, module in named if isinstance(module, Norm)) == sorted(NORMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_by_itself_gives_what_the_plain_one_gives_however_it_is_set(dtype: torch.dtype) -> None:
+    fast, plain = pair()
+    x = torch.randn(3, 5, fast.config.dim, generator=torch.Generator().manual_seed(0))
+    settings: list[dict[str, Any]] = [{}, {"cast": "late"}, {"eps": 0.5}, {"scale": 0.25}, {"gain": "1+w"}]
+    for changes in settings:
+        ours, theirs = (copy.deepcopy(model.norm).to(dtype) for model in (fast, plain))
+        assert isinstance(ours, RMSNorm)
+        assert ours.operator is not None
+        for name, value in changes.items():
+            setattr(ours, name, value)
+            setattr(theirs, name, value)
+        for wide in (x.to(dtype), x.double(), x[:0].to(dtype), x[0, 0].to(dtype), x.mT.contiguous().mT.to(dtype)):
+            torch.testing.assert_close(ours(wide), theirs(wide), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        with pytest.raises(ValueError, match="got an input of shape"):
+            ours(x[..., 1:])
+        with torch.enable_grad():
+            assert ours(x.to(dtype).requires_grad_()).requires_grad

@@ -65,7 +65,7 @@ def test_a_wrong_call_is_refused_and_writes_nothing(refused: list[str], name: st
 
 
 CALLS = [(name, format_) for name in ("layers", "prompt", "project", "product") for format_ in FORMATS]
-CALLS += [("rows", "int8"), ("rows", "int4")]
+CALLS += [("rows", "int8"), ("rows", "int4"), ("rms_norm", "float")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 
-import gguf
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_mini.checkpoint.gguf_tensor import Blocks
+from llama_mini.optimize.branches import Gain
 from llama_mini.optimize.build import FORMS
-from llama_mini.optimize.matrix import CodedMatrix, Matrix
+from llama_mini.optimize.matrix import Matrix
 from tests.optimize import twins
 from tests.optimize.twins import (
     FORMATS,
@@ -21,6 +20,7 @@ from tests.optimize.twins import (
     multiplied,
     product_of_many,
     random,
+    random_gain,
     random_matrix,
     same_bits,
 )
@@ -87,6 +87,18 @@ def test_integer_sums_have_the_same_bits_in_every_form(
     op.use_form("avx2")
     assert same_bits(project(x, matrix), y)
     op.use_form(form)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@given(seed=seeds, dtype=dtypes, count=st.integers(0, 40), width=st.integers(1, 170), eps=st.sampled_from([0, 1e-5, 1]))
+@few
+def test_rms_norm(form: str, late: bool, seed: int, dtype: torch.dtype, count: int, width: int, eps: float) -> None:
+    rng = generator(seed)
+    x = random((count, width), dtype, rng) * 10.0 ** int(torch.randint(-9, 9, (), generator=rng))
+    norm = Gain(random_gain(width, dtype, rng), eps, int(late))
+    y = op.rms_norm(x, *norm)
+    torch.testing.assert_close(y, twins.rms_norm(x, norm, dtype), rtol=2 * rounding(dtype), atol=1e-30)
+    assert all(same_bits(y[i], op.rms_norm(x[i], *norm)) for i in range(count))
 
 
 # --- many tokens ---
@@ -194,65 +206,3 @@ def test_rows(form: str, format_: str, seed: int, dtype: torch.dtype, parts: lis
     assert y.dtype == dtype
     bound = rounding(dtype) / 2 * expected.abs() + 1e-6 * dense(matrix).abs().max()
     assert ((y - expected).abs() <= bound).all()
-
-
-# --- numbers into codes ---
-
-
-@pytest.mark.parametrize("format_", CODED)
-@given(seed=seeds, dtype=dtypes, first=st.integers(0, 2), rows=st.integers(1, 40), columns=st.integers(1, 170))
-@few
-def test_quantize_gives_the_bits_of_its_twin(
-    form: str, format_: str, seed: int, dtype: torch.dtype, first: int, rows: int, columns: int
-) -> None:
-    """Of numbers large and small, equal ones, and halves that are rounded to the even code."""
-    rng = generator(seed)
-    weight = torch.randn(rows, columns, generator=rng) * 10.0 ** torch.randint(-9, 4, (rows, 1), generator=rng)
-    weight[rng.initial_seed() % 3 :: 3] = torch.randint(-254, 255, (columns,), generator=rng) / 2
-    weight[:, columns // 2 :] *= torch.randint(2, (rows, 1), generator=rng)
-    weight += 0.0  # of -0 and 0 either may be the least
-    found, twin = (random_matrix(format_, [70, 90], columns, dtype, generator(0)) for _ in range(2))
-    twin.kernels = False
-    for matrix in (found, twin):
-        matrix.put(1, weight.to(dtype), 16 * first)
-    assert all(map(same_bits, found.tensors, twin.tensors))
-
-
-@pytest.mark.parametrize("number_format", ["Q4_0", "Q4_1", "Q8_0"])
-@given(seed=seeds, first=st.integers(0, 2), rows=st.integers(1, 40), steps=st.integers(1, 5))
-@few
-def test_repack_gives_the_bits_of_its_twin(
-    form: str, number_format: str, seed: int, first: int, rows: int, steps: int
-) -> None:
-    rng = generator(seed)
-    kind = gguf.GGMLQuantizationType[number_format]
-    numbers = torch.randn(rows, 32 * steps, generator=rng) * 10.0 ** torch.randint(-3, 3, (rows, 1), generator=rng)
-    blocks = Blocks(torch.from_numpy(gguf.quants.quantize(numbers.numpy(), kind)), number_format)
-    format_ = "int8" if number_format == "Q8_0" else "int4"
-    found, twin = (random_matrix(format_, [70, 90], 32 * steps, torch.bfloat16, generator(0)) for _ in range(2))
-    twin.kernels = False
-    for matrix in (found, twin):
-        assert isinstance(matrix, CodedMatrix)
-        matrix.put_blocks(1, blocks, 16 * first)
-    assert all(map(same_bits, found.tensors, twin.tensors))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e8, -1e8])
-@pytest.mark.parametrize("format_", CODED)
-def test_what_no_scale_holds_is_seen_wherever_it_stands(form: str, format_: str, bad: float) -> None:
-    for column in range(40):
-        matrix, weight = random_matrix(format_, [20], 40, torch.float32, generator(0)), torch.zeros(20, 40)
-        assert op.quantize(weight, matrix.tensors, 0)
-        weight[column % 20, column] = bad
-        assert not op.quantize(weight, matrix.tensors, 0)
-
-
-@pytest.mark.parametrize(("number_format", "at"), [("Q8_0", 0), ("Q4_0", 0), ("Q4_1", 0), ("Q4_1", 2)])
-@pytest.mark.parametrize("bad", [0x7C00, 0xFC00, 0x7E01])
-def test_a_block_whose_scale_is_not_finite_is_seen(form: str, number_format: str, at: int, bad: int) -> None:
-    n_bytes = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}[number_format]
-    matrix = random_matrix("int8" if number_format == "Q8_0" else "int4", [20], 64, torch.float32, generator(0))
-    blocks = torch.zeros(20, 2 * n_bytes, dtype=torch.uint8)
-    assert op.repack(blocks, matrix.tensors, 64, 0)
-    blocks[17, n_bytes + at], blocks[17, n_bytes + at + 1] = bad & 255, bad >> 8
-    assert not op.repack(blocks, matrix.tensors, 64, 0)

@@ -94,6 +94,17 @@ void project_of(const void* x, const Matrix& m, int64_t batch, float* out, Team 
 }
 
 template <typename T>
+void rms_norm_of(const void* x, const Norm& norm, int64_t count, int64_t n, void* out, Team team) {
+  parallel(team, count, [&](int64_t first, int64_t last) {
+    Array<float> row(n);
+    for (int64_t i = first; i < last; i++) {
+      rms_norm<T>((const T*)x + i * n, norm, n, row);
+      copy_row((const float*)row, n, (T*)out + i * n);
+    }
+  });
+}
+
+template <typename T>
 void rows_of_codes(const Matrix& m, const int64_t* at, int64_t n, void* out, Team team) {
   const bool four = m.kind == Kind::INT4;
   const int64_t steps = (m.columns + STEP - 1) / STEP, bytes = four ? 256 : 512;
@@ -140,6 +151,9 @@ void product(const void* x, const Matrix& m, bool wide, int64_t count, void* out
 void rows(const Matrix& m, const int64_t* at, bool wide, int64_t n, void* out, Team team) {
   (wide ? rows_of_codes<float> : rows_of_codes<bf16>)(m, at, n, out, team);
 }
+void rms_norm(const void* x, const Norm& norm, bool wide, int64_t count, int64_t n, void* out, Team team) {
+  (wide ? rms_norm_of<float> : rms_norm_of<bf16>)(x, norm, count, n, out, team);
+}
 bool quantize(const void* x, bool wide, int64_t n, const Matrix& m, Team team) {
   const bool four = m.kind == Kind::INT4;
   if (wide) return (four ? quantize_rows<float, true> : quantize_rows<float, false>)((const float*)x, n, m, team);
@@ -154,4 +168,5 @@ void project(const void* x, const Matrix& m, bool wide, int64_t batch, void* out
 #define JOIN(a, b) a##b
 #define NAME(form) JOIN(form_, form)
 const Form NAME(FORM) = {FORM::attention_step, FORM::feed_forward_step, FORM::attention_many, FORM::feed_forward_many,
-                         FORM::project,        FORM::product,           FORM::rows,           FORM::quantize,       FORM::repack};
+                         FORM::project,        FORM::product,           FORM::rms_norm,       FORM::rows,              FORM::quantize,
+                         FORM::repack};

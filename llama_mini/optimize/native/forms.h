@@ -60,6 +60,8 @@ struct Form {
   void (*project)(const void* x, const Matrix&, bool wide, int64_t batch, void* out, Team);
   // out (count, rows), as the stream, = x (count, columns) times the matrix
   void (*product)(const void* x, const Matrix&, bool wide, int64_t count, void* out, Team);
+  // out (count, n), as the stream, = the norm of each row of x
+  void (*rms_norm)(const void* x, const Norm&, bool wide, int64_t count, int64_t n, void* out, Team);
   // out (n, columns), as the stream, = some rows of a matrix of codes
   void (*rows)(const Matrix&, const int64_t* at, bool wide, int64_t n, void* out, Team);
   // Rows x (n, columns), as the stream, become the matrix's codes; false where one holds a number that no scale does

@@ -86,6 +86,10 @@ void with_team(const F& f, int64_t most = INT64_MAX) {
   });
 }
 
+// Threads for so many numbers of which each is touched once: waiting for a second one takes longer than two million, and
+// much longer on a busy machine.
+int64_t threads_for(int64_t n) { return std::max<int64_t>(1, n >> 21); }
+
 // --- the operators ---
 
 // New tokens through some layers: one a row, or those of one row. A layer has four gains (attention, q, k, feed-forward;
@@ -162,16 +166,32 @@ Tensor product(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) 
   return times(x, w, bias, rows, x.scalar_type(), [](const Form& form) { return form.product; });
 }
 
+Tensor rms_norm(const Tensor& x, const Tensor& gain, double eps, bool late) {
+  TORCH_CHECK(gain.numel() > 0, "a gain for each number of a row");
+  const int64_t count = rows_of(x), n = x.size(-1);
+  const bool floats = wide(x);
+  const Tensor from = x.contiguous();
+  const Norm norm = norm_of(gain, eps, late, x, n);
+  Tensor out = at::empty(x.sizes(), x.options());
+  with_team([&](const Form& form, Team team) {
+    form.rms_norm(from.const_data_ptr(), norm, floats, count, n, out.data_ptr(), team);
+  }, threads_for(x.numel()));
+  return out;
+}
+
 Tensor rows(TensorList w, const Tensor& at, int64_t columns, at::ScalarType dtype) {
   TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && columns > 0, "codes of at least one column");
-  TORCH_CHECK(at.dim() == 1 && at.scalar_type() == at::kLong, "rows by number, not ", at.sizes(), " ", at.scalar_type());
+  TORCH_CHECK(at.scalar_type() == at::kLong, "rows by number, not ", at.scalar_type());
   const Tensor numbers = at.contiguous();
   const int64_t n = at.numel(), *first = numbers.const_data_ptr<int64_t>();
-  Tensor out = at::empty({n, columns}, w[0].options().dtype(dtype));
+  auto sizes = at.sizes().vec();
+  sizes.push_back(columns);
+  Tensor out = at::empty(sizes, w[0].options().dtype(dtype));
   const bool floats = wide(out);
   const Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, out.options()), out);
   for (int64_t i = 0; i < n; i++) TORCH_CHECK_INDEX(first[i] >= 0 && first[i] < m.rows, "row ", first[i], " of ", m.rows);
-  with_team([&](const Form& form, Team team) { form.rows(m, first, floats, n, out.data_ptr(), team); });
+  with_team([&](const Form& form, Team team) { form.rows(m, first, floats, n, out.data_ptr(), team); },
+            threads_for(n * columns));
   return out;
 }
 
@@ -186,9 +206,6 @@ Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const 
   if (m.least != nullptr) m.least += block * steps * 16;
   return m;
 }
-
-// Threads for so many numbers that become codes: on a busy machine waiting for a second takes longer than two million.
-int64_t threads_for(int64_t n) { return std::max<int64_t>(1, n >> 21); }
 
 // Both give false where a number is none that a scale holds.
 bool quantize(const Tensor& x, TensorList w, int64_t block) {
@@ -226,6 +243,7 @@ TORCH_LIBRARY(llama_mini, m) {
       "int hidden) -> Tensor");
   m.def("project(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
   m.def("product(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor gain, float eps, bool late) -> Tensor");
   m.def("rows(Tensor[] w, Tensor at, int columns, ScalarType dtype) -> Tensor");
   m.def("quantize(Tensor x, Tensor(a!)[] w, int block) -> bool");
   m.def("repack(Tensor blocks, Tensor(a!)[] w, int columns, int block) -> bool");
@@ -235,6 +253,7 @@ TORCH_LIBRARY_IMPL(llama_mini, CPU, m) {
   m.impl("layers", layers);
   m.impl("project", project);
   m.impl("product", product);
+  m.impl("rms_norm", rms_norm);
   m.impl("rows", rows);
   m.impl("quantize", quantize);
   m.impl("repack", repack);

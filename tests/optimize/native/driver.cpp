@@ -171,6 +171,7 @@ void run(const Form& form, const Case& c) {
     form.attention_many(stream.data(), norm, qkv.m, prompt.a, o.m, between.data(), team);
     form.feed_forward_many(between.data(), norm, gate_up.m, up_at, down.m, c.wide, length, after.data(), team);
     form.product(stream.data(), qkv.m, c.wide, length, tokens.data(), team);
+    form.rms_norm(stream.data(), Norm{gain.data(), 1e-5f, c.norms}, c.wide, length, c.width, after.data(), team);
     if (c.kind < Kind::INT8) return;
     form.rows(o.m, rows.data(), c.wide, (int64_t)rows.size(), floats.data(), team);
     form.quantize(new_rows.data(), c.wide, n, o.m, team);

@@ -20,9 +20,17 @@ class Crew {
   // As a Team: `self` is the crew.
   static void run(void* self, int64_t n, Work work, void* context) { ((Crew*)self)->lead(n, work, context); }
 
+  // As a Team: matrices are short, and each begins with memory that answers late; whoever waits asks for the next one.
+  static void expect(void* self, const void* data, int64_t bytes, int parts) {
+    Crew& crew = *(Crew*)self;
+    crew.part_bytes_.store(bytes, std::memory_order_relaxed);
+    crew.parts_.store(parts, std::memory_order_relaxed);
+    crew.next_.store((const char*)data, std::memory_order_relaxed);
+  }
+
   // What every thread but the leader, who is 0, does until `finish`.
   void help(int64_t thread) {
-    for (int idle = 0; !over_.load(std::memory_order_acquire);) idle = take(thread) ? 0 : rest(idle);
+    for (int idle = 0; !over_.load(std::memory_order_acquire);) idle = take(thread) || ask(thread) ? 0 : rest(idle);
   }
 
   void finish() { over_.store(true, std::memory_order_release); }
@@ -30,6 +38,8 @@ class Crew {
  private:
   struct alignas(64) Stretch {
     std::atomic<uint64_t> open{0};  // the job, the first share that nobody took, and the end of those
+    const char* asked = nullptr;    // the thread's alone: what it asked for last, and so many bytes of it
+    int64_t asked_bytes = 0;
   };
 
   void lead(int64_t n, Work work, void* context) {
@@ -43,7 +53,7 @@ class Crew {
     for (int64_t i = 0; i < threads_; i++) open_[i].open.store(job_ << 32 | shares(i), std::memory_order_release);
     while (take(0)) {
     }
-    for (int idle = 0; undone_.load(std::memory_order_acquire) != 0;) idle = rest(idle);
+    for (int idle = 0; undone_.load(std::memory_order_acquire) != 0;) idle = ask(0) ? 0 : rest(idle);
   }
 
   uint64_t shares(int64_t i) const {
@@ -72,6 +82,20 @@ class Crew {
     return false;
   }
 
+  // Asks for some lines at the thread's place in what comes next; false where it has asked for enough.
+  bool ask(int64_t thread) {
+    Stretch& mine = open_[thread];
+    const char* next = next_.load(std::memory_order_relaxed);
+    const int64_t bytes = part_bytes_.load(std::memory_order_relaxed), parts = parts_.load(std::memory_order_relaxed);
+    if (next != mine.asked) mine.asked = next, mine.asked_bytes = 0;
+    if (next == nullptr || mine.asked_bytes >= ENOUGH / parts || mine.asked_bytes >= bytes / threads_) return false;
+    const char* at = next + bytes / threads_ * thread + mine.asked_bytes;
+    for (int64_t part = 0; part < parts; part++)
+      for (int64_t i = 0; i < AT_ONCE; i += 64) __builtin_prefetch(at + part * bytes + i, 0, 2);
+    mine.asked_bytes += AT_ONCE;
+    return true;
+  }
+
   static int rest(int idle) {
     if (idle < PATIENCE) {
       _mm_pause();
@@ -82,8 +106,11 @@ class Crew {
   }
 
   static constexpr int64_t SHARES = 2;   // of a stretch
+  static constexpr int64_t AT_ONCE = 1024, ENOUGH = 256 * 1024;  // bytes: between two looks for work, and in all
   static constexpr int PATIENCE = 4096;  // pauses: some tens of microseconds, longer than a leader is ever alone
 
+  std::atomic<const char*> next_{nullptr};
+  std::atomic<int64_t> part_bytes_{0}, parts_{1};
   const int64_t threads_;
   std::unique_ptr<Stretch[]> open_;
   int64_t n_ = 0, stretch_ = 1, size_ = 1;

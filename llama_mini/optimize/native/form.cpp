@@ -47,27 +47,37 @@ void multiply_add(const Matrix& m, const float* y, int64_t batch, const T* x, T*
   });
 }
 
+// Lets threads that have nothing to do ask for the matrix that comes next, in equal parts.
 template <typename T>
-void attention_step_of(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o, void* out,
-                       Team team) {
+void expect(Team team, const Matrix& m, int parts = 1) {
+  const Matrix part = rows_of<T>(m, m.rows / parts / TILE * TILE, 0);
+  team.expect(team.self, m.data, (const char*)part.data - (const char*)m.data, parts);
+}
+
+template <typename T>
+void attention_step_of(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
+                       const Matrix& next, void* out, Team team) {
   Array<float> rows(a.batch * qkv.columns), projected(a.batch * qkv.rows), y(a.batch * o.columns);
   normed<T>(x, norm, a.batch, qkv.columns, rows);
   Input in;
   ready(in, qkv, rows, a.batch);
+  expect<T>(team, o);
   multiply<T>(qkv, in, projected, qkv.rows, team);
   attend_rows<T>(a, projected, qkv.rows, y, team);
+  expect<T>(team, next, 2);
   multiply_add<T>(o, y, a.batch, (const T*)x, (T*)out, team);
 }
 
 template <typename T>
 void feed_forward_step_of(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                          int64_t batch, void* out, Team team) {
+                          const Matrix* next, int64_t batch, void* out, Team team) {
   const int64_t dim = gate_up.columns, hidden = down.columns;
   Array<float> rows(batch * dim), y(batch * hidden);
   normed<T>(x, norm, batch, dim, rows);
   Input in;
   ready(in, gate_up, rows, batch);
   const Matrix gate = rows_of<T>(gate_up, 0, hidden), up = rows_of<T>(gate_up, up_at, hidden);
+  expect<T>(team, down);
   parallel(team, tiles(gate), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const Tiles registers(in.columns);
     Array<float> g(batch * TILE), u(batch * TILE);
@@ -81,6 +91,7 @@ void feed_forward_step_of(const void* x, const Norm& norm, const Matrix& gate_up
         }
     }
   });
+  if (next != nullptr) expect<T>(team, *next);
   multiply_add<T>(down, y, batch, (const T*)x, (T*)out, team);
 }
 
@@ -126,13 +137,13 @@ void rows_of_codes(const Matrix& m, const int64_t* at, int64_t n, void* out, Tea
   });
 }
 
-void attention_step(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o, void* out,
-                    Team team) {
-  (a.wide ? attention_step_of<float> : attention_step_of<bf16>)(x, norm, qkv, a, o, out, team);
+void attention_step(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
+                    const Matrix& next, void* out, Team team) {
+  (a.wide ? attention_step_of<float> : attention_step_of<bf16>)(x, norm, qkv, a, o, next, out, team);
 }
 void feed_forward_step(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                       bool wide, int64_t batch, void* out, Team team) {
-  (wide ? feed_forward_step_of<float> : feed_forward_step_of<bf16>)(x, norm, gate_up, up_at, down, batch, out, team);
+                       const Matrix* next, bool wide, int64_t batch, void* out, Team team) {
+  (wide ? feed_forward_step_of<float> : feed_forward_step_of<bf16>)(x, norm, gate_up, up_at, down, next, batch, out, team);
 }
 void attention_many(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o, void* out,
                     Team team) {

@@ -41,16 +41,18 @@ struct Attention {
 using Work = void (*)(void* context, int64_t first, int64_t last);
 struct Team {
   void (*run)(void* self, int64_t n, Work work, void* context);
+  // Says what the next run reads: parts of so many bytes, of each a stretch for each thread
+  void (*expect)(void* self, const void* data, int64_t bytes, int parts);
   void* self;
 };
 
 struct Form {
-  // out (batch, dim) = x + o(attention(qkv(norm(x)))), for one new token a row
-  void (*attention_step)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o, void* out,
-                         Team);
-  // out (batch, dim) = x + down(silu(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up
+  // out (batch, dim) = x + o(attention(qkv(norm(x)))), for one new token a row; `next` is the gate_up that follows
+  void (*attention_step)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o,
+                         const Matrix& next, void* out, Team);
+  // out (batch, dim) = x + down(silu(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up; `next` follows
   void (*feed_forward_step)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                            bool wide, int64_t batch, void* out, Team);
+                            const Matrix* next, bool wide, int64_t batch, void* out, Team);
   // The same for the tokens of one row, (length, dim)
   void (*attention_many)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o, void* out,
                          Team);

@@ -81,7 +81,7 @@ void with_team(const F& f, int64_t most = INT64_MAX) {
   const Form& ours = form();
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) noexcept {  // a thread that left would be waited for
     if (first != 0) return crew.help(first);
-    f(ours, Team{Crew::run, &crew});
+    f(ours, Team{Crew::run, Crew::expect, &crew});
     crew.finish();
   });
 }
@@ -133,11 +133,15 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   with_team([&](const Form& form, Team team) {
     const void* now = x.const_data_ptr();
     for (size_t i = 0; i < n; i++) {
-      (many ? form.attention_many : form.attention_step)(now, norms[2 * i], operands[4 * i], attentions[i],
-                                                         operands[4 * i + 1], between.data_ptr(), team);
-      (many ? form.feed_forward_many : form.feed_forward_step)(between.const_data_ptr(), norms[2 * i + 1],
-                                                               operands[4 * i + 2], up_at, operands[4 * i + 3], floats,
-                                                               tokens, out.data_ptr(), team);
+      const Matrix *m = &operands[4 * i], *next = i + 1 < n ? m + 4 : nullptr;
+      void* mid = between.data_ptr();
+      if (many) {
+        form.attention_many(now, norms[2 * i], m[0], attentions[i], m[1], mid, team);
+        form.feed_forward_many(mid, norms[2 * i + 1], m[2], up_at, m[3], floats, tokens, out.data_ptr(), team);
+      } else {
+        form.attention_step(now, norms[2 * i], m[0], attentions[i], m[1], m[2], mid, team);
+        form.feed_forward_step(mid, norms[2 * i + 1], m[2], up_at, m[3], next, floats, tokens, out.data_ptr(), team);
+      }
       now = out.const_data_ptr();
     }
   });

@@ -58,7 +58,7 @@ void with_team(const F& f) {
   Crew crew(THREADS);
   std::vector<std::thread> helpers;
   for (int i = 1; i < THREADS; i++) helpers.emplace_back([&, i] { crew.help(i); });
-  f(Team{Crew::run, &crew});
+  f(Team{Crew::run, Crew::expect, &crew});
   crew.finish();
   for (auto& helper : helpers) helper.join();
 }
@@ -164,8 +164,8 @@ void run(const Form& form, const Case& c) {
   for (auto& byte : blocks) byte = (uint8_t)(draw() >> 24);
   spoil(stream, c.fill);
   with_team([&](Team team) {
-    form.attention_step(x.data(), norm, qkv.m, heads.a, o.m, y.data(), team);
-    form.feed_forward_step(y.data(), norm, gate_up.m, up_at, down.m, c.wide, c.batch, z.data(), team);
+    form.attention_step(x.data(), norm, qkv.m, heads.a, o.m, gate_up.m, y.data(), team);
+    form.feed_forward_step(y.data(), norm, gate_up.m, up_at, down.m, &qkv.m, c.wide, c.batch, z.data(), team);
     form.project(x.data(), gate_up.m, c.wide, 1, gate_and_up.data(), team);
     form.project(activated.data(), down.m, c.wide, c.batch, projected.data(), team);
     form.attention_many(stream.data(), norm, qkv.m, prompt.a, o.m, between.data(), team);

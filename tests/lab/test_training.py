@@ -20,6 +20,7 @@ def twelve_layers() -> Race:
     return race(["pre", "post", "none"], steps=100, seeds=2)
 
 
+@pytest.mark.slow
 def test_pre_learns_and_post_stays_near_the_unigram_loss(twelve_layers: Race) -> None:
     final, unigram = twelve_layers.final, twelve_layers.unigram
     assert final["pre"].mean < unigram - 0.6
@@ -28,6 +29,7 @@ def test_pre_learns_and_post_stays_near_the_unigram_loss(twelve_layers: Race) ->
     assert twelve_layers.loss["pre"].shape == (2, 100)
 
 
+@pytest.mark.slow
 def test_none_diverges_and_is_data(twelve_layers: Race) -> None:
     assert not np.isfinite(twelve_layers.loss["none"]).any()
     assert np.isnan(twelve_layers.final["none"].mean)

@@ -12,6 +12,8 @@ import pytest
 from llama_mini.errors import RequestError
 from llama_mini.tokenizer import Tokenizer, chat
 
+pytestmark = pytest.mark.slow  # a million characters in a row are tried with each kind of file, too
+
 Write = Callable[[dict[str, Any]], Path]
 MILLION = 1_000_000
 KINDS = ["byte-level", "metaspace", "tiktoken", "sentencepiece"]

@@ -23,7 +23,7 @@ from tests.checkpoint.fuzz_damage import Draw, blind, damaged_json, damaged_safe
 from tests.checkpoint.fuzz_damage_gguf import damaged_gguf
 from tests.checkpoint.fuzz_damage_tokenizer import damaged_pickle, damaged_protobuf, damaged_tiktoken
 
-N_CASES = 4000
+N_CASES = (1000, 4000)  # the second with the slow tests
 SECONDS, TEMPLATE_SECONDS = 5, 20  # a template has limits of its own
 CPU_SECONDS = 1
 LONGEST_MESSAGE = 2000  # characters
@@ -158,11 +158,12 @@ def cases(draw: Draw, bench: Bench) -> tuple[Base, str, bytes, str]:
     return base, name, damaged, f"{base.name}/{name}: {how}"
 
 
-def test_a_damaged_checkpoint_loads_equal_tensors_or_is_refused(make_bench: Callable[..., Bench]) -> None:
+@pytest.mark.parametrize("n_cases", [N_CASES[0], pytest.param(N_CASES[1], marks=pytest.mark.slow)])
+def test_a_damaged_checkpoint_loads_equal_tensors_or_is_refused(make_bench: Callable[..., Bench], n_cases: int) -> None:
     wanted = int(os.environ.get("LLAMA_MINI_FUZZ_CASES", 0))
-    start = int(os.environ.get("LLAMA_MINI_FUZZ_SEED", random.randrange(10**9) if wanted else 0))
+    start = int(os.environ.get("LLAMA_MINI_FUZZ_SEED", random.randrange(10**9) if wanted else n_cases))
     bench = make_bench()
-    n_cases = wanted or N_CASES
+    n_cases = wanted or n_cases
 
     @seed(start)
     @settings(

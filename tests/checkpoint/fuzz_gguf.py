@@ -101,7 +101,7 @@ def _text(text: str) -> bytes:
 def _packed(kind: int, value: Any) -> bytes:
     """The value as a type that may not be its own: what does not fit is cut."""
     if kind == ARRAY:
-        item, items = value
+        item, items = value if isinstance(value, tuple | list) and len(value) == 2 else (0, [])
         return struct.pack("<IQ", item, len(items)) + b"".join(_packed(item, x) for x in items)
     if kind == STRING:
         return _text(value)

@@ -158,6 +158,7 @@ def cases(draw: Draw, bench: Bench) -> tuple[Base, str, bytes, str]:
     return base, name, damaged, f"{base.name}/{name}: {how}"
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # of what failed: it would hide the fault
 @pytest.mark.parametrize("n_cases", [N_CASES[0], pytest.param(N_CASES[1], marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_loads_equal_tensors_or_is_refused(make_bench: Callable[..., Bench], n_cases: int) -> None:
     wanted = int(os.environ.get("LLAMA_MINI_FUZZ_CASES", 0))

@@ -34,8 +34,9 @@ def gain_of(norm: nn.Module | None, x: Tensor) -> Gain | None:
     if type(norm) is not RMSNorm or norm.gain != "w" or norm.scale != 1:
         return None
     weight = norm._parameters["weight"]
-    assert weight is not None
-    return None if weight.dtype != x.dtype or tracked(weight) else Gain(weight, norm.eps, int(norm.cast == "late"))
+    if weight is None or weight.dtype != x.dtype or tracked(weight):
+        return None
+    return Gain(weight, norm.eps, int(norm.cast == "late"))
 
 
 def normed(norm: RMSNorm, x: Tensor) -> Tensor | None:

@@ -246,7 +246,14 @@ def test_every_norm_of_the_model_is_tested_here() -> None:
 def test_a_norm_by_itself_gives_what_the_plain_one_gives_however_it_is_set(dtype: torch.dtype) -> None:
     fast, plain = pair()
     x = torch.randn(3, 5, fast.config.dim, generator=torch.Generator().manual_seed(0))
-    settings: list[dict[str, Any]] = [{}, {"cast": "late"}, {"eps": 0.5}, {"scale": 0.25}, {"gain": "1+w"}]
+    settings: list[dict[str, Any]] = [
+        {},
+        {"cast": "late"},
+        {"eps": 0.5},
+        {"scale": 0.25},
+        {"gain": "1+w"},
+        {"weight": None},
+    ]
     for changes in settings:
         ours, theirs = (copy.deepcopy(model.norm).to(dtype) for model in (fast, plain))
         assert isinstance(ours, RMSNorm)

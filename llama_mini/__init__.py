@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_mini.config import LlamaConfig
     from llama_mini.engine import LLM, Chunk, Completion
-    from llama_mini.kv_cache import KVCache
-    from llama_mini.model import Llama
-    from llama_mini.norm import RMSNorm
-    from llama_mini.norm_plan import NormPlan
+    from llama_mini.model.config import LlamaConfig
+    from llama_mini.model.kv_cache import KVCache
+    from llama_mini.model.llama import Llama
+    from llama_mini.model.norm import RMSNorm
+    from llama_mini.model.norm_plan import NormPlan
     from llama_mini.sampling_params import SamplingParams
     from llama_mini.tokenizer import Tokenizer
 
@@ -23,12 +23,12 @@ _HOME = {
     "SamplingParams": "sampling_params",
     "Completion": "engine",
     "Chunk": "engine",
-    "Llama": "model",
-    "LlamaConfig": "config",
-    "NormPlan": "norm_plan",
-    "RMSNorm": "norm",
+    "Llama": "model.llama",
+    "LlamaConfig": "model.config",
+    "NormPlan": "model.norm_plan",
+    "RMSNorm": "model.norm",
     "Tokenizer": "tokenizer",
-    "KVCache": "kv_cache",
+    "KVCache": "model.kv_cache",
 }
 
 __all__ = [

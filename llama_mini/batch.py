@@ -9,11 +9,11 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from llama_mini.checks import shown
 from llama_mini.engine import LLM
 from llama_mini.errors import LlamaMiniError, RequestError
 from llama_mini.request import Completion
 from llama_mini.sampling_params import SamplingParams
+from llama_mini.validate import shown
 
 SETTINGS = {field.name for field in fields(SamplingParams)} - {"n", "logits_processors"}
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from llama_mini.checks import listed, shown
 from llama_mini.errors import RequestError
 from llama_mini.sampling import SamplingParams
+from llama_mini.validate import listed, shown
 
 if TYPE_CHECKING:
     from llama_mini.engine import LLM

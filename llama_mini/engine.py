@@ -15,16 +15,16 @@ import torch
 from llama_mini.checkpoint.load import load_model, open_tokenizer
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
-from llama_mini.checks import is_whole, shown
 from llama_mini.collector import collector_off
 from llama_mini.dtypes import as_device, as_dtype
 from llama_mini.errors import RequestError
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, set_threads
 from llama_mini.request import Chunk, Completion, Request
 from llama_mini.runner import Runner
 from llama_mini.sampling_params import SamplingParams, check_vocab
 from llama_mini.scoring import token_logprobs
+from llama_mini.validate import is_whole, shown
 
 Prompt = str | list[int]
 Params = SamplingParams | Sequence[SamplingParams] | None

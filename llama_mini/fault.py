@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.memory import PREFILL_CHUNK
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 
 
 def blame(model: Llama, ids: list[int]) -> str:

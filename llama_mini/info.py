@@ -9,12 +9,12 @@ from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.load import open_tokenizer
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source, empty_model, match
-from llama_mini.config import LlamaConfig
 from llama_mini.dtypes import as_device, as_dtype
 from llama_mini.memory import available_memory, cache_bytes, shown_bytes, weight_bytes, work_bytes
-from llama_mini.model import Llama
-from llama_mini.norm import Norm
-from llama_mini.norm_plan import NormPlan
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Norm
+from llama_mini.model.norm_plan import NormPlan
 
 _PRESETS = ("pre", "post", "peri", "out", "none", "deep", "lns", "sub", "normformer")
 _SUFFIXES = (("", "+qk", "+qk:full"), ("", "+embed"), ("", "-final"))

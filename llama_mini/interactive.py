@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
-from llama_mini.checks import shown
 from llama_mini.conversation import Conversation, Show, Stopped, Turn, scalar_settings
 from llama_mini.errors import CapacityError, LlamaMiniError, RequestError
 from llama_mini.line_input import Reader, open_reader
 from llama_mini.sampling import SamplingParams
+from llama_mini.validate import shown
 
 if TYPE_CHECKING:
     from llama_mini.engine import LLM

@@ -22,7 +22,6 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from llama_mini.checks import is_whole, listed, shown
 from llama_mini.command import exit_code_of
 from llama_mini.engine import LLM
 from llama_mini.errors import NumericalError, RequestError
@@ -31,6 +30,7 @@ from llama_mini.perplexity import next_logits
 from llama_mini.runner import DECODE_BATCH
 from llama_mini.sampling_params import SamplingParams
 from llama_mini.scoring import token_logprobs
+from llama_mini.validate import is_whole, listed, shown
 
 DEFAULT_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

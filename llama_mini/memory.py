@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 import psutil
 import torch
 
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import CapacityError
-from llama_mini.kv_cache import BLOCK
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.kv_cache import BLOCK
 
 PREFILL_CHUNK = 512  # tokens of a prompt that run at once: enough to fill the matrix units, small enough for the cache
 BITS = {"int8": 8.5, "int4": 5.0}  # of a weight of the layers, its share of the scales included

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from llama_mini.checks import is_whole, shown
 from llama_mini.engine import LLM
 from llama_mini.errors import NumericalError, RequestError
-from llama_mini.kv_cache import KVCache
 from llama_mini.memory import PREFILL_CHUNK, check_cache_fits
-from llama_mini.model import Llama
+from llama_mini.model.kv_cache import KVCache
+from llama_mini.model.llama import Llama
 from llama_mini.scoring import token_logprobs
+from llama_mini.validate import is_whole, shown
 
 DEFAULT_CONTEXT = 2048  # what quantised models are mostly compared at
 ROWS = 128  # of logits at once: float64 rows of a large vocabulary take a megabyte each

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_mini.kv_cache import KVCache
+from llama_mini.model.kv_cache import KVCache
 
 FEWEST = 32  # tokens worth taking over: fewer cost less than the rounding that they change
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from llama_mini.errors import CapacityError, LlamaMiniError, NumericalError, RequestError
 from llama_mini.fault import blame
-from llama_mini.kv_cache import KVCache
 from llama_mini.memory import PREFILL_CHUNK, check_cache_fits
-from llama_mini.model import Llama
+from llama_mini.model.kv_cache import KVCache
+from llama_mini.model.llama import Llama
 from llama_mini.prefix import FEWEST, Prefix, shared, take_over
 from llama_mini.request import Request
 from llama_mini.sampling import processed, sample

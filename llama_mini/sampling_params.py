@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mini.checks import is_finite, is_whole, shown
 from llama_mini.errors import RequestError
+from llama_mini.validate import is_finite, is_whole, shown
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 

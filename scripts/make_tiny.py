@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from llama_mini import Llama, LlamaConfig, RMSNorm
-from llama_mini.rope_scaling import Llama3Scaling
+from llama_mini.model.rope_scaling import Llama3Scaling
 
 SEED = 20240
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"]

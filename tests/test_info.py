@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointMismatchError
 from llama_mini.generate import main
 from llama_mini.info import describe, plan_name
-from llama_mini.model import Llama
-from llama_mini.norm_plan import NormPlan
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm_plan import NormPlan
 from tests.checkpoint.test_meta import PARAMS, meta_tensors, model
 from tests.tiny_families import random_model
 from tests.tiny_models import TINY

@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from llama_mini import LLM, Llama, LlamaConfig, SamplingParams
 from llama_mini.errors import CapacityError
-from llama_mini.kv_cache import KVCache
 from llama_mini.memory import (
     PREFILL_CHUNK,
     cache_bytes,
@@ -22,6 +21,7 @@ from llama_mini.memory import (
     weight_bytes,
     work_bytes,
 )
+from llama_mini.model.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 MiB, GiB = 2**20, 2**30

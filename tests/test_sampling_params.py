@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from llama_mini import SamplingParams
-from llama_mini.checks import shown
 from llama_mini.errors import RequestError
 from llama_mini.sampling_params import check_vocab
+from llama_mini.validate import shown
 
 NUMBERS = {
     "temperature": (0, math.inf),

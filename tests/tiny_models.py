@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
-from llama_mini.config import LlamaConfig
-from llama_mini.model import Llama
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
 
 Model = TypeVar("Model", Llama, LlamaForCausalLM)
 TINY: dict[str, Any] = {

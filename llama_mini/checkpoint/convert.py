@@ -19,10 +19,10 @@ from llama_mini.checkpoint.meta_tokenizer import meta_tokenizer_files
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.safetensors_tensors import write_file
 from llama_mini.checkpoint.source import Source, empty_model, match, read_all
-from llama_mini.config import LlamaConfig
 from llama_mini.dtypes import as_dtype
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
-from llama_mini.model import Llama
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
 
 COPIED = [
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llama_mini.checkpoint.keys import LLAMA_KEYS, OLMO2_KEYS, QWEN3_KEYS, KeyTable
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import SLOTS, BranchPlan, NormSpec
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import SLOTS, BranchPlan, NormSpec
 
 
 @dataclass(frozen=True, kw_only=True)

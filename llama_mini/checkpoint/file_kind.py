@@ -8,8 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
-from llama_mini.checks import shown
 from llama_mini.errors import CheckpointPathError
+from llama_mini.validate import shown
 
 HEAD = 256  # bytes that tell the kind
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, as the safetensors library has it

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.file_kind import HEAD, FileKind, kind_of, open_file, size_of, what_it_is
-from llama_mini.checks import shown
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+from llama_mini.validate import shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights, or what says where they are
 MAX_JSON_BYTES = 256 * 2**20  # bytes

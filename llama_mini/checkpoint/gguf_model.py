@@ -21,8 +21,8 @@ from llama_mini.checkpoint.keys import GGUF_KEYS
 from llama_mini.checkpoint.rotary_layout import split_halves
 from llama_mini.checkpoint.safetensors_tensors import Room
 from llama_mini.checkpoint.source import Rows, Source, StoredTensor, rows_at_once
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniWarning
+from llama_mini.model.config import LlamaConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2")  # by the names that the families have too
 HEAD = "output.weight"

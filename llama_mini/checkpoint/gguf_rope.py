@@ -9,7 +9,14 @@ import torch
 from llama_mini.checkpoint.gguf_file import GGUFHeader, shown
 from llama_mini.checkpoint.gguf_tensor import read_tensor
 from llama_mini.errors import CheckpointFormatError, ConfigError
-from llama_mini.rope_scaling import FactorScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling, exponents
+from llama_mini.model.rope_scaling import (
+    FactorScaling,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+    exponents,
+)
 
 DIVISORS = "rope_freqs.weight"
 _SCALING = ("type", "factor", "original_context_length", "attn_factor", "finetuned", "yarn_beta_fast", "yarn_beta_slow")

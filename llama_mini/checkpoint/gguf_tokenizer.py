@@ -14,8 +14,8 @@ import numpy as np
 from llama_mini.checkpoint.gguf_byte_level import LLAMA_3, PRE_TOKENIZERS, byte_level_parts
 from llama_mini.checkpoint.gguf_file import GGUFHeader
 from llama_mini.checkpoint.gguf_sentencepiece import BYTE_TOKENS, merges_by_score, sentencepiece_parts
-from llama_mini.checks import shown
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
+from llama_mini.validate import shown
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
 _TOKEN_TYPES = range(1, 7)  # the last is a byte

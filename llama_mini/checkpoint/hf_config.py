@@ -10,11 +10,11 @@ from typing import Any
 from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN, Family
 from llama_mini.checkpoint.files import inside, read_json
 from llama_mini.checkpoint.hf_rope import read_rope, rope_to_hf
-from llama_mini.checks import is_whole, listed, shown
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointIncompleteError, ConfigError, LlamaMiniWarning
-from llama_mini.norm_plan import NormPlan
-from llama_mini.rope_scaling import RopeScaling
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.rope_scaling import RopeScaling
+from llama_mini.validate import is_whole, listed, shown
 
 SIZES = {  # Hugging Face's word -> ours
     "hidden_size": "dim",

@@ -16,9 +16,9 @@ from llama_mini.checkpoint.safetensors_file import TensorInfo, weight_dtype
 from llama_mini.checkpoint.safetensors_tensors import Room, read_rows, read_tensors
 from llama_mini.checkpoint.shards import all_present, read_headers, stored, whole_set
 from llama_mini.checkpoint.source import Rows, Source, rows_at_once
-from llama_mini.checks import listed
 from llama_mini.dtypes import DTYPES
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
+from llama_mini.validate import listed
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 CONVERT = "python scripts/convert.py {source} NEW_DIRECTORY"

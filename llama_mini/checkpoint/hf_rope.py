@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llama_mini.checks import is_finite, listed, shown
 from llama_mini.errors import ConfigError
-from llama_mini.rope_scaling import FactorScaling, RopeScaling, yarn_magnitude
+from llama_mini.model.rope_scaling import FactorScaling, RopeScaling, yarn_magnitude
+from llama_mini.validate import is_finite, listed, shown
 
 DEFAULT_THETA = 10_000.0
 _KNOWN = ("default", "linear", "dynamic", "llama3", "yarn")

@@ -12,13 +12,13 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from llama_mini.checkpoint.files import INDEX, SINGLE, read_weight_map
-from llama_mini.checks import shown
 from llama_mini.errors import (
     CheckpointError,
     CheckpointFormatError,
     CheckpointIncompleteError,
     CheckpointPathError,
 )
+from llama_mini.validate import shown
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 CONFIGS = ("config.json", "params.json")  # Hugging Face's and Meta's: the second only where the first is not there

@@ -19,7 +19,7 @@ from llama_mini.checkpoint.source import Model, Source, empty_model, match, read
 from llama_mini.dtypes import as_dtype
 from llama_mini.errors import CheckpointFormatError, LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.memory import check_fits
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
 
 

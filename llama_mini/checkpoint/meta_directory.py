@@ -14,8 +14,8 @@ from llama_mini.checkpoint.safetensors_file import weight_dtype
 from llama_mini.checkpoint.safetensors_tensors import read_tensors
 from llama_mini.checkpoint.shards import read_headers, stored, whole_set
 from llama_mini.checkpoint.source import Source
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
+from llama_mini.model.config import LlamaConfig
 
 
 def open_meta_directory(directory: Path) -> Source:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.files import inside, read_json
-from llama_mini.checks import is_finite, is_whole, listed, shown
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import ConfigError, LlamaMiniWarning
-from llama_mini.rope_scaling import Llama3Scaling
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.rope_scaling import Llama3Scaling
+from llama_mini.validate import is_finite, is_whole, listed, shown
 
 PARAMS = "params.json"
 READ = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of", "norm_eps"}

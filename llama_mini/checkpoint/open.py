@@ -9,8 +9,8 @@ from llama_mini.checkpoint.hf_directory import open_hf_directory
 from llama_mini.checkpoint.meta_directory import open_meta_directory
 from llama_mini.checkpoint.meta_params import PARAMS
 from llama_mini.checkpoint.source import Source
-from llama_mini.checks import listed
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+from llama_mini.validate import listed
 
 CONFIG = "config.json"
 

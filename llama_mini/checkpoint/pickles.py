@@ -21,9 +21,9 @@ from llama_mini.checkpoint.meta_directory import as_the_model_has_it
 from llama_mini.checkpoint.meta_params import read_params
 from llama_mini.checkpoint.shards import all_present
 from llama_mini.checkpoint.source import Source, StoredTensor, empty_model
-from llama_mini.checks import listed
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
+from llama_mini.validate import listed
 
 Shape = tuple[int, ...]
 _META_SHARD = re.compile(r"consolidated\.(\d{2,3})\.pth")

@@ -19,8 +19,8 @@ from llama_mini.checkpoint.file_kind import (
     what_it_is,
 )
 from llama_mini.checkpoint.files import decode_json
-from llama_mini.checks import is_whole, shown
 from llama_mini.errors import CheckpointFormatError
+from llama_mini.validate import is_whole, shown
 
 WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in WEIGHTS.items()}

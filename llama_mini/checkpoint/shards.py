@@ -7,8 +7,8 @@ from pathlib import Path
 from llama_mini.checkpoint.files import inside
 from llama_mini.checkpoint.safetensors_file import TensorInfo, read_header
 from llama_mini.checkpoint.source import StoredTensor
-from llama_mini.checks import listed
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
+from llama_mini.validate import listed
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors")
 

@@ -15,10 +15,10 @@ from llama_mini.checkpoint.gguf_file import GGUFHeader
 from llama_mini.checkpoint.gguf_tensor import Blocks
 from llama_mini.checkpoint.keys import HARMLESS, KeyTable, their_name
 from llama_mini.checkpoint.safetensors_tensors import Room, no_room
-from llama_mini.checks import listed
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, LlamaMiniWarning
-from llama_mini.model import Llama
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
+from llama_mini.validate import listed
 
 Model = TypeVar("Model", bound=Llama)
 Numbers = TypeVar("Numbers", Tensor, Blocks)

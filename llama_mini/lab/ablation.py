@@ -14,7 +14,7 @@ from llama_mini.lab.editing import edited_norms, swapped
 from llama_mini.lab.paths import select
 from llama_mini.lab.recording import watched
 from llama_mini.lab.table import Table
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from llama_mini.checkpoint.load import load_model, open_tokenizer
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.errors import CheckpointPathError, RequestError
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
 
 

@@ -14,7 +14,7 @@ from llama_mini.lab.command_output import captured, draw, scores, show
 from llama_mini.lab.drawing import check_drawable, check_picture
 from llama_mini.lab.html_page import Shell
 from llama_mini.lab.tour import tour
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
 
 WIDTHS = {"en": 100, "ko": 55}  # a Korean letter is two columns wide

@@ -19,15 +19,15 @@ from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.meta_params import PARAMS
 from llama_mini.checkpoint.open import CONFIG, open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source, empty_model
-from llama_mini.checks import listed
 from llama_mini.errors import ConfigError, LlamaMiniWarning
 from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import slots
 from llama_mini.lab.recording import watched
 from llama_mini.lab.table import Table
-from llama_mini.model import Llama
-from llama_mini.norm import Norm, PartialRMSNorm
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Norm, PartialRMSNorm
+from llama_mini.validate import listed
 
 Severity = Literal["error", "warning", "note"]
 _USUAL_EPS = (1e-5, 1e-6)

@@ -6,8 +6,8 @@ from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from llama_mini.lab.drawing import BLUE
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import SLOTS, BranchPlan, NormSpec
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import SLOTS, BranchPlan, NormSpec
 
 _WIDTH, _BOX, _GAP, _LEFT = 300, 36, 16, 40  # pixels; the residual runs in the left margin
 _MOST_KINDS, _MOST_RUNS = 4, 6

@@ -11,14 +11,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checks import is_finite, listed, shown
 from llama_mini.errors import RequestError
 from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import select, slots
 from llama_mini.lab.recording import watched
-from llama_mini.model import Llama
-from llama_mini.norm import NORMS, Cast, Norm, RMSNorm
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import NORMS, Cast, Norm, RMSNorm
+from llama_mini.validate import is_finite, listed, shown
 
 Edits = Mapping[str, Mapping[str, Any]]
 _SETTINGS = ("eps", "kind", "gain", "cast", "freeze", "keep_first", "skip")

@@ -9,9 +9,9 @@ from llama_mini.errors import RequestError
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import select, slots
 from llama_mini.lab.trees import check_plain, rebuilt
-from llama_mini.model import Llama
-from llama_mini.norm import Norm
-from llama_mini.norm_slots import BranchPlan
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Norm
+from llama_mini.model.norm_slots import BranchPlan
 
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "lm_head.weight"
 _READERS = {  # the only matrices that read a norm's output

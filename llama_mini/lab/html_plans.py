@@ -2,7 +2,6 @@
 
 import shlex
 
-from llama_mini.checks import listed
 from llama_mini.errors import ConfigError, RequestError
 from llama_mini.info import plan_name
 from llama_mini.lab import plan_pictures
@@ -12,8 +11,9 @@ from llama_mini.lab.measurement import init
 from llama_mini.lab.study import label
 from llama_mini.lab.theory import Profile, predict
 from llama_mini.lab.training import Race
-from llama_mini.model import Llama
-from llama_mini.norm_plan import NormPlan
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.validate import listed
 
 _DIM, _SEEDS = 256, 3  # of the random models
 

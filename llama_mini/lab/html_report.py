@@ -35,7 +35,7 @@ from llama_mini.lab.norm_table import norms
 from llama_mini.lab.paths import select
 from llama_mini.lab.recording import MASSIVE, Recording, capture, massive_activation
 from llama_mini.lab.training import Race
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
 
 _MOST_ELEMENTS = 12

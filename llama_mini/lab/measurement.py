@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import RequestError
 from llama_mini.lab.study import Floats, Plan, as_plan, check_whole, label
 from llama_mini.lab.theory import Profile
-from llama_mini.model import Llama
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
 
 _TOKENS = 64  # sequences of one token each
 

@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
-from llama_mini.checks import shown
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import RequestError
 from llama_mini.lab.paths import select
 from llama_mini.lab.trees import check_plain, rebuilt
-from llama_mini.model import Llama
-from llama_mini.norm_plan import BRANCHES
-from llama_mini.norm_slots import HEAD_SLOTS
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm_plan import BRANCHES
+from llama_mini.model.norm_slots import HEAD_SLOTS
+from llama_mini.validate import shown
 
 _PLACES = ("pre", "mid", "out", "post")
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from llama_mini.lab.paths import slots
 from llama_mini.lab.table import Table
-from llama_mini.model import Llama
-from llama_mini.norm import Norm
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Norm
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from llama_mini.checks import listed, shown
 from llama_mini.errors import RequestError
-from llama_mini.model import Llama
-from llama_mini.norm import Norm
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Norm
+from llama_mini.validate import listed, shown
 
 _RANGE = re.compile(r"(\d{1,6})-(\d{1,6})")
 

@@ -9,11 +9,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checks import shown
 from llama_mini.errors import RequestError
 from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.paths import select
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
+from llama_mini.validate import shown
 
 MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
 _JUMP = 10  # by which the ratio grows in the layer that makes one

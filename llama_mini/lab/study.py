@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_mini.checks import is_whole, shown
 from llama_mini.errors import RequestError
-from llama_mini.norm_plan import NormPlan
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.validate import is_whole, shown
 
 Plan = NormPlan | str
 Floats = NDArray[np.float64]

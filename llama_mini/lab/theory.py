@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_mini.checks import shown
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import RequestError
 from llama_mini.lab.study import Floats, Plan, as_json, as_plan, label
 from llama_mini.lab.table import Table
-from llama_mini.norm_plan import BRANCHES
-from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.norm_plan import BRANCHES
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
+from llama_mini.validate import shown
 
 COVERED = ("rms", "layer", "scale")  # the same at init as d grows: a mean is 1/d of the energy, a scalar gain is one
 TOLERANCES = (0.05, 0.06)

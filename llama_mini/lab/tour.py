@@ -10,8 +10,8 @@ from torch import Tensor
 from llama_mini.errors import RequestError
 from llama_mini.lab.recording import capture
 from llama_mini.lab.tour_text import TEXTS
-from llama_mini.model import Llama
-from llama_mini.norm import Cast, RMSNorm
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Cast, RMSNorm
 
 LANGUAGES = tuple(TEXTS)
 

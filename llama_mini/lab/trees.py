@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import RequestError
-from llama_mini.model import Llama
-from llama_mini.norm import Norm
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Norm
 
 
 def check_plain(model: Llama) -> None:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_mini.attention import Attention
-from llama_mini.feed_forward import FeedForward
-from llama_mini.norm import RMSNorm
+from llama_mini.model.attention import Attention
+from llama_mini.model.feed_forward import FeedForward
+from llama_mini.model.norm import RMSNorm
+from llama_mini.model.residual import Residual
 from llama_mini.optimize.matrix import Matrix, served, tracked
-from llama_mini.residual import Residual
 
 MakeMatrix = Callable[[Sequence[nn.Linear]], Matrix]
 _EMPTY = ("out_norm", "post_norm", "mid_norm", "v_norm")  # slots that no operator fills

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from llama_mini.checks import shown
 from llama_mini.errors import LlamaMiniWarning, RequestError
+from llama_mini.validate import shown
 
 KERNELS = ("auto", "off")
 _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.checkpoint.gguf_tensor import Blocks
-from llama_mini.checks import shown
 from llama_mini.errors import RequestError
-from llama_mini.model import Llama, TransformerBlock
-from llama_mini.norm import RMSNorm
+from llama_mini.model.llama import Llama, TransformerBlock
+from llama_mini.model.norm import RMSNorm
 from llama_mini.optimize.branches import FusedAttention, FusedFeedForward, normed
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.embedding import FusedEmbedding, FusedHead
 from llama_mini.optimize.layers import FusedLayers
 from llama_mini.optimize.matrix import CodedMatrix, FloatMatrix, Int4Matrix, Int8Matrix, Matrix, served
+from llama_mini.validate import shown
 
 # What the matrices of the layers become, and what the head does.
 FORMATS: dict[str | None, tuple[type[Matrix], type[Matrix]]] = {

@@ -11,11 +11,11 @@ from operator import attrgetter, is_, methodcaller
 import torch
 from torch import Tensor, nn
 
-from llama_mini.kv_cache import LayerCache
-from llama_mini.model import Layers, TransformerBlock
-from llama_mini.norm import RMSNorm
+from llama_mini.model.kv_cache import LayerCache
+from llama_mini.model.llama import Layers, TransformerBlock
+from llama_mini.model.norm import RMSNorm
+from llama_mini.model.rope import Rope
 from llama_mini.optimize.branches import FusedAttention, FusedFeedForward, Gain
-from llama_mini.rope import Rope
 
 _SETTINGS = attrgetter("eps", "gain", "scale", "cast")
 _WEIGHT, _DTYPE = methodcaller("get", "weight"), attrgetter("dtype")

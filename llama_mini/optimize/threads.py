@@ -7,8 +7,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from llama_mini.checks import is_whole, shown
 from llama_mini.errors import RequestError
+from llama_mini.validate import is_whole, shown
 
 
 def set_threads(threads: int | None = None) -> int:

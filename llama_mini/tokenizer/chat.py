@@ -20,9 +20,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llama_mini.checks import shown
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Backend, Piece
+from llama_mini.validate import shown
 
 Message = dict[str, Any]
 CHILD = Path(__file__).with_name("template_child.py")

@@ -8,9 +8,9 @@ import torch
 from llama_mini.bench import ours
 from llama_mini.bench.ours import Billion, Loading, Ours, matrix_bytes, random_source, steps, weight_bytes
 from llama_mini.checkpoint.load import load_model
-from llama_mini.config import LlamaConfig
-from llama_mini.kv_cache import KVCache
-from llama_mini.model import Llama
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.kv_cache import KVCache
+from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser
 from tests.tiny_models import TINY, random_tokens, tiny_model
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from llama_mini.checkpoint.files import write_json
 from llama_mini.checkpoint.meta_tokenizer import meta_tokenizer_files
-from llama_mini.config import LlamaConfig
-from llama_mini.model import Llama
-from llama_mini.norm_plan import NormPlan
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm_plan import NormPlan
 from llama_mini.tokenizer.tiktoken_file import N_SPECIAL
 from tests.checkpoint.fuzz_gguf import ARRAY, GGUF, STRING, Entry
 from tests.checkpoint.gguf_files import write_family

@@ -23,7 +23,7 @@ from llama_mini.checkpoint.load import load_model, open_tokenizer
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.source import Source, match
 from llama_mini.errors import LlamaMiniError, LlamaMiniWarning
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 
 ROOT = Path(__file__).parents[2]
 MEMORY = 1 << 29  # bytes that a case may ask for beyond what the process has

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointError, CheckpointPathError
-from llama_mini.model import Llama
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import BranchPlan, NormSpec
-from llama_mini.rope_scaling import Llama3Scaling
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.rope_scaling import Llama3Scaling
 from tests.tiny_models import hf_llama, random_tokens, tiny_model
 
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -147,8 +147,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
         """
         import resource, signal
         from llama_mini.errors import CheckpointPathError
-        from llama_mini.config import LlamaConfig
-        from llama_mini.model import Llama
+        from llama_mini.model.config import LlamaConfig
+        from llama_mini.model.llama import Llama
         model = Llama(LlamaConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=96, vocab_size=100))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -188,7 +188,7 @@ def run_in_child(code: str, path: Path, expected: str = "") -> str:
 MEASURE = """
         import re
         from pathlib import Path
-        from llama_mini.model import Llama
+        from llama_mini.model.llama import Llama
         import llama_mini.checkpoint.load, llama_mini.checkpoint.open
 
         def kib(what):

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.errors import CheckpointMismatchError
-from llama_mini.model import Llama
-from llama_mini.norm import RMSNorm
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import RMSNorm
 from tests.tiny_families import logits, random_model
 from tests.tiny_models import random_tokens
 

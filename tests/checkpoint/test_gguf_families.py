@@ -14,8 +14,8 @@ from llama_mini.checkpoint.gguf_file import TensorInfo
 from llama_mini.checkpoint.gguf_model import open_gguf
 from llama_mini.checkpoint.gguf_tensor import read_tensor
 from llama_mini.errors import ConfigError
-from llama_mini.model import Llama
-from llama_mini.rope_scaling import FactorScaling, Llama3Scaling
+from llama_mini.model.llama import Llama
+from llama_mini.model.rope_scaling import FactorScaling, Llama3Scaling
 from tests.checkpoint.gguf_files import write_family
 from tests.tiny_families import logits, random_model, random_settings
 from tests.tiny_models import random_tokens

@@ -13,7 +13,7 @@ from llama_mini.checkpoint.gguf_file import read_header
 from llama_mini.checkpoint.gguf_model import gguf_config
 from llama_mini.checkpoint.keys import LLAMA_KEYS, their_name
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 
 Write = Callable[..., Path]
 

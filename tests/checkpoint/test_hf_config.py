@@ -8,11 +8,11 @@ import pytest
 from transformers import LlamaConfig as HFConfig
 
 from llama_mini.checkpoint.hf_config import from_hf, read_config, to_hf
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import CheckpointError, ConfigError, LlamaMiniWarning
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import BranchPlan, NormSpec
-from llama_mini.rope_scaling import Llama3Scaling, RopeScaling
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.rope_scaling import Llama3Scaling, RopeScaling
 from tests.tiny_models import HF_TINY, TINY
 
 BASE: dict[str, Any] = {"model_type": "llama"} | HF_TINY

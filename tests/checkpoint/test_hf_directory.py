@@ -19,7 +19,7 @@ from llama_mini.errors import (
     ConfigError,
     LlamaMiniWarning,
 )
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 from tests.tiny_models import hf_llama, random_tokens
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

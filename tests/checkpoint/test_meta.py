@@ -21,7 +21,7 @@ from llama_mini.errors import (
     CheckpointMismatchError,
     LlamaMiniWarning,
 )
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 from tests.checkpoint.gguf_files import interleaved
 from tests.tiny_families import logits, random_model
 from tests.tiny_models import random_tokens

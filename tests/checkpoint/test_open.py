@@ -12,7 +12,7 @@ import torch
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.engine import LLM
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointPathError
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 from llama_mini.sampling_params import SamplingParams
 from tests.checkpoint.gguf_files import write_family
 from tests.tiny_families import logits, random_model

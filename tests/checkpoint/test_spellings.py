@@ -18,7 +18,7 @@ from llama_mini.checkpoint.load import open_tokenizer
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError, LlamaMiniWarning, TokenizerError
 from llama_mini.generate import main
-from llama_mini.model import Llama
+from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
 from tests.checkpoint.gguf_files import write_family
 from tests.checkpoint.test_meta import PARAMS, meta_tensors, model

@@ -17,10 +17,10 @@ from llama_mini.errors import CheckpointPathError, LlamaMiniWarning, RequestErro
 from llama_mini.lab import doctor
 from llama_mini.lab.diagnosis import Finding
 from llama_mini.lab.table import Table
-from llama_mini.model import Llama
-from llama_mini.norm import Norm
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Norm
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from llama_mini.tokenizer import Tokenizer
 from tests.checkpoint.gguf_files import write_family
 from tests.checkpoint.test_meta import PARAMS, meta_tensors

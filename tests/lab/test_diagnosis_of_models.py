@@ -9,10 +9,10 @@ import torch
 from llama_mini.lab import doctor, fold
 from llama_mini.lab.diagnosis import Finding
 from llama_mini.lab.table import Table
-from llama_mini.model import Llama
-from llama_mini.norm import Norm
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Norm
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from tests.oracles import same_bits
 from tests.tiny_models import random_tokens, tiny_model
 

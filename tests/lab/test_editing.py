@@ -10,9 +10,9 @@ from torch import nn
 
 from llama_mini import Llama, lab
 from llama_mini.lab.editing import edited_norms
-from llama_mini.norm import Norm
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.norm import Norm
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from tests.tiny_models import random_tokens, tiny_model
 
 TEXT = random_tokens(2, 23)

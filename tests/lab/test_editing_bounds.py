@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from llama_mini import Llama, lab
 from llama_mini.errors import RequestError
 from llama_mini.lab.editing import Frozen, edited_norms
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from tests.tiny_models import random_tokens, tiny_model
 
 TEXT = random_tokens(2, 23)

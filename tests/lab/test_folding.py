@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from llama_mini.errors import RequestError
 from llama_mini.lab import center, fold
 from llama_mini.lab.paths import select
-from llama_mini.model import Llama
-from llama_mini.norm import Norm
-from llama_mini.norm_plan import NormPlan
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Norm
+from llama_mini.model.norm_plan import NormPlan
 from tests import reference
 from tests.oracles import same_bits
 from tests.tiny_families import random_model

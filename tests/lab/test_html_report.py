@@ -18,8 +18,8 @@ from llama_mini.lab.drawing import DARK, LIGHT, SVG
 from llama_mini.lab.html_report import report
 from llama_mini.lab.recording import capture, massive_activation
 from llama_mini.lab.training import Race
-from llama_mini.model import Llama
-from llama_mini.norm_plan import NormPlan
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm_plan import NormPlan
 from tests.tiny_models import TINY, random_tokens, tiny_model
 
 pytest.importorskip("matplotlib", reason="the report needs the extra lab")

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import RequestError
 from llama_mini.lab import move
 from llama_mini.lab.paths import select
-from llama_mini.linear import Linear
-from llama_mini.model import Llama
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import NormSpec
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.linear import Linear
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import NormSpec
 from tests import reference
 from tests.oracles import same_bits
 from tests.tiny_families import random_model

@@ -11,9 +11,9 @@ from llama_mini import Llama, lab
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.source import empty_model
 from llama_mini.lab.norm_table import effective_gain
-from llama_mini.norm import Norm
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.norm import Norm
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from tests.tiny_models import tiny_model
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from llama_mini.errors import RequestError
 from llama_mini.lab.paths import select, slots
-from llama_mini.norm import Norm
+from llama_mini.model.norm import Norm
 from tests.tiny_models import random_tokens, tiny_model
 
 MODEL = tiny_model(n_layers=12)

@@ -12,7 +12,7 @@ from llama_mini.errors import RequestError
 from llama_mini.lab import sweep
 from llama_mini.lab.measurement import random_llama
 from llama_mini.lab.sweeps import Sweep
-from llama_mini.norm_plan import Override
+from llama_mini.model.norm_plan import Override
 
 
 @pytest.fixture(scope="module")

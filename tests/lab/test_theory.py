@@ -12,8 +12,8 @@ from llama_mini import NormPlan
 from llama_mini.errors import ConfigError, RequestError
 from llama_mini.lab import predict
 from llama_mini.lab.theory import Profile, silu_moments
-from llama_mini.norm_plan import Override
-from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.norm_plan import Override
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 
 SILU = 0.355775520  # E[silu(z)²], z ~ N(0, 1)
 SLOPE = 0.379482352  # E[silu'(z)²]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_mini import KVCache, Llama
-from llama_mini.linear import Linear
+from llama_mini.model.linear import Linear
 from llama_mini.optimize import optimize
 from llama_mini.optimize.branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.build import load_kernels

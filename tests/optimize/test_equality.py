@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llama_mini import LLM, Llama, NormPlan, SamplingParams, Tokenizer
-from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from tests.optimize.conftest import DTYPES, FORMATS, KERNELS, Seen, error, fast_of, plain_of, prompts, steps
 from tests.tiny_models import random_tokens, tiny_model
 

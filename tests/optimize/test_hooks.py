@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llama_mini import Llama, lab
 from llama_mini.errors import RequestError
-from llama_mini.norm import LayerNorm, Norm, RMSNorm
+from llama_mini.model.norm import LayerNorm, Norm, RMSNorm
 from tests.optimize.conftest import FORMATS, Seen, error, fast_of, plain_of, prompts, steps
 from tests.tiny_models import random_tokens, tiny_model
 

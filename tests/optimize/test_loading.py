@@ -17,7 +17,7 @@ from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import CapacityError, CheckpointFormatError, RequestError
 from llama_mini.memory import check_fits, weight_bytes
-from llama_mini.norm import RMSNorm
+from llama_mini.model.norm import RMSNorm
 from llama_mini.optimize import fuser
 from llama_mini.optimize.branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.matrix import Int4Matrix, Int8Matrix, Matrix

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_mini.errors import ConfigError
-from llama_mini.model import Llama
-from llama_mini.norm import NORMS, Norm
-from llama_mini.norm_plan import NormPlan
-from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm import NORMS, Norm
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from tests.oracles import effective_gain, round_to, same_bits
 from tests.reference import normalised
 from tests.tiny_models import random_tokens, tiny_model

@@ -3,10 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_mini.config import LlamaConfig
-from llama_mini.linear import Linear
-from llama_mini.norm_slots import BranchPlan, build_norm
-from llama_mini.residual import Residual
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.linear import Linear
+from llama_mini.model.norm_slots import BranchPlan, build_norm
+from llama_mini.model.residual import Residual
 
 
 class FeedForward(Residual):

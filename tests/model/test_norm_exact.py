@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_mini.norm import RMSNorm
+from llama_mini.model.norm import RMSNorm
 from tests.oracles import (
     decimal_rms_norm,
     effective_gain,

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_mini.norm import RMSNorm
+from llama_mini.model.norm import RMSNorm
 from tests.oracles import GOLDEN_DIR, NormCall, emulated_rms_norm, read_norm_golden, same_bits
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "make_goldens.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "make_goldens.py"
 TINY = {"llama": 15, "qwen3": 27, "olmo2": 27, "gemma2": 27, "gemma3": 39}  # norm calls, three dtypes together
 CALLS = {**TINY, "smollm2": 61}
 DTYPES = {**dict.fromkeys(TINY, ("float32", "bfloat16", "float16")), "smollm2": ("float32",)}

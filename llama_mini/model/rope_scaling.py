@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llama_mini.checks import is_finite, is_whole, listed, shown
 from llama_mini.errors import ConfigError
+from llama_mini.validate import is_finite, is_whole, listed, shown
 
 _LARGEST = 1e12  # of any setting, and its inverse the least: their quotients and logarithms stay finite
 

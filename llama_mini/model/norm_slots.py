@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from llama_mini.checks import is_finite, shown
 from llama_mini.errors import ConfigError
-from llama_mini.norm import NORMS, Cast, Gain, Norm
+from llama_mini.model.norm import NORMS, Cast, Gain, Norm
+from llama_mini.validate import is_finite, shown
 
 View = Literal["head", "full"]
 SLOTS = ("pre", "q", "k", "v", "mid", "out", "post")

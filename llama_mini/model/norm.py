@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checks import is_finite, is_whole, shown
 from llama_mini.errors import ConfigError
+from llama_mini.validate import is_finite, is_whole, shown
 
 Gain = Literal["w", "1+w", "none"]
 Cast = Literal["early", "late"]

@@ -6,14 +6,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from llama_mini.attention import Attention
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import RequestError
-from llama_mini.feed_forward import FeedForward
-from llama_mini.kv_cache import KVCache, LayerCache, causal_mask, within_window
-from llama_mini.linear import Embedding, Linear
-from llama_mini.norm_slots import build_norm
-from llama_mini.rope import Rope, RotaryEmbedding
+from llama_mini.model.attention import Attention
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.feed_forward import FeedForward
+from llama_mini.model.kv_cache import KVCache, LayerCache, causal_mask, within_window
+from llama_mini.model.linear import Embedding, Linear
+from llama_mini.model.norm_slots import build_norm
+from llama_mini.model.rope import Rope, RotaryEmbedding
 
 
 class Llama(nn.Module):

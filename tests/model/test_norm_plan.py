@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from llama_mini.errors import ConfigError
-from llama_mini.norm import RMSNorm
-from llama_mini.norm_plan import NormPlan, Override
-from llama_mini.norm_slots import BranchPlan, NormSpec
+from llama_mini.model.norm import RMSNorm
+from llama_mini.model.norm_plan import NormPlan, Override
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from tests.tiny_models import TINY, tiny_model
 
 N_LAYERS = 4

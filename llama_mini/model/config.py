@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from llama_mini.checks import is_finite, is_whole, shown
 from llama_mini.errors import ConfigError
-from llama_mini.norm_plan import NormPlan
-from llama_mini.rope_scaling import DynamicScaling, RopeScaling
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.rope_scaling import DynamicScaling, RopeScaling
+from llama_mini.validate import is_finite, is_whole, shown
 
 _LARGEST_SIZE = 2**31 - 1
 _MOST_LAYERS = 10_000  # ten times the deepest there is

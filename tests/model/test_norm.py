@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.errors import ConfigError
-from llama_mini.norm import RMSNorm
+from llama_mini.model.norm import RMSNorm
 from tests.oracles import effective_gain, exact_rms_norm, normalised, same_bits, ulp_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from llama_mini.config import LlamaConfig
-from llama_mini.rope_scaling import DynamicScaling, RopeScaling, exponents
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.rope_scaling import DynamicScaling, RopeScaling, exponents
 
 Rope = tuple[Tensor, Tensor]
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_mini.attention import Attention
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import RequestError
-from llama_mini.kv_cache import KVCache, LayerCache, causal_mask
-from llama_mini.model import Llama
-from llama_mini.norm_plan import NormPlan
-from llama_mini.rope_scaling import Llama3Scaling
+from llama_mini.model.attention import Attention
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.kv_cache import KVCache, LayerCache, causal_mask
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.rope_scaling import Llama3Scaling
 from tests import reference
 from tests.tiny_models import TINY, hf_llama, random_tokens, tiny_model
 

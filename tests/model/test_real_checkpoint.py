@@ -59,7 +59,7 @@ def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(
     llm: LLM, theirs: PreTrainedModel, smollm2_dir: Path
 ) -> None:
     """Mean KL over 2,048 tokens of prose, both from the same float32 logits, in pieces of 512."""
-    prose = (Path(__file__).parent / "golden" / "alice.txt").read_text(encoding="utf-8")
+    prose = (Path(__file__).parents[1] / "golden" / "alice.txt").read_text(encoding="utf-8")
     ids = torch.tensor(llm.tokenizer.encode(prose)[:2048]).view(4, 512)
     ours = Llama.from_pretrained(smollm2_dir, dtype="bfloat16")
     reference = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.bfloat16).eval()
@@ -78,7 +78,7 @@ def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(
 
 def test_golden_text(smollm2_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Covers tokenizer, template, model, loop and command line at once; transformers wrote the expected text."""
-    texts = json.loads((Path(__file__).parent / "golden" / "texts.json").read_text(encoding="utf-8"))
+    texts = json.loads((Path(__file__).parents[1] / "golden" / "texts.json").read_text(encoding="utf-8"))
     (case,) = [case for case in texts if case["checkpoint"] == "smollm2"]
     args = ["--model", str(smollm2_dir), "--dtype", "float32", "--max-tokens", str(case["max_tokens"])]
     assert main([*args, case["prompt"]]) == 0

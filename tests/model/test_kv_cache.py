@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import CapacityError
-from llama_mini.kv_cache import KVCache, causal_mask
-from llama_mini.model import Llama
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.kv_cache import KVCache, causal_mask
+from llama_mini.model.llama import Llama
 from tests.tiny_models import TINY, random_tokens, tiny_model
 
 EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-12}  # float64: only the order of sums may differ

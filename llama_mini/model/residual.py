@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from llama_mini.config import LlamaConfig
-from llama_mini.norm_slots import BranchPlan, build_norm
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.norm_slots import BranchPlan, build_norm
 
 
 class Residual(nn.Module):

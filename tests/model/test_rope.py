@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import LlamaConfig as HFConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from llama_mini.config import LlamaConfig
-from llama_mini.rope import RotaryEmbedding, apply_rope
-from llama_mini.rope_scaling import Llama3Scaling
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.rope import RotaryEmbedding, apply_rope
+from llama_mini.model.rope_scaling import Llama3Scaling
 from tests import reference
 from tests.tiny_models import TINY, tiny_model
 

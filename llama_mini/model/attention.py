@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_mini.config import LlamaConfig
-from llama_mini.kv_cache import LayerCache
-from llama_mini.linear import Linear
-from llama_mini.norm_slots import BranchPlan, NormSpec, build_norm
-from llama_mini.residual import Residual
-from llama_mini.rope import Rope, apply_rope
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.kv_cache import LayerCache
+from llama_mini.model.linear import Linear
+from llama_mini.model.norm_slots import BranchPlan, NormSpec, build_norm
+from llama_mini.model.residual import Residual
+from llama_mini.model.rope import Rope, apply_rope
 
 
 class Attention(Residual):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import CapacityError
+from llama_mini.model.config import LlamaConfig
 
 BLOCK = 16  # positions are read in multiples of this, so that a row's bits do not depend on who shares its batch
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llama_mini.checks import is_whole, shown
 from llama_mini.errors import ConfigError
-from llama_mini.norm_slots import HEAD_SLOTS, BranchPlan, NormSpec, check_slot, known_keys
+from llama_mini.model.norm_slots import HEAD_SLOTS, BranchPlan, NormSpec, check_slot, known_keys
+from llama_mini.validate import is_whole, shown
 
 BRANCHES = ("attention", "feed_forward")
 PRESETS = "pre, post, peri, out, none, deep, mix(SHARE), lns, sub, normformer"

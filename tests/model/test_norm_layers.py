@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini import Llama
-from llama_mini.norm import RMSNorm
+from llama_mini.model.norm import RMSNorm
 from tests.oracles import NormCall, read_norm_golden, same_bits
 
 TOKENS, CALLS = read_norm_golden("smollm2")

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from llama_mini.config import LlamaConfig
 from llama_mini.errors import ConfigError
-from llama_mini.norm_plan import NormPlan
-from llama_mini.rope_scaling import Llama3Scaling
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.rope_scaling import Llama3Scaling
 
 SIZES: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "vocab_size": 50}
 SCALING: dict[str, Any] = {

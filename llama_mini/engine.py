@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llama_mini.checkpoint.load import load_model, open_tokenizer
+from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.collector import collector_off
@@ -24,6 +24,7 @@ from llama_mini.request import Chunk, Completion, Request
 from llama_mini.runner import Runner
 from llama_mini.sampling_params import SamplingParams, check_vocab
 from llama_mini.scoring import token_logprobs
+from llama_mini.tokenizer.tokenizer import open_tokenizer
 from llama_mini.validate import is_whole, shown
 
 Prompt = str | list[int]

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from llama_mini.checkpoint.families import FAMILIES
-from llama_mini.checkpoint.load import open_tokenizer
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source, empty_model, match
 from llama_mini.dtypes import as_device, as_dtype
@@ -15,6 +14,7 @@ from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
 from llama_mini.model.norm_plan import NormPlan
+from llama_mini.tokenizer.tokenizer import open_tokenizer
 
 _PRESETS = ("pre", "post", "peri", "out", "none", "deep", "lns", "sub", "normformer")
 _SUFFIXES = (("", "+qk", "+qk:full"), ("", "+embed"), ("", "-final"))

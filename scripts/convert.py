@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
 
     from llama_mini.checkpoint.convert import convert
-    from llama_mini.checkpoint.lock import one_writer
+    from llama_mini.checkpoint.io.lock import one_writer
     from llama_mini.checkpoint.open import resolve
 
     try:

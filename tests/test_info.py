@@ -15,7 +15,7 @@ from llama_mini.info import describe, plan_name
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
-from tests.checkpoint.test_meta import PARAMS, meta_tensors, model
+from tests.checkpoint.meta.test_directory import PARAMS, meta_tensors, model
 from tests.tiny_families import random_model
 from tests.tiny_models import TINY
 

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint import gguf_tokenizer
 from llama_mini.checkpoint.families import key_table
-from llama_mini.checkpoint.files import SINGLE, inside, new_directory, write_json
-from llama_mini.checkpoint.hf_config import read_special_ids, special_ids, to_hf
+from llama_mini.checkpoint.hf.config import read_special_ids, special_ids, to_hf
+from llama_mini.checkpoint.hf.safetensors_data import write_file
+from llama_mini.checkpoint.io.files import SINGLE, inside, new_directory, write_json
 from llama_mini.checkpoint.keys import their_name
-from llama_mini.checkpoint.meta_tokenizer import meta_tokenizer_files
 from llama_mini.checkpoint.open import open_checkpoint
-from llama_mini.checkpoint.safetensors_tensors import write_file
 from llama_mini.checkpoint.source import Source, empty_model, match, read_all
 from llama_mini.dtypes import as_dtype
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
+from llama_mini.tokenizer import gguf_vocabulary
+from llama_mini.tokenizer.meta_vocabulary import meta_tokenizer_files
 
 COPIED = [
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -78,11 +78,11 @@ def _gguf_files(source: Source) -> dict[str, Any]:
     header = source.gguf
     assert header is not None
     files: dict[str, Any] = {
-        "tokenizer.json": gguf_tokenizer.tokenizer_json(header),
-        "tokenizer_config.json": gguf_tokenizer.tokenizer_config(header),
-        GENERATION: special_ids(replace(source.config, eos_ids=tuple(gguf_tokenizer.special_eos_ids(header)))),
+        "tokenizer.json": gguf_vocabulary.tokenizer_json(header),
+        "tokenizer_config.json": gguf_vocabulary.tokenizer_config(header),
+        GENERATION: special_ids(replace(source.config, eos_ids=tuple(gguf_vocabulary.special_eos_ids(header)))),
     }
-    template = gguf_tokenizer.chat_template(header)
+    template = gguf_vocabulary.chat_template(header)
     return files if template is None else files | {CHAT_TEMPLATE: template}
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from llama_mini.checkpoint.lock import one_writer
+from llama_mini.checkpoint.io.lock import one_writer
 from llama_mini.checkpoint.package_file import fetch_from_package
 from llama_mini.errors import CheckpointIncompleteError, CheckpointPathError
 

@@ -1,6 +1,5 @@
 """An opened checkpoint as a model and a tokenizer, and a model as a checkpoint."""
 
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -10,17 +9,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama_mini.checkpoint.families import key_table
-from llama_mini.checkpoint.files import SINGLE, new_directory, write_json
-from llama_mini.checkpoint.gguf_tensor import Blocks
-from llama_mini.checkpoint.hf_config import special_ids, to_hf
+from llama_mini.checkpoint.gguf.tensors import Blocks
+from llama_mini.checkpoint.hf.config import special_ids, to_hf
+from llama_mini.checkpoint.hf.safetensors_data import write_file
+from llama_mini.checkpoint.io.files import SINGLE, new_directory, write_json
 from llama_mini.checkpoint.keys import their_name
-from llama_mini.checkpoint.safetensors_tensors import write_file
 from llama_mini.checkpoint.source import Model, Source, empty_model, match, read_all, warn_of_other_head
 from llama_mini.dtypes import as_dtype
-from llama_mini.errors import CheckpointFormatError, LlamaMiniWarning, RequestError, TokenizerError
+from llama_mini.errors import CheckpointFormatError, RequestError
 from llama_mini.memory import check_fits
 from llama_mini.model.llama import Llama
-from llama_mini.tokenizer import Tokenizer
 
 
 class Place(Protocol):
@@ -90,19 +88,6 @@ def _put(places: Mapping[str, Place], ours: str, rows: Tensor | Blocks, first: i
 
 def _kept(source: Source, name: str, place: Place) -> bool:
     return source.tensors[name].number_format in place.keeps
-
-
-def open_tokenizer(source: Source) -> Tokenizer:
-    """The tokenizer of an opened checkpoint. Raises TokenizerError, also where the model has no row for a word."""
-    found = Tokenizer.from_pretrained(source.directory) if source.gguf is None else Tokenizer.from_gguf(source.gguf)
-    rows = source.config.vocab_size
-    if found.vocab_size > rows:
-        problem = f"{source.path}: the tokenizer has {found.vocab_size} tokens, but the embedding has {rows} rows"
-        special = found.control_ids
-        if found.vocab_size - rows > len(special) or not special.issuperset(range(rows, found.vocab_size)):
-            raise TokenizerError(f"{problem}; they belong to two checkpoints")
-        warnings.warn(f"{problem}: the special tokens from {rows} on cannot be used", LlamaMiniWarning, stacklevel=3)
-    return found
 
 
 def save_model(model: Llama, path: Path) -> None:

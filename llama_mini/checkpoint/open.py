@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from llama_mini.checkpoint.file_kind import FileKind, file_kind, what_it_is
-from llama_mini.checkpoint.files import exists, inside
-from llama_mini.checkpoint.gguf_model import open_gguf
-from llama_mini.checkpoint.hf_directory import open_hf_directory
-from llama_mini.checkpoint.meta_directory import open_meta_directory
-from llama_mini.checkpoint.meta_params import PARAMS
+from llama_mini.checkpoint.gguf.model import open_gguf
+from llama_mini.checkpoint.hf.directory import open_hf_directory
+from llama_mini.checkpoint.io.file_kind import FileKind, file_kind, what_it_is
+from llama_mini.checkpoint.io.files import exists, inside
+from llama_mini.checkpoint.meta.directory import open_meta_directory
+from llama_mini.checkpoint.meta.params import PARAMS
 from llama_mini.checkpoint.source import Source
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 from llama_mini.validate import listed
@@ -22,7 +22,7 @@ def resolve(name: str | Path) -> Path:
         raise CheckpointPathError("the model's name is empty; give a directory, a file or a hub name, org/name")
     if exists(path) or isinstance(name, Path):
         return path
-    from llama_mini.checkpoint.hub import fetch_from_hub, is_hub_name
+    from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
 
     return fetch_from_hub(name) if is_hub_name(name) else path
 
@@ -56,7 +56,7 @@ def _open_directory(path: Path, pickles: bool) -> Source:
 
 
 def _open_pickles(path: Path) -> Source:
-    from llama_mini.checkpoint.pickles import open_hf_pickles, open_meta_pickles  # which the engine never needs
+    from llama_mini.checkpoint.meta.pickles import open_hf_pickles, open_meta_pickles  # which the engine never needs
 
     return open_hf_pickles(path) if inside(path, CONFIG).exists() else open_meta_pickles(path)
 

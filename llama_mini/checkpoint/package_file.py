@@ -10,8 +10,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from llama_mini.checkpoint.files import partial_prefix
-from llama_mini.checkpoint.lock import one_writer
+from llama_mini.checkpoint.io.files import partial_prefix
+from llama_mini.checkpoint.io.lock import one_writer
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 
 PIP_DOWNLOAD = ["-m", "pip", "download", "--no-deps", "--only-binary=:all:"]

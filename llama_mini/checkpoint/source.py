@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llama_mini.checkpoint.gguf_file import GGUFHeader
-from llama_mini.checkpoint.gguf_tensor import Blocks
+from llama_mini.checkpoint.gguf.header import GGUFHeader
+from llama_mini.checkpoint.gguf.tensors import Blocks
+from llama_mini.checkpoint.hf.safetensors_data import Room, no_room
 from llama_mini.checkpoint.keys import HARMLESS, KeyTable, their_name
-from llama_mini.checkpoint.safetensors_tensors import Room, no_room
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, LlamaMiniWarning
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama

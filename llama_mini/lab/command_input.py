@@ -5,11 +5,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint.load import load_model, open_tokenizer
+from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.errors import CheckpointPathError, RequestError
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
+from llama_mini.tokenizer.tokenizer import open_tokenizer
 
 
 def checkpoint(args: argparse.Namespace) -> Path:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.checkpoint.families import OWN
-from llama_mini.checkpoint.files import inside, read_json
-from llama_mini.checkpoint.gguf_model import shortest
+from llama_mini.checkpoint.gguf.model import shortest
+from llama_mini.checkpoint.io.files import inside, read_json
 from llama_mini.checkpoint.keys import their_name
 from llama_mini.checkpoint.load import load_model
-from llama_mini.checkpoint.meta_params import PARAMS
+from llama_mini.checkpoint.meta.params import PARAMS
 from llama_mini.checkpoint.open import CONFIG, open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source, empty_model
 from llama_mini.errors import ConfigError, LlamaMiniWarning

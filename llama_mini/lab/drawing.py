@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from llama_mini.checkpoint.files import partial_prefix, umask
+from llama_mini.checkpoint.io.files import partial_prefix, umask
 from llama_mini.errors import RequestError
 
 if TYPE_CHECKING:

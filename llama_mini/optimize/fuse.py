@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.gguf_tensor import Blocks
+from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.errors import RequestError
 from llama_mini.model.llama import Llama, TransformerBlock
 from llama_mini.model.norm import RMSNorm

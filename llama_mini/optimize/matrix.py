@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.gguf_tensor import Blocks
+from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.errors import CheckpointFormatError
 
 BLOCK, STEP = 16, 32  # rows and columns that codes come in

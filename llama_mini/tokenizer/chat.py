@@ -25,7 +25,7 @@ from llama_mini.tokenizer.backend import Backend, Piece
 from llama_mini.validate import shown
 
 Message = dict[str, Any]
-CHILD = Path(__file__).with_name("template_child.py")
+CHILD = Path(__file__).with_name("template_worker.py")
 KEPT_ENVIRONMENT = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH")  # the local time; what Python itself may need to start
 MAX_TEMPLATE_CHARS = 1_000_000
 MAX_MESSAGES_CHARS = 8_000_000
@@ -114,7 +114,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
 
 
 def _run_child(request: bytes) -> bytes:
-    """What template_child.py writes; TokenizerError when it hits a limit or dies."""
+    """What template_worker.py writes; TokenizerError when it hits a limit or dies."""
     specs = [find_spec(name) for name in ("jinja2", "markupsafe")]
     folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin}
     command = [sys.executable, "-I", "-S", str(CHILD), str(MAX_MEMORY), str(MAX_CPU_SECONDS), *sorted(folders)]

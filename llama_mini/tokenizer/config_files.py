@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint import files
-from llama_mini.checkpoint.file_kind import HEAD, FileKind, kind_of, open_file, what_it_is
-from llama_mini.checkpoint.files import inside
-from llama_mini.checkpoint.gguf_file import GGUFHeader
-from llama_mini.checkpoint.gguf_tokenizer import chat_template, special_eos_ids, tokenizer_config
+from llama_mini.checkpoint.gguf.header import GGUFHeader
+from llama_mini.checkpoint.io import files
+from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of, open_file, what_it_is
+from llama_mini.checkpoint.io.files import inside
 from llama_mini.errors import CheckpointError, LlamaMiniWarning, TokenizerError
+from llama_mini.tokenizer.gguf_vocabulary import chat_template, special_eos_ids, tokenizer_config
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint import gguf_tokenizer
-from llama_mini.checkpoint.file_kind import FileKind, file_kind, what_it_is
-from llama_mini.checkpoint.files import exists, inside
-from llama_mini.checkpoint.gguf_file import GGUFHeader, read_header
-from llama_mini.checkpoint.hub import fetch_from_hub, is_hub_name
+from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
+from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
+from llama_mini.checkpoint.io.file_kind import FileKind, file_kind, what_it_is
+from llama_mini.checkpoint.io.files import exists, inside
+from llama_mini.checkpoint.source import Source
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
-from llama_mini.tokenizer import chat
+from llama_mini.tokenizer import chat, gguf_vocabulary
 from llama_mini.tokenizer.backend import Backend
 from llama_mini.tokenizer.config_files import ConfigFiles, gguf_config_files, read_bytes, read_config_files, read_json
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
@@ -80,8 +80,8 @@ class Tokenizer:
     def from_gguf(cls, header: GGUFHeader) -> "Tokenizer":
         """The tokenizer in a GGUF file whose header is read already; TokenizerError when its metadata are wrong."""
         files = gguf_config_files(header)
-        backend = HuggingFaceJson(gguf_tokenizer.tokenizer_json(header), f"the tokenizer in {header.path}", files)
-        return cls(backend, files, gguf_tokenizer.kind(header))
+        backend = HuggingFaceJson(gguf_vocabulary.tokenizer_json(header), f"the tokenizer in {header.path}", files)
+        return cls(backend, files, gguf_vocabulary.kind(header))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. With `add_special_tokens`, also what the checkpoint's own rule puts around it, often a BOS.
@@ -209,3 +209,16 @@ def _check_text(text: object) -> None:
         raise RequestError(
             f"a text holds half a surrogate pair, {text[error.start]!r}, at character {error.start}; remove it"
         ) from error
+
+
+def open_tokenizer(source: Source) -> Tokenizer:
+    """The tokenizer of an opened checkpoint. Raises TokenizerError, also where the model has no row for a word."""
+    found = Tokenizer.from_pretrained(source.directory) if source.gguf is None else Tokenizer.from_gguf(source.gguf)
+    rows = source.config.vocab_size
+    if found.vocab_size > rows:
+        problem = f"{source.path}: the tokenizer has {found.vocab_size} tokens, but the embedding has {rows} rows"
+        special = found.control_ids
+        if found.vocab_size - rows > len(special) or not special.issuperset(range(rows, found.vocab_size)):
+            raise TokenizerError(f"{problem}; they belong to two checkpoints")
+        warnings.warn(f"{problem}: the special tokens from {rows} on cannot be used", LlamaMiniWarning, stacklevel=3)
+    return found

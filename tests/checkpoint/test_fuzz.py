@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.checkpoint.fuzz_bases import Base, make_bases, words_of
-from tests.checkpoint.fuzz_child import Child
-from tests.checkpoint.fuzz_damage import Draw, blind, damaged_json, damaged_safetensors
-from tests.checkpoint.fuzz_damage_gguf import damaged_gguf
-from tests.checkpoint.fuzz_damage_tokenizer import damaged_pickle, damaged_protobuf, damaged_tiktoken
+from tests.checkpoint.fuzz.bases import Base, make_bases, words_of
+from tests.checkpoint.fuzz.child import Child
+from tests.checkpoint.fuzz.damage import Draw, blind, damaged_json, damaged_safetensors
+from tests.checkpoint.fuzz.damage_gguf import damaged_gguf
+from tests.checkpoint.fuzz.damage_tokenizer import damaged_pickle, damaged_protobuf, damaged_tiktoken
 
 N_CASES = (1000, 4000)  # the second with the slow tests
 SECONDS, TEMPLATE_SECONDS = 5, 20  # a template has limits of its own
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_loads_equal_tensors_or_is_refused(make_bench: Call
 PLANT = """
 import os
 import time
-from llama_mini.checkpoint import hf_directory
+from llama_mini.checkpoint.hf import directory as hf_directory
 from llama_mini.errors import ConfigError
 
 class PanicException(BaseException):

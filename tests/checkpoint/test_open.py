@@ -14,7 +14,7 @@ from llama_mini.engine import LLM
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointPathError
 from llama_mini.model.llama import Llama
 from llama_mini.sampling_params import SamplingParams
-from tests.checkpoint.gguf_files import write_family
+from tests.checkpoint.gguf.gguf_files import write_family
 from tests.tiny_families import logits, random_model
 from tests.tiny_models import random_tokens
 
@@ -106,7 +106,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_the_engine_does_not_import_what_reads_pickles() -> None:
-    look = "import sys, llama_mini.engine; sys.exit('llama_mini.checkpoint.pickles' in sys.modules)"
+    look = "import sys, llama_mini.engine; sys.exit('llama_mini.checkpoint.meta.pickles' in sys.modules)"
     subprocess.run([sys.executable, "-c", look], check=True)
 
 
@@ -114,7 +114,7 @@ def test_what_is_on_disk_wins_over_a_hub_name(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert resolve("org/name") == Path("org/name")
-    monkeypatch.setattr("llama_mini.checkpoint.hub.fetch_from_hub", lambda name: Path("fetched") / name)
+    monkeypatch.setattr("llama_mini.checkpoint.hf.hub.fetch_from_hub", lambda name: Path("fetched") / name)
     assert resolve("org/other@v1") == Path("fetched/org/other@v1")
     assert resolve("no/such/path") == Path("no/such/path")
     assert resolve(Path("org/other")) == Path("org/other")  # a Path means a path

@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama_mini.checkpoint.convert import convert
-from llama_mini.checkpoint.gguf_model import open_gguf
-from llama_mini.checkpoint.hf_config import from_hf
-from llama_mini.checkpoint.load import open_tokenizer
+from llama_mini.checkpoint.gguf.model import open_gguf
+from llama_mini.checkpoint.hf.config import from_hf
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError, LlamaMiniWarning, TokenizerError
 from llama_mini.generate import main
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
-from tests.checkpoint.gguf_files import write_family
-from tests.checkpoint.test_meta import PARAMS, meta_tensors, model
+from llama_mini.tokenizer.tokenizer import open_tokenizer
+from tests.checkpoint.gguf.gguf_files import write_family
+from tests.checkpoint.meta.test_directory import PARAMS, meta_tensors, model
 from tests.tiny_families import logits, random_model
 from tests.tiny_models import HF_TINY, random_tokens
 

@@ -22,9 +22,9 @@ from llama_mini.model.norm import Norm
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from llama_mini.tokenizer import Tokenizer
-from tests.checkpoint.gguf_files import write_family
-from tests.checkpoint.test_meta import PARAMS, meta_tensors
-from tests.checkpoint.test_meta import model as meta_model
+from tests.checkpoint.gguf.gguf_files import write_family
+from tests.checkpoint.meta.test_directory import PARAMS, meta_tensors
+from tests.checkpoint.meta.test_directory import model as meta_model
 from tests.tiny_families import random_model
 from tests.tiny_models import random_tokens, tiny_model
 

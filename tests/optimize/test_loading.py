@@ -12,7 +12,7 @@ from gguf import quants
 from torch import Tensor
 
 from llama_mini import LLM, Llama, Tokenizer
-from llama_mini.checkpoint.gguf_file import read_header
+from llama_mini.checkpoint.gguf.header import read_header
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import CapacityError, CheckpointFormatError, RequestError
@@ -21,7 +21,7 @@ from llama_mini.model.norm import RMSNorm
 from llama_mini.optimize import fuser
 from llama_mini.optimize.branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.matrix import Int4Matrix, Int8Matrix, Matrix
-from tests.checkpoint.gguf_files import interleaved, write_family
+from tests.checkpoint.gguf.gguf_files import interleaved, write_family
 from tests.optimize.conftest import FORMATS, KERNELS, error, fast_of
 from tests.test_memory import peak
 from tests.tiny_families import random_model

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mini.checkpoint.gguf_tensor import Blocks
+from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.optimize.build import FORMS
 from llama_mini.optimize.matrix import CodedMatrix
 from tests.optimize.twins import each_form, generator, random_matrix, same_bits

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from llama_mini.checkpoint.gguf_file import GGUFHeader, TensorInfo, read_header
+from llama_mini.checkpoint.gguf.header import GGUFHeader, TensorInfo, read_header
 from llama_mini.errors import CheckpointFormatError, RequestError, TokenizerError
 from llama_mini.tokenizer import DecodeStream, Tokenizer
 

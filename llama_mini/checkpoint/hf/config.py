@@ -1,0 +1,271 @@
+"""config.json <-> LlamaConfig. A key is honoured, refused by name, or known to be harmless; any other is warned of."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN, Family
+from llama_mini.checkpoint.hf.rope import read_rope, rope_to_hf
+from llama_mini.checkpoint.io.files import inside, read_json
+from llama_mini.errors import CheckpointIncompleteError, ConfigError, LlamaMiniWarning
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.rope_scaling import RopeScaling
+from llama_mini.validate import is_whole, listed, shown
+
+SIZES = {  # Hugging Face's word -> ours
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "hidden_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+}
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+ONLY: dict[str, Any] = {  # settings of which one value is implemented, unless the family reads them
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+    "use_mrope": False,
+    "use_qk_norm": False,
+    "qk_layernorm": False,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": None,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+REFUSED = {
+    "quantization_config": "quantised checkpoints of this kind are not read; known are the block types of GGUF files",
+    "auto_map": "code that comes with a checkpoint is never run",
+}
+READ = {"model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
+READ |= {"original_max_position_embeddings", "max_window_layers", "layer_types"}
+READ |= {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
+HARMLESS = {"architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout"}
+HARMLESS |= {"pretraining_tp", "_name_or_path", "is_llama_config", "transformers.js_config", "unsloth_fixed"}
+HARMLESS |= {"unsloth_version", "_flash_attn_2_enabled", "max_sequence_length", "pad_token", "torchscript"}
+HARMLESS |= {"temperature", "top_p", "top_k", "max_length", "do_sample", "num_beams", "repetition_penalty"}
+HARMLESS |= {"_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states", "problem_type"}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The configuration of a checkpoint directory, and config.json as it is. Raises CheckpointError, ConfigError."""
+    path = inside(directory, "config.json")
+    if not path.exists():
+        raise CheckpointIncompleteError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
+    raw = read_json(path)
+    try:
+        return from_hf(raw), raw
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
+    """Raises ConfigError that names the key, what it holds, and what is known."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in KNOWN:
+        raise ConfigError(f"unknown model_type {shown(model_type)}; known: {', '.join(KNOWN)}")
+    if model_type == OWN:
+        return _from_own(raw)
+    family = FAMILIES[model_type]
+    _check_keys(raw, family)
+    given = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
+    for key in ("num_key_value_heads", "head_dim", "sliding_window"):
+        if key in raw and raw[key] is None:  # as many as query heads, dim / heads, no window: not the family's default
+            given.pop(key, None)
+    if raw.get("rms_norm_eps") is None:
+        eps = family.defaults["rms_norm_eps"]
+        _warn(f"config.json: rms_norm_eps is absent; {eps} taken, the default of model_type {model_type}")
+    sizes = {ours: given[key] for key, ours in SIZES.items() if key in given}
+    try:
+        theta, scaling = read_rope(raw, sizes["max_seq_len"])
+        window, layers = _window(raw, given, family)
+        return LlamaConfig(
+            **sizes,
+            norm_eps=given["rms_norm_eps"],
+            rope_theta=theta,
+            rope_scaling=scaling,
+            sliding_window=window,
+            sliding_layers=layers,
+            **_biases(given, family),
+            tie_word_embeddings=given.get("tie_word_embeddings", False),
+            norm_plan=family.norm_plan(1),
+            **read_special_ids(raw),
+        )
+    except ConfigError as error:
+        raise ConfigError(_in_their_words(str(error))) from None
+
+
+def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dict[str, Any]:
+    """config.json in the spelling that transformers v4 and v5 both read, of the first family that has all its settings,
+    `model_type` before the others; our own for a configuration that only we have."""
+    preferred = [FAMILIES[model_type]] if model_type in FAMILIES else []
+    for family in [*preferred, *FAMILIES.values()]:
+        if (settings := _family_settings(config, family)) is not None:
+            return {
+                "architectures": [family.architecture],
+                "model_type": family.model_type,
+                "torch_dtype": dtype,
+                **{key: getattr(config, ours) for key, ours in SIZES.items()},
+                "hidden_act": "silu",
+                "rms_norm_eps": config.norm_eps,
+                **settings,
+                "tie_word_embeddings": config.tie_word_embeddings,
+                **special_ids(config),
+            }
+    own = asdict(config) | {"norm_plan": config.norm_plan.to_dict()}
+    own["rope_scaling"] = config.rope_scaling and config.rope_scaling.to_dict()
+    return {"model_type": OWN, "dtype": dtype} | own
+
+
+def special_ids(config: LlamaConfig) -> dict[str, Any]:
+    """The special tokens, as config.json and generation_config.json have them."""
+    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
+    return {"bos_token_id": config.bos_id, "eos_token_id": eos, "pad_token_id": config.pad_id}
+
+
+def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
+    for key, why in REFUSED.items():
+        if raw.get(key) not in (None, {}):
+            raise ConfigError(f"{key} is {shown(raw[key])}: {why}")
+    read_here = {
+        "attention_bias": family.biases != "none",  # which `qkv` is not moved by
+        "mlp_bias": family.biases == "attention+mlp",
+        "sliding_window": family.window != "none",
+        "use_sliding_window": family.window == "listed",
+    }
+    for key, value in ONLY.items():
+        if not read_here.get(key) and raw.get(key) not in (value, None):
+            where = f" in model_type {family.model_type}" if key in read_here else ""
+            if key == "hidden_act" and raw[key] == "swish":  # the same by another name
+                continue
+            raise ConfigError(f"{key} is {shown(raw[key])}; only {value!r} is implemented{where}")
+    if absent := [key for key in REQUIRED if raw.get(key) is None]:
+        raise ConfigError(f"{', '.join(absent)} missing")
+    unknown = sorted(set(raw) - {*SIZES, *ONLY, *REFUSED, *READ, *HARMLESS})
+    if norms := [key for key in unknown if "norm" in key.lower() and raw[key] is not None]:
+        raise ConfigError(f"unknown {listed(norms)}, which may change a norm; known: rms_norm_eps")
+    if unknown:
+        _warn(f"config.json: unknown {listed(unknown)} ignored")
+
+
+def _biases(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    if family.biases == "qkv":
+        return {"qkv_bias": True}
+    attention = given.get("attention_bias", False) if family.biases != "none" else False
+    if not isinstance(attention, bool):
+        raise ConfigError(f"attention_bias must be true or false, not {shown(attention)}")
+    mlp = given.get("mlp_bias", False) if family.biases == "attention+mlp" else False
+    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": mlp}
+
+
+def _window(raw: Mapping[str, Any], given: Mapping[str, Any], family: Family) -> tuple[Any, Any]:
+    """The sliding window and the layers that have it."""
+    n_layers, types = given["num_hidden_layers"], raw.get("layer_types")
+    if not is_whole(n_layers) or n_layers > 10_000:  # LlamaConfig will say so
+        return None, None
+    window = given.get("sliding_window")
+    if family.window == "none" or (family.window == "listed" and not given.get("use_sliding_window", False)):
+        window = None
+    last = given.get("max_window_layers", 0) if family.window == "listed" else 0
+    if not is_whole(last):
+        raise ConfigError(f"max_window_layers must be a whole number, not {shown(last)}")
+    layers = tuple(range(max(last, 0), n_layers)) if window is not None else ()
+    if types is not None:
+        if not isinstance(types, list) or len(types) != n_layers or not all(t in (FULL, SLIDING) for t in types):
+            raise ConfigError(f"layer_types must list {n_layers} times {FULL} or {SLIDING}, not {shown(types)}")
+        sliding = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
+        if sliding != layers and (family.window != "listed" or window is None):
+            raise ConfigError(
+                f"layer_types has {len(sliding)} layers of {SLIDING}, but by the other keys {len(layers)} have a window"
+            )
+        layers = sliding
+    return (window, layers) if layers else (None, None)
+
+
+def _family_settings(config: LlamaConfig, family: Family) -> dict[str, Any] | None:
+    """What this family's config.json says beside sizes and names; None if it has no words for the configuration."""
+    biases = (config.qkv_bias, config.o_bias, config.mlp_bias)
+    possible = {
+        "attention": [(False, False, False), (True, True, False)],
+        "attention+mlp": [(b, b, mlp) for b in (False, True) for mlp in (False, True)],
+        "none": [(False, False, False)],
+        "qkv": [(True, False, False)],
+    }[family.biases]
+    every = config.sliding_layers == tuple(range(config.n_layers))
+    windowed = config.sliding_window is not None
+    rope = rope_to_hf(config.rope_theta, config.rope_scaling)
+    if (
+        rope is None
+        or config.norm_plan != family.norm_plan(config.n_layers)
+        or biases not in possible
+        or (windowed and (family.window == "none" or (family.window == "every" and not every)))
+    ):
+        return None
+    settings: dict[str, Any] = dict(rope)
+    if family.biases.startswith("attention"):
+        settings["attention_bias"] = config.qkv_bias
+    if family.biases == "attention+mlp":
+        settings["mlp_bias"] = config.mlp_bias
+    if family.window != "none":
+        settings["sliding_window"] = config.sliding_window
+    if family.window == "listed":
+        kinds = [SLIDING if i in config.sliding_layers else FULL for i in range(config.n_layers)]
+        settings |= {"use_sliding_window": windowed, "layer_types": kinds}
+    return settings
+
+
+def read_special_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `special_ids`, as fields of a LlamaConfig. Raises ConfigError."""
+
+    def ids(key: str) -> tuple[int, ...]:
+        value = raw.get(key)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(is_whole(i) for i in found):
+            raise ConfigError(f"{key} must be a token id or a list of them, not {shown(value)}")
+        return tuple(i for i in found if i >= 0)  # -1 stands for none
+
+    bos, pad = ids("bos_token_id"), ids("pad_token_id")
+    return {"bos_id": bos[0] if bos else None, "eos_ids": ids("eos_token_id"), "pad_id": pad[0] if pad else None}
+
+
+def _in_their_words(message: str) -> str:
+    """A message about our fields as one about the file's keys."""
+    theirs = {ours: key for key, ours in SIZES.items()} | {"norm_eps": "rms_norm_eps"}
+    theirs |= {"original_max_seq_len": "original_max_position_embeddings"}
+    return re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), message)
+
+
+def _from_own(raw: Mapping[str, Any]) -> LlamaConfig:
+    values = {key: value for key, value in raw.items() if key not in ("model_type", "dtype")}
+    known = {f.name for f in fields(LlamaConfig)}
+    if unknown := set(values) - known:
+        raise ConfigError(f"unknown {listed(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    if "norm_plan" not in values:
+        raise ConfigError("norm_plan missing")
+    values["norm_plan"] = NormPlan.from_dict(values["norm_plan"])
+    for name in ("eos_ids", "sliding_layers"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
+    if values.get("rope_scaling") is not None:
+        values["rope_scaling"] = RopeScaling.from_dict(values["rope_scaling"])
+    try:
+        return LlamaConfig(**values)
+    except TypeError as error:  # a field without a default is absent
+        raise ConfigError(str(error)) from None
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, LlamaMiniWarning, stacklevel=2)

@@ -1,0 +1,53 @@
+"""Weights that lie in several safetensors files: that all are there, and their headers as one."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from llama_mini.checkpoint.hf.safetensors_header import TensorInfo, read_header
+from llama_mini.checkpoint.io.files import inside
+from llama_mini.checkpoint.source import StoredTensor
+from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
+from llama_mini.validate import listed
+
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors")
+
+
+def whole_set(directory: Path, found: list[str]) -> list[Path]:
+    """All files of a checkpoint whose names were found, and no index: of numbered shards, each must be there."""
+    shards = [match for match in map(_SHARD.fullmatch, found) if match]
+    if not shards:
+        return all_present(directory, found)
+    first = shards[0]
+    if other := [m[0] for m in shards if (m["stem"], m["count"]) != (first["stem"], first["count"])]:
+        raise CheckpointFormatError(
+            f"{directory} holds shards of two checkpoints, {first[0]} and {other[0]}, and no index to tell them apart"
+        )
+    width = len(first["number"])
+    numbers = range(1, int(first["count"]) + 1)
+    return all_present(directory, [f"{first['stem']}-{n:0{width}}-of-{first['count']}.safetensors" for n in numbers])
+
+
+def all_present(directory: Path, names: list[str]) -> list[Path]:
+    """Their paths. Raises CheckpointIncompleteError that names those that are missing, CheckpointPathError."""
+    files = [inside(directory, name) for name in names]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise CheckpointIncompleteError(
+            f"{directory}: missing {len(missing)} of {len(files)} shards: {listed(missing)}"
+        )
+    return files
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """The tensors of all files. Raises CheckpointFormatError where two hold the same."""
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(file).items():
+            if name in infos:
+                raise CheckpointFormatError(f"{name} is in both {infos[name].file.name} and {file.name}")
+            infos[name] = info
+    return infos
+
+
+def stored(infos: Mapping[str, TensorInfo]) -> dict[str, StoredTensor]:
+    return {n: StoredTensor(info.file, info.shape, info.dtype, info.end - info.begin) for n, info in infos.items()}

@@ -1,0 +1,228 @@
+"""Reading JSON and writing directories, so that a fault is one sentence and nothing on disk is ever half written."""
+
+import codecs
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of, open_file, size_of, what_it_is
+from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+from llama_mini.validate import shown
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights, or what says where they are
+MAX_JSON_BYTES = 256 * 2**20  # bytes
+_DEEPEST_JSON = 127  # objects and lists within each other; Rust's serde_json, which others read with, has the same
+_EVERY = 25  # of what characters a number too large for a float, of 309 digits, leaves twelve in a row
+_SAMPLES, _DIGITS = re.compile("[0-9]{12,}"), re.compile(f"[0-9]{{{11 * _EVERY + 1}}}")
+_MINUS_ZERO = re.compile("-0(?![.0-9eE])")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_CONTAINERS = {dict, list}
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointPathError if it cannot be read, CheckpointFormatError if broken."""
+    with open_file(path) as file:
+        if (size := size_of(file)) > MAX_JSON_BYTES:
+            raise CheckpointFormatError(f"{path} has {size} bytes, and JSON is read up to {MAX_JSON_BYTES}; restore it")
+        data = file.read(size)
+    kind = kind_of(data[:HEAD], len(data))
+    if kind not in (FileKind.JSON, FileKind.OTHER):
+        raise CheckpointFormatError(f"{path} is not JSON but {what_it_is(kind)}")
+    if data.startswith(_UTF_16) or b"\0" in data[:4]:
+        raise CheckpointFormatError(f"{path} is UTF-16 or UTF-32 text; save it as UTF-8")
+    try:
+        value = decode_json(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise CheckpointFormatError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+    except ValueError as error:
+        raise CheckpointFormatError(f"{path} {error}; restore the file") from None
+    if not isinstance(value, dict):
+        raise CheckpointFormatError(f"{path} holds a JSON {type(value).__name__}, not an object; restore the file")
+    return value
+
+
+def decode_json(text: str, unique_names: bool = False) -> Any:
+    """JSON without what only Python takes for it. Raises ValueError, whose text follows the name of the file."""
+    strange = _holds_large_number(text) or _MINUS_ZERO.search(text)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique if unique_names else None,
+            parse_int=_int if strange else None,  # a call for each number takes twice as long as all the rest
+            parse_float=_float,
+            parse_constant=_constant,
+        )
+        depth = _depth(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    except RecursionError:
+        depth = _DEEPEST_JSON + 1
+    if depth > _DEEPEST_JSON:
+        raise ValueError(f"is nested too deeply, where {_DEEPEST_JSON} objects and lists within each other are read")
+    if _SURROGATE.search(text):  # whole pairs pass, but writing 3 MB to see them takes longer than reading it
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a surrogate pair, which is no character") from None
+    return value
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """An index's map of tensor names to file names, which are as untrusted as the rest. Raises CheckpointError."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointFormatError(f"{index} has no weight_map of tensor names to file names")
+    return weight_map
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything at a path; one that no file can have is none. (pathlib raises for a name too long.)"""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file of a checkpoint's directory, whether it is there or not.
+
+    Raises CheckpointPathError if `name` is no plain file name, or that of a symbolic link which leaves the directory,
+    other than those that the Hugging Face hub's cache consists of.
+    """
+    if not _is_plain(name):
+        raise CheckpointPathError(
+            f"{directory}: {shown(name)} is no plain file name, so it may lie outside; correct it"
+        )
+    path = directory / name
+    try:
+        if not path.is_symlink() or not path.exists():
+            return path
+        home, target = directory.resolve(), path.resolve()
+        if target.is_relative_to(home) or _is_hub_link(home, path, target):
+            return path
+    except OSError as error:
+        raise CheckpointPathError(f"cannot read {directory / shown(name)}: {error.strerror}") from None
+    raise CheckpointPathError(
+        f"{path} is a symbolic link out of its directory, to {target}; if you trust that file, copy it here"
+    )
+
+
+def partial_prefix(target: Path) -> str:
+    """How the name of a folder begins, beside `target`, in which what becomes `target` is made."""
+    return f".{target.name}.partial-"
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A folder to fill, beside `target`, which becomes `target` at the end: whole, synced to disk, or not at all.
+
+    Raises CheckpointPathError if `target` is a file or a folder that holds something, or cannot be written.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointPathError(f"{target} exists already; name a new or an empty directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=partial_prefix(target), dir=target.parent))
+        aside.chmod(0o777 & ~umask())
+    except OSError as error:
+        raise CheckpointPathError(f"cannot write {target}: {error.strerror}") from None
+    try:
+        yield aside
+        for file in [*aside.rglob("*"), aside]:
+            _sync(file)
+        aside.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise CheckpointPathError(f"cannot write {target}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def umask() -> int:
+    """The permissions that new files of this process go without."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return name == Path(name).name and name not in ("", ".", "..") and "\0" not in name
+
+
+def _is_hub_link(home: Path, path: Path, target: Path) -> bool:
+    """Whether CACHE/models--ORG--NAME/snapshots/REVISION/FILE links to blobs/ETAG of the same model, which is a file
+    or links on to CACHE/blobs/AB/ABCD..., where huggingface_hub 2 keeps what several models share."""
+    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
+    if snapshots is None or not snapshots.parent.name.startswith("models--"):
+        return False
+    model = snapshots.parent
+    link = path.parent / path.readlink()
+    blob = link.parent.resolve() / link.name
+    if blob.parent != model / "blobs":
+        return False
+    shared = target.parent.parent == model.parent / "blobs" and target.parent.name == target.name[:2]
+    return target == blob or (shared and re.fullmatch("[0-9a-f]{64}", target.name) is not None)
+
+
+def _holds_large_number(text: str) -> bool:
+    """Whether there may be one: a look at every digit takes longer than reading them. Lines of equal length mislead
+    the samples, so that what lies between is looked at too."""
+    found = _SAMPLES.finditer(text[::_EVERY])
+    return any(_DIGITS.search(text, of.start() * _EVERY, of.end() * _EVERY) for of in found)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(entries := dict(pairs)) < len(pairs):
+        raise ValueError(f"holds the name {shown(Counter(name for name, _ in pairs).most_common(1)[0][0])} twice")
+    return entries
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"holds a number of {len(text)} digits, which is too large")
+    return value
+
+
+def _int(text: str) -> float:
+    value = _float(text)  # Python is slow at thousands of digits, or refuses them in words of its own
+    return value if text == "-0" else int(text)
+
+
+def _constant(text: str) -> None:
+    raise ValueError(f"holds {text}, which is no number in JSON")
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while not _CONTAINERS.isdisjoint(map(type, level)):
+        depth += 1
+        containers = [item.values() if type(item) is dict else item for item in level if type(item) in _CONTAINERS]
+        level = list(chain.from_iterable(containers))
+    return depth

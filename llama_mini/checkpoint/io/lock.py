@@ -1,0 +1,39 @@
+"""One writer at a time for a file or directory, and nothing left of those that were killed."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from llama_mini.checkpoint.io.files import partial_prefix
+from llama_mini.errors import CheckpointPathError
+
+
+@contextmanager
+def one_writer(target: Path) -> Iterator[None]:
+    """Waits for any other writer of `target`, then clears what killed ones left. The lock is a hidden file beside it.
+
+    Raises CheckpointPathError if the folder of `target` cannot be written.
+    """
+    path = target.parent / f".{target.name}.lock"
+    lock = FileLock(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # where this fails, the library would try for ever
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(f"waiting for another run that writes {target}", file=sys.stderr)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointPathError(f"cannot write in {target.parent}: {reason}") from None
+    try:
+        for left in target.parent.glob(f"{partial_prefix(target)}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        lock.release()

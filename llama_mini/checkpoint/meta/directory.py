@@ -1,0 +1,57 @@
+"""A Meta directory: params.json beside `consolidated.safetensors`, read as it is, or pickles, to be converted."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_mini.checkpoint.hf.directory import CONVERT, common_dtype
+from llama_mini.checkpoint.hf.safetensors_data import read_tensors
+from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
+from llama_mini.checkpoint.hf.shards import read_headers, stored, whole_set
+from llama_mini.checkpoint.keys import HARMLESS, META_KEYS
+from llama_mini.checkpoint.meta.params import read_params
+from llama_mini.checkpoint.rotary_layout import split_halves
+from llama_mini.checkpoint.source import Source
+from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
+from llama_mini.model.config import LlamaConfig
+
+
+def open_meta_directory(directory: Path) -> Source:
+    """Raises CheckpointError, ConfigError."""
+    found = sorted(path.name for path in directory.glob("consolidated*.safetensors"))
+    if not found:
+        if pickles := sorted(path.name for path in directory.glob("consolidated.*.pth")):
+            raise CheckpointFormatError(
+                f"{directory} holds its weights as pickles, {pickles[0]}, which can run code when they are opened; "
+                f"convert it once: {CONVERT.format(source=directory)}"
+            )
+        raise CheckpointIncompleteError(f"{directory} has params.json, but neither consolidated.safetensors nor *.pth")
+    files = whole_set(directory, found)
+    infos = read_headers(files)
+    config = read_params(directory, {name: info.shape for name, info in infos.items()})
+
+    def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        for info, tensor in read_tensors(infos[name] for name in names):
+            wanted = as_the_model_has_it(info.name, tensor, config).to(dtype)
+            del tensor
+            yield info.name, wanted
+
+    return Source(
+        path=directory,
+        format=f"Meta directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
+        model_type="llama",
+        config=config,
+        dtype=common_dtype([weight_dtype(info) for name, info in infos.items() if not HARMLESS.search(name)], None),
+        keys=META_KEYS,
+        tensors=stored(infos),
+        read=read,
+    )
+
+
+def as_the_model_has_it(name: str, values: Tensor, config: LlamaConfig) -> Tensor:
+    """Meta's q and k have their rotary pairs side by side."""
+    if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+        return split_halves(values, config.n_heads if ".wq." in name else config.n_kv_heads, name)
+    return values

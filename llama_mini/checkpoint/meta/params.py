@@ -1,0 +1,120 @@
+"""Meta's params.json -> LlamaConfig."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_mini.checkpoint.io.files import inside, read_json
+from llama_mini.errors import ConfigError, LlamaMiniWarning
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.rope_scaling import Llama3Scaling
+from llama_mini.validate import is_finite, is_whole, listed, shown
+
+PARAMS = "params.json"
+READ = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of", "norm_eps"}
+READ |= {"ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len", "sliding_window"}
+HARMLESS = {"max_batch_size", "model_parallel_size", "use_biases"}
+REFUSED = {"quantization_args", "quantization", "lora_args", "moe", "vision_encoder", "vision_chunk_size"}
+LLAMA_3_2 = {(2048, 16), (3072, 28)}  # dim and layers of its two text models, whose scaling Meta's file does not state
+
+
+def read_params(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
+    """`shapes` are the tensors', for a vocabulary that params.json leaves open. Raises CheckpointError, ConfigError."""
+    path = inside(directory, PARAMS)
+    raw = read_json(path)
+    try:
+        return from_params(raw, shapes)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
+    """Raises ConfigError that names the key, what it holds, and what is known."""
+    given = {key: value for key, value in raw.items() if value is not None}
+    if refused := sorted(key for key in given if key in REFUSED or key.startswith("vision_")):
+        raise ConfigError(f"{refused[0]} is {shown(given[refused[0]])}; this is not implemented")
+    if not isinstance(given.get("use_scaled_rope", False), bool):
+        raise ConfigError(f"use_scaled_rope must be true or false, not {shown(given['use_scaled_rope'])}")
+    if given.get("use_biases") not in (None, False):
+        raise ConfigError(f"use_biases is {shown(given['use_biases'])}; only False is implemented")
+    unknown = sorted(set(given) - READ - HARMLESS)
+    if norms := [key for key in unknown if "norm" in key.lower()]:
+        raise ConfigError(f"unknown {listed(norms)}, which may change a norm; known: norm_eps")
+    if unknown:
+        _warn(f"{PARAMS}: unknown {listed(unknown)} ignored")
+    if absent := [key for key in ("dim", "n_layers", "n_heads") if key not in given]:
+        raise ConfigError(f"{', '.join(absent)} missing")
+    if "norm_eps" not in given:
+        _warn(f"{PARAMS}: norm_eps is absent; 1e-05 taken, the default of Meta's own code")
+    window = {"sliding_window": given["sliding_window"]} if "sliding_window" in given else {}
+    return LlamaConfig(
+        **{key: given[key] for key in ("dim", "n_layers", "n_heads")},
+        n_kv_heads=given.get("n_kv_heads", given["n_heads"]),
+        **({"head_dim": given["head_dim"]} if "head_dim" in given else {}),
+        hidden_dim=_hidden_dim(given),
+        vocab_size=_vocab_size(given, shapes),
+        max_seq_len=given["max_seq_len"] if "max_seq_len" in given else _context(given),
+        norm_eps=given.get("norm_eps", 1e-5),
+        rope_theta=given.get("rope_theta", 10_000.0),
+        rope_scaling=_scaling(given),
+        **window,
+        tie_word_embeddings="output.weight" not in shapes,
+    )
+
+
+def _hidden_dim(given: Mapping[str, Any]) -> Any:
+    """Two thirds of 4·dim, times a factor, rounded up to a multiple: Meta's llama/model.py."""
+    if "hidden_dim" in given:
+        return given["hidden_dim"]
+    dim, multiple, factor = given["dim"], given.get("multiple_of", 256), given.get("ffn_dim_multiplier", 1)
+    if not is_whole(dim) or not is_whole(multiple) or multiple < 1 or not is_finite(factor):
+        raise ConfigError(
+            f"hidden_dim cannot be made of dim {shown(dim)}, multiple_of {shown(multiple)} "
+            f"and ffn_dim_multiplier {shown(factor)}"
+        )
+    hidden = int(factor * int(2 * (4 * dim) / 3))
+    return multiple * -(-hidden // multiple)
+
+
+def _vocab_size(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """-1 leaves it to the tokenizer; the head has a row for each token."""
+    if given.get("vocab_size", -1) != -1:
+        return given["vocab_size"]
+    for name in ("output.weight", "tok_embeddings.weight"):
+        if shapes.get(name):
+            return shapes[name][0]
+    raise ConfigError("vocab_size is -1, and no output.weight is there to count its rows")
+
+
+def _context(given: Mapping[str, Any]) -> int:
+    """Meta's file does not state the context a model was trained on; its releases are told apart by other settings."""
+    theta, eps = given.get("rope_theta", 10_000.0), given.get("norm_eps", 1e-5)
+    if "head_dim" in given and "hidden_dim" in given:
+        length, release = 32_768, "Mistral 7B"
+    elif given.get("use_scaled_rope"):
+        length, release = 131_072, "LLaMA 3.1 and later"
+    elif theta == 500_000:
+        length, release = 8192, "LLaMA 3"
+    elif theta == 1_000_000:
+        length, release = 16_384, "Code Llama"
+    else:
+        length, release = (2048, "LLaMA 1") if eps == 1e-6 else (4096, "LLaMA 2")
+    _warn(f"{PARAMS} states no max_seq_len; {length} is assumed, as in {release}, which its other settings resemble")
+    return length
+
+
+def _scaling(given: Mapping[str, Any]) -> Llama3Scaling | None:
+    if not given.get("use_scaled_rope"):
+        return None
+    factor = given.get("rope_scaling_factor")
+    if factor is None:
+        factor = 32.0 if (given["dim"], given["n_layers"]) in LLAMA_3_2 else 8.0
+        _warn(
+            f"{PARAMS} states no rope_scaling_factor; {factor:g} is assumed, as in the published model of these sizes"
+        )
+    return Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, LlamaMiniWarning, stacklevel=2)

@@ -1,0 +1,166 @@
+"""Checkpoints stored as pickles, which the engine never reads: for conversion alone, and only plain tensors in them.
+
+`torch.load(weights_only=True)` refuses everything that is not a tensor or a plain container; the tensors are memory
+maps, so that a conversion holds one of them at a time.
+"""
+
+import re
+import warnings
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from llama_mini.checkpoint.hf.config import read_config
+from llama_mini.checkpoint.hf.directory import common_dtype, keys_of
+from llama_mini.checkpoint.hf.shards import all_present
+from llama_mini.checkpoint.io.files import inside, read_weight_map
+from llama_mini.checkpoint.keys import HARMLESS, META_KEYS, their_name
+from llama_mini.checkpoint.meta.directory import as_the_model_has_it
+from llama_mini.checkpoint.meta.params import read_params
+from llama_mini.checkpoint.source import Source, StoredTensor, empty_model
+from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
+from llama_mini.model.llama import Llama
+from llama_mini.validate import listed
+
+Shape = tuple[int, ...]
+_META_SHARD = re.compile(r"consolidated\.(\d{2,3})\.pth")
+
+
+def open_hf_pickles(directory: Path) -> Source:
+    """A Hugging Face directory of pytorch_model.bin, in one file or in shards. Raises CheckpointError, ConfigError."""
+    config, raw = read_config(directory)
+    index = inside(directory, "pytorch_model.bin.index.json")
+    names = ["pytorch_model.bin"]
+    if index.is_file():
+        names = sorted(set(read_weight_map(index).values()))
+    files = all_present(directory, names)
+    tensors: dict[str, tuple[Path, Tensor]] = {}
+    for file in files:
+        for name, tensor in _load(file).items():
+            if name in tensors:
+                raise CheckpointFormatError(f"{name} is in both {tensors[name][0].name} and {file.name}")
+            tensors[name] = (file, tensor)
+
+    def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensors[name][1].to(dtype)) for name in names)
+
+    return Source(
+        path=directory,
+        format=f"Hugging Face directory, {len(files)} pickled file{'s' if len(files) > 1 else ''}",
+        model_type=raw["model_type"],
+        config=config,
+        dtype=common_dtype(
+            [tensor.dtype for name, (_, tensor) in tensors.items() if not HARMLESS.search(name)],
+            raw.get("dtype") or raw.get("torch_dtype"),
+        ),
+        keys=keys_of(raw["model_type"], tensors),
+        tensors={name: _stored(file, tensor, tuple(tensor.shape)) for name, (file, tensor) in tensors.items()},
+        read=read,
+    )
+
+
+def open_meta_pickles(directory: Path) -> Source:
+    """Meta's consolidated.NN.pth, one for each rank it was trained on. Raises CheckpointError, ConfigError."""
+    files = _meta_files(directory)
+    shards = [_load(file) for file in files]
+    for file, shard in zip(files[1:], shards[1:], strict=True):
+        if other := set(shard) ^ set(shards[0]):
+            raise CheckpointFormatError(f"{file} and {files[0].name} hold other tensors: {sorted(other)[0]}")
+    rows = {name: (t.shape[0] * len(shards), *t.shape[1:]) for name, t in shards[0].items() if t.ndim}
+    config = read_params(directory, rows)
+    held = {name: _stored(files[0], tensor, tuple(tensor.shape)) for name, tensor in shards[0].items()}
+    source = Source(
+        path=directory,
+        format=f"Meta directory, {len(files)} pickled file{'s' if len(files) > 1 else ''}",
+        model_type="llama",
+        config=config,
+        dtype=common_dtype([t.dtype for name, t in shards[0].items() if not HARMLESS.search(name)], None),
+        keys=META_KEYS,
+        tensors=held,
+        read=lambda names, dtype: iter(()),
+    )
+    model = empty_model(Llama, source)
+    whole = {their_name(name, META_KEYS): tuple(p.shape) for name, p in model.named_parameters()}
+    merges = {name: _merge_of([tuple(s[name].shape) for s in shards], whole.get(name)) for name in held}
+
+    def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            merged = _merged(name, [shard[name] for shard in shards], merges[name])
+            yield name, as_the_model_has_it(name, merged, config).to(dtype)
+
+    tensors = {
+        name: stored if merges[name] is None else _stored(stored.file, shards[0][name], whole[name])
+        for name, stored in held.items()
+    }
+    return Source(**vars(source) | {"tensors": tensors, "read": read})
+
+
+def _meta_files(directory: Path) -> list[Path]:
+    numbers = {int(m[1]): path for path in directory.iterdir() if (m := _META_SHARD.fullmatch(path.name))}
+    if not numbers:
+        raise CheckpointIncompleteError(f"{directory} has params.json, but no consolidated.00.pth")
+    if missing := [f"consolidated.{n:02}.pth" for n in range(max(numbers)) if n not in numbers]:
+        raise CheckpointIncompleteError(
+            f"{directory}: missing {len(missing)} of {max(numbers) + 1} shards: {listed(missing)}"
+        )
+    return all_present(directory, [numbers[n].name for n in sorted(numbers)])
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """The plain tensors of a pickle. Raises CheckpointFormatError where it holds anything else."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError:
+        raise CheckpointFormatError(
+            f"{file} holds more than plain tensors, and what else a pickle holds could run; it is not opened"
+        ) from None
+    except Exception as error:  # torch's unpickler fails in every way that Python can
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointFormatError(f"{file} is not a PyTorch file of tensors: {reason}; download it again") from None
+    if not isinstance(found, dict) or not found:
+        raise CheckpointFormatError(f"{file} holds a {type(found).__name__}, not tensors by name")
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise CheckpointFormatError(f"{file}: {name!r:.80} is a {type(value).__name__}, not a plain tensor")
+        if not value.is_floating_point() and not HARMLESS.search(name):
+            raise CheckpointFormatError(
+                f"{file}: {name} is stored as {value.dtype}; weights are floating-point numbers"
+            )
+    return found
+
+
+def _stored(file: Path, tensor: Tensor, shape: Shape) -> StoredTensor:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return StoredTensor(file, shape, kind, tensor.numel() * tensor.element_size())
+
+
+def _merge_of(shapes: list[Shape], whole: Shape | None) -> tuple[int, int] | None:
+    """How shards make a tensor of the shape `whole`: the dimension they are joined in, and how often each part is there
+    (-1: all are the same). None where they do not."""
+    first, n = shapes[0], len(shapes)
+    if whole is None or any(shape != first for shape in shapes) or len(first) != len(whole):
+        return None
+    if first == whole:
+        return 0, -1
+    for axis in range(len(whole)):
+        others_fit = all(a == b for i, (a, b) in enumerate(zip(first, whole, strict=True)) if i != axis)
+        copies, rest = divmod(first[axis] * n, whole[axis])
+        if (
+            others_fit and rest == 0 and copies >= 1 and n % copies == 0
+        ):  # with fewer KV heads than ranks, k and v repeat
+            return axis, copies
+    return None
+
+
+def _merged(name: str, parts: list[Tensor], merge: tuple[int, int] | None) -> Tensor:
+    if merge is None:
+        return parts[0]
+    axis, copies = merge
+    if copies == -1:
+        if any(not torch.equal(part, parts[0]) for part in parts[1:]):
+            warnings.warn(f"{name} differs between shards; the first is taken", LlamaMiniWarning, stacklevel=2)
+        return parts[0]
+    return torch.cat(parts[::copies], dim=axis)

@@ -1,0 +1,233 @@
+"""The sound checkpoints that the fuzz test damages: small, one for each format and spelling."""
+
+import base64
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from llama_mini.checkpoint.io.files import write_json
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.tokenizer.meta_vocabulary import meta_tokenizer_files
+from llama_mini.tokenizer.tiktoken_file import N_SPECIAL
+from tests.checkpoint.fuzz.gguf import ARRAY, GGUF, STRING, Entry
+from tests.checkpoint.gguf.gguf_files import write_family
+from tests.checkpoint.meta.test_directory import meta_tensors, model, write_meta
+from tests.conftest import TINY
+from tests.tiny_families import random_model
+from tests.tiny_models import randomise
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+N_PIECES = 300
+SIZES = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+SIZES |= {"num_hidden_layers": 2}
+MORE_WORDS = """
+quantization_config auto_map layer_types gelu longrope gemma2 float16 float8_e4m3fn F16 BF16 F64 I64 BOOL F8_E4M3 F4 C64
+U8 __metadata__ lm_head.weight default added_tokens_decoder chat_template add_bos_token add_eos_token truncation padding
+dropout Unigram WordPiece WordLevel Metaspace Precompiled Strip NFC Split RobertaProcessing Lowercase TemplateProcessing
+ids BertPreTokenizer use_scaled_rope ffn_dim_multiplier moe head_dim general.alignment llama.expert_count
+llama.rope.scaling.type tokenizer.ggml.add_space_prefix tokenizer.ggml.precompiled_charsmap
+"""
+TEXTS = ["the apple and the other apples on the table", "12 apples are there", "a text of some words and other words"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A checkpoint in `folder`; `path` is what is opened. Only `damaged` files are."""
+
+    name: str
+    path: Path
+    damaged: tuple[str, ...]
+    tokenizer: bool = True
+    pickles: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for name in self.damaged for path in sorted(self.folder.glob(name))}
+
+
+def make_bases(folder: Path, write_gguf: Callable[..., Path]) -> list[Base]:
+    """`write_gguf` is the fixture: a tiny llama with a byte-level tokenizer."""
+    shutil.copytree(TINY, folder / "tiny")
+    bases = [Base("tiny", folder / "tiny", ("*.json", "*.jinja", "*.safetensors")), _sharded(folder / "sharded")]
+    for family in FAMILIES:
+        for spelling in ("v5", "v4"):
+            bases.append(_family(folder / f"{family}-{spelling}", family, spelling))
+    bases += [_sentencepiece_directory(folder / "slow"), _own_plan(folder / "own")]
+    bases += [_meta(folder / "meta-tiktoken", _tiktoken()), _meta(folder / "meta-sentencepiece", _sentencepiece())]
+    bases += [_meta_pickles(folder / "meta-pickles"), _pickle(folder / "pickle")]
+    (folder / "gguf-bytes").mkdir()
+    gguf = write_gguf(folder / "gguf-bytes" / "tiny.gguf", quantised=True)
+    return [*bases, _gguf(gguf), _gguf_sentencepiece(folder / "gguf-pieces"), _gguf_family(folder / "gguf-qwen3")]
+
+
+def words_of(bases: list[Base]) -> list[str]:
+    """The names and short texts that stand anywhere in their JSON and GGUF files, but for the vocabularies' tokens."""
+    words: set[str] = set()
+    for base in bases:
+        for name, data in base.files.items():
+            if name.endswith(".json"):
+                words |= _words(json.loads(data))
+            elif name.endswith(".gguf"):
+                words |= {entry.key for entry in GGUF.parse(data).entries}
+    return sorted({word for word in words if len(word) > 3} | set(MORE_WORDS.split()))
+
+
+def _words(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        return set(value).union(*map(_words, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(_words, value))
+    return {value} if isinstance(value, str) and len(value) < 60 else set()
+
+
+def _sharded(folder: Path) -> Base:
+    """With a SentencePiece vocabulary as tokenizer.json."""
+    _random(folder, "llama", vocab_size=N_PIECES, max_shard_size="20KB")
+    model_file = folder.with_name("tokenizer.model")
+    model_file.write_bytes(_sentencepiece())
+    for name, content in meta_tokenizer_files(model_file).items():
+        if isinstance(content, dict):
+            write_json(folder / name, content)
+    return Base("sharded", folder, ("*index.json", "model-00001-of-*.safetensors", "tokenizer*.json"))
+
+
+def _family(folder: Path, family: str, spelling: str) -> Base:
+    """transformers 5 writes its own spelling; the older one has the rotary settings in two keys."""
+    _random(folder, family)
+    if spelling == "v4":
+        raw = json.loads((folder / "config.json").read_text())
+        rope = raw.pop("rope_parameters")
+        raw |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": raw.pop("dtype")}
+        raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        write_json(folder / "config.json", raw)
+    return Base(folder.name, folder, ("config.json", "*.safetensors"), tokenizer=False)
+
+
+def _sentencepiece_directory(folder: Path) -> Base:
+    """A directory of LLaMA 2's time: tokenizer.model, and tokens that only tokenizer_config.json has."""
+    _random(folder, "mistral", vocab_size=N_PIECES + 1)
+    (folder / "tokenizer.model").write_bytes(_sentencepiece())
+    added = {"content": "<|im_start|>", "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    config: dict[str, Any] = {"added_tokens_decoder": {str(N_PIECES): added}, "bos_token": added | {"content": "<s>"}}
+    config |= {"eos_token": "</s>", "add_bos_token": True, "add_eos_token": False}
+    template = (TINY / "chat_template.jinja").read_text()
+    config["chat_template"] = [{"name": "default", "template": template}, {"name": "tools", "template": ""}]
+    write_json(folder / "tokenizer_config.json", config)
+    return Base("slow", folder, ("tokenizer*", "generation_config.json"))
+
+
+def _own_plan(folder: Path) -> Base:
+    """A configuration that no other program has words for."""
+    sizes: dict[str, Any] = {
+        "dim": 24,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "hidden_dim": 40,
+        "vocab_size": 40,
+    }
+    config = LlamaConfig(**sizes, max_seq_len=64, norm_plan=NormPlan.parse("peri+qk+embed", 2))
+    randomise(Llama(config), 0).save_pretrained(folder)
+    return Base("own", folder, ("config.json",), tokenizer=False)
+
+
+def _meta(folder: Path, vocabulary: bytes) -> Base:
+    size = N_PIECES if vocabulary.startswith(b"\n") else 256 + N_SPECIAL
+    theirs = model(vocab_size=size)
+    write_meta(folder, theirs, vocab_size=size)
+    (folder / "consolidated.00.pth").unlink()
+    tensors = {name: tensor for name, (tensor, _) in meta_tensors(theirs).items()}
+    save_file(tensors, folder / "consolidated.safetensors")
+    (folder / "tokenizer.model").write_bytes(vocabulary)
+    return Base(folder.name, folder, ("*",))
+
+
+def _meta_pickles(folder: Path) -> Base:
+    return Base(folder.name, write_meta(folder, model(), 2), ("*",), tokenizer=False, pickles=True)
+
+
+def _pickle(folder: Path) -> Base:
+    theirs = _random(folder, "llama")
+    (folder / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    return Base(folder.name, folder, ("pytorch_model.bin",), tokenizer=False, pickles=True)
+
+
+def _gguf(path: Path, tokenizer: bool = True) -> Base:
+    return Base(path.parent.name, path, (path.name,), tokenizer)
+
+
+def _gguf_sentencepiece(folder: Path) -> Base:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=_sentencepiece())
+    ids = range(N_PIECES)
+    types = [2 if i == 0 else 3 if processor.is_control(i) else 6 if processor.is_byte(i) else 1 for i in ids]
+    folder.mkdir()
+    path = write_family(folder / "tiny.gguf", random_model("llama", 0, **SIZES, vocab_size=N_PIECES), Kind.F16)
+    gguf = GGUF.parse(path.read_bytes())
+    keys: list[tuple[str, int, Any]] = [
+        ("model", STRING, "llama"),
+        ("tokens", ARRAY, (STRING, [processor.id_to_piece(i) for i in ids])),
+        ("scores", ARRAY, (6, [processor.get_score(i) for i in ids])),
+        ("token_type", ARRAY, (5, types)),
+        ("bos_token_id", 4, 1),
+        ("eos_token_id", 4, 2),
+        ("unknown_token_id", 4, 0),
+        ("add_bos_token", 7, True),
+    ]
+    gguf.entries += [Entry(f"tokenizer.ggml.{key}", kind, value) for key, kind, value in keys]
+    gguf.entries.append(Entry("tokenizer.chat_template", STRING, (TINY / "chat_template.jinja").read_text()))
+    path.write_bytes(gguf.to_bytes())
+    return _gguf(path)
+
+
+def _gguf_family(folder: Path) -> Base:
+    folder.mkdir()
+    more = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 48}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+    theirs = random_model("qwen3", 0, **SIZES | rope, vocab_size=40)
+    return _gguf(write_family(folder / "tiny.gguf", theirs, Kind.BF16, **more), tokenizer=False)
+
+
+def _random(folder: Path, family: str, vocab_size: int = 40, **how: Any) -> PreTrainedModel:
+    theirs = random_model(family, FAMILIES.index(family) + 3, **SIZES, vocab_size=vocab_size)
+    theirs.save_pretrained(folder, **how)
+    return theirs
+
+
+def _tiktoken() -> bytes:
+    return b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+
+
+@cache
+def _sentencepiece() -> bytes:
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 3),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=N_PIECES,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<|im_end|>", "word"],
+        num_threads=1,
+        minloglevel=2,
+    )
+    return written.getvalue()

@@ -1,0 +1,286 @@
+"""safetensors files: every fault has its own sentence, the library agrees on each verdict, and writing streams."""
+
+import json
+import os
+import re
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from llama_mini.checkpoint.hf import safetensors_header as safetensors_file
+from llama_mini.checkpoint.hf.safetensors_data import read_tensors
+from llama_mini.checkpoint.hf.safetensors_header import TensorInfo, read_header, weight_dtype
+from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+
+KNOWN = safetensors_file._BITS
+TWO = {
+    "norm.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "head.weight": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+}
+DATA = bytes(range(32))
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
+
+
+def built(header: Any, data: bytes = DATA, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def one(data: bytes = bytes(24), **changes: Any) -> bytes:
+    """A file of one tensor, some of its entry changed; None leaves a key out."""
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | changes
+    return built({"a": {key: value for key, value in entry.items() if value is not None}}, data)
+
+
+def two(**offsets: list[int]) -> bytes:
+    a, b = {"dtype": "F32", "shape": [2]}, {"dtype": "F32", "shape": [2]}
+    return built({"a": a | {"data_offsets": offsets["a"]}, "b": b | {"data_offsets": offsets["b"]}}, bytes(16))
+
+
+FAULTS = {
+    "empty": (b"", "is not a safetensors file but empty"),
+    "7 bytes": (b"\x08\0\0\0\0\0\0", "it has 7 bytes, and 8 are needed"),
+    "header longer than the file": (built(TWO, b"", 5000), "its header has 5000 bytes, but only 149 are there"),
+    "header of 2**64 - 1 bytes": (built(TWO, DATA, 2**64 - 1), "would have 18446744073709551615 bytes"),
+    "header of over 100 MB": (built(TWO, DATA, 100_000_001), "would have 100000001 bytes, where 100000000 are allowed"),
+    "not JSON": (built(b"{]"), "its header is not JSON"),
+    "header of no bytes": (built(b"", b""), "its header is not JSON"),
+    "text after the header": (built(b"{} {}", b""), "its header is not JSON: Extra data"),
+    "byte order mark": (built(b"\xef\xbb\xbf" + json.dumps(TWO).encode()), "its header is not JSON"),
+    "not UTF-8": (built(b'{"\xff": 1}'), "its header is not UTF-8 at byte 2"),
+    "not an object": (built(b"[1, 2]"), "its header is a JSON list, not an object"),
+    "nested 5,000 deep": (built(b'{"a":' * 5000 + b"1" + b"}" * 5000), "its header is nested too deeply"),
+    "nested 500 deep": (one(more=json.loads("[" * 500 + "]" * 500)), "its header is nested too deeply"),
+    "number of 5,000 digits": (built(b'{"a": ' + b"1" * 5000 + b"}"), "its header holds a number of 5000 digits"),
+    "number beyond a float": (built(b'{"a": 1e999}'), "its header holds a number of 5 digits"),
+    "NaN": (built(b'{"a": NaN}'), "its header holds NaN, which is no number in JSON"),
+    "half a surrogate pair": (built(b'{"\\ud800": {}}'), "holds half of a surrogate pair"),
+    "Git LFS pointer": (LFS, "is not a safetensors file but a Git LFS pointer: run `git lfs pull`"),
+    "HTML page": (b"<!DOCTYPE html>\n<html><body>404</body></html>", "but an HTML page"),
+    "JSON text": (json.dumps({"weight_map": {}}).encode(), "but JSON text"),
+    "PyTorch pickle": (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl" + bytes(90), "but a PyTorch pickle"),
+    "zip": (b"PK\x03\x04" + bytes(26) + b"weights.npy" + bytes(90), "but a zip archive"),
+    "GGUF": (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "but a GGUF file: give its path"),
+    "overlap": (two(a=[0, 8], b=[4, 12]), "tensors 'a' and 'b' overlap"),
+    "hole": (two(a=[0, 8], b=[12, 20]), "4 bytes before tensor 'b' belong to none"),
+    "hole at the start": (one(bytes(32), data_offsets=[8, 32]), "8 bytes before tensor 'a' belong to none"),
+    "reversed": (one(data_offsets=[24, 0]), "reversed data_offsets: it begins at 24 and ends at 0"),
+    "negative offset": (one(data_offsets=[-24, 0]), "the data_offsets [-24, 0], not two whole numbers"),
+    "three offsets": (one(data_offsets=[0, 24, 24]), "the data_offsets [0, 24, 24], not two"),
+    "offset a float": (one(data_offsets=[0, 24.0]), "the data_offsets [0, 24.0], not two"),
+    "offset a boolean": (one(data_offsets=[False, 24]), "the data_offsets [False, 24], not two"),
+    "offset a string": (one(data_offsets="0,24"), "the data_offsets '0,24', not two"),
+    "too few bytes for the shape": (
+        one(bytes(20), data_offsets=[0, 20]),
+        "takes 24 bytes, but its data_offsets [0, 20]",
+    ),
+    "half a byte": (one(bytes(2), dtype="F4", shape=[3], data_offsets=[0, 2]), "takes 1.5 bytes"),
+    "shape overflows": (one(shape=[2**32, 2**32]), "[4294967296, 4294967296], of more than 2**63 - 1 elements"),
+    "shape overflows beside 0": (one(b"", shape=[0, 2**62, 4], data_offsets=[0, 0]), "of more than 2**63 - 1"),
+    "shape of 100,000 sizes": (one(shape=[2**62] * 100_000), "of more than 2**63 - 1 elements"),
+    "size of 2**63": (one(shape=[2**63]), "the shape [9223372036854775808], not whole numbers from 0"),
+    "negative size": (one(shape=[-2, -3]), "the shape [-2, -3], not whole numbers from 0"),
+    "size -0": (built(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', b""), "the shape [-0.0], not"),
+    "size a float": (one(shape=[2.0, 3.0]), "the shape [2.0, 3.0], not whole numbers"),
+    "size a boolean": (one(bytes(4), shape=[True], data_offsets=[0, 4]), "the shape [True], not"),
+    "shape a number": (one(shape=6), "the shape 6, not"),
+    "unknown dtype": (one(dtype="Q4_K"), "the unknown dtype 'Q4_K'; known are F4"),
+    "dtype a list": (one(dtype=["F32"]), "the unknown dtype ['F32']"),
+    "no dtype": (one(dtype=None), "must have dtype, shape and data_offsets, but is {'shape'"),
+    "no object": (built({"a": [1]}), "must have dtype, shape and data_offsets, but is [1]"),
+    "name twice": (built(b'{"a":' + json.dumps(TWO["norm.weight"]).encode() + b',"a":{}}'), "holds the name 'a' twice"),
+    "dtype twice": (built(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "holds the name 'dtype' twice"),
+    "no tensors": (built({}, b""), "it holds no tensors"),
+    "metadata alone": (built({"__metadata__": {"format": "pt"}}, b""), "it holds no tensors"),
+    "trailing bytes": (built(TWO, DATA + bytes(5)), "5 bytes follow the last tensor"),
+    "truncated": (built(TWO, DATA[:20]), "it is cut short: 12 of 32 bytes of data are missing"),
+    "no data": (built(TWO, b""), "it is cut short: 32 of 32 bytes of data are missing"),
+    "metadata a list": (built({"__metadata__": ["pt"]} | TWO), "must map strings to strings, but is ['pt']"),
+    "metadata of numbers": (built({"__metadata__": {"a": 1}} | TWO), "must map strings to strings, but is {'a': 1}"),
+    "long name": (built({"x" * 10**6: [1]}), "must have dtype"),
+    "name of several lines": (built({"a\nb\u2028c": [1]}), "tensor 'a\\nb\\u2028c' must have"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_fault_is_one_sentence_at_once_and_in_little_memory(tmp_path: Path, case: str) -> None:
+    content, expected = FAULTS[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        with pytest.raises(CheckpointFormatError) as caught:
+            read_header(path)
+        assert time.perf_counter() - start < 1
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(content) + 10**6
+    finally:
+        tracemalloc.stop()
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert expected in message
+    assert len(message.splitlines()) == 1
+    assert len(message) < len(str(path)) + 350
+
+
+def test_a_header_that_is_really_there_and_too_long_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 2**36) + b"{")
+        file.truncate(2**37)  # a hole: it takes no room on the disk
+    with pytest.raises(CheckpointFormatError, match="its header would have 68719476736 bytes"):
+        read_header(path)
+
+
+def test_what_is_no_file_is_refused_and_nothing_hangs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "absent", tmp_path / "pipe"):
+        with pytest.raises(CheckpointPathError, match=f"cannot read {path}"):
+            read_header(path)
+
+
+def test_the_header_tells_each_tensor_in_the_order_of_the_data(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(built({"__metadata__": {"format": "pt"}, **dict(reversed(TWO.items()))}))
+    assert list(read_header(path).items()) == [
+        ("norm.weight", TensorInfo("norm.weight", path, (2, 3), "F32", 0, 24)),
+        ("head.weight", TensorInfo("head.weight", path, (4,), "BF16", 24, 32)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        built({"__metadata__": None} | TWO),
+        built(b"  \n" + json.dumps(TWO).encode() + b"   \t\r\n"),
+        one(more={"nested": [1, 2.5, None]}),
+        one(bytes(4), shape=[], data_offsets=[0, 4]),
+        one(b"", shape=[3, 0], data_offsets=[0, 0]),
+        built({"日本 \U0001f999": TWO["norm.weight"]}, bytes(24)),
+    ],
+    ids=["metadata null", "spaces", "unknown key", "scalar", "nothing in it", "unicode"],
+)
+def test_what_is_odd_but_valid_is_read(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    assert library_verdict(path)
+    assert verdict(path) == library_verdict(path)
+
+
+Verdict = dict[str, tuple[tuple[int, ...], str]] | None
+STRICTER = "twice|no tensors|must have dtype, shape and data_offsets|of more than 2"
+
+
+def verdict(path: Path) -> Verdict:
+    """Ours; raises where the file is refused."""
+    return {info.name: (info.shape, info.dtype) for info in read_header(path).values()}
+
+
+def library_verdict(path: Path) -> Verdict:
+    """None: refused."""
+    try:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            return {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in slices.items()}
+    except Exception:
+        return None
+
+
+def test_the_dtypes_are_those_of_the_library(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(one(dtype="none"))
+    with pytest.raises(Exception, match="unknown variant") as caught, safe_open(path, framework="pt"):
+        pass
+    assert set(re.findall("`([A-Z0-9_a-z]+)`", str(caught.value))) - {"none"} == set(KNOWN)
+
+
+@pytest.mark.parametrize("dtype", KNOWN)
+def test_each_dtype_has_the_librarys_size(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(one(bytes(KNOWN[dtype]), dtype=dtype, shape=[8], data_offsets=[0, KNOWN[dtype]]))
+    assert verdict(path) == library_verdict(path) == {"a": ((8,), dtype)}
+
+
+ODD = ["0", "1", "-1", "-0", "2.0", "1e2", "1e999", "NaN", "true", "null", "[]", "{}", "[[1]]", "\x01", "1" * 300]
+ODD += [
+    '""',
+    '"F16"',
+    '"F8_E4M3"',
+    r'"\ud800"',
+    r'"\ud83d\ude00"',
+    r'"\n"',
+    "1" * 400,
+    str(2**62),
+    str(2**63),
+    str(2**64),
+]
+ODD += ["[" * 123 + "]" * 123, "[" * 130 + "]" * 130]
+TOKENS = re.findall(r'"[^"]*"|\d+|[^\s]', json.dumps({"__metadata__": {"format": "pt"}, **TWO}))
+
+
+@st.composite
+def broken_files(draw: st.DrawFn) -> bytes:
+    """A valid file with some words of its header, its length or some bytes changed, or entries added."""
+    tokens = list(TOKENS)
+    for _ in range(draw(st.integers(0, 3))):
+        word = draw(st.sampled_from(ODD + TOKENS))
+        at = draw(st.integers(0, len(tokens) - 1))
+        kind = draw(st.sampled_from(["add", "add", "replace", "insert", "delete", "copy"]))
+        if kind == "add":
+            at = draw(st.sampled_from([i for i, token in enumerate(tokens) if token == "{"] or [0]))
+            tokens[at + 1 : at + 1] = [
+                draw(st.sampled_from(['"a"', '"shape"', '""', '"__metadata__"'])),
+                ":",
+                word,
+                ",",
+            ]
+        elif kind == "copy":
+            tokens[at : at + 1] = tokens[at - 6 : at + 1]
+        else:
+            tokens[at : at + (kind != "insert")] = [] if kind == "delete" else [word]
+    kept = draw(st.sampled_from([len(DATA)] * 12 + [0, 31]))
+    content = bytearray(built(" ".join(tokens).encode(), DATA[:kept] + bytes(draw(st.sampled_from([0] * 12 + [1, 8])))))
+    for _ in range(draw(st.sampled_from([0] * 12 + [1, 2]))):
+        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    return bytes(content)
+
+
+@settings(max_examples=600, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@given(broken_files())
+def test_the_library_agrees_on_every_verdict(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "mutant.safetensors"
+    path.write_bytes(content)
+    try:
+        found, reason = verdict(path), ""
+    except CheckpointFormatError as error:
+        found, reason = None, str(error)
+    assert re.search(STRICTER, reason) or found == library_verdict(path), reason
+
+
+@pytest.mark.parametrize(
+    ("dtype", "what"),
+    [
+        ("F8_E4M3", r"is quantised to 8 bits \(F8_E4M3\)"),
+        ("F4", r"is quantised to 4 bits \(F4\)"),
+        ("I64", r"holds integers \(I64\)"),
+        ("U8", r"holds integers \(U8\)"),
+        ("BOOL", r"holds truth values \(BOOL\)"),
+        ("C64", r"holds complex numbers \(C64\)"),
+    ],
+)
+def test_what_is_no_weight_is_refused_by_name(tmp_path: Path, dtype: str, what: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(one(bytes(KNOWN[dtype]), dtype=dtype, shape=[8], data_offsets=[0, KNOWN[dtype]]))
+    (info,) = read_header(path).values()
+    message = f"{path}: tensor 'a' {what}, but weights are read from F64, F32, F16, BF16"
+    with pytest.raises(CheckpointFormatError, match=message):
+        weight_dtype(info)
+    with pytest.raises(CheckpointFormatError, match=message):
+        next(read_tensors([info]))

@@ -7,22 +7,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_mini.engine import LLM, Chunk, Completion
+    from llama_mini.engine.llm import LLM, Chunk, Completion
+    from llama_mini.engine.sampling_params import SamplingParams
     from llama_mini.model.config import LlamaConfig
     from llama_mini.model.kv_cache import KVCache
     from llama_mini.model.llama import Llama
     from llama_mini.model.norm import RMSNorm
     from llama_mini.model.norm_plan import NormPlan
-    from llama_mini.sampling_params import SamplingParams
     from llama_mini.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "LLM": "engine",
-    "SamplingParams": "sampling_params",
-    "Completion": "engine",
-    "Chunk": "engine",
+    "LLM": "engine.llm",
+    "SamplingParams": "engine.sampling_params",
+    "Completion": "engine.request",
+    "Chunk": "engine.request",
     "Llama": "model.llama",
     "LlamaConfig": "model.config",
     "NormPlan": "model.norm_plan",

@@ -12,15 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_mini.cli.common import checkpoint_of, exit_code_of, read_standard_input
+from llama_mini.cli.options import DEFAULT_MAX_TOKENS, check, parser, sampling
 from llama_mini.collector import collector_off
-from llama_mini.command import checkpoint_of, exit_code_of, read_standard_input
 from llama_mini.errors import RequestError
-from llama_mini.options import DEFAULT_MAX_TOKENS, check, parser, sampling
 
 if TYPE_CHECKING:
-    from llama_mini.engine import LLM
-    from llama_mini.request import Chunk, Completion, Stats
-    from llama_mini.sampling_params import SamplingParams
+    from llama_mini.engine.llm import LLM
+    from llama_mini.engine.request import Chunk, Completion, Stats
+    from llama_mini.engine.sampling_params import SamplingParams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,16 +33,16 @@ def run(args: argparse.Namespace) -> None:
     """Everything after the arguments are parsed. Raises LlamaMiniError."""
     check(args)
     if args.info:
-        from llama_mini.info import describe
+        from llama_mini.cli.info import describe
 
         print(describe(checkpoint_of(args.model), args.dtype, args.device))
     elif args.interactive:
-        from llama_mini import interactive
+        from llama_mini.cli import chat
 
         params, llm = _params_and_model(args)
-        interactive.run(llm, params, args.system)
+        chat.run(llm, params, args.system)
     elif args.batch is not None:
-        from llama_mini.batch import read_lines, run_batch
+        from llama_mini.cli.batch import read_lines, run_batch
 
         lines = read_lines(Path(args.batch))
         params, llm = _params_and_model(args)
@@ -62,7 +62,7 @@ def _answer(args: argparse.Namespace) -> None:
     ids = _tokens(llm, prompt, args)
     chunks = llm.stream(ids, _limited(llm, ids, params))
     if args.json:
-        from llama_mini.batch import as_json
+        from llama_mini.cli.batch import as_json
 
         print(json.dumps(as_json(_completion(chunks)), ensure_ascii=False))
         return
@@ -91,7 +91,7 @@ def _load(args: argparse.Namespace) -> "LLM":
     from llama_mini.checkpoint.open import open_checkpoint, resolve
     from llama_mini.checkpoint.source import n_parameters
     from llama_mini.dtypes import as_device, as_dtype
-    from llama_mini.engine import LLM
+    from llama_mini.engine.llm import LLM
     from llama_mini.memory import check_fits
 
     source = open_checkpoint(resolve(checkpoint_of(args.model)))

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_mini import __version__
-from llama_mini.command import as_text, checkpoint_of, exit_code_of, read_standard_input
+from llama_mini.cli.common import as_text, checkpoint_of, exit_code_of, read_standard_input
+from llama_mini.cli.options import model_options
 from llama_mini.errors import RequestError
-from llama_mini.options import model_options
 
 if TYPE_CHECKING:
-    from llama_mini.engine import LLM
-    from llama_mini.perplexity import Comparison, Perplexity
+    from llama_mini.engine.llm import LLM
+    from llama_mini.eval.perplexity import Comparison, Perplexity
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,8 +76,8 @@ class Input:
 def run(args: argparse.Namespace) -> None:
     """Everything after the arguments are parsed. Raises LlamaMiniError."""
     texts = _read_texts(args.files)
-    from llama_mini.engine import LLM
-    from llama_mini.perplexity import compare, perplexity
+    from llama_mini.engine.llm import LLM
+    from llama_mini.eval.perplexity import compare, perplexity
 
     model = checkpoint_of(args.model)
     llm = LLM(model, args.dtype, args.device, args.quantize, args.kernels, args.threads)

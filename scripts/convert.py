@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
 
-    from llama_mini.checkpoint.convert import convert
     from llama_mini.checkpoint.io.lock import one_writer
     from llama_mini.checkpoint.open import resolve
+    from llama_mini.cli.convert import convert
 
     try:
         with one_writer(args.target):  # it clears what killed runs left, too

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from llama_mini.checkpoint.default import ensure_default_checkpoint
+from llama_mini.cli.default_model import ensure_default_checkpoint
 from llama_mini.errors import LlamaMiniError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_mini.checkpoint.default import ensure_default_checkpoint
+from llama_mini.cli.default_model import ensure_default_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CASES: list[dict[str, Any]] = [

@@ -189,7 +189,7 @@ def tiny_model(family: Family) -> nn.Module:
 
 def smollm2_golden() -> Golden:
     """All 61 norms of the default checkpoint, float32, for one short prompt."""
-    from llama_mini.checkpoint.default import ensure_default_checkpoint  # where the file lies, nothing more
+    from llama_mini.cli.default_model import ensure_default_checkpoint  # where the file lies, nothing more
 
     transformers, path = import_transformers(), ensure_default_checkpoint()
     tokens = transformers.AutoTokenizer.from_pretrained(path)(PROMPT, return_tensors="pt").input_ids

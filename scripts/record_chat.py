@@ -15,7 +15,7 @@ from rich.terminal_theme import DIMMED_MONOKAI
 from rich.text import Text
 
 ROOT = Path(__file__).parent.parent
-TARGET = ROOT / "llama_mini" / "interactive.svg"
+TARGET = ROOT / "llama_mini" / "cli" / "chat.svg"
 COMMAND = "python -m llama_mini.generate --interactive"
 WIDTH, HEIGHT = 84, 32
 SECONDS = 120

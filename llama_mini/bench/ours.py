@@ -12,14 +12,14 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.keys import their_name
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.source import Source, StoredTensor
-from llama_mini.engine import LLM
+from llama_mini.engine.llm import LLM
+from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, set_threads
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.matrix import Matrix
-from llama_mini.sampling_params import SamplingParams
 
 BILLION = {  # LLaMA-3.2-1B
     "dim": 2048,

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_mini.command import exit_code_of
+from llama_mini.cli.common import exit_code_of
 
 PLANS = ("pre", "post", "peri", "out+qk", "deep")
 

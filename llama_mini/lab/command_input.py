@@ -16,7 +16,7 @@ from llama_mini.tokenizer.tokenizer import open_tokenizer
 def checkpoint(args: argparse.Namespace) -> Path:
     if args.model is not None:
         return resolve(args.model)
-    from llama_mini.checkpoint.default import ensure_default_checkpoint
+    from llama_mini.cli.default_model import ensure_default_checkpoint
 
     return ensure_default_checkpoint()
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama_mini.engine.logprobs import token_logprobs
 from llama_mini.errors import RequestError
 from llama_mini.model.llama import Llama
-from llama_mini.scoring import token_logprobs
 
 _ROWS_AT_ONCE = 256  # of log-softmax: a whole text of a large vocabulary would double the memory of its logits
 _NO_INTEGER = (torch.bool, torch.complex32, torch.complex64, torch.complex128)

@@ -2,8 +2,8 @@
 
 import shlex
 
+from llama_mini.cli.info import plan_name
 from llama_mini.errors import ConfigError, RequestError
-from llama_mini.info import plan_name
 from llama_mini.lab import plan_pictures
 from llama_mini.lab.drawing import svg
 from llama_mini.lab.html_page import COMMAND, folded, paragraph, picture, section, table

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import llama_mini
-from llama_mini.info import plan_name
+from llama_mini.cli.info import plan_name
 from llama_mini.lab import pictures
 from llama_mini.lab.ablation import ablate, skip_layers
 from llama_mini.lab.cost import as_tokens, score

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from llama_mini.engine.logprobs import token_logprobs
 from llama_mini.errors import RequestError
 from llama_mini.lab.measurement import random_llama
 from llama_mini.lab.study import Floats, Plan, as_json, as_plans, check_whole, label
 from llama_mini.lab.table import Table
-from llama_mini.scoring import token_logprobs
 from llama_mini.validate import shown
 
 _ROWS, _LENGTH, _VOCAB = 4, 16, 256

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llama_mini.engine.logprobs import token_logprobs
 from llama_mini.errors import RequestError
 from llama_mini.lab.measurement import random_llama, spread_over_seeds
 from llama_mini.lab.study import Floats, Plan, as_json, as_plans, check_whole, label
 from llama_mini.lab.table import Table
-from llama_mini.scoring import token_logprobs
 from llama_mini.validate import is_finite, shown
 
 _ROWS, _LENGTH, _BYTES = 8, 32, 256

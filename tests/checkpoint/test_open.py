@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from llama_mini.checkpoint.open import open_checkpoint, resolve
-from llama_mini.engine import LLM
+from llama_mini.engine.llm import LLM
+from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointPathError
 from llama_mini.model.llama import Llama
-from llama_mini.sampling_params import SamplingParams
 from tests.checkpoint.gguf.gguf_files import write_family
 from tests.tiny_families import logits, random_model
 from tests.tiny_models import random_tokens
@@ -106,7 +106,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_the_engine_does_not_import_what_reads_pickles() -> None:
-    look = "import sys, llama_mini.engine; sys.exit('llama_mini.checkpoint.meta.pickles' in sys.modules)"
+    look = "import sys, llama_mini.engine.llm; sys.exit('llama_mini.checkpoint.meta.pickles' in sys.modules)"
     subprocess.run([sys.executable, "-c", look], check=True)
 
 

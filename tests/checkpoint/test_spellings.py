@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llama_mini.checkpoint.convert import convert
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.hf.config import from_hf
 from llama_mini.checkpoint.open import open_checkpoint
+from llama_mini.cli.convert import convert
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError, LlamaMiniWarning, TokenizerError
 from llama_mini.generate import main
 from llama_mini.model.llama import Llama

@@ -127,7 +127,7 @@ def test_a_weight_that_no_scale_can_hold_is_one_sentence(tmp_path: Path, quantiz
 
 
 def test_an_unknown_format_is_named_before_anything_is_read(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_mini.engine.load_model", None)
+    monkeypatch.setattr("llama_mini.engine.llm.load_model", None)
     with pytest.raises(RequestError, match=r"^quantize must be int8, int4 or None, not 'int3'$"):
         LLM(tiny_dir, quantize="int3", threads=1)
     with pytest.raises(RequestError, match=r"^kernels must be one of auto, off, not 'on'$"):

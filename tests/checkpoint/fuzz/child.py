@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.convert import tokenizer_files
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.source import Source, match
+from llama_mini.cli.convert import tokenizer_files
 from llama_mini.errors import LlamaMiniError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer.tokenizer import open_tokenizer

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llama_mini.checkpoint.convert import convert
+from llama_mini.cli.convert import convert
 from llama_mini.errors import (
     CheckpointFormatError,
     CheckpointIncompleteError,

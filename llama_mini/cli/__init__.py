@@ -1,0 +1,1 @@
+"""What the command lines share: options, the chat at the terminal, batches, --info, conversion."""

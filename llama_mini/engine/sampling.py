@@ -1,0 +1,138 @@
+"""Logits to token: pure functions and an explicit generator, in the order and with the meaning of transformers."""
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from llama_mini.engine.sampling_params import LogitsProcessor, SamplingParams
+from llama_mini.errors import RequestError
+
+
+def processed(
+    logits: Tensor, params: SamplingParams, prompt: list[int], new: list[int], eos_ids: Collection[int]
+) -> Tensor:
+    """Finite logits (V,) through everything that comes before the temperature: float32, with -inf for banned tokens.
+
+    The very same tensor if nothing is asked for; else a new one. Raises RequestError if no token is left.
+    """
+    if not params.changes_logits:
+        return logits
+    logits = logits.to(torch.float32, copy=True)
+    if params.logit_bias:
+        logits = with_bias(logits, params.logit_bias)
+    if params.repetition_penalty != 1:
+        logits = with_repetition_penalty(logits, [*prompt, *new], params.repetition_penalty)
+    if new and (params.presence_penalty or params.frequency_penalty):
+        logits = with_count_penalties(logits, new, params.presence_penalty, params.frequency_penalty)
+    if len(new) < params.min_tokens:
+        logits = without_tokens(logits, {*eos_ids, *params.stop_token_ids})
+    if logits.isneginf().all():
+        raise RequestError(f"logit_bias and min_tokens ban all {len(logits)} tokens: leave at least one to sample")
+    for processor in params.logits_processors:
+        logits = _checked(processor, processor([*prompt, *new], logits), logits)
+    return logits
+
+
+def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """One token from logits (V,), of which at least one is finite and the others are finite or -inf."""
+    if params.temperature == 0:
+        return int(logits.numpy(force=True).argmax())  # twenty times faster than PyTorch's; the first of equal ones
+    ids, left = candidates(logits.float().cpu(), params)
+    # One number a token, against V in torch.multinomial; float64 keeps u below 1 and the sum of a large V exact.
+    cumulative = left.softmax(-1).cumsum(-1, dtype=torch.float64)
+    u = torch.rand((), dtype=torch.float64, generator=generator)
+    return int(ids[torch.searchsorted(cumulative, u * cumulative[-1], right=True)])
+
+
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The tokens (N,) that top-k, top-p and min-p leave, in ascending order, and their logits (N,) by temperature."""
+    logits = with_temperature(logits, params.temperature)
+    ids = torch.arange(len(logits), dtype=torch.int32)  # a megabyte of int64 costs more in new pages than all the rest
+    if params.top_k:
+        kept = in_top_k(logits, params.top_k)
+        ids, logits = ids[kept], logits[kept]
+    if params.top_p < 1:
+        kept = in_top_p(logits, params.top_p)
+        ids, logits = ids[kept], logits[kept]
+    if params.min_p:
+        kept = in_min_p(logits, params.min_p)
+        ids, logits = ids[kept], logits[kept]
+    return ids, logits
+
+
+def with_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Logits (V,) whose maximum is 0, divided by the temperature."""
+    # The maximum is taken off first, so that a temperature of 1e-10 leaves 0 and -inf, and never inf - inf.
+    return (logits - logits.amax()) / _within_float32(temperature)
+
+
+def in_top_k(logits: Tensor, k: int) -> Tensor:
+    """The indices of the k largest, ascending; of all that equal the k-th."""
+    smallest = logits.topk(min(k, len(logits))).values[-1]
+    return (logits >= smallest).nonzero()[:, 0]
+
+
+def in_top_p(logits: Tensor, p: float) -> Tensor:
+    """All but the tail whose probabilities, summed from the least likely up, stay within 1 - p; at least one."""
+    probabilities = logits.softmax(-1)
+    # Tokens below (1 - p) / 2V cannot together reach 1 - p: only the others, a few hundred, are sorted.
+    likely = (probabilities >= (1 - p) / (2 * len(logits))).nonzero()[:, 0]
+    ascending = likely[logits[likely].argsort(stable=True)]
+    weights = probabilities[ascending].double()
+    below = probabilities.sum(dtype=torch.float64) - weights.sum()
+    kept = weights.cumsum(-1) + below > 1 - p
+    kept[-1] = True
+    return ascending[kept].sort().values
+
+
+def in_min_p(logits: Tensor, p: float) -> Tensor:
+    """Those at least p times as likely as the likeliest, whose logit is 0."""
+    return (logits >= math.log(p)).nonzero()[:, 0]
+
+
+def with_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    tokens = torch.tensor(list(bias), device=logits.device)
+    return logits.index_add(0, tokens, torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device))
+
+
+def with_repetition_penalty(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
+    """A token that occurred twice is written twice, with the same value: it is penalised once."""
+    penalty = _within_float32(penalty)
+    tokens = torch.tensor(seen, device=logits.device)
+    x = logits[tokens]
+    x = torch.where(x < 0, x * penalty, x / penalty).clamp(max=torch.finfo(x.dtype).max)
+    return logits.index_copy(0, tokens, x)
+
+
+def with_count_penalties(logits: Tensor, new: list[int], presence: float, frequency: float) -> Tensor:
+    tokens, counts = torch.tensor(new, device=logits.device).unique(return_counts=True)
+    return logits.index_add(0, tokens, -(presence + frequency * counts.to(logits.dtype)))
+
+
+def without_tokens(logits: Tensor, banned: Collection[int]) -> Tensor:
+    tokens = torch.tensor([i for i in banned if i < len(logits)], dtype=torch.int64, device=logits.device)
+    return logits.index_fill(0, tokens, -math.inf)
+
+
+def _checked(processor: LogitsProcessor, result: object, before: Tensor) -> Tensor:
+    """What a processor gave back, if one can sample from it."""
+    name = getattr(processor, "__name__", type(processor).__name__)
+    wanted = f"logits processor {name} must return floating-point logits of shape {tuple(before.shape)}"
+    if not isinstance(result, Tensor):
+        raise RequestError(f"{wanted}, not a {type(result).__name__}")
+    if result.shape != before.shape or not result.is_floating_point():
+        raise RequestError(f"{wanted}, not {result.dtype} of shape {tuple(result.shape)}")
+    logits = result.detach().to(before)
+    if logits.isnan().any() or logits.isposinf().any():
+        found = "NaN" if logits.isnan().any() else "+inf"
+        raise RequestError(f"{wanted}, finite or -inf, not {found}")
+    if logits.isneginf().all():
+        raise RequestError(f"logits processor {name} bans all {len(logits)} tokens: it must leave at least one")
+    return logits
+
+
+def _within_float32(divisor: float) -> float:
+    """Far enough from 0 and infinity, in float32 too, that 0 / 0 and inf / inf do not arise."""
+    return min(max(divisor, 1e-30), 1e30)

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity of texts, and the model for lm-eval."""

@@ -1,0 +1,235 @@
+"""The model `llama_mini` for EleutherAI's lm-eval: python -m llama_mini.eval --model llama_mini --model_args ...
+
+Its options are those of the command lm_eval. Every rule for making tokens of requests is that of lm_eval's own `hf`
+model, so that both give the same figures.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from llama_mini.engine.llm import LLM
+from llama_mini.engine.logprobs import token_logprobs
+from llama_mini.engine.runner import DECODE_BATCH
+from llama_mini.engine.sampling_params import SamplingParams
+from llama_mini.errors import NumericalError, RequestError
+from llama_mini.eval.perplexity import next_logits
+from llama_mini.memory import check_cache_fits
+from llama_mini.validate import is_whole, listed, shown
+
+DEFAULT_NEW_TOKENS = 256
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+Encoded = tuple[Any, list[int], list[int]]  # what was asked, context, continuation
+
+
+@register_model("llama_mini")
+class LlamaMiniLM(TemplateLM):
+    """lm-eval's three request types on top of an LLM.
+
+    Args:
+        pretrained, dtype, device, quantize, kernels, threads: as for `LLM`; without a GPU, cuda is cpu.
+        batch_size: answers that are generated at once, or `auto`; what they say does not depend on it.
+        max_length: tokens of a window; default: the model's context.
+        add_bos_token: True or False overrules what the checkpoint puts around a text.
+        prefix_token_id: what an empty context consists of; default: BOS, or else the end-of-text token.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str = "auto",
+        device: str = "cpu",
+        quantize: str | None = None,
+        kernels: str = "auto",
+        threads: int | None = None,
+        batch_size: int | str = 1,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = _batch_size(batch_size)
+        self.pretrained = str(pretrained)
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"  # lm-eval's command says cuda:0 when its user says nothing
+        self.llm = LLM(self.pretrained, dtype, device, quantize, kernels, threads)
+        limit = self.llm.config.max_seq_len
+        self.max_length = limit if max_length is None else max_length
+        if not is_whole(self.max_length) or not 2 <= self.max_length <= limit:
+            raise RequestError(f"max_length must be a whole number from 2 to the model's {limit}, not {max_length!r}")
+        self.add_bos_token = add_bos_token
+        self._prefix_token_id = prefix_token_id
+        self._device = self.llm.model.device
+
+    @property
+    def eot_token_id(self) -> int:
+        tokenizer = self.llm.tokenizer
+        named = tokenizer._named_id("eos_token")
+        if named is None and not tokenizer.eos_ids:
+            raise RequestError("the checkpoint names no end-of-text token: give prefix_token_id")
+        return min(tokenizer.eos_ids) if named is None else named
+
+    @property
+    def prefix_token_id(self) -> int:
+        if self._prefix_token_id is not None:
+            return self._prefix_token_id
+        bos = self.llm.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text. What it holds of control tokens becomes them, since a rendered chat comes back as text."""
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos_token
+            if string.startswith(self._text_of(self.prefix_token_id)):
+                add_special_tokens = False
+        backend = self.llm.tokenizer._backend
+        longest_first = sorted(backend.control_ids, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})", string)
+        ids = backend.encode([backend.control_ids[part] if i % 2 else part for i, part in enumerate(parts) if part])
+        before, after = backend.frame
+        return ids if add_special_tokens is False else [*before, *ids, *after]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each text, in windows of the whole context, its first token after the prefix token."""
+        windows: list[Encoded] = []
+        for text_index, (text,) in enumerate(request.args for request in requests):
+            ids = self.tok_encode(text)
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((text_index, *make_disjoint_window(pair)))
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for (text_index, *_), (logprob, _) in zip(windows, scores, strict=True):
+            totals[text_index] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: list[Encoded], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation its log-likelihood, and whether greedy decoding gives it.
+
+        Requests run in the order of their tokens, so that what one shares with the one before runs only once.
+        """
+        inputs = [self._window(context, continuation) for _, context, continuation in requests]
+        order = sorted(range(len(requests)), key=inputs.__getitem__)
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        longest = max(map(len, inputs), default=1)
+        model = self.llm.model
+        check_cache_fits(self.llm.config, 1, model.dtype, longest, longest, model.device)
+        with self.llm._exclusive(), torch.inference_mode():
+            cache = model.new_cache(1, longest)
+            held: list[int] = []
+            for index in tqdm(order, "loglikelihood", unit="request", disable=disable_tqdm or None):
+                key, _, continuation = requests[index]
+                ids = inputs[index]
+                first = len(ids) - len(continuation)
+                n_shared = min(_n_shared(held, ids), first)
+                cache.truncate(0, n_shared)
+                held = ids
+                results[index] = _judged(next_logits(model, ids[n_shared:], first - n_shared, cache), continuation)
+                if isinstance(key, tuple):
+                    self.cache_hook.add_partial("loglikelihood", key, results[index])
+        return results
+
+    def _window(self, context: list[int], continuation: list[int]) -> list[int]:
+        """What the model reads: context and continuation less its last token, cut from the left to the window."""
+        if not continuation or len(continuation) > self.max_length:
+            raise RequestError(
+                f"a continuation has {len(continuation)} tokens, expected 1 to {self.max_length}, which max_length sets"
+            )
+        return (context + continuation)[-(self.max_length + 1) : -1]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Of each context what follows, to the first of its `until` strings or the end of the text."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        texts = [""] * len(requests)
+        with tqdm(desc="generate_until", total=len(requests), unit="request", disable=disable_tqdm or None) as bar:
+            for group in groups.values():
+                for start in range(0, len(group), self.batch_size):
+                    batch = group[start : start + self.batch_size]
+                    answers = self._generate([requests[i].args[0] for i in batch], requests[batch[0]].args[1])
+                    for index, text in zip(batch, answers, strict=True):
+                        texts[index] = text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    bar.update(len(batch))
+        return texts
+
+    def _generate(self, contexts: list[str], settings: dict[str, Any]) -> Iterator[str]:
+        params = self._params(settings)
+        assert params.max_tokens is not None
+        room = self.max_length - params.max_tokens
+        if room < 1:
+            raise RequestError(f"max_gen_toks, {params.max_tokens}, must be less than the context of {self.max_length}")
+        for completion in self.llm.generate([self.tok_encode(context)[-room:] for context in contexts], params):
+            if completion.error is not None:
+                raise NumericalError(completion.error)
+            yield completion.text
+
+    def _params(self, settings: dict[str, Any]) -> SamplingParams:
+        """lm-eval's generation settings. Sampling takes its seed from torch's generator, which lm-eval seeds."""
+        given: dict[str, Any] = dict(normalize_gen_kwargs(settings, DEFAULT_NEW_TOKENS))
+        stop = handle_stop_sequences(given.pop("until"), eos=self._text_of(self.eot_token_id))
+        max_tokens, sampled = given.pop("max_gen_toks"), given.pop("do_sample")
+        if unknown := given.keys() - set(SAMPLING):
+            raise RequestError(f"generation settings {listed(sorted(unknown))} are unknown; known: {listed(SAMPLING)}")
+        seed = int(torch.randint(2**31, ())) if sampled else None
+        return SamplingParams(**given, max_tokens=max_tokens, stop=[text for text in stop if text], seed=seed)
+
+    def apply_chat_template(self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as text, by the checkpoint's template; without the prompt, its last message can be continued."""
+        tokenizer = self.llm.tokenizer
+        ids = tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """What lm-eval records of the template; no checkpoint here has several to choose from by name."""
+        if isinstance(chat_template, str):
+            raise RequestError(f"chat template {shown(chat_template)} is unknown: give --apply_chat_template alone")
+        return self.llm.tokenizer._template or "" if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.pretrained.replace("/", "__")
+
+    def _text_of(self, token_id: int) -> str:
+        return self.llm.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _batch_size(value: int | str) -> int:
+    if str(value) == "auto":
+        return DECODE_BATCH
+    if not str(value).isdecimal() or int(value) < 1:
+        raise RequestError(f"batch_size must be auto or a whole number of at least 1, not {value!r:.80}")
+    return int(value)
+
+
+def _n_shared(one: list[int], other: list[int]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _judged(pieces: Iterator[torch.Tensor], continuation: list[int]) -> tuple[float, bool]:
+    """Summed log-probability of a continuation, and whether each of its tokens is the likeliest."""
+    total, greedy, start = 0.0, True, 0
+    for logits in pieces:
+        wanted = torch.tensor(continuation[start : start + len(logits)], device=logits.device)
+        total += float(token_logprobs(logits, wanted).double().sum())
+        greedy = greedy and bool((logits.argmax(-1) == wanted).all())
+        start += len(logits)
+    return total, greedy

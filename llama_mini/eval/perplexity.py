@@ -1,0 +1,273 @@
+"""Perplexity of texts by sliding windows, and how far one model's predictions are from another's."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from llama_mini.engine.llm import LLM
+from llama_mini.engine.logprobs import token_logprobs
+from llama_mini.errors import NumericalError, RequestError
+from llama_mini.memory import PREFILL_CHUNK, check_cache_fits
+from llama_mini.model.kv_cache import KVCache
+from llama_mini.model.llama import Llama
+from llama_mini.validate import is_whole, shown
+
+DEFAULT_CONTEXT = 2048  # what quantised models are mostly compared at
+ROWS = 128  # of logits at once: float64 rows of a large vocabulary take a megabyte each
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts texts, and under which conditions.
+
+    Attributes:
+        tokens: those that were scored.
+        nll: their mean negative log-likelihood in nats.
+        bits_per_byte: of the text that they spell; NaN if they spell none.
+        context: tokens of a window at most, BOS included.
+        stride: tokens between the beginnings of two windows.
+        bos: the id before each window, or None.
+    """
+
+    tokens: int
+    nll: float
+    bits_per_byte: float
+    context: int
+    stride: int
+    bos: int | None
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(np.float64(self.nll)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside a reference on the same windows of the same tokens.
+
+    Attributes:
+        model, reference: each one's perplexity.
+        kl_mean, kl_median, kl_99, kl_max: KL(reference ‖ model) of a token in nats; `kl_99` is its 99th percentile.
+        top1: share of tokens before which both find the same token likeliest.
+        nll_difference: mean NLL of the model less that of the reference, in nats.
+        nll_error: its standard error, as of independent tokens; NaN for a single one.
+    """
+
+    model: Perplexity
+    reference: Perplexity
+    kl_mean: float
+    kl_median: float
+    kl_99: float
+    kl_max: float
+    top1: float
+    nll_difference: float
+    nll_error: float
+
+
+def perplexity(
+    llm: LLM,
+    ids: Sequence[int] | Sequence[Sequence[int]],
+    context: int | None = None,
+    stride: int | None = None,
+    bos: int | None = None,
+) -> Perplexity:
+    """Perplexity of the token ids of a text, or of several, which share no window.
+
+    A window begins every `stride` tokens, and of each one only the tokens that no window before it held are scored, as
+    in transformers' guide to perplexity. A token with nothing before it is not scored; every token counts once.
+
+    Args:
+        context: tokens of a window; default: the model's, up to 2,048.
+        stride: a smaller one gives each token more to go on, and takes longer; default: all of the window.
+        bos: an id that stands before every window and takes one of its places. None: the ids stand as they are.
+
+    Raises:
+        RequestError; CapacityError if a window does not fit in memory; NumericalError for NaN or infinite logits.
+    """
+    task = _task([llm], ids, context, stride, bos)
+    nll = [-_checked(token_logprobs(logits, targets)) for targets, (logits,) in _scored([llm], task)]
+    return _summary(torch.cat(nll), llm, task)
+
+
+def compare(
+    llm: LLM,
+    reference: LLM,
+    ids: Sequence[int] | Sequence[Sequence[int]],
+    context: int | None = None,
+    stride: int | None = None,
+    bos: int | None = None,
+) -> Comparison:
+    """The same for two models, token by token: KL divergence, agreement, and what the difference costs in nats.
+
+    Raises what `perplexity` does, and RequestError where the two have different vocabularies.
+    """
+    _check_same_vocabulary(llm, reference)
+    task = _task([llm, reference], ids, context, stride, bos)
+    nll: list[Tensor] = []
+    expected: list[Tensor] = []
+    divergences: list[Tensor] = []
+    same = 0
+    for targets, (logits, wanted) in _scored([llm, reference], task):
+        wanted = wanted.to(logits.device)
+        nll.append(-_checked(token_logprobs(logits, targets)))
+        expected.append(-_checked(token_logprobs(wanted, targets)))
+        log_p, log_q = wanted.double().log_softmax(-1), logits.double().log_softmax(-1)
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))  # rounding can take it below
+        same += int((logits.argmax(-1) == wanted.argmax(-1)).sum())
+    ours, theirs = torch.cat(nll), torch.cat(expected)
+    kl: NDArray[np.float64] = torch.cat(divergences).cpu().numpy()
+    difference = (ours.double() - theirs.double()).cpu().numpy()
+    n = len(difference)
+    return Comparison(
+        model=_summary(ours, llm, task),
+        reference=_summary(theirs, reference, task),
+        kl_mean=float(kl.mean()),
+        kl_median=float(np.median(kl)),
+        kl_99=float(np.quantile(kl, 0.99)),
+        kl_max=float(kl.max()),
+        top1=same / n,
+        nll_difference=float(difference.mean()),
+        nll_error=float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan,
+    )
+
+
+def windows(length: int, context: int, stride: int, first: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, scored): the window text[begin:end], of which text[scored:end] is scored, never empty.
+
+    first: the tokens of a window that have nothing before them, 0 with BOS and 1 without.
+    """
+    done = 0
+    for begin in range(0, length, stride):
+        end = min(begin + context, length)
+        scored = max(done, begin + first)
+        if scored < end:
+            yield begin, end, scored
+        done = end
+        if end == length:
+            return
+
+
+def next_logits(model: Llama, ids: Sequence[int], first: int, cache: KVCache) -> Iterator[Tensor]:
+    """Logits (N, V), some rows at a time, after each of `ids` from index `first` on; they continue the cache's row."""
+    start = 0
+    for chunk in torch.tensor([ids], dtype=torch.int64, device=model.device).split(PREFILL_CHUNK, dim=1):
+        x = model.hidden(chunk, cache)[:, max(0, first - start) :]
+        start += chunk.shape[1]
+        if x.shape[1]:
+            for rows in x.split(ROWS, dim=1):
+                yield model.logits(rows)[0]
+
+
+@dataclass(frozen=True)
+class _Task:
+    texts: list[list[int]]
+    context: int
+    stride: int
+    bos: int | None
+
+    def windows(self) -> Iterator[tuple[list[int], int, int, int]]:
+        room = self.context - len(self.prefix)
+        for text in self.texts:
+            for window in windows(len(text), room, self.stride, 1 - len(self.prefix)):
+                yield text, *window
+
+    @property
+    def prefix(self) -> list[int]:
+        return [] if self.bos is None else [self.bos]
+
+
+def _task(
+    llms: list[LLM],
+    ids: Sequence[int] | Sequence[Sequence[int]],
+    context: int | None,
+    stride: int | None,
+    bos: int | None,
+) -> _Task:
+    texts = [_as_list(text) for text in ([ids] if all(is_whole(i) for i in ids) else ids)]
+    vocabulary = llms[0].config.vocab_size
+    for text in [*texts, [] if bos is None else [bos]]:
+        if outside := [i for i in text if not 0 <= i < vocabulary]:
+            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {vocabulary}")
+    least = 2 if bos is None else 1
+    if short := [len(text) for text in texts if len(text) < least]:
+        raise RequestError(f"the text has {short[0]} tokens; at least {least} are needed for one to be predicted")
+    limit = min(llm.config.max_seq_len for llm in llms)
+    context = min(limit, DEFAULT_CONTEXT) if context is None else context
+    if not is_whole(context) or not 2 <= context <= limit:
+        raise RequestError(f"context must be a whole number from 2 to the model's {limit}, not {shown(context)}")
+    room = context if bos is None else context - 1
+    stride = room if stride is None else stride
+    if not is_whole(stride) or not 1 <= stride <= room:
+        beside = f"the context of {context}" + ("" if bos is None else " less BOS")
+        raise RequestError(f"stride must be a whole number from 1 to {room}, {beside}, not {shown(stride)}")
+    for llm in llms:
+        check_cache_fits(llm.config, 1, llm.model.dtype, context, context, llm.model.device)
+    return _Task(texts, context, stride, bos)
+
+
+def _as_list(text: object) -> list[int]:
+    if not isinstance(text, Sequence) or isinstance(text, str) or not all(is_whole(i) for i in text):
+        raise RequestError(f"a text is a list of token ids, not {shown(text)}")
+    return list(text)
+
+
+def _scored(llms: list[LLM], task: _Task) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Every scored token in order, some at a time (N,), and each model's logits (N, V) before them."""
+    longest = min(task.context, max(map(len, task.texts)) + len(task.prefix))
+    n_scored = sum(end - scored for _, _, end, scored in task.windows())
+    with ExitStack() as stack:
+        for llm in llms:
+            stack.enter_context(llm._exclusive())
+        caches = [llm.model.new_cache(1, longest) for llm in llms]
+        bar = stack.enter_context(
+            tqdm(desc="scoring", total=n_scored, unit="token", delay=1, leave=False, disable=None)
+        )
+        for text, begin, end, scored in task.windows():
+            inputs = [*task.prefix, *text[begin : end - 1]]
+            first = len(inputs) - (end - scored)
+            for cache in caches:
+                cache.truncate(0, 0)
+            with torch.inference_mode():
+                pieces = [next_logits(llm.model, inputs, first, cache) for llm, cache in zip(llms, caches, strict=True)]
+                for logits in zip(*pieces, strict=True):
+                    n = len(logits[0])
+                    yield torch.tensor(text[scored : scored + n], device=logits[0].device), list(logits)
+                    scored += n
+                    bar.update(n)
+
+
+def _checked(logprobs: Tensor) -> Tensor:
+    if not torch.isfinite(logprobs).all():
+        raise NumericalError("the model's logits hold NaN or infinity; llm.generate says in which layer they begin")
+    return logprobs
+
+
+def _summary(nll: Tensor, llm: LLM, task: _Task) -> Perplexity:
+    counts = Counter(i for text, _, end, scored in task.windows() for i in text[scored:end])
+    n_bytes = sum(n * len(llm.tokenizer.token_bytes(i)) for i, n in counts.items())
+    total = float(nll.double().sum())
+    bits_per_byte = total / math.log(2) / n_bytes if n_bytes else math.nan
+    return Perplexity(len(nll), total / len(nll), bits_per_byte, task.context, task.stride, task.bos)
+
+
+def _check_same_vocabulary(one: LLM, other: LLM) -> None:
+    sizes = [llm.config.vocab_size for llm in (one, other)]
+    if sizes[0] != sizes[1]:
+        raise RequestError(
+            f"the vocabularies differ, {sizes[0]} tokens and {sizes[1]}: no distance between them exists"
+        )
+    words = [[llm.tokenizer.token_bytes(i, False) for i in range(sizes[0])] for llm in (one, other)]
+    if words[0] != words[1]:
+        i = next(i for i, (word, twin) in enumerate(zip(*words, strict=True)) if word != twin)
+        raise RequestError(
+            f"the tokenizers differ: token {i} is {words[0][i]!r:.80} in one and {words[1][i]!r:.80} in the other, "
+            "so no distance between the models exists"
+        )

@@ -1,0 +1,188 @@
+"""The chat at a terminal, as a person types to it; and with pipes in place of the terminal."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_mini.cli.chat import COMMANDS, ESCAPED
+from tests.cli.chat_terminal import CODE, CTRL_C, CTRL_D, ENTER, SECONDS, Terminal, piped, terminals
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Any]:
+    with terminals(tmp_path) as open_one:
+        yield open_one
+
+
+@pytest.fixture(params=[(), ("--no-editor",)], ids=["editor", "lines"])
+def either(request: pytest.FixtureRequest, terminal: Any) -> Terminal:
+    """Both ways of typing."""
+    if not request.param:
+        pytest.importorskip("prompt_toolkit")
+    return terminal(*request.param)
+
+
+def test_a_chat_with_every_command(either: Terminal) -> None:
+    assert "[1 0.0 None user 'hello']" in either.say("hello")
+    assert "[3 0.0 None user 'more']" in either.say("more")
+    either.type("/system Be loud." + ENTER)
+    either.until("System: Be loud.")
+    either.until(">>>")
+    assert "[6 0.0 None system 'again']" in either.say("again")
+    either.type("/set temperature 0.5" + ENTER)
+    either.until("temperature  0.5")
+    either.until(">>>")
+    either.type("/set seed 3" + ENTER)
+    either.until("seed  3")
+    either.until(">>>")
+    assert "[6 0.5 4 system 'again']" in either.say("/retry")
+    either.type("/stats" + ENTER)
+    either.until("first token 0.25 s · prompt 5 tokens")
+    either.until("context 7 of 100 tokens")
+    either.until(">>>")
+    either.type("/clear" + ENTER)
+    either.until("The chat is empty.")
+    either.until(">>>")
+    assert "[2 0.5 3 system 'first']" in either.say("first")
+    either.type("/quit" + ENTER)
+    assert either.ended() == 0
+
+
+def test_help_names_every_command_and_fits_eighty_columns(either: Terminal) -> None:
+    either.type("/help" + ENTER)
+    shown = either.until("Several lines: ")
+    for usage, meaning in COMMANDS.items():
+        assert usage in shown
+        assert meaning in shown
+        assert len(meaning) + 2 + max(map(len, COMMANDS)) < 80
+    either.until(">>>")
+    for command in ("/set", "/system", "/undo", "/retry", "/clear", "/stats"):
+        either.type(command + ENTER)
+        assert "no command" not in either.until("\r\n") + either.until(">>>")
+
+
+def test_a_slash_is_a_command_unless_a_space_stands_in_front(either: Terminal) -> None:
+    either.type("/etc/passwd is what?" + ENTER)
+    either.until("error: '/etc/passwd' is no command; ")
+    either.until(">>>")
+    assert "[1 0.0 None user '/exit is what?']" in either.say(" /exit is what?")
+
+
+def test_ctrl_c_ends_an_answer_and_keeps_what_came(either: Terminal) -> None:
+    either.type("endless" + ENTER)
+    either.until("word word ")
+    either.type(CTRL_C)
+    either.until("Stopped. What came of the answer stays in the chat.")
+    either.until(">>>")
+    assert "[3 " in either.say("more")
+    either.type("/undo" + ENTER)
+    either.until("Taken back: more")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_first_token(either: Terminal) -> None:
+    either.type("silent" + ENTER)
+    either.until("working")
+    either.type(CTRL_C)
+    either.until("pressed")
+    either.type(CTRL_C)
+    either.until("nothing was kept")
+    either.until(">>>")
+
+
+def test_ctrl_c_twice_or_ctrl_d_leaves(either: Terminal) -> None:
+    either.type(CTRL_C)
+    either.until("Ctrl-C once more leaves")
+    either.until(">>>")
+    either.type("typed")
+    either.until("typed")
+    either.type(CTRL_C)  # drops the line, and does not count
+    either.until(">>>")
+    either.type(CTRL_C)
+    either.until("Ctrl-C once more leaves")
+    either.until(">>>")
+    either.type(CTRL_C)
+    assert either.ended() == 0
+
+
+def test_ctrl_d_leaves(either: Terminal) -> None:
+    either.type(CTRL_D)
+    assert either.ended() == 0
+
+
+def test_no_control_character_of_the_model_reaches_the_terminal(either: Terminal) -> None:
+    either.type("escape" + ENTER)
+    shown = either.until("back 日本 👩\u200d👧\tx")
+    assert r"\x1b]0;owned\x07\x1b[31mred\x9b1m\rback" in shown
+    assert "\x1b]0;" not in shown
+    assert set(map(chr, [*range(9), *range(11, 32), *range(127, 160)])) == set(map(chr, ESCAPED))
+
+
+def test_endings_are_told(either: Terminal) -> None:
+    either.type("cut" + ENTER)
+    either.until("Stopped at its longest, ")
+    either.until(">>>")
+    either.type("blank" + ENTER)
+    either.until("The answer is empty.")
+    either.until(">>>")
+    either.type("too long" + ENTER)
+    either.until("error: 90 prompt tokens and 20 new ones exceed the context of 100; the chat is as it was, and /undo")
+    either.until(">>>")
+    either.type(CTRL_C)  # the editor holds the question again
+    either.until(">>>")
+    assert "[5 " in either.say("more")
+
+
+@pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["colour", "NO_COLOR", "dumb"])
+def test_notes_are_dim_where_colour_is_wanted(terminal: Any, env: dict[str, str]) -> None:
+    one = terminal("--no-editor", **env)
+    assert ("\x1b[2m" in one.screen) is (env == {})
+
+
+def test_answers_alone_on_standard_output(terminal: Any) -> None:
+    reading, writing = os.pipe()
+    one = terminal(stdout=writing)
+    os.close(writing)
+    one.type("escape" + ENTER)
+    one.until("escape")
+    one.until(">>>")
+    one.type(CTRL_D)
+    assert one.ended() == 0
+    with open(reading, "rb") as pipe:
+        assert pipe.read().decode() == "\x1b]0;owned\x07\x1b[31mred\x9b1m\rback 日本 👩\u200d👧\tx\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hi\n/nonsense\nmore\n", "'/nonsense' is no command"),
+        ("hi\ntoo long\nmore\n", "exceed the context of 100"),
+        ("hi\n/set top_p 2\nmore\n", "top_p must be a number from 0 to 1, not 2.0"),
+        ('hi\n"""\nmore\n', "standard input ended inside a text of several lines"),
+        (b"hi\n\xff\nmore\n", "a line of standard input is not UTF-8 text"),
+    ],
+    ids=["command", "context", "setting", "block", "bytes"],
+)
+def test_the_first_error_ends_what_is_piped(text: str | bytes, message: str) -> None:
+    done = piped(text)
+    assert done.stdout == "[1 0.0 None user 'hi']\n"
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == 2
+
+
+def test_ctrl_c_ends_what_is_piped() -> None:
+    child = subprocess.Popen([sys.executable, "-c", CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(b"endless\n")
+    child.stdin.flush()
+    assert child.stdout.read(10) == b"word word "
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=SECONDS)
+    assert child.returncode == 130

@@ -1,0 +1,139 @@
+"""--info on every format: it says what is there, reads no tensor's data, and refuses what loading would refuse."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llama_mini.cli.info import describe, plan_name
+from llama_mini.errors import CheckpointMismatchError
+from llama_mini.generate import main
+from llama_mini.model.config import LlamaConfig
+from llama_mini.model.llama import Llama
+from llama_mini.model.norm_plan import NormPlan
+from tests.checkpoint.meta.test_directory import PARAMS, meta_tensors, model
+from tests.tiny_families import random_model
+from tests.tiny_models import TINY
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+def rows(path: Path) -> dict[str, str]:
+    return {line[:15].strip(): line[15:] for line in describe(path, dtype="bfloat16").splitlines()}
+
+
+def with_tokenizer(directory: Path, tiny_dir: Path) -> Path:
+    for name in TOKENIZER:
+        shutil.copy(tiny_dir / name, directory / name)
+    return directory
+
+
+def test_a_hugging_face_directory(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows(tiny_dir)
+    n_parameters = sum(p.numel() for p in Llama.from_pretrained(tiny_dir).parameters())
+    assert found["path"] == str(tiny_dir)
+    assert found["format"] == "Hugging Face directory, 1 safetensors file"
+    assert found["family"] == "llama"
+    assert found["parameters"].startswith(f"{n_parameters:,} in 21 tensors, stored as F32 (")
+    assert found["shape"] == "2 layers, dim 32, hidden 64, 4 heads of 10, 2 KV heads, untied head"
+    assert found["norms"] == "pre: 5 norms, eps 1e-05"
+    assert found["context"] == "512 tokens, rope base 10,000, llama3 × 8"
+    assert found["tokenizer"] == "tokenizer.json, 260 tokens, BOS 256, EOS 257, 259"
+    assert found["chat template"] == "yes"
+    assert found["memory"].startswith("weights 0.1 MiB in bfloat16, cache ")
+    assert main(["--model", str(tiny_dir), "--info", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.splitlines()[:6] == describe(tiny_dir, "bfloat16").splitlines()[:6]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "norms"),
+    [
+        ("mistral", "pre: 7 norms"),
+        ("qwen2", "pre: 7 norms"),
+        ("qwen3", "pre+qk: 13 norms"),
+        ("olmo2", "out+qk:full, each rounded last: 13 norms"),
+    ],
+)
+def test_every_family(tmp_path: Path, tiny_dir: Path, model_type: str, norms: str) -> None:
+    random_model(model_type, 0, vocab_size=260).save_pretrained(tmp_path)
+    found = rows(with_tokenizer(tmp_path, tiny_dir))
+    assert found["family"] == model_type
+    assert found["norms"].startswith(norms)
+
+
+def test_windows_are_told(tmp_path: Path, tiny_dir: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 1, "vocab_size": 260}
+    random_model("qwen2", 0, **window).save_pretrained(tmp_path)
+    assert rows(with_tokenizer(tmp_path, tiny_dir))["context"].endswith(", window of 1,024 in 2 of 3 layers")
+
+
+def test_a_meta_directory(tmp_path: Path, tiny_dir: Path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    tensors = {name: tensor.bfloat16() for name, (tensor, _) in meta_tensors(model(vocab_size=260)).items()}
+    save_file(tensors, tmp_path / "consolidated.safetensors")
+    found = rows(with_tokenizer(tmp_path, tiny_dir))
+    assert found["format"] == "Meta directory, 1 safetensors file"
+    assert "stored as BF16" in found["parameters"]
+
+
+def test_the_default_checkpoint_and_its_gguf_file(smollm2_dir: Path, smollm2_gguf: Path) -> None:
+    gguf = rows(smollm2_gguf)
+    assert gguf["format"] == "GGUF file, Q4_1, Q8_0"
+    assert gguf["parameters"].startswith("134,515,008 in 272 tensors, stored as Q4_1 (63.3 MiB), Q8_0 (28.7 MiB), F32")
+    assert gguf["tokenizer"].startswith("GGUF byte-level BPE (smollm), 49,152 tokens, BOS 1, EOS ")
+    converted = rows(smollm2_dir)
+    for key in ("family", "shape", "norms", "context", "chat template"):
+        assert gguf[key] == converted[key]
+
+
+def test_no_data_is_read(tmp_path: Path, tiny_dir: Path) -> None:
+    """All weights NaN: loading refuses it, describing does not look."""
+    shutil.copytree(tiny_dir, tmp_path / "nan")
+    path = tmp_path / "nan" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start:] = np.full((len(data) - start) // 4, np.nan, np.float32).tobytes()
+    path.write_bytes(data)
+    assert rows(tmp_path / "nan")["shape"] == rows(tiny_dir)["shape"]
+
+
+def test_tensors_are_checked_all_the_same(tmp_path: Path, tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny_dir, tmp_path / "other")
+    raw = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(raw | {"intermediate_size": 65}))
+    with pytest.raises(CheckpointMismatchError, match="6 misshaped"):
+        describe(tmp_path / "other")
+    assert main(["--model", str(tmp_path / "other"), "--info"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "pre",
+        "post",
+        "peri",
+        "out+qk",
+        "none+embed",
+        "sub-final",
+        "normformer+qk:full",
+        "lns",
+        "mix(0.3333333333333333)",
+    ],
+)
+def test_a_preset_is_known_by_its_name(plan: str) -> None:
+    assert plan_name(LlamaConfig(**TINY | {"norm_plan": plan})) == plan
+
+
+def test_any_other_plan_is_its_json() -> None:
+    pre, sub = (NormPlan.parse(text, TINY["n_layers"]) for text in ("pre", "sub"))
+    layers = [sub.layer(0), *(pre.layer(i) for i in range(1, TINY["n_layers"]))]
+    config = LlamaConfig(**TINY | {"norm_plan": pre.with_layers(layers)})
+    assert plan_name(config) == str(config.norm_plan.to_dict())
+    assert torch.is_tensor(Llama(config).norm.weight)

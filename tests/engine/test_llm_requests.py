@@ -1,0 +1,150 @@
+"""What a request may ask of the engine beside plain sampling."""
+
+import asyncio
+import math
+from itertools import count
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_mini import LLM, SamplingParams
+from llama_mini.engine import request as request_module
+from llama_mini.errors import RequestError
+
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_dir) -> LLM:
+    return LLM(tiny_dir, dtype="float32")
+
+
+def test_n_answers_of_one_prompt_draw_from_seeds_in_turn(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=10, temperature=1.5, seed=7, n=3, ignore_eos=True)
+    answers = llm.generate(["a b c", "d e f"], params)
+    assert len(answers) == 6
+    for place, answer in enumerate(answers):
+        own = SamplingParams(max_tokens=10, temperature=1.5, seed=7 + place % 3, ignore_eos=True)
+        assert answer.token_ids == llm.generate(["a b c", "d e f"][place // 3], own)[0].token_ids
+    assert len({tuple(answer.token_ids) for answer in answers[:3]}) == 3
+
+
+def test_one_answer_where_one_comes_back(llm: LLM) -> None:
+    for call in (llm.stream, lambda prompt, params: llm.chat([{"role": "user", "content": prompt}], params)):
+        with pytest.raises(RequestError, match="n must be 1"):
+            call("a", SamplingParams(n=2))
+
+
+def test_parameters_of_each_prompt(llm: LLM) -> None:
+    lengths = [3, 7, 1]
+    each = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
+    assert [len(c.token_ids) for c in llm.generate(["a", "b", "c"], each)] == lengths
+    with pytest.raises(RequestError, match="2 for 3 prompts"):
+        llm.generate(["a", "b", "c"], each[:2])
+
+
+def test_a_stop_token_ends_the_text_and_is_not_in_it(llm: LLM) -> None:
+    free = llm.generate("hello", GREEDY)[0]
+    stop = free.token_ids[4]
+    cut = llm.generate("hello", SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=[stop]))[0]
+    first = free.token_ids.index(stop)
+    assert cut.token_ids == free.token_ids[: first + 1]
+    assert cut.finish_reason == "stop"
+    assert cut.text == llm.tokenizer.decode(free.token_ids[:first])
+
+
+def test_no_end_before_min_tokens(llm: LLM) -> None:
+    stop = llm.generate("hello", GREEDY)[0].token_ids[0]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=[stop], min_tokens=6)
+    assert stop not in llm.generate("hello", params)[0].token_ids[:6]
+
+
+def test_time_cuts_a_text(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = count()
+    monkeypatch.setattr(request_module.time, "perf_counter", lambda: float(next(ticks)))
+    completion = llm.generate("hello", SamplingParams(max_tokens=100, max_time=5, ignore_eos=True))[0]
+    assert completion.finish_reason == "length"
+    assert len(completion.token_ids) == 5  # the clock ticks once a token
+
+
+def test_a_bias_bans_and_forces(llm: LLM) -> None:
+    best = llm.generate("hello", GREEDY)[0].token_ids[0]
+    banned = llm.generate("hello", SamplingParams(max_tokens=12, logit_bias={best: -math.inf}, ignore_eos=True))[0]
+    assert best not in banned.token_ids
+    forced = llm.generate("hello", SamplingParams(max_tokens=12, logit_bias={77: 1e4}, ignore_eos=True))[0]
+    assert forced.token_ids == [77] * 12
+    with pytest.raises(RequestError, match="logit_bias must be token ids from 0"):
+        llm.generate("hello", SamplingParams(logit_bias={10**9: 1.0}))
+
+
+def test_logprobs_stay_raw_and_come_with_the_likeliest(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=8, temperature=2.0, seed=3, top_logprobs=4, repetition_penalty=1.5)
+    completion = llm.generate("hello", params)[0]
+    ids = llm.tokenizer.encode("hello") + completion.token_ids
+    raw = llm.model(torch.tensor([ids]))[0].log_softmax(-1)
+    for i, (token, logprob, top) in enumerate(
+        zip(completion.token_ids, completion.logprobs, completion.top_logprobs, strict=True)
+    ):
+        row = raw[len(ids) - len(completion.token_ids) + i - 1]
+        assert logprob == pytest.approx(float(row[token]), abs=2e-5)
+        assert [each for each, _ in top] == row.topk(4).indices.tolist()
+        assert [value for _, value in top] == pytest.approx(row.topk(4).values.tolist(), abs=2e-5)
+
+
+def test_a_processor_that_fails_ends_its_row_alone(llm: LLM) -> None:
+    def broken(ids: list[int], logits: Tensor) -> Tensor:
+        if len(ids) > 8:
+            raise ValueError("broken on purpose")
+        return logits
+
+    each = [GREEDY, SamplingParams(max_tokens=12, ignore_eos=True, logits_processors=[broken])]
+    good, bad = llm.generate(["a", "a"], each)
+    assert good.token_ids == llm.generate("a", GREEDY)[0].token_ids
+    assert bad.finish_reason == "error"
+    assert "broken on purpose" in bad.error
+    assert bad.token_ids == good.token_ids[: len(bad.token_ids)]
+    with pytest.raises(RequestError, match="broken on purpose"):
+        list(llm.stream("a", each[1]))
+
+
+def test_completions_come_as_they_end_and_errors_alone(llm: LLM) -> None:
+    prompts = ["a", [], "b", [10**9], "c"]
+    found = dict(llm.completions(prompts, SamplingParams(max_tokens=3)))
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    assert [found[i].finish_reason == "error" for i in range(5)] == [False, True, False, True, False]
+    assert "empty" in found[1].error
+    assert found[2].token_ids == llm.generate("b", SamplingParams(max_tokens=3))[0].token_ids
+
+
+def test_the_async_stream_is_the_stream_and_leaves_the_loop_free(llm: LLM) -> None:
+    async def both() -> tuple[list, int]:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        chunks = [chunk async for chunk in llm.astream("hello", GREEDY)]
+        task.cancel()
+        return chunks, turns
+
+    chunks, turns = asyncio.run(both())
+    plain = list(llm.stream("hello", GREEDY))
+    assert [chunk.token_id for chunk in chunks] == [chunk.token_id for chunk in plain]
+    assert "".join(chunk.text for chunk in chunks) == plain[-1].completion.text
+    assert turns > len(chunks)
+
+
+def test_an_async_stream_left_early_lets_the_model_go(llm: LLM) -> None:
+    async def first() -> int:
+        stream = llm.astream("hello", GREEDY)
+        async for chunk in stream:
+            await stream.aclose()
+            return chunk.token_id
+        raise AssertionError
+
+    assert asyncio.run(first()) == llm.generate("hello", GREEDY)[0].token_ids[0]

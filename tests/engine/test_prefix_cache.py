@@ -1,0 +1,117 @@
+"""Prompts that begin alike: what is taken over, that it changes nothing, and that a failed row is never taken over."""
+
+import weakref
+
+import pytest
+import torch
+
+from llama_mini import LLM, SamplingParams
+from llama_mini.engine import runner as runner_module
+from llama_mini.engine.prefix_cache import FEWEST, shared
+from llama_mini.errors import CapacityError, NumericalError
+
+GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
+SYSTEM = [(7 * i + i * i) % 200 + 40 for i in range(90)]
+
+
+@pytest.fixture
+def llm(tiny_dir) -> LLM:
+    return LLM(tiny_dir, dtype="float32")
+
+
+def cold(llm: LLM, prompt: list[int], params: SamplingParams = GREEDY):
+    llm.forget()
+    return llm.generate(prompt, params)[0]
+
+
+def test_how_much_two_prompts_share() -> None:
+    assert shared([1, 2, 3], [1, 2, 4]) == 2
+    assert shared([1, 2], [1, 2, 3]) == 2
+    assert shared([], [1]) == 0
+    assert shared([5], [1]) == 0
+
+
+def test_a_turn_prefills_only_what_is_new(llm: LLM) -> None:
+    first = llm.generate(SYSTEM, GREEDY)[0]
+    again = [*SYSTEM, *first.token_ids, 50, 51, 52]
+    second = llm.generate(again, GREEDY)[0]
+    assert first.stats.cached_tokens == 0
+    assert second.stats.cached_tokens == len(SYSTEM) + len(first.token_ids) - 1  # the last token was never fed
+    alone = cold(llm, again)
+    assert alone.stats.cached_tokens == 0
+    assert second.token_ids == alone.token_ids
+    assert second.logprobs == pytest.approx(alone.logprobs, abs=2e-5)
+
+
+def test_the_prompts_of_a_batch_share_one_prefill(llm: LLM) -> None:
+    prompts = [[*SYSTEM, *range(60, 60 + i % 9), 45 + i] for i in range(37)]
+    together = llm.generate(prompts, GREEDY)
+    assert sum(c.stats.cached_tokens < len(SYSTEM) for c in together) == 1  # the first one pays for all
+    for prompt, completion in zip(prompts, together, strict=True):
+        alone = cold(llm, prompt)
+        assert completion.token_ids == alone.token_ids
+        assert completion.logprobs == pytest.approx(alone.logprobs, abs=2e-5)
+
+
+def test_the_same_prompt_twice_and_a_shorter_one(llm: LLM) -> None:
+    llm.generate(SYSTEM, GREEDY)
+    for prompt in (SYSTEM, SYSTEM[: FEWEST + 1], SYSTEM[:FEWEST]):
+        warm = llm.generate(prompt, GREEDY)[0]
+        assert warm.stats.cached_tokens == (len(prompt) - 1 if len(prompt) > FEWEST else 0)
+        alone = cold(llm, prompt)
+        assert warm.token_ids == alone.token_ids
+        llm.generate(SYSTEM, GREEDY)
+
+
+def test_a_stream_left_early_is_taken_over_as_far_as_it_came(llm: LLM) -> None:
+    chunks = llm.stream(SYSTEM, GREEDY)
+    ids = [next(chunks).token_id for _ in range(5)]
+    chunks.close()
+    again = [*SYSTEM, *ids, 60]
+    warm = llm.generate(again, GREEDY)[0]
+    assert warm.stats.cached_tokens == len(SYSTEM) + 4
+    assert warm.token_ids == cold(llm, again).token_ids
+
+
+def test_a_failed_row_is_never_taken_over(llm: LLM) -> None:
+    weight = llm.model.layers[0].attention.pre_norm.weight
+    healthy = weight.clone()
+    weight.fill_(float("nan"))
+    with pytest.raises(NumericalError):
+        list(llm.stream(SYSTEM, GREEDY))
+    weight.copy_(healthy)
+    completion = llm.generate(SYSTEM, GREEDY)[0]
+    assert completion.stats.cached_tokens == 0
+    assert completion.token_ids == cold(llm, SYSTEM).token_ids
+
+
+def test_prompt_logprobs_are_computed_anew(llm: LLM) -> None:
+    llm.generate(SYSTEM, GREEDY)
+    params = SamplingParams(max_tokens=2, prompt_logprobs=True, top_logprobs=3)
+    completion = llm.generate(SYSTEM, params)[0]
+    assert completion.stats.cached_tokens == 0
+    logits = llm.model(torch.tensor([SYSTEM]))[0]
+    expected = logits.log_softmax(-1)[range(len(SYSTEM) - 1), SYSTEM[1:]].tolist()
+    assert completion.prompt_logprobs[0] is None
+    assert completion.prompt_logprobs[1:] == pytest.approx(expected, abs=2e-5)
+    for row, alternatives in enumerate(completion.prompt_top_logprobs[1:]):
+        assert [token for token, _ in alternatives] == logits[row].topk(3).indices.tolist()
+
+
+def test_what_was_kept_makes_room(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm.generate(SYSTEM, GREEDY)
+    kept = weakref.ref(llm._runner.kept.cache)
+
+    def full(*_: object) -> None:
+        if kept() is not None:
+            raise CapacityError("full")
+
+    monkeypatch.setattr(runner_module, "check_cache_fits", full)
+    assert llm.generate(SYSTEM, GREEDY)[0].stats.cached_tokens == 0
+
+    def never(*_: object) -> None:
+        raise CapacityError("full")
+
+    monkeypatch.setattr(runner_module, "check_cache_fits", never)
+    with pytest.raises(CapacityError):
+        llm.generate(SYSTEM, GREEDY)

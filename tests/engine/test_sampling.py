@@ -1,0 +1,200 @@
+"""Drawing a token, against transformers' warpers, a full sort and NumPy, and the corners where others return NaN."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llama_mini import SamplingParams
+from llama_mini.engine.sampling import candidates, in_top_p, sample, with_temperature
+
+FILTERS = [
+    {"temperature": 0.7},
+    {"temperature": 1.0, "top_k": 7},
+    {"temperature": 1.3, "top_k": 5000},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.5, "top_p": 0.1},
+    {"temperature": 1.5, "top_p": 0.999},
+    {"temperature": 2.0, "min_p": 0.05},
+    {"temperature": 1.0, "top_k": 40, "min_p": 0.3},
+    {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02},
+]
+
+
+def logits(seed: int, size: int = 1000) -> torch.Tensor:
+    return 4 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def warped(x: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    x = TemperatureLogitsWarper(params.temperature)(None, x[None])
+    if params.top_k:
+        x = TopKLogitsWarper(params.top_k)(None, x)
+    if params.top_p < 1:
+        x = TopPLogitsWarper(params.top_p)(None, x)
+    if params.min_p:
+        x = MinPLogitsWarper(params.min_p)(None, x)
+    return x[0]
+
+
+def by_full_sort(x: torch.Tensor, p: float) -> torch.Tensor:
+    """The slow twin of in_top_p."""
+    weights = x.softmax(-1).double()
+    order = x.argsort(stable=True)
+    kept = weights[order].cumsum(-1) > 1 - p
+    kept[-1] = True
+    return order[kept].sort().values
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filters_equal_transformers(filters: dict[str, float], seed: int) -> None:
+    x = logits(seed)
+    params = SamplingParams(**filters)
+    expected = warped(x, params)
+    ids, left = candidates(x, params)
+    assert ids.tolist() == expected.isfinite().nonzero()[:, 0].tolist()
+    torch.testing.assert_close(left.softmax(-1), expected.softmax(-1)[ids], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("filters", [FILTERS[1], FILTERS[3], FILTERS[8]], ids=str)
+def test_banned_tokens_never_come_back(filters: dict[str, float], seed: int) -> None:
+    x = logits(seed)
+    x[torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:995]] = -math.inf
+    params = SamplingParams(seed=seed, **filters)
+    generator = params.generator()
+    assert {sample(x, params, generator) for _ in range(50)} <= set(x.isfinite().nonzero()[:, 0].tolist())
+    kept, weights = warped(x, params), torch.zeros(1000)
+    ids, left = candidates(x, params)
+    torch.testing.assert_close(weights.index_copy(0, ids.long(), left.softmax(-1)), kept.softmax(-1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000, 49152])
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.1, 0.5, 0.9, 0.99, 1 - 1e-12])
+def test_top_p_equals_a_full_sort(p: float, size: int) -> None:
+    for seed in range(4):
+        x = with_temperature(logits(seed, size), 1.0)
+        assert torch.equal(in_top_p(x, p), by_full_sort(x, p))
+        coarse = x.round()  # many ties
+        assert torch.equal(in_top_p(coarse, p), by_full_sort(coarse, p))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    values=st.lists(
+        st.one_of(st.floats(-50, 50, width=32), st.sampled_from([0.0, 1.0, -math.inf, 1e38, -1e38, 3e38, -3e38])),
+        min_size=1,
+        max_size=30,
+    ).filter(lambda values: max(values) > -math.inf),
+    temperature=st.one_of(st.floats(0, 3), st.sampled_from([5e-324, 1e-10, 1e-4, 1e30, 1e39, 1e299])),
+    top_k=st.sampled_from([0, 1, 2, 10, 10**9]),
+    top_p=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1e-300, 0.5])),
+    min_p=st.one_of(st.floats(0, 1), st.sampled_from([1.0, 5e-324])),
+)
+def test_whatever_the_settings_a_likely_token_stays(
+    values: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    x = torch.tensor(values)
+    before = x.clone()
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=1)
+    ids, left = candidates(x, params)
+    assert len(ids)
+    assert left.softmax(-1).isfinite().all()
+    assert float(x[ids].max()) == float(x.max())
+    assert ids.tolist() == sorted(set(ids.tolist()))
+    token = sample(x, params, params.generator())
+    assert x[token] > -math.inf
+    assert temperature == 0 or token in ids
+    if temperature <= 1e-300 or top_k == 1 or top_p == 0 or min_p == 1:
+        shifted = with_temperature(x, temperature)
+        assert shifted[token] == shifted.max()
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e-4},
+        {"temperature": 1e-10},
+        {"temperature": 5e-324},
+        {"temperature": 1.0, "top_p": 0.0},
+        {"temperature": 1.0, "min_p": 1.0},
+        {"temperature": 1.0, "top_k": 1},
+        {"temperature": 1e-10, "top_k": 3, "top_p": 0.0, "min_p": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e30])
+def test_extremes_are_the_argmax(extreme: dict[str, float], scale: float) -> None:
+    params = SamplingParams(seed=0, **extreme)
+    for seed in range(5):
+        x = logits(seed) * scale
+        assert sample(x, params, params.generator()) == int(x.argmax())
+
+
+def test_of_equal_logits_the_first_is_taken() -> None:
+    logits = torch.zeros(40_000).index_fill(0, torch.tensor([7, 9_000, 39_999]), 3)
+    assert sample(logits, SamplingParams(temperature=0), torch.Generator()) == 7
+
+
+def test_zero_temperature_is_greedy_whatever_the_rest() -> None:
+    params = SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.5, seed=1)
+    assert [sample(logits(s), params, params.generator()) for s in range(20)] == [
+        int(logits(s).argmax()) for s in range(20)
+    ]
+
+
+def test_frequencies_follow_the_softmax() -> None:
+    x = torch.tensor([1.0, 0.0, -math.inf, -1.0, 2.0, -math.inf])
+    params = SamplingParams(temperature=1.0, seed=3)
+    generator = params.generator()
+    drawn = torch.tensor([sample(x, params, generator) for _ in range(20_000)])
+    counts = torch.bincount(drawn, minlength=6)
+    possible = x > -math.inf
+    assert not counts[~possible].any()
+    expected = x.softmax(-1)[possible] * 20_000
+    assert float(((counts[possible] - expected) ** 2 / expected).sum()) < 16.3  # chi squared, 3 degrees, p = 0.001
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_draws_are_those_of_numpy(filters: dict[str, float]) -> None:
+    """The token where the summed probabilities of transformers first pass the same uniform number."""
+    params = SamplingParams(seed=11, **filters)
+    ours, same = params.generator(), params.generator()
+    for seed in range(50):
+        x = logits(seed)
+        weights = warped(x, params).double().softmax(-1).numpy()
+        u = float(torch.rand((), dtype=torch.float64, generator=same))
+        assert sample(x, params, ours) == int(np.argmax(np.cumsum(weights) > u))
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_uniform_draw_hit_the_first_and_last_possible_token(
+    u: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(u, dtype=torch.float64))
+    params = SamplingParams(temperature=1.0, seed=0)
+    for seed in range(50):
+        x = logits(seed)
+        x[[0, 1, -2, -1]] = -math.inf
+        assert sample(x, params, params.generator()) == (997 if u else 2)
+
+
+def test_the_seed_decides_and_none_draws_a_new_one() -> None:
+    def draw(seed: int | None) -> list[int]:
+        params = SamplingParams(temperature=1.0, seed=seed)
+        generator = params.generator()
+        return [sample(logits(0), params, generator) for _ in range(20)]
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert draw(None) != draw(None)

@@ -1,4 +1,4 @@
-"""lm-eval with the model `llama_mini`: python -m llama_mini.eval --model llama_mini --model_args pretrained=... --tasks ..."""
+"""lm-eval with the model `llama_mini`: python -m llama_mini.eval --model llama_mini --model_args ... --tasks ..."""
 
 import sys
 from importlib.util import find_spec

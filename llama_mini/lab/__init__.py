@@ -6,7 +6,7 @@ The model holds no code of this; capture is hooks, and an edit swaps a module in
 from importlib import import_module
 from typing import Any
 
-_HOME = {  # no file is named like a function in it: importing the file would put it in the function's place
+_HOME = {  # no module has the name of a function: importing it would hide the function
     "norms": "norm_table",
     "capture": "recording",
     "massive_activation": "recording",
@@ -22,7 +22,7 @@ _HOME = {  # no file is named like a function in it: importing the file would pu
     "init": "measurement",
     "sweep": "sweeps",
     "race": "training",
-    "report": "html_report",
+    "report": "reporting.report",
 }
 __all__ = sorted(_HOME)
 

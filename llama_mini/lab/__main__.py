@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_mini.cli.common import exit_code_of
+from llama_mini.cli.common import checkpoint_of, exit_code_of
 
 PLANS = ("pre", "post", "peri", "out+qk", "deep")
 
@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from llama_mini.lab import commands
 
+    if "model" in args:
+        args.checkpoint = lambda: checkpoint_of(args.model)
     return exit_code_of(lambda: commands.run(args))
 
 

@@ -14,11 +14,7 @@ from llama_mini.tokenizer.tokenizer import open_tokenizer
 
 
 def checkpoint(args: argparse.Namespace) -> Path:
-    if args.model is not None:
-        return resolve(args.model)
-    from llama_mini.cli.default_model import ensure_default_checkpoint
-
-    return ensure_default_checkpoint()
+    return resolve(args.checkpoint())
 
 
 def read_model(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llama_mini.lab.cost import Score
-from llama_mini.lab.drawing import save
 from llama_mini.lab.recording import Recording
+from llama_mini.lab.reporting.style import save
 from llama_mini.lab.table import Table
 
 if TYPE_CHECKING:

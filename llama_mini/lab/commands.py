@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from llama_mini import lab
 from llama_mini.errors import RequestError
-from llama_mini.lab import pictures, plan_pictures
 from llama_mini.lab.command_input import checkpoint, read_ids, read_model, read_settings, read_tokenizer
 from llama_mini.lab.command_output import captured, draw, scores, show
-from llama_mini.lab.drawing import check_drawable, check_picture
-from llama_mini.lab.html_page import Shell
+from llama_mini.lab.reporting import figures, plan_figures
+from llama_mini.lab.reporting.page import Shell
+from llama_mini.lab.reporting.style import check_drawable, check_picture
 from llama_mini.lab.tour import tour
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 def _norms(args: argparse.Namespace) -> None:
     rows = lab.norms(read_model(args)[0])
     show(rows, args)
-    draw(args, lambda: pictures.gain_picture(rows))
+    draw(args, lambda: figures.gain_picture(rows))
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -54,7 +54,7 @@ def _capture(args: argparse.Namespace) -> None:
             f"massive activation: dimension {found.dim}, token {found.token} {tokenizer.decode([ids[found.token]])!r}, "
             f"born in layer {found.layer}, {found.times_median:,.0f} times the median"
         )
-    draw(args, lambda: pictures.residual_rms_picture(seen))
+    draw(args, lambda: figures.residual_rms_picture(seen))
 
 
 def _ablate(args: argparse.Namespace) -> None:
@@ -64,7 +64,7 @@ def _ablate(args: argparse.Namespace) -> None:
         settings.setdefault("keep_first", not args.drop_first)
     costs = lab.ablate(model, read_ids(tokenizer, args), args.pattern.split(","), **settings)
     show(costs, args)
-    draw(args, lambda: pictures.norm_cost_picture(costs))
+    draw(args, lambda: figures.norm_cost_picture(costs))
 
 
 def _edit(args: argparse.Namespace) -> None:
@@ -80,7 +80,7 @@ def _skip(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
     costs = lab.skip_layers(model, read_ids(tokenizer, args))
     show(costs, args)
-    draw(args, lambda: pictures.skip_picture(costs))
+    draw(args, lambda: figures.skip_picture(costs))
 
 
 def _move(args: argparse.Namespace) -> None:
@@ -138,25 +138,25 @@ def _tour(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     predicted = lab.predict(args.plan, args.depth)
     show(predicted.table(), args)
-    draw(args, lambda: plan_pictures.init_picture(predicted))
+    draw(args, lambda: plan_figures.init_picture(predicted))
 
 
 def _init(args: argparse.Namespace) -> None:
     measured = lab.init(args.plan, args.depth, dim=args.dim, seeds=args.seeds)
     show(measured.table(), args)
-    draw(args, lambda: plan_pictures.init_picture(lab.predict(args.plan, args.depth), measured))
+    draw(args, lambda: plan_figures.init_picture(lab.predict(args.plan, args.depth), measured))
 
 
 def _sweep(args: argparse.Namespace) -> None:
     found = lab.sweep(args.plans, args.depths)
     show(found.table(), args)
-    draw(args, lambda: plan_pictures.sweep_picture(found))
+    draw(args, lambda: plan_figures.sweep_picture(found))
 
 
 def _race(args: argparse.Namespace) -> None:
     found = lab.race(args.plans, steps=args.steps)
     show(found.table(), args)
-    draw(args, lambda: plan_pictures.race_picture(found))
+    draw(args, lambda: plan_figures.race_picture(found))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

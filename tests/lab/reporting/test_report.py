@@ -12,11 +12,11 @@ import torch
 
 from llama_mini import lab
 from llama_mini.errors import RequestError
-from llama_mini.lab import html_report
-from llama_mini.lab.diagram import layer_kinds, plan_diagram, ranges
-from llama_mini.lab.drawing import DARK, LIGHT, SVG
-from llama_mini.lab.html_report import report
 from llama_mini.lab.recording import capture, massive_activation
+from llama_mini.lab.reporting import report as report_module
+from llama_mini.lab.reporting.diagram import layer_kinds, plan_diagram, ranges
+from llama_mini.lab.reporting.report import report
+from llama_mini.lab.reporting.style import DARK, LIGHT, SVG
 from llama_mini.lab.training import Race
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
@@ -203,7 +203,7 @@ def test_a_failure_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise RequestError("planted")
 
-    monkeypatch.setattr(html_report, "doctor", fail)
+    monkeypatch.setattr(report_module, "doctor", fail)
     with pytest.raises(RequestError, match="planted"):
         report(path, tiny_model(), IDS)
     assert path.read_text() == "older"
@@ -211,7 +211,7 @@ def test_a_failure_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_folder_that_is_not_there_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html_report, "score", None)
+    monkeypatch.setattr(report_module, "score", None)
     with pytest.raises(RequestError, match=r"cannot write .*a\.html: there is no folder .*; make it first"):
         report(tmp_path / "no" / "a.html", tiny_model(), IDS)
 

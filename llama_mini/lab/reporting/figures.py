@@ -8,7 +8,9 @@ from torch import Tensor
 
 from llama_mini.errors import RequestError
 from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
-from llama_mini.lab.drawing import (
+from llama_mini.lab.norm_table import NormRow
+from llama_mini.lab.recording import MASSIVE, Recording
+from llama_mini.lab.reporting.style import (
     BLUE,
     GREEN,
     INK,
@@ -20,8 +22,6 @@ from llama_mini.lab.drawing import (
     new_figure,
     styled,
 )
-from llama_mini.lab.norm_table import NormRow
-from llama_mini.lab.recording import MASSIVE, Recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

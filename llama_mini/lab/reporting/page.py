@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from llama_mini.lab.drawing import DARK, INK, LIGHT
+from llama_mini.lab.reporting.style import DARK, INK, LIGHT
 from llama_mini.lab.table import Table
 
 _CSS = f"""

@@ -11,13 +11,15 @@ from tqdm import tqdm
 
 import llama_mini
 from llama_mini.cli.info import plan_name
-from llama_mini.lab import pictures
 from llama_mini.lab.ablation import ablate, skip_layers
 from llama_mini.lab.cost import as_tokens, score
 from llama_mini.lab.diagnosis import doctor
-from llama_mini.lab.diagram import layer_kinds, plan_diagram, ranges
-from llama_mini.lab.drawing import check_drawable, svg, write_whole
-from llama_mini.lab.html_page import (
+from llama_mini.lab.norm_table import norms
+from llama_mini.lab.paths import select
+from llama_mini.lab.recording import MASSIVE, Recording, capture, massive_activation
+from llama_mini.lab.reporting import figures
+from llama_mini.lab.reporting.diagram import layer_kinds, plan_diagram, ranges
+from llama_mini.lab.reporting.page import (
     COMMAND,
     Shell,
     caption,
@@ -30,10 +32,8 @@ from llama_mini.lab.html_page import (
     section,
     table,
 )
-from llama_mini.lab.html_plans import init_section, race_section
-from llama_mini.lab.norm_table import norms
-from llama_mini.lab.paths import select
-from llama_mini.lab.recording import MASSIVE, Recording, capture, massive_activation
+from llama_mini.lab.reporting.plans import init_section, race_section
+from llama_mini.lab.reporting.style import check_drawable, svg, write_whole
 from llama_mini.lab.training import Race
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
@@ -118,7 +118,7 @@ def _plan(model: Llama, shell: Shell | None) -> str:
 def _activations(model: Llama, tokens: Tensor, tokenizer: Tokenizer | None, shell: Shell | None) -> str:
     recording = capture(model, tokens)
     first, last = (
-        float(pictures.besides_first(point.rms).quantile(0.5))
+        float(figures.besides_first(point.rms).quantile(0.5))
         for point in (recording.resid.resid_pre[0], recording.resid.resid_post[-1])
     )
     seen = (
@@ -126,7 +126,7 @@ def _activations(model: Llama, tokens: Tensor, tokenizer: Tokenizer | None, shel
         "tokens but the first of a row); marks are what the norms make of it. q, k and v norms see heads and are left "
         "out."
     )
-    drawn = svg(pictures.residual_rms_picture(recording), "rms")
+    drawn = svg(figures.residual_rms_picture(recording), "rms")
     command = shell.command("capture --picture rms.svg") if shell else "lab.capture(model, ids)"
     stream = section("The residual stream", picture(drawn, seen, command, "RMS of the residual stream by layer"))
     return stream + _massive(recording, tokens, tokenizer, shell)
@@ -144,7 +144,7 @@ def _massive(recording: Recording, tokens: Tensor, tokenizer: Tokenizer | None, 
             "of its input."
         )
     drawn = picture(
-        svg(pictures.massive_picture(recording), "massive"),
+        svg(figures.massive_picture(recording), "massive"),
         seen,
         shell.command("capture") if shell else "lab.massive_activation(lab.capture(model, ids))",
         "Largest element over the median by layer",
@@ -200,7 +200,7 @@ def _costs(model: Llama, tokens: Tensor, shell: Shell | None) -> str:
     patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
     if shell and select(model, patterns) == paths:
         command = shell.command(f"ablate {shlex.quote(','.join(patterns))} --picture cost.svg")
-    drawn = picture(svg(pictures.norm_cost_picture(costs), "cost"), seen, command, "Cost of freezing each norm")
+    drawn = picture(svg(figures.norm_cost_picture(costs), "cost"), seen, command, "Cost of freezing each norm")
     return section(title, drawn, folded("The numbers", table(costs)))
 
 
@@ -216,7 +216,7 @@ def _gains(model: Llama, shell: Shell | None) -> str:
     seen = "The least, mean and largest effective gain of each norm of the layers. "
     seen += " ".join(f"{p} has {r.min:.3g}, {r.mean:.3g} and {r.max:.3g}." for p, r in ours.items())
     command = f"{COMMAND} norms --picture gains.svg {shell.model}" if shell else "lab.norms(model)"
-    drawn = picture(svg(pictures.gain_picture(rows), "gain"), seen, command, "Gains by layer")
+    drawn = picture(svg(figures.gain_picture(rows), "gain"), seen, command, "Gains by layer")
     return section("Gains", drawn, numbers)
 
 
@@ -228,7 +228,7 @@ def _layers(model: Llama, tokens: Tensor, shell: Shell | None) -> str:
         f"{cheap.dloss:+.3g}; below, the mean angle between a layer's input and its output."
     )
     command = shell.command("skip --picture layers.svg") if shell else "lab.skip_layers(model, ids)"
-    drawn = picture(svg(pictures.skip_picture(rows), "skip"), seen, command, "Cost of each layer")
+    drawn = picture(svg(figures.skip_picture(rows), "skip"), seen, command, "Cost of each layer")
     return section("What each layer is worth", drawn, folded("The numbers", table(rows)))
 
 

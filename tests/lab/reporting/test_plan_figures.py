@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from llama_mini.lab import plan_pictures
-from llama_mini.lab.drawing import save, svg
 from llama_mini.lab.measurement import init
+from llama_mini.lab.reporting import plan_figures
+from llama_mini.lab.reporting.style import save, svg
 from llama_mini.lab.sweeps import Sweep
 from llama_mini.lab.theory import predict
 from llama_mini.lab.training import Race
@@ -20,19 +20,19 @@ PRESETS = ("pre", "post", "peri", "out", "none", "deep", "mix(.34)", "lns", "sub
 @pytest.mark.parametrize("plan", PRESETS)
 def test_a_prediction_is_a_line_and_a_measurement_marks(plan: str, tmp_path: Path) -> None:
     predicted, measured = predict(plan, 3), init(plan, 3, dim=16, seeds=2)
-    figure = plan_pictures.init_picture(predicted, measured)
+    figure = plan_figures.init_picture(predicted, measured)
     for axes, name in zip(figure.axes, ("second_moment", "gradient", "angle"), strict=True):
         line, marks = axes.get_lines()
         np.testing.assert_array_equal(line.get_ydata(), getattr(predicted, name))
         np.testing.assert_array_equal(marks.get_ydata(), getattr(measured, name))
     save(figure, tmp_path / "a.svg")
     ElementTree.parse(tmp_path / "a.svg")
-    alone = plan_pictures.init_picture(predicted)
+    alone = plan_figures.init_picture(predicted)
     assert [[line.get_label() for line in axes.get_lines()] for axes in alone.axes] == [["predicted"]] * 3
 
 
 def test_what_overflows_is_left_out() -> None:
-    figure = plan_pictures.init_picture(predict("none", 14), init("none", 14, dim=16, seeds=1))
+    figure = plan_figures.init_picture(predict("none", 14), init("none", 14, dim=16, seeds=1))
     assert figure.axes[0].get_yscale() == "log"
     svg(figure, "a")
 
@@ -40,8 +40,8 @@ def test_what_overflows_is_left_out() -> None:
 def test_a_race_shows_the_mean_and_the_range_of_the_seeds() -> None:
     curves = np.array([[4.0, 3.0, 2.0], [5.0, 4.0, np.nan]])
     lost = np.full((1, 3), np.nan)
-    figure = plan_pictures.race_picture(Race({"none": lost, "pre": curves, "post": curves[:1] + 1}, unigram=3.1))
-    svg(plan_pictures.race_picture(Race({"none": lost}, unigram=3.1)), "a")
+    figure = plan_figures.race_picture(Race({"none": lost, "pre": curves, "post": curves[:1] + 1}, unigram=3.1))
+    svg(plan_figures.race_picture(Race({"none": lost}, unigram=3.1)), "a")
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
     np.testing.assert_array_equal(lines["pre"], [4.5, 3.5, np.nan])
     np.testing.assert_array_equal(lines["post"], [5, 4, 3])
@@ -55,7 +55,7 @@ def test_a_sweep_shows_the_mean_the_range_and_the_slope() -> None:
     spread = rng.uniform(0.5, 2, (4, 1))  # of the seeds
     last_down = {"pre": spread * depths**-0.5, "post": spread * depths**0.0 / 3}
     first_layer = {"pre": spread * depths**0.25, "post": spread * depths**2.0}
-    figure = plan_pictures.sweep_picture(Sweep(depths, last_down, first_layer))
+    figure = plan_figures.sweep_picture(Sweep(depths, last_down, first_layer))
     order = [1, 2, 0]
     for axes, norms, names in (
         (figure.axes[0], last_down, ["pre: -0.50", "post: 0.00"]),
@@ -74,12 +74,12 @@ def test_a_sweep_shows_the_mean_the_range_and_the_slope() -> None:
 
 def test_gradients_that_overflow_or_vanish_are_drawn_as_far_as_they_go() -> None:
     norms = {"none": np.array([[1.0, np.inf], [2.0, np.nan]]), "a": np.zeros((2, 2))}
-    svg(plan_pictures.sweep_picture(Sweep(np.array([2, 4]), norms, norms)), "a")
+    svg(plan_figures.sweep_picture(Sweep(np.array([2, 4]), norms, norms)), "a")
 
 
 def test_ticks_below_one_are_written_out() -> None:
     norms = {"pre": np.array([[0.9, 0.35]])}
-    figure = plan_pictures.sweep_picture(Sweep(np.array([2, 4]), norms, norms))
+    figure = plan_figures.sweep_picture(Sweep(np.array([2, 4]), norms, norms))
     drawn = svg(figure, "a")
     assert ">0.6<" in drawn
     assert "e−01" not in drawn

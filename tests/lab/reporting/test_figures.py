@@ -12,9 +12,9 @@ import torch
 
 from llama_mini import lab
 from llama_mini.errors import RequestError
-from llama_mini.lab import pictures
 from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
-from llama_mini.lab.drawing import DARK, INK, LIGHT, PALETTE, SVG, save
+from llama_mini.lab.reporting import figures
+from llama_mini.lab.reporting.style import DARK, INK, LIGHT, PALETTE, SVG, save
 from tests.tiny_models import random_tokens, tiny_model
 
 pytest.importorskip("matplotlib", reason="pictures need the extra lab")
@@ -36,7 +36,7 @@ def test_the_stream_and_the_norms_of_a_model_are_drawn_as_numpy_computes_them() 
     for hook in hooks:
         hook.remove()
     stream = [seen[0], *seen[1::2]]
-    (axes,) = pictures.residual_rms_picture(lab.capture(model, IDS)).axes
+    (axes,) = figures.residual_rms_picture(lab.capture(model, IDS)).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
     expected = [np.median(rms(x)[:, 1:]) for x in stream]
     np.testing.assert_allclose(lines["before a norm: the stream, median token"].get_ydata(), expected, rtol=1e-5)
@@ -54,7 +54,7 @@ def rms(x: np.ndarray) -> np.ndarray:
 
 def test_a_norm_inside_a_branch_is_drawn_before_and_after() -> None:
     recording = lab.capture(tiny_model(3, norm_plan="out"), IDS)
-    (axes,) = pictures.residual_rms_picture(recording).axes
+    (axes,) = figures.residual_rms_picture(recording).axes
     hollow = [line for line in axes.get_lines() if line.get_label() == "before it, in the branch"]
     assert [list(line.get_xdata()) for line in hollow] == [[0.5, 1.5, 2.5], [1, 2, 3]]
     x = recording["layers.2.feed_forward.out_norm"].x
@@ -65,13 +65,13 @@ def test_a_norm_inside_a_branch_is_drawn_before_and_after() -> None:
 def test_a_recording_without_tensors_is_refused() -> None:
     recording = lab.capture(tiny_model(), IDS, keep="stats")
     with pytest.raises(RequestError, match=r"kept no tensors of layers\.0\.attention\.pre_norm: capture with keep"):
-        pictures.residual_rms_picture(recording)
+        figures.residual_rms_picture(recording)
 
 
 def test_a_bar_is_as_high_as_the_cost_and_stands_at_its_layer() -> None:
     costs = {"embed_norm": 0.4, "layers.0.attention.pre_norm": -0.1, "layers.1.feed_forward.pre_norm": 0.2}
     costs |= {"layers.1.attention.out_norm": 0.3, "norm": 0.5}
-    figure = pictures.norm_cost_picture([AblatedNorm(path, cost, 0.0, 1.0) for path, cost in costs.items()])
+    figure = figures.norm_cost_picture([AblatedNorm(path, cost, 0.0, 1.0) for path, cost in costs.items()])
     bars = {
         axes.get_ylabel().partition(":")[0]: {
             (container.get_label(), round(bar.get_x() + bar.get_width() / 2, 6)): bar.get_height()
@@ -93,7 +93,7 @@ def test_a_bar_is_as_high_as_the_cost_and_stands_at_its_layer() -> None:
 
 def test_the_gains_are_those_of_the_weights() -> None:
     model = tiny_model(4)
-    figure = pictures.gain_picture(lab.norms(model))
+    figure = figures.gain_picture(lab.norms(model))
     for container, branch in zip(figure.axes[0].containers, ("attention", "feed_forward"), strict=True):
         weights = [getattr(layer, branch).pre_norm.weight.double().numpy() for layer in model.layers]
         middle, _, (bars,) = container
@@ -104,7 +104,7 @@ def test_the_gains_are_those_of_the_weights() -> None:
 
 def test_massive_activations_are_drawn_over_the_median() -> None:
     recording = lab.capture(tiny_model(5), IDS)
-    line, limit = pictures.massive_picture(recording).axes[0].get_lines()
+    line, limit = figures.massive_picture(recording).axes[0].get_lines()
     after = [point.x for point in recording.resid.resid_post]
     ratios = [float(x.abs().max()) / np.sort(x.abs().numpy().ravel())[(x.numel() - 1) // 2] for x in after]
     np.testing.assert_allclose(line.get_ydata()[1:], ratios, rtol=1e-6)
@@ -113,8 +113,8 @@ def test_massive_activations_are_drawn_over_the_median() -> None:
 
 def test_a_cost_far_above_the_others_does_not_flatten_them() -> None:
     rows = [SkippedLayer(i, cost, 0.0, 1.0, 0.1) for i, cost in enumerate([9.0, 0.01, -0.02, 0.03])]
-    assert pictures.skip_picture(rows).axes[0].get_yscale() == "symlog"
-    assert pictures.skip_picture(rows[1:]).axes[0].get_yscale() == "linear"
+    assert figures.skip_picture(rows).axes[0].get_yscale() == "symlog"
+    assert figures.skip_picture(rows[1:]).axes[0].get_yscale() == "linear"
 
 
 @pytest.mark.parametrize("plan", PRESETS)
@@ -123,13 +123,13 @@ def test_every_preset_can_be_drawn(plan: str, tmp_path: Path) -> None:
     recording = lab.capture(model, IDS)
     norms = lab.norms(model)
     costs = [AblatedNorm(row.path, 0.1 * i, 0.0, 1.0) for i, row in enumerate(norms)]
-    drawn = [pictures.residual_rms_picture(recording), pictures.massive_picture(recording)]
-    drawn.append(pictures.norm_cost_picture(costs))
+    drawn = [figures.residual_rms_picture(recording), figures.massive_picture(recording)]
+    drawn.append(figures.norm_cost_picture(costs))
     if plan == "none":
         with pytest.raises(RequestError, match="no norm of a layer has a gain, so there is no picture"):
-            pictures.gain_picture(norms)
+            figures.gain_picture(norms)
     else:
-        drawn.append(pictures.gain_picture(norms))
+        drawn.append(figures.gain_picture(norms))
     for i, figure in enumerate(drawn):
         save(figure, tmp_path / f"{i}.svg")
         ElementTree.parse(tmp_path / f"{i}.svg")
@@ -153,14 +153,14 @@ def test_a_picture_is_the_same_bytes_each_time(suffix: str, tmp_path: Path) -> N
     recording = lab.capture(tiny_model(), IDS)
     files = [tmp_path / f"{name}{suffix}" for name in ("one", "two")]
     for file in files:
-        save(pictures.residual_rms_picture(recording), file)
+        save(figures.residual_rms_picture(recording), file)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert sorted(tmp_path.iterdir()) == files
     assert (files[0].stat().st_mode & 0o777) != 0o600
 
 
 def test_an_svg_follows_its_readers_light_or_dark(tmp_path: Path) -> None:
-    save(pictures.massive_picture(lab.capture(tiny_model(), IDS)), tmp_path / "a.svg")
+    save(figures.massive_picture(lab.capture(tiny_model(), IDS)), tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     style = ElementTree.fromstring(text).find(f"{{{SVG}}}style")
     assert style is not None
@@ -171,7 +171,7 @@ def test_an_svg_follows_its_readers_light_or_dark(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_saved_is_one_sentence(tmp_path: Path) -> None:
-    figure = pictures.massive_picture(lab.capture(tiny_model(), IDS))
+    figure = figures.massive_picture(lab.capture(tiny_model(), IDS))
     with pytest.raises(RequestError, match=r"a\.jpg: a picture is saved as \.png or \.svg"):
         save(figure, tmp_path / "a.jpg")
     with pytest.raises(RequestError, match=r"cannot write .*/no/a\.png: there is no folder .*/no; make it first"):
@@ -183,11 +183,11 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     recording = lab.capture(tiny_model(), IDS)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RequestError, match=r"pip install 'llama-mini\[lab\]'"):
-        pictures.residual_rms_picture(recording)
+        figures.residual_rms_picture(recording)
 
 
 def test_a_picture_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = pictures.massive_picture(lab.capture(tiny_model(), IDS))
+    figure = figures.massive_picture(lab.capture(tiny_model(), IDS))
 
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -199,10 +199,10 @@ def test_a_picture_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: p
 
 
 def test_importing_the_pictures_does_not_import_matplotlib() -> None:
-    code = "import sys, llama_mini.lab.commands, llama_mini.lab.html_report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, llama_mini.lab.commands, llama_mini.lab.reporting.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_text_of_one_token_is_drawn_with_the_first_token_alone() -> None:
-    (axes,) = pictures.residual_rms_picture(lab.capture(tiny_model(), torch.tensor([5]))).axes
+    (axes,) = figures.residual_rms_picture(lab.capture(tiny_model(), torch.tensor([5]))).axes
     assert "before a norm: the stream, first token" not in [line.get_label() for line in axes.get_lines()]

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_mini.lab.drawing import BLUE, INK, PALETTE, layer_ticks, legend_above, log_scale, new_figure, styled
+from llama_mini.lab.reporting.style import BLUE, INK, PALETTE, layer_ticks, legend_above, log_scale, new_figure, styled
 from llama_mini.lab.study import label
 from llama_mini.lab.sweeps import Sweep
 from llama_mini.lab.theory import Profile

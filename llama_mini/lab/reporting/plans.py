@@ -4,10 +4,10 @@ import shlex
 
 from llama_mini.cli.info import plan_name
 from llama_mini.errors import ConfigError, RequestError
-from llama_mini.lab import plan_pictures
-from llama_mini.lab.drawing import svg
-from llama_mini.lab.html_page import COMMAND, folded, paragraph, picture, section, table
 from llama_mini.lab.measurement import init
+from llama_mini.lab.reporting import plan_figures
+from llama_mini.lab.reporting.page import COMMAND, folded, paragraph, picture, section, table
+from llama_mini.lab.reporting.style import svg
 from llama_mini.lab.study import label
 from llama_mini.lab.theory import Profile, predict
 from llama_mini.lab.training import Race
@@ -36,7 +36,7 @@ def init_section(model: Llama) -> str:
     if (name := _preset(model)) is not None:
         size = f"--depth {depth} --dim {_DIM} --seeds {_SEEDS}"
         command = f"{COMMAND} init {shlex.quote(name)} {size} --picture init.svg"
-    drawn = svg(plan_pictures.init_picture(predicted, measured), "init")
+    drawn = svg(plan_figures.init_picture(predicted, measured), "init")
     return section(
         title, picture(drawn, seen, command, "Prediction and measurement by layer"), _ends(predicted, measured)
     )
@@ -74,7 +74,7 @@ def race_section(race: Race, from_shell: bool) -> str:
     seen += f" {listed(diverged)} diverged in a seed or more, where the line ends." if diverged else ""
     plans = shlex.join(label(plan) for plan in race.loss)
     command = f"{COMMAND} race {plans} --steps {steps} --picture race.svg" if from_shell else "lab.race(plans)"
-    drawn = picture(svg(plan_pictures.race_picture(race), "race"), seen, command, "Training loss by step")
+    drawn = picture(svg(plan_figures.race_picture(race), "race"), seen, command, "Training loss by step")
     return section("A race of plans", drawn, table(race.table()))
 
 

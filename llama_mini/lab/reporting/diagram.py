@@ -5,7 +5,7 @@ from html import escape
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-from llama_mini.lab.drawing import BLUE
+from llama_mini.lab.reporting.style import BLUE
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.norm_slots import SLOTS, BranchPlan, NormSpec
 

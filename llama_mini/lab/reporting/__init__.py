@@ -1,0 +1,1 @@
+"""The pictures of the lab, and the page that shows them all."""

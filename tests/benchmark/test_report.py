@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_mini.bench.report import UNITS, as_json, conditions, judged, table, targets, verdicts
-from llama_mini.bench.rounds import Watch
+from benchmark.report import UNITS, as_json, conditions, judged, table, targets, verdicts
+from benchmark.rounds import Watch
 
 OURS, PEER = "decode bfloat16 llama_mini", "decode bfloat16 llama.cpp"
 

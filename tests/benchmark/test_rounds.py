@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from llama_mini.bench import rounds
-from llama_mini.bench.rounds import Child, Watch, first_byte, in_rounds
+from benchmark import rounds
+from benchmark.rounds import Child, Watch, first_byte, in_rounds
 from llama_mini.errors import LlamaMiniError
 
 

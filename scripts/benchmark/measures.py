@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from llama_mini.bench.engines import OURS, Checkpoint, installed, start_engines
-from llama_mini.bench.rounds import Child, Watch, first_byte, in_rounds
+from benchmark.engines import OURS, Checkpoint, installed, start_engines
+from benchmark.rounds import Child, Watch, first_byte, in_rounds
 
 STREAM = "llama_mini, LLM.stream"
 PROMPT = "The history of mathematics begins"

@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 
-from llama_mini.bench.engines import OURS
-from llama_mini.bench.measures import STREAM
-from llama_mini.bench.rounds import Watch
+from benchmark.engines import OURS
+from benchmark.measures import STREAM
+from benchmark.rounds import Watch
 
 UNITS = {
     "decode": "tok/s",

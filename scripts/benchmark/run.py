@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_mini.bench.engines import Checkpoint
-from llama_mini.bench.measures import QUICK, Bench, Sizes, against_peers, batch, context, loading, quality, say, start
-from llama_mini.bench.report import as_json, conditions, judged, table, verdicts
-from llama_mini.bench.rounds import Child, Watch
+from benchmark.engines import Checkpoint
+from benchmark.measures import QUICK, Bench, Sizes, against_peers, batch, context, loading, quality, say, start
+from benchmark.report import as_json, conditions, judged, table, verdicts
+from benchmark.rounds import Child, Watch
 from llama_mini.errors import RequestError
 from llama_mini.optimize.threads import usable_cores
 from llama_mini.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llama_mini.bench.profiles import profiled
+from benchmark.profiles import profiled
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.keys import their_name
 from llama_mini.checkpoint.load import load_model

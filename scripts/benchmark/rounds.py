@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -43,7 +44,7 @@ class Child:
         self._watch, self._name = watch, worker
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "llama_mini.bench.child", worker, json.dumps(arguments)],
+            [sys.executable, "-m", "benchmark.child", worker, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
@@ -145,6 +146,8 @@ def _busy() -> float:
 
 
 def _environment() -> dict[str, str]:
-    """Without settings that would change the threads of one engine and not of another."""
+    """Without settings that would change the threads of one engine and not of another; `benchmark` can be imported."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {name: value for name, value in os.environ.items() if name not in names}
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    path = [str(Path(__file__).parents[1]), *filter(None, [kept.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(path)}

@@ -1,6 +1,6 @@
 """One worker in a process of its own: it is made once, then answers each call with a line of JSON.
 
-python -m llama_mini.bench.child MODULE.CLASS '[ARGUMENT, ...]'
+python -m benchmark.child MODULE.CLASS '[ARGUMENT, ...]'
 """
 
 import json
@@ -14,7 +14,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print what they like
     module, name = sys.argv[1].split(".")
-    worker = getattr(import_module(f"llama_mini.bench.{module}"), name)(*json.loads(sys.argv[2]))
+    worker = getattr(import_module(f"benchmark.{module}"), name)(*json.loads(sys.argv[2]))
     print("null", file=answers)
     for line in sys.stdin:
         method, arguments = json.loads(line)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of, read_standard_input
 from llama_mini.cli.options import DEFAULT_MAX_TOKENS, check, parser, sampling
-from llama_mini.collector import collector_off
 from llama_mini.errors import RequestError
 
 if TYPE_CHECKING:
@@ -72,10 +71,13 @@ def _answer(args: argparse.Namespace) -> None:
 
 
 def _params_and_model(args: argparse.Namespace) -> "tuple[SamplingParams, LLM]":
-    with collector_off():
-        params = sampling(args)  # a wrong option is refused before the load
+    params = sampling(args)  # a wrong option is refused before the load
+    gc.disable()  # importing torch and reading a model make much that stays: collecting meanwhile takes 0.1 s
+    try:
         llm = _load(args)
-        gc.freeze()  # it stays: nothing to look through later
+        gc.freeze()
+    finally:
+        gc.enable()
     return params, llm
 
 
@@ -90,8 +92,8 @@ def _limited(llm: "LLM", ids: list[int], params: "SamplingParams") -> "SamplingP
 def _load(args: argparse.Namespace) -> "LLM":
     from llama_mini.checkpoint.open import open_checkpoint, resolve
     from llama_mini.checkpoint.source import n_parameters
-    from llama_mini.dtypes import as_device, as_dtype
     from llama_mini.engine.llm import LLM
+    from llama_mini.machine import as_device, as_dtype
     from llama_mini.memory import check_fits
 
     source = open_checkpoint(resolve(checkpoint_of(args.model)))

@@ -1,14 +1,11 @@
-"""What a model needs, what the machine has, and what would fit: compared before any data is read."""
+"""What a model needs of memory, held against what the machine has before any data is read."""
 
-import os
 from bisect import bisect_right
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
 
-import psutil
 import torch
 
 from llama_mini.errors import CapacityError
+from llama_mini.machine import available_memory, dtype_name, format_bytes
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import BLOCK
 
@@ -43,9 +40,9 @@ def check_fits(
         shorter = _longest(config, 0, dtype, positions, there - weights)
         advice = f"a context of {shorter} positions would fit" if shorter else "no context fits"
     raise CapacityError(
-        f"the model needs {shown_bytes(need)} in {quantize or _name(dtype)} ({shown_bytes(weights)} of weights, "
-        f"{shown_bytes(cache)} of cache for {positions} positions, {shown_bytes(work)} of work), "
-        f"but {device} has {shown_bytes(there)} available; {advice}"
+        f"the model needs {format_bytes(need)} in {quantize or dtype_name(dtype)} ({format_bytes(weights)} of weights, "
+        f"{format_bytes(cache)} of cache for {positions} positions, {format_bytes(work)} of work), "
+        f"but {device} has {format_bytes(there)} available; {advice}"
     )
 
 
@@ -71,8 +68,9 @@ def check_cache_fits(
     fits = f"{BLOCK * left} positions would fit" if left else "no prompt at all fits beside the model"
     prompts = "a prompt" if rows == 1 else f"{rows} prompts"
     raise CapacityError(
-        f"{prompts} with {positions} positions of cache, {shown_bytes(cache)}, and {shown_bytes(work)} of work do not "
-        f"fit in the {shown_bytes(there)} that {device} has available; {fits}"
+        f"{prompts} with {positions} positions of cache, {format_bytes(cache)}, "
+        f"and {format_bytes(work)} of work do not "
+        f"fit in the {format_bytes(there)} that {device} has available; {fits}"
     )
 
 
@@ -114,18 +112,6 @@ def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: i
     return max(chunk + torch.get_num_threads() * THREAD_SCRATCH, config.vocab_size * (size + 8 * wide))
 
 
-def available_memory(
-    device: torch.device, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """Bytes that can be taken now without swapping or being killed; None where nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    says = [*_machine(), *_address_space(), *_control_groups(proc, cgroups)]
-    return max(0, min(says)) if says else None
-
-
 def _need(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int) -> int:
     cache, work = cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
     return weight_bytes(n_parameters, dtype) + cache + work
@@ -135,11 +121,11 @@ def _advice(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, position
     narrow = torch.bfloat16 if dtype.itemsize > torch.bfloat16.itemsize else dtype
     ways = []
     if _need(config, n_parameters, narrow, positions) <= there:
-        ways.append(f"--dtype {_name(narrow)}")
+        ways.append(f"--dtype {dtype_name(narrow)}")
     if shorter := _longest(config, n_parameters, dtype, positions, there):
         ways.append(f"a context of {shorter} positions")
     if not ways and (shorter := _longest(config, n_parameters, narrow, positions, there)):
-        ways.append(f"--dtype {_name(narrow)} with a context of {shorter} positions")
+        ways.append(f"--dtype {dtype_name(narrow)} with a context of {shorter} positions")
     if not ways:  # int8 before int4: it is closer to the weights
         work = _need(config, 0, narrow, positions)
         coded = [name for name in BITS if weight_bytes(n_parameters, narrow, config, name) + work <= there]
@@ -148,8 +134,8 @@ def _advice(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, position
         return f"{' or '.join(ways)} would fit"
     least = _need(config, n_parameters, narrow, min(positions, BLOCK))
     return (
-        f"no dtype, format or context fits: the least, {_name(narrow)} with the shortest context, "
-        f"needs {shown_bytes(least)}"
+        f"no dtype, format or context fits: the least, {dtype_name(narrow)} with the shortest context, "
+        f"needs {format_bytes(least)}"
     )
 
 
@@ -159,70 +145,5 @@ def _longest(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positio
     return BLOCK * bisect_right(shorter, there, key=lambda n: _need(config, n_parameters, dtype, n))
 
 
-def _machine() -> Iterator[int]:
-    try:
-        yield psutil.virtual_memory().available
-    except OSError:  # no /proc
-        return
-
-
-def _address_space() -> Iterator[int]:
-    """What the soft limit of `ulimit -v` leaves, on systems that have one."""
-    if hasattr(psutil, "RLIMIT_AS"):
-        process = psutil.Process()
-        soft, _ = process.rlimit(psutil.RLIMIT_AS)
-        if soft != psutil.RLIM_INFINITY:
-            yield soft - process.memory_info().vms
-
-
-def _control_groups(proc: Path, root: Path) -> Iterator[int]:
-    """What each control group above this process leaves: any of them can be the one that kills it."""
-    for line in _text(proc / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2
-            for mount in (root, root / "unified"):
-                for group in _upwards(mount, path):
-                    yield from _left(group, "memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            for group in _upwards(root / "memory", path):
-                yield from _left(group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-
-
-def _upwards(mount: Path, path: str) -> Iterator[Path]:
-    """The group's folder and those above it. In a container the path may be the host's, and only `mount` is there."""
-    parts = PurePosixPath(path).parts[1:]
-    if ".." in parts:  # outside of what this namespace shows
-        parts = ()
-    for depth in range(len(parts), -1, -1):
-        yield mount.joinpath(*parts[:depth])
-
-
-def _left(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
-    """Nothing where the group has no limit, or has no say in memory."""
-    try:
-        left = int(_text(group / limit)) - int(_text(group / usage))
-    except ValueError:  # `max`, or no such file
-        return
-    stat = dict(line.split(" ", 1) for line in _text(group / "memory.stat").splitlines())
-    pages = (f"{prefix}inactive_file", f"{prefix}active_file")  # of files: given back when memory runs short
-    yield left + sum(int(stat.get(name, 0)) for name in pages)
-
-
-def _text(path: Path) -> str:
-    try:
-        return os.fsdecode(path.read_bytes())
-    except OSError:
-        return ""
-
-
 def _in_blocks(positions: int) -> int:
     return -(-positions // BLOCK) * BLOCK
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def shown_bytes(n_bytes: int) -> str:
-    """A size for people, in MiB or GiB."""
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

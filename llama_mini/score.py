@@ -121,7 +121,9 @@ def _encoded(texts: list[str], llm: "LLM", bos: str) -> Input:
 
 
 def _format(llm: "LLM", quantize: str | None) -> str:
-    dtype = str(llm.model.dtype).removeprefix("torch.")
+    from llama_mini.machine import dtype_name
+
+    dtype = dtype_name(llm.model.dtype)
     return dtype if quantize is None else f"{quantize} weights, {dtype}"
 
 

@@ -16,7 +16,7 @@ def is_finite(value: Any) -> bool:
     return (is_whole(value) or isinstance(value, float)) and abs(value) < 1e300
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value for a message, cut short; Python refuses to print a number of thousands of digits at all."""
     if is_whole(value) and abs(value) >= 10**60:
         return f"a number of {value.bit_length()} bits"
@@ -27,7 +27,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def listed(names: Iterable[Any]) -> str:
+def join_names(names: Iterable[Any]) -> str:
     """Names for a message, the first dozen, each cut short: a checkpoint may hold any number of any length."""
     all_names = [str(name) for name in names]
     short = [name if len(name) <= 160 else name[:157] + "..." for name in all_names[:_MOST_NAMES]]

@@ -38,6 +38,6 @@ def one_thread_for_tiny_models(request: pytest.FixtureRequest, monkeypatch: pyte
     threads = torch.get_num_threads()
     if "smollm2_dir" not in request.fixturenames:
         torch.set_num_threads(1)
-        monkeypatch.setattr("llama_mini.optimize.threads.usable_cores", lambda: 1)
+        monkeypatch.setattr("llama_mini.machine.usable_cores", lambda: 1)
     yield
     torch.set_num_threads(threads)

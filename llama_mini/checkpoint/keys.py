@@ -83,10 +83,10 @@ GGUF_KEYS: KeyTable = _with_biases(
 )
 
 # Tables that old checkpoints stored, and the one that a GGUF file's configuration has taken in.
-HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_freqs\.weight$")
+IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_freqs\.weight$")
 
 
-def their_name(name: str, table: KeyTable) -> str:
+def to_file_name(name: str, table: KeyTable) -> str:
     """Our name of a parameter -> the name in the file."""
     layer = re.search(r"\.(\d+)\.", name)
     pattern = name.replace(layer[0], ".{}.", 1) if layer else name

@@ -13,10 +13,10 @@ from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.checkpoint.hf.config import special_ids, to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.files import SINGLE, new_directory, write_json
-from llama_mini.checkpoint.keys import their_name
+from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.source import Model, Source, empty_model, match, read_all, warn_of_other_head
-from llama_mini.dtypes import as_dtype
 from llama_mini.errors import CheckpointFormatError, RequestError
+from llama_mini.machine import as_dtype, dtype_name
 from llama_mini.memory import check_fits
 from llama_mini.model.llama import Llama
 
@@ -99,9 +99,9 @@ def save_model(model: Llama, path: Path) -> None:
             f"{min(replaced)} was replaced, so the model cannot be saved: load the checkpoint plain, with "
             "Llama.from_pretrained, and save that"
         )
-    raw = to_hf(model.config, str(model.dtype).removeprefix("torch."))
+    raw = to_hf(model.config, dtype_name(model.dtype))
     table = key_table(raw["model_type"])
-    parameters = {their_name(name, table): p.detach() for name, p in model.named_parameters()}
+    parameters = {to_file_name(name, table): p.detach() for name, p in model.named_parameters()}
     with new_directory(path) as directory:
         write_json(directory / "config.json", raw)
         write_json(directory / "generation_config.json", special_ids(model.config))

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.hf.directory import open_hf_directory
-from llama_mini.checkpoint.io.file_kind import FileKind, file_kind, what_it_is
+from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
 from llama_mini.checkpoint.io.files import exists, inside
 from llama_mini.checkpoint.meta.directory import open_meta_directory
 from llama_mini.checkpoint.meta.params import PARAMS
 from llama_mini.checkpoint.source import Source
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
-from llama_mini.validate import listed
+from llama_mini.validate import join_names
 
 CONFIG = "config.json"
 
@@ -50,7 +50,7 @@ def _open_directory(path: Path, pickles: bool) -> Source:
         return open_gguf(inside(path, ggufs[0].name))
     if ggufs:
         raise CheckpointPathError(
-            f"{path} holds {len(ggufs)} GGUF files; give one of them: {listed(file.name for file in ggufs)}"
+            f"{path} holds {len(ggufs)} GGUF files; give one of them: {join_names(file.name for file in ggufs)}"
         )
     raise CheckpointFormatError(f"{path} is no checkpoint: it has no {CONFIG}, no {PARAMS} and no GGUF file")
 
@@ -69,4 +69,4 @@ def _open_file(path: Path) -> Source:
         if not inside(path.parent, CONFIG).is_file():
             raise CheckpointFormatError(f"{path} holds weights alone; a {CONFIG} that describes them belongs beside it")
         return open_hf_directory(path.parent, path)
-    raise CheckpointFormatError(f"{path} is no checkpoint: it is {what_it_is(kind)}")
+    raise CheckpointFormatError(f"{path} is no checkpoint: it is {describe(kind)}")

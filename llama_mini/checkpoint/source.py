@@ -14,11 +14,11 @@ from tqdm import tqdm
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.checkpoint.hf.safetensors_data import Room, no_room
-from llama_mini.checkpoint.keys import HARMLESS, KeyTable, their_name
+from llama_mini.checkpoint.keys import IGNORED, KeyTable, to_file_name
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, LlamaMiniWarning
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
-from llama_mini.validate import listed
+from llama_mini.validate import join_names
 
 Model = TypeVar("Model", bound=Llama)
 Numbers = TypeVar("Numbers", Tensor, Blocks)
@@ -110,7 +110,7 @@ def empty_model(cls: type[Model], source: Source) -> Model:
 
 def n_parameters(source: Source) -> int:
     """Numbers in the checkpoint's tensors: those of its model, without building one."""
-    return sum(math.prod(tensor.shape) for name, tensor in source.tensors.items() if not HARMLESS.search(name))
+    return sum(math.prod(tensor.shape) for name, tensor in source.tensors.items() if not IGNORED.search(name))
 
 
 def match(model: nn.Module, source: Source) -> dict[str, str]:
@@ -118,20 +118,20 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
 
     Raises CheckpointMismatchError that names every missing, unexpected and misshaped tensor at once.
     """
-    wanted = {their_name(name, source.keys): (name, tuple(p.shape)) for name, p in model.named_parameters()}
-    head, embedding = their_name(HEAD, source.keys), their_name(EMBEDDING, source.keys)
+    wanted = {to_file_name(name, source.keys): (name, tuple(p.shape)) for name, p in model.named_parameters()}
+    head, embedding = to_file_name(HEAD, source.keys), to_file_name(EMBEDDING, source.keys)
     if head not in wanted and head in source.tensors and embedding not in source.tensors:
         wanted[head] = wanted.pop(embedding)  # tied, and stored once under the name of the head
-    ignored = {name for name in source.tensors if HARMLESS.search(name)} | set(_spare_head(source))
+    ignored = {name for name in source.tensors if IGNORED.search(name)} | set(_spare_head(source))
     found = {name: stored.shape for name, stored in source.tensors.items() if name not in ignored or name in wanted}
     faults = []
     if missing := sorted(set(wanted) - set(found)):
-        faults.append(f"{len(missing)} missing: {listed(missing)}")
+        faults.append(f"{len(missing)} missing: {join_names(missing)}")
     if unexpected := sorted(set(found) - set(wanted)):
-        faults.append(f"{len(unexpected)} unexpected: {listed(unexpected)}")
+        faults.append(f"{len(unexpected)} unexpected: {join_names(unexpected)}")
     if misshaped := sorted(name for name in set(wanted) & set(found) if wanted[name][1] != found[name]):
         shapes = [f"{name} is {found[name]}, not {wanted[name][1]}" for name in misshaped]
-        faults.append(f"{len(misshaped)} misshaped: {listed(shapes)}")
+        faults.append(f"{len(misshaped)} misshaped: {join_names(shapes)}")
     if faults:
         raise CheckpointMismatchError(
             f"{source.path}: the tensors are not those of its configuration: {'; '.join(faults)}"
@@ -164,14 +164,14 @@ def read_all(
 def warn_of_other_head(source: Source, dtype: torch.dtype) -> None:
     """A tied model whose file has a head all the same: silent where it equals the embedding, a warning where not."""
     for name in _spare_head(source):
-        pair = (source.by_rows([key], dtype) for key in (name, their_name(EMBEDDING, source.keys)))
+        pair = (source.by_rows([key], dtype) for key in (name, to_file_name(EMBEDDING, source.keys)))
         if not all(torch.equal(head, embedding) for (*_, head), (*_, embedding) in zip(*pair, strict=True)):
             message = f"{name} differs from the embedding, but tie_word_embeddings is true: it is ignored"
             warnings.warn(message, LlamaMiniWarning, stacklevel=3)
 
 
 def _spare_head(source: Source) -> list[str]:
-    head, embedding = their_name(HEAD, source.keys), their_name(EMBEDDING, source.keys)
+    head, embedding = to_file_name(HEAD, source.keys), to_file_name(EMBEDDING, source.keys)
     return (
         [head] if source.config.tie_word_embeddings and head in source.tensors and embedding in source.tensors else []
     )

@@ -13,7 +13,7 @@ from llama_mini.engine.llm import LLM
 from llama_mini.engine.request import Completion
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import LlamaMiniError, RequestError
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 SETTINGS = {field.name for field in fields(SamplingParams)} - {"n", "logits_processors"}
 
@@ -132,7 +132,7 @@ def _request(line: Line) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{where} is not JSON: {error}") from None
     if not isinstance(request, dict) or ("prompt" in request) == ("messages" in request):
-        raise RequestError(f'{where} must be an object with "prompt" or "messages", not {shown(request)}')
+        raise RequestError(f'{where} must be an object with "prompt" or "messages", not {short_repr(request)}')
     if unknown := sorted(request.keys() - SETTINGS - {"prompt", "messages", "id"}):
         raise RequestError(f"{where}: {unknown[0]} is not known; known are {', '.join(sorted(SETTINGS))}")
     biases = request.get("logit_bias")

@@ -15,7 +15,7 @@ from llama_mini.cli.conversation import Conversation, Show, Stopped, Turn, scala
 from llama_mini.cli.line_editor import Reader, open_reader
 from llama_mini.engine.sampling import SamplingParams
 from llama_mini.errors import CapacityError, LlamaMiniError, RequestError
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 if TYPE_CHECKING:
     from llama_mini.engine.llm import LLM
@@ -113,7 +113,7 @@ class Chat:
                 self._stats()
             case _:
                 raise RequestError(
-                    f"{shown(name)} is no command; /help lists them, and a space in front sends the text as it is"
+                    f"{short_repr(name)} is no command; /help lists them, and a space in front sends the text as it is"
                 )
 
     def _answer(self, answer: Callable[[Show, Stopped], Turn | None], question: str) -> None:

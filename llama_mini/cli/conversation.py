@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from llama_mini.engine.sampling import SamplingParams
 from llama_mini.errors import RequestError
-from llama_mini.validate import listed, shown
+from llama_mini.validate import join_names, short_repr
 
 if TYPE_CHECKING:
     from llama_mini.engine.llm import LLM
@@ -88,7 +88,7 @@ class Conversation:
         """Changes a setting of the next answers to what was typed: a number, `true`, `false`, or `none` for None."""
         kinds = scalar_settings()
         if name not in kinds:
-            raise RequestError(f"there is no setting {shown(name)} here; known are {listed(kinds)}")
+            raise RequestError(f"there is no setting {short_repr(name)} here; known are {join_names(kinds)}")
         self.params = replace(self.params, **{name: _typed(text, kinds[name])})
 
     def settings(self) -> dict[str, str]:

@@ -14,11 +14,11 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import read_special_ids, special_ids, to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.files import SINGLE, inside, new_directory, write_json
-from llama_mini.checkpoint.keys import their_name
+from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.source import Source, empty_model, match, read_all
-from llama_mini.dtypes import as_dtype
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
+from llama_mini.machine import as_dtype, dtype_name
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import gguf_vocabulary
@@ -45,9 +45,9 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) ->
     tokenizer = tokenizer_files(source)
     config = _with_special_ids(source.config, tokenizer)
     wanted = source.dtype if dtype is None else as_dtype(dtype)
-    raw = to_hf(config, str(wanted).removeprefix("torch."), source.model_type)
+    raw = to_hf(config, dtype_name(wanted), source.model_type)
     table, parameters = key_table(raw["model_type"]), dict(model.named_parameters())
-    entries = [(their_name(ours, table), wanted, tuple(parameters[ours].shape)) for ours in names.values()]
+    entries = [(to_file_name(ours, table), wanted, tuple(parameters[ours].shape)) for ours in names.values()]
 
     def tensors() -> Iterator[Tensor]:
         whole = replace(source, read_rows=None)

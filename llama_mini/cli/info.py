@@ -8,8 +8,8 @@ import torch
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source, empty_model, match
-from llama_mini.dtypes import as_device, as_dtype
-from llama_mini.memory import available_memory, cache_bytes, shown_bytes, weight_bytes, work_bytes
+from llama_mini.machine import as_device, as_dtype, available_memory, format_bytes
+from llama_mini.memory import cache_bytes, weight_bytes, work_bytes
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
@@ -90,17 +90,17 @@ def _stored_as(source: Source, names: dict[str, str]) -> str:
     for name in names:
         stored = source.tensors[name]
         formats[stored.number_format] = formats.get(stored.number_format, 0) + stored.n_bytes
-    return ", ".join(f"{kind} ({shown_bytes(size)})" for kind, size in sorted(formats.items(), key=lambda kv: -kv[1]))
+    return ", ".join(f"{kind} ({format_bytes(size)})" for kind, size in sorted(formats.items(), key=lambda kv: -kv[1]))
 
 
 def _memory(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, device: torch.device) -> str:
     there = available_memory(device)
     return (
-        f"weights {shown_bytes(weight_bytes(n_parameters, dtype))} in {str(dtype).removeprefix('torch.')}, "
-        f"cache {shown_bytes(cache_bytes(config, 1024, dtype))} for 1,024 tokens and "
-        f"{shown_bytes(cache_bytes(config, config.max_seq_len, dtype))} for all, "
-        f"work {shown_bytes(work_bytes(config, config.max_seq_len, dtype))}"
-        + (f"; {shown_bytes(there)} are free" if there is not None else "")
+        f"weights {format_bytes(weight_bytes(n_parameters, dtype))} in {str(dtype).removeprefix('torch.')}, "
+        f"cache {format_bytes(cache_bytes(config, 1024, dtype))} for 1,024 tokens and "
+        f"{format_bytes(cache_bytes(config, config.max_seq_len, dtype))} for all, "
+        f"work {format_bytes(work_bytes(config, config.max_seq_len, dtype))}"
+        + (f"; {format_bytes(there)} are free" if there is not None else "")
     )
 
 

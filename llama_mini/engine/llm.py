@@ -15,17 +15,16 @@ import torch
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
-from llama_mini.collector import collector_off
-from llama_mini.dtypes import as_device, as_dtype
 from llama_mini.engine.logprobs import token_logprobs
 from llama_mini.engine.request import Chunk, Completion, Request
 from llama_mini.engine.runner import Runner
 from llama_mini.engine.sampling_params import SamplingParams, check_vocab
 from llama_mini.errors import RequestError
+from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, set_threads
 from llama_mini.tokenizer.tokenizer import open_tokenizer
-from llama_mini.validate import is_whole, shown
+from llama_mini.validate import is_whole, short_repr
 
 Prompt = str | list[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -60,7 +59,7 @@ class LLM:
         started = time.perf_counter()
         device = as_device(device)
         source = path if isinstance(path, Source) else open_checkpoint(resolve(path))
-        with collector_off():
+        with gc_paused():
             self.tokenizer = open_tokenizer(source)
             fuse = fuser(quantize, kernels)
             self.model = load_model(Llama, source, as_dtype(dtype, device), device, fuse, quantize)
@@ -167,7 +166,7 @@ class LLM:
         """A prompt as token ids that the model knows and, with `new` ones, has room for."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not isinstance(ids, list) or not all(is_whole(i) for i in ids):
-            raise RequestError(f"a prompt is text or a list of token ids, not {shown(prompt)}")
+            raise RequestError(f"a prompt is text or a list of token ids, not {short_repr(prompt)}")
         if not ids:
             raise RequestError("the prompt is empty: there is no token to start from")
         if outside := [i for i in ids if not 0 <= i < self.config.vocab_size]:

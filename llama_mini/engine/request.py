@@ -1,6 +1,5 @@
 """One request as it runs, and what comes out of it: chunks, a completion, statistics."""
 
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,6 +10,7 @@ from torch import Tensor
 from llama_mini.engine.logprobs import token_logprobs, top_logprobs
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import LlamaMiniError
+from llama_mini.machine import peak_memory_bytes
 from llama_mini.tokenizer import Tokenizer
 from llama_mini.tokenizer.text_stream import TextStream
 
@@ -190,13 +190,3 @@ class Request:
 def _alternatives(logits: Tensor, k: int) -> list[Alternatives]:
     ids, logprobs = top_logprobs(logits, k)
     return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), logprobs.tolist(), strict=True)]
-
-
-def peak_memory_bytes() -> int | None:
-    """The most memory this process has held; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.errors import RequestError
-from llama_mini.validate import is_finite, is_whole, shown
+from llama_mini.validate import is_finite, is_whole, short_repr
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
@@ -89,7 +89,8 @@ class SamplingParams:
             _check_whole("max_tokens", self.max_tokens, 1)
             if self.min_tokens > self.max_tokens:
                 raise RequestError(
-                    f"min_tokens must be at most max_tokens, {shown(self.max_tokens)}, not {shown(self.min_tokens)}"
+                    f"min_tokens must be at most max_tokens, {short_repr(self.max_tokens)}, "
+                    f"not {short_repr(self.min_tokens)}"
                 )
         if self.max_time is not None:
             _check_positive("max_time", self.max_time)
@@ -130,7 +131,7 @@ def check_vocab(params: SamplingParams, vocab_size: int) -> None:
     """Raises RequestError for a token id that the model does not have."""
     for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
         if outside := [i for i in ids if i >= vocab_size]:
-            raise RequestError(f"{name} must be token ids from 0 to {vocab_size - 1}, not {shown(outside[0])}")
+            raise RequestError(f"{name} must be token ids from 0 to {vocab_size - 1}, not {short_repr(outside[0])}")
 
 
 class _Biases(Mapping[int, float]):
@@ -138,14 +139,15 @@ class _Biases(Mapping[int, float]):
 
     def __init__(self, biases: Mapping[int, float]) -> None:
         if not isinstance(biases, Mapping):
-            raise RequestError(f"logit_bias must be a dict of token id to number, not {shown(biases)}")
+            raise RequestError(f"logit_bias must be a dict of token id to number, not {short_repr(biases)}")
         for token, bias in biases.items():
             if not _is_token(token):
-                raise RequestError(f"logit_bias must have token ids, whole numbers from 0 up, not {shown(token)}")
+                raise RequestError(f"logit_bias must have token ids, whole numbers from 0 up, not {short_repr(token)}")
             if not _is_bias(bias):
                 raise RequestError(
-                    f"logit_bias of token {shown(token)} must be a number from {-MOST_BIAS:.0e} to {MOST_BIAS:.0e}, "
-                    f"or -inf to ban it, not {shown(bias)}"
+                    f"logit_bias of token {short_repr(token)} must be a number from "
+                    f"{-MOST_BIAS:.0e} to {MOST_BIAS:.0e}, "
+                    f"or -inf to ban it, not {short_repr(bias)}"
                 )
         self._biases = dict(biases)
 
@@ -168,20 +170,22 @@ class _Biases(Mapping[int, float]):
 def _stop_strings(stop: Any) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        raise RequestError(f"stop must be non-empty strings, not {shown(stop)}")
+        raise RequestError(f"stop must be non-empty strings, not {short_repr(stop)}")
     return tuple(texts)
 
 
 def _stop_ids(ids: Any) -> tuple[int, ...]:
     if not isinstance(ids, list | tuple) or not all(map(_is_token, ids)):
-        raise RequestError(f"stop_token_ids must be a list of token ids, whole numbers from 0 up, not {shown(ids)}")
+        raise RequestError(
+            f"stop_token_ids must be a list of token ids, whole numbers from 0 up, not {short_repr(ids)}"
+        )
     return tuple(ids)
 
 
 def _functions(functions: Any) -> tuple[LogitsProcessor, ...]:
     if not isinstance(functions, list | tuple) or not all(map(callable, functions)):
         raise RequestError(
-            f"logits_processors must be a list of functions (token_ids, logits) -> logits, not {shown(functions)}"
+            f"logits_processors must be a list of functions (token_ids, logits) -> logits, not {short_repr(functions)}"
         )
     return tuple(functions)
 
@@ -197,20 +201,20 @@ def _is_bias(value: Any) -> bool:
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if not is_finite(value) or not low <= value <= high:
         limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise RequestError(f"{name} must be a number {limits}, not {shown(value)}")
+        raise RequestError(f"{name} must be a number {limits}, not {short_repr(value)}")
 
 
 def _check_positive(name: str, value: Any) -> None:
     if not is_finite(value) or value <= 0:
-        raise RequestError(f"{name} must be a number above 0, not {shown(value)}")
+        raise RequestError(f"{name} must be a number above 0, not {short_repr(value)}")
 
 
 def _check_whole(name: str, value: Any, low: int, high: float = math.inf) -> None:
     if not is_whole(value) or not low <= value <= high:
         limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise RequestError(f"{name} must be a whole number {limits}, not {shown(value)}")
+        raise RequestError(f"{name} must be a whole number {limits}, not {short_repr(value)}")
 
 
 def _check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise RequestError(f"{name} must be True or False, not {shown(value)}")
+        raise RequestError(f"{name} must be True or False, not {short_repr(value)}")

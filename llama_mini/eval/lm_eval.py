@@ -24,7 +24,7 @@ from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.eval.perplexity import next_logits
 from llama_mini.memory import check_cache_fits
-from llama_mini.validate import is_whole, listed, shown
+from llama_mini.validate import is_whole, join_names, short_repr
 
 DEFAULT_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -183,7 +183,9 @@ class LlamaMiniLM(TemplateLM):
         stop = handle_stop_sequences(given.pop("until"), eos=self._text_of(self.eot_token_id))
         max_tokens, sampled = given.pop("max_gen_toks"), given.pop("do_sample")
         if unknown := given.keys() - set(SAMPLING):
-            raise RequestError(f"generation settings {listed(sorted(unknown))} are unknown; known: {listed(SAMPLING)}")
+            raise RequestError(
+                f"generation settings {join_names(sorted(unknown))} are unknown; known: {join_names(SAMPLING)}"
+            )
         seed = int(torch.randint(2**31, ())) if sampled else None
         return SamplingParams(**given, max_tokens=max_tokens, stop=[text for text in stop if text], seed=seed)
 
@@ -200,7 +202,9 @@ class LlamaMiniLM(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """What lm-eval records of the template; no checkpoint here has several to choose from by name."""
         if isinstance(chat_template, str):
-            raise RequestError(f"chat template {shown(chat_template)} is unknown: give --apply_chat_template alone")
+            raise RequestError(
+                f"chat template {short_repr(chat_template)} is unknown: give --apply_chat_template alone"
+            )
         return self.llm.tokenizer._template or "" if chat_template else None
 
     @property

@@ -18,7 +18,7 @@ from llama_mini.errors import NumericalError, RequestError
 from llama_mini.memory import PREFILL_CHUNK, check_cache_fits
 from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
-from llama_mini.validate import is_whole, shown
+from llama_mini.validate import is_whole, short_repr
 
 DEFAULT_CONTEXT = 2048  # what quantised models are mostly compared at
 ROWS = 128  # of logits at once: float64 rows of a large vocabulary take a megabyte each
@@ -202,12 +202,12 @@ def _task(
     limit = min(llm.config.max_seq_len for llm in llms)
     context = min(limit, DEFAULT_CONTEXT) if context is None else context
     if not is_whole(context) or not 2 <= context <= limit:
-        raise RequestError(f"context must be a whole number from 2 to the model's {limit}, not {shown(context)}")
+        raise RequestError(f"context must be a whole number from 2 to the model's {limit}, not {short_repr(context)}")
     room = context if bos is None else context - 1
     stride = room if stride is None else stride
     if not is_whole(stride) or not 1 <= stride <= room:
         beside = f"the context of {context}" + ("" if bos is None else " less BOS")
-        raise RequestError(f"stride must be a whole number from 1 to {room}, {beside}, not {shown(stride)}")
+        raise RequestError(f"stride must be a whole number from 1 to {room}, {beside}, not {short_repr(stride)}")
     for llm in llms:
         check_cache_fits(llm.config, 1, llm.model.dtype, context, context, llm.model.device)
     return _Task(texts, context, stride, bos)
@@ -215,7 +215,7 @@ def _task(
 
 def _as_list(text: object) -> list[int]:
     if not isinstance(text, Sequence) or isinstance(text, str) or not all(is_whole(i) for i in text):
-        raise RequestError(f"a text is a list of token ids, not {shown(text)}")
+        raise RequestError(f"a text is a list of token ids, not {short_repr(text)}")
     return list(text)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llama_mini.checkpoint.families import OWN
 from llama_mini.checkpoint.gguf.model import shortest
 from llama_mini.checkpoint.io.files import inside, read_json
-from llama_mini.checkpoint.keys import their_name
+from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.meta.params import PARAMS
 from llama_mini.checkpoint.open import CONFIG, open_checkpoint, resolve
@@ -27,7 +27,7 @@ from llama_mini.lab.recording import watched
 from llama_mini.lab.table import Table
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm, PartialRMSNorm
-from llama_mini.validate import listed
+from llama_mini.validate import join_names
 
 Severity = Literal["error", "warning", "note"]
 _USUAL_EPS = (1e-5, 1e-6)
@@ -89,7 +89,7 @@ def _with_text(found: list[Finding], load: Callable[[], Llama], ids: Tensor | Se
 def _of_source(source: Source) -> list[Finding]:
     model = empty_model(Llama, source)
     norms, shapes = _norms(model), {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    names = {their_name(name, source.keys): name for name in shapes}
+    names = {to_file_name(name, source.keys): name for name in shapes}
     of_norms = {theirs: ours for theirs, ours in names.items() if ours.rpartition(".")[0] in norms}
     read = [
         name for name in source.tensors if name in of_norms and source.tensors[name].shape == shapes[of_norms[name]]
@@ -98,10 +98,12 @@ def _of_source(source: Source) -> list[Finding]:
     if unread := sorted(name for name in source.tensors if "norm" in name.lower() and name not in names):
         what = f"no norm of model_type {source.model_type} reads it"
         advice = "the model is of another family, or the file of another model: compare model_type with its origin"
-        found += [Finding("error", listed(unread), what, advice)]
+        found += [Finding("error", join_names(unread), what, advice)]
     if missing := sorted(set(of_norms) - set(read)):
         what = f"a norm of model_type {source.model_type} needs it, and the file lacks it or has another shape"
-        found += [Finding("error", listed(missing), what, "take the file from its origin again, or correct model_type")]
+        found += [
+            Finding("error", join_names(missing), what, "take the file from its origin again, or correct model_type")
+        ]
     for name, values in source.read(read, torch.float32):
         path, _, leaf = of_norms[name].rpartition(".")
         setattr(norms[path], leaf, nn.Parameter(values, requires_grad=False))
@@ -132,7 +134,7 @@ def _eps(norms: Mapping[str, Norm], of_config: float, config: str, family: str) 
     with_eps = {path: norm.eps for path, norm in norms.items() if norm.kind != "dyt"}
     usual = _USUAL_EPS_OF.get(family, _USUAL_EPS)
     for eps in sorted(set(with_eps.values())):
-        where = config if eps == of_config else listed(path for path, other in with_eps.items() if other == eps)
+        where = config if eps == of_config else join_names(path for path, other in with_eps.items() if other == eps)
         short = shortest(eps)
         if eps == 0:
             yield Finding("warning", where, "eps is 0: a row of zeros becomes NaN", f"set {_either(usual)}")
@@ -165,7 +167,9 @@ def _gains(norms: Mapping[str, Norm]) -> Iterator[Finding]:
         yield Finding("note", "every norm", "all gains are exactly 1: never trained, or folded", "nothing, if you know")
     elif untrained:
         what = "all its gains are exactly 1, while other norms are trained"
-        yield Finding("warning", listed(untrained), what, "see whether its weight was lost in a conversion, or folded")
+        yield Finding(
+            "warning", join_names(untrained), what, "see whether its weight was lost in a conversion, or folded"
+        )
     yield from _conventions(norms, {path: gain for path, gain in gains.items() if path not in untrained})
 
 

@@ -18,7 +18,7 @@ from llama_mini.lab.paths import select, slots
 from llama_mini.lab.recording import watched
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import NORMS, Cast, Norm, RMSNorm
-from llama_mini.validate import is_finite, listed, shown
+from llama_mini.validate import is_finite, join_names, short_repr
 
 Edits = Mapping[str, Mapping[str, Any]]
 _SETTINGS = ("eps", "kind", "gain", "cast", "freeze", "keep_first", "skip")
@@ -53,7 +53,7 @@ def edit(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) 
 def edited_norms(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) -> dict[str, nn.Module]:
     """The modules that an edit puts into its slots, by path; the model is not changed. Arguments and errors: `edit`."""
     if not isinstance(edits, Mapping):
-        raise RequestError(f"edits are a mapping of patterns to settings, not {shown(edits)}")
+        raise RequestError(f"edits are a mapping of patterns to settings, not {short_repr(edits)}")
     chosen: dict[str, tuple[str, Mapping[str, Any]]] = {}
     known = slots(model)
     for pattern, settings in edits.items():
@@ -61,14 +61,16 @@ def edited_norms(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None 
         for path in select(model, pattern, empty="kind" in settings):
             if path in chosen:
                 raise RequestError(
-                    f"{shown(chosen[path][0])} and {shown(pattern)} both match {path}: give each norm one pattern, or "
-                    f"nest two edits"
+                    f"{short_repr(chosen[path][0])} and {short_repr(pattern)} both match "
+                    f"{path}: give each norm one pattern, or nest two edits"
                 )
             chosen[path] = pattern, settings
             _check_against(known[path], path, pattern, settings)
     frozen = [path for path, (_, settings) in chosen.items() if "freeze" in settings]
     if frozen and ids is None:
-        raise RequestError(f"{shown(chosen[frozen[0]][0])}: freeze needs ids, the text to measure the statistic on")
+        raise RequestError(
+            f"{short_repr(chosen[frozen[0]][0])}: freeze needs ids, the text to measure the statistic on"
+        )
     energies = _energies(model, frozen, ids) if frozen else {}
     return {
         path: _edited(model, path, known[path], settings, energies.get(path)).train(known[path].training)
@@ -124,25 +126,27 @@ class Frozen(RMSNorm):
 
 def _check(pattern: str, settings: Any) -> None:
     """Refuses settings that are wrong whatever the norm."""
-    name = shown(pattern)
+    name = short_repr(pattern)
     if not isinstance(settings, Mapping) or not settings:
-        raise RequestError(f"{name}: expected settings such as dict(eps=1e-6), found {shown(settings)}")
+        raise RequestError(f"{name}: expected settings such as dict(eps=1e-6), found {short_repr(settings)}")
     if unknown := [key for key in settings if key not in _SETTINGS]:
-        raise RequestError(f"{name}: unknown setting {listed(map(shown, unknown))}; known: {', '.join(_SETTINGS)}")
+        raise RequestError(
+            f"{name}: unknown setting {join_names(map(short_repr, unknown))}; known: {', '.join(_SETTINGS)}"
+        )
     names = ", ".join(NORMS)
     eps, kind, gain = settings.get("eps", 0.0), settings.get("kind", "rms"), settings.get("gain", "one")
     if not is_finite(eps) or eps < 0:
-        raise RequestError(f"{name}: eps must be a finite number of at least 0, not {shown(eps)}")
+        raise RequestError(f"{name}: eps must be a finite number of at least 0, not {short_repr(eps)}")
     if not isinstance(kind, str) or kind not in NORMS:
-        raise RequestError(f"{name}: unknown kind {shown(kind)}; known: {names}; skip=True leaves a norm out")
+        raise RequestError(f"{name}: unknown kind {short_repr(kind)}; known: {names}; skip=True leaves a norm out")
     if not _is_gain(gain):
-        raise RequestError(f"{name}: gain is a number, ('scale', number), 'mean' or 'one', not {shown(gain)}")
+        raise RequestError(f"{name}: gain is a number, ('scale', number), 'mean' or 'one', not {short_repr(gain)}")
     for key, choices in {"cast": get_args(Cast), "freeze": ("mean", "token")}.items():
         if key in settings and not (isinstance(settings[key], str) and settings[key] in choices):
-            raise RequestError(f"{name}: {key} must be one of {', '.join(choices)}, not {shown(settings[key])}")
+            raise RequestError(f"{name}: {key} must be one of {', '.join(choices)}, not {short_repr(settings[key])}")
     for key in ("keep_first", "skip"):
         if not isinstance(settings.get(key, False), bool):
-            raise RequestError(f"{name}: {key} must be true or false, not {shown(settings[key])}")
+            raise RequestError(f"{name}: {key} must be true or false, not {short_repr(settings[key])}")
     if "keep_first" in settings and "freeze" not in settings:
         raise RequestError(f"{name}: keep_first belongs to freeze, which is not given")
     for one, others in {"skip": set(_SETTINGS) - {"skip"}, "freeze": {"eps", "kind"}}.items():
@@ -153,13 +157,13 @@ def _check(pattern: str, settings: Any) -> None:
 def _check_against(module: nn.Module, path: str, pattern: str, settings: Mapping[str, Any]) -> None:
     """Refuses settings that do nothing for the norm they were meant for."""
     old = module.kind if isinstance(module, Norm) else "rms"
-    name = f"{shown(pattern)}: {path} is of kind {old}"
+    name = f"{short_repr(pattern)}: {path} is of kind {old}"
     if old == "frozen" and "skip" not in settings:
         raise RequestError(f"{name}; give all its settings in one edit")
     if "freeze" in settings and old not in ("rms", "scale"):
         raise RequestError(f"{name}; freeze is for rms and scale, which divide by the root mean square")
     if "eps" in settings and settings.get("kind", old) == "dyt":
-        raise RequestError(f"{shown(pattern)}: {path} would be of kind dyt, which has no eps")
+        raise RequestError(f"{short_repr(pattern)}: {path} would be of kind dyt, which has no eps")
 
 
 def _is_gain(gain: Any) -> bool:

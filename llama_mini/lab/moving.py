@@ -9,7 +9,7 @@ from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import BRANCHES
 from llama_mini.model.norm_slots import HEAD_SLOTS
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 _PLACES = ("pre", "mid", "out", "post")
 
@@ -25,7 +25,7 @@ def move(model: Llama, pattern: str, to: str) -> Llama:
     stands outside the layers, or the model is edited or optimised.
     """
     if to not in _PLACES:
-        raise RequestError(f"norms cannot be moved to {shown(to)}; known: {', '.join(_PLACES)}")
+        raise RequestError(f"norms cannot be moved to {short_repr(to)}; known: {', '.join(_PLACES)}")
     check_plain(model)
     config, n_layers = model.config, model.config.n_layers
     branches = {

@@ -13,7 +13,7 @@ from torch import nn
 from llama_mini.errors import RequestError
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
-from llama_mini.validate import listed, shown
+from llama_mini.validate import join_names, short_repr
 
 _RANGE = re.compile(r"(\d{1,6})-(\d{1,6})")
 
@@ -45,15 +45,17 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
         return list(known) if empty else filled
     patterns = [pattern] if isinstance(pattern, str) else pattern
     if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
-        raise RequestError(f"a pattern of norms is text, or a list of texts, not {shown(pattern)}")
+        raise RequestError(f"a pattern of norms is text, or a list of texts, not {short_repr(pattern)}")
     found: set[str] = set()
     for one in patterns:
         matched = [path for path in known if _matches(path, one)]
         if not matched:
-            raise RequestError(f"{shown(one)} matches no norm; there are {listed(filled) or 'none'}")
+            raise RequestError(f"{short_repr(one)} matches no norm; there are {join_names(filled) or 'none'}")
         chosen = matched if empty else [path for path in matched if path in filled]
         if not chosen:
-            raise RequestError(f"{shown(one)} matches empty slots alone: {listed(matched)}; give a kind to fill them")
+            raise RequestError(
+                f"{short_repr(one)} matches empty slots alone: {join_names(matched)}; give a kind to fill them"
+            )
         found.update(chosen)
     return [path for path in known if path in found]
 

@@ -13,7 +13,7 @@ from llama_mini.errors import RequestError
 from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.paths import select
 from llama_mini.model.llama import Llama
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
 _JUMP = 10  # by which the ratio grows in the layer that makes one
@@ -89,7 +89,7 @@ def capture(
     Raises RequestError for a pattern that matches no norm, and for ids that the model cannot read.
     """
     if keep not in ("tensors", "stats"):
-        raise RequestError(f"keep must be 'tensors' or 'stats', not {shown(keep)}")
+        raise RequestError(f"keep must be 'tensors' or 'stats', not {short_repr(keep)}")
     tokens = as_tokens(model, ids, at_least=1)
     paths = select(model, at)
     branches = [f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("attention", "feed_forward")]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llama_mini.errors import RequestError
 from llama_mini.model.norm_plan import NormPlan
-from llama_mini.validate import is_whole, shown
+from llama_mini.validate import is_whole, short_repr
 
 Plan = NormPlan | str
 Floats = NDArray[np.float64]
@@ -23,7 +23,7 @@ def as_plan(plan: Plan, depth: int) -> NormPlan:
     check_whole("depth", depth, 1, DEEPEST)
     parsed = NormPlan.parse(plan, depth) if isinstance(plan, str) else plan
     if not isinstance(parsed, NormPlan):
-        raise RequestError(f"a plan is a NormPlan or the text of one, such as 'out+qk', not {shown(plan)}")
+        raise RequestError(f"a plan is a NormPlan or the text of one, such as 'out+qk', not {short_repr(plan)}")
     parsed.check_depth(depth)
     return parsed
 
@@ -41,7 +41,7 @@ def as_plans(plans: Plan | Sequence[Plan], depths: Sequence[int]) -> list[Plan]:
 
 def check_whole(name: str, value: Any, least: int, most: int) -> None:
     if not is_whole(value) or not least <= value <= most:
-        raise RequestError(f"{name} must be a whole number from {least} to {most}, not {shown(value)}")
+        raise RequestError(f"{name} must be a whole number from {least} to {most}, not {short_repr(value)}")
 
 
 def label(plan: Plan) -> str:

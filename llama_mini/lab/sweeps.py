@@ -13,7 +13,7 @@ from llama_mini.errors import RequestError
 from llama_mini.lab.measurement import random_llama
 from llama_mini.lab.study import Floats, Plan, as_json, as_plans, check_whole, label
 from llama_mini.lab.table import Table
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 _ROWS, _LENGTH, _VOCAB = 4, 16, 256
 
@@ -59,7 +59,10 @@ class Sweep:
         return as_json(self)
 
     def __repr__(self) -> str:
-        return f"Sweep over {shown(self.depths.tolist())} layers, slopes of the gradient against depth:\n{self.table()}"
+        return (
+            f"Sweep over {short_repr(self.depths.tolist())} layers, slopes of "
+            f"the gradient against depth:\n{self.table()}"
+        )
 
 
 def sweep(
@@ -79,7 +82,7 @@ def sweep(
     several = as_plans(plans, depths)
     check_whole("seeds", seeds, 1, 1000)
     if len(set(depths)) < 2:
-        raise RequestError(f"depths must hold at least two different numbers of layers, not {shown(depths)}")
+        raise RequestError(f"depths must hold at least two different numbers of layers, not {short_repr(depths)}")
     bar = tqdm(total=len(several) * len(depths) * seeds, desc="sweep", disable=None, leave=False)
     norms = np.empty((len(several), seeds, len(depths), 2))
     with bar:

@@ -22,7 +22,7 @@ from llama_mini.lab.table import Table
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import BRANCHES
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 COVERED = ("rms", "layer", "scale")  # the same at init as d grows: a mean is 1/d of the energy, a scalar gain is one
 TOLERANCES = (0.05, 0.06)
@@ -84,7 +84,7 @@ class Profile:
 
     def __repr__(self) -> str:
         ends = (f"{name} {v[0]:.4g} → {v[-1]:.4g}" for name, v in vars(self).items() if isinstance(v, np.ndarray))
-        return f"Profile({shown(self.plan)}, depth={self.depth}: {', '.join(ends)})"
+        return f"Profile({short_repr(self.plan)}, depth={self.depth}: {', '.join(ends)})"
 
 
 def predict(plan: Plan, depth: int) -> Profile:

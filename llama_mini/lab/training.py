@@ -14,7 +14,7 @@ from llama_mini.errors import RequestError
 from llama_mini.lab.measurement import random_llama, spread_over_seeds
 from llama_mini.lab.study import Floats, Plan, as_json, as_plans, check_whole, label
 from llama_mini.lab.table import Table
-from llama_mini.validate import is_finite, shown
+from llama_mini.validate import is_finite, short_repr
 
 _ROWS, _LENGTH, _BYTES = 8, 32, 256
 _LAST = 20
@@ -85,7 +85,7 @@ def race(
     check_whole("steps", steps, 1, 1_000_000)
     check_whole("seeds", seeds, 1, 1000)
     if not is_finite(lr) or lr <= 0:
-        raise RequestError(f"lr must be a finite number above 0, not {shown(lr)}")
+        raise RequestError(f"lr must be a finite number above 0, not {short_repr(lr)}")
     data = torch.tensor(list(sample_text().encode()))
     loss: dict[Plan, Floats] = {plan: np.full((seeds, steps), np.nan) for plan in several}
     with tqdm(total=len(several) * seeds * steps, desc="race", unit="step", disable=None, leave=False) as bar:

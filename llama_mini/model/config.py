@@ -6,7 +6,7 @@ from typing import Any
 from llama_mini.errors import ConfigError
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.rope_scaling import DynamicScaling, RopeScaling
-from llama_mini.validate import is_finite, is_whole, shown
+from llama_mini.validate import is_finite, is_whole, short_repr
 
 _LARGEST_SIZE = 2**31 - 1
 _MOST_LAYERS = 10_000  # ten times the deepest there is
@@ -78,28 +78,28 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even, since rotary embedding turns pairs; found {self.head_dim}")
         if not is_finite(self.norm_eps) or self.norm_eps < 0:
-            raise ConfigError(f"norm_eps must be a finite number of at least 0, not {shown(self.norm_eps)}")
+            raise ConfigError(f"norm_eps must be a finite number of at least 0, not {short_repr(self.norm_eps)}")
         _check_positive("rope_theta", self.rope_theta)
         for name in ("norm_eps", "rope_theta"):  # a whole number of JSON; torch takes none beyond 64 bits
             fill(name, float(getattr(self, name)))
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
-            raise ConfigError(f"rope_scaling must be a RopeScaling or None, not {shown(self.rope_scaling)}")
+            raise ConfigError(f"rope_scaling must be a RopeScaling or None, not {short_repr(self.rope_scaling)}")
         if isinstance(self.rope_scaling, DynamicScaling) and self.head_dim < 4:
             raise ConfigError(f"rope_scaling of type dynamic needs a head_dim of at least 4, not {self.head_dim}")
         self._check_window()
         for name in ("qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, not {shown(getattr(self, name))}")
+                raise ConfigError(f"{name} must be true or false, not {short_repr(getattr(self, name))}")
         if isinstance(self.norm_plan, str):
             fill("norm_plan", NormPlan.parse(self.norm_plan, self.n_layers))
         if not isinstance(self.norm_plan, NormPlan):
-            raise ConfigError(f"norm_plan must be a NormPlan or a preset's name, not {shown(self.norm_plan)}")
+            raise ConfigError(f"norm_plan must be a NormPlan or a preset's name, not {short_repr(self.norm_plan)}")
         self.norm_plan.check_depth(self.n_layers)
         if not isinstance(self.eos_ids, tuple) or not all(map(_is_id, self.eos_ids)):
-            raise ConfigError(f"eos_ids must be a tuple of token ids, not {shown(self.eos_ids)}")
+            raise ConfigError(f"eos_ids must be a tuple of token ids, not {short_repr(self.eos_ids)}")
         for name in ("bos_id", "pad_id"):
             if getattr(self, name) is not None and not _is_id(getattr(self, name)):
-                raise ConfigError(f"{name} must be a token id or None, not {shown(getattr(self, name))}")
+                raise ConfigError(f"{name} must be a token id or None, not {short_repr(getattr(self, name))}")
 
     def _check_window(self) -> None:
         every = tuple(range(self.n_layers)) if self.sliding_window is not None else ()
@@ -110,7 +110,7 @@ class LlamaConfig:
         layers = self.sliding_layers
         if not isinstance(layers, tuple) or not all(map(is_whole, layers)) or not set(layers) <= set(every):
             where = f"from 0 to {self.n_layers - 1}" if every else "empty, since there is no sliding_window"
-            raise ConfigError(f"sliding_layers must be a tuple of layers, {where}; found {shown(layers)}")
+            raise ConfigError(f"sliding_layers must be a tuple of layers, {where}; found {short_repr(layers)}")
 
 
 def _is_id(value: Any) -> bool:
@@ -119,9 +119,9 @@ def _is_id(value: Any) -> bool:
 
 def _check_size(name: str, value: Any, largest: int = _LARGEST_SIZE) -> None:
     if not is_whole(value) or not 1 <= value <= largest:
-        raise ConfigError(f"{name} must be a whole number from 1 to {largest}, not {shown(value)}")
+        raise ConfigError(f"{name} must be a whole number from 1 to {largest}, not {short_repr(value)}")
 
 
 def _check_positive(name: str, value: Any) -> None:
     if not is_finite(value) or value <= 0:
-        raise ConfigError(f"{name} must be a finite number above 0, not {shown(value)}")
+        raise ConfigError(f"{name} must be a finite number above 0, not {short_repr(value)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from llama_mini.errors import ConfigError
 from llama_mini.model.norm_slots import HEAD_SLOTS, BranchPlan, NormSpec, check_slot, known_keys
-from llama_mini.validate import is_whole, shown
+from llama_mini.validate import is_whole, short_repr
 
 BRANCHES = ("attention", "feed_forward")
 PRESETS = "pre, post, peri, out, none, deep, mix(SHARE), lns, sub, normformer"
@@ -44,7 +44,7 @@ class Override:
         layers = data.get("layers") if isinstance(data, Mapping) else None
         span = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", layers) if isinstance(layers, str) else None
         if span is None:
-            raise ConfigError(f"norm plan: an override needs layers such as '0-2' or '5', found {shown(data)}")
+            raise ConfigError(f"norm plan: an override needs layers such as '0-2' or '5', found {short_repr(data)}")
         if unknown := sorted(str(key) for key in data if key not in ("layers", *BRANCHES)):
             raise ConfigError(f"norm plan, layers {layers}: unknown {', '.join(unknown)}; known: {', '.join(BRANCHES)}")
         branches = {name: BranchPlan.from_dict(data[name], name) for name in BRANCHES if name in data}
@@ -67,7 +67,7 @@ class NormPlan:
         for name in ("embed", "final"):
             check_slot(name, getattr(self, name), head=False)
         if not isinstance(self.overrides, tuple) or not all(isinstance(o, Override) for o in self.overrides):
-            raise ConfigError(f"norm plan: overrides must be a tuple of Override, not {shown(self.overrides)}")
+            raise ConfigError(f"norm plan: overrides must be a tuple of Override, not {short_repr(self.overrides)}")
 
     def layer(self, index: int) -> tuple[BranchPlan, BranchPlan]:
         """The plans of layer `index`: attention, feed-forward."""
@@ -132,7 +132,7 @@ class NormPlan:
         data = known_keys(data, NormPlan, "the whole")
         entries = data.get("overrides", [])
         if not isinstance(entries, list):
-            raise ConfigError(f"norm plan: overrides must be a list, not {shown(entries)}")
+            raise ConfigError(f"norm plan: overrides must be a list, not {short_repr(entries)}")
         parts: dict[str, Any] = {name: BranchPlan.from_dict(data[name], name) for name in BRANCHES if name in data}
         parts |= {name: NormSpec.from_dict(data[name], name) for name in ("embed", "final") if name in data}
         return NormPlan(**parts, overrides=tuple(Override.from_dict(entry) for entry in entries))
@@ -144,7 +144,7 @@ def _commonest(branches: Sequence[BranchPlan]) -> BranchPlan:
 
 def _check_branch(name: str, branch: Any) -> None:
     if not isinstance(branch, BranchPlan):
-        raise ConfigError(f"norm plan: {name} takes a BranchPlan, not {shown(branch)}")
+        raise ConfigError(f"norm plan: {name} takes a BranchPlan, not {short_repr(branch)}")
     for slot in HEAD_SLOTS:
         if name == "feed_forward" and getattr(branch, slot) is not None:
             raise ConfigError(f"norm plan: slot {slot} exists in attention only, not in feed_forward")
@@ -184,7 +184,7 @@ def _preset(name: str, n_layers: int) -> NormPlan:
             return everywhere(sub)
         case "normformer":
             return NormPlan(attention=both, feed_forward=sub)
-    raise ConfigError(f"norm plan: unknown preset {shown(name)}; known: {PRESETS}; suffixes: {SUFFIXES}")
+    raise ConfigError(f"norm plan: unknown preset {short_repr(name)}; known: {PRESETS}; suffixes: {SUFFIXES}")
 
 
 def _suffix(plan: NormPlan, suffix: str, text: str) -> NormPlan:

@@ -16,7 +16,7 @@ from torch import nn
 
 from llama_mini.errors import ConfigError
 from llama_mini.model.norm import NORMS, Cast, Gain, Norm
-from llama_mini.validate import is_finite, shown
+from llama_mini.validate import is_finite, short_repr
 
 View = Literal["head", "full"]
 SLOTS = ("pre", "q", "k", "v", "mid", "out", "post")
@@ -38,9 +38,9 @@ class NormSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in NORMS:
-            raise ConfigError(f"norm plan: unknown kind {shown(self.kind)}; known: {', '.join(NORMS)}, none")
+            raise ConfigError(f"norm plan: unknown kind {short_repr(self.kind)}; known: {', '.join(NORMS)}, none")
         if self.view not in get_args(View):
-            raise ConfigError(f"norm plan: unknown view {shown(self.view)}; known: {', '.join(get_args(View))}")
+            raise ConfigError(f"norm plan: unknown view {short_repr(self.view)}; known: {', '.join(get_args(View))}")
         self.build(1, norm_eps=0.0)  # the module checks the rest
 
     def build(self, dim: int, norm_eps: float) -> Norm:
@@ -83,7 +83,7 @@ class BranchPlan:
             check_slot(slot, getattr(self, slot), head=slot in HEAD_SLOTS)
         for name in ("alpha", "beta"):
             if not is_finite(getattr(self, name)):
-                raise ConfigError(f"norm plan: {name} must be a finite number, not {shown(getattr(self, name))}")
+                raise ConfigError(f"norm plan: {name} must be a finite number, not {short_repr(getattr(self, name))}")
 
     def to_dict(self) -> dict[str, Any]:
         norms = {slot: getattr(self, slot).to_dict() for slot in SLOTS if getattr(self, slot) is not None}
@@ -100,7 +100,7 @@ def check_slot(slot: str, spec: Any, head: bool) -> None:
     if spec is None:
         return
     if not isinstance(spec, NormSpec):
-        raise ConfigError(f"norm plan: slot {slot} takes a NormSpec or None, not {shown(spec)}")
+        raise ConfigError(f"norm plan: slot {slot} takes a NormSpec or None, not {short_repr(spec)}")
     if spec.view != "head" and not head:
         raise ConfigError(f"norm plan: view={spec.view!r} belongs to the slots q, k and v, not to {slot}")
 
@@ -108,7 +108,7 @@ def check_slot(slot: str, spec: Any, head: bool) -> None:
 def known_keys(data: Any, cls: type, where: str) -> dict[str, Any]:
     """The keys and values of a JSON object, all of which `cls` has as fields."""
     if not isinstance(data, Mapping):
-        raise ConfigError(f"norm plan, {where}: expected an object, found {shown(data)}")
+        raise ConfigError(f"norm plan, {where}: expected an object, found {short_repr(data)}")
     names = {f.name for f in fields(cls)}
     if unknown := [str(key) for key in data if key not in names]:
         listed = ", ".join(sorted(names))

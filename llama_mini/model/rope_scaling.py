@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.errors import ConfigError
-from llama_mini.validate import is_finite, is_whole, listed, shown
+from llama_mini.validate import is_finite, is_whole, join_names, short_repr
 
 _LARGEST = 1e12  # of any setting, and its inverse the least: their quotients and logarithms stay finite
 
@@ -46,16 +46,16 @@ class RopeScaling:
     def from_dict(data: Any) -> "RopeScaling":
         """The inverse of `to_dict`. Raises ConfigError for an unknown type, and for keys missing or unknown."""
         if not isinstance(data, Mapping):
-            raise ConfigError(f"rope_scaling must be an object, not {shown(data)}")
+            raise ConfigError(f"rope_scaling must be an object, not {short_repr(data)}")
         rest = dict(data)
         name = rest.pop("rope_type", None)
         rule = next((rule for rule in RULES if rule.rope_type == name), None)
         if rule is None:
             known = ", ".join(["default", *(rule.rope_type for rule in RULES)])
-            raise ConfigError(f"rope_scaling: unknown rope type {shown(name)}; known: {known}")
+            raise ConfigError(f"rope_scaling: unknown rope type {short_repr(name)}; known: {known}")
         known_fields = {f.name: f for f in fields(rule)}
         if unknown := [str(key) for key in rest if key not in known_fields]:
-            raise ConfigError(f"rope_scaling of type {name}: unknown {listed(sorted(unknown))}")
+            raise ConfigError(f"rope_scaling of type {name}: unknown {join_names(sorted(unknown))}")
         required = [f.name for f in known_fields.values() if f.default is MISSING]
         if absent := [key for key in required if rest.get(key) is None]:
             raise ConfigError(f"rope_scaling of type {name}: {', '.join(absent)} missing")
@@ -153,7 +153,7 @@ class YarnScaling(RopeScaling):
         if self.attention_factor is not None:
             _check_positive("attention_factor", self.attention_factor)
         if not isinstance(self.truncate, bool):
-            raise ConfigError(f"rope_scaling.truncate must be true or false, not {shown(self.truncate)}")
+            raise ConfigError(f"rope_scaling.truncate must be true or false, not {short_repr(self.truncate)}")
 
     def frequencies(self, plain: Tensor, theta: float) -> Tensor:
         dim = 2 * len(plain)
@@ -188,7 +188,7 @@ class FactorScaling(RopeScaling):
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", tuple(self.factors) if isinstance(self.factors, list) else self.factors)
         if not isinstance(self.factors, tuple) or not self.factors:
-            raise ConfigError(f"rope_scaling.factors must be a list of numbers, not {shown(self.factors)}")
+            raise ConfigError(f"rope_scaling.factors must be a list of numbers, not {short_repr(self.factors)}")
         for i, factor in enumerate(self.factors):
             _check_positive(f"factors[{i}]", factor)
 
@@ -213,14 +213,16 @@ def exponents(head_dim: int) -> Tensor:
 
 def _check_factor(value: Any) -> None:
     if not is_finite(value) or not 1 <= value <= _LARGEST:
-        raise ConfigError(f"rope_scaling.factor must be a finite number of at least 1, not {shown(value)}")
+        raise ConfigError(f"rope_scaling.factor must be a finite number of at least 1, not {short_repr(value)}")
 
 
 def _check_positive(name: str, value: Any) -> None:
     if not is_finite(value) or not 1 / _LARGEST <= value <= _LARGEST:
-        raise ConfigError(f"rope_scaling.{name} must be a finite number above 0, not {shown(value)}")
+        raise ConfigError(f"rope_scaling.{name} must be a finite number above 0, not {short_repr(value)}")
 
 
 def _check_length(value: Any) -> None:
     if not is_whole(value) or not 1 <= value <= _LARGEST:
-        raise ConfigError(f"rope_scaling.original_max_seq_len must be a whole number of at least 1, not {shown(value)}")
+        raise ConfigError(
+            f"rope_scaling.original_max_seq_len must be a whole number of at least 1, not {short_repr(value)}"
+        )

@@ -3,7 +3,7 @@
 The plain model stays the reference that every path here is held to; nothing here repeats its forward pass.
 """
 
+from llama_mini.machine import set_threads
 from llama_mini.optimize.fuse import fuse, fuser, is_fused, optimize
-from llama_mini.optimize.threads import set_threads
 
 __all__ = ["fuse", "fuser", "is_fused", "optimize", "set_threads"]

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 
 from llama_mini.errors import LlamaMiniWarning, RequestError
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 KERNELS = ("auto", "off")
 _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
@@ -42,7 +42,7 @@ def load_kernels(kernels: str = "auto") -> bool:
     Raises RequestError for a setting other than `auto` and `off`.
     """
     if kernels not in KERNELS:
-        raise RequestError(f"kernels must be one of {', '.join(KERNELS)}, not {shown(kernels)}")
+        raise RequestError(f"kernels must be one of {', '.join(KERNELS)}, not {short_repr(kernels)}")
     return kernels == "auto" and _loaded()
 
 

@@ -15,7 +15,7 @@ from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.embedding import FusedEmbedding, FusedHead
 from llama_mini.optimize.layers import FusedLayers
 from llama_mini.optimize.matrix import CodedMatrix, FloatMatrix, Int4Matrix, Int8Matrix, Matrix, served
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 # What the matrices of the layers become, and what the head does.
 FORMATS: dict[str | None, tuple[type[Matrix], type[Matrix]]] = {
@@ -122,7 +122,7 @@ def fuser(quantize: str | None, kernels: str) -> Callable[[Llama, torch.dtype, t
 def check_format(quantize: str | None) -> None:
     if quantize not in FORMATS:
         known = ", ".join(name for name in FORMATS if name)
-        raise RequestError(f"quantize must be {known} or None, not {shown(quantize)}")
+        raise RequestError(f"quantize must be {known} or None, not {short_repr(quantize)}")
 
 
 def is_fused(model: Llama) -> bool:

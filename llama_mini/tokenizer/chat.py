@@ -22,7 +22,7 @@ from typing import Any
 
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Backend, Piece
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 Message = dict[str, Any]
 CHILD = Path(__file__).with_name("template_worker.py")
@@ -194,7 +194,7 @@ def _plain(value: object, where: str) -> Any:
 
 
 def _shown(value: object) -> str:
-    return "missing" if value is None else f"{type(value).__name__} {shown(value):.60}"
+    return "missing" if value is None else f"{type(value).__name__} {short_repr(value):.60}"
 
 
 def _any_of(contents: Iterable[str], conditions: Mapping[str, str] = MappingProxyType({})) -> str:

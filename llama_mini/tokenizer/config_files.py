@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.io import files
-from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of, open_file, what_it_is
+from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, describe, kind_of, open_file
 from llama_mini.checkpoint.io.files import inside
 from llama_mini.errors import CheckpointError, LlamaMiniWarning, TokenizerError
 from llama_mini.tokenizer.gguf_vocabulary import chat_template, special_eos_ids, tokenizer_config
@@ -97,7 +97,7 @@ def read_text(path: Path) -> str:
     data = read_bytes(path)
     kind = kind_of(data[:HEAD], len(data))
     if kind in (FileKind.LFS_POINTER, FileKind.HTML):
-        raise TokenizerError(f"{path} is no text of its own: it is {what_it_is(kind)}")
+        raise TokenizerError(f"{path} is no text of its own: it is {describe(kind)}")
     try:
         return data.decode()
     except UnicodeDecodeError as error:

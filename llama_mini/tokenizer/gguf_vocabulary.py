@@ -15,7 +15,7 @@ from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
 from llama_mini.tokenizer.gguf_byte_level import LLAMA_3, PRE_TOKENIZERS, byte_level_parts
 from llama_mini.tokenizer.gguf_sentencepiece import BYTE_TOKENS, merges_by_score, sentencepiece_parts
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
 _TOKEN_TYPES = range(1, 7)  # the last is a byte
@@ -69,7 +69,7 @@ def chat_template(header: GGUFHeader) -> str | None:
     """The chat template, if the file has one. Raises TokenizerError if it is not text."""
     template = header.metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
-        raise TokenizerError(f"{header.path}: tokenizer.chat_template must be text, not {shown(template)}")
+        raise TokenizerError(f"{header.path}: tokenizer.chat_template must be text, not {short_repr(template)}")
     return template
 
 
@@ -109,10 +109,12 @@ def _merges(metadata: "_Metadata") -> list[list[str]]:
         return merges
     for line, merge in zip(lines, merges, strict=True):
         if len(merge) != 2 or "" in merge:
-            raise metadata.fault("merges", f"holds {shown(line)}, which is not two tokens with a space between")
+            raise metadata.fault("merges", f"holds {short_repr(line)}, which is not two tokens with a space between")
         for token in (*merge, "".join(merge)):
             if token not in metadata.vocab:
-                raise metadata.fault("merges", f"holds {shown(line)}, but {shown(token)} is not in the vocabulary")
+                raise metadata.fault(
+                    "merges", f"holds {short_repr(line)}, but {short_repr(token)} is not in the vocabulary"
+                )
     return merges
 
 
@@ -178,7 +180,7 @@ class _Metadata:
         model = self.get("model")
         if not isinstance(model, str) or model not in ("gpt2", "llama"):
             known = "gpt2, byte-level BPE, and llama, SentencePiece"
-            raise self.fault("model", f"is {shown(model)}; only {known}, can be read")
+            raise self.fault("model", f"is {short_repr(model)}; only {known}, can be read")
         self.is_sentencepiece = model == "llama"
         if self.is_sentencepiece and np.size(self.get("precompiled_charsmap", ())):
             raise self.fault("precompiled_charsmap", "changes characters before they are looked up; it is not known")
@@ -193,7 +195,7 @@ class _Metadata:
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise self.fault(key, f"must be true or false, not {shown(value)}")
+            raise self.fault(key, f"must be true or false, not {short_repr(value)}")
         return value
 
     def adds(self, name: str) -> bool:
@@ -234,7 +236,7 @@ class _Metadata:
         vocab = dict(zip(self.tokens, range(len(self.tokens)), strict=True))
         if len(vocab) != len(self.tokens):
             twice = next(token for id, token in enumerate(self.tokens) if vocab[token] != id)
-            raise self.fault("tokens", f"holds {shown(twice)} twice")
+            raise self.fault("tokens", f"holds {short_repr(twice)} twice")
         return vocab
 
     def scores(self) -> list[float]:
@@ -254,7 +256,7 @@ class _Metadata:
             return usual if self.is_sentencepiece and self.types[usual : usual + 1] == [type_] else None
         if type(value) is int and 0 <= value < len(self.tokens):
             return value
-        problem = f"must be a token from 0 to {len(self.tokens) - 1}, not {shown(value)}"
+        problem = f"must be a token from 0 to {len(self.tokens) - 1}, not {short_repr(value)}"
         if type(value) is not int or name not in ("padding", "unknown"):
             raise self.fault(f"{name}_token_id", problem)
         warnings.warn(f"{self.fault(f'{name}_token_id', problem)}; ignored", LlamaMiniWarning, stacklevel=4)
@@ -269,5 +271,7 @@ class _Metadata:
     def pre(self) -> str:
         name = self.get("pre", "default")
         if not isinstance(name, str) or name not in PRE_TOKENIZERS:
-            raise self.fault("pre", f"is {shown(name)}, an unknown pre-tokenizer; known: {', '.join(PRE_TOKENIZERS)}")
+            raise self.fault(
+                "pre", f"is {short_repr(name)}, an unknown pre-tokenizer; known: {', '.join(PRE_TOKENIZERS)}"
+            )
         return name

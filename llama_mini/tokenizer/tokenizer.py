@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
 from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
-from llama_mini.checkpoint.io.file_kind import FileKind, file_kind, what_it_is
+from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
 from llama_mini.checkpoint.io.files import exists, inside
 from llama_mini.checkpoint.source import Source
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
@@ -184,7 +184,7 @@ def _open(path: Path, files: ConfigFiles) -> tuple[str, Backend]:
     """The kind of a vocabulary file, by what it holds, and its backend."""
     kind = file_kind(path)
     if kind in (FileKind.EMPTY, FileKind.LFS_POINTER, FileKind.HTML, FileKind.PICKLE, FileKind.ZIP):
-        raise TokenizerError(f"{path} is no tokenizer: it is {what_it_is(kind)}")
+        raise TokenizerError(f"{path} is no tokenizer: it is {describe(kind)}")
     if kind is FileKind.JSON:
         return "tokenizer.json", HuggingFaceJson(read_json(path), path, files)
     data = read_bytes(path)

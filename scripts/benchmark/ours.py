@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmark.profiles import profiled
 from llama_mini.checkpoint.families import key_table
-from llama_mini.checkpoint.keys import their_name
+from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.source import Source, StoredTensor
 from llama_mini.engine.llm import LLM
@@ -179,7 +179,7 @@ def random_source(config: LlamaConfig) -> Source:
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
     table = key_table("llama")
-    theirs = {their_name(name, table): shape for name, shape in shapes.items()}
+    theirs = {to_file_name(name, table): shape for name, shape in shapes.items()}
 
     def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         for name in names:

@@ -8,7 +8,7 @@ from benchmark.measures import QUICK, Bench, Sizes, against_peers, batch, contex
 from benchmark.report import as_json, conditions, judged, table, verdicts
 from benchmark.rounds import Child, Watch
 from llama_mini.errors import RequestError
-from llama_mini.optimize.threads import usable_cores
+from llama_mini.machine import usable_cores
 from llama_mini.tokenizer import Tokenizer
 
 MEASURES = ("decode", "prefill", "batch", "context", "start", "load", "memory", "quality")

@@ -12,7 +12,7 @@ import torch
 from llama_mini import SamplingParams
 from llama_mini.engine.sampling_params import check_vocab
 from llama_mini.errors import RequestError
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 NUMBERS = {
     "temperature": (0, math.inf),
@@ -63,7 +63,7 @@ def wrong_values() -> list[tuple[str, object]]:
     return pairs
 
 
-@pytest.mark.parametrize(("name", "value"), wrong_values(), ids=lambda v: shown(v)[:30])
+@pytest.mark.parametrize(("name", "value"), wrong_values(), ids=lambda v: short_repr(v)[:30])
 def test_a_wrong_value_is_named_with_what_is_possible(name: str, value: object) -> None:
     with pytest.raises(RequestError, match=f"^{name} .*must (be|have) .+, not .+") as caught:
         SamplingParams(**{name: value})

@@ -47,7 +47,7 @@ ONLY = {  # settings of which one value is implemented
     "pooling_type": 0,
     "use_parallel_residual": False,
 }
-HARMLESS = {"tensor_data_layout"}  # tells what the file was made from
+IGNORED = {"tensor_data_layout"}  # tells what the file was made from
 
 
 def open_gguf(path: Path) -> Source:
@@ -191,7 +191,7 @@ class _Metadata:
                 raise CheckpointFormatError(f"{self.path}: {key} is {shown(found)}; only {known[0]} can be read; {do}")
         for key, value in self.values.items():
             name = key.removeprefix(f"{self.architecture}.")
-            if name == key or name in READ or name in HARMLESS:
+            if name == key or name in READ or name in IGNORED:
                 continue
             if name not in ONLY:
                 raise ConfigError(f"{shown(key)} is {shown(value)}; this setting is not implemented")

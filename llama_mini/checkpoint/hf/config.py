@@ -14,7 +14,7 @@ from llama_mini.errors import CheckpointIncompleteError, ConfigError, LlamaMiniW
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.rope_scaling import RopeScaling
-from llama_mini.validate import is_whole, listed, shown
+from llama_mini.validate import is_whole, join_names, short_repr
 
 SIZES = {  # Hugging Face's word -> ours
     "hidden_size": "dim",
@@ -52,11 +52,11 @@ REFUSED = {
 READ = {"model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
 READ |= {"original_max_position_embeddings", "max_window_layers", "layer_types"}
 READ |= {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
-HARMLESS = {"architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout"}
-HARMLESS |= {"pretraining_tp", "_name_or_path", "is_llama_config", "transformers.js_config", "unsloth_fixed"}
-HARMLESS |= {"unsloth_version", "_flash_attn_2_enabled", "max_sequence_length", "pad_token", "torchscript"}
-HARMLESS |= {"temperature", "top_p", "top_k", "max_length", "do_sample", "num_beams", "repetition_penalty"}
-HARMLESS |= {"_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states", "problem_type"}
+IGNORED = {"architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout"}
+IGNORED |= {"pretraining_tp", "_name_or_path", "is_llama_config", "transformers.js_config", "unsloth_fixed"}
+IGNORED |= {"unsloth_version", "_flash_attn_2_enabled", "max_sequence_length", "pad_token", "torchscript"}
+IGNORED |= {"temperature", "top_p", "top_k", "max_length", "do_sample", "num_beams", "repetition_penalty"}
+IGNORED |= {"_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states", "problem_type"}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -76,7 +76,7 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     """Raises ConfigError that names the key, what it holds, and what is known."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in KNOWN:
-        raise ConfigError(f"unknown model_type {shown(model_type)}; known: {', '.join(KNOWN)}")
+        raise ConfigError(f"unknown model_type {short_repr(model_type)}; known: {', '.join(KNOWN)}")
     if model_type == OWN:
         return _from_own(raw)
     family = FAMILIES[model_type]
@@ -105,7 +105,7 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
             **read_special_ids(raw),
         )
     except ConfigError as error:
-        raise ConfigError(_in_their_words(str(error))) from None
+        raise ConfigError(_translate_keys(str(error))) from None
 
 
 def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def special_ids(config: LlamaConfig) -> dict[str, Any]:
 def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
     for key, why in REFUSED.items():
         if raw.get(key) not in (None, {}):
-            raise ConfigError(f"{key} is {shown(raw[key])}: {why}")
+            raise ConfigError(f"{key} is {short_repr(raw[key])}: {why}")
     read_here = {
         "attention_bias": family.biases != "none",  # which `qkv` is not moved by
         "mlp_bias": family.biases == "attention+mlp",
@@ -151,14 +151,14 @@ def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
             where = f" in model_type {family.model_type}" if key in read_here else ""
             if key == "hidden_act" and raw[key] == "swish":  # the same by another name
                 continue
-            raise ConfigError(f"{key} is {shown(raw[key])}; only {value!r} is implemented{where}")
+            raise ConfigError(f"{key} is {short_repr(raw[key])}; only {value!r} is implemented{where}")
     if absent := [key for key in REQUIRED if raw.get(key) is None]:
         raise ConfigError(f"{', '.join(absent)} missing")
-    unknown = sorted(set(raw) - {*SIZES, *ONLY, *REFUSED, *READ, *HARMLESS})
+    unknown = sorted(set(raw) - {*SIZES, *ONLY, *REFUSED, *READ, *IGNORED})
     if norms := [key for key in unknown if "norm" in key.lower() and raw[key] is not None]:
-        raise ConfigError(f"unknown {listed(norms)}, which may change a norm; known: rms_norm_eps")
+        raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: rms_norm_eps")
     if unknown:
-        _warn(f"config.json: unknown {listed(unknown)} ignored")
+        _warn(f"config.json: unknown {join_names(unknown)} ignored")
 
 
 def _biases(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _biases(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
         return {"qkv_bias": True}
     attention = given.get("attention_bias", False) if family.biases != "none" else False
     if not isinstance(attention, bool):
-        raise ConfigError(f"attention_bias must be true or false, not {shown(attention)}")
+        raise ConfigError(f"attention_bias must be true or false, not {short_repr(attention)}")
     mlp = given.get("mlp_bias", False) if family.biases == "attention+mlp" else False
     return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": mlp}
 
@@ -181,11 +181,11 @@ def _window(raw: Mapping[str, Any], given: Mapping[str, Any], family: Family) ->
         window = None
     last = given.get("max_window_layers", 0) if family.window == "listed" else 0
     if not is_whole(last):
-        raise ConfigError(f"max_window_layers must be a whole number, not {shown(last)}")
+        raise ConfigError(f"max_window_layers must be a whole number, not {short_repr(last)}")
     layers = tuple(range(max(last, 0), n_layers)) if window is not None else ()
     if types is not None:
         if not isinstance(types, list) or len(types) != n_layers or not all(t in (FULL, SLIDING) for t in types):
-            raise ConfigError(f"layer_types must list {n_layers} times {FULL} or {SLIDING}, not {shown(types)}")
+            raise ConfigError(f"layer_types must list {n_layers} times {FULL} or {SLIDING}, not {short_repr(types)}")
         sliding = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
         if sliding != layers and (family.window != "listed" or window is None):
             raise ConfigError(
@@ -234,14 +234,14 @@ def read_special_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
         value = raw.get(key)
         found = value if isinstance(value, list) else [] if value is None else [value]
         if not all(is_whole(i) for i in found):
-            raise ConfigError(f"{key} must be a token id or a list of them, not {shown(value)}")
+            raise ConfigError(f"{key} must be a token id or a list of them, not {short_repr(value)}")
         return tuple(i for i in found if i >= 0)  # -1 stands for none
 
     bos, pad = ids("bos_token_id"), ids("pad_token_id")
     return {"bos_id": bos[0] if bos else None, "eos_ids": ids("eos_token_id"), "pad_id": pad[0] if pad else None}
 
 
-def _in_their_words(message: str) -> str:
+def _translate_keys(message: str) -> str:
     """A message about our fields as one about the file's keys."""
     theirs = {ours: key for key, ours in SIZES.items()} | {"norm_eps": "rms_norm_eps"}
     theirs |= {"original_max_seq_len": "original_max_position_embeddings"}
@@ -252,7 +252,7 @@ def _from_own(raw: Mapping[str, Any]) -> LlamaConfig:
     values = {key: value for key, value in raw.items() if key not in ("model_type", "dtype")}
     known = {f.name for f in fields(LlamaConfig)}
     if unknown := set(values) - known:
-        raise ConfigError(f"unknown {listed(sorted(unknown))}; known: {', '.join(sorted(known))}")
+        raise ConfigError(f"unknown {join_names(sorted(unknown))}; known: {', '.join(sorted(known))}")
     if "norm_plan" not in values:
         raise ConfigError("norm_plan missing")
     values["norm_plan"] = NormPlan.from_dict(values["norm_plan"])

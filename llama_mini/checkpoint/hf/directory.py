@@ -12,13 +12,13 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.safetensors_data import Room, read_rows, read_tensors
 from llama_mini.checkpoint.hf.safetensors_header import TensorInfo, weight_dtype
-from llama_mini.checkpoint.hf.shards import all_present, read_headers, stored, whole_set
+from llama_mini.checkpoint.hf.shards import all_present, complete_shards, read_headers, stored
 from llama_mini.checkpoint.io.files import INDEX, SINGLE, inside, read_weight_map
-from llama_mini.checkpoint.keys import HARMLESS, KeyTable
+from llama_mini.checkpoint.keys import IGNORED, KeyTable
 from llama_mini.checkpoint.source import Rows, Source, rows_at_once
-from llama_mini.dtypes import DTYPES
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
-from llama_mini.validate import listed
+from llama_mini.machine import DTYPES
+from llama_mini.validate import join_names
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 CONVERT = "python scripts/convert.py {source} NEW_DIRECTORY"
@@ -29,7 +29,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     config, raw = read_config(directory)
     files, promised = ([file], set[str]()) if file is not None else _files(directory)
     infos = _infos(directory, files, promised)
-    dtypes = {name: weight_dtype(info) for name, info in infos.items() if not HARMLESS.search(name)}
+    dtypes = {name: weight_dtype(info) for name, info in infos.items() if not IGNORED.search(name)}
 
     def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         for info, tensor in read_tensors(infos[name] for name in names):
@@ -84,7 +84,7 @@ def _files(directory: Path) -> tuple[list[Path], set[str]]:
         return all_present(directory, sorted(set(weight_map.values()))), set(weight_map)
     found = sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("consolidated"))
     if weights := [name for name in found if not name.startswith("adapter_")]:
-        return whole_set(directory, weights), set()
+        return complete_shards(directory, weights), set()
     if found:
         raise CheckpointFormatError(f"{directory} holds an adapter alone, {found[0]}; merge it into its model first")
     if pickles := [name for name in PICKLES if (directory / name).is_file()]:
@@ -98,5 +98,5 @@ def _files(directory: Path) -> tuple[list[Path], set[str]]:
 def _infos(directory: Path, files: list[Path], promised: set[str]) -> dict[str, TensorInfo]:
     infos = read_headers(files)
     if absent := sorted(promised - set(infos)):
-        raise CheckpointIncompleteError(f"{directory / INDEX} names tensors that no shard holds: {listed(absent)}")
+        raise CheckpointIncompleteError(f"{directory / INDEX} names tensors that no shard holds: {join_names(absent)}")
     return infos

@@ -18,7 +18,7 @@ from llama_mini.errors import (
     CheckpointIncompleteError,
     CheckpointPathError,
 )
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 CONFIGS = ("config.json", "params.json")  # Hugging Face's and Meta's: the second only where the first is not there
@@ -64,7 +64,7 @@ def fetch_from_hub(name: str, tokenizer_only: bool = False) -> Path:
         CheckpointFormatError: its index is broken, or its weights are in a format that the engine does not read.
     """
     if not is_hub_name(name):
-        raise CheckpointPathError(f"{shown(name)} is no name on the hub; those are org/name or org/name@revision")
+        raise CheckpointPathError(f"{short_repr(name)} is no name on the hub; those are org/name or org/name@revision")
     repo, _, revision = name.partition("@")
     revision = revision or "main"
     cached, lacks = None, ""
@@ -221,7 +221,7 @@ def _sentence(error: BaseException, repo: str, revision: str, lacks: str) -> str
         return f"the disk is full before {repo} is whole: free space for {cache}, or let HF_HOME name another disk"
     if isinstance(error, OSError) and error.strerror:
         return f"{repo} cannot be stored in {constants.HF_HUB_CACHE}: {error.strerror}; let HF_HOME name another folder"
-    what = shown(f"{type(error).__name__}: {error}".splitlines()[0])
+    what = short_repr(f"{type(error).__name__}: {error}".splitlines()[0])
     return (
         f"{repo} cannot be fetched from {constants.ENDPOINT} ({what}), and {lacks}: check the network and HF_ENDPOINT"
     )
@@ -229,5 +229,5 @@ def _sentence(error: BaseException, repo: str, revision: str, lacks: str) -> str
 
 def _some(names: Collection[str]) -> str:
     """The first few names, for a message."""
-    few = ", ".join(shown(name) for name in list(names)[:4])
+    few = ", ".join(short_repr(name) for name in list(names)[:4])
     return few if len(names) <= 4 else f"{few} and {len(names) - 4} more"

@@ -5,7 +5,7 @@ from typing import Any
 
 from llama_mini.errors import ConfigError
 from llama_mini.model.rope_scaling import FactorScaling, RopeScaling, yarn_magnitude
-from llama_mini.validate import is_finite, listed, shown
+from llama_mini.validate import is_finite, join_names, short_repr
 
 DEFAULT_THETA = 10_000.0
 _KNOWN = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -18,7 +18,7 @@ def read_rope(raw: Mapping[str, Any], max_seq_len: Any) -> tuple[Any, RopeScalin
     found = [_read(raw, key, max_seq_len) for key in keys]
     if found[0] != found[-1]:
         raise ConfigError(
-            f"rope_parameters and rope_scaling disagree: {shown(raw[keys[0]])} and {shown(raw[keys[-1]])}"
+            f"rope_parameters and rope_scaling disagree: {short_repr(raw[keys[0]])} and {short_repr(raw[keys[-1]])}"
         )
     return found[0]
 
@@ -26,33 +26,33 @@ def read_rope(raw: Mapping[str, Any], max_seq_len: Any) -> tuple[Any, RopeScalin
 def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, RopeScaling | None]:
     settings = {} if raw.get(key) is None else raw[key]
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"{key} must be an object or null, not {shown(settings)}")
+        raise ConfigError(f"{key} must be an object or null, not {short_repr(settings)}")
     rest = dict(settings)
     rest.pop("finetuned", None)  # whether a model was trained with it: nothing is computed from that
     bases = [base for base in (rest.pop("rope_theta", None), raw.get("rope_theta")) if base is not None]
     if len(bases) == 2 and bases[0] != bases[1]:
-        raise ConfigError(f"rope_theta is {shown(bases[1])}, but {key} says {shown(bases[0])}")
+        raise ConfigError(f"rope_theta is {short_repr(bases[1])}, but {key} says {short_repr(bases[0])}")
     theta = bases[0] if bases else DEFAULT_THETA
     kinds = [rest.pop(name) for name in ("rope_type", "type") if name in rest] or ["default"]
     kind = kinds[0]
     if not isinstance(kind, str) or kind not in _KNOWN or kinds[-1] != kind:
-        found = " and ".join(map(shown, kinds))
+        found = " and ".join(map(short_repr, kinds))
         raise ConfigError(f"{key}: unknown rope type {found}; known: {', '.join(_KNOWN)}")
     partial = rest.pop("partial_rotary_factor", 1)
     if partial not in (None, 1):
-        raise ConfigError(f"{key}: partial_rotary_factor is {shown(partial)}; only 1 is implemented")
+        raise ConfigError(f"{key}: partial_rotary_factor is {short_repr(partial)}; only 1 is implemented")
     context = rest.pop(_CONTEXT, None)
     if raw.get(_CONTEXT) is not None:
         context = raw[_CONTEXT]  # beside the rope settings it comes before the one within, as in transformers
     if kind == "dynamic" and context not in (None, max_seq_len):
-        raise ConfigError(f"{key}: {_CONTEXT} is {shown(context)}, but dynamic scaling starts from {max_seq_len}")
+        raise ConfigError(f"{key}: {_CONTEXT} is {short_repr(context)}, but dynamic scaling starts from {max_seq_len}")
     if kind in ("llama3", "yarn"):
         rest["original_max_seq_len"] = max_seq_len if context is None else context
     if kind == "yarn":
         _resolve_yarn(key, rest, max_seq_len)
     if kind == "default":
         if rest:
-            raise ConfigError(f"{key}: unknown {listed(sorted(map(str, rest)))}")
+            raise ConfigError(f"{key}: unknown {join_names(sorted(map(str, rest)))}")
         return theta, None
     try:
         return theta, RopeScaling.from_dict({"rope_type": kind} | rest)
@@ -78,7 +78,7 @@ def _resolve_yarn(key: str, rest: dict[Any, Any], max_seq_len: Any) -> None:
         rest["factor"] = max_seq_len / context
     for name, value in numbers.items():
         if value is not None and (not is_finite(value) or value < 0):
-            raise ConfigError(f"{key}.{name} must be a finite number of at least 0, not {shown(value)}")
+            raise ConfigError(f"{key}.{name} must be a finite number of at least 0, not {short_repr(value)}")
     if all(numbers.values()) and "attention_factor" not in rest and is_finite(rest.get("factor")):
         rest["attention_factor"] = yarn_magnitude(rest["factor"], numbers["mscale"]) / yarn_magnitude(
             rest["factor"], numbers["mscale_all_dim"]

@@ -13,14 +13,14 @@ from llama_mini.checkpoint.io.file_kind import (
     HEAD,
     MAX_SAFETENSORS_HEADER,
     FileKind,
+    describe,
     kind_of,
     open_file,
     size_of,
-    what_it_is,
 )
 from llama_mini.checkpoint.io.files import decode_json
 from llama_mini.errors import CheckpointFormatError
-from llama_mini.validate import is_whole, shown
+from llama_mini.validate import is_whole, short_repr
 
 WEIGHTS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
@@ -77,7 +77,7 @@ def weight_dtype(info: TensorInfo) -> torch.dtype:
         what = {"BOOL": "holds truth values", "C64": "holds complex numbers"}.get(info.dtype, "holds integers")
     raise _fault(
         info.file,
-        f"tensor {shown(info.name)} {what} ({info.dtype}), but weights are read from {', '.join(WEIGHTS)}; give a "
+        f"tensor {short_repr(info.name)} {what} ({info.dtype}), but weights are read from {', '.join(WEIGHTS)}; give a "
         "checkpoint that has them so",
     )
 
@@ -87,7 +87,7 @@ def _header_text(path: Path, file: BinaryIO) -> str:
     size = size_of(file)
     kind = kind_of(file.read(HEAD), size)
     if kind not in (FileKind.SAFETENSORS, FileKind.OTHER):
-        raise CheckpointFormatError(f"{path} is not a safetensors file but {what_it_is(kind)}")
+        raise CheckpointFormatError(f"{path} is not a safetensors file but {describe(kind)}")
     if size < 8:
         raise _fault(path, f"it has {size} bytes, and 8 are needed for the length of the header; download it again")
     file.seek(0)
@@ -121,20 +121,24 @@ def _check_metadata(path: Path, metadata: Any) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _fault(path, f"{METADATA} must map strings to strings, but is {shown(metadata)}; download it again")
+        raise _fault(path, f"{METADATA} must map strings to strings, but is {short_repr(metadata)}; download it again")
 
 
 def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
-    what = f"tensor {shown(name)}"
+    what = f"tensor {short_repr(name)}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise _fault(path, f"{what} must have dtype, shape and data_offsets, but is {shown(entry)}; download it again")
+        raise _fault(
+            path, f"{what} must have dtype, shape and data_offsets, but is {short_repr(entry)}; download it again"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise _fault(path, f"{what} has the unknown dtype {shown(dtype)}; known are {', '.join(_BITS)}")
+        raise _fault(path, f"{what} has the unknown dtype {short_repr(dtype)}; known are {', '.join(_BITS)}")
     if not _are_sizes(shape):
-        raise _fault(path, f"{what} has the shape {shown(shape)}, not whole numbers from 0 to 2**63 - 1")
+        raise _fault(path, f"{what} has the shape {short_repr(shape)}, not whole numbers from 0 to 2**63 - 1")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise _fault(path, f"{what} has the data_offsets {shown(offsets)}, not two whole numbers from 0 to 2**63 - 1")
+        raise _fault(
+            path, f"{what} has the data_offsets {short_repr(offsets)}, not two whole numbers from 0 to 2**63 - 1"
+        )
     begin, end = offsets
     if end < begin:
         raise _fault(path, f"{what} has reversed data_offsets: it begins at {begin} and ends at {end}")
@@ -142,8 +146,8 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
     if n_bits != (end - begin) * 8:
         raise _fault(
             path,
-            f"{what}, {dtype} of shape {shown(shape)}, takes {n_bits / 8:.16g} bytes, but its data_offsets "
-            f"{shown(offsets)} hold {end - begin}; download it again",
+            f"{what}, {dtype} of shape {short_repr(shape)}, takes {n_bits / 8:.16g} bytes, but its data_offsets "
+            f"{short_repr(offsets)} hold {end - begin}; download it again",
         )
     return TensorInfo(name, path, tuple(shape), dtype, begin, end)
 
@@ -157,7 +161,7 @@ def _n_elements(path: Path, what: str, shape: list[int]) -> int:
     for size in shape:
         n *= max(size, 1)  # PyTorch multiplies them all, even if one is 0
         if n > _LARGEST:
-            raise _fault(path, f"{what} has the shape {shown(shape)}, of more than 2**63 - 1 elements")
+            raise _fault(path, f"{what} has the shape {short_repr(shape)}, of more than 2**63 - 1 elements")
     return 0 if 0 in shape else n
 
 
@@ -166,10 +170,11 @@ def _check_layout(path: Path, infos: list[TensorInfo], n_bytes: int) -> None:
     end, before = 0, ""
     for info in infos:
         if info.begin < end:
-            raise _fault(path, f"tensors {shown(before)} and {shown(info.name)} overlap; download it again")
+            raise _fault(path, f"tensors {short_repr(before)} and {short_repr(info.name)} overlap; download it again")
         if info.begin > end:
             raise _fault(
-                path, f"{info.begin - end} bytes before tensor {shown(info.name)} belong to none; download it again"
+                path,
+                f"{info.begin - end} bytes before tensor {short_repr(info.name)} belong to none; download it again",
             )
         end, before = info.end, info.name
     if end > n_bytes:

@@ -8,12 +8,12 @@ from llama_mini.checkpoint.hf.safetensors_header import TensorInfo, read_header
 from llama_mini.checkpoint.io.files import inside
 from llama_mini.checkpoint.source import StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
-from llama_mini.validate import listed
+from llama_mini.validate import join_names
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors")
 
 
-def whole_set(directory: Path, found: list[str]) -> list[Path]:
+def complete_shards(directory: Path, found: list[str]) -> list[Path]:
     """All files of a checkpoint whose names were found, and no index: of numbered shards, each must be there."""
     shards = [match for match in map(_SHARD.fullmatch, found) if match]
     if not shards:
@@ -33,7 +33,7 @@ def all_present(directory: Path, names: list[str]) -> list[Path]:
     files = [inside(directory, name) for name in names]
     if missing := [file.name for file in files if not file.exists()]:
         raise CheckpointIncompleteError(
-            f"{directory}: missing {len(missing)} of {len(files)} shards: {listed(missing)}"
+            f"{directory}: missing {len(missing)} of {len(files)} shards: {join_names(missing)}"
         )
     return files
 

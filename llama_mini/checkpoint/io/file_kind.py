@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llama_mini.errors import CheckpointPathError
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 HEAD = 256  # bytes that tell the kind
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, as the safetensors library has it
@@ -36,7 +36,7 @@ class FileKind(Enum):
     OTHER = "of a kind that the engine does not know: give a directory, a GGUF file or a safetensors file"
 
 
-def what_it_is(kind: FileKind) -> str:
+def describe(kind: FileKind) -> str:
     """A phrase that follows "it is", and says what to do about it."""
     return kind.value
 
@@ -81,7 +81,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise CheckpointPathError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:  # NUL, or half a surrogate pair
-        raise CheckpointPathError(f"cannot read {shown(str(path))}: no file can have that name") from None
+        raise CheckpointPathError(f"cannot read {short_repr(str(path))}: no file can have that name") from None
     try:
         if kind != stat.S_IFREG:  # opening a pipe waits for a writer, reading a device may never end
             raise CheckpointPathError(f"cannot read {path}: it is {_NOT_FILES.get(kind, 'no file')}; give a file")

@@ -14,9 +14,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of, open_file, size_of, what_it_is
+from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, describe, kind_of, open_file, size_of
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
-from llama_mini.validate import shown
+from llama_mini.validate import short_repr
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights, or what says where they are
 MAX_JSON_BYTES = 256 * 2**20  # bytes
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = file.read(size)
     kind = kind_of(data[:HEAD], len(data))
     if kind not in (FileKind.JSON, FileKind.OTHER):
-        raise CheckpointFormatError(f"{path} is not JSON but {what_it_is(kind)}")
+        raise CheckpointFormatError(f"{path} is not JSON but {describe(kind)}")
     if data.startswith(_UTF_16) or b"\0" in data[:4]:
         raise CheckpointFormatError(f"{path} is UTF-16 or UTF-32 text; save it as UTF-8")
     try:
@@ -105,7 +105,7 @@ def inside(directory: Path, name: str) -> Path:
     """
     if not _is_plain(name):
         raise CheckpointPathError(
-            f"{directory}: {shown(name)} is no plain file name, so it may lie outside; correct it"
+            f"{directory}: {short_repr(name)} is no plain file name, so it may lie outside; correct it"
         )
     path = directory / name
     try:
@@ -115,7 +115,7 @@ def inside(directory: Path, name: str) -> Path:
         if target.is_relative_to(home) or _is_hub_link(home, path, target):
             return path
     except OSError as error:
-        raise CheckpointPathError(f"cannot read {directory / shown(name)}: {error.strerror}") from None
+        raise CheckpointPathError(f"cannot read {directory / short_repr(name)}: {error.strerror}") from None
     raise CheckpointPathError(
         f"{path} is a symbolic link out of its directory, to {target}; if you trust that file, copy it here"
     )
@@ -199,7 +199,7 @@ def _holds_large_number(text: str) -> bool:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries := dict(pairs)) < len(pairs):
-        raise ValueError(f"holds the name {shown(Counter(name for name, _ in pairs).most_common(1)[0][0])} twice")
+        raise ValueError(f"holds the name {short_repr(Counter(name for name, _ in pairs).most_common(1)[0][0])} twice")
     return entries
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from llama_mini.checkpoint.hf.directory import CONVERT, common_dtype
 from llama_mini.checkpoint.hf.safetensors_data import read_tensors
 from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
-from llama_mini.checkpoint.hf.shards import read_headers, stored, whole_set
-from llama_mini.checkpoint.keys import HARMLESS, META_KEYS
+from llama_mini.checkpoint.hf.shards import complete_shards, read_headers, stored
+from llama_mini.checkpoint.keys import IGNORED, META_KEYS
 from llama_mini.checkpoint.meta.params import read_params
 from llama_mini.checkpoint.rotary_layout import split_halves
 from llama_mini.checkpoint.source import Source
@@ -28,13 +28,13 @@ def open_meta_directory(directory: Path) -> Source:
                 f"convert it once: {CONVERT.format(source=directory)}"
             )
         raise CheckpointIncompleteError(f"{directory} has params.json, but neither consolidated.safetensors nor *.pth")
-    files = whole_set(directory, found)
+    files = complete_shards(directory, found)
     infos = read_headers(files)
     config = read_params(directory, {name: info.shape for name, info in infos.items()})
 
     def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         for info, tensor in read_tensors(infos[name] for name in names):
-            wanted = as_the_model_has_it(info.name, tensor, config).to(dtype)
+            wanted = to_split_half_rope(info.name, tensor, config).to(dtype)
             del tensor
             yield info.name, wanted
 
@@ -43,14 +43,14 @@ def open_meta_directory(directory: Path) -> Source:
         format=f"Meta directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
         model_type="llama",
         config=config,
-        dtype=common_dtype([weight_dtype(info) for name, info in infos.items() if not HARMLESS.search(name)], None),
+        dtype=common_dtype([weight_dtype(info) for name, info in infos.items() if not IGNORED.search(name)], None),
         keys=META_KEYS,
         tensors=stored(infos),
         read=read,
     )
 
 
-def as_the_model_has_it(name: str, values: Tensor, config: LlamaConfig) -> Tensor:
+def to_split_half_rope(name: str, values: Tensor, config: LlamaConfig) -> Tensor:
     """Meta's q and k have their rotary pairs side by side."""
     if name.endswith(("attention.wq.weight", "attention.wk.weight")):
         return split_halves(values, config.n_heads if ".wq." in name else config.n_kv_heads, name)

@@ -9,12 +9,12 @@ from llama_mini.checkpoint.io.files import inside, read_json
 from llama_mini.errors import ConfigError, LlamaMiniWarning
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.rope_scaling import Llama3Scaling
-from llama_mini.validate import is_finite, is_whole, listed, shown
+from llama_mini.validate import is_finite, is_whole, join_names, short_repr
 
 PARAMS = "params.json"
 READ = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of", "norm_eps"}
 READ |= {"ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len", "sliding_window"}
-HARMLESS = {"max_batch_size", "model_parallel_size", "use_biases"}
+IGNORED = {"max_batch_size", "model_parallel_size", "use_biases"}
 REFUSED = {"quantization_args", "quantization", "lora_args", "moe", "vision_encoder", "vision_chunk_size"}
 LLAMA_3_2 = {(2048, 16), (3072, 28)}  # dim and layers of its two text models, whose scaling Meta's file does not state
 
@@ -33,16 +33,16 @@ def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     """Raises ConfigError that names the key, what it holds, and what is known."""
     given = {key: value for key, value in raw.items() if value is not None}
     if refused := sorted(key for key in given if key in REFUSED or key.startswith("vision_")):
-        raise ConfigError(f"{refused[0]} is {shown(given[refused[0]])}; this is not implemented")
+        raise ConfigError(f"{refused[0]} is {short_repr(given[refused[0]])}; this is not implemented")
     if not isinstance(given.get("use_scaled_rope", False), bool):
-        raise ConfigError(f"use_scaled_rope must be true or false, not {shown(given['use_scaled_rope'])}")
+        raise ConfigError(f"use_scaled_rope must be true or false, not {short_repr(given['use_scaled_rope'])}")
     if given.get("use_biases") not in (None, False):
-        raise ConfigError(f"use_biases is {shown(given['use_biases'])}; only False is implemented")
-    unknown = sorted(set(given) - READ - HARMLESS)
+        raise ConfigError(f"use_biases is {short_repr(given['use_biases'])}; only False is implemented")
+    unknown = sorted(set(given) - READ - IGNORED)
     if norms := [key for key in unknown if "norm" in key.lower()]:
-        raise ConfigError(f"unknown {listed(norms)}, which may change a norm; known: norm_eps")
+        raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: norm_eps")
     if unknown:
-        _warn(f"{PARAMS}: unknown {listed(unknown)} ignored")
+        _warn(f"{PARAMS}: unknown {join_names(unknown)} ignored")
     if absent := [key for key in ("dim", "n_layers", "n_heads") if key not in given]:
         raise ConfigError(f"{', '.join(absent)} missing")
     if "norm_eps" not in given:
@@ -70,8 +70,8 @@ def _hidden_dim(given: Mapping[str, Any]) -> Any:
     dim, multiple, factor = given["dim"], given.get("multiple_of", 256), given.get("ffn_dim_multiplier", 1)
     if not is_whole(dim) or not is_whole(multiple) or multiple < 1 or not is_finite(factor):
         raise ConfigError(
-            f"hidden_dim cannot be made of dim {shown(dim)}, multiple_of {shown(multiple)} "
-            f"and ffn_dim_multiplier {shown(factor)}"
+            f"hidden_dim cannot be made of dim {short_repr(dim)}, multiple_of {short_repr(multiple)} "
+            f"and ffn_dim_multiplier {short_repr(factor)}"
         )
     hidden = int(factor * int(2 * (4 * dim) / 3))
     return multiple * -(-hidden // multiple)

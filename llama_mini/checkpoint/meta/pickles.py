@@ -17,13 +17,14 @@ from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.directory import common_dtype, keys_of
 from llama_mini.checkpoint.hf.shards import all_present
 from llama_mini.checkpoint.io.files import inside, read_weight_map
-from llama_mini.checkpoint.keys import HARMLESS, META_KEYS, their_name
-from llama_mini.checkpoint.meta.directory import as_the_model_has_it
+from llama_mini.checkpoint.keys import IGNORED, META_KEYS, to_file_name
+from llama_mini.checkpoint.meta.directory import to_split_half_rope
 from llama_mini.checkpoint.meta.params import read_params
 from llama_mini.checkpoint.source import Source, StoredTensor, empty_model
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
+from llama_mini.machine import dtype_name
 from llama_mini.model.llama import Llama
-from llama_mini.validate import listed
+from llama_mini.validate import join_names
 
 Shape = tuple[int, ...]
 _META_SHARD = re.compile(r"consolidated\.(\d{2,3})\.pth")
@@ -53,7 +54,7 @@ def open_hf_pickles(directory: Path) -> Source:
         model_type=raw["model_type"],
         config=config,
         dtype=common_dtype(
-            [tensor.dtype for name, (_, tensor) in tensors.items() if not HARMLESS.search(name)],
+            [tensor.dtype for name, (_, tensor) in tensors.items() if not IGNORED.search(name)],
             raw.get("dtype") or raw.get("torch_dtype"),
         ),
         keys=keys_of(raw["model_type"], tensors),
@@ -77,19 +78,19 @@ def open_meta_pickles(directory: Path) -> Source:
         format=f"Meta directory, {len(files)} pickled file{'s' if len(files) > 1 else ''}",
         model_type="llama",
         config=config,
-        dtype=common_dtype([t.dtype for name, t in shards[0].items() if not HARMLESS.search(name)], None),
+        dtype=common_dtype([t.dtype for name, t in shards[0].items() if not IGNORED.search(name)], None),
         keys=META_KEYS,
         tensors=held,
         read=lambda names, dtype: iter(()),
     )
     model = empty_model(Llama, source)
-    whole = {their_name(name, META_KEYS): tuple(p.shape) for name, p in model.named_parameters()}
+    whole = {to_file_name(name, META_KEYS): tuple(p.shape) for name, p in model.named_parameters()}
     merges = {name: _merge_of([tuple(s[name].shape) for s in shards], whole.get(name)) for name in held}
 
     def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         for name in names:
             merged = _merged(name, [shard[name] for shard in shards], merges[name])
-            yield name, as_the_model_has_it(name, merged, config).to(dtype)
+            yield name, to_split_half_rope(name, merged, config).to(dtype)
 
     tensors = {
         name: stored if merges[name] is None else _stored(stored.file, shards[0][name], whole[name])
@@ -104,7 +105,7 @@ def _meta_files(directory: Path) -> list[Path]:
         raise CheckpointIncompleteError(f"{directory} has params.json, but no consolidated.00.pth")
     if missing := [f"consolidated.{n:02}.pth" for n in range(max(numbers)) if n not in numbers]:
         raise CheckpointIncompleteError(
-            f"{directory}: missing {len(missing)} of {max(numbers) + 1} shards: {listed(missing)}"
+            f"{directory}: missing {len(missing)} of {max(numbers) + 1} shards: {join_names(missing)}"
         )
     return all_present(directory, [numbers[n].name for n in sorted(numbers)])
 
@@ -125,7 +126,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise CheckpointFormatError(f"{file}: {name!r:.80} is a {type(value).__name__}, not a plain tensor")
-        if not value.is_floating_point() and not HARMLESS.search(name):
+        if not value.is_floating_point() and not IGNORED.search(name):
             raise CheckpointFormatError(
                 f"{file}: {name} is stored as {value.dtype}; weights are floating-point numbers"
             )
@@ -133,7 +134,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def _stored(file: Path, tensor: Tensor, shape: Shape) -> StoredTensor:
-    kind = str(tensor.dtype).removeprefix("torch.")
+    kind = dtype_name(tensor.dtype)
     return StoredTensor(file, shape, kind, tensor.numel() * tensor.element_size())
 
 

@@ -13,7 +13,7 @@ from llama_mini.lab.theory import Profile, predict
 from llama_mini.lab.training import Race
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
-from llama_mini.validate import listed
+from llama_mini.validate import join_names
 
 _DIM, _SEEDS = 256, 3  # of the random models
 
@@ -71,7 +71,7 @@ def race_section(race: Race, from_shell: bool) -> str:
         "text's bytes."
     )
     diverged = [row.plan for row in race.table() if row.diverged]
-    seen += f" {listed(diverged)} diverged in a seed or more, where the line ends." if diverged else ""
+    seen += f" {join_names(diverged)} diverged in a seed or more, where the line ends." if diverged else ""
     plans = shlex.join(label(plan) for plan in race.loss)
     command = f"{COMMAND} race {plans} --steps {steps} --picture race.svg" if from_shell else "lab.race(plans)"
     drawn = picture(svg(plan_figures.race_picture(race), "race"), seen, command, "Training loss by step")

@@ -35,6 +35,7 @@ from llama_mini.lab.reporting.page import (
 from llama_mini.lab.reporting.plans import init_section, race_section
 from llama_mini.lab.reporting.style import check_drawable, svg, write_whole
 from llama_mini.lab.training import Race
+from llama_mini.machine import dtype_name
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
 
@@ -240,7 +241,7 @@ def _findings(model: Llama, tokens: Tensor, shell: Shell | None) -> str:
 
 
 def _dtype(model: Llama) -> str:
-    return str(model.dtype).removeprefix("torch.")
+    return dtype_name(model.dtype)
 
 
 def _shown(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -19,6 +19,7 @@ from llama_mini.errors import (
     ConfigError,
     LlamaMiniWarning,
 )
+from llama_mini.machine import dtype_name
 from llama_mini.model.llama import Llama
 from tests.tiny_models import hf_llama, random_tokens
 
@@ -252,7 +253,7 @@ def test_the_dtype_is_the_files_or_the_one_asked_for(
     exact = load_file(directory / SINGLE)
     edit(directory, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
     model = Llama.from_pretrained(directory, dtype=asked)
-    wanted = stored if asked is None else getattr(torch, str(asked).removeprefix("torch."))
+    wanted = stored if asked is None else getattr(torch, dtype_name(asked))
     assert {p.dtype for p in model.parameters()} == {wanted}
     assert torch.equal(model.get_parameter("layers.1.feed_forward.pre_norm.weight"), exact[NORM].to(stored).to(wanted))
 

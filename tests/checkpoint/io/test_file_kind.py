@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from llama_mini.checkpoint.io.file_kind import FileKind, file_kind, kind_of, what_it_is
+from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind, kind_of
 from llama_mini.errors import CheckpointPathError
 
 NOBODY = 65534
@@ -85,7 +85,7 @@ def test_a_kind_is_told_by_the_first_bytes(tmp_path: Path, content: bytes, kind:
 @settings(max_examples=300, derandomize=True, database=None, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 2**63))
 def test_any_bytes_have_a_kind(head: bytes, more: int) -> None:
-    assert len(what_it_is(kind_of(head, len(head) + more))) < 120
+    assert len(describe(kind_of(head, len(head) + more))) < 120
 
 
 def test_no_more_than_the_head_is_read(tmp_path: Path) -> None:
@@ -97,10 +97,10 @@ def test_no_more_than_the_head_is_read(tmp_path: Path) -> None:
 
 
 def test_the_phrases_say_what_to_do() -> None:
-    phrases = [what_it_is(kind) for kind in FileKind]
+    phrases = [describe(kind) for kind in FileKind]
     assert len(set(phrases)) == len(FileKind)
-    assert "git lfs pull" in what_it_is(FileKind.LFS_POINTER)
-    assert "scripts/convert.py" in what_it_is(FileKind.PICKLE)
+    assert "git lfs pull" in describe(FileKind.LFS_POINTER)
+    assert "scripts/convert.py" in describe(FileKind.PICKLE)
 
 
 def pipe(path: Path) -> None:

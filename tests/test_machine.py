@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from llama_mini.memory import available_memory
+from llama_mini.machine import available_memory
 
 CPU = torch.device("cpu")
 MiB, GiB = 2**20, 2**30

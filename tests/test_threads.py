@@ -10,8 +10,8 @@ import torch
 
 from llama_mini import LLM
 from llama_mini.errors import RequestError
+from llama_mini.machine import usable_cores
 from llama_mini.optimize import set_threads
-from llama_mini.optimize.threads import usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_systems_that_say_less_are_asked_less(tmp_path: Path, monkeypatch: pytes
 
 
 def test_threads_are_set_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_mini.optimize.threads.usable_cores", lambda: 3)
+    monkeypatch.setattr("llama_mini.machine.usable_cores", lambda: 3)
     assert set_threads() == torch.get_num_threads() == 3
     assert set_threads(2) == torch.get_num_threads() == 2
 
@@ -81,7 +81,7 @@ def test_a_number_that_is_none_is_named(threads: object) -> None:
 
 
 def test_the_engine_takes_what_it_is_given(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_mini.optimize.threads.usable_cores", lambda: 4)
+    monkeypatch.setattr("llama_mini.machine.usable_cores", lambda: 4)
     LLM(tiny_dir, threads=2)
     assert torch.get_num_threads() == 2
     LLM(tiny_dir)

@@ -1,9 +1,56 @@
-"""Checks that several settings share, and how wrong values and names are shown in a message."""
+"""Checks of settings, and how wrong values and names appear in a message.
 
-from collections.abc import Iterable
+Each check takes the setting's name as the user knows it, the value, and the error to raise. A message gives the name, what
+was expected and what was found: `top_p must be a finite number from 0 to 1, not 1.5`.
+"""
+
+from collections.abc import Collection, Iterable
 from typing import Any
 
+from llama_mini.errors import LlamaMiniError
+
 _MOST_NAMES = 12
+
+
+def check_whole(
+    name: str, value: Any, error: type[LlamaMiniError], least: int = 1, most: int | None = None, why: str = ""
+) -> None:
+    """A whole number from `least` to `most`, both included; `why` tells where an unobvious limit comes from."""
+    if not is_whole(value) or value < least or (most is not None and value > most):
+        raise error(f"{name} must be a whole number {_range(least, most)}{why}, not {short_repr(value)}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    error: type[LlamaMiniError],
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+) -> None:
+    """A finite number from `least` to `most`, both included, or `above` a limit that is not."""
+    low = least if above is None else above
+    too_low = low is not None and is_finite(value) and (value < low or (above is not None and value == low))
+    if not is_finite(value) or too_low or (most is not None and value > most):
+        limits = f" above {above:g}" if above is not None else f" {_range(least, most)}" if least is not None else ""
+        raise error(f"{name} must be a finite number{limits}, not {short_repr(value)}")
+
+
+def check_flag(name: str, value: Any, error: type[LlamaMiniError]) -> None:
+    if not isinstance(value, bool):
+        raise error(f"{name} must be true or false, not {short_repr(value)}")
+
+
+def check_choice(name: str, value: Any, known: Collection[str], error: type[LlamaMiniError]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise error(f"unknown {name} {short_repr(value)}; known: {', '.join(known)}")
+
+
+def check_token_ids(ids: Iterable[int], vocab_size: int, error: type[LlamaMiniError]) -> None:
+    """Every id is a row of the embedding."""
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise error(f"token id {token_id} is outside the vocabulary of {vocab_size}")
 
 
 def is_whole(value: Any) -> bool:
@@ -17,7 +64,7 @@ def is_finite(value: Any) -> bool:
 
 
 def short_repr(value: Any) -> str:
-    """A value for a message, cut short; Python refuses to print a number of thousands of digits at all."""
+    """A value for a message, cut short. Python refuses to print a number of thousands of digits at all."""
     if is_whole(value) and abs(value) >= 10**60:
         return f"a number of {value.bit_length()} bits"
     try:
@@ -28,8 +75,12 @@ def short_repr(value: Any) -> str:
 
 
 def join_names(names: Iterable[Any]) -> str:
-    """Names for a message, the first dozen, each cut short: a checkpoint may hold any number of any length."""
+    """Names for a message: the first dozen, each cut short, since a checkpoint may hold any number of any length."""
     all_names = [str(name) for name in names]
     short = [name if len(name) <= 160 else name[:157] + "..." for name in all_names[:_MOST_NAMES]]
     more = len(all_names) - len(short)
     return ", ".join(short) + (f" and {more} more" if more else "")
+
+
+def _range(least: float | None, most: float | None) -> str:
+    return f"of at least {least}" if most is None else f"from {least} to {most}"

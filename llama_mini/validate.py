@@ -1,7 +1,7 @@
 """Checks of settings, and how wrong values and names appear in a message.
 
-Each check takes the setting's name as the user knows it, the value, and the error to raise. A message gives the name, what
-was expected and what was found: `top_p must be a finite number from 0 to 1, not 1.5`.
+Each check takes the name of the setting as the user knows it, the value, and the error to raise. A message says which
+setting, what was expected and what was found: `top_p must be a finite number from 0 to 1, not 1.5`.
 """
 
 from collections.abc import Collection, Iterable

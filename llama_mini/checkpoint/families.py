@@ -4,12 +4,11 @@ Source of the defaults: the configuration classes of transformers 5.23.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llama_mini.checkpoint.keys import LLAMA_KEYS, OLMO2_KEYS, QWEN3_KEYS, KeyTable
 from llama_mini.model.norm_plan import NormPlan
-from llama_mini.model.norm_slots import SLOTS, BranchPlan, NormSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class Family:
 
     def norm_plan(self, n_layers: int) -> NormPlan:
         plan = NormPlan.parse(self.plan, n_layers)
-        return _late(plan) if self.late else plan
+        return plan.with_cast("late") if self.late else plan
 
 
 _ALL = (
@@ -103,17 +102,3 @@ KNOWN = (*FAMILIES, OWN)
 
 def key_table(model_type: str) -> KeyTable:
     return {} if model_type == OWN else FAMILIES[model_type].keys
-
-
-def _late(plan: NormPlan) -> NormPlan:
-    """The same norms, each rounding last."""
-
-    def late(spec: NormSpec | None) -> NormSpec | None:
-        return spec and replace(spec, cast="late")
-
-    def branch(norms: BranchPlan) -> BranchPlan:
-        slots: dict[str, Any] = {slot: late(getattr(norms, slot)) for slot in SLOTS}
-        return replace(norms, **slots)
-
-    attention, feed_forward = branch(plan.attention), branch(plan.feed_forward)
-    return replace(plan, attention=attention, feed_forward=feed_forward, embed=late(plan.embed), final=late(plan.final))

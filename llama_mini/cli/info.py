@@ -1,11 +1,9 @@
 """What a checkpoint is, without loading it: python -m llama_mini.generate --model X --info."""
 
-from itertools import product
 from pathlib import Path
 
 import torch
 
-from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source, empty_model, match
 from llama_mini.machine import as_device, as_dtype, available_memory, format_bytes
@@ -13,11 +11,7 @@ from llama_mini.memory import cache_bytes, weight_bytes, work_bytes
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
-from llama_mini.model.norm_plan import NormPlan
 from llama_mini.tokenizer.tokenizer import open_tokenizer
-
-_PRESETS = ("pre", "post", "peri", "out", "none", "deep", "lns", "sub", "normformer")
-_SUFFIXES = (("", "+qk", "+qk:full"), ("", "+embed"), ("", "-final"))
 
 
 def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> str:
@@ -47,28 +41,10 @@ def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = 
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
 
 
-def plan_name(config: LlamaConfig) -> str:
-    """The preset and suffixes that make the plan, or its JSON."""
-    for preset, suffixes in product(_PRESETS, product(*_SUFFIXES)):
-        text = preset + "".join(suffixes)
-        if text.endswith("-final") and preset in ("post", "deep"):
-            continue
-        if config.norm_plan == NormPlan.parse(text, config.n_layers):
-            return text
-    n_post = sum(config.norm_plan.layer(i)[0].post is not None for i in range(config.n_layers))
-    text = f"mix({n_post / config.n_layers!r})"
-    if config.norm_plan == NormPlan.parse(text, config.n_layers):
-        return text
-    for family in FAMILIES.values():
-        if config.norm_plan == family.norm_plan(config.n_layers):
-            return f"{family.plan}, each rounded last"
-    return str(config.norm_plan.to_dict())
-
-
 def _norms(config: LlamaConfig, model: Llama) -> str:
     norms = [module for module in model.modules() if isinstance(module, Norm)]
     eps = ", ".join(f"{value:g}" for value in sorted({norm.eps for norm in norms}))
-    return f"{plan_name(config)}: {len(norms)} norms, eps {eps or 'none'}"
+    return f"{config.norm_plan.name(config.n_layers)}: {len(norms)} norms, eps {eps or 'none'}"
 
 
 def _rope(config: LlamaConfig) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,3 +60,14 @@ class Attention(Residual):
         # Never is_causal: it aligns the triangle top-left, which is wrong as soon as keys outnumber queries.
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(self.mid_norm(y.transpose(1, 2).flatten(2)))
+
+
+def causal_mask(positions: Tensor, length: int) -> Tensor:
+    """(B, T) -> (B, 1, T, S) bool: a token sees every position up to its own."""
+    return torch.arange(length, device=positions.device) <= positions[:, None, :, None]
+
+
+def within_window(mask: Tensor, positions: Tensor, window: int) -> Tensor:
+    """The same mask, less the positions that lie `window` or more before a token."""
+    seen = torch.arange(mask.shape[-1], device=mask.device) > positions[:, None, :, None] - window
+    return mask & seen

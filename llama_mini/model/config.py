@@ -6,7 +6,7 @@ from typing import Any
 from llama_mini.errors import ConfigError
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.rope_scaling import DynamicScaling, RopeScaling
-from llama_mini.validate import is_finite, is_whole, short_repr
+from llama_mini.validate import check_flag, check_number, check_whole, is_whole, short_repr
 
 _LARGEST_SIZE = 2**31 - 1
 _MOST_LAYERS = 10_000  # ten times the deepest there is
@@ -64,22 +64,22 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         fill = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen)
         for name in ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "max_seq_len"):
-            _check_size(name, getattr(self, name), _MOST_LAYERS if name == "n_layers" else _LARGEST_SIZE)
+            most = _MOST_LAYERS if name == "n_layers" else _LARGEST_SIZE
+            check_whole(name, getattr(self, name), ConfigError, 1, most)
         if self.n_kv_heads is None:
             fill("n_kv_heads", self.n_heads)
-        _check_size("n_kv_heads", self.n_kv_heads)
+        check_whole("n_kv_heads", self.n_kv_heads, ConfigError, 1, _LARGEST_SIZE)
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads ({self.n_heads}) is not a multiple of n_kv_heads ({self.n_kv_heads})")
         if self.head_dim is None:
             if self.dim % self.n_heads:
                 raise ConfigError(f"dim ({self.dim}) is not a multiple of n_heads ({self.n_heads}); give head_dim")
             fill("head_dim", self.dim // self.n_heads)
-        _check_size("head_dim", self.head_dim)
+        check_whole("head_dim", self.head_dim, ConfigError, 1, _LARGEST_SIZE)
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even, since rotary embedding turns pairs; found {self.head_dim}")
-        if not is_finite(self.norm_eps) or self.norm_eps < 0:
-            raise ConfigError(f"norm_eps must be a finite number of at least 0, not {short_repr(self.norm_eps)}")
-        _check_positive("rope_theta", self.rope_theta)
+        check_number("norm_eps", self.norm_eps, ConfigError, least=0)
+        check_number("rope_theta", self.rope_theta, ConfigError, above=0)
         for name in ("norm_eps", "rope_theta"):  # a whole number of JSON; torch takes none beyond 64 bits
             fill(name, float(getattr(self, name)))
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
@@ -88,8 +88,7 @@ class LlamaConfig:
             raise ConfigError(f"rope_scaling of type dynamic needs a head_dim of at least 4, not {self.head_dim}")
         self._check_window()
         for name in ("qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, not {short_repr(getattr(self, name))}")
+            check_flag(name, getattr(self, name), ConfigError)
         if isinstance(self.norm_plan, str):
             fill("norm_plan", NormPlan.parse(self.norm_plan, self.n_layers))
         if not isinstance(self.norm_plan, NormPlan):
@@ -106,7 +105,7 @@ class LlamaConfig:
         if self.sliding_layers is None:
             object.__setattr__(self, "sliding_layers", every)
         if self.sliding_window is not None:
-            _check_size("sliding_window", self.sliding_window)
+            check_whole("sliding_window", self.sliding_window, ConfigError, 1, _LARGEST_SIZE)
         layers = self.sliding_layers
         if not isinstance(layers, tuple) or not all(map(is_whole, layers)) or not set(layers) <= set(every):
             where = f"from 0 to {self.n_layers - 1}" if every else "empty, since there is no sliding_window"
@@ -115,13 +114,3 @@ class LlamaConfig:
 
 def _is_id(value: Any) -> bool:
     return is_whole(value) and 0 <= value <= _LARGEST_SIZE
-
-
-def _check_size(name: str, value: Any, largest: int = _LARGEST_SIZE) -> None:
-    if not is_whole(value) or not 1 <= value <= largest:
-        raise ConfigError(f"{name} must be a whole number from 1 to {largest}, not {short_repr(value)}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not is_finite(value) or value <= 0:
-        raise ConfigError(f"{name} must be a finite number above 0, not {short_repr(value)}")

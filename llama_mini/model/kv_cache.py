@@ -152,16 +152,5 @@ class KVCache:
         return view
 
 
-def causal_mask(positions: Tensor, length: int) -> Tensor:
-    """(B, T) -> (B, 1, T, S) bool: a token sees every position up to its own."""
-    return torch.arange(length, device=positions.device) <= positions[:, None, :, None]
-
-
-def within_window(mask: Tensor, positions: Tensor, window: int) -> Tensor:
-    """The same mask, less the positions that lie `window` or more before a token."""
-    seen = torch.arange(mask.shape[-1], device=mask.device) > positions[:, None, :, None] - window
-    return mask & seen
-
-
 def _rounded(length: int) -> int:
     return -(-length // BLOCK) * BLOCK

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.errors import RequestError
-from llama_mini.model.attention import Attention
+from llama_mini.model.attention import Attention, causal_mask, within_window
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.feed_forward import FeedForward
-from llama_mini.model.kv_cache import KVCache, LayerCache, causal_mask, within_window
+from llama_mini.model.kv_cache import KVCache, LayerCache
 from llama_mini.model.linear import Embedding, Linear
 from llama_mini.model.norm_slots import build_norm
 from llama_mini.model.rope import Rope, RotaryEmbedding

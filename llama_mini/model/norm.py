@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.errors import ConfigError
-from llama_mini.validate import is_finite, is_whole, short_repr
+from llama_mini.validate import check_choice, check_number, check_whole
 
 Gain = Literal["w", "1+w", "none"]
 Cast = Literal["early", "late"]
@@ -49,16 +49,11 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if not is_whole(dim) or dim < 1:
-            raise ConfigError(f"{name}: dim must be a whole number of at least 1, not {short_repr(dim)}")
-        if not is_finite(eps) or eps < 0:
-            raise ConfigError(f"{name}: eps must be a finite number of at least 0, not {short_repr(eps)}")
-        if gain not in get_args(Gain):
-            raise ConfigError(f"{name}: unknown gain {short_repr(gain)}; known: {', '.join(get_args(Gain))}")
-        if cast not in get_args(Cast):
-            raise ConfigError(f"{name}: unknown cast {short_repr(cast)}; known: {', '.join(get_args(Cast))}")
-        if not is_finite(scale):
-            raise ConfigError(f"{name}: scale must be a finite number, not {short_repr(scale)}")
+        check_whole(f"{name}: dim", dim, ConfigError)
+        check_number(f"{name}: eps", eps, ConfigError, least=0)
+        check_choice(f"{name} gain", gain, get_args(Gain), ConfigError)
+        check_choice(f"{name} cast", cast, get_args(Cast), ConfigError)
+        check_number(f"{name}: scale", scale, ConfigError)
         self.dim, self.eps, self.gain, self.cast, self.scale = dim, eps, gain, cast, scale
         self.weight: nn.Parameter | None
         self.make_parameters(device=device, dtype=dtype)

@@ -6,17 +6,16 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llama_mini.errors import ConfigError
-from llama_mini.model.norm_slots import HEAD_SLOTS, BranchPlan, NormSpec, check_slot, known_keys
+from llama_mini.model.norm import Cast
+from llama_mini.model.norm_slots import HEAD_SLOTS, SLOTS, BranchPlan, NormSpec, check_slot, known_keys
 from llama_mini.validate import is_whole, short_repr
 
 BRANCHES = ("attention", "feed_forward")
-PRESETS = "pre, post, peri, out, none, deep, mix(SHARE), lns, sub, normformer"
-SUFFIXES = "+qk, +qk:full, +embed, -final"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +116,41 @@ class NormPlan:
             plan = _suffix(plan, suffix, text)
         return plan
 
+    def name(self, n_layers: int) -> str:
+        """The text that `parse` makes this plan of; its JSON where no preset does."""
+        if self != (early := self.with_cast("early")) and self == self.with_cast("late"):
+            return f"{early.name(n_layers)}, each rounded last"
+        qk = self.attention.q and ("+qk:full" if self.attention.q.view == "full" else "+qk")
+        suffixes = (qk or "") + ("+embed" if self.embed else "")
+        n_post = sum(self.layer(i)[0].post is not None for i in range(n_layers))
+        for preset in (*PRESETS, f"mix({n_post / n_layers!r})"):
+            found = NormPlan.parse(preset + suffixes, n_layers)
+            if replace(found, final=self.final) == self and self.final in (None, found.final):
+                return preset + suffixes + ("" if self.final == found.final else "-final")
+        return str(self.to_dict())
+
+    def with_cast(self, cast: Cast) -> "NormPlan":
+        """The same norms, each with this rounding order."""
+
+        def branch(norms: BranchPlan) -> BranchPlan:
+            slots: dict[str, Any] = {slot: norm(getattr(norms, slot)) for slot in SLOTS}
+            return replace(norms, **slots)
+
+        def norm(spec: NormSpec | None) -> NormSpec | None:
+            return spec and replace(spec, cast=cast)
+
+        def override(own: Override) -> Override:
+            attention, feed_forward = own.attention, own.feed_forward
+            return replace(
+                own, attention=attention and branch(attention), feed_forward=feed_forward and branch(feed_forward)
+            )
+
+        attention, feed_forward = branch(self.attention), branch(self.feed_forward)
+        plan = replace(
+            self, attention=attention, feed_forward=feed_forward, embed=norm(self.embed), final=norm(self.final)
+        )
+        return replace(plan, overrides=tuple(map(override, self.overrides)))
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: empty slots and default values are left out."""
         return {
@@ -150,41 +184,50 @@ def _check_branch(name: str, branch: Any) -> None:
             raise ConfigError(f"norm plan: slot {slot} exists in attention only, not in feed_forward")
 
 
+def _everywhere(branch: BranchPlan, **rest: Any) -> NormPlan:
+    return NormPlan(attention=branch, feed_forward=branch, **rest)
+
+
+def _mix(share: float, n_layers: int) -> NormPlan:
+    n_post = math.floor(share * n_layers + 1e-9)
+    return NormPlan().with_layers([(_POST, _POST)] * n_post + [(_PRE, _PRE)] * (n_layers - n_post))
+
+
+def _lns(n_layers: int) -> NormPlan:
+    scaled = [BranchPlan(pre=NormSpec(scale=layer**-0.5)) for layer in range(1, n_layers + 1)]
+    return NormPlan().with_layers([(branch, branch) for branch in scaled])
+
+
+_RMS = NormSpec()
+_PRE, _POST, _BOTH, _SUB = (
+    BranchPlan(pre=_RMS),
+    BranchPlan(post=_RMS),
+    BranchPlan(pre=_RMS, out=_RMS),
+    BranchPlan(pre=_RMS, mid=_RMS),
+)
+PRESETS: dict[str, Callable[[int], NormPlan]] = {  # of the number of layers; beside these mix(SHARE)
+    "pre": lambda n: _everywhere(_PRE),  # LLaMA
+    "post": lambda n: _everywhere(_POST, final=None),  # the original Transformer
+    "peri": lambda n: _everywhere(_BOTH),  # Gemma 2
+    "out": lambda n: _everywhere(BranchPlan(out=_RMS)),  # OLMo 2
+    "none": lambda n: _everywhere(BranchPlan()),
+    "deep": lambda n: _everywhere(replace(_POST, alpha=(2 * n) ** 0.25), final=None),  # DeepNorm
+    "lns": _lns,  # LayerNorm Scaling: layer l divides its norm's output by √l
+    "sub": lambda n: _everywhere(_SUB),  # Sub-LN
+    "normformer": lambda n: NormPlan(attention=_BOTH, feed_forward=_SUB),
+}
+SUFFIXES = "+qk, +qk:full, +embed, -final"
+
+
 def _preset(name: str, n_layers: int) -> NormPlan:
-    rms = NormSpec()
-    pre, post, out = BranchPlan(pre=rms), BranchPlan(post=rms), BranchPlan(out=rms)
-    both, sub = BranchPlan(pre=rms, out=rms), BranchPlan(pre=rms, mid=rms)
-
-    def everywhere(branch: BranchPlan, **rest: Any) -> NormPlan:
-        return NormPlan(attention=branch, feed_forward=branch, **rest)
-
     if mix := re.fullmatch(r"mix\(\s*(\d*\.?\d+|\d+\.)\s*\)", name):  # Mix-LN: the first layers post, the rest pre
-        share = float(mix[1])
-        if share > 1:
+        if float(mix[1]) > 1:
             raise ConfigError(f"norm plan {name!r}: the share of layers must lie between 0 and 1")
-        n_post = math.floor(share * n_layers + 1e-9)
-        return NormPlan().with_layers([(post, post)] * n_post + [(pre, pre)] * (n_layers - n_post))
-    match name:
-        case "pre":  # LLaMA
-            return everywhere(pre)
-        case "post":  # the original Transformer
-            return everywhere(post, final=None)
-        case "peri":  # Gemma 2
-            return everywhere(both)
-        case "out":  # OLMo 2
-            return everywhere(out)
-        case "none":
-            return everywhere(BranchPlan())
-        case "deep":  # DeepNorm
-            return everywhere(replace(post, alpha=(2 * n_layers) ** 0.25), final=None)
-        case "lns":  # LayerNorm Scaling: layer l, from 1, divides its norm's output by √l
-            scaled = [BranchPlan(pre=NormSpec(scale=(i + 1) ** -0.5)) for i in range(n_layers)]
-            return NormPlan().with_layers([(branch, branch) for branch in scaled])
-        case "sub":  # Sub-LN
-            return everywhere(sub)
-        case "normformer":
-            return NormPlan(attention=both, feed_forward=sub)
-    raise ConfigError(f"norm plan: unknown preset {short_repr(name)}; known: {PRESETS}; suffixes: {SUFFIXES}")
+        return _mix(float(mix[1]), n_layers)
+    if name in PRESETS:
+        return PRESETS[name](n_layers)
+    known = ", ".join([*PRESETS, "mix(SHARE)"])
+    raise ConfigError(f"norm plan: unknown preset {short_repr(name)}; known: {known}; suffixes: {SUFFIXES}")
 
 
 def _suffix(plan: NormPlan, suffix: str, text: str) -> NormPlan:

@@ -16,7 +16,7 @@ from torch import nn
 
 from llama_mini.errors import ConfigError
 from llama_mini.model.norm import NORMS, Cast, Gain, Norm
-from llama_mini.validate import is_finite, short_repr
+from llama_mini.validate import check_choice, check_number, short_repr
 
 View = Literal["head", "full"]
 SLOTS = ("pre", "q", "k", "v", "mid", "out", "post")
@@ -39,8 +39,7 @@ class NormSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in NORMS:
             raise ConfigError(f"norm plan: unknown kind {short_repr(self.kind)}; known: {', '.join(NORMS)}, none")
-        if self.view not in get_args(View):
-            raise ConfigError(f"norm plan: unknown view {short_repr(self.view)}; known: {', '.join(get_args(View))}")
+        check_choice("norm plan view", self.view, get_args(View), ConfigError)
         self.build(1, norm_eps=0.0)  # the module checks the rest
 
     def build(self, dim: int, norm_eps: float) -> Norm:
@@ -82,8 +81,7 @@ class BranchPlan:
         for slot in SLOTS:
             check_slot(slot, getattr(self, slot), head=slot in HEAD_SLOTS)
         for name in ("alpha", "beta"):
-            if not is_finite(getattr(self, name)):
-                raise ConfigError(f"norm plan: {name} must be a finite number, not {short_repr(getattr(self, name))}")
+            check_number(f"norm plan: {name}", getattr(self, name), ConfigError)
 
     def to_dict(self) -> dict[str, Any]:
         norms = {slot: getattr(self, slot).to_dict() for slot in SLOTS if getattr(self, slot) is not None}

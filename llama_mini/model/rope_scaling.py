@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.errors import ConfigError
-from llama_mini.validate import is_finite, is_whole, join_names, short_repr
+from llama_mini.validate import check_flag, check_number, check_whole, join_names, short_repr
 
 _LARGEST = 1e12  # of any setting, and its inverse the least: their quotients and logarithms stay finite
 
@@ -152,8 +152,7 @@ class YarnScaling(RopeScaling):
             )
         if self.attention_factor is not None:
             _check_positive("attention_factor", self.attention_factor)
-        if not isinstance(self.truncate, bool):
-            raise ConfigError(f"rope_scaling.truncate must be true or false, not {short_repr(self.truncate)}")
+        check_flag("rope_scaling.truncate", self.truncate, ConfigError)
 
     def frequencies(self, plain: Tensor, theta: float) -> Tensor:
         dim = 2 * len(plain)
@@ -212,17 +211,12 @@ def exponents(head_dim: int) -> Tensor:
 
 
 def _check_factor(value: Any) -> None:
-    if not is_finite(value) or not 1 <= value <= _LARGEST:
-        raise ConfigError(f"rope_scaling.factor must be a finite number of at least 1, not {short_repr(value)}")
+    check_number("rope_scaling.factor", value, ConfigError, 1, _LARGEST)
 
 
 def _check_positive(name: str, value: Any) -> None:
-    if not is_finite(value) or not 1 / _LARGEST <= value <= _LARGEST:
-        raise ConfigError(f"rope_scaling.{name} must be a finite number above 0, not {short_repr(value)}")
+    check_number(f"rope_scaling.{name}", value, ConfigError, 1 / _LARGEST, _LARGEST)
 
 
 def _check_length(value: Any) -> None:
-    if not is_whole(value) or not 1 <= value <= _LARGEST:
-        raise ConfigError(
-            f"rope_scaling.original_max_seq_len must be a whole number of at least 1, not {short_repr(value)}"
-        )
+    check_whole("rope_scaling.original_max_seq_len", value, ConfigError, 1, int(_LARGEST))

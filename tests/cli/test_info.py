@@ -6,18 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import save_file
 
-from llama_mini.cli.info import describe, plan_name
+from llama_mini.cli.info import describe
 from llama_mini.errors import CheckpointMismatchError
 from llama_mini.generate import main
-from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
-from llama_mini.model.norm_plan import NormPlan
 from tests.checkpoint.meta.test_directory import PARAMS, meta_tensors, model
 from tests.tiny_families import random_model
-from tests.tiny_models import TINY
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
@@ -111,29 +107,3 @@ def test_tensors_are_checked_all_the_same(tmp_path: Path, tiny_dir: Path, capsys
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [
-        "pre",
-        "post",
-        "peri",
-        "out+qk",
-        "none+embed",
-        "sub-final",
-        "normformer+qk:full",
-        "lns",
-        "mix(0.3333333333333333)",
-    ],
-)
-def test_a_preset_is_known_by_its_name(plan: str) -> None:
-    assert plan_name(LlamaConfig(**TINY | {"norm_plan": plan})) == plan
-
-
-def test_any_other_plan_is_its_json() -> None:
-    pre, sub = (NormPlan.parse(text, TINY["n_layers"]) for text in ("pre", "sub"))
-    layers = [sub.layer(0), *(pre.layer(i) for i in range(1, TINY["n_layers"]))]
-    config = LlamaConfig(**TINY | {"norm_plan": pre.with_layers(layers)})
-    assert plan_name(config) == str(config.norm_plan.to_dict())
-    assert torch.is_tensor(Llama(config).norm.weight)

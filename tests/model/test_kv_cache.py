@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_mini.errors import CapacityError
+from llama_mini.model.attention import causal_mask
 from llama_mini.model.config import LlamaConfig
-from llama_mini.model.kv_cache import KVCache, causal_mask
+from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
 from tests.tiny_models import TINY, random_tokens, tiny_model
 

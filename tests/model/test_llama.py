@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.errors import RequestError
-from llama_mini.model.attention import Attention
+from llama_mini.model.attention import Attention, causal_mask
 from llama_mini.model.config import LlamaConfig
-from llama_mini.model.kv_cache import KVCache, LayerCache, causal_mask
+from llama_mini.model.kv_cache import KVCache, LayerCache
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.rope_scaling import Llama3Scaling

@@ -212,7 +212,7 @@ def test_edges(kind: str) -> None:
 @pytest.mark.parametrize("bad", [{"eps": -1.0}, {"gain": "2w"}, {"cast": "never"}, {"scale": math.inf}, {"dim": 0}])
 @pytest.mark.parametrize("kind", KINDS)
 def test_settings_are_refused_by_the_norms_name(kind: str, bad: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"{NORMS[kind].__name__}: .*{next(iter(bad))}"):
+    with pytest.raises(ConfigError, match=f"{NORMS[kind].__name__}:? {next(iter(bad))} "):
         NORMS[kind](**{"dim": 4} | bad)
 
 

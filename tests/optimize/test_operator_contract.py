@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llama_mini.model.attention import causal_mask
 from llama_mini.model.kv_cache import LayerCache
-from llama_mini.model.llama import Llama, causal_mask
+from llama_mini.model.llama import Llama
 from llama_mini.optimize import optimize
 from llama_mini.optimize.build import load_kernels
 from tests.optimize.operator_calls import WRONG, Arguments, called, valid

@@ -2,7 +2,6 @@
 
 import shlex
 
-from llama_mini.cli.info import plan_name
 from llama_mini.errors import ConfigError, RequestError
 from llama_mini.lab.measurement import init
 from llama_mini.lab.reporting import plan_figures
@@ -44,7 +43,7 @@ def init_section(model: Llama) -> str:
 
 def _preset(model: Llama) -> str | None:
     """The plan as a word of the command line, if it has one."""
-    name = plan_name(model.config)
+    name = model.config.norm_plan.name(model.config.n_layers)
     try:
         NormPlan.parse(name, model.config.n_layers)
     except ConfigError:

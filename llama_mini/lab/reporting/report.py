@@ -10,7 +10,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import llama_mini
-from llama_mini.cli.info import plan_name
 from llama_mini.lab.ablation import ablate, skip_layers
 from llama_mini.lab.cost import as_tokens, score
 from llama_mini.lab.diagnosis import doctor
@@ -90,7 +89,7 @@ def _checkpoint(model: Llama, tokens: Tensor, tokenizer: Tokenizer | None, name:
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}, {_dtype(model)}",
         "shape": f"{config.n_layers} layers, dim {config.dim}, hidden {config.hidden_dim}, {config.n_heads} heads of "
         f"{config.head_dim}, {config.n_kv_heads} KV heads, vocabulary {config.vocab_size:,}",
-        "norms": f"{plan_name(config)}: {len(norms(model))}",
+        "norms": f"{config.norm_plan.name(config.n_layers)}: {len(norms(model))}",
         "text": f"{tokens.numel():,} tokens in {len(tokens)} row{'s' if len(tokens) > 1 else ''}"
         + (f", beginning {_shown(tokenizer, tokens[0, :24].tolist())}" if tokenizer else ""),
         "loss on it": f"{base.loss:.4f} nats per token, perplexity {base.perplexity:.4g}",

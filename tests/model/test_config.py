@@ -35,10 +35,10 @@ def test_heads_need_not_fill_the_stream() -> None:
 
 
 @pytest.mark.parametrize("name", ["dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"])
-@pytest.mark.parametrize("bad", [0, -1, 2**31, 4.0, "64", True, NAN, [64]], ids=repr)
-def test_a_size_that_is_none_is_refused_by_name(name: str, bad: Any) -> None:
-    with pytest.raises(ConfigError, match=f"^{name} must be a whole number from 1 to"):
-        LlamaConfig(**SIZES | {name: bad})
+def test_a_size_that_is_none_is_refused_by_name(name: str) -> None:
+    for bad in [0, -1, 2**31, 4.0, "64", True, NAN, [64]]:
+        with pytest.raises(ConfigError, match=f"^{name} must be a whole number from 1 to"):
+            LlamaConfig(**SIZES | {name: bad})
 
 
 @pytest.mark.parametrize("name", ["dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "max_seq_len"])

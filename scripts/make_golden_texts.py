@@ -1,4 +1,8 @@
-"""Writes tests/golden/texts.json: what transformers answers greedily in float32, to which the command line is held."""
+"""Records what transformers computes in float32, so that tests can hold this engine to it without running transformers.
+
+texts.json: answers, to which the command line is held. greedy.json: for the default checkpoint, the greedy tokens after
+eight prompts and some of the logits before them, and how far transformers' own bfloat16 is from its float32.
+"""
 
 import argparse
 import json
@@ -18,6 +22,19 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Die Hauptstadt von Deutschland ist",
+    "人工智能是",
+    "Q: What is 17 + 25?\nA:",
+    "Once upon a time, in a village by the sea,",
+    "La receta de la tortilla española lleva",
+    "<html>\n<body>\n  <h1>",
+]
+STEPS, EVERY, PROSE = 64, 499, 512
+
+
 def answer(directory: Path, prompt: str, raw: bool, max_tokens: int) -> str:
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -31,18 +48,57 @@ def answer(directory: Path, prompt: str, raw: bool, max_tokens: int) -> str:
     return str(text)
 
 
+def greedy(model: Any, ids: list[int], steps: int) -> list[int]:
+    """By hand: `generate` stops at the end of text, or bans it, and either hides steps."""
+    tokens, past, found = torch.tensor([ids]), None, []
+    for _ in range(steps):
+        out = model(tokens, past_key_values=past, use_cache=True)
+        past, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        found.append(int(tokens))
+    return found
+
+
+def kl_of_bfloat16(directory: Path, model: Any, ids: list[int]) -> float:
+    """Mean KL of transformers' bfloat16 from its float32, in nats a token."""
+    half: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    exact, rounded = (m(torch.tensor([ids])).logits[0].float().log_softmax(-1) for m in (model, half))
+    return float((exact.exp() * (exact - rounded)).sum(-1).mean())
+
+
+def record(directory: Path) -> dict[str, Any]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    prose = tokenizer((ROOT / "tests" / "golden" / "alice.txt").read_text(encoding="utf-8")).input_ids[:PROSE]
+    cases = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt).input_ids
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        shown = [round(float(value), 4) for value in logits[::EVERY]]
+        cases.append({"prompt": prompt, "ids": ids, "tokens": greedy(model, ids, STEPS), "logits": shown})
+    return {
+        "every": EVERY,
+        "prose_tokens": PROSE,
+        "kl_of_bfloat16": kl_of_bfloat16(directory, model, prose),
+        "cases": cases,
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", type=Path, help="the file to write, which must not exist")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, help="the folder to write both files to; they must not exist")
     target: Path = parser.parse_args().target
-    if target.exists():
-        parser.error(f"{target} exists already")
+    if taken := [name for name in ("texts.json", "greedy.json") if (target / name).exists()]:
+        parser.error(f"{target / taken[0]} exists already")
     directories = {"tiny": ROOT / "tests" / "tiny", "smollm2": ensure_default_checkpoint()}
     texts = []
     for case in CASES:
         text = answer(directories[case["checkpoint"]], case["prompt"], case["raw"], case["max_tokens"])
         texts.append(case | {"text": text})
-    target.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with torch.inference_mode():
+        recorded = record(directories["smollm2"])
+    for name, content, indent in (("texts.json", texts, 2), ("greedy.json", recorded, None)):
+        text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+        (target / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,16 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from llama_mini import LLM, Llama, SamplingParams
 from llama_mini.generate import main
 
-PROMPTS = [
-    "The capital of France is",
-    "def fibonacci(n):\n    ",
-    "Die Hauptstadt von Deutschland ist",
-    "人工智能是",
-    "Q: What is 17 + 25?\nA:",
-    "Once upon a time, in a village by the sea,",
-    "La receta de la tortilla española lleva",
-    "<html>\n<body>\n  <h1>",
-]
+GOLDEN = Path(__file__).parents[1] / "golden"
+RECORDED = json.loads((GOLDEN / "greedy.json").read_text(encoding="utf-8"))  # scripts/make_golden_texts.py
+CASES = RECORDED["cases"]
+PROMPTS = [case["prompt"] for case in CASES]
 STEPS = 64
 
 
@@ -34,6 +28,16 @@ def llm(smollm2_dir: Path) -> LLM:
     return LLM(smollm2_dir, dtype="float32")
 
 
+def test_logits_and_greedy_tokens_are_those_recorded_of_transformers(llm: LLM) -> None:
+    for case in CASES:
+        assert llm.tokenizer.encode(case["prompt"]) == case["ids"]
+        logits, recorded = llm.model(torch.tensor([case["ids"]]))[0, -1], torch.tensor(case["logits"])
+        assert (logits[:: RECORDED["every"]] - recorded).abs().max() <= 1e-4 * logits.abs().max()
+    answers = llm.generate(PROMPTS, SamplingParams(max_tokens=STEPS, ignore_eos=True))
+    assert [answer.token_ids for answer in answers] == [case["tokens"] for case in CASES]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda p: p[:20])
 def test_logits_and_greedy_tokens_equal_transformers(prompt: str, llm: LLM, theirs: PreTrainedModel) -> None:
     ids = llm.tokenizer.encode(prompt)
@@ -49,25 +53,39 @@ def test_logits_and_greedy_tokens_equal_transformers(prompt: str, llm: LLM, thei
     assert ours.token_ids == expected
 
 
-def test_a_batch_of_real_prompts_is_each_alone(llm: LLM) -> None:
-    params = SamplingParams(max_tokens=24)
+@pytest.mark.parametrize("new", [6, pytest.param(24, marks=pytest.mark.slow)])
+def test_a_batch_of_real_prompts_is_each_alone(llm: LLM, new: int) -> None:
+    params = SamplingParams(max_tokens=new)
     together = llm.generate(PROMPTS, params)
     assert [c.token_ids for c in together] == [llm.generate(p, params)[0].token_ids for p in PROMPTS]
 
 
+def kl(logits: torch.Tensor, exact: torch.Tensor) -> float:
+    """Mean KL from the exact logits, in nats a token."""
+    p = exact.log_softmax(-1)
+    return float((p.exp() * (p - logits.float().log_softmax(-1))).sum(-1).mean())
+
+
+def prose(llm: LLM, n: int) -> torch.Tensor:
+    text = (GOLDEN / "alice.txt").read_text(encoding="utf-8")
+    return torch.tensor(llm.tokenizer.encode(text)[:n]).view(-1, 512)
+
+
+def test_bfloat16_is_as_close_to_float32_as_was_recorded_of_transformers(llm: LLM, smollm2_dir: Path) -> None:
+    ids = prose(llm, RECORDED["prose_tokens"])
+    with torch.inference_mode():
+        found = kl(Llama.from_pretrained(smollm2_dir, dtype="bfloat16")(ids)[0], llm.model(ids)[0])
+    assert 0 < found <= 1.1 * RECORDED["kl_of_bfloat16"]
+
+
+@pytest.mark.slow
 def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(
     llm: LLM, theirs: PreTrainedModel, smollm2_dir: Path
 ) -> None:
-    """Mean KL over 2,048 tokens of prose, both from the same float32 logits, in pieces of 512."""
-    prose = (Path(__file__).parents[1] / "golden" / "alice.txt").read_text(encoding="utf-8")
-    ids = torch.tensor(llm.tokenizer.encode(prose)[:2048]).view(4, 512)
+    """Over 2,048 tokens of prose, both from the same float32 logits, in pieces of 512."""
+    ids = prose(llm, 2048)
     ours = Llama.from_pretrained(smollm2_dir, dtype="bfloat16")
     reference = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.bfloat16).eval()
-
-    def kl(logits: torch.Tensor, exact: torch.Tensor) -> float:
-        p = exact.log_softmax(-1)
-        return float((p.exp() * (p - logits.float().log_softmax(-1))).sum(-1).mean())
-
     with torch.inference_mode():
         exact = [theirs(row[None]).logits[0] for row in ids]
         our_kl = sum(kl(ours(row[None])[0], e) for row, e in zip(ids, exact, strict=True)) / 4
@@ -78,7 +96,7 @@ def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(
 
 def test_golden_text(smollm2_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Covers tokenizer, template, model, loop and command line at once; transformers wrote the expected text."""
-    texts = json.loads((Path(__file__).parents[1] / "golden" / "texts.json").read_text(encoding="utf-8"))
+    texts = json.loads((GOLDEN / "texts.json").read_text(encoding="utf-8"))
     (case,) = [case for case in texts if case["checkpoint"] == "smollm2"]
     args = ["--model", str(smollm2_dir), "--dtype", "float32", "--max-tokens", str(case["max_tokens"])]
     assert main([*args, case["prompt"]]) == 0

@@ -32,12 +32,19 @@ def tiny_dir() -> Path:
     return TINY
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs all of a file, so that what its tests share is made once; and one all that measures time."""
+    for item in items:
+        if not any(item.iter_markers("xdist_group")):
+            clock = item.get_closest_marker("clock") is not None
+            item.add_marker(pytest.mark.xdist_group("clock" if clock else str(item.path)))
+
+
 @pytest.fixture(autouse=True)
-def one_thread_for_tiny_models(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads that wait for each other cost more than a tiny model's arithmetic, a hundred times on a busy machine."""
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test has one core: the other runs the other worker, and threads that wait for a core take its time."""
     threads = torch.get_num_threads()
-    if "smollm2_dir" not in request.fixturenames:
-        torch.set_num_threads(1)
-        monkeypatch.setattr("llama_mini.machine.usable_cores", lambda: 1)
+    torch.set_num_threads(1)
+    monkeypatch.setattr("llama_mini.machine.usable_cores", lambda: 1)
     yield
     torch.set_num_threads(threads)

@@ -182,6 +182,7 @@ def test_the_operators_show_what_is_left_behind() -> None:
     assert len(decode(model)[0]) == len(operators) + 1
 
 
+@pytest.mark.clock
 def test_a_step_takes_no_longer_after_the_lab() -> None:
     models = tiny_model(norm_plan=PLAN), tiny_model(norm_plan=PLAN)
     all_uses(models[1])

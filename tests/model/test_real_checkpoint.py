@@ -112,6 +112,7 @@ def test_tokens_equal_transformers(smollm2_dir: Path, llm: LLM) -> None:
         assert llm.tokenizer.apply_chat_template(messages) == expected
 
 
+@pytest.mark.clock
 def test_it_loads_in_under_half_a_second_from_a_warm_disk_cache(smollm2_dir: Path) -> None:
     def seconds() -> float:
         started = time.perf_counter()

@@ -32,22 +32,22 @@ class Attention(Residual):
 
     @staticmethod
     def _head_norm(spec: NormSpec | None, heads: int, config: LlamaConfig) -> tuple[nn.Module, tuple[int, ...]]:
-        """The norm of a q, k or v slot, and the view it has of the projection: (H, D) or (H·D)."""
+        """The norm of a q, k or v slot, and the shape in which it sees the projection: (H, D) or (H·D)."""
         full = spec is not None and spec.view == "full"
         view = (heads * config.head_dim,) if full else (heads, config.head_dim)
         return build_norm(spec, view[-1], config.norm_eps), view
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) -> queries (B, T, H, D), keys and values (B, T, K, D), normed, not yet rotated."""
-        rows = x.shape[:-1]
+        """(B, T, C) -> queries (B, T, H, D), keys and values (B, T, K, D); normed, not yet rotated."""
+        batch = x.shape[:-1]
         q, k, v = self.project(x)
-        q = self.q_norm(q.reshape(*rows, *self.q_view)).view(*rows, self.n_heads, self.head_dim)
-        k = self.k_norm(k.reshape(*rows, *self.k_view)).view(*rows, self.n_kv_heads, self.head_dim)
-        v = self.v_norm(v.reshape(*rows, *self.v_view)).view(*rows, self.n_kv_heads, self.head_dim)
+        q = self.q_norm(q.reshape(*batch, *self.q_view)).view(*batch, self.n_heads, self.head_dim)
+        k = self.k_norm(k.reshape(*batch, *self.k_view)).view(*batch, self.n_kv_heads, self.head_dim)
+        v = self.v_norm(v.reshape(*batch, *self.v_view)).view(*batch, self.n_kv_heads, self.head_dim)
         return q, k, v
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
-        """(B, T, C) -> (B, T, H·D) and twice (B, T, K·D)."""
+        """(B, T, C) -> q (B, T, H·D), k and v (B, T, K·D)."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def branch(self, x: Tensor, rope: Rope, mask: Tensor, kv: LayerCache | None) -> Tensor:  # type: ignore[override]
@@ -63,11 +63,11 @@ class Attention(Residual):
 
 
 def causal_mask(positions: Tensor, length: int) -> Tensor:
-    """(B, T) -> (B, 1, T, S) bool: a token sees every position up to its own."""
+    """(B, T) -> (B, 1, T, S) bool: each token attends to every position up to its own."""
     return torch.arange(length, device=positions.device) <= positions[:, None, :, None]
 
 
 def within_window(mask: Tensor, positions: Tensor, window: int) -> Tensor:
-    """The same mask, less the positions that lie `window` or more before a token."""
+    """The mask without the positions that lie `window` or more before a token."""
     seen = torch.arange(mask.shape[-1], device=mask.device) > positions[:, None, :, None] - window
     return mask & seen

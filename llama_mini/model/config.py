@@ -9,12 +9,12 @@ from llama_mini.model.rope_scaling import DynamicScaling, RopeScaling
 from llama_mini.validate import check_flag, check_number, check_whole, is_whole, short_repr
 
 _LARGEST_SIZE = 2**31 - 1
-_MOST_LAYERS = 10_000  # ten times the deepest there is
+_MOST_LAYERS = 10_000  # ten times the deepest models
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """Everything that decides the shape and arithmetic of a model; Hugging Face's words are in checkpoint/hf_config.py.
+    """Everything that decides the shape and arithmetic of a model. checkpoint/hf/config.py translates config.json.
 
     Args:
         dim: width of the residual stream (hidden_size).
@@ -28,12 +28,12 @@ class LlamaConfig:
         norm_eps: eps of every norm whose NormSpec does not set its own (rms_norm_eps).
         rope_theta: base of the rotary frequencies.
         rope_scaling: their scaling; None: none.
-        sliding_window: positions that a token sees, itself included (sliding_window); None: all before it.
-        sliding_layers: the layers that have the window; None: every layer. Empty without a window.
+        sliding_window: positions that a token attends to, itself included (sliding_window); None: all before it.
+        sliding_layers: the layers with the window; None: every layer. Empty without a window.
         qkv_bias, o_bias, mlp_bias: whether q, k, v; the attention's output; gate, up and down have biases.
         tie_word_embeddings: the output head is the embedding.
         norm_plan: a NormPlan or a preset's name; LLaMA is `pre`.
-        bos_id, eos_ids, pad_id: special tokens as the checkpoint states them. The model does not read them.
+        bos_id, eos_ids, pad_id: special tokens of the checkpoint. The model itself does not use them.
 
     Raises:
         ConfigError: names the field, what was found and what is possible.

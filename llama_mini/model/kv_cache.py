@@ -1,6 +1,6 @@
-"""The key/value cache: preallocated rows, each with its own length.
+"""The key/value cache: preallocated rows, one for each sequence, each with its own length.
 
-Lengths live on the host, where nothing has to wait for them, and as a tensor, the only form that enters the model.
+Lengths are kept twice: on the host, so that nothing waits for the device, and as a tensor, which the model uses.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from torch import Tensor
 from llama_mini.errors import CapacityError
 from llama_mini.model.config import LlamaConfig
 
-BLOCK = 16  # positions are read in multiples of this, so that a row's bits do not depend on who shares its batch
+BLOCK = 16  # attention reads whole blocks, so that a row's bits do not depend on the other rows of its batch
 
 
 class LayerCache(NamedTuple):
-    """One layer's storage and where the new tokens go. Tensors only, so that a step can be exported."""
+    """One layer's storage, and where the new tokens go. Tensors only, so that a step can be exported."""
 
     k: Tensor  # (B, K, capacity, D)
     v: Tensor
@@ -32,8 +32,8 @@ class LayerCache(NamedTuple):
 class KVCache:
     """Keys and values of `batch` rows for up to `length` positions each, in every layer.
 
-    Storage is (L, B, K, S, D) and starts as zeros: what lies under the mask is multiplied by zero, and a NaN there
-    would poison the row all the same. A row that failed is cleared for the same reason.
+    Storage is (L, B, K, S, D) and starts as zeros: masked positions are multiplied by zero, and a NaN among them would
+    still make the row NaN. A row that failed is cleared for the same reason.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class KVCache:
 
     @property
     def lengths(self) -> list[int]:
-        """Positions filled, by row."""
+        """Filled positions of each row."""
         return self._host.tolist()
 
     def positions(self, n_new: int) -> Tensor:
-        """Where the next `n_new` tokens of each row stand: (B, T) int64. Raises CapacityError if they do not fit."""
+        """Positions of the next `n_new` tokens of each row: (B, T) int64. Raises CapacityError if they do not fit."""
         filled = max(self.lengths)
         if filled + n_new > self.length:
             raise CapacityError(
@@ -73,12 +73,12 @@ class KVCache:
         return self._lengths[:, None] + torch.arange(n_new, device=self._lengths.device)
 
     def read_length(self, n_new: int) -> int:
-        """Positions that attention reads when `n_new` tokens join: the longest row, rounded up to a whole block."""
+        """How many positions attention reads after `n_new` more tokens: the longest row, in whole blocks."""
         return _rounded(max(self.lengths) + n_new)
 
     def layers(self, positions: Tensor) -> list[LayerCache]:
-        """Each layer's storage, ready to take the tokens that stand at `positions`."""
-        if self._layers is None:  # a step would else spend as long on slices as on a small layer
+        """Each layer's storage, ready for the tokens at `positions`."""
+        if self._layers is None:  # made once: slicing takes as long as a small layer
             self._layers = list(zip(self._k, self._v, strict=True))
         rows = torch.arange(self.batch, device=positions.device)[:, None]
         return [LayerCache(k, v, rows, positions) for k, v in self._layers]
@@ -89,7 +89,7 @@ class KVCache:
         self._lengths += n_new
 
     def truncate(self, row: int, length: int) -> None:
-        """Forgets what row `row` holds from position `length` on."""
+        """Drops what row `row` holds from position `length` on."""
         if not 0 <= length <= self.lengths[row]:
             raise CapacityError(f"row {row} holds {self.lengths[row]} positions and cannot be cut to {length}")
         self._host[row] = length

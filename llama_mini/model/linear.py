@@ -1,6 +1,7 @@
-"""The matrices of the model. Random ones keep the variance of a unit input.
+"""The matrices of the model. Random weights keep the variance of their input.
 
-On the meta device, where a checkpoint's model is born, nothing is drawn: PyTorch would import for a second to do it.
+Nothing is drawn on the meta device, where a model is built before its weights are read: drawing there makes PyTorch
+import modules for a second.
 """
 
 import torch
@@ -23,7 +24,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Rows of a table; random: N(0, 1)."""
+    """One row for each token; random: N(0, 1)."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
@@ -38,5 +39,5 @@ class Embedding(nn.Embedding):
         return self.weight.device
 
     def project(self, x: Tensor) -> Tensor:
-        """As the head of a model that ties the two: (..., C) -> (..., V)."""
+        """The embedding as output head, in a model with tied embeddings: (..., C) -> (..., V)."""
         return F.linear(x, self.weight)

@@ -1,4 +1,4 @@
-"""The whole model, top-down: tokens to logits on one screen."""
+"""The whole model: tokens to logits on one screen, helpers below."""
 
 from pathlib import Path
 from typing import Self
@@ -17,7 +17,7 @@ from llama_mini.model.rope import Rope, RotaryEmbedding
 
 
 class Llama(nn.Module):
-    """A LLaMA: embedding, residual layers, final norm, head. The config's plan says where its norms are.
+    """A LLaMA: embedding, residual layers, final norm, head. The config's plan says where the norms sit.
 
     `Llama(config)` is random: embedding N(0, 1), matrices N(0, 1/fan_in), gains 1.
     """
@@ -40,7 +40,7 @@ class Llama(nn.Module):
         return self.logits(self.hidden(tokens, cache))
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last hidden states, (B, T, C): all bookkeeping is here, all arithmetic in `trunk`."""
+        """The last hidden states, (B, T, C). The bookkeeping is here, the arithmetic in `trunk`."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
             raise RequestError(f"tokens must be (batch, length) int64, not {tuple(tokens.shape)} {tokens.dtype}")
         n_new = tokens.shape[1]
@@ -56,7 +56,7 @@ class Llama(nn.Module):
         return x
 
     def trunk(self, tokens: Tensor, positions: Tensor, mask: Tensor, kv: list[LayerCache] | None) -> Tensor:
-        """Tensors in, tensors out: the one function that is run, captured or exported."""
+        """Tensors in, tensors out: the one function that is run eagerly, captured or exported."""
         x = self.embed_norm(self.tok_embeddings(tokens))  # (B, T, C)
         rope = self.rope(positions)
         window, sliding = self.config.sliding_window, self.config.sliding_layers
@@ -75,7 +75,7 @@ class Llama(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the residual stream."""
+        """The dtype of the residual stream."""
         return self.tok_embeddings.dtype
 
     @property
@@ -88,19 +88,19 @@ class Llama(nn.Module):
     ) -> Self:
         """Opens a checkpoint: a directory, a GGUF or safetensors file, or a hub name (org/name, org/name@revision).
 
-        In eval mode, without gradients. `dtype=None` keeps the file's, and is bfloat16 for quantised blocks.
+        The model is in eval mode, without gradients. `dtype=None` keeps the file's, bfloat16 for quantised blocks.
 
-        Raises CheckpointError, ConfigError; CapacityError before any data is read if it does not fit in memory.
+        Raises CheckpointError, ConfigError; CapacityError, before any data is read, if it does not fit in memory.
         """
-        from llama_mini.checkpoint.load import load_model  # late: checkpoint/ builds models
+        from llama_mini.checkpoint.load import load_model  # the one late import upwards
         from llama_mini.checkpoint.open import open_checkpoint, resolve
 
         return load_model(cls, open_checkpoint(resolve(path)), dtype, device)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes the directory that `from_pretrained` reads: whole or not at all.
+        """Writes a directory that `from_pretrained` reads: whole or not at all.
 
-        Raises CheckpointPathError; RequestError for a model whose weights were replaced by faster forms.
+        Raises CheckpointPathError; RequestError for a model whose weights `optimize` has repacked.
         """
         from llama_mini.checkpoint.load import save_model
 
@@ -108,7 +108,7 @@ class Llama(nn.Module):
 
 
 class Layers(nn.ModuleList):
-    """All layers, one after another: (B, T, C) -> (B, T, C), with a mask and, if there is one, a cache for each."""
+    """The layers in order: (B, T, C) -> (B, T, C). Each has its mask and, when decoding, its cache."""
 
     def forward(self, x: Tensor, rope: Rope, masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
         for i, layer in enumerate(self):

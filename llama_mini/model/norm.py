@@ -1,9 +1,9 @@
-"""RMSNorm with LLaMA's exact arithmetic, and its kin: a reader starts here.
+"""RMSNorm with LLaMA's exact arithmetic, and related norms. The model is read from here to llama.py.
 
     y = round(x / √(mean(x²) + eps)) · g      "early": round to the input's dtype, then the gain (LLaMA, Mistral, Qwen)
     y = round(x / √(mean(x²) + eps) · g)      "late": the gain in float32, then round (OLMo 2, Gemma)
 
-The two orders give different bits in a quarter of all bfloat16 elements, and the same bits when every gain is one.
+The two orders differ in a quarter of all bfloat16 elements, and in none when every gain is one.
 Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; the rounding orders are those of transformers.
 """
 
@@ -21,17 +21,17 @@ Cast = Literal["early", "late"]
 
 
 class Norm(nn.Module):
-    """What every norm here does around its own arithmetic: widen, `normalise`, round, gain, scale.
+    """The steps that all norms share: widen to float32, `normalise`, round, multiply by the gain and the scale.
 
     Args:
         dim: width of the last dimension.
         eps: added inside the root; finite and ≥ 0 (`rms_norm_eps` of a config.json).
         gain: `w` (LLaMA), `1+w` (Gemma, whose weight starts at 0), or `none` (no weight at all).
-        cast: `early` or `late`, see the module.
-        scale: a constant factor on the output (LayerNorm Scaling: 1/√l in layer l).
+        cast: when to round, `early` or `late`: see the top of this file.
+        scale: a constant factor of the output (LayerNorm Scaling: 1/√l in layer l).
 
-    Shape: (..., dim) -> (..., dim), the input's dtype, whatever the weight's: a float32 gain does not widen a
-    bfloat16 stream. Computes in float32, for float64 in float64.
+    Shape: (..., dim) -> (..., dim). The output has the input's dtype: a float32 gain does not widen a bfloat16 stream.
+    Computes in float32, and in float64 for a float64 input.
     """
 
     kind: ClassVar[str]
@@ -59,9 +59,11 @@ class Norm(nn.Module):
         self.make_parameters(device=device, dtype=dtype)
         self.reset_parameters()
 
-    def make_parameters(self, **place: Any) -> None:
+    def make_parameters(self, **factory: Any) -> None:
         n_gains = 1 if self.kind == "scale" else self.dim
-        self.register_parameter("weight", None if self.gain == "none" else nn.Parameter(torch.empty(n_gains, **place)))
+        self.register_parameter(
+            "weight", None if self.gain == "none" else nn.Parameter(torch.empty(n_gains, **factory))
+        )
 
     def reset_parameters(self) -> None:
         """Sets the effective gain to one."""
@@ -73,7 +75,7 @@ class Norm(nn.Module):
             raise ValueError(f"{type(self).__name__} over {self.dim} elements got an input of shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{type(self).__name__} needs a floating-point input, not {x.dtype}")
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of float16 overflow from 256 on
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # float16: squares of 256 and more overflow
         normed = self.normalise(wide)
         if self.cast == "early":
             normed = normed.to(x.dtype)
@@ -112,7 +114,7 @@ class RMSNorm(Norm):
 
 
 class LayerNorm(Norm):
-    """RMSNorm of a row less its mean, without a bias. Source: Ba et al. 2016."""
+    """Subtracts the mean of each row, then divides by its root mean square; no bias. Source: Ba et al. 2016."""
 
     kind = "layer"
 
@@ -122,13 +124,13 @@ class LayerNorm(Norm):
 
 
 class ScaleNorm(RMSNorm):
-    """RMSNorm with one gain for all elements. Source: Nguyen & Salazar 2019, whose g is √dim times this one."""
+    """RMSNorm with a single gain. Source: Nguyen & Salazar 2019, whose g is √dim times this gain."""
 
     kind = "scale"
 
 
 class L2Norm(Norm):
-    """Divides each row by its length √(Σx² + eps): 1/√dim of what RMSNorm gives."""
+    """Divides each row by its length √(Σx² + eps). The result is 1/√dim of what RMSNorm gives."""
 
     kind = "l2"
 
@@ -137,7 +139,7 @@ class L2Norm(Norm):
 
 
 class PartialRMSNorm(Norm):
-    """RMSNorm by the root mean square of a row's first elements. Source: Zhang & Sennrich 2019, section 3.2."""
+    """Divides each row by the root mean square of its first elements. Source: Zhang & Sennrich 2019, section 3.2."""
 
     kind = "prms"
     share = 0.0625  # of the row; the paper's choice
@@ -148,16 +150,16 @@ class PartialRMSNorm(Norm):
 
 
 class DynamicTanh(Norm):
-    """tanh(α·x), with one learned α that starts at 0.5; there is no statistic, and eps is not used.
+    """tanh(α·x) with one learned α, which starts at 0.5. It computes no statistic and does not use eps.
 
     Source: Zhu et al. 2025, "Transformers without Normalization", without its bias.
     """
 
     kind = "dyt"
 
-    def make_parameters(self, **place: Any) -> None:
-        super().make_parameters(**place)
-        self.alpha = nn.Parameter(torch.empty(1, **place))
+    def make_parameters(self, **factory: Any) -> None:
+        super().make_parameters(**factory)
+        self.alpha = nn.Parameter(torch.empty(1, **factory))
 
     def reset_parameters(self) -> None:
         """Sets the effective gain to one, and α to 0.5."""

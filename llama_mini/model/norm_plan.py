@@ -1,4 +1,4 @@
-"""Which norm sits in which slot of which layer of a model, as data; norm_slots.py has the slots of a branch.
+"""Where the norms of a whole model sit, as data; norm_slots.py has the slots of one branch.
 
 `NormPlan.parse("out+qk:full", n_layers)` makes a plan from a preset; `to_dict` and `from_dict` are its JSON form.
 """
@@ -20,7 +20,7 @@ BRANCHES = ("attention", "feed_forward")
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """Branches that replace the plan's own in the layers `first` to `last`, both included."""
+    """Branches that replace the plan's own in layers `first` to `last`, both included."""
 
     first: int
     last: int
@@ -52,13 +52,13 @@ class Override:
 
 @dataclass(frozen=True, kw_only=True)
 class NormPlan:
-    """Where the norms of a whole model are: data, validated, the same for real weights, an init study or a training."""
+    """Where the norms of a model sit. The same plan serves a checkpoint, a study at random init and a training."""
 
     attention: BranchPlan = field(default_factory=BranchPlan)
     feed_forward: BranchPlan = field(default_factory=BranchPlan)
     embed: NormSpec | None = None
     final: NormSpec | None = field(default_factory=NormSpec)
-    overrides: tuple[Override, ...] = ()  # of two that name the same layer, the later one holds
+    overrides: tuple[Override, ...] = ()  # where two name the same layer, the later one wins
 
     def __post_init__(self) -> None:
         for name in BRANCHES:
@@ -78,10 +78,10 @@ class NormPlan:
         return attention, feed_forward
 
     def with_layers(self, layers: Sequence[tuple[BranchPlan, BranchPlan]]) -> "NormPlan":
-        """The plan whose layer `i` is `layers[i]`, attention and feed-forward; embed and final stay.
+        """The plan whose layer `i` is `layers[i]` (attention, feed-forward); embed and final stay.
 
-        The same layers always make an equal plan: the commonest branch is the plan's own (of equally common ones the
-        last), and neighbours that differ from it alike share an override.
+        Equal layers always make an equal plan: the most common branch (of equally common ones the last) becomes the
+        plan's own, and neighbouring layers with the same other branch share one override.
         """
         own: dict[str, Any] = {
             name: _commonest(branches) for name, branches in zip(BRANCHES, zip(*layers, strict=True), strict=True)
@@ -97,7 +97,7 @@ class NormPlan:
         return replace(self, **own, overrides=tuple(overrides))
 
     def check_depth(self, n_layers: int) -> None:
-        """Refuses an override of a layer that a model of `n_layers` does not have."""
+        """Raises ConfigError for an override of a layer that a model of `n_layers` does not have."""
         for override in self.overrides:
             if override.last >= n_layers:
                 raise ConfigError(
@@ -106,9 +106,9 @@ class NormPlan:
 
     @staticmethod
     def parse(text: str, n_layers: int) -> "NormPlan":
-        """A preset with its suffixes, such as `out+qk:full`, for a model of `n_layers`.
+        """The plan of a preset and its suffixes, such as `out+qk:full`, for a model of `n_layers`.
 
-        Raises ConfigError, naming what is known, for anything but PRESETS and SUFFIXES.
+        Raises ConfigError that lists PRESETS and SUFFIXES for any other text.
         """
         head, *suffixes = re.split(r"(?=[+-])", text.strip())
         plan = _preset(head, n_layers)
@@ -117,7 +117,7 @@ class NormPlan:
         return plan
 
     def name(self, n_layers: int) -> str:
-        """The text that `parse` makes this plan of; its JSON where no preset does."""
+        """The text that `parse` turns into this plan, or the plan's JSON if no preset does."""
         if self != (early := self.with_cast("early")) and self == self.with_cast("late"):
             return f"{early.name(n_layers)}, each rounded last"
         qk = self.attention.q and ("+qk:full" if self.attention.q.view == "full" else "+qk")
@@ -130,7 +130,7 @@ class NormPlan:
         return str(self.to_dict())
 
     def with_cast(self, cast: Cast) -> "NormPlan":
-        """The same norms, each with this rounding order."""
+        """The same plan, every norm of which rounds in this order."""
 
         def branch(norms: BranchPlan) -> BranchPlan:
             slots: dict[str, Any] = {slot: norm(getattr(norms, slot)) for slot in SLOTS}
@@ -173,7 +173,7 @@ class NormPlan:
 
 
 def _commonest(branches: Sequence[BranchPlan]) -> BranchPlan:
-    return Counter(reversed(branches)).most_common(1)[0][0]  # of equals, the one counted first
+    return Counter(reversed(branches)).most_common(1)[0][0]  # of equally common ones, the first counted
 
 
 def _check_branch(name: str, branch: Any) -> None:

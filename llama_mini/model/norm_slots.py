@@ -1,4 +1,4 @@
-"""The norms of one residual branch, as data.
+"""The norms of one residual branch, as data. A slot is a place where a norm may sit.
 
 A branch (attention or feed-forward) has up to seven slots:
 
@@ -25,9 +25,13 @@ HEAD_SLOTS = ("q", "k", "v")
 
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:
-    """One norm. `kind`: rms, layer, scale, l2, prms or dyt, a class of norm.py. `eps=None` takes the config's
-    `norm_eps`; `view` (q, k and v slots only) says whether the norm sees each head by itself (Qwen 3) or the whole
-    projection (OLMo 2). The rest is as in Norm."""
+    """One norm.
+
+    kind: rms, layer, scale, l2, prms or dyt: a class of norm.py.
+    eps: None takes the config's `norm_eps`.
+    gain, cast, scale: as in Norm.
+    view: of the q, k and v slots alone: the norm runs over each head (Qwen 3) or over the whole projection (OLMo 2).
+    """
 
     kind: str = "rms"
     eps: float | None = None
@@ -43,7 +47,7 @@ class NormSpec:
         self.build(1, norm_eps=0.0)  # the module checks the rest
 
     def build(self, dim: int, norm_eps: float) -> Norm:
-        """The module this describes, over `dim` elements."""
+        """The norm module, over `dim` elements."""
         eps = norm_eps if self.eps is None else self.eps
         return NORMS[self.kind](dim, eps, gain=self.gain, cast=self.cast, scale=self.scale)
 
@@ -54,12 +58,12 @@ class NormSpec:
 
     @staticmethod
     def from_dict(data: Any, where: str) -> "NormSpec | None":
-        """The inverse of `to_dict`; null and {"kind": "none"} are an empty slot."""
+        """The inverse of `to_dict`. null and {"kind": "none"} mean an empty slot."""
         return None if data in (None, {"kind": "none"}) else NormSpec(**known_keys(data, NormSpec, where))
 
 
 def build_norm(spec: NormSpec | None, dim: int, norm_eps: float) -> nn.Module:
-    """The norm of a slot; an empty slot is an identity, so that every address exists and costs nothing."""
+    """The norm of a slot. An empty slot is an identity: its address exists and costs nothing."""
     return nn.Identity() if spec is None else spec.build(dim, norm_eps)
 
 
@@ -94,7 +98,7 @@ class BranchPlan:
 
 
 def check_slot(slot: str, spec: Any, head: bool) -> None:
-    """Refuses what is no NormSpec, and `view` where there are no heads."""
+    """Raises ConfigError for anything but a NormSpec or None, and for a `view` where there are no heads."""
     if spec is None:
         return
     if not isinstance(spec, NormSpec):
@@ -104,7 +108,7 @@ def check_slot(slot: str, spec: Any, head: bool) -> None:
 
 
 def known_keys(data: Any, cls: type, where: str) -> dict[str, Any]:
-    """The keys and values of a JSON object, all of which `cls` has as fields."""
+    """A JSON object as a dict. Raises ConfigError for a key that is no field of `cls`."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"norm plan, {where}: expected an object, found {short_repr(data)}")
     names = {f.name for f in fields(cls)}

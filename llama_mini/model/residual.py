@@ -1,4 +1,4 @@
-"""One residual branch and the norm slots around it."""
+"""A residual branch and the norm slots around it."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from llama_mini.model.norm_slots import BranchPlan, build_norm
 
 
 class Residual(nn.Module):
-    """α·x + β·branch(x), with a norm before the branch, on its output, or after the sum: the plan says which.
+    """α·x + β·branch(x), with norms before the branch, on its output, or after the sum, as the plan says.
 
     Shape: (B, T, C) -> (B, T, C).
     """

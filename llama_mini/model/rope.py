@@ -1,7 +1,7 @@
-"""Rotary position embedding: tables from positions, and their application; rope_scaling.py has the scaling rules.
+"""Rotary position embedding: cosines and sines from positions, and their use. rope_scaling.py has the scaling rules.
 
-A head's elements turn in pairs (i, i + D/2), the split halves in which Hugging Face stores q and k (Meta's files
-interleave them instead). Source: Su et al. 2021 (RoFormer).
+Elements i and i + D/2 of a head are rotated as a pair: the split-half layout of Hugging Face. Meta's files interleave
+the pairs instead. Source: Su et al. 2021 (RoFormer).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians per position of each pair: (head_dim / 2,) float32, with the rounding of transformers' tables."""
+    """Radians per position of each pair: (D/2,) float32, rounded as in transformers."""
     plain = 1.0 / theta ** exponents(head_dim)
     return plain if scaling is None else scaling.frequencies(plain, theta)
 
@@ -40,14 +40,14 @@ class RotaryEmbedding(nn.Module):
         return angles.cos() * scaling.magnitude, angles.sin() * scaling.magnitude
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        # Not a buffer: .to(bfloat16) would round it, and position 15,962 would turn by the wrong angle. It moves only.
+        # Not a buffer: .to(bfloat16) would round it, and position 15,962 would get a wrong angle. Only its device changes.
         device = fn(torch.empty(0, device=self.inv_freq.device)).device
         self.inv_freq = self.inv_freq if device.type == "meta" else self.inv_freq.to(device)
         return super()._apply(fn, recurse)
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Turns each pair of x (B, T, heads, D) by its angle, in float32 like the tables, and rounds once to x's dtype."""
+    """Rotates each pair of x (B, T, heads, D) by its angle, in float32, and rounds once to x's dtype."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

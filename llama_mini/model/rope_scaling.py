@@ -1,6 +1,6 @@
-"""How checkpoints stretch their rotary frequencies past the context they were first trained on, as data.
+"""How a checkpoint scales its rotary frequencies to reach beyond the context it was first trained on, as data.
 
-The words are those of `rope_type` in a config.json, and the arithmetic that of transformers, rounding included:
+The names are those of `rope_type` in config.json; the arithmetic is that of transformers, rounding included:
 
     linear    every frequency ÷ factor                                              (kaiokendev 2023)
     dynamic   a larger base, once the text is longer than the context               (NTK-aware, emozilla 2023)
@@ -20,22 +20,22 @@ from torch import Tensor
 from llama_mini.errors import ConfigError
 from llama_mini.validate import check_flag, check_number, check_whole, join_names, short_repr
 
-_LARGEST = 1e12  # of any setting, and its inverse the least: their quotients and logarithms stay finite
+_LARGEST = 1e12  # settings lie between its inverse and it, so that quotients and logarithms stay finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """The base of the rules below; `rope_type` names them. Raises ConfigError that names a field it cannot use."""
+    """Base class of the rules below. Each raises ConfigError that names the field it cannot use."""
 
     rope_type: ClassVar[str]
 
     def frequencies(self, plain: Tensor, theta: float) -> Tensor:
-        """Unscaled radians per position of each pair, (D/2,) float32, and their base -> the scaled ones."""
+        """Scales the radians per position of each pair, (D/2,) float32; theta is their base (rope_theta)."""
         raise NotImplementedError
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """The factor of cosines and sines."""
         return 1.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,8 +76,8 @@ class LinearScaling(RopeScaling):
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicScaling(RopeScaling):
-    """Up to the model's `max_seq_len` nothing is scaled; beyond it, every token's angle depends on the whole length,
-    so that what was cached before is wrong: the engine stays within the context, `model(tokens)` need not."""
+    """Scales nothing up to the model's `max_seq_len`. Beyond it every angle depends on the length of the whole text, so
+    cached keys would be wrong: the engine stays within the context, while `model(tokens)` may go beyond it."""
 
     rope_type: ClassVar[str] = "dynamic"
     factor: float
@@ -89,7 +89,7 @@ class DynamicScaling(RopeScaling):
         return plain
 
     def stretched(self, length: Tensor, max_seq_len: int, head_dim: int, theta: float) -> Tensor:
-        """The frequencies for a text of `length` tokens, a tensor so that nothing waits for the device."""
+        """The frequencies for a text of `length` tokens; a tensor, so that nothing waits for the device."""
         longer = torch.clamp(length, min=max_seq_len)
         growth = (self.factor * longer / max_seq_len) - (self.factor - 1)
         base = theta * growth ** (head_dim / (head_dim - 2))
@@ -99,7 +99,7 @@ class DynamicScaling(RopeScaling):
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling(RopeScaling):
     """Wavelengths beyond `original_max_seq_len / low_freq_factor` are stretched by `factor`, those below
-    `original_max_seq_len / high_freq_factor` stay, and between the two it is interpolated."""
+    `original_max_seq_len / high_freq_factor` are kept, and those between are interpolated."""
 
     rope_type: ClassVar[str] = "llama3"
     factor: float
@@ -129,9 +129,9 @@ class Llama3Scaling(RopeScaling):
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling(RopeScaling):
-    """Pairs that turn more than `beta_fast` times within the original context stay, those below `beta_slow` turns are
-    stretched by `factor`, and between them is a linear ramp, its ends at whole pairs if `truncate`.
-    `attention_factor` scales cosines and sines; None: 0.1·ln(factor) + 1, the paper's."""
+    """Pairs that turn more than `beta_fast` times within the original context are kept, those with fewer than
+    `beta_slow` turns are stretched by `factor`, and a linear ramp lies between; `truncate` puts its ends at whole
+    pairs. `attention_factor` scales cosines and sines; None: 0.1·ln(factor) + 1, as in the paper."""
 
     rope_type: ClassVar[str] = "yarn"
     factor: float

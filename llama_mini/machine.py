@@ -12,8 +12,9 @@ import psutil
 import torch
 
 from llama_mini.errors import RequestError
-from llama_mini.validate import is_whole, short_repr
+from llama_mini.validate import check_whole
 
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -56,27 +57,24 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Sets PyTorch's threads for the whole process, None to the usable cores; returns their number.
+    """Sets PyTorch's threads for the whole process; None takes the usable cores. Returns their number.
 
     Raises RequestError for a number below 1.
     """
-    if threads is not None and (not is_whole(threads) or threads < 1):
-        raise RequestError(f"threads must be a whole number of at least 1, not {short_repr(threads)}")
+    if threads is not None:
+        check_whole("threads", threads, RequestError)
     n = usable_cores() if threads is None else threads
     if n != torch.get_num_threads():
         torch.set_num_threads(n)
     return n
 
 
-def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Physical cores, less those that the process's affinity or its control group withholds."""
+def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """Physical cores that the process's affinity and the quotas of its control groups leave. More threads than cores
+    would wait for one another at every operator."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
-    try:
-        limit, period = quota.read_text().split()
-        return max(1, min(cores, ceil(int(limit) / int(period))))
-    except (OSError, ValueError):  # no control group, or one without a limit ("max")
-        return cores
+    return max(1, min([cores, *_core_quotas(proc, cgroups)]))
 
 
 @contextmanager
@@ -91,26 +89,24 @@ def gc_paused() -> Iterator[None]:
             gc.enable()
 
 
-def available_memory(
-    device: torch.device, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """Bytes that can be taken now without swapping or being killed; None where nobody says."""
+def available_memory(device: torch.device, proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
+    """Bytes that can be allocated now without swapping or being killed; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    says = [*_machine(), *_address_space(), *_control_groups(proc, cgroups)]
-    return max(0, min(says)) if says else None
+    limits = [*_free_memory(), *_free_address_space(), *_free_in_control_groups(proc, cgroups)]
+    return max(0, min(limits)) if limits else None
 
 
-def _machine() -> Iterator[int]:
+def _free_memory() -> Iterator[int]:
     try:
         yield psutil.virtual_memory().available
     except OSError:  # no /proc
         return
 
 
-def _address_space() -> Iterator[int]:
+def _free_address_space() -> Iterator[int]:
     """What the soft limit of `ulimit -v` leaves, on systems that have one."""
     if hasattr(psutil, "RLIMIT_AS"):
         process = psutil.Process()
@@ -119,37 +115,47 @@ def _address_space() -> Iterator[int]:
             yield soft - process.memory_info().vms
 
 
-def _control_groups(proc: Path, root: Path) -> Iterator[int]:
+def _free_in_control_groups(proc: Path, cgroups: Path) -> Iterator[int]:
     """What each control group above this process leaves: any of them can be the one that kills it."""
+    for group, version in _control_groups("memory", proc, cgroups):
+        limit, usage = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
+        try:
+            left = int(_text(group / f"memory.{limit}")) - int(_text(group / f"memory.{usage}"))
+        except ValueError:  # no limit: `max`, or no such file
+            continue
+        stat = dict(line.split(" ", 1) for line in _text(group / "memory.stat").splitlines())
+        prefix = "" if version == 2 else "total_"
+        pages = (f"{prefix}inactive_file", f"{prefix}active_file")  # cached files: given back when memory runs short
+        yield left + sum(int(stat.get(name, 0)) for name in pages)
+
+
+def _core_quotas(proc: Path, cgroups: Path) -> Iterator[int]:
+    """How many cores each control group above this process may use."""
+    for group, version in _control_groups("cpu", proc, cgroups):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        try:
+            quota, period = map(int, " ".join(_text(group / name) for name in names).split())
+        except ValueError:  # no limit: `max`, or no such file
+            continue
+        if quota > 0 and period > 0:  # version 1 writes -1 for no limit
+            yield ceil(quota / period)
+
+
+def _control_groups(controller: str, proc: Path, cgroups: Path) -> Iterator[tuple[Path, int]]:
+    """The folders of this process's control groups, up to the root, and whether they are of version 1 or 2."""
     for line in _text(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2
-            for mount in (root, root / "unified"):
-                for group in _upwards(mount, path):
-                    yield from _left(group, "memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            for group in _upwards(root / "memory", path):
-                yield from _left(group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-
-
-def _upwards(mount: Path, path: str) -> Iterator[Path]:
-    """The group's folder and those above it. In a container the path may be the host's, and only `mount` is there."""
-    parts = PurePosixPath(path).parts[1:]
-    if ".." in parts:  # outside of what this namespace shows
-        parts = ()
-    for depth in range(len(parts), -1, -1):
-        yield mount.joinpath(*parts[:depth])
-
-
-def _left(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
-    """Nothing where the group has no limit, or has no say in memory."""
-    try:
-        left = int(_text(group / limit)) - int(_text(group / usage))
-    except ValueError:  # `max`, or no such file
-        return
-    stat = dict(line.split(" ", 1) for line in _text(group / "memory.stat").splitlines())
-    pages = (f"{prefix}inactive_file", f"{prefix}active_file")  # of files: given back when memory runs short
-    yield left + sum(int(stat.get(name, 0)) for name in pages)
+        mounts = [cgroups, cgroups / "unified"]
+        if controllers:
+            mounts = [cgroups / controller] if controller in controllers.split(",") else []
+        parts = PurePosixPath(path).parts[1:]
+        if ".." in parts:  # a group outside of this namespace: only the mount itself can be seen
+            parts = ()
+        for mount in mounts:
+            for depth in range(
+                len(parts), -1, -1
+            ):  # in a container the path may be the host's, of which only () exists
+                yield mount.joinpath(*parts[:depth]), 1 if controllers else 2
 
 
 def _text(path: Path) -> str:

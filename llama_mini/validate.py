@@ -4,6 +4,7 @@ Each check takes the name of the setting as the user knows it, the value, and th
 setting, what was expected and what was found: `top_p must be a finite number from 0 to 1, not 1.5`.
 """
 
+import math
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -13,10 +14,10 @@ _MOST_NAMES = 12
 
 
 def check_whole(
-    name: str, value: Any, error: type[LlamaMiniError], least: int = 1, most: int | None = None, why: str = ""
+    name: str, value: Any, error: type[LlamaMiniError], least: int = 1, most: float = math.inf, why: str = ""
 ) -> None:
-    """A whole number from `least` to `most`, both included; `why` tells where an unobvious limit comes from."""
-    if not is_whole(value) or value < least or (most is not None and value > most):
+    """A whole number from `least` to `most`, both included; `why` says where a limit comes from."""
+    if not is_whole(value) or not least <= value <= most:
         raise error(f"{name} must be a whole number {_range(least, most)}{why}, not {short_repr(value)}")
 
 
@@ -24,15 +25,15 @@ def check_number(
     name: str,
     value: Any,
     error: type[LlamaMiniError],
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
 ) -> None:
-    """A finite number from `least` to `most`, both included, or `above` a limit that is not."""
-    low = least if above is None else above
-    too_low = low is not None and is_finite(value) and (value < low or (above is not None and value == low))
-    if not is_finite(value) or too_low or (most is not None and value > most):
-        limits = f" above {above:g}" if above is not None else f" {_range(least, most)}" if least is not None else ""
+    """A finite number from `least` to `most`, both included, and `above` a limit that is not."""
+    if not is_finite(value) or not (least <= value <= most and value > above):
+        limits = (
+            f" above {above:g}" if math.isfinite(above) else f" {_range(least, most)}" if math.isfinite(least) else ""
+        )
         raise error(f"{name} must be a finite number{limits}, not {short_repr(value)}")
 
 
@@ -82,5 +83,5 @@ def join_names(names: Iterable[Any]) -> str:
     return ", ".join(short) + (f" and {more} more" if more else "")
 
 
-def _range(least: float | None, most: float | None) -> str:
-    return f"of at least {least}" if most is None else f"from {least} to {most}"
+def _range(least: float, most: float) -> str:
+    return f"of at least {least}" if most == math.inf else f"from {least} to {most}"

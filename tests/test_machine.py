@@ -129,7 +129,7 @@ def test_a_limit_on_the_address_space_counts() -> None:
     """In a child, under a soft limit that leaves it 300 MiB: what is said can be taken, and not twice of it."""
     child = (
         "import psutil, resource, torch\n"
-        "from llama_mini.memory import available_memory\n"
+        "from llama_mini.machine import available_memory\n"
         "used = psutil.Process().memory_info().vms\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))\n"
         "there = available_memory(torch.device('cpu'))\n"

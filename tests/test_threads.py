@@ -29,6 +29,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
 
 
+def in_a_group(folder: Path, quota: str | None, line: str = "0::/app\n") -> tuple[Path, Path]:
+    """A /proc and a /sys/fs/cgroup in which this process is in the group /app, of this quota."""
+    proc, cgroups = folder / "proc", folder / "cgroup"
+    (proc / "self").mkdir(parents=True, exist_ok=True)
+    (proc / "self" / "cgroup").write_text(line)
+    (cgroups / "app").mkdir(parents=True, exist_ok=True)
+    if quota is not None:
+        (cgroups / "app" / "cpu.max").write_text(quota)
+    return proc, cgroups
+
+
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("quota", "cores"),
@@ -46,26 +57,40 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_control_groups_quota_bounds_the_cores(tmp_path: Path, quota: str | None, cores: int) -> None:
-    path = tmp_path / "cpu.max"
-    if quota is not None:
-        path.write_text(quota)
-    assert usable_cores(path) == cores
+    assert usable_cores(*in_a_group(tmp_path, quota)) == cores
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(("quota", "cores"), [("-1", 16), ("250000", 3), ("", 16)])
+def test_version_1_has_its_quota_in_two_files(tmp_path: Path, quota: str, cores: int) -> None:
+    folders = in_a_group(tmp_path, None, line="4:cpu,cpuacct:/app\n0::/\n")
+    group = folders[1] / "cpu" / "app"
+    group.mkdir(parents=True)
+    (group / "cpu.cfs_quota_us").write_text(quota)
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    assert usable_cores(*folders) == cores
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_group_above_bounds_the_cores_too(tmp_path: Path) -> None:
+    folders = in_a_group(tmp_path, "800000 100000")
+    (folders[1] / "cpu.max").write_text("200000 100000")
+    assert usable_cores(*folders) == 2
 
 
 @pytest.mark.usefixtures("machine")
 def test_affinity_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7})
-    assert usable_cores(tmp_path / "absent") == 3
-    (tmp_path / "cpu.max").write_text("200000 100000")
-    assert usable_cores(tmp_path / "cpu.max") == 2
+    assert usable_cores(*in_a_group(tmp_path, None)) == 3
+    assert usable_cores(*in_a_group(tmp_path, "200000 100000")) == 2
 
 
 @pytest.mark.usefixtures("machine")
 def test_systems_that_say_less_are_asked_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert usable_cores(tmp_path / "absent") == 16
+    assert usable_cores(*in_a_group(tmp_path, None)) == 16
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: None)
-    assert usable_cores(tmp_path / "absent") == 32
+    assert usable_cores(*in_a_group(tmp_path, None)) == 32
 
 
 def test_threads_are_set_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

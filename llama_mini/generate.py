@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of, read_standard_input
-from llama_mini.cli.options import DEFAULT_MAX_TOKENS, check, parser, sampling
+from llama_mini.cli.options import DEFAULT_MAX_TOKENS, PROG, check, parser, sampling
 from llama_mini.errors import RequestError
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from llama_mini.engine.sampling_params import SamplingParams
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Runs the command line and returns its exit code: 0, 2 usage, 3 checkpoint, 4 capacity, 1 other, 130 Ctrl-C."""
-    args = parser().parse_args(argv)
+    args = parser(prog).parse_args(argv)
     return exit_code_of(lambda: run(args))
 
 

@@ -22,15 +22,18 @@ if TYPE_CHECKING:
     from llama_mini.eval.perplexity import Comparison, Perplexity
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+PROG = "python -m llama_mini.score"
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Runs the command line and returns its exit code, as that of llama_mini.generate."""
-    args = parser().parse_args(argv)
+    args = parser(prog).parse_args(argv)
     return exit_code_of(lambda: run(args))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m llama_mini.score",
+        prog=prog,
         description="Perplexity of texts, under the conditions that it prints with it.",
     )
     p.add_argument(

@@ -1,6 +1,7 @@
-"""The options of python -m llama_mini.generate, and what they say about sampling."""
+"""The options of the commands. Nothing here imports torch, so that --help does not wait for it."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_mini import __version__
@@ -9,76 +10,124 @@ from llama_mini.errors import RequestError
 if TYPE_CHECKING:
     from llama_mini.engine.sampling_params import SamplingParams
 
+PROG = "python -m llama_mini.generate"
 DEFAULT_MAX_TOKENS = 512
+MODEL = "directory, GGUF file or hub name; default: SmolLM2-135M-Instruct, downloaded once"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m llama_mini.generate",
-        description="Answers PROMPT with a LLaMA-family model: text on standard output, all else on standard error.",
+        prog=prog,
+        usage="%(prog)s [options] [PROMPT]",
+        description="Answers PROMPT with a LLaMA-family model. The text goes to standard output, everything else to "
+        "standard error.",
     )
     add = p.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="without it, standard input is read, less its last newline")
-    add("--interactive", action="store_true", help="chat at the terminal; /help there lists its commands")
-    add("--batch", metavar="FILE", help='a JSON object a line, with "prompt" or "messages"; goes on after a kill')
-    add("--output", metavar="FILE", help="results of --batch, a JSON object a line; default: FILE.results.jsonl")
-    add("--info", action="store_true", help="print what the checkpoint is, without loading it, and end")
-    add("--version", action="version", version=f"llama_mini {__version__}")
-
+    add("prompt", nargs="?", metavar="PROMPT", help="default: all of standard input, without its last newline")
+    add("--interactive", action="store_true", help="chat at the terminal; /help there lists the commands")
+    add("--batch", metavar="FILE", help='answer JSON lines with "prompt" or "messages"; run again to resume')
+    add("--output", metavar="FILE", help="results of --batch; default: FILE.results.jsonl")
+    add("--info", action="store_true", help="describe the checkpoint without loading its weights, and exit")
+    add("--version", action="version", version=f"llama_mini {__version__}", help="print the version and exit")
     model_options(p)
-
     text = p.add_argument_group("text")
     mode = text.add_mutually_exclusive_group()
-    mode.add_argument("--chat", action="store_true", help="chat; default where the checkpoint has a chat template")
-    mode.add_argument("--raw", action="store_true", help="complete the prompt as it stands")
-    add = text.add_argument
-    add("--system", metavar="TEXT", help="system message of the chat")
-    add("--max-tokens", type=int, metavar="N", help=f"new tokens at most; default: {DEFAULT_MAX_TOKENS}")
-    add("--min-tokens", type=int, default=0, metavar="N", help="new tokens before the text may end")
-    add("--max-time", type=float, metavar="S", help="seconds after which the text is cut")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--stop-token", action="append", default=[], type=int, metavar="ID", help="end at this token; may be repeated")
-    add("--ignore-eos", action="store_true", help="go on past the end-of-text token")
-
-    add = p.add_argument_group("sampling", "in the order in which they act").add_argument
-    add("--logit-bias", action="append", default=[], metavar="ID=F", help="add F to a token's logit; -inf bans it")
-    add("--repetition-penalty", type=float, default=1.0, metavar="F", help="above 1: less of what prompt and text hold")
-    add("--presence-penalty", type=float, default=0.0, metavar="F", help="off the logits of tokens in the new text")
-    add("--frequency-penalty", type=float, default=0.0, metavar="F", help="the same for each time they occur")
-    add("--temperature", type=float, default=0.0, metavar="F", help="0 (default) is greedy")
-    add("--top-k", type=int, default=0, metavar="N", help="keep the N likeliest; 0 (default): all")
-    add("--top-p", type=float, default=1.0, metavar="F", help="keep the likeliest that reach F; default: 1")
-    add("--min-p", type=float, default=0.0, metavar="F", help="keep those F times as likely as the likeliest")
-    add("--seed", type=int, metavar="N", help="same seed, same text; default: a new one each time")
-
+    mode.add_argument("--chat", action="store_true", help="answer as a chat; default if there is a chat template")
+    mode.add_argument("--raw", action="store_true", help="continue the prompt as plain text")
+    _text_options(text, f"at most N new tokens; default: {DEFAULT_MAX_TOKENS}")
+    _sampling_options(p)
     add = p.add_argument_group("output").add_argument
-    add("--no-stream", action="store_true", help="print the text at its end, not as it comes")
-    add("--stats", action="store_true", help="print times, tokens per second and peak memory at the end")
-    add("--json", action="store_true", help="print one JSON object: text, ids, log-probabilities, statistics")
-    add("--top-logprobs", type=int, default=0, metavar="N", help="with --json: the N likeliest tokens of each step too")
-    add("--prompt-logprobs", action="store_true", help="with --json: the log-probabilities of the prompt too")
+    add("--no-stream", action="store_true", help="print the text when it is complete, not token by token")
+    add("--stats", action="store_true", help="print times, tokens per second and peak memory afterwards")
+    add("--json", action="store_true", help="print one JSON object: text, tokens, logprobs, statistics")
+    add("--top-logprobs", type=int, default=0, metavar="N", help="with --json: also the N likeliest tokens each time")
+    add("--prompt-logprobs", action="store_true", help="with --json: also the log-probabilities of the prompt")
+    return p
+
+
+def chat_parser(prog: str) -> argparse.ArgumentParser:
+    """The options of `generate --interactive`, which they are read into."""
+    p = argparse.ArgumentParser(
+        prog=prog, usage="%(prog)s [options]", description="Chats at the terminal; /help there lists the commands."
+    )
+    model_options(p)
+    _text_options(p.add_argument_group("text"), "at most N tokens an answer; default: to the end of the context")
+    _sampling_options(p)
+    return p
+
+
+def info_parser(prog: str) -> argparse.ArgumentParser:
+    """The options of `generate --info`, which they are read into."""
+    p = argparse.ArgumentParser(prog=prog, description="Describes a checkpoint without loading its weights.")
+    p.add_argument("model", nargs="?", metavar="MODEL", help=MODEL)
+    _dtype_and_device(p.add_argument_group("memory", "for an estimate of what it needs"))
+    return p
+
+
+def convert_parser(prog: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog=prog,
+        description="Converts a checkpoint of any format to a Hugging Face directory, which llama_mini and "
+        "transformers open as it is. Of pickles (*.pth, *.bin), only plain tensors are read.",
+    )
+    p.add_argument("source", metavar="SRC", help="a directory, a file or a hub name")
+    p.add_argument("target", metavar="DST", type=Path, help="the directory to write, new or empty")
+    p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16; default: that of the weights")
     return p
 
 
 def model_options(p: argparse.ArgumentParser) -> None:
-    """Which model, in what form, on what."""
-    add = p.add_argument_group("model").add_argument
-    add("--model", metavar="M", help="directory, GGUF file or hub name; default: SmolLM2-135M-Instruct, fetched once")
-    add("--dtype", default="auto", metavar="D", help="auto (default), float32, bfloat16, float16, float64")
-    add("--device", default="cpu", metavar="D", help="cpu (default), cuda, ...")
-    add("--quantize", choices=["int8", "int4"], metavar="Q", help="int8 or int4: weights of so many bits, made at load")
+    """Which model, in which number format, on which device."""
+    group = p.add_argument_group("model")
+    group.add_argument("--model", metavar="M", help=MODEL)
+    _dtype_and_device(group)
+    add = group.add_argument
+    add("--quantize", choices=["int8", "int4"], metavar="Q", help="int8 or int4: quantize the weights while loading")
     add(
         "--kernels",
         choices=["auto", "off"],
         default="auto",
-        help="auto (default) builds fast operators once, about 10 s; off uses PyTorch's own",
+        help="auto (default): fast operators, built once; off: PyTorch's",
     )
-    add("--threads", type=int, metavar="N", help="processor threads; default: the cores it may use")
+    add("--threads", type=int, metavar="N", help="CPU threads; default: one per usable core")
+
+
+def _dtype_and_device(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--dtype", default="auto", metavar="D", help="auto (default), float32, bfloat16, float16, float64"
+    )
+    group.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, ...")
+
+
+def _text_options(group: "argparse._ArgumentGroup", max_tokens: str) -> None:
+    add = group.add_argument
+    add("--system", metavar="TEXT", help="system message of the chat")
+    add("--max-tokens", type=int, metavar="N", help=max_tokens)
+    add("--min-tokens", type=int, default=0, metavar="N", help="do not end before N new tokens")
+    add("--max-time", type=float, metavar="S", help="end after S seconds")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--stop-token", action="append", default=[], type=int, metavar="ID", help="end at this token; may be repeated")
+    add("--ignore-eos", action="store_true", help="continue after the end-of-text token")
+
+
+def _sampling_options(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument_group("sampling", "applied in this order").add_argument
+    add("--logit-bias", action="append", default=[], metavar="ID=F", help="add F to a token's logit; -inf bans it")
+    add("--repetition-penalty", type=float, default=1.0, metavar="F", help="above 1: repeat prompt and answer less")
+    add(
+        "--presence-penalty", type=float, default=0.0, metavar="F", help="subtracted from logits of the answer's tokens"
+    )
+    add("--frequency-penalty", type=float, default=0.0, metavar="F", help="the same for each time that a token occurs")
+    add("--temperature", type=float, default=0.0, metavar="F", help="default 0: the likeliest token (greedy)")
+    add("--top-k", type=int, default=0, metavar="N", help="keep the N likeliest tokens; default 0: all")
+    add("--top-p", type=float, default=1.0, metavar="F", help="keep the likeliest tokens that reach F; default 1: all")
+    add("--min-p", type=float, default=0.0, metavar="F", help="keep tokens F times as likely as the likeliest")
+    add("--seed", type=int, metavar="N", help="same seed, same text; default: a new one for each run")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses options that have nothing to say beside each other."""
-    given = {
+    """Refuses options of `generate` that contradict each other. Raises RequestError."""
+    used = {
         "PROMPT": args.prompt is not None,
         "--raw": args.raw,
         "--no-stream": args.no_stream,
@@ -88,16 +137,16 @@ def check(args: argparse.Namespace) -> None:
         "--batch": args.batch is not None,
         "--interactive": args.interactive,
     }
-    apart = {"--interactive": list(given), "--batch": ["PROMPT", "--no-stream", "--stats", "--json", "--info"]}
+    apart = {"--interactive": list(used), "--batch": ["PROMPT", "--no-stream", "--stats", "--json", "--info"]}
     for option, others in apart.items():
-        if given[option] and (found := [other for other in others if given[other] and other != option]):
-            raise RequestError(f"{option} and {found[0]} cannot go together: leave one of them out")
+        if used[option] and (conflicts := [other for other in others if used[other] and other != option]):
+            raise RequestError(f"{option} and {conflicts[0]} cannot be used together: leave one of them out")
     if args.raw and args.system is not None:
-        raise RequestError("--system belongs to a chat and --raw completes text: leave one of them out")
+        raise RequestError("--system belongs to a chat, --raw continues plain text: leave one of them out")
     if args.output is not None and args.batch is None:
-        raise RequestError("--output is where the results of --batch go: give --batch, or leave it out")
+        raise RequestError("--output takes the results of --batch: give --batch too, or leave it out")
     if (args.top_logprobs or args.prompt_logprobs) and not (args.json or args.batch):
-        raise RequestError("--top-logprobs and --prompt-logprobs are shown by --json: give it too, or leave them out")
+        raise RequestError("--top-logprobs and --prompt-logprobs appear in the output of --json: give it too")
 
 
 def sampling(args: argparse.Namespace) -> "SamplingParams":

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of
 
+PROG = "python -m llama_mini.lab"
 PLANS = ("pre", "post", "peri", "out+qk", "deep")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Runs the command line and returns its exit code, as that of llama_mini.generate."""
-    args = parser().parse_args(argv)
+    args = parser(prog).parse_args(argv)
     from llama_mini.lab import commands
 
     if "model" in args:
@@ -24,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code_of(lambda: commands.run(args))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m llama_mini.lab",
+        prog=prog,
         description="Studies norms: those of a real checkpoint, of a plan at random init, or in short trainings.",
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,0 +1,116 @@
+"""Every command under one name: `llama-mini COMMAND ...`, or `python -m llama_mini COMMAND ...`.
+
+Words that do not begin with a command go to `generate`, so that `llama-mini "Why is the sky blue?"` answers. torch is
+imported only once there is something to run.
+"""
+
+import difflib
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from llama_mini import generate
+from llama_mini.cli import options
+from llama_mini.cli.common import exit_code_of
+from llama_mini.errors import LlamaMiniError, RequestError
+
+COMMANDS = {
+    "generate": "answer a prompt, or a file of prompts",
+    "chat": "chat at the terminal",
+    "score": "measure the perplexity of texts",
+    "info": "describe a checkpoint without loading it",
+    "convert": "convert a checkpoint to a Hugging Face directory",
+    "eval": "run the tasks of lm-eval",
+    "lab": "study the norms of a model",
+    "bench": "measure the speed beside other engines",
+}
+NO_CHECKOUT = "bench is not in the installed package: clone the repository and run pip install -e '.[bench]' there"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 2 usage, 3 checkpoint, 4 capacity, 1 other, 130 Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    prog = "python -m llama_mini" if Path(sys.argv[0]).name == "__main__.py" else "llama-mini"
+    if words in (["-h"], ["--help"]) or (not words and sys.stdin.isatty()):
+        print(_help(prog))
+        return 0
+    if words and words[0] in COMMANDS:
+        return _run(words[0], words[1:], f"{prog} {words[0]}")
+    if words and (mistake := _mistaken_prompt(words, prog)):
+        print(f"error: {mistake}", file=sys.stderr)
+        return RequestError.exit_code
+    return generate.main(words, f"{prog} generate")
+
+
+def _run(command: str, argv: list[str], prog: str) -> int:
+    match command:
+        case "chat":
+            return _run_mode("--interactive", options.chat_parser(prog), argv)
+        case "info":
+            return _run_mode("--info", options.info_parser(prog), argv)
+        case "convert":
+            return convert(argv, prog)
+        case "generate" | "score":
+            return import_module(f"llama_mini.{command}").main(argv, prog)
+        case "lab":
+            return import_module("llama_mini.lab.__main__").main(argv, prog)
+    sys.argv = [prog, *argv]  # where lm-eval and the bench look
+    if command == "eval":
+        return import_module("llama_mini.eval.__main__").main()
+    scripts = Path(__file__).resolve().parents[1] / "scripts"
+    if not (scripts / "bench.py").is_file():
+        print(f"error: {NO_CHECKOUT}", file=sys.stderr)
+        return LlamaMiniError.exit_code
+    sys.path.insert(0, str(scripts))
+    return import_module("bench").main()
+
+
+def _run_mode(mode: str, parser: ArgumentParser, argv: list[str]) -> int:
+    """A mode of `generate` as a command of its own, which has some of its options."""
+    args = parser.parse_args(argv, options.parser().parse_args([mode]))
+    return exit_code_of(lambda: generate.run(args))
+
+
+def convert(argv: Sequence[str], prog: str) -> int:
+    """The command `convert`, also of scripts/convert.py."""
+    args = options.convert_parser(prog).parse_args(argv)
+
+    def run() -> None:
+        from llama_mini.checkpoint.io.lock import one_writer
+        from llama_mini.checkpoint.open import resolve
+        from llama_mini.cli.convert import convert
+
+        with one_writer(args.target):  # which also removes what killed runs left
+            convert(resolve(args.source), args.target, args.dtype)
+        print(args.target)
+
+    return exit_code_of(run)
+
+
+def _help(prog: str) -> str:
+    commands = "\n".join(f"  {name:10}{meaning}" for name, meaning in COMMANDS.items())
+    return (
+        f"usage: {prog} COMMAND ...\n       {prog} [options] [PROMPT]\n\n"
+        f"Runs LLaMA-family models. Without a COMMAND, `generate` answers PROMPT.\n\ncommands:\n{commands}\n\n"
+        f"`{prog} COMMAND --help` lists the options of a command."
+    )
+
+
+def _mistaken_prompt(words: list[str], prog: str) -> str:
+    """What is wrong if several words follow no command. A single one that resembles a command gets a note."""
+    first = words[0]
+    if first.startswith("-") or len(first.split()) != 1:
+        return ""
+    close = "".join(difflib.get_close_matches(first, COMMANDS, n=1, cutoff=0.75))
+    if len(words) > 1 and not words[1].startswith("-"):
+        hint = f" (did you mean {close}?);" if close else ";"
+        return f"{first!r} is not a command{hint} put quotes around a prompt; {prog} --help lists the commands"
+    if close:
+        print(f"note: {first!r} is read as a prompt; the command is {close}", file=sys.stderr)
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

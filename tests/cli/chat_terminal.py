@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.processes import take_interrupts
+
 pty = pytest.importorskip("pty", reason="needs a Unix terminal")
 fcntl = pytest.importorskip("fcntl")
 termios = pytest.importorskip("termios")
@@ -76,6 +78,12 @@ SECONDS = 60
 ENTER, CTRL_C, CTRL_D, CTRL_J, ALT_ENTER, UP, TAB = "\r", "\x03", "\x04", "\n", "\x1b\r", "\x1b[A", "\t"
 
 
+def own_terminal() -> None:
+    """Ctrl-C in it is a signal to the process, which takes it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    take_interrupts()
+
+
 class Terminal:
     """A process at a terminal of its own: types, and waits for what it shows."""
 
@@ -89,7 +97,7 @@ class Terminal:
             stderr=slave,
             env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | env,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+            preexec_fn=own_terminal,
         )
         os.close(slave)
         self.screen = ""

@@ -1,16 +1,16 @@
 """Prompts from a file: every line gets its result, once, whatever is killed or wrong."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from llama_mini import LLM, SamplingParams
 from llama_mini.generate import main
+from tests.processes import child
 
 LINES = [
     {"prompt": f"number {i} {'and more ' * (i % 5)}", "id": f"row-{i}", "max_tokens": 4 + i % 3} for i in range(40)
@@ -67,48 +67,57 @@ def test_half_a_line_is_dropped_and_the_rest_answered(tiny_dir, prompts: Path, t
 
 def test_a_killed_run_goes_on(tiny_dir, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    words = [sys.executable, "-m", "llama_mini.generate", *command(tiny_dir, prompts, "--output", str(output))]
-    with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=os.environ) as child:
-        while child.poll() is None and not (output.exists() and output.stat().st_size):
-            pass
-        child.send_signal(signal.SIGKILL)
-    assert main(words[3:]) == 0
+    words = [
+        sys.executable,
+        "-m",
+        "llama_mini.generate",
+        *command(tiny_dir, prompts, "--output", str(output), "--threads", "1"),
+    ]
+    with child(*words, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (output.exists() and output.stat().st_size):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.01)
+        process.kill()
+    assert main(words) == 0
     assert [result["index"] for result in results(output)] == list(range(len(LINES)))
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{", "is not JSON"),
-        ("[1]", "must be an object"),
-        ("{}", "must be an object"),
-        ('{"prompt": "a", "messages": []}', "must be an object"),
-        ('{"prompt": "a", "temprature": 1}', "temprature is not known"),
-        ('{"prompt": "a", "n": 2}', "n is not known"),
-        ('{"prompt": "a", "temperature": -1}', "temperature must be"),
-        ('{"prompt": [99999999]}', "outside the vocabulary"),
-        ('{"prompt": []}', "empty"),
-        ('{"prompt": 5}', "expected a string"),
-        ('{"messages": [{"role": "user"}]}', "content"),
-        ('{"messages": []}', ""),
-        ('{"messages": null}', ""),
-        ('{"prompt": null}', ""),
-        ('{"prompt": "a", "logit_bias": {"' + "9" * 5000 + '": 1}}', "logit_bias"),
-        ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
-        ('{"prompt": "a", "max_tokens": ' + "9" * 5000 + "}", "is not JSON"),
-        ('{"prompt": "a", "max_tokens": 100000000}', "exceed the context"),
-    ],
-)
-def test_a_wrong_line_fails_alone(tiny_dir, tmp_path: Path, line: str, said: str) -> None:
+WRONG = [
+    ("{", "is not JSON"),
+    ("[1]", "must be an object"),
+    ("{}", "must be an object"),
+    ('{"prompt": "a", "messages": []}', "must be an object"),
+    ('{"prompt": "a", "temprature": 1}', "temprature is not known"),
+    ('{"prompt": "a", "n": 2}', "n is not known"),
+    ('{"prompt": "a", "temperature": -1}', "temperature must be"),
+    ('{"prompt": [99999999]}', "outside the vocabulary"),
+    ('{"prompt": []}', "empty"),
+    ('{"prompt": 5}', "expected a string"),
+    ('{"messages": [{"role": "user"}]}', "content"),
+    ('{"messages": []}', ""),
+    ('{"messages": null}', ""),
+    ('{"prompt": null}', ""),
+    ('{"prompt": "a", "logit_bias": {"' + "9" * 5000 + '": 1}}', "logit_bias"),
+    ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
+    ('{"prompt": "a", "max_tokens": ' + "9" * 5000 + "}", "is not JSON"),
+    ('{"prompt": "a", "max_tokens": 100000000}', "exceed the context"),
+]
+
+
+def test_a_wrong_line_fails_alone(tiny_dir, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text(f'{{"prompt": "before", "max_tokens": 3}}\n\n{line}\n{{"prompt": "after", "max_tokens": 3}}\n')
+    right = '{"prompt": "right", "max_tokens": 3}\n'
+    path.write_text(right + "\n" + "".join(f"{line}\n{right}" for line, _ in WRONG))
     assert main(command(tiny_dir, path)) == 0
-    before, wrong, after = results(Path(f"{path}.results.jsonl"))
-    assert wrong["finish_reason"] == "error"
-    assert said in wrong["error"]
-    assert wrong["index"] == 2
-    assert before["error"] is after["error"] is None
-    assert len(before["token_ids"]) == len(after["token_ids"]) == 3
+    first, *others = results(Path(f"{path}.results.jsonl"))
+    assert first["index"] == 0
+    assert [result["index"] for result in others] == list(range(2, 2 * len(WRONG) + 2))
+    for (line, said), wrong, after in zip(WRONG, others[::2], others[1::2], strict=True):
+        assert wrong["finish_reason"] == "error", line
+        assert said in wrong["error"], line
+        assert after["error"] is None
+        assert after["token_ids"] == first["token_ids"]
+        assert len(after["token_ids"]) == 3
 
 
 def test_results_of_other_prompts_are_left_alone(tiny_dir, prompts: Path, tmp_path: Path, capsys) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from llama_mini.cli.chat import COMMANDS, ESCAPED
 from tests.cli.chat_terminal import CODE, CTRL_C, CTRL_D, ENTER, SECONDS, Terminal, piped, terminals
+from tests.processes import child
 
 
 @pytest.fixture
@@ -177,12 +178,10 @@ def test_the_first_error_ends_what_is_piped(text: str | bytes, message: str) -> 
 
 
 def test_ctrl_c_ends_what_is_piped() -> None:
-    child = subprocess.Popen([sys.executable, "-c", CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    child.stdin.write(b"endless\n")
-    child.stdin.flush()
-    assert child.stdout.read(10) == b"word word "
-    child.send_signal(signal.SIGINT)
-    child.communicate(timeout=SECONDS)
-    assert child.returncode == 130
+    with child(sys.executable, "-c", CODE, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdin.write(b"endless\n")
+        process.stdin.flush()
+        assert process.stdout.read(10) == b"word word "
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=SECONDS)
+        assert process.returncode == 130

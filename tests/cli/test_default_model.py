@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 from unicodedata import category
 
 import pytest
@@ -17,6 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from llama_mini.cli import default_model as default
 from llama_mini.cli.default_model import FILES, default_checkpoint_dir, ensure_default_checkpoint
 from llama_mini.errors import CheckpointIncompleteError, CheckpointPathError
+from tests.processes import child
 
 CHECKOUT = Path(default.__file__).parents[2]
 GGUF = Path(default.MEMBER).name
@@ -40,7 +43,7 @@ def test_it_lies_in_the_checkout() -> None:
 
 
 def test_outside_a_checkout_it_lies_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = tmp_path / "site-packages" / "llama_mini" / "checkpoint" / "default.py"
+    installed = tmp_path / "site-packages" / "llama_mini" / "cli" / "default_model.py"
     monkeypatch.setattr(default, "__file__", str(installed))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     inside = Path("llama_mini", "weights", "smollm2-135m-instruct")
@@ -71,8 +74,8 @@ def tiny_gguf(tmp_path: Path, write_gguf: Callable[..., Path]) -> Path:
     return write_gguf(tmp_path / "tiny.gguf")
 
 
-def child(target: Path, gguf: Path, then: str = "") -> subprocess.Popen[str]:
-    """Another process that ensures a checkpoint at `target` made from `gguf`; `then` is Python run before."""
+def fetching(target: Path, gguf: Path, first: str = "") -> AbstractContextManager[Any]:
+    """Another process that ensures a checkpoint at `target`, made from `gguf`; it runs the Python code `first`."""
     program = f"""
 import os, pathlib, signal
 from llama_mini.cli import convert
@@ -81,26 +84,26 @@ default.default_checkpoint_dir = lambda: pathlib.Path({str(target)!r})
 default.fetch_from_package = lambda *_: print("fetched") or pathlib.Path({str(gguf)!r})
 def kill_at(module, name):
     setattr(module, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-{then}
+{first}
 print(default.ensure_default_checkpoint())
 """
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=CHECKOUT, text=True)
+    return child(sys.executable, "-c", program, stdout=subprocess.PIPE, cwd=CHECKOUT, text=True)
 
 
 @pytest.mark.parametrize(
     "moment",
     [
-        "kill_at(convert, 'read_all')",
+        pytest.param("kill_at(convert, 'read_all')", marks=pytest.mark.slow),
         "kill_at(convert, 'write_file')",  # after the small files are written
-        "kill_at(pathlib.Path, 'rename')",
+        pytest.param("kill_at(pathlib.Path, 'rename')", marks=pytest.mark.slow),
         "rename = pathlib.Path.rename; pathlib.Path.rename = lambda *a: rename(*a) and os.kill(os.getpid(), 9)",
     ],
 )
 def test_a_killed_run_leaves_it_whole_or_absent(
     target: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    process = child(target, tiny_gguf, moment)
-    process.communicate()
+    with fetching(target, tiny_gguf, moment) as process:
+        process.communicate()
     assert process.returncode == -signal.SIGKILL
     renamed = moment.startswith("rename")
     assert target.exists() is renamed
@@ -115,9 +118,9 @@ def test_a_killed_run_leaves_it_whole_or_absent(
 
 
 def test_two_runs_at_once_make_it_once(target: Path, tiny_gguf: Path) -> None:
-    processes = [child(target, tiny_gguf) for _ in range(2)]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    with fetching(target, tiny_gguf) as one, fetching(target, tiny_gguf) as other:
+        outputs = [process.communicate()[0] for process in (one, other)]
+    assert (one.returncode, other.returncode) == (0, 0)
     assert sorted(outputs) == sorted([f"{target}\n", f"fetched\n{target}\n"])
     assert set(os.listdir(target)) == set(FILES)
 
@@ -206,6 +209,7 @@ def test_config_is_the_published_one(smollm2_dir: Path) -> None:
     assert {key: config[key] for key in published} == published
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_transformers_own_reading(smollm2_dir: Path) -> None:
     model, report = AutoModelForCausalLM.from_pretrained(smollm2_dir, output_loading_info=True)
     assert not any(report.values())
@@ -234,6 +238,7 @@ def test_digits_are_split_one_by_one(tokenizer: PreTrainedTokenizerBase, text: s
     assert tokenizer.tokenize(text) == tokens
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_the_file(tokenizer: PreTrainedTokenizerBase, smollm2_dir: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(smollm2_dir.parent, gguf_file=GGUF)
     digitless = [text for text in TEXTS if not any(category(c)[0] == "N" for c in text)]

@@ -1,7 +1,4 @@
-"""A chat at the terminal: python -m llama_mini.generate --interactive
-
-The model's text goes to standard output, all else to standard error.
-"""
+"""The command `chat`: a chat at the terminal. The answers go to standard output, everything else to standard error."""
 
 import os
 import signal
@@ -11,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
+from llama_mini.cli.common import summary, table
 from llama_mini.cli.conversation import Conversation, Show, Stopped, Turn, scalar_settings
 from llama_mini.cli.line_editor import Reader, open_reader
 from llama_mini.engine.sampling import SamplingParams
@@ -19,84 +17,83 @@ from llama_mini.validate import short_repr
 
 if TYPE_CHECKING:
     from llama_mini.engine.llm import LLM
-    from llama_mini.engine.request import Stats
 
 COMMANDS = {
-    "/help": "this list",
-    "/system [TEXT]": 'shows or changes the system message; "" removes it',
-    "/clear": "forgets the chat; system message and settings stay",
-    "/undo": "takes back the last question, to be edited, and its answer",
-    "/retry": "another draw of the last answer, if temperature is above 0",
-    "/set [NAME VALUE]": "shows the settings or changes one, to none for no value",
-    "/stats": "times of the last answer, and how full the context is",
-    "/exit": "leaves, as /quit and Ctrl-D do",
+    "/help": "list the commands",
+    "/system [TEXT]": 'show or change the system message; "" removes it',
+    "/clear": "start a new chat with the same system message and settings",
+    "/undo": "remove the last question, to edit it, and its answer",
+    "/retry": "answer the last question again, with another seed",
+    "/set [NAME VALUE]": "show the settings or change one; none is no value",
+    "/stats": "show times of the last answer, and how full the context is",
+    "/exit": "leave, as /quit and Ctrl-D do",
 }
-KEYS = "Ctrl-C stops an answer, and what came of it stays.\nA space in front sends a text that begins with a slash."
-LEAVING = ("/exit", "/quit")
-# What a terminal would obey, as text that shows it; 0x80 to 0x9f are escape codes of one character.
+KEYS = "Ctrl-C stops an answer and keeps the text so far.\nPut a space in front of a text that begins with a slash."
+EXITS = ("/exit", "/quit")
+# Control characters, which a terminal would obey, in a visible form; 0x80 to 0x9f are escape codes of one character.
 ESCAPED = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 def run(llm: "LLM", params: SamplingParams, system: str | None = None) -> None:
-    """Chats until the end of standard input, or until its user leaves.
+    """Chats until standard input ends or the user leaves.
 
-    Raises TokenizerError if the checkpoint cannot chat. With nobody at a terminal the first error is raised, and
-    Ctrl-C is a KeyboardInterrupt; else both are answered, and the chat goes on.
+    At a terminal an error is a message and Ctrl-C stops an answer, after which the chat continues. Elsewhere the first
+    error is raised, and Ctrl-C is a KeyboardInterrupt. Raises TokenizerError if the checkpoint cannot chat.
     """
     names = [usage.split()[0] for usage in COMMANDS]
-    completions = [*names, *LEAVING, *(f"/set {name}" for name in scalar_settings())]
+    completions = [*names, *EXITS, *(f"/set {name}" for name in scalar_settings())]
     conversation = Conversation(llm, params, system)
     Chat(conversation, open_reader(dict.fromkeys(completions))).run()
 
 
 class Chat:
-    """The loop: reads a text, obeys it if it is a command, else shows the answer to it."""
+    """The loop: reads a text, and runs it if it is a command or answers it."""
 
     def __init__(self, conversation: Conversation, reader: Reader) -> None:
         self._conversation = conversation
         self._reader = reader
-        self._attended = sys.stdin.isatty()
+        self._interactive = sys.stdin.isatty()
         self._escapes = sys.stdout.isatty()
-        self._draft = ""  # what stands in the editor next
-        self._line_open = False
+        self._draft = ""  # what the editor shows next, to be edited
+        self._in_line = False  # the answer so far does not end with a newline
 
     def run(self) -> None:
-        if self._attended:
+        if self._interactive:
             note("/help lists the commands, Ctrl-D leaves.")
-        asked_to_leave = False
+        interrupted = False
         while True:
             try:
                 text = self._reader.read(self._draft)
-                self._draft, asked_to_leave = "", False
-                if text.startswith(LEAVING) and text.split()[0] in LEAVING:
+                self._draft, interrupted = "", False
+                if text.startswith(EXITS) and text.split()[0] in EXITS:
                     return
-                self._take(text)
+                self._handle(text)
             except EOFError:
                 return
             except KeyboardInterrupt:
-                if not self._attended:
+                if not self._interactive:
                     raise
-                if asked_to_leave:
+                if interrupted:
                     return
-                self._draft, asked_to_leave = "", True
-                note("Ctrl-C once more leaves, and so does Ctrl-D.")
+                self._draft, interrupted = "", True
+                note("Press Ctrl-C again or Ctrl-D to leave.")
             except LlamaMiniError as error:
-                if not self._attended:
+                if not self._interactive:
                     raise
                 print(f"error: {error}", file=sys.stderr)
 
-    def _take(self, text: str) -> None:
+    def _handle(self, text: str) -> None:
         if text.startswith("/"):
-            self._obey(text)
+            self._run_command(text)
         elif text.strip():
             question = text[1:] if text.startswith(" /") else text
             self._answer(lambda show, stopped: self._conversation.ask(question, show, stopped), text)
 
-    def _obey(self, text: str) -> None:
+    def _run_command(self, text: str) -> None:
         name, value = (*text.split(maxsplit=1), "")[:2]
         match name:
             case "/help":
-                self._help()
+                note("\n".join([table(COMMANDS), KEYS, self._reader.help]))
             case "/system":
                 self._system(value)
             case "/clear":
@@ -104,7 +101,7 @@ class Chat:
                 note("The chat is empty.")
             case "/undo":
                 self._draft = self._conversation.undo()
-                note(f"Taken back: {self._draft}")
+                note(f"Removed: {self._draft}")
             case "/retry":
                 self._answer(self._conversation.retry, "")
             case "/set":
@@ -113,61 +110,55 @@ class Chat:
                 self._stats()
             case _:
                 raise RequestError(
-                    f"{short_repr(name)} is no command; /help lists them, and a space in front sends the text as it is"
+                    f"{short_repr(name)} is not a command; /help lists them; with a space in front it is sent as text"
                 )
 
     def _answer(self, answer: Callable[[Show, Stopped], Turn | None], question: str) -> None:
         try:
-            with stop_by_ctrl_c(self._attended) as stopped:
+            with stop_by_ctrl_c(self._interactive) as stopped:
                 turn = answer(self._show, stopped)
         except LlamaMiniError as error:
             self._draft = question
             self._end_line()
             if not isinstance(error, RequestError | CapacityError) or not self._conversation.turns:
                 raise
-            raise type(error)(f"{error}; the chat is as it was, and /undo or /clear makes room") from None
+            raise type(error)(f"{error}; the chat is as before, and /undo or /clear makes it shorter") from None
         self._end_line()
         if turn is None:
             self._draft = question
-            note("Stopped before anything came: nothing was kept of this turn.")
+            note("Stopped before there was any text: the chat is as before.")
         elif turn.finish_reason == "abort":
-            note("Stopped. What came of the answer stays in the chat.")
+            note("Stopped. The text so far stays in the chat.")
         elif turn.finish_reason == "length":
-            note(f"Stopped at its longest, {turn.n_tokens} tokens: by max_tokens or by the context's end.")
+            note(f"Stopped after {turn.n_tokens} tokens, by max_tokens, max_time or the end of the context.")
         elif not turn.answer:
             note("The answer is empty.")
-        if self._attended:
+        if self._interactive:
             print(file=sys.stderr, flush=True)
 
     def _show(self, text: str) -> None:
         sys.stdout.write(text.translate(ESCAPED) if self._escapes else text)
         sys.stdout.flush()
-        self._line_open = not text.endswith("\n")
+        self._in_line = not text.endswith("\n")
 
     def _end_line(self) -> None:
-        if self._line_open:
+        if self._in_line:
             self._show("\n")
-
-    def _help(self) -> None:
-        lines = [f"{usage:{max(map(len, COMMANDS))}}  {meaning}" for usage, meaning in COMMANDS.items()]
-        note("\n".join([*lines, KEYS, self._reader.help]))
 
     def _system(self, text: str) -> None:
         if text:
             self._conversation.system = None if text == '""' else text
         system = self._conversation.system
-        note("No system message; the chat template may have its own." if system is None else f"System: {system}")
+        note("No system message, but the chat template may have one." if system is None else f"System: {system}")
 
     def _set(self, text: str) -> None:
         if text:
             name, value = (*text.split(maxsplit=1), "")[:2]
             if not value:
-                raise RequestError(f"/set {name} lacks a value: give a name and a value, or neither to see all")
+                raise RequestError(f"/set {name} needs a value; /set alone shows all settings")
             self._conversation.set(name, value.strip())
-            note(f"{name}  {self._conversation.settings()[name]}")
-            return
         settings = self._conversation.settings()
-        note("\n".join(f"{name:{max(map(len, settings))}}  {value}" for name, value in settings.items()))
+        note(table({name: settings[name]} if text else settings))
 
     def _stats(self) -> None:
         if self._conversation.turns:
@@ -176,21 +167,11 @@ class Chat:
         note(f"context {self._conversation.context_tokens} of {self._conversation.max_context} tokens")
 
 
-def summary(stats: "Stats") -> str:
-    first = "–" if stats.ttft_seconds is None else f"{stats.ttft_seconds:.2f} s"
-    rate = "–" if stats.decode_tok_s is None else f"{stats.decode_tok_s:.1f} tok/s"
-    reused = stats.cached_tokens
-    return (
-        f"first token {first} · prompt {stats.prompt_tokens} tokens, {reused} reused · "
-        f"decode {stats.new_tokens} tokens, {rate}"
-    )
-
-
 @contextmanager
-def stop_by_ctrl_c(attended: bool) -> Iterator[Stopped]:
-    """Whether Ctrl-C was pressed; a second time it is a KeyboardInterrupt, for a step that takes too long.
+def stop_by_ctrl_c(interactive: bool) -> Iterator[Stopped]:
+    """Makes the first Ctrl-C a flag, since an exception at any point could leave the model's cache half written.
 
-    An exception at any point could leave the model's cache half written, so the first time is only a flag.
+    The second one is a KeyboardInterrupt, for a step that takes too long.
     """
     pressed = False
 
@@ -200,7 +181,7 @@ def stop_by_ctrl_c(attended: bool) -> Iterator[Stopped]:
             raise KeyboardInterrupt
         pressed = True
 
-    if not attended:
+    if not interactive:
         yield lambda: False
         return
     before = signal.signal(signal.SIGINT, press)
@@ -211,7 +192,7 @@ def stop_by_ctrl_c(attended: bool) -> Iterator[Stopped]:
 
 
 def note(text: str) -> None:
-    """A line to the user, dim where that can be seen; nothing in it reaches the terminal raw."""
+    """A message to the user, dim where the terminal has colours, with its control characters escaped."""
     text = text.translate(ESCAPED)
     print(f"\x1b[2m{text}\x1b[0m" if in_colour(sys.stderr) else text, file=sys.stderr, flush=True)
 

@@ -1,12 +1,16 @@
-"""What the command lines share: errors as one sentence and an exit code, and text from standard input."""
+"""What the commands share: exit codes, standard input, the default checkpoint, tables and statistics."""
 
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama_mini.errors import LlamaMiniError, RequestError
+
+if TYPE_CHECKING:
+    from llama_mini.engine.request import Stats
 
 INTERRUPTED = 130
 
@@ -22,13 +26,13 @@ def exit_code_of(run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader left early: nothing more to say, to it or about it
+    except BrokenPipeError:  # as in `... | head`: what Python flushes at exit goes nowhere, without a message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def read_standard_input(what: str) -> str:
-    """All of standard input, which a person at a terminal is asked for. Raises RequestError if it is not UTF-8."""
+    """All of standard input; at a terminal the user is asked for `what`. Raises RequestError if it is not UTF-8."""
     if sys.stdin.isatty():
         print(f"Type {what}; Ctrl-D on a line of its own ends it.", file=sys.stderr)
     return as_text(sys.stdin.buffer.read(), "standard input")
@@ -42,9 +46,36 @@ def as_text(data: bytes, name: str) -> str:
 
 
 def checkpoint_of(model: str | None) -> str | Path:
-    """What --model names, or the default checkpoint, fetched the first time."""
+    """What --model names, or the default checkpoint, which is downloaded the first time."""
     if model is not None:
         return model
     from llama_mini.cli.default_model import ensure_default_checkpoint
 
     return ensure_default_checkpoint()
+
+
+def user_folder(variable: str, default: str) -> Path:
+    """A folder for the user's files. The XDG specification has relative paths in its variables ignored."""
+    folder = Path(os.environ.get(variable, ""))
+    return folder if folder.is_absolute() else Path.home() / default
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """A line for each row: its name, padded to the longest, and its value."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def summary(stats: "Stats") -> str:
+    """The times of one answer. `prefill 21 of 65 tokens`: the others were in the cache."""
+    prefilled = stats.prompt_tokens - stats.cached_tokens
+    prompt = f"{prefilled} of {stats.prompt_tokens}" if stats.cached_tokens else f"{prefilled}"
+    return (
+        f"first token {_known(stats.ttft_seconds, '.2f', 's')} · "
+        f"prefill {prompt} tokens, {_known(stats.prefill_tok_s, '.1f', 'tok/s')} · "
+        f"decode {stats.new_tokens} tokens, {_known(stats.decode_tok_s, '.1f', 'tok/s')}"
+    )
+
+
+def _known(value: float | None, digits: str, unit: str) -> str:
+    return "–" if value is None else f"{value:{digits}} {unit}"

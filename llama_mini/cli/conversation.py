@@ -1,6 +1,7 @@
-"""A chat as it goes on: its turns, its settings, one more answer. It knows no terminal."""
+"""The state of a chat: its turns and settings, and how the next answer is made. No input or output happens here."""
 
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -21,9 +22,10 @@ Stopped = Callable[[], bool]
 class Turn:
     """A question and its answer, which is exactly the text that was shown.
 
-    n_tokens: how many were sampled for it.
-    finish_reason: `stop`, `length`, or `abort` if it was stopped on the way; then there are no `stats`.
-    draw: how often the question was answered anew.
+    Attributes:
+        n_tokens: how many tokens were sampled.
+        finish_reason: `stop`, `length`, or `abort` if the user stopped the answer; `stats` is then None.
+        draw: 0 for the first answer to the question, one more for each retry.
     """
 
     question: str
@@ -38,12 +40,12 @@ class Conversation:
     """Questions and answers with one model. Every answer sees the whole history, through the chat template.
 
     Args:
-        llm: the model, which keeps what it has read, so that only what is new in the history costs time.
+        llm: the model. It keeps the history in its cache, so that a turn prefills only what is new.
         params: how the next answers are sampled.
         system: the system message, or None.
 
     Raises:
-        TokenizerError: the checkpoint has no chat template, or it fails.
+        TokenizerError: the checkpoint has no chat template, or the template fails.
     """
 
     def __init__(self, llm: "LLM", params: SamplingParams, system: str | None = None) -> None:
@@ -51,13 +53,13 @@ class Conversation:
         self.params = params
         self.system = system
         self.turns: list[Turn] = []
-        self._ids(self._messages([], "?"))  # a checkpoint that cannot chat says so before the first question
+        self._ids(self._messages([], "?"))  # refuses a checkpoint that cannot chat before the first question
 
     def ask(self, question: str, show: Show, stopped: Stopped) -> Turn | None:
-        """Answers a question; `show` gets the text as it comes, `stopped` is asked between two tokens.
+        """Answers a question: `show` gets the text as it is made, `stopped` is asked after each token.
 
-        What came until a stop is kept as the answer. None if nothing had come: then nothing is kept, as after an error.
-        A KeyboardInterrupt counts as a stop once `stopped` says so.
+        The answer to a question that was stopped is the text so far. Where there was none, nothing is kept and the
+        result is None; nothing is kept after an error either. A KeyboardInterrupt is a stop if `stopped` says so.
         """
         turn = self._answer(self.turns, question, 0, show, stopped)
         if turn is not None:
@@ -65,9 +67,9 @@ class Conversation:
         return turn
 
     def retry(self, show: Show, stopped: Stopped) -> Turn | None:
-        """Answers the last question anew, with another draw; the answer there was stays until the new one is there."""
+        """Answers the last question again, with another seed; the new answer replaces the old one once it is there."""
         if not self.turns:
-            raise RequestError("there is no answer to draw anew: ask something first")
+            raise RequestError("there is no answer to replace: ask something first")
         last = self.turns[-1]
         turn = self._answer(self.turns[:-1], last.question, last.draw + 1, show, stopped)
         if turn is not None:
@@ -75,24 +77,24 @@ class Conversation:
         return turn
 
     def undo(self) -> str:
-        """Drops the last question and its answer; returns the question."""
+        """Removes the last question and its answer, and returns the question."""
         if not self.turns:
             raise RequestError("there is no question to take back: ask something first")
         return self.turns.pop().question
 
     def clear(self) -> None:
-        """Drops all questions and answers; the system message and the settings stay."""
+        """Removes all questions and answers; the system message and the settings stay."""
         self.turns.clear()
 
     def set(self, name: str, text: str) -> None:
-        """Changes a setting of the next answers to what was typed: a number, `true`, `false`, or `none` for None."""
-        kinds = scalar_settings()
-        if name not in kinds:
-            raise RequestError(f"there is no setting {short_repr(name)} here; known are {join_names(kinds)}")
-        self.params = replace(self.params, **{name: _typed(text, kinds[name])})
+        """Sets a sampling parameter of the next answers from text: a number, `true`, `false`, or `none` for None."""
+        types = scalar_settings()
+        if name not in types:
+            raise RequestError(f"there is no setting {short_repr(name)} here; known: {join_names(types)}")
+        self.params = replace(self.params, **{name: _parsed(text, types[name])})
 
     def settings(self) -> dict[str, str]:
-        """Every setting as one would type it."""
+        """Every setting, as `set` takes it."""
         return {name: str(getattr(self.params, name)).lower() for name in scalar_settings()}
 
     @property
@@ -101,7 +103,7 @@ class Conversation:
 
     @property
     def context_tokens(self) -> int:
-        """Positions that the history takes, before the next question."""
+        """Positions of the context that the history takes."""
         messages = self._messages(self.turns)
         return len(self._ids(messages, False)) if messages else 0
 
@@ -112,7 +114,7 @@ class Conversation:
         texts: list[str] = []
         n_tokens = 0
         chunks = self._llm.stream(self._ids(self._messages(turns, question)), params)
-        assert isinstance(chunks, Generator)  # one left half-way has to be closed: it holds the model's lock
+        assert isinstance(chunks, Generator)  # unfinished, it holds the model's lock until it is closed
         try:
             for chunk in chunks:
                 n_tokens += chunk.token_id is not None
@@ -142,23 +144,21 @@ class Conversation:
 
 
 def scalar_settings() -> dict[str, tuple[Any, ...]]:
-    """The fields of SamplingParams that one typed word can hold, each with the types it may have."""
+    """The fields of SamplingParams that are numbers, flags or None, with the types that each may have."""
     hints = get_type_hints(SamplingParams)
-    kinds = {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
-    return {name: types for name, types in kinds.items() if set(types) <= _READERS.keys()}
+    types = {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
+    return {name: own for name, own in types.items() if set(own) <= _PARSERS.keys()}
 
 
-def _typed(text: str, kinds: tuple[Any, ...]) -> Any:
-    """The value that a text stands for, or the text itself: the field's own check then says what is wrong with it."""
-    for kind in kinds:
-        try:
-            return _READERS[kind](text)
-        except (KeyError, ValueError):
-            continue
+def _parsed(text: str, types: tuple[Any, ...]) -> Any:
+    """The text as the first of the types that takes it; as itself if none does, for SamplingParams to refuse."""
+    for type_ in types:
+        with suppress(KeyError, ValueError):
+            return _PARSERS[type_](text)
     return text
 
 
-_READERS: dict[Any, Callable[[str], Any]] = {
+_PARSERS: dict[Any, Callable[[str], Any]] = {
     bool: lambda text: {"true": True, "false": False}[text.lower()],
     NoneType: lambda text: {"none": None}[text.lower()],
     int: int,

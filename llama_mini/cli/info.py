@@ -1,4 +1,4 @@
-"""What a checkpoint is, without loading it: python -m llama_mini.generate --model X --info."""
+"""The command `info`: what a checkpoint is, without loading its weights."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import torch
 
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source, empty_model, match
-from llama_mini.machine import as_device, as_dtype, available_memory, format_bytes
+from llama_mini.cli.common import table
+from llama_mini.machine import as_device, as_dtype, available_memory, dtype_name, format_bytes
 from llama_mini.memory import cache_bytes, weight_bytes, work_bytes
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
@@ -15,14 +16,15 @@ from llama_mini.tokenizer.tokenizer import open_tokenizer
 
 
 def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> str:
-    """A table of facts, a line each. Headers are read and checked, data is not; raises as loading would."""
-    there = as_device(device)
+    """A table of facts, one per line. Reads and checks headers but no weights; raises the errors of loading."""
+    where = as_device(device)
     source = open_checkpoint(resolve(name))
     model = empty_model(Llama, source)
     names = match(model, source)
     tokenizer = open_tokenizer(source)
-    config, wanted = source.config, as_dtype(dtype, there)
+    config, wanted = source.config, as_dtype(dtype, where)
     n_parameters = sum(p.numel() for p in model.parameters())
+    bos, eos = tokenizer.bos_id, ", ".join(map(str, sorted(tokenizer.eos_ids)))
     rows = {
         "path": str(source.path),
         "format": source.format,
@@ -32,13 +34,12 @@ def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = 
         f"{config.head_dim}, {config.n_kv_heads} KV heads, {'tied' if config.tie_word_embeddings else 'untied'} head",
         "norms": _norms(config, model),
         "context": f"{config.max_seq_len:,} tokens, {_rope(config)}{_window(config)}",
-        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {_id(tokenizer.bos_id)}, "
-        f"EOS {', '.join(map(str, sorted(tokenizer.eos_ids))) or 'none'}",
+        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {'none' if bos is None else bos}, "
+        f"EOS {eos or 'none'}",
         "chat template": "yes" if tokenizer.has_chat_template else "no",
-        "memory": _memory(config, n_parameters, wanted, there),
+        "memory": _memory(config, n_parameters, wanted, where),
     }
-    width = max(map(len, rows))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+    return table(rows)
 
 
 def _norms(config: LlamaConfig, model: Llama) -> str:
@@ -70,15 +71,11 @@ def _stored_as(source: Source, names: dict[str, str]) -> str:
 
 
 def _memory(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, device: torch.device) -> str:
-    there = available_memory(device)
+    free = available_memory(device)
     return (
-        f"weights {format_bytes(weight_bytes(n_parameters, dtype))} in {str(dtype).removeprefix('torch.')}, "
+        f"weights {format_bytes(weight_bytes(n_parameters, dtype))} in {dtype_name(dtype)}, "
         f"cache {format_bytes(cache_bytes(config, 1024, dtype))} for 1,024 tokens and "
         f"{format_bytes(cache_bytes(config, config.max_seq_len, dtype))} for all, "
         f"work {format_bytes(work_bytes(config, config.max_seq_len, dtype))}"
-        + (f"; {format_bytes(there)} are free" if there is not None else "")
+        + (f"; {format_bytes(free)} are free" if free is not None else "")
     )
-
-
-def _id(value: int | None) -> str:
-    return "none" if value is None else str(value)

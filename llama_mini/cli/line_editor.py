@@ -1,12 +1,12 @@
-"""What is typed: one text at a time, of one or more lines, with an editor where there is one."""
+"""What the user types in a chat: one text at a time, of one or several lines."""
 
 import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from llama_mini.cli.common import as_text, user_folder
 from llama_mini.errors import RequestError
 
 if TYPE_CHECKING:
@@ -18,19 +18,19 @@ CONTINUED = "... "
 
 
 class Reader(Protocol):
-    """Where questions come from; `help` says how to type several lines."""
+    """Where texts come from; `help` says how to type several lines."""
 
     help: str
 
     def read(self, draft: str) -> str:
-        """The next text; `draft` stands there to be edited where that is possible.
+        """The next text. An editor begins with `draft`.
 
-        Raises EOFError at the end, KeyboardInterrupt for Ctrl-C where nothing is typed.
+        Raises EOFError at the end of input, KeyboardInterrupt for Ctrl-C on an empty line.
         """
 
 
 def open_reader(completions: Iterable[str]) -> Reader:
-    """prompt-toolkit's editor at a terminal where it is installed, else plain lines."""
+    """prompt-toolkit's editor if there is a terminal and it is installed, else plain lines."""
     if sys.stdin.isatty() and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         with suppress(ImportError):
             return Editor(completions)
@@ -38,7 +38,7 @@ def open_reader(completions: Iterable[str]) -> Reader:
 
 
 class Lines:
-    """Plain lines of standard input; readline edits them at a terminal."""
+    """Plain lines of standard input, edited with readline at a terminal."""
 
     help = 'Several lines: end each but the last with a backslash, or put them between """ and """.'
 
@@ -63,7 +63,7 @@ class Lines:
             raise
 
     def _all_lines(self, line: str) -> str:
-        """The text that a line begins, with the lines that belong to it."""
+        """The text that begins with this line."""
         try:
             if not line.lstrip().startswith('"""'):
                 while line.endswith("\\"):
@@ -75,7 +75,7 @@ class Lines:
             return text.rstrip().removesuffix('"""').strip("\n")
         except EOFError:
             raise RequestError(
-                'standard input ended inside a text of several lines, which a backslash or """ had begun; end it'
+                'standard input ended inside a text of several lines: after a backslash, or without the closing """'
             ) from None
 
     def _line(self, prompt: str) -> str:
@@ -83,19 +83,14 @@ class Lines:
             return input(prompt)
         if self._terminal:  # input() would write the prompt to standard output
             print(prompt, end="", file=sys.stderr, flush=True)
-        try:
-            line = sys.stdin.buffer.readline().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RequestError(
-                f"a line of standard input is not UTF-8 text: {error.reason} at byte {error.start}"
-            ) from None
+        line = as_text(sys.stdin.buffer.readline(), "a line of standard input")
         if not line:
             raise EOFError
         return line.removesuffix("\n").removesuffix("\r")
 
 
 class Editor:
-    """prompt-toolkit: editing, a history that lasts, completion with Tab. Raises ImportError without it."""
+    """prompt-toolkit: editing, a history that is kept, completion with Tab. Raises ImportError without it."""
 
     def __init__(self, completions: Iterable[str]) -> None:
         from prompt_toolkit import PromptSession
@@ -104,7 +99,7 @@ class Editor:
         from prompt_toolkit.shortcuts import CompleteStyle
 
         history, where = _history()
-        self.help = f"Several lines: Alt-Enter or Ctrl-J begins a new one, pasted ones stay.\n{where}"
+        self.help = f"Several lines: Alt-Enter or Ctrl-J begins a new line; pasted lines are kept.\n{where}"
         self._session: PromptSession[str] = PromptSession(
             [("bold", PROMPT)],
             multiline=True,
@@ -120,16 +115,8 @@ class Editor:
         return self._session.prompt(default=draft)
 
 
-def history_file() -> Path:
-    """Where questions are remembered, in the user's folder for state."""
-    state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if not state.is_absolute():  # as the XDG specification has it
-        state = Path.home() / ".local" / "state"
-    return state / "llama_mini" / "history"
-
-
 def _history() -> "tuple[History, str]":
-    """What was typed before, and a sentence about where it is kept."""
+    """The history, and a sentence about where it is kept."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class LenientHistory(FileHistory):
@@ -137,13 +124,13 @@ def _history() -> "tuple[History, str]":
             with suppress(OSError, UnicodeError):  # a full disk must not end the chat
                 super().store_string(string)
 
-    path = history_file()
+    path = user_folder("XDG_STATE_HOME", ".local/state") / "llama_mini" / "history"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         path.chmod(0o600)
     except OSError as error:
-        return InMemoryHistory(), f"The history is forgotten at the end: {path} cannot be written ({error.strerror})."
+        return InMemoryHistory(), f"The history is not kept: {path} cannot be written ({error.strerror})."
     return LenientHistory(path), f"The history is in {path}, which only you can read."
 
 
@@ -153,7 +140,7 @@ def _keys() -> "KeyBindings":
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
-    typing = has_focus(DEFAULT_BUFFER)  # and not in a search through the history
+    typing = has_focus(DEFAULT_BUFFER)  # not during a search in the history
 
     @Condition
     def something_typed() -> bool:
@@ -171,7 +158,7 @@ def _keys() -> "KeyBindings":
         event.current_buffer.newline(copy_margin=False)
 
     @keys.add("c-c", filter=typing & something_typed)
-    def _drop_what_is_typed(event: KeyPressEvent) -> None:
+    def _clear_line(event: KeyPressEvent) -> None:
         event.app.exit(result="", style="class:aborting")
 
     return keys

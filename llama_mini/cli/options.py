@@ -1,6 +1,7 @@
 """The options of the commands. Nothing here imports torch, so that --help does not wait for it."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,10 +94,9 @@ def model_options(p: argparse.ArgumentParser) -> None:
 
 
 def _dtype_and_device(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument(
-        "--dtype", default="auto", metavar="D", help="auto (default), float32, bfloat16, float16, float64"
-    )
-    group.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, ...")
+    add = group.add_argument
+    add("--dtype", default="auto", metavar="D", help="auto (default), float32, bfloat16, float16, float64")
+    add("--device", default="cpu", metavar="D", help="cpu (default), cuda, ...")
 
 
 def _text_options(group: "argparse._ArgumentGroup", max_tokens: str) -> None:
@@ -114,10 +114,8 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument_group("sampling", "applied in this order").add_argument
     add("--logit-bias", action="append", default=[], metavar="ID=F", help="add F to a token's logit; -inf bans it")
     add("--repetition-penalty", type=float, default=1.0, metavar="F", help="above 1: repeat prompt and answer less")
-    add(
-        "--presence-penalty", type=float, default=0.0, metavar="F", help="subtracted from logits of the answer's tokens"
-    )
-    add("--frequency-penalty", type=float, default=0.0, metavar="F", help="the same for each time that a token occurs")
+    add("--presence-penalty", type=float, default=0.0, metavar="F", help="off the logit of each token in the answer")
+    add("--frequency-penalty", type=float, default=0.0, metavar="F", help="the same, for each time it occurs there")
     add("--temperature", type=float, default=0.0, metavar="F", help="default 0: the likeliest token (greedy)")
     add("--top-k", type=int, default=0, metavar="N", help="keep the N likeliest tokens; default 0: all")
     add("--top-p", type=float, default=1.0, metavar="F", help="keep the likeliest tokens that reach F; default 1: all")
@@ -153,13 +151,9 @@ def sampling(args: argparse.Namespace) -> "SamplingParams":
     """The options as parameters. Raises RequestError."""
     from llama_mini.engine.sampling_params import SamplingParams
 
-    names = (
-        "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty seed min_tokens "
-        "max_tokens max_time stop ignore_eos top_logprobs prompt_logprobs"
-    )
-    settings = {name: getattr(args, name) for name in names.split()}
-    biases = dict(map(_bias, args.logit_bias)) or None
-    return SamplingParams(**settings, logit_bias=biases, stop_token_ids=args.stop_token)
+    settings = {field.name: getattr(args, field.name) for field in fields(SamplingParams) if field.name in args}
+    settings |= {"logit_bias": dict(map(_bias, args.logit_bias)) or None, "stop_token_ids": args.stop_token}
+    return SamplingParams(**settings)
 
 
 def _bias(text: str) -> tuple[int, float]:

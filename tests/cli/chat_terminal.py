@@ -35,7 +35,9 @@ from llama_mini.cli.chat import run
 from llama_mini.engine.sampling import SamplingParams
 
 ANSWERS = {"escape": "\x1b]0;owned\x07\x1b[31mred\x9b1m\rback 日本 👩\u200d👧\tx", "blank": "", "lines": "one\ntwo\n"}
-STATS = SimpleNamespace(ttft_seconds=0.25, prompt_tokens=5, new_tokens=7, decode_tok_s=30.0, cached_tokens=4)
+STATS = SimpleNamespace(
+    ttft_seconds=0.25, prompt_tokens=5, prefill_tok_s=8.0, new_tokens=7, decode_tok_s=30.0, cached_tokens=4
+)
 
 def chunk(text, completion=None):
     return SimpleNamespace(text=text, token_id=1, completion=completion)

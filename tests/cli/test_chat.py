@@ -44,7 +44,7 @@ def test_a_chat_with_every_command(either: Terminal) -> None:
     either.until(">>>")
     assert "[6 0.5 4 system 'again']" in either.say("/retry")
     either.type("/stats" + ENTER)
-    either.until("first token 0.25 s · prompt 5 tokens")
+    either.until("first token 0.25 s · prefill 1 of 5 tokens, 8.0 tok/s")
     either.until("context 7 of 100 tokens")
     either.until(">>>")
     either.type("/clear" + ENTER)
@@ -65,12 +65,12 @@ def test_help_names_every_command_and_fits_eighty_columns(either: Terminal) -> N
     either.until(">>>")
     for command in ("/set", "/system", "/undo", "/retry", "/clear", "/stats"):
         either.type(command + ENTER)
-        assert "no command" not in either.until("\r\n") + either.until(">>>")
+        assert "not a command" not in either.until("\r\n") + either.until(">>>")
 
 
 def test_a_slash_is_a_command_unless_a_space_stands_in_front(either: Terminal) -> None:
     either.type("/etc/passwd is what?" + ENTER)
-    either.until("error: '/etc/passwd' is no command; ")
+    either.until("error: '/etc/passwd' is not a command; ")
     either.until(">>>")
     assert "[1 0.0 None user '/exit is what?']" in either.say(" /exit is what?")
 
@@ -79,11 +79,11 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_came(either: Terminal) -> None:
     either.type("endless" + ENTER)
     either.until("word word ")
     either.type(CTRL_C)
-    either.until("Stopped. What came of the answer stays in the chat.")
+    either.until("Stopped. The text so far stays in the chat.")
     either.until(">>>")
     assert "[3 " in either.say("more")
     either.type("/undo" + ENTER)
-    either.until("Taken back: more")
+    either.until("Removed: more")
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_first_token(either: Terminal) -> None:
@@ -92,20 +92,20 @@ def test_a_second_ctrl_c_does_not_wait_for_the_first_token(either: Terminal) -> 
     either.type(CTRL_C)
     either.until("pressed")
     either.type(CTRL_C)
-    either.until("nothing was kept")
+    either.until("the chat is as before")
     either.until(">>>")
 
 
 def test_ctrl_c_twice_or_ctrl_d_leaves(either: Terminal) -> None:
     either.type(CTRL_C)
-    either.until("Ctrl-C once more leaves")
+    either.until("Press Ctrl-C again")
     either.until(">>>")
     either.type("typed")
     either.until("typed")
     either.type(CTRL_C)  # drops the line, and does not count
     either.until(">>>")
     either.type(CTRL_C)
-    either.until("Ctrl-C once more leaves")
+    either.until("Press Ctrl-C again")
     either.until(">>>")
     either.type(CTRL_C)
     assert either.ended() == 0
@@ -126,13 +126,13 @@ def test_no_control_character_of_the_model_reaches_the_terminal(either: Terminal
 
 def test_endings_are_told(either: Terminal) -> None:
     either.type("cut" + ENTER)
-    either.until("Stopped at its longest, ")
+    either.until("Stopped after ")
     either.until(">>>")
     either.type("blank" + ENTER)
     either.until("The answer is empty.")
     either.until(">>>")
     either.type("too long" + ENTER)
-    either.until("error: 90 prompt tokens and 20 new ones exceed the context of 100; the chat is as it was, and /undo")
+    either.until("error: 90 prompt tokens and 20 new ones exceed the context of 100; the chat is as before, and /undo")
     either.until(">>>")
     either.type(CTRL_C)  # the editor holds the question again
     either.until(">>>")
@@ -161,7 +161,7 @@ def test_answers_alone_on_standard_output(terminal: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hi\n/nonsense\nmore\n", "'/nonsense' is no command"),
+        ("hi\n/nonsense\nmore\n", "'/nonsense' is not a command"),
         ("hi\ntoo long\nmore\n", "exceed the context of 100"),
         ("hi\n/set top_p 2\nmore\n", "top_p must be a number from 0 to 1, not 2.0"),
         ('hi\n"""\nmore\n', "standard input ended inside a text of several lines"),

@@ -214,7 +214,7 @@ def test_settings_are_typed_as_their_fields_are(llm: LLM) -> None:
         ("top_k", "1.5", "top_k must be a whole number of at least 0, not '1.5'"),
         ("seed", "9" * 5000, "seed must be a whole number"),
         ("ignore_eos", "maybe", "ignore_eos must be True or False, not 'maybe'"),
-        ("colour", "red", "there is no setting 'colour' here; known are temperature, "),
+        ("colour", "red", "there is no setting 'colour' here; known: temperature, "),
         ("stop", "x", "there is no setting 'stop' here"),
     ],
 )

@@ -52,7 +52,7 @@ def test_the_history_lasts_and_is_private(terminal: Any, tmp_path: Path) -> None
     nowhere.touch()
     one = terminal(XDG_STATE_HOME=str(nowhere))
     one.type("/help" + ENTER)
-    one.until("The history is forgotten at the end: ")
+    one.until("The history is not kept: ")
 
 
 def test_plain_lines_that_belong_together(terminal: Any) -> None:
@@ -79,7 +79,7 @@ def test_piped_lines_are_turns() -> None:
     assert done.stdout.splitlines() == [*answers, "one", "two", "[10 0.0 None system 'last']"]
     assert done.stdout.endswith("]\n")
     assert done.stderr == (
-        "first token 0.25 s · prompt 5 tokens, 4 reused · decode 7 tokens, 30.0 tok/s\ncontext 5 of 100 tokens\n"
+        "first token 0.25 s · prefill 1 of 5 tokens, 8.0 tok/s · decode 7 tokens, 30.0 tok/s\ncontext 5 of 100 tokens\n"
     )
     assert done.returncode == 0
     assert piped("").stdout == piped("").stderr == ""

@@ -1,4 +1,4 @@
-"""Many prompts from a JSON-lines file, and their results in another as they come; a run that was killed goes on."""
+"""Answers to a file of prompts, a JSON object per line; a run that was killed continues where it was."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ SETTINGS = {field.name for field in fields(SamplingParams)} - {"n", "logits_proc
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the prompts: its place, what it must still be when a run goes on, and what it asks for."""
+    """A line of the prompts, counted from 0. The digest, kept with its result, tells a later run if it has changed."""
 
     index: int
     digest: str
@@ -35,51 +35,54 @@ def run_batch(
     tokens: Callable[[LLM, Any], list[int]],
     limit: Callable[[LLM, list[int], SamplingParams], SamplingParams],
 ) -> None:
-    """Answers each of some lines with one line of `results`, in the order in which they end.
+    """Appends one line to `results` for each of the lines, as each answer is complete.
 
-    A line is `{"prompt": text or token ids}` or `{"messages": [...]}`, with an `"id"` and any setting of SamplingParams
-    if wanted. Its result has the `index` of the line from 0, the `id`, and what a Completion has. What is wrong with a
-    line is the `error` of its result. Lines that `results` has already are left out; half a line at its end, of a run
-    that was killed, is dropped.
+    A line is `{"prompt": text or token ids}` or `{"messages": [...]}`, optionally with an `"id"` and the fields of
+    SamplingParams. Its result has the `index` of the line, its `id`, and the fields of a Completion; what is wrong with
+    a line is the `error` of its result. Lines that have a result already are skipped. An incomplete last line of
+    `results`, from a run that was killed, is removed first.
 
-    tokens: a text or messages as token ids. limit: the same parameters with a default for max_tokens.
+    tokens: turns a text or messages into token ids. limit: sets the default of max_tokens.
 
-    Raises RequestError where the file of results cannot be used, or belongs to other lines.
+    Raises RequestError if `results` cannot be used, or has results of other lines.
     """
     done = _done(results, lines)
-    left = [line for line in lines if line.index not in done]
-    with _appending(results) as file, _bar(len(lines), len(done)) as bar:
+    progress = {"total": len(lines), "initial": len(done), "desc": "answering", "unit": "prompt"}
+    with _open_to_append(results) as file, tqdm(**progress, disable=None) as bar:
 
-        def write(line: Line, ident: Any, completion: dict[str, Any]) -> None:
-            own = {"index": line.index} | ({} if ident is None else {"id": ident}) | {"line": line.digest}
-            # Half a surrogate pair, which an id may hold, becomes the escape that JSON has for it.
-            file.write((json.dumps(own | completion, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+        def write(line: Line, request_id: Any, completion: dict[str, Any]) -> None:
+            head = {"index": line.index} | ({} if request_id is None else {"id": request_id}) | {"line": line.digest}
+            # An id may hold half of a surrogate pair, which UTF-8 cannot encode: it becomes a JSON escape.
+            file.write((json.dumps(head | completion, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
             file.flush()
             bar.update()
 
-        asked, idents, ids, settings = [], [], [], []
-        for line in left:
-            ident = None
+        asked: list[tuple[Line, Any]] = []
+        prompts: list[list[int]] = []
+        settings: list[SamplingParams] = []
+        for line in lines:
+            if line.index in done:
+                continue
+            request_id = None
             try:
                 request = _request(line)
-                ident = request.pop("id", None)
+                request_id = request.pop("id", None)
                 chat = "messages" in request
                 prompt = request.pop("messages" if chat else "prompt")
                 own = replace(params, **request)
-                encoded = prompt if isinstance(prompt, list) and not chat else tokens(llm, prompt)
+                ids = prompt if isinstance(prompt, list) and not chat else tokens(llm, prompt)
             except LlamaMiniError as error:
-                write(line, ident, {"finish_reason": "error", "error": str(error)})
+                write(line, request_id, {"finish_reason": "error", "error": str(error)})
                 continue
-            asked.append(line)
-            idents.append(ident)
-            ids.append(encoded)
-            settings.append(limit(llm, encoded, own))
-        for place, completion in llm.completions(ids, settings):
-            write(asked[place], idents[place], as_json(completion))
+            asked.append((line, request_id))
+            prompts.append(ids)
+            settings.append(limit(llm, ids, own))
+        for i, completion in llm.completions(prompts, settings):
+            write(*asked[i], as_json(completion))
 
 
 def as_json(completion: Completion) -> dict[str, Any]:
-    """A completion for json.dumps, without the log-probabilities that nobody asked for."""
+    """A completion for json.dumps, without the log-probabilities that were not asked for."""
     return {key: value for key, value in asdict(completion).items() if value is not None or key == "error"}
 
 
@@ -88,7 +91,7 @@ def read_lines(prompts: Path) -> list[Line]:
     try:
         texts = prompts.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{prompts} cannot be read as UTF-8 lines ({error}): give --batch a file of them") from None
+        raise RequestError(f"{prompts} cannot be read as UTF-8 ({error}): give --batch a file of prompts") from None
     return [
         Line(index, hashlib.sha256(text.encode()).hexdigest()[:16], text)
         for index, text in enumerate(texts)
@@ -96,7 +99,7 @@ def read_lines(prompts: Path) -> list[Line]:
     ]
 
 
-def _appending(results: Path) -> BinaryIO:
+def _open_to_append(results: Path) -> BinaryIO:
     try:
         return results.open("ab")
     except OSError as error:
@@ -104,24 +107,23 @@ def _appending(results: Path) -> BinaryIO:
 
 
 def _done(results: Path, lines: list[Line]) -> set[int]:
-    """The places of the lines that have a result. Cuts off what a killed run left half written."""
+    """The indices of the lines that have a result. Cuts off an incomplete last line."""
     if not results.exists():
         return set()
     try:
         data = results.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        found = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
-        done = {result["index"]: result["line"] for result in found}
+        complete = data[: data.rfind(b"\n") + 1]
+        done = {result["index"]: result["line"] for result in map(json.loads, complete.decode().split("\n")[:-1])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{results} holds something else than results ({error!r}): give another --output") from None
+        raise RequestError(f"{results} is not a file of results ({error!r}): give another --output") from None
     digests = {line.index: line.digest for line in lines}
-    if other := [index for index, digest in done.items() if digests.get(index) != digest]:
+    if changed := [index for index, digest in done.items() if digests.get(index) != digest]:
         raise RequestError(
-            f"{results} has a result for another line {other[0] + 1} than the prompts have now: give another --output"
+            f"{results} has a result for line {changed[0] + 1} of the prompts, which has changed: give another --output"
         )
-    if len(whole) < len(data):
+    if len(complete) < len(data):
         with results.open("rb+") as file:
-            file.truncate(len(whole))
+            file.truncate(len(complete))
     return set(done)
 
 
@@ -134,14 +136,10 @@ def _request(line: Line) -> dict[str, Any]:
     if not isinstance(request, dict) or ("prompt" in request) == ("messages" in request):
         raise RequestError(f'{where} must be an object with "prompt" or "messages", not {short_repr(request)}')
     if unknown := sorted(request.keys() - SETTINGS - {"prompt", "messages", "id"}):
-        raise RequestError(f"{where}: {unknown[0]} is not known; known are {', '.join(sorted(SETTINGS))}")
+        raise RequestError(f"{where}: unknown {short_repr(unknown[0])}; known: {', '.join(sorted(SETTINGS))}")
     biases = request.get("logit_bias")
-    if isinstance(biases, dict):  # JSON has no keys but strings
+    if isinstance(biases, dict):  # the keys of JSON are strings
         request["logit_bias"] = {
             int(key) if key.isdecimal() and len(key) < 20 else key: bias for key, bias in biases.items()
         }
     return request
-
-
-def _bar(total: int, done: int) -> "tqdm[Any]":
-    return tqdm(total=total, initial=done, desc="answering", unit="prompt", disable=None)

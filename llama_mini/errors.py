@@ -1,10 +1,10 @@
-"""Every error that bad input can raise, and the exit code the command line gives it."""
+"""The errors that bad input raises. `exit_code` is that of the commands."""
 
 _LONGEST = 1900
 
 
 class LlamaMiniError(Exception):
-    """The base: its message names the file or parameter, what was found, what was expected and what to do."""
+    """The base class. A message names the file or parameter, what was found, what was expected and what to do."""
 
     exit_code = 1
 
@@ -25,19 +25,19 @@ class CheckpointError(LlamaMiniError):
 
 
 class CheckpointPathError(CheckpointError):
-    """The path is absent, unreadable, or leaves the checkpoint's directory."""
+    """A path does not exist, cannot be read, or leads out of the checkpoint's directory."""
 
 
 class CheckpointFormatError(CheckpointError):
-    """A file is broken, or is not of a format that the engine reads."""
+    """A file is damaged, or of a format that is not supported."""
 
 
 class CheckpointIncompleteError(CheckpointError):
-    """Files that belong to the checkpoint are missing."""
+    """Files of the checkpoint are missing."""
 
 
 class CheckpointMismatchError(CheckpointError):
-    """The tensors found are not the tensors that the configuration asks for."""
+    """The tensors are not those that the configuration describes."""
 
 
 class TokenizerError(LlamaMiniError):
@@ -47,13 +47,13 @@ class TokenizerError(LlamaMiniError):
 
 
 class RequestError(LlamaMiniError):
-    """A prompt or sampling parameter that cannot be served."""
+    """A prompt, parameter or option that is not valid."""
 
     exit_code = 2
 
 
 class CapacityError(LlamaMiniError):
-    """Something does not fit: in memory, in the cache, or in the context."""
+    """Something does not fit in memory or in the cache."""
 
     exit_code = 4
 
@@ -63,13 +63,13 @@ class NumericalError(LlamaMiniError):
 
 
 class LlamaMiniWarning(UserWarning):
-    """Something odd in a checkpoint that does not stop it from being used."""
+    """Something unusual in a checkpoint that can be used all the same."""
 
     def __init__(self, message: str) -> None:
         super().__init__(_printable(message))
 
 
 def _printable(message: str) -> str:
-    """One line of bounded length: names and values from a file may hold escape codes that a terminal would obey."""
+    """One line of bounded length. Names and values from a file may hold escape codes, which a terminal would obey."""
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message[:_LONGEST])
     return text if len(text) < _LONGEST else text[: _LONGEST - 3] + "..."

@@ -1,1 +1,1 @@
-"""What the command lines share: options, the chat at the terminal, batches, --info, conversion."""
+"""The commands: options, chat at the terminal, batches, info, conversion, the default checkpoint."""

@@ -1,4 +1,4 @@
-"""A checkpoint of any format -> a Hugging Face directory, which transformers loads as it is."""
+"""The command `convert`: a checkpoint of any format becomes a Hugging Face directory, which transformers opens."""
 
 import shutil
 import warnings
@@ -32,10 +32,10 @@ CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 
 
 def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) -> None:
-    """Writes `target`, whole or not at all; one tensor is in memory at a time.
+    """Writes the directory `target`, complete or not at all, with one tensor in memory at a time.
 
-    `dtype=None` keeps that of the weights, and is bfloat16 for quantised blocks. Pickles are read too, as long as they
-    hold plain tensors alone.
+    `dtype=None` keeps the dtype of the weights; quantized ones become bfloat16. Pickles are read too, if they hold
+    nothing but plain tensors.
 
     Raises CheckpointError, ConfigError, TokenizerError.
     """
@@ -61,13 +61,13 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) ->
 
 
 def tokenizer_files(source: Source) -> dict[str, Any]:
-    """Names and contents: a JSON object, a text, or the path of a file to copy. Raises TokenizerError."""
+    """File names with their contents: a JSON object, a text, or a file to copy. Raises TokenizerError."""
     if source.gguf is not None:
         return _gguf_files(source)
     found = {name: inside(source.directory, name) for name in COPIED}
     found = {name: path for name, path in found.items() if path.is_file()}
     files: dict[str, Any] = dict(found)
-    if set(found) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # as Meta leaves it: transformers needs more
+    if set(found) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # as Meta's: transformers needs more
         files = meta_tokenizer_files(found["tokenizer.model"]) | files
     if not {"tokenizer.json", "tokenizer.model"} & set(files):
         warnings.warn(f"{source.directory} has no tokenizer; none is written", LlamaMiniWarning, stacklevel=3)

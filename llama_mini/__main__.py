@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     prog = "python -m llama_mini" if Path(sys.argv[0]).name == "__main__.py" else "llama-mini"
     if words in (["-h"], ["--help"]) or (not words and sys.stdin.isatty()):
-        print(_help(prog))
-        return 0
+        return exit_code_of(lambda: print(_help(prog)))
     if words and words[0] in COMMANDS:
         return _run(words[0], words[1:], f"{prog} {words[0]}")
     if words and (mistake := _mistaken_prompt(words, prog)):

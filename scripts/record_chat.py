@@ -17,7 +17,7 @@ from rich.text import Text
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "llama_mini" / "cli" / "chat.svg"
 COMMAND = "llama-mini chat"
-WIDTH, HEIGHT = 84, 32
+WIDTH, HEIGHT = 88, 32
 SECONDS = 120
 STOPPED_AFTER = 180  # characters of the answer that Ctrl-C ends
 

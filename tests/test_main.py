@@ -1,6 +1,7 @@
 """llama-mini: every command under one name, and what it makes of words that are no command."""
 
 import io
+import os
 import subprocess
 import sys
 import tomllib
@@ -166,3 +167,11 @@ def test_eval_and_bench_take_their_words_from_sys_argv(
     code, out, err = run(capsys, "bench")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "clone the repository" in err
+
+
+def test_a_reader_that_is_gone_ends_it_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "llama_mini", "--help"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -20,13 +20,14 @@ def exit_code_of(run: Callable[[], None]) -> int:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         run()
+        sys.stdout.flush()
     except LlamaMiniError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # as in `... | head`: what Python flushes at exit goes nowhere, without a message
+    except BrokenPipeError:  # as in `... | head`: what is still buffered goes nowhere, without a message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from llama_mini.cli.common import summary, table
 from llama_mini.cli.conversation import Conversation, Show, Stopped, Turn, scalar_settings
 from llama_mini.cli.line_editor import Reader, open_reader
-from llama_mini.engine.sampling import SamplingParams
+from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import CapacityError, LlamaMiniError, RequestError
 from llama_mini.validate import short_repr
 
@@ -29,7 +29,6 @@ COMMANDS = {
     "/exit": "leave, as /quit and Ctrl-D do",
 }
 KEYS = "Ctrl-C stops an answer and keeps the text so far.\nPut a space in front of a text that begins with a slash."
-EXITS = ("/exit", "/quit")
 # Control characters, which a terminal would obey, in a visible form; 0x80 to 0x9f are escape codes of one character.
 ESCAPED = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
@@ -41,9 +40,9 @@ def run(llm: "LLM", params: SamplingParams, system: str | None = None) -> None:
     error is raised, and Ctrl-C is a KeyboardInterrupt. Raises TokenizerError if the checkpoint cannot chat.
     """
     names = [usage.split()[0] for usage in COMMANDS]
-    completions = [*names, *EXITS, *(f"/set {name}" for name in scalar_settings())]
+    completions = [*names, "/quit", *(f"/set {name}" for name in scalar_settings())]
     conversation = Conversation(llm, params, system)
-    Chat(conversation, open_reader(dict.fromkeys(completions))).run()
+    Chat(conversation, open_reader(completions)).run()
 
 
 class Chat:
@@ -65,8 +64,6 @@ class Chat:
             try:
                 text = self._reader.read(self._draft)
                 self._draft, interrupted = "", False
-                if text.startswith(EXITS) and text.split()[0] in EXITS:
-                    return
                 self._handle(text)
             except EOFError:
                 return
@@ -108,6 +105,8 @@ class Chat:
                 self._set(value)
             case "/stats":
                 self._stats()
+            case "/exit" | "/quit":
+                raise EOFError
             case _:
                 raise RequestError(
                     f"{short_repr(name)} is not a command; /help lists them; with a space in front it is sent as text"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from llama_mini.engine.sampling import SamplingParams
+from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import RequestError
 from llama_mini.validate import join_names, short_repr
 

@@ -32,7 +32,7 @@ if "--no-editor" in sys.argv:
 
 from llama_mini.errors import LlamaMiniError, RequestError
 from llama_mini.cli.chat import run
-from llama_mini.engine.sampling import SamplingParams
+from llama_mini.engine.sampling_params import SamplingParams
 
 ANSWERS = {"escape": "\x1b]0;owned\x07\x1b[31mred\x9b1m\rback 日本 👩\u200d👧\tx", "blank": "", "lines": "one\ntwo\n"}
 STATS = SimpleNamespace(

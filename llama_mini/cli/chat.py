@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from llama_mini.cli.common import summary, table
 from llama_mini.cli.conversation import Conversation, Show, Stopped, Turn, scalar_settings
@@ -192,9 +192,6 @@ def stop_by_ctrl_c(interactive: bool) -> Iterator[Stopped]:
 
 def note(text: str) -> None:
     """A message to the user, dim where the terminal has colours, with its control characters escaped."""
+    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
     text = text.translate(ESCAPED)
-    print(f"\x1b[2m{text}\x1b[0m" if in_colour(sys.stderr) else text, file=sys.stderr, flush=True)
-
-
-def in_colour(stream: TextIO) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    print(f"\x1b[2m{text}\x1b[0m" if dim else text, file=sys.stderr, flush=True)

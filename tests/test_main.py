@@ -43,6 +43,7 @@ def test_the_console_script_is_this_function() -> None:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = run(capsys, "--help")
     assert (code, err) == (0, "")
+    assert list(COMMANDS) == ["generate", "chat", "score", "info", "convert", "eval", "lab", "bench"]
     for name, meaning in COMMANDS.items():
         assert f"  {name:10}{meaning}\n" in out
     assert out.startswith("usage: llama-mini COMMAND ...\n")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import RequestError
-from llama_mini.validate import join_names, short_repr
+from llama_mini.validate import check_choice
 
 if TYPE_CHECKING:
     from llama_mini.engine.llm import LLM
@@ -89,8 +89,7 @@ class Conversation:
     def set(self, name: str, text: str) -> None:
         """Sets a sampling parameter of the next answers from text: a number, `true`, `false`, or `none` for None."""
         types = scalar_settings()
-        if name not in types:
-            raise RequestError(f"there is no setting {short_repr(name)} here; known: {join_names(types)}")
+        check_choice("setting", name, types, RequestError)
         self.params = replace(self.params, **{name: _parsed(text, types[name])})
 
     def settings(self) -> dict[str, str]:

@@ -64,11 +64,10 @@ def tokenizer_files(source: Source) -> dict[str, Any]:
     """File names with their contents: a JSON object, a text, or a file to copy. Raises TokenizerError."""
     if source.gguf is not None:
         return _gguf_files(source)
-    found = {name: inside(source.directory, name) for name in COPIED}
-    found = {name: path for name, path in found.items() if path.is_file()}
-    files: dict[str, Any] = dict(found)
-    if set(found) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # as Meta's: transformers needs more
-        files = meta_tokenizer_files(found["tokenizer.model"]) | files
+    copied = {name: path for name in COPIED if (path := inside(source.directory, name)).is_file()}
+    files: dict[str, Any] = dict(copied)
+    if set(copied) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # as Meta's: transformers needs more
+        files = meta_tokenizer_files(copied["tokenizer.model"]) | files
     if not {"tokenizer.json", "tokenizer.model"} & set(files):
         warnings.warn(f"{source.directory} has no tokenizer; none is written", LlamaMiniWarning, stacklevel=3)
     return files

@@ -214,8 +214,8 @@ def test_settings_are_typed_as_their_fields_are(llm: LLM) -> None:
         ("top_k", "1.5", "top_k must be a whole number of at least 0, not '1.5'"),
         ("seed", "9" * 5000, "seed must be a whole number"),
         ("ignore_eos", "maybe", "ignore_eos must be True or False, not 'maybe'"),
-        ("colour", "red", "there is no setting 'colour' here; known: temperature, "),
-        ("stop", "x", "there is no setting 'stop' here"),
+        ("colour", "red", "unknown setting 'colour'; known: temperature, "),
+        ("stop", "x", "unknown setting 'stop'; known: "),
     ],
 )
 def test_a_bad_setting_is_the_fields_own_sentence(llm: LLM, name: str, text: str, message: str) -> None:

@@ -165,6 +165,17 @@ def _text(path: Path) -> str:
         return ""
 
 
+def user_cache() -> Path:
+    """The folder for files that can be made again: built operators, converted checkpoints. It may not exist yet."""
+    return user_folder("XDG_CACHE_HOME", ".cache")
+
+
+def user_folder(variable: str, default: str) -> Path:
+    """This project's folder below that of an XDG variable. The specification has relative paths there ignored."""
+    folder = Path(os.environ.get(variable, ""))
+    return (folder if folder.is_absolute() else Path.home() / default) / "llama_mini"
+
+
 def peak_memory_bytes() -> int | None:
     """The most memory this process has held; None where the system does not say."""
     try:

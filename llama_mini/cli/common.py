@@ -55,12 +55,6 @@ def checkpoint_of(model: str | None) -> str | Path:
     return ensure_default_checkpoint()
 
 
-def user_folder(variable: str, default: str) -> Path:
-    """A folder for the user's files. The XDG specification has relative paths in its variables ignored."""
-    folder = Path(os.environ.get(variable, ""))
-    return folder if folder.is_absolute() else Path.home() / default
-
-
 def table(rows: Mapping[str, str]) -> str:
     """A line for each row: its name, padded to the longest, and its value."""
     width = max(map(len, rows))

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from llama_mini.checkpoint.io.lock import one_writer
-from llama_mini.cli.common import user_folder
 from llama_mini.cli.package_file import fetch_from_package
 from llama_mini.errors import CheckpointIncompleteError, CheckpointPathError
 
@@ -26,7 +25,9 @@ def default_checkpoint_dir() -> Path:
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "pyproject.toml").is_file():
         return checkout / "weights" / NAME
-    return user_folder("XDG_CACHE_HOME", ".cache") / "llama_mini" / "weights" / NAME
+    from llama_mini.machine import user_cache  # torch, which a checkout does not need to find its weights
+
+    return user_cache() / "weights" / NAME
 
 
 def ensure_default_checkpoint() -> Path:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
-from llama_mini.cli.common import as_text, user_folder
+from llama_mini.cli.common import as_text
 from llama_mini.errors import RequestError
+from llama_mini.machine import user_folder
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -124,7 +125,7 @@ def _history() -> "tuple[History, str]":
             with suppress(OSError, UnicodeError):  # a full disk must not end the chat
                 super().store_string(string)
 
-    path = user_folder("XDG_STATE_HOME", ".local/state") / "llama_mini" / "history"
+    path = user_folder("XDG_STATE_HOME", ".local/state") / "history"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))

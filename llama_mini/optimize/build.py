@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 
 from llama_mini.errors import LlamaMiniWarning, RequestError
+from llama_mini.machine import user_cache
 from llama_mini.validate import short_repr
 
 KERNELS = ("auto", "off")
@@ -84,8 +85,7 @@ def built(cache: Path | None = None) -> Path:
 
 def _folder(cache: Path | None) -> Path:
     """A folder that only this user can write, and could before: what lies in it is run."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "llama_mini" / "operators" if cache is None else cache
+    folder = user_cache() / "operators" if cache is None else cache
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.stat()
     if hasattr(os, "getuid") and state.st_uid != os.getuid():

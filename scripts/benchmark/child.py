@@ -1,6 +1,6 @@
-"""One worker in a process of its own: it is made once, then answers each call with a line of JSON.
+"""The process of one worker: python -m benchmark.child MODULE.CLASS '[ARGUMENT, ...]'
 
-python -m benchmark.child MODULE.CLASS '[ARGUMENT, ...]'
+It makes the worker once. Then each line of JSON on standard input is a call, and one line of JSON answers it.
 """
 
 import json
@@ -12,7 +12,7 @@ from importlib import import_module
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries print what they like
+    os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
     module, name = sys.argv[1].split(".")
     worker = getattr(import_module(f"benchmark.{module}"), name)(*json.loads(sys.argv[2]))
     print("null", file=answers)

@@ -1,4 +1,4 @@
-"""Which engines there are in each number format, the files that they read, and the children that hold them."""
+"""Which engines run in each number format, the files they read, and the processes that hold them."""
 
 import os
 import tempfile
@@ -14,7 +14,7 @@ from llama_mini.errors import LlamaMiniError
 from llama_mini.machine import user_cache
 
 OURS = "llama_mini"
-PEERS = {  # what must be installed
+PEERS = {  # and the module that must be installed
     "llama.cpp": "llama_cpp",
     "transformers": "transformers",
     "OpenVINO": "openvino_genai",
@@ -24,7 +24,7 @@ _GGUF = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 
 
 class Checkpoint:
-    """SmolLM2-135M-Instruct as a directory and as GGUF of 4 bits; other files are made once, in the user's cache."""
+    """SmolLM2-135M-Instruct as a directory and as 4-bit GGUF; other files are made once, in the user's cache."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
@@ -33,7 +33,7 @@ class Checkpoint:
         self._cache = user_cache() / "bench"
 
     def ours(self, number_format: str) -> tuple[str, str, str | None]:
-        """Path, dtype and quantize of `LLM`: the file that the peers' was made from, or the very same."""
+        """Path, dtype and quantize for `LLM`: the peers read the same file, or one made from it."""
         if number_format == "int4":
             return str(self.four_bit), "bfloat16", "int4"
         if number_format == "int8":
@@ -70,7 +70,7 @@ def installed(peer: str) -> bool:
 def start_engines(
     stack: ExitStack, watch: Watch, files: Checkpoint, number_format: str, threads: int, say: Callable[[str], None]
 ) -> dict[str, Child]:
-    """This engine and the peers that are installed and have the format; `say` takes a line for each left out."""
+    """This engine and the peers that are installed and read the format; `say` gets a line for each one left out."""
     children = {OURS: stack.enter_context(Child(watch, "ours.Ours", *files.ours(number_format), threads))}
     for peer in PEERS:
         if not installed(peer):
@@ -85,7 +85,7 @@ def start_engines(
 
 
 def _worker(peer: str, files: Checkpoint, number_format: str, threads: int) -> tuple[Any, ...] | None:
-    """The class in peers.py and its arguments; None where the peer does not read the format."""
+    """The class in peers.py and its arguments; None if the peer does not read the format."""
     if peer == "llama.cpp":
         return "peers.LlamaCpp", files.gguf(number_format), threads
     if peer == "transformers" and number_format in ("float32", "bfloat16"):

@@ -1,4 +1,4 @@
-"""What is measured: each measure adds series, one value a round, under names that begin with its own."""
+"""The measures. Each adds series of one value a round, whose names begin with the name of the measure."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,18 +26,18 @@ print(tokenizer.decode(new), flush=True)
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything, in tokens, rounds and parameters."""
+    """How large a run is: rounds, and lengths in tokens."""
 
     repeats: int = 5
-    tries: int = 3  # of a round that other load disturbs
+    tries: int = 3  # for a round that other programs disturb
     formats: Sequence[str] = ("float32", "bfloat16", "int8", "int4")
     context: int = 64
     new: int = 64
     prompt: int = 512
-    rows: int = 16
+    sequences: int = 16
     contexts: Sequence[int] = (64, 1024, 4096)
     new_in_context: int = 16
-    shape: Mapping[str, int] = field(default_factory=dict)  # what differs from LLaMA-3.2-1B
+    shape: Mapping[str, int] = field(default_factory=dict)  # sizes that replace those of LLaMA-3.2-1B
     text: int = 2048
 
 
@@ -47,7 +47,7 @@ QUICK = Sizes(
     formats=("bfloat16", "int4"),
     new=8,
     prompt=96,
-    rows=2,
+    sequences=2,
     contexts=(64, 96),
     new_in_context=4,
     shape={"dim": 256, "hidden_dim": 512, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 1000},
@@ -57,15 +57,16 @@ QUICK = Sizes(
 
 @dataclass
 class Bench:
-    """One run: what it uses, and the series that it has so far."""
+    """One run: what it uses, and what it has measured so far."""
 
     sizes: Sizes
     threads: int
     files: Checkpoint
-    ids: Mapping[str, list[int]]  # texts as tokens
+    ids: Mapping[str, list[int]]  # the texts, as tokens
     watch: Watch
     series: dict[str, list[float]] = field(default_factory=dict)
-    builds: dict[str, str] = field(default_factory=dict)  # what a version alone does not say
+    pairs: list[tuple[str, str]] = field(default_factory=list)  # names of series whose ratio is printed
+    builds: dict[str, str] = field(default_factory=dict)  # how a peer was compiled: its version does not say
 
     def take(self, runs: Mapping[str, Callable[[int], float]]) -> dict[str, list[float]]:
         say(f"measuring {', '.join(runs)}")
@@ -74,7 +75,7 @@ class Bench:
         return taken
 
     def prompt(self, number: int, length: int) -> list[int]:
-        """Another piece of a text in each round."""
+        """A different piece of the prose in each round, so that no engine can reuse what it has read."""
         ids = self.ids["prose"]
         start = 97 * number % (len(ids) - length)
         return ids[start : start + length]
@@ -92,12 +93,10 @@ def against_peers(bench: Bench, measures: Sequence[str]) -> None:
             ways.insert(1, (STREAM, children[OURS], "stream_"))
             for measure in measures:
                 speed = _prefill_speed if measure == "prefill" else _decode_speed
-                bench.take(
-                    {
-                        f"{measure} {number_format} {name}": partial(speed, bench, child, way + measure)
-                        for name, child, way in ways
-                    }
-                )
+                prefix = f"{measure} {number_format} "
+                bench.take({prefix + name: partial(speed, bench, child, way + measure) for name, child, way in ways})
+                peers = [name for name in children if name != OURS]
+                bench.pairs += [(prefix + ours, prefix + peer) for peer in peers for ours in (OURS, STREAM)]
 
 
 def _prefill_speed(bench: Bench, child: Child, method: str, number: int) -> float:
@@ -111,26 +110,24 @@ def _decode_speed(bench: Bench, child: Child, method: str, number: int) -> float
 
 
 def batch(bench: Bench) -> None:
-    """Tokens per second of many rows together and of one, in bfloat16."""
+    """Tokens per second of many sequences together and of one alone, in bfloat16."""
     sizes = bench.sizes
     with Child(bench.watch, "ours.Ours", *bench.files.ours("bfloat16"), bench.threads) as child:
         for context in (sizes.context, sizes.prompt):
-            counts = {"1 row": 1, f"{sizes.rows} rows": sizes.rows}
-            bench.take(
-                {
-                    f"batch bfloat16 {name} at {context}": partial(_batch_speed, bench, child, context, rows)
-                    for name, rows in counts.items()
-                }
-            )
+            one = f"batch bfloat16 1 sequence at {context}"
+            many = f"batch bfloat16 {sizes.sequences} sequences at {context}"
+            counts = {one: 1, many: sizes.sequences}
+            bench.take({name: partial(_batch_speed, bench, child, context, n) for name, n in counts.items()})
+            bench.pairs.append((many, one))
 
 
-def _batch_speed(bench: Bench, child: Child, context: int, rows: int, number: int) -> float:
+def _batch_speed(bench: Bench, child: Child, context: int, sequences: int, number: int) -> float:
     new = bench.sizes.new
-    return rows * new / child("decode", bench.prompt(number, context), new, rows)
+    return sequences * new / child("decode", bench.prompt(number, context), new, sequences)
 
 
 def context(bench: Bench) -> None:
-    """Decode of a large shape at several contexts, and the share of the read bandwidth at the shortest."""
+    """Decode of a large shape at several contexts; at the shortest, the share of the memory bandwidth it reaches."""
     sizes = bench.sizes
     longest = max(sizes.contexts) + sizes.new_in_context
     n_bytes: dict[str, int] = {}
@@ -149,6 +146,8 @@ def context(bench: Bench) -> None:
     for name, size in n_bytes.items():
         steps, reads = taken[f"context {name} at {sizes.contexts[0]}"], taken[f"read {name} bytes"]
         bench.series[f"bandwidth {name}"] = [a * size / 1e9 / b for a, b in zip(steps, reads, strict=True)]
+        first, *longer = (f"context {name} at {length}" for length in sizes.contexts)
+        bench.pairs += [(series, first) for series in longer]
 
 
 def _read_speed(reader: Child, n_bytes: int, _: int) -> float:
@@ -166,6 +165,7 @@ def start(bench: Bench) -> None:
     commands = {OURS: [sys.executable, "-m", "llama_mini.generate", *settings, PROMPT]}
     if installed("transformers"):
         commands["transformers"] = [sys.executable, "-c", _TRANSFORMERS, directory, PROMPT, threads]
+        bench.pairs.append((f"start {OURS}", "start transformers"))
     bench.take({f"start {name}": partial(_start, bench.watch, command) for name, command in commands.items()})
 
 
@@ -174,7 +174,10 @@ def _start(watch: Watch, command: Sequence[str], _: int) -> float:
 
 
 def loading(bench: Bench, measures: Sequence[str]) -> None:
-    """load: seconds after the imports, and of reading the file. memory: the peak over the floor, by the weights."""
+    """load: seconds to load after the imports, beside one plain read of the file.
+
+    memory: the peak of a load and an answer, less the floor (the process before it), against the bytes of the weights.
+    """
     say("measuring loads, each in a process of its own")
     with Child(bench.watch, "ours.Reader", bench.threads) as reader:
         runs: dict[str, Callable[[int], dict[str, float]]] = {}
@@ -186,6 +189,7 @@ def loading(bench: Bench, measures: Sequence[str]) -> None:
         found = in_rounds(bench.watch, runs, bench.sizes.repeats, bench.sizes.tries)
     if "load" in measures:
         bench.series |= {f"load {name}": [each["seconds"] for each in rounds] for name, rounds in found.items()}
+        bench.pairs += [(f"load {name} {OURS}", f"load {name} file read") for name in bench.sizes.formats]
     for name in bench.sizes.formats if "memory" in measures else ():
         rounds = found[f"{name} {OURS}"]
         for what in ("floor", "peak", "weights"):
@@ -206,13 +210,13 @@ def _load(bench: Bench, number_format: str, number: int) -> dict[str, float]:
 
 
 def quality(bench: Bench) -> None:
-    """Nats a token over bfloat16 on each text, quantised at load from the bfloat16 directory, and from 4-bit codes."""
+    """Nats a token over bfloat16 on each text: quantized at load from bfloat16, and as the 4-bit file has it."""
     directory = str(bench.files.directory)
     ways = {
         "bfloat16": (directory, "bfloat16", None),
         "int8": (directory, "bfloat16", "int8"),
         "int4": (directory, "bfloat16", "int4"),
-        "int4 codes of the file": (str(bench.files.four_bit), "bfloat16", "int4"),
+        "int4 of the file": (str(bench.files.four_bit), "bfloat16", "int4"),
     }
     losses = {}
     for name, settings in ways.items():

@@ -35,7 +35,7 @@ BILLION = {  # LLaMA-3.2-1B
 
 
 class Ours:
-    """A checkpoint on disk."""
+    """`LLM` on a checkpoint."""
 
     def __init__(self, path: str, dtype: str, quantize: str | None, threads: int) -> None:
         self._llm = LLM(path, dtype=dtype, quantize=quantize, threads=threads)
@@ -50,24 +50,24 @@ class Ours:
         return time.perf_counter() - started
 
     def stream_prefill(self, ids: list[int]) -> float:
-        """The same by the whole engine."""
+        """The same through `LLM.stream`."""
         return self._stream(ids, 1)[0]
 
-    def decode(self, ids: list[int], new: int, rows: int = 1) -> float:
-        """`new` steps of `rows` rows after a prompt, by the model alone."""
-        cache = self._model.new_cache(rows, len(ids) + new)
+    def decode(self, ids: list[int], new: int, batch: int = 1) -> float:
+        """`new` steps of `batch` sequences after a prompt, by the model alone."""
+        cache = self._model.new_cache(batch, len(ids) + new)
         with torch.inference_mode():
-            for row in range(rows):
+            for row in range(batch):
                 self._model.hidden(torch.tensor([ids]), cache.row(row))
         return steps(self._model, cache, new)
 
     def stream_decode(self, ids: list[int], new: int) -> float:
-        """The same by the whole engine: from the first token to the last."""
+        """The same for one sequence through `LLM.stream`: from the first token to the last."""
         times = self._stream(ids, new + 1)
         return times[-1] - times[0]
 
     def nll(self, ids: list[int]) -> float:
-        """The mean of a text, in nats a token."""
+        """The mean loss of a text, in nats a token."""
         scores = [score for score in self._llm.score(ids) if score is not None]
         return -sum(scores) / len(scores)
 
@@ -77,15 +77,15 @@ class Ours:
 
     def _stream(self, ids: list[int], new: int) -> list[float]:
         params = SamplingParams(max_tokens=new, ignore_eos=True)
-        self._llm.forget()  # what the last round left would shorten the prefill
+        self._llm.forget()  # a prefix kept from the last round would shorten the prefill
         started = time.perf_counter()
         return [time.perf_counter() - started for _ in self._llm.stream(ids, params)]
 
 
 class Billion:
-    """A model of LLaMA-3.2-1B's shape with random weights, quantised as it is made; no file.
+    """A model of LLaMA-3.2-1B's shape with random weights, quantized as it is made; there is no file.
 
-    Its cache is filled once; a run at some context takes that much of it as filled.
+    Its cache is filled once; a run at some context declares that many positions of it filled.
     """
 
     def __init__(self, quantize: str | None, context: int, threads: int, changes: dict[str, int]) -> None:
@@ -98,7 +98,7 @@ class Billion:
                 self._model.hidden(chunk, self._cache)
 
     def step_bytes(self) -> int:
-        """Of the weights that a step reads: all matrices, of a tied embedding the head."""
+        """Bytes of weights that a decoding step reads: all matrices, the head included."""
         return matrix_bytes(self._model)
 
     def decode(self, context: int, new: int) -> float:
@@ -108,7 +108,7 @@ class Billion:
 
 
 class Loading:
-    """One load in a fresh process, after the imports, and the memory that it and an answer took."""
+    """One load in a fresh process, after the imports, and the memory that it and one answer take."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -124,14 +124,14 @@ class Loading:
 
 
 class Reader:
-    """Reads of memory and of a file, to compare with."""
+    """Plain reads of memory and of a file, to compare with."""
 
     def __init__(self, threads: int) -> None:
         set_threads(threads)
         self._words = torch.empty(0, dtype=torch.int64)
 
     def memory(self, n_bytes: int) -> float:
-        """The fastest of three ways to go once over so many bytes: sums of int64 and of float32, the largest int64."""
+        """Seconds to read `n_bytes` once: the fastest of a sum of int64, a sum of float32 and a maximum of int64."""
         if self._words.nbytes < n_bytes:
             self._words = torch.randint(2**20, (n_bytes // 8 + 1,))
         words = self._words[: n_bytes // 8]
@@ -150,12 +150,14 @@ def timed(run: object) -> float:
 
 
 def steps(model: Llama, cache: KVCache, new: int) -> float:
-    """Greedy steps of every row of a filled cache."""
+    """Seconds of greedy steps of every sequence of a filled cache."""
     tokens = torch.ones(cache.batch, 1, dtype=torch.int64)
     started = time.perf_counter()
     with torch.inference_mode():
         for _ in range(new):
-            best = model(tokens, cache)[:, -1].numpy().argmax(-1)  # as the engine samples, and the bench llama.cpp
+            best = (
+                model(tokens, cache)[:, -1].numpy().argmax(-1)
+            )  # NumPy: as the engine does, and the bench for llama.cpp
             tokens = torch.from_numpy(best)[:, None]
     return time.perf_counter() - started
 
@@ -169,13 +171,13 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def peak_bytes() -> int:
-    """VmHWM; what `getrusage` gives would count the process that started this one."""
+    """VmHWM; `getrusage` would begin with the maximum of the process that started this one."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def random_source(config: LlamaConfig) -> Source:
-    """A checkpoint that is nowhere: matrices N(0, 1/fan_in), gains uniform in 0.5 to 1.5."""
+    """A checkpoint without a file: matrices N(0, 1/fan_in), gains uniform in 0.5 to 1.5."""
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
     table = key_table("llama")

@@ -1,6 +1,6 @@
-"""The other engines, each as its own makers drive it, with the same two measures: seconds of a prompt, of some steps.
+"""The other engines, each driven as its makers drive it, with the same two measures: seconds of a prompt and of steps.
 
-A worker is made in a process of its own, which imports nothing else.
+Each runs in a process of its own, which imports no other engine.
 """
 
 import ctypes
@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-CONTEXT = 1024  # positions: what no measure here exceeds
+CONTEXT = 1024  # positions: more than any measure here needs
 
 
 class LlamaCpp:
-    """llama.cpp through its C interface, without the Python layer above it; the best token is taken with numpy."""
+    """llama.cpp through its C interface, without the Python layer above it; NumPy picks the greedy token."""
 
     def __init__(self, path: str, threads: int) -> None:
         import llama_cpp
@@ -29,7 +29,7 @@ class LlamaCpp:
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
     def build(self) -> str:
-        """The processor features that it was compiled for and found."""
+        """The processor features that it was compiled for and that it found."""
         return self._cpp.llama_print_system_info().decode().strip(" |")
 
     def prefill(self, ids: list[int]) -> float:
@@ -56,7 +56,7 @@ class LlamaCpp:
 
 
 class Transformers:
-    """transformers, eager, its default attention and cache."""
+    """transformers in eager mode, with its default attention and cache."""
 
     def __init__(self, path: str, dtype: str, threads: int) -> None:
         import torch
@@ -88,7 +88,7 @@ class Transformers:
 
 
 class OpenVino:
-    """OpenVINO GenAI on a GGUF file; times are those of its own counters, in µs to the first token and in ms after."""
+    """OpenVINO GenAI on a GGUF file, timed by its own counters: µs to the first token, ms after it."""
 
     def __init__(self, path: str, threads: int) -> None:
         import openvino
@@ -112,7 +112,7 @@ class OpenVino:
 
 
 class CTranslate2:
-    """CTranslate2 on a converted directory; the steps are timed by its own call after each token."""
+    """CTranslate2 on a converted directory; it calls back after each token, which times the steps."""
 
     def __init__(self, path: str, tokenizer: str, kind: str, threads: int) -> None:
         import ctranslate2
@@ -143,7 +143,7 @@ class CTranslate2:
 
 
 class Files:
-    """The default checkpoint in the formats that the peers read."""
+    """Writes the default checkpoint in the formats that the peers read."""
 
     def gguf(self, source: str, target: str, kind: str) -> None:
         import llama_cpp

@@ -9,7 +9,7 @@ LINES = 20
 
 
 def profiled(run: Callable[[], object], what: str) -> str:
-    """A table of the operators' own times in one run. Recording itself slows every operator by some microseconds."""
+    """A table of each operator's own time in one run. Recording slows every operator by some microseconds."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         begun = time.perf_counter()
         run()

@@ -1,11 +1,11 @@
-"""What a run says: every series, the ratios against what the engine must reach, and one line of JSON."""
+"""What a run prints: every series, the ratios of series that belong together, and one line of JSON."""
 
 import json
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -14,8 +14,6 @@ from typing import Any
 
 import psutil
 
-from benchmark.engines import OURS
-from benchmark.measures import STREAM
 from benchmark.rounds import Watch
 
 UNITS = {
@@ -24,7 +22,7 @@ UNITS = {
     "batch": "tok/s",
     "context": "tok/s",
     "read": "GB/s",
-    "bandwidth": "of it",
+    "bandwidth": "share",
     "start": "s",
     "load": "s",
     "memory": "MiB",
@@ -35,97 +33,49 @@ PACKAGES = ("torch", "transformers", "llama-cpp-python", "openvino-genai", "ctra
 
 
 @dataclass(frozen=True)
-class Target:
-    """A series, or its ratio to `under` round by round, whose median must reach `bound`; or must not pass it."""
+class Ratio:
+    """One series over another, divided round by round: engines of the same round had the same machine."""
 
     over: str
-    under: str | None
-    bound: float
-    at_most: bool = False
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A target that this run could judge. `short`: how far the median stays from the bound, as a share of it."""
-
-    over: str
-    under: str | None
+    under: str
     median: float
     least: float
     most: float
-    bound: float
-    at_most: bool
-    met: bool
-    short: float
 
 
-def targets() -> Iterator[Target]:
-    against: dict[tuple[str, str], dict[str, float]] = {
-        ("decode", "llama.cpp"): {"float32": 1.03, "bfloat16": 1.3, "int8": 1.8, "int4": 2.0},
-        ("decode", "transformers"): {"float32": 1.4, "bfloat16": 3.0},
-        ("prefill", "llama.cpp"): {"bfloat16": 6.0, "int8": 5.5, "int4": 4.5},
-        ("prefill", "OpenVINO"): {"int8": 1.2, "int4": 1.2},
-    }
-    for (measure, peer), bounds in against.items():
-        for name, bound in bounds.items():
-            for ours in (OURS, STREAM):
-                yield Target(f"{measure} {name} {ours}", f"{measure} {name} {peer}", bound)
-    for name, share in {"bfloat16": 0.9, "int8": 0.88, "int4": 0.8}.items():
-        yield Target(f"bandwidth {name}", None, share)
-    for name, share in {"bfloat16": 0.9, "int8": 0.85, "int4": 0.8}.items():
-        yield Target(f"context {name} at 4096", f"context {name} at 64", share)
-    for context, times in {64: 7.0, 512: 5.0}.items():
-        yield Target(f"batch bfloat16 16 rows at {context}", f"batch bfloat16 1 row at {context}", times)
-    yield Target(f"start {OURS}", "start transformers", 0.42, at_most=True)
-    for name in ("float32", "bfloat16", "int8", "int4"):
-        yield Target(f"load {name} {OURS}", f"load {name} file read", 2.0, at_most=True)
-        yield Target(f"peak over floor by weights {name}", None, 1.4, at_most=True)
-    for name, nats in {"int8": 0.002, "int4": 0.005}.items():
-        yield Target(f"quality {name} over bfloat16, mean", None, nats, at_most=True)
-
-
-def verdicts(series: Mapping[str, Sequence[float]]) -> list[Verdict]:
-    """Of the targets whose series are there."""
+def ratios(series: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]]) -> list[Ratio]:
+    """The ratio of each pair of names."""
     found = []
-    for target in targets():
-        if target.over not in series or (target.under is not None and target.under not in series):
-            continue
-        values = list(series[target.over])
-        if target.under is not None:
-            values = [over / under for over, under in zip(values, series[target.under], strict=True)]
-        median = statistics.median(values)
-        gap = (median - target.bound) * (1 if target.at_most else -1)
-        short = max(0.0, gap) / target.bound
-        found.append(
-            Verdict(median=median, least=min(values), most=max(values), met=gap <= 0, short=short, **asdict(target))
-        )
+    for over, under in pairs:
+        values = [a / b for a, b in zip(series[over], series[under], strict=True)]
+        found.append(Ratio(over, under, statistics.median(values), min(values), max(values)))
     return found
 
 
 def table(series: Mapping[str, Sequence[float]]) -> str:
-    """A line a series: median, least and most."""
-    width = max(map(len, series), default=0)
-    lines = [f"{'':{width}}  {'median':>9} {'min':>9} {'max':>9}"]
-    for name, values in series.items():
-        numbers = " ".join(f"{_shown(f(values)):>9}" for f in (statistics.median, min, max))
-        lines.append(f"{name:{width}}  {numbers} {UNITS[name.split()[0]]}")
-    return "\n".join(lines)
+    """A line for each series: median, least and most."""
+    lines = {
+        name: (statistics.median(values), min(values), max(values), UNITS[name.split()[0]])
+        for name, values in series.items()
+    }
+    return _lines(lines)
 
 
-def judged(found: Sequence[Verdict]) -> str:
-    """A line a target: the median of the rounds' ratios, least and most, the bound, and by how much it is missed."""
-    names = [v.over if v.under is None else f"{v.over} / {v.under}" for v in found]
-    width = max(map(len, names), default=0)
-    lines = []
-    for name, v in zip(names, found, strict=True):
-        said = "met" if v.met else f"missed by {100 * v.short:.0f} %"
-        spread = f"{_shown(v.median):>8} ({_shown(v.least)} to {_shown(v.most)})"
-        lines.append(f"{name:{width}}  {spread:32} {'at most' if v.at_most else 'at least'} {v.bound:g}: {said}")
-    return "\n".join(lines)
+def ratio_table(found: Sequence[Ratio]) -> str:
+    """A line for each ratio: median, least and most of its rounds."""
+    return _lines({f"{r.over} / {r.under}": (r.median, r.least, r.most, "") for r in found})
+
+
+def _lines(lines: Mapping[str, tuple[float, float, float, str]]) -> str:
+    width = max(map(len, lines), default=0)
+    text = [f"{'':{width}}  {'median':>9} {'min':>9} {'max':>9}"]
+    for name, (*numbers, unit) in lines.items():
+        text.append(f"{name:{width}}  {' '.join(f'{_digits(number):>9}' for number in numbers)} {unit}".rstrip())
+    return "\n".join(text)
 
 
 def conditions(threads: int, repeats: int, watch: Watch, root: Path) -> dict[str, Any]:
-    """Machine, versions and commit; rounds, how many were taken again and how many stayed disturbed."""
+    """Machine, versions and commit; rounds, how many were repeated and how many stayed disturbed."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
@@ -136,19 +86,18 @@ def conditions(threads: int, repeats: int, watch: Watch, root: Path) -> dict[str
         "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "commit": _commit(root),
         "repeats": repeats,
-        "rounds": watch.runs,
-        "rounds_taken_again": watch.again,
-        "rounds_disturbed": watch.kept,
+        "rounds": watch.rounds,
+        "rounds_repeated": watch.repeated,
+        "rounds_disturbed": watch.disturbed_rounds,
     }
 
 
-def as_json(about: Mapping[str, Any], series: Mapping[str, Sequence[float]], found: Sequence[Verdict]) -> str:
-    units = {name: UNITS[name.split()[0]] for name in series}
-    parts = {name: {"unit": units[name], "values": list(values)} for name, values in series.items()}
-    return json.dumps({**about, "series": parts, "targets": [asdict(verdict) for verdict in found]})
+def as_json(about: Mapping[str, Any], series: Mapping[str, Sequence[float]], found: Sequence[Ratio]) -> str:
+    parts = {name: {"unit": UNITS[name.split()[0]], "values": list(values)} for name, values in series.items()}
+    return json.dumps({**about, "series": parts, "ratios": [asdict(ratio) for ratio in found]})
 
 
-def _shown(value: float) -> str:
+def _digits(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3g}"
 
 

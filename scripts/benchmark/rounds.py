@@ -1,4 +1,4 @@
-"""Children that hold one engine each, taken in turn, and a watch over what else uses the machine meanwhile."""
+"""Engines in processes of their own, run in turn, and a watch over what else uses the machine meanwhile."""
 
 import json
 import os
@@ -17,37 +17,39 @@ import psutil
 from llama_mini.errors import LlamaMiniError
 
 Value = TypeVar("Value")
-SHARE, TICKS = 0.05, 0.04  # of the processors' time that others may take, and seconds that counting in ticks is off
+# A round is disturbed when other programs take more of the processors' time than this share, and this many seconds: the
+# system counts time in ticks.
+SHARE, TICKS = 0.05, 0.04
 
 
 class Watch:
-    """Seconds of processor time that went neither to the run being timed nor to this process."""
+    """Notices processor time that went neither to the run being timed nor to this process."""
 
     def __init__(self) -> None:
         self.disturbed = False
-        self.runs = self.again = self.kept = 0
+        self.rounds = self.repeated = self.disturbed_rounds = 0
 
     def begin(self) -> None:
         self._busy, self._wall, self._own = _busy(), time.perf_counter(), time.process_time()
 
     def end(self, cpu: float) -> None:
-        """`cpu`: seconds that the run itself took, on all its threads."""
+        """`cpu`: processor seconds of the run itself, on all its threads."""
         wall = time.perf_counter() - self._wall
         other = _busy() - self._busy - cpu - (time.process_time() - self._own)
         self.disturbed |= other > SHARE * wall * (os.cpu_count() or 1) + TICKS
 
 
 class Child:
-    """A worker in a process of its own. Raises LlamaMiniError with its last words where it ends."""
+    """A worker in a process of its own. Raises LlamaMiniError with the last line of its errors if the process ends."""
 
     def __init__(self, watch: Watch, worker: str, *arguments: Any) -> None:
         self._watch, self._name = watch, worker
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmark.child", worker, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._words,
+            stderr=self._stderr,
             text=True,
             env=_environment(),
         )
@@ -58,14 +60,14 @@ class Child:
             raise
 
     def __call__(self, method: str, *arguments: Any) -> Any:
-        """Runs a method of the worker while nothing else of the bench does."""
+        """Calls a method of the worker. Nothing else of the bench runs meanwhile."""
         assert self._process.stdin is not None
         self._watch.begin()
         try:
             self._process.stdin.write(json.dumps([method, arguments]) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # its last words say why
+            pass  # _answer raises with its last line
         result, cpu = self._answer()
         self._watch.end(cpu)
         return result
@@ -73,7 +75,7 @@ class Child:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
-        self._words.close()
+        self._stderr.close()
 
     def __enter__(self) -> "Child":
         return self
@@ -86,9 +88,9 @@ class Child:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            self._words.seek(0)
-            words = self._words.read().decode(errors="replace").strip().splitlines() or ["no message"]
-            raise LlamaMiniError(f"{self._name} ended with status {self._process.returncode}: {words[-1]:.300}")
+            self._stderr.seek(0)
+            lines = self._stderr.read().decode(errors="replace").strip().splitlines() or ["no message"]
+            raise LlamaMiniError(f"{self._name} ended with status {self._process.returncode}: {lines[-1]:.300}")
         return json.loads(line)
 
 
@@ -116,37 +118,38 @@ def first_byte(watch: Watch, command: Sequence[str]) -> float:
 def in_rounds(
     watch: Watch, runs: Mapping[str, Callable[[int], Value]], repeats: int, tries: int
 ) -> dict[str, list[Value]]:
-    """Every run once a round, in turn, after one round to warm up; each gets the turn's number and gives a value.
+    """Calls every run once a round, in turn, and collects their values; one round before these warms up.
 
-    A round that other load disturbed is taken again, up to `tries` times in all; the last is kept as it is.
+    A run gets a number that is new in each round. A round that other programs disturbed is repeated, up to `tries`
+    times in all; the last is kept as it is.
     """
     values: dict[str, list[Value]] = {name: [] for name in runs}
     turns = count()
     for number in range(-1, repeats):
         for attempt in range(tries):
             watch.disturbed = False
-            turn = next(turns)  # another text each time: an engine may keep what it has read
+            turn = next(turns)  # in a repeated round too: an engine may keep what it has read
             taken = {name: run(turn) for name, run in runs.items()}
             if not watch.disturbed or number < 0:
                 break
-            watch.again += attempt + 1 < tries
+            watch.repeated += attempt + 1 < tries
         if number >= 0:
-            watch.runs += 1
-            watch.kept += watch.disturbed
+            watch.rounds += 1
+            watch.disturbed_rounds += watch.disturbed
             for name, value in taken.items():
                 values[name].append(value)
     return values
 
 
 def _busy() -> float:
-    """Seconds that all processors were busy, or taken by another machine; a guest's are in the user's already."""
+    """Seconds that all processors were busy, or taken by another virtual machine (`steal`)."""
     times = psutil.cpu_times()
     fields = ("user", "nice", "system", "irq", "softirq", "steal")
     return sum(getattr(times, field, 0.0) for field in fields)
 
 
 def _environment() -> dict[str, str]:
-    """Without settings that would change the threads of one engine and not of another; `benchmark` can be imported."""
+    """This process's, less settings that change the threads of some engines only; `benchmark` can be imported."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     kept = {name: value for name, value in os.environ.items() if name not in names}
     path = [str(Path(__file__).parents[1]), *filter(None, [kept.get("PYTHONPATH")])]

@@ -1,25 +1,25 @@
-"""A whole run of the bench: the measures asked for, one after another, and what they say."""
+"""A whole run of the bench: the measures asked for, one after another, and what is printed."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmark.engines import Checkpoint
 from benchmark.measures import QUICK, Bench, Sizes, against_peers, batch, context, loading, quality, say, start
-from benchmark.report import as_json, conditions, judged, table, verdicts
+from benchmark.report import as_json, conditions, ratio_table, ratios, table
 from benchmark.rounds import Child, Watch
 from llama_mini.errors import RequestError
 from llama_mini.machine import usable_cores
 from llama_mini.tokenizer import Tokenizer
 
 MEASURES = ("decode", "prefill", "batch", "context", "start", "load", "memory", "quality")
-CODE = ("model.py", "engine.py", "kv_cache.py", "attention.py")
+TEXTS = Path(__file__).parent / "texts"  # fixed copies: a text that changes would move every figure taken on it
 
 
 def run(measures: Sequence[str], quick: bool, json_file: Path | None, root: Path) -> None:
-    """Measures and prints. root: the checkout, whose files are texts to score. Raises RequestError, LlamaMiniError."""
+    """Measures and prints. root: the checkout, whose commit is stated. Raises LlamaMiniError."""
     if unknown := [name for name in measures if name not in MEASURES]:
-        raise RequestError(f"--only knows no measure {unknown[0]!r:.80}; give some of {', '.join(MEASURES)}")
-    bench = _bench(quick, root)
+        raise RequestError(f"unknown measure {unknown[0]!r:.80} in --only; known: {', '.join(MEASURES)}")
+    bench = _bench(quick)
     if peers := [name for name in ("decode", "prefill") if name in measures]:
         against_peers(bench, peers)
     for measure in (batch, context, start, quality):
@@ -28,8 +28,8 @@ def run(measures: Sequence[str], quick: bool, json_file: Path | None, root: Path
     if loads := [name for name in ("load", "memory") if name in measures]:
         loading(bench, loads)
 
-    found, watch = verdicts(bench.series), bench.watch
-    about = {**conditions(bench.threads, bench.sizes.repeats, watch, root), "builds": bench.builds}
+    found = ratios(bench.series, bench.pairs)
+    about = {**conditions(bench.threads, bench.sizes.repeats, bench.watch, root), "builds": bench.builds}
     line = as_json(about, bench.series, found)
     if json_file is not None:
         json_file.write_text(line + "\n")
@@ -37,13 +37,14 @@ def run(measures: Sequence[str], quick: bool, json_file: Path | None, root: Path
     print(", ".join(f"{name} {value}" for name, value in about["versions"].items()))
     print("".join(f"{name}: {build}\n" for name, build in bench.builds.items()))
     print(table(bench.series), end="\n\n")
-    print(judged(found), end="\n\n")
+    if found:
+        print(ratio_table(found), end="\n\n")
     print(line)
 
 
-def profile(quick: bool, root: Path) -> None:
+def profile(quick: bool) -> None:
     """Prints where the time of a prompt and of a few steps goes, format by format."""
-    bench = _bench(quick, root)
+    bench = _bench(quick)
     sizes = bench.sizes
     for number_format in sizes.formats:
         with Child(bench.watch, "ours.Ours", *bench.files.ours(number_format), bench.threads) as child:
@@ -51,21 +52,12 @@ def profile(quick: bool, root: Path) -> None:
             print(child("profile", bench.prompt(0, sizes.prompt), 0), end="\n\n")
 
 
-def _bench(quick: bool, root: Path) -> Bench:
+def _bench(quick: bool) -> Bench:
     watch = Watch()
     files = Checkpoint(watch)
     if quick:
         say("a smoke run: its numbers mean nothing")
-    return Bench(QUICK if quick else Sizes(), usable_cores(), files, _texts(files, root), watch)
-
-
-def _texts(files: Checkpoint, root: Path) -> dict[str, list[int]]:
-    """Prose, a manual and code, as tokens."""
-    package = root / "llama_mini"
-    texts = {
-        "prose": (package / "lab" / "text.txt").read_text(),
-        "manual": (root / "README.md").read_text(),
-        "code": "".join((package / name).read_text() for name in CODE),
-    }
     tokenizer = Tokenizer.from_pretrained(files.directory)
-    return {name: tokenizer.encode(text) for name, text in texts.items()}
+    texts = ("prose", "manual", "code")
+    ids = {name: tokenizer.encode((TEXTS / f"{name}.txt").read_text(encoding="utf-8")) for name in texts}
+    return Bench(QUICK if quick else Sizes(), usable_cores(), files, ids, watch)

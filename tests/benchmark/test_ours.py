@@ -1,4 +1,4 @@
-"""This engine's workers, called here and not in a process of their own."""
+"""The workers that drive this engine, called in this process."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_decode_is_so_many_steps_after_the_prompt(method: str, tiny_dir: Path, f
     assert fed == [((1, 37), [0]), *(((1, 1), [37 + i]) for i in range(5))]
 
 
-def test_rows_are_filled_alone_and_step_together(tiny_dir: Path, fed: list) -> None:
+def test_sequences_are_prefilled_alone_and_step_together(tiny_dir: Path, fed: list) -> None:
     Ours(str(tiny_dir), "float32", None, 1).decode(IDS, 2, 3)
     assert fed == [((1, 37), [0])] * 3 + [((3, 1), [37] * 3), ((3, 1), [38] * 3)]
 

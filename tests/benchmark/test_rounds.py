@@ -1,4 +1,4 @@
-"""Children that are taken in turn, and what counts as disturbed by other load."""
+"""Engines that run in turn, and what counts as disturbed by other programs."""
 
 import sys
 
@@ -20,13 +20,13 @@ def test_runs_alternate_after_one_round_to_warm_up() -> None:
     values = in_rounds(watch, {"a": lambda n: run("a", n), "b": lambda n: run("b", n)}, repeats=2, tries=3)
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert values == {"a": [3, 5], "b": [4, 6]}
-    assert (watch.runs, watch.again, watch.kept) == (2, 0, 0)
+    assert (watch.rounds, watch.repeated, watch.disturbed_rounds) == (2, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("disturbed", "again", "kept", "value"), [([1, 0], 1, 0, 2), ([1, 1, 0], 2, 0, 3), ([1, 1, 1], 2, 1, 3)]
+    ("disturbed", "repeated", "kept", "value"), [([1, 0], 1, 0, 2), ([1, 1, 0], 2, 0, 3), ([1, 1, 1], 2, 1, 3)]
 )
-def test_a_disturbed_round_is_taken_again_and_counted(disturbed: list[int], again: int, kept: int, value: int) -> None:
+def test_a_disturbed_round_is_repeated_and_counted(disturbed: list[int], repeated: int, kept: int, value: int) -> None:
     watch, calls = Watch(), [0]
 
     def run(_: int) -> int:
@@ -36,7 +36,7 @@ def test_a_disturbed_round_is_taken_again_and_counted(disturbed: list[int], agai
         return calls[0] - 1
 
     assert in_rounds(watch, {"a": run}, repeats=1, tries=3) == {"a": [value]}
-    assert (watch.runs, watch.again, watch.kept) == (1, again, kept)
+    assert (watch.rounds, watch.repeated, watch.disturbed_rounds) == (1, repeated, kept)
 
 
 @pytest.mark.parametrize(("busy", "cpu", "disturbed"), [(8.0, 8.0, False), (8.0, 2.0, True), (0.2, 0.2, False)])
@@ -62,14 +62,14 @@ def test_a_child_answers_and_what_libraries_print_is_no_answer() -> None:
         assert child("file", __file__) > 0
 
 
-def test_a_child_that_cannot_start_leaves_its_last_words() -> None:
-    with pytest.raises(LlamaMiniError, match=r"ours\.Ours ended with status 1: .*no/such/model does not exist"):
-        Child(Watch(), "ours.Ours", "no/such/model", "float32", None, 1)
+def test_a_child_that_cannot_start_leaves_its_last_line() -> None:
+    with pytest.raises(LlamaMiniError, match=r"peers\.Files ended with status 1: TypeError: .*takes no arguments"):
+        Child(Watch(), "peers.Files", "an argument")
 
 
-def test_a_child_that_fails_in_a_call_leaves_its_last_words() -> None:
-    with Child(Watch(), "ours.Reader", 1) as child, pytest.raises(LlamaMiniError, match="FileNotFoundError"):
-        child("file", "no/such/file")
+def test_a_child_that_fails_in_a_call_leaves_its_last_line() -> None:
+    with Child(Watch(), "peers.Files") as child, pytest.raises(LlamaMiniError, match=r"AttributeError: .*no_method"):
+        child("no_method")
 
 
 def test_the_time_to_the_first_byte_ends_with_it() -> None:

@@ -1,38 +1,86 @@
-"""README keeps up with the code, and what it shows runs."""
+"""What is written for readers: the examples run, links and pictures are there, sizes are those of the files."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-EXAMPLES = re.findall(r"```(\w+) examples\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+import update_readme
+
+ROOT = update_readme.ROOT
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in update_readme.documents()}
+BLOCK = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def test_line_counts_are_those_of_the_files() -> None:
-    subprocess.run([sys.executable, ROOT / "scripts" / "update_readme.py", "--check"], check=True)
+def examples(name: str, language: str) -> str:
+    return "".join(text for kind, text in BLOCK.findall(TEXTS[name]) if kind == f"{language} examples")
 
 
-def test_python_examples(smollm2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(smollm2_dir.parent.parent)
-    code = "".join(text for language, text in EXAMPLES if language == "python")
-    assert code.count("llm.generate(") >= 9
-    exec(compile(code, "README.md", "exec"), {})
+PYTHON = [name for name in TEXTS if examples(name, "python")]
+SHELL = [
+    pytest.param(name, marks=[] if name == "README.md" else pytest.mark.slow) for name in TEXTS if examples(name, "sh")
+]
 
 
-def test_shell_examples(smollm2_dir: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def workplace(smollm2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run examples in: with a license, and the default checkpoint where a checkout has it."""
     shutil.copy(ROOT / "LICENSE", tmp_path)
-    shell = "".join(text for language, text in EXAMPLES if language == "sh")
-    assert shell.count("python -m llama_mini") >= 6
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", shell], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert (tmp_path / "results.jsonl").read_text(encoding="utf-8").count("\n") == 1
-    for word in ("perplexity", '"token_ids"', '"prompt_logprobs"'):
-        assert word in done.stdout.decode()
+    (tmp_path / "weights").symlink_to(smollm2_dir.parent)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", PYTHON)
+@pytest.mark.usefixtures("workplace")
+def test_python_examples_run(name: str) -> None:
+    exec(compile(examples(name, "python"), name, "exec"), {})
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_shell_examples_run(name: str, workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for line in examples(name, "sh").splitlines():
+        run_line(line)
+    if name == "README.md":
+        assert (workplace / "results.jsonl").read_text(encoding="utf-8").count("\n") == 1
+        printed = capfd.readouterr()
+        assert "perplexity" in printed.out
+        assert "tok/s" in printed.err
+
+
+def run_line(line: str) -> None:
+    """A command of this package alone on its line runs in this process, which has torch already; the rest in bash."""
+    words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
+    alone = not {"|", ">", "<", "&&", ";"} & set(words)
+    words = shlex.split(line, comments=True)
+    if alone and words[:1] == ["llama-mini"]:
+        assert import_module("llama_mini.__main__").main(words[1:]) == 0, line
+    elif alone and words[:2] == ["python", "-m"]:
+        module = import_module(words[2])
+        main = module.main if hasattr(module, "main") else import_module(f"{words[2]}.__main__").main
+        assert main(words[3:]) == 0, line
+    else:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        subprocess.run(["bash", "-euo", "pipefail", "-c", line], env=os.environ | {"PATH": path}, check=True)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_and_pictures_are_there(name: str) -> None:
+    targets = [target.partition("#")[0] for target in LINK.findall(BLOCK.sub("", TEXTS[name])) if "://" not in target]
+    assert [target for target in targets if not (ROOT / name).parent.joinpath(target).exists()] == []
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_line_counts_are_those_of_the_files(name: str) -> None:
+    assert update_readme.with_counts(TEXTS[name], (ROOT / name).parent) == TEXTS[name], "run scripts/update_readme.py"
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 200

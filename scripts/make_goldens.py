@@ -1,12 +1,12 @@
-"""Records what the norms of transformers do, so that the tests can hold ours to it: tests/golden/norms_*.safetensors.
+"""Records calls of the norms of transformers, which our norms must repeat: tests/golden/norms_*.safetensors.
 
-    python scripts/make_goldens.py                     writes every golden that is absent, refuses if one exists
+    python scripts/make_goldens.py                     writes all goldens; refuses if one exists
     python scripts/make_goldens.py llama gemma3 --force
     python scripts/make_goldens.py --check             rebuilds in a temporary folder and compares
 
-One file a family: tiny random models in three dtypes, or the real SmolLM2-135M ("smollm2") in float32. Each norm call
-gives `<dtype>/<module>/input`, `.../gain` and `.../output`; the metadata's `calls` says how to rebuild the norm. No
-value here is computed by llama_mini.
+One file for each family: a tiny random model in three dtypes, or the real SmolLM2-135M ("smollm2") in float32. Each
+call of a norm gives `<dtype>/<module>/input`, `.../gain` and `.../output`; `calls` in the metadata says how to rebuild
+the norm. llama_mini computes none of these values.
 """
 
 import argparse
@@ -33,13 +33,13 @@ SEED = 20240229
 PROMPT = "The capital of France is"
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Relative difference allowed where a rebuilt norm's *input* came out of other matrix products than the recorded one's:
-# those depend on the processor. A norm's output on equal input does not, and is compared bit by bit.
+# Relative difference allowed when a golden is rebuilt on another processor: its matrix products, and so the inputs of
+# the norms, round differently. The output of a norm on equal input does not, and is compared bit by bit.
 DRIFT = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 class Family(NamedTuple):
-    """How a model of transformers norms, read off its source: the class, the gain convention, the rounding order."""
+    """The norm of a model of transformers, as its source has it: the class, the gain convention, the rounding order."""
 
     model_type: str
     norm_class: str
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 def write(names: list[str], folder: Path, *, force: bool) -> int:
     """Builds the named goldens into `folder`. Returns the exit code: 1 if one exists and `force` is off."""
     if not force and (existing := [str(path) for name in names if (path := path_of(name, folder)).exists()]):
-        print(f"already there, --force replaces: {', '.join(existing)}", file=sys.stderr)
+        print(f"already exists, --force replaces it: {', '.join(existing)}", file=sys.stderr)
         return 1
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -107,7 +107,7 @@ def check(names: list[str], folder: Path) -> int:
     """Rebuilds the named goldens elsewhere and prints how they differ. Returns the exit code: 1 if they do."""
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
-        with contextlib.redirect_stdout(io.StringIO()):  # the paths there mean nothing
+        with contextlib.redirect_stdout(io.StringIO()):  # its paths would mean nothing to the user
             write(names, Path(temporary), force=False)
         for name in names:
             path = path_of(name, folder)
@@ -121,7 +121,7 @@ def check(names: list[str], folder: Path) -> int:
 
 
 def compare(stored: Golden, rebuilt: Golden) -> tuple[list[str], str]:
-    """What is wrong, a line each, and a note on what may differ and does. Versions may: they are a note."""
+    """A line for each fault, and a note on what differs and may: versions, and rounding within DRIFT."""
     faults = [
         f"metadata {key!r} differs: {stored.metadata.get(key)!r}, rebuilt {rebuilt.metadata.get(key)!r}"
         for key in ("seed", "rule", "calls", "prompt")
@@ -160,7 +160,7 @@ def read(path: Path) -> Golden:
 
 
 def tiny_golden(family: Family) -> Golden:
-    """Two layers with random weights and gains, run in each dtype on a batch of two rows of five tokens."""
+    """Two layers with random weights and gains, run in each dtype on two sequences of five tokens."""
     tokens = torch.tensor([[1, 17, 4, 9, 30], [1, 5, 5, 22, 3]])
     tensors: dict[str, Tensor] = {"tokens": tokens}
     calls: dict[str, dict[str, Any]] = {}
@@ -180,8 +180,8 @@ def tiny_model(family: Family) -> nn.Module:
     for name, parameter in model.named_parameters():
         values = random.random(tuple(parameter.shape)) * 2 - 1
         if parameter.ndim == 1:
-            values = values / 2 + (family.gain == "w")  # an effective gain of 0.5 to 1.5
-        else:  # embeddings as small as those of real models, so that eps weighs in the first norm
+            values = values / 2 + (family.gain == "w")  # effective gains of 0.5 to 1.5
+        else:  # embeddings as small as in real models, so that eps matters in the first norm
             values *= 0.02 if "embed" in name else math.sqrt(3 / parameter.shape[1])
         parameter.data = torch.from_numpy(values).float()
     return model
@@ -242,7 +242,7 @@ def describe(calls: dict[str, dict[str, Any]], **more: str) -> dict[str, str]:
 
 
 def import_transformers() -> Any:
-    """transformers with its kernels from the hub off, which it decides once, when imported."""
+    """transformers without kernels from the hub; it reads this setting once, when it is imported."""
     os.environ["USE_HUB_KERNELS"] = "NO"
     import transformers
 

@@ -1,7 +1,7 @@
 """Writes tests/tiny: a small random LLaMA with a byte-level tokenizer, so that tests need no download.
 
-Its settings are the unusual ones on purpose: heads wider than dim / n_heads, shared KV heads, LLaMA 3.1 rotary
-scaling, an untied head, gains drawn at random, a BOS that the tokenizer adds and the chat template writes as well.
+Its settings are unusual on purpose, so that nothing passes by luck: heads wider than dim / n_heads, shared KV heads,
+LLaMA 3.1 rotary scaling, an untied head, random gains, and a BOS that both the tokenizer and the chat template write.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> Tokenizer:
-    """256 bytes, then the control tokens; every text is its UTF-8 bytes behind a BOS."""
+    """256 bytes, then the control tokens: a text is a BOS and its UTF-8 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
@@ -62,7 +62,7 @@ def make_model(tokenizer: Tokenizer) -> Llama:
     assert model.lm_head is not None
     rare = torch.ones(config.vocab_size, dtype=torch.bool)
     rare[letters] = False
-    model.lm_head.weight[rare] *= 0.5  # so that most of what it says can be read
+    model.lm_head.weight[rare] *= 0.5  # so that most of its output is readable
     return model
 
 

@@ -46,7 +46,7 @@ def test_python_examples_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHELL)
 def test_shell_examples_run(name: str, workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for line in examples(name, "sh").splitlines():
+    for line in examples(name, "sh").replace("\\\n", "").splitlines():
         run_line(line)
     if name == "README.md":
         assert (workplace / "results.jsonl").read_text(encoding="utf-8").count("\n") == 1

@@ -12,13 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from llama_mini.errors import LlamaMiniError
+from llama_mini.cli.common import exit_code_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    from benchmark.run import MEASURES, profile, run
+    from benchmark import MEASURES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="M,...", default=",".join(MEASURES), help=f"of {', '.join(MEASURES)}")
@@ -26,18 +26,16 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the line of JSON to FILE too")
     parser.add_argument("--profile", action="store_true", help="print where this engine spends its time, and end")
     args = parser.parse_args()
-    try:
-        if args.profile:
-            profile(args.quick)
-        else:
-            run(args.only.split(","), args.quick, args.json, ROOT)
-    except LlamaMiniError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    from benchmark.run import profile, run
+
+    if args.profile:
+        profile(args.quick)
+    else:
+        run(args.only.split(","), args.quick, args.json, ROOT)
 
 
 if __name__ == "__main__":

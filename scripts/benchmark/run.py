@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmark import MEASURES
 from benchmark.engines import Checkpoint
 from benchmark.measures import QUICK, Bench, Sizes, against_peers, batch, context, loading, quality, say, start
 from benchmark.report import as_json, conditions, ratio_table, ratios, table
@@ -11,7 +12,6 @@ from llama_mini.errors import RequestError
 from llama_mini.machine import usable_cores
 from llama_mini.tokenizer import Tokenizer
 
-MEASURES = ("decode", "prefill", "batch", "context", "start", "load", "memory", "quality")
 TEXTS = Path(__file__).parent / "texts"  # fixed copies: a text that changes would move every figure taken on it
 
 

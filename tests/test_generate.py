@@ -130,7 +130,7 @@ def test_the_default_length_shrinks_to_the_context(run: Run, tiny_dir) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["--top-p", "2", "hi"], 2, "top_p must be a number from 0 to 1, not 2.0"),
+        (["--top-p", "2", "hi"], 2, "top_p must be a finite number from 0 to 1, not 2.0"),
         (["--temperature", "-1", "hi"], 2, "temperature"),
         (["--max-tokens", "0", "hi"], 2, "max_tokens"),
         (["--max-tokens", "many", "hi"], 2, "--max-tokens"),

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from llama_mini.errors import RequestError
-from llama_mini.validate import is_finite, is_whole, short_repr
+from llama_mini.validate import check_flag, check_number, check_token_ids, check_whole, is_finite, is_whole, short_repr
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
-MOST_BIAS = 1e30  # float32 holds it beside any logit, and no other logit comes near
-MOST_SEQUENCES = 16384
-MOST_LOGPROBS = 1000
+MAX_BIAS = 1e30  # float32 holds it beside any logit, and no other logit comes near
+MAX_SEQUENCES = 16384
+MAX_LOGPROBS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,29 +74,27 @@ class SamplingParams:
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0, math.inf)
-        _check_number("top_p", self.top_p, 0, 1)
-        _check_number("min_p", self.min_p, 0, 1)
-        _check_positive("repetition_penalty", self.repetition_penalty)
-        _check_number("presence_penalty", self.presence_penalty, -2, 2)
-        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_whole("top_k", self.top_k, 0)
-        _check_whole("n", self.n, 1, MOST_SEQUENCES)
+        check_number("temperature", self.temperature, RequestError, 0)
+        for name in ("top_p", "min_p"):
+            check_number(name, getattr(self, name), RequestError, 0, 1)
+        check_number("repetition_penalty", self.repetition_penalty, RequestError, above=0)
+        for name in ("presence_penalty", "frequency_penalty"):
+            check_number(name, getattr(self, name), RequestError, -2, 2)
+        for name in ("top_k", "min_tokens"):
+            check_whole(name, getattr(self, name), RequestError, 0)
+        check_whole("n", self.n, RequestError, 1, MAX_SEQUENCES)
+        check_whole("top_logprobs", self.top_logprobs, RequestError, 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "prompt_logprobs"):
+            check_flag(name, getattr(self, name), RequestError)
         if self.seed is not None:
-            _check_whole("seed", self.seed, 0, 2**64 - 1)
-        _check_whole("min_tokens", self.min_tokens, 0)
-        if self.max_tokens is not None:
-            _check_whole("max_tokens", self.max_tokens, 1)
-            if self.min_tokens > self.max_tokens:
-                raise RequestError(
-                    f"min_tokens must be at most max_tokens, {short_repr(self.max_tokens)}, "
-                    f"not {short_repr(self.min_tokens)}"
-                )
+            check_whole("seed", self.seed, RequestError, 0, 2**64 - 1)
         if self.max_time is not None:
-            _check_positive("max_time", self.max_time)
-        _check_whole("top_logprobs", self.top_logprobs, 0, MOST_LOGPROBS)
-        _check_bool("ignore_eos", self.ignore_eos)
-        _check_bool("prompt_logprobs", self.prompt_logprobs)
+            check_number("max_time", self.max_time, RequestError, above=0)
+        if self.max_tokens is not None:
+            check_whole("max_tokens", self.max_tokens, RequestError)
+            if self.min_tokens > self.max_tokens:
+                limits = f"{short_repr(self.max_tokens)}, not {short_repr(self.min_tokens)}"
+                raise RequestError(f"min_tokens must be at most max_tokens, {limits}")
         self._set("stop", _stop_strings(self.stop))
         self._set("stop_token_ids", _stop_ids(self.stop_token_ids))
         self._set("logits_processors", _functions(self.logits_processors))
@@ -130,8 +128,10 @@ class SamplingParams:
 def check_vocab(params: SamplingParams, vocab_size: int) -> None:
     """Raises RequestError for a token id that the model does not have."""
     for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
-        if outside := [i for i in ids if i >= vocab_size]:
-            raise RequestError(f"{name} must be token ids from 0 to {vocab_size - 1}, not {short_repr(outside[0])}")
+        try:
+            check_token_ids(ids, vocab_size, RequestError)
+        except RequestError as error:
+            raise RequestError(f"{name}: {error}") from None
 
 
 class _Biases(Mapping[int, float]):
@@ -146,7 +146,7 @@ class _Biases(Mapping[int, float]):
             if not _is_bias(bias):
                 raise RequestError(
                     f"logit_bias of token {short_repr(token)} must be a number from "
-                    f"{-MOST_BIAS:.0e} to {MOST_BIAS:.0e}, "
+                    f"{-MAX_BIAS:.0e} to {MAX_BIAS:.0e}, "
                     f"or -inf to ban it, not {short_repr(bias)}"
                 )
         self._biases = dict(biases)
@@ -195,26 +195,4 @@ def _is_token(value: Any) -> bool:
 
 
 def _is_bias(value: Any) -> bool:
-    return (is_finite(value) and abs(value) <= MOST_BIAS) or (isinstance(value, float) and value == -math.inf)
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if not is_finite(value) or not low <= value <= high:
-        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise RequestError(f"{name} must be a number {limits}, not {short_repr(value)}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not is_finite(value) or value <= 0:
-        raise RequestError(f"{name} must be a number above 0, not {short_repr(value)}")
-
-
-def _check_whole(name: str, value: Any, low: int, high: float = math.inf) -> None:
-    if not is_whole(value) or not low <= value <= high:
-        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise RequestError(f"{name} must be a whole number {limits}, not {short_repr(value)}")
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} must be True or False, not {short_repr(value)}")
+    return (is_finite(value) and abs(value) <= MAX_BIAS) or (isinstance(value, float) and value == -math.inf)

@@ -207,13 +207,13 @@ def test_settings_are_typed_as_their_fields_are(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("temperature", "warm", "temperature must be a number of at least 0, not 'warm'"),
-        ("temperature", "none", "temperature must be a number of at least 0, not 'none'"),
-        ("temperature", "nan", "temperature must be a number of at least 0, not nan"),
-        ("top_p", "2", "top_p must be a number from 0 to 1, not 2.0"),
+        ("temperature", "warm", "temperature must be a finite number of at least 0, not 'warm'"),
+        ("temperature", "none", "temperature must be a finite number of at least 0, not 'none'"),
+        ("temperature", "nan", "temperature must be a finite number of at least 0, not nan"),
+        ("top_p", "2", "top_p must be a finite number from 0 to 1, not 2.0"),
         ("top_k", "1.5", "top_k must be a whole number of at least 0, not '1.5'"),
         ("seed", "9" * 5000, "seed must be a whole number"),
-        ("ignore_eos", "maybe", "ignore_eos must be True or False, not 'maybe'"),
+        ("ignore_eos", "maybe", "ignore_eos must be true or false, not 'maybe'"),
         ("colour", "red", "unknown setting 'colour'; known: temperature, "),
         ("stop", "x", "unknown setting 'stop'; known: "),
     ],

@@ -87,8 +87,8 @@ def test_without_windows_it_is_what_score_gives(tiny: LLM) -> None:
 def test_chunks_change_nothing(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tiny.tokenizer.encode(TEXT)[:330]
     whole = perplexity(tiny, ids, context=200, stride=60)
-    monkeypatch.setattr("llama_mini.eval.perplexity.PREFILL_CHUNK", 50)
-    monkeypatch.setattr("llama_mini.eval.perplexity.ROWS", 8)
+    monkeypatch.setattr("llama_mini.engine.logprobs.PREFILL_CHUNK", 50)
+    monkeypatch.setattr("llama_mini.engine.logprobs.LOGITS_AT_ONCE", 8)
     cut = perplexity(tiny, ids, context=200, stride=60)
     assert cut.tokens == whole.tokens
     assert cut.nll == pytest.approx(whole.nll, abs=1e-6)
@@ -165,7 +165,7 @@ def test_other_vocabularies_are_refused(tiny: LLM, tiny_dir: Path, tmp_path: Pat
         ([1, 260], {}, "token id 260 is outside the vocabulary of 260"),
         ([1, 2], {"bos": -1}, "token id -1 is outside"),
         ("text", {}, "a text is a list of token ids"),
-        ([1, 2], {"context": 513}, "context must be a whole number from 2 to the model's 512, not 513"),
+        ([1, 2], {"context": 513}, "context must be a whole number from 2 to 512, the model's context, not 513"),
         ([1, 2], {"context": 1}, "context must be a whole number from 2"),
         ([1, 2], {"stride": 0}, "stride must be a whole number from 1 to 512, the context of 512, not 0"),
         ([1, 2], {"context": 10, "stride": 11}, "stride must be a whole number from 1 to 10"),
@@ -247,7 +247,7 @@ def test_the_command_compares(tiny: LLM, tiny_dir: Path, tmp_path: Path, capsys)
         (b"", [], 2, "is empty"),
         (b"ab\xff", [], 2, "is not UTF-8 text: invalid start byte at byte 2"),
         (b"a", ["--bos", "none"], 2, "the text has 1 tokens; at least 2 are needed"),
-        (b"abc", ["--context", 513], 2, "context must be a whole number from 2 to the model's 512, not 513"),
+        (b"abc", ["--context", 513], 2, "context must be a whole number from 2 to 512, the model's context, not 513"),
         (b"abc", ["--context", 8, "--stride", 9], 2, "stride must be a whole number from 1 to 8"),
         (b"abc", ["--stride", 0], 2, "not 0"),
         (b"abc", ["--dtype", "float7"], 2, "unknown dtype 'float7'"),

@@ -15,7 +15,7 @@ import torch
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
-from llama_mini.engine.logprobs import token_logprobs
+from llama_mini.engine.logprobs import predictions, token_logprobs
 from llama_mini.engine.request import Chunk, Completion, Request
 from llama_mini.engine.runner import Runner
 from llama_mini.engine.sampling_params import SamplingParams, check_vocab
@@ -24,7 +24,7 @@ from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, set_threads
 from llama_mini.tokenizer.tokenizer import open_tokenizer
-from llama_mini.validate import is_whole, short_repr
+from llama_mini.validate import check_token_ids, is_whole, short_repr
 
 Prompt = str | list[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -125,11 +125,9 @@ class LLM:
     def score(self, ids: list[int]) -> list[float | None]:
         """Of each token its log-probability after those before it, in nats; None for the first."""
         ids = self._ids(ids, new=0)
-        scores: list[float | None] = [None]
         with self._exclusive():
-            for logits, targets in self._runner.scored(ids):
-                scores += token_logprobs(logits, targets).tolist()
-        return scores
+            pairs = predictions(self.model, ids, 1, self.model.new_cache(1, len(ids)))
+            return [None, *(value for pair in pairs for value in token_logprobs(*pair).tolist())]
 
     def forget(self) -> None:
         """Frees what the last call left in the cache for a prompt that begins alike."""
@@ -169,8 +167,7 @@ class LLM:
             raise RequestError(f"a prompt is text or a list of token ids, not {short_repr(prompt)}")
         if not ids:
             raise RequestError("the prompt is empty: there is no token to start from")
-        if outside := [i for i in ids if not 0 <= i < self.config.vocab_size]:
-            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size}")
+        check_token_ids(ids, self.config.vocab_size, RequestError)
         limit = self.config.max_seq_len
         if len(ids) + new > limit:
             raise RequestError(f"{len(ids)} prompt tokens and {new} new ones exceed the context of {limit}")

@@ -1,12 +1,55 @@
-"""Log-probabilities of tokens: the one place that computes them."""
+"""Scoring a text: the logits that predict its tokens, their log-probabilities, and the divergence of two models."""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from llama_mini.memory import PREFILL_CHUNK
+from llama_mini.model.kv_cache import KVCache
+from llama_mini.model.llama import Llama
+
+LOGITS_AT_ONCE = 128  # tokens; in float64, the logits of one token of a large vocabulary take a megabyte
+
+
+@torch.inference_mode()
+def hidden_states(model: Llama, ids: Sequence[int], cache: KVCache) -> Iterator[Tensor]:
+    """The last hidden states (T, C) of each chunk of `ids`, which continue a cache of one row."""
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        tokens = torch.tensor([ids[start : start + PREFILL_CHUNK]], dtype=torch.int64, device=model.device)
+        yield model.hidden(tokens, cache)[0]
+
+
+@torch.inference_mode()
+def split_logits(model: Llama, x: Tensor) -> Iterator[Tensor]:
+    """Logits (N, V) of hidden states (T, C), a bounded number of them at a time."""
+    for part in x.split(LOGITS_AT_ONCE) if len(x) else ():
+        yield model.logits(part)
+
+
+def predictions(model: Llama, ids: Sequence[int], first: int, cache: KVCache) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens ids[first:] in order, some at a time: the logits (N, V) that predict them, and the tokens (N,).
+
+    `first` is at least 1, since nothing predicts the first token. The last token is not fed to the model.
+    """
+    tokens = torch.tensor(ids[first:], dtype=torch.int64, device=model.device)
+    skip = first - 1
+    for x in hidden_states(model, ids[:-1], cache):
+        for logits in split_logits(model, x[skip:]):
+            yield logits, tokens[: len(logits)]
+            tokens = tokens[len(logits) :]
+        skip = max(0, skip - len(x))
+
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Raw log-softmax in nats, at most 0: logits (..., V) and the token of each row (...) int64 -> (...)."""
+    """Raw log-softmax of tokens (...) int64 under logits (..., V), in nats, at most 0 -> (...)."""
     return _logprobs(logits).gather(-1, tokens[..., None])[..., 0]
+
+
+def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference ‖ logits) of each token in nats: (..., V) twice -> (...) float64, at least 0, NaN for NaN."""
+    log_p, log_q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding can take it below 0
 
 
 def top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -122,8 +122,11 @@ class Request:
         new = self.max_tokens if self.params.max_tokens is not None else min(self.max_tokens, UNKNOWN_NEED)
         return len(self.prompt) + new - 1
 
-    def score_prompt(self, logits: Tensor, tokens: Tensor) -> None:
-        """Books some of the prompt's tokens (T,), and the logits (T, V) before each."""
+    def score_prompt(self, logits: Tensor) -> None:
+        """Scores the next tokens of the prompt: logits (N, V) that predict them, after its last token for none."""
+        start = len(self.prompt_logprobs)
+        tokens = torch.tensor(self.prompt[start : start + len(logits)], dtype=torch.int64, device=logits.device)
+        logits = logits[: len(tokens)]
         self.prompt_logprobs += token_logprobs(logits, tokens).tolist()
         if self.params.top_logprobs:
             self.prompt_top_logprobs += _alternatives(logits, self.params.top_logprobs)

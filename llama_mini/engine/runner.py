@@ -1,17 +1,18 @@
 """Requests through a model: prefill by row, decode by batch. Knows token ids; knows no text but what requests make."""
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from llama_mini.engine.fault import blame
+from llama_mini.engine.logprobs import hidden_states, split_logits
 from llama_mini.engine.prefix_cache import FEWEST, Prefix, shared, take_over
 from llama_mini.engine.request import Request
 from llama_mini.engine.sampling import processed, sample
 from llama_mini.errors import CapacityError, LlamaMiniError, NumericalError, RequestError
-from llama_mini.memory import PREFILL_CHUNK, check_cache_fits
+from llama_mini.memory import check_cache_fits
 from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
 
@@ -36,11 +37,6 @@ class Runner:
         for group in groups:
             last = yield from self._run_group(group, requests, last)
         self.kept = last
-
-    def scored(self, ids: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each chunk of a text the logits (T, V) before each of some tokens, and these tokens (T,)."""
-        for logits, targets in self._logits(ids, self.model.new_cache(1, len(ids))):
-            yield logits[: len(targets)], targets
 
     def _run_group(
         self, group: list[Request], requests: list[Request], last: Prefix | None
@@ -74,15 +70,13 @@ class Runner:
 
     def _prefill(self, request: Request, cache: KVCache, prefixes: Sequence[Prefix]) -> Tensor:
         """Runs a prompt through an empty row, in chunks; the logits (V,) after its last token."""
-        if request.params.prompt_logprobs:
-            for logits, targets in self._logits(request.prompt, cache):
-                request.score_prompt(logits[: len(targets)], targets)
-            return logits[-1]
-        request.cached_tokens = take_over(request.prompt, prefixes, cache)
+        score = request.params.prompt_logprobs  # of every token, so that none comes from the cache
+        request.cached_tokens = 0 if score else take_over(request.prompt, prefixes, cache)
+        for x in hidden_states(self.model, request.prompt[request.cached_tokens :], cache):
+            for logits in split_logits(self.model, x) if score else ():
+                request.score_prompt(logits)
         with torch.inference_mode():
-            for chunk in self._chunks(request.prompt[request.cached_tokens :]):
-                x = self.model.hidden(chunk, cache)
-            return self.model.logits(x[0, -1])
+            return self.model.logits(x[-1])
 
     def _decode(self, active: list[Request], cache: KVCache) -> Tensor:
         """One step of every row: the logits (B, V) after each one's newest token."""
@@ -105,17 +99,6 @@ class Runner:
         except Exception as error:  # of a logits processor, which is anybody's code
             return request.fail(RequestError(f"a logits processor raised {error!r}"))
         return request.accept(token, logits)
-
-    def _logits(self, ids: list[int], cache: KVCache) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each chunk, run through an empty row, the logits (T, V) and the tokens after them, at the end one less."""
-        after = torch.tensor(ids[1:], dtype=torch.int64, device=self.model.device)
-        for start, chunk in enumerate(self._chunks(ids)):
-            with torch.inference_mode():
-                logits = self.model(chunk, cache)[0]
-            yield logits, after[start * PREFILL_CHUNK :][: len(logits)]
-
-    def _chunks(self, ids: list[int]) -> Iterator[Tensor]:
-        return iter(torch.tensor([ids], dtype=torch.int64, device=self.model.device).split(PREFILL_CHUNK, dim=1))
 
     def _check_fits(self, group: list[Request]) -> None:
         """Raises CapacityError, but not before what the last call left has made room."""

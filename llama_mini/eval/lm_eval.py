@@ -18,13 +18,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from llama_mini.engine.llm import LLM
-from llama_mini.engine.logprobs import token_logprobs
+from llama_mini.engine.logprobs import predictions, token_logprobs
+from llama_mini.engine.prefix_cache import shared
 from llama_mini.engine.runner import DECODE_BATCH
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import NumericalError, RequestError
-from llama_mini.eval.perplexity import next_logits
 from llama_mini.memory import check_cache_fits
-from llama_mini.validate import is_whole, join_names, short_repr
+from llama_mini.validate import check_whole, join_names, short_repr
 
 DEFAULT_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -64,8 +64,7 @@ class LlamaMiniLM(TemplateLM):
         self.llm = LLM(self.pretrained, dtype, device, quantize, kernels, threads)
         limit = self.llm.config.max_seq_len
         self.max_length = limit if max_length is None else max_length
-        if not is_whole(self.max_length) or not 2 <= self.max_length <= limit:
-            raise RequestError(f"max_length must be a whole number from 2 to the model's {limit}, not {max_length!r}")
+        check_whole("max_length", self.max_length, RequestError, 2, limit, ", the model's context")
         self.add_bos_token = add_bos_token
         self._prefix_token_id = prefix_token_id
         self._device = self.llm.model.device
@@ -120,34 +119,34 @@ class LlamaMiniLM(TemplateLM):
 
         Requests run in the order of their tokens, so that what one shares with the one before runs only once.
         """
-        inputs = [self._window(context, continuation) for _, context, continuation in requests]
-        order = sorted(range(len(requests)), key=inputs.__getitem__)
+        windows = [self._window(context, continuation) for _, context, continuation in requests]
+        order = sorted(range(len(requests)), key=windows.__getitem__)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        longest = max(map(len, inputs), default=1)
+        longest = max(map(len, windows), default=2) - 1  # the last token is not fed to the model
         model = self.llm.model
         check_cache_fits(self.llm.config, 1, model.dtype, longest, longest, model.device)
-        with self.llm._exclusive(), torch.inference_mode():
+        with self.llm._exclusive():
             cache = model.new_cache(1, longest)
             held: list[int] = []
             for index in tqdm(order, "loglikelihood", unit="request", disable=disable_tqdm or None):
                 key, _, continuation = requests[index]
-                ids = inputs[index]
+                ids = windows[index]
                 first = len(ids) - len(continuation)
-                n_shared = min(_n_shared(held, ids), first)
+                n_shared = min(shared(held, ids), first - 1)
                 cache.truncate(0, n_shared)
-                held = ids
-                results[index] = _judged(next_logits(model, ids[n_shared:], first - n_shared, cache), continuation)
+                held = ids[:-1]
+                results[index] = _judge(predictions(model, ids[n_shared:], first - n_shared, cache))
                 if isinstance(key, tuple):
                     self.cache_hook.add_partial("loglikelihood", key, results[index])
         return results
 
     def _window(self, context: list[int], continuation: list[int]) -> list[int]:
-        """What the model reads: context and continuation less its last token, cut from the left to the window."""
+        """Context and continuation, cut from the left to the model's window and the token after it."""
         if not continuation or len(continuation) > self.max_length:
             raise RequestError(
                 f"a continuation has {len(continuation)} tokens, expected 1 to {self.max_length}, which max_length sets"
             )
-        return (context + continuation)[-(self.max_length + 1) : -1]
+        return (context + continuation)[-(self.max_length + 1) :]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Of each context what follows, to the first of its `until` strings or the end of the text."""
@@ -219,21 +218,14 @@ def _batch_size(value: int | str) -> int:
     if str(value) == "auto":
         return DECODE_BATCH
     if not str(value).isdecimal() or int(value) < 1:
-        raise RequestError(f"batch_size must be auto or a whole number of at least 1, not {value!r:.80}")
+        raise RequestError(f"batch_size must be auto or a whole number of at least 1, not {short_repr(value)}")
     return int(value)
 
 
-def _n_shared(one: list[int], other: list[int]) -> int:
-    pairs = zip(one, other, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _judged(pieces: Iterator[torch.Tensor], continuation: list[int]) -> tuple[float, bool]:
-    """Summed log-probability of a continuation, and whether each of its tokens is the likeliest."""
-    total, greedy, start = 0.0, True, 0
-    for logits in pieces:
-        wanted = torch.tensor(continuation[start : start + len(logits)], device=logits.device)
-        total += float(token_logprobs(logits, wanted).double().sum())
-        greedy = greedy and bool((logits.argmax(-1) == wanted).all())
-        start += len(logits)
+def _judge(pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, bool]:
+    """The summed log-probability of a continuation, and whether each of its tokens is the likeliest."""
+    total, greedy = 0.0, True
+    for logits, tokens in pairs:
+        total += float(token_logprobs(logits, tokens).double().sum())
+        greedy = greedy and bool((logits.argmax(-1) == tokens).all())
     return total, greedy

@@ -13,15 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama_mini.engine.llm import LLM
-from llama_mini.engine.logprobs import token_logprobs
+from llama_mini.engine.logprobs import kl_divergence, predictions, token_logprobs
 from llama_mini.errors import NumericalError, RequestError
-from llama_mini.memory import PREFILL_CHUNK, check_cache_fits
-from llama_mini.model.kv_cache import KVCache
-from llama_mini.model.llama import Llama
-from llama_mini.validate import is_whole, short_repr
+from llama_mini.memory import check_cache_fits
+from llama_mini.validate import check_token_ids, check_whole, is_whole, short_repr
 
 DEFAULT_CONTEXT = 2048  # what quantised models are mostly compared at
-ROWS = 128  # of logits at once: float64 rows of a large vocabulary take a megabyte each
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def perplexity(
         RequestError; CapacityError if a window does not fit in memory; NumericalError for NaN or infinite logits.
     """
     task = _task([llm], ids, context, stride, bos)
-    nll = [-_checked(token_logprobs(logits, targets)) for targets, (logits,) in _scored([llm], task)]
+    nll = [-_checked(token_logprobs(*pair)) for (pair,) in _scored([llm], task)]
     return _summary(torch.cat(nll), llm, task)
 
 
@@ -112,17 +109,16 @@ def compare(
     _check_same_vocabulary(llm, reference)
     task = _task([llm, reference], ids, context, stride, bos)
     nll: list[Tensor] = []
-    expected: list[Tensor] = []
+    reference_nll: list[Tensor] = []
     divergences: list[Tensor] = []
     same = 0
-    for targets, (logits, wanted) in _scored([llm, reference], task):
-        wanted = wanted.to(logits.device)
-        nll.append(-_checked(token_logprobs(logits, targets)))
-        expected.append(-_checked(token_logprobs(wanted, targets)))
-        log_p, log_q = wanted.double().log_softmax(-1), logits.double().log_softmax(-1)
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))  # rounding can take it below
-        same += int((logits.argmax(-1) == wanted.argmax(-1)).sum())
-    ours, theirs = torch.cat(nll), torch.cat(expected)
+    for (logits, tokens), (expected, _) in _scored([llm, reference], task):
+        expected = expected.to(logits.device)
+        nll.append(-_checked(token_logprobs(logits, tokens)))
+        reference_nll.append(-_checked(token_logprobs(expected, tokens)))
+        divergences.append(kl_divergence(expected, logits))
+        same += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+    ours, theirs = torch.cat(nll), torch.cat(reference_nll)
     kl: NDArray[np.float64] = torch.cat(divergences).cpu().numpy()
     difference = (ours.double() - theirs.double()).cpu().numpy()
     n = len(difference)
@@ -155,17 +151,6 @@ def windows(length: int, context: int, stride: int, first: int) -> Iterator[tupl
             return
 
 
-def next_logits(model: Llama, ids: Sequence[int], first: int, cache: KVCache) -> Iterator[Tensor]:
-    """Logits (N, V), some rows at a time, after each of `ids` from index `first` on; they continue the cache's row."""
-    start = 0
-    for chunk in torch.tensor([ids], dtype=torch.int64, device=model.device).split(PREFILL_CHUNK, dim=1):
-        x = model.hidden(chunk, cache)[:, max(0, first - start) :]
-        start += chunk.shape[1]
-        if x.shape[1]:
-            for rows in x.split(ROWS, dim=1):
-                yield model.logits(rows)[0]
-
-
 @dataclass(frozen=True)
 class _Task:
     texts: list[list[int]]
@@ -192,22 +177,18 @@ def _task(
     bos: int | None,
 ) -> _Task:
     texts = [_as_list(text) for text in ([ids] if all(is_whole(i) for i in ids) else ids)]
-    vocabulary = llms[0].config.vocab_size
     for text in [*texts, [] if bos is None else [bos]]:
-        if outside := [i for i in text if not 0 <= i < vocabulary]:
-            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {vocabulary}")
+        check_token_ids(text, llms[0].config.vocab_size, RequestError)
     least = 2 if bos is None else 1
     if short := [len(text) for text in texts if len(text) < least]:
         raise RequestError(f"the text has {short[0]} tokens; at least {least} are needed for one to be predicted")
     limit = min(llm.config.max_seq_len for llm in llms)
     context = min(limit, DEFAULT_CONTEXT) if context is None else context
-    if not is_whole(context) or not 2 <= context <= limit:
-        raise RequestError(f"context must be a whole number from 2 to the model's {limit}, not {short_repr(context)}")
+    check_whole("context", context, RequestError, 2, limit, ", the model's context")
     room = context if bos is None else context - 1
     stride = room if stride is None else stride
-    if not is_whole(stride) or not 1 <= stride <= room:
-        beside = f"the context of {context}" + ("" if bos is None else " less BOS")
-        raise RequestError(f"stride must be a whole number from 1 to {room}, {beside}, not {short_repr(stride)}")
+    why = f", the context of {context}" + ("" if bos is None else " less BOS")
+    check_whole("stride", stride, RequestError, 1, room, why)
     for llm in llms:
         check_cache_fits(llm.config, 1, llm.model.dtype, context, context, llm.model.device)
     return _Task(texts, context, stride, bos)
@@ -219,8 +200,8 @@ def _as_list(text: object) -> list[int]:
     return list(text)
 
 
-def _scored(llms: list[LLM], task: _Task) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Every scored token in order, some at a time (N,), and each model's logits (N, V) before them."""
+def _scored(llms: list[LLM], task: _Task) -> Iterator[tuple[tuple[Tensor, Tensor], ...]]:
+    """The `predictions` of each model for every scored token in order, some tokens at a time."""
     longest = min(task.context, max(map(len, task.texts)) + len(task.prefix))
     n_scored = sum(end - scored for _, _, end, scored in task.windows())
     with ExitStack() as stack:
@@ -231,17 +212,14 @@ def _scored(llms: list[LLM], task: _Task) -> Iterator[tuple[Tensor, list[Tensor]
             tqdm(desc="scoring", total=n_scored, unit="token", delay=1, leave=False, disable=None)
         )
         for text, begin, end, scored in task.windows():
-            inputs = [*task.prefix, *text[begin : end - 1]]
-            first = len(inputs) - (end - scored)
+            ids = [*task.prefix, *text[begin:end]]
+            first = len(ids) - (end - scored)
             for cache in caches:
                 cache.truncate(0, 0)
-            with torch.inference_mode():
-                pieces = [next_logits(llm.model, inputs, first, cache) for llm, cache in zip(llms, caches, strict=True)]
-                for logits in zip(*pieces, strict=True):
-                    n = len(logits[0])
-                    yield torch.tensor(text[scored : scored + n], device=logits[0].device), list(logits)
-                    scored += n
-                    bar.update(n)
+            parts = [predictions(llm.model, ids, first, cache) for llm, cache in zip(llms, caches, strict=True)]
+            for pairs in zip(*parts, strict=True):
+                yield pairs
+                bar.update(len(pairs[0][1]))
 
 
 def _checked(logprobs: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_mini.engine.logprobs import token_logprobs
+from llama_mini.engine.logprobs import LOGITS_AT_ONCE, kl_divergence, token_logprobs
 from llama_mini.errors import RequestError
 from llama_mini.model.llama import Llama
+from llama_mini.validate import check_token_ids
 
-_ROWS_AT_ONCE = 256  # of log-softmax: a whole text of a large vocabulary would double the memory of its logits
 _NO_INTEGER = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 
 
@@ -57,8 +57,11 @@ def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = Non
         return Score(tokens, loss, logits)
     if against.logits.shape != logits.shape:
         raise RequestError(f"the base has a vocabulary of {against.logits.shape[-1]}, this model {logits.shape[-1]}")
-    kl, top1 = _moved(against.logits.flatten(0, 1), logits.flatten(0, 1))
-    return Score(tokens, loss, logits, loss - against.loss, kl, top1)
+    kl, same = 0.0, 0
+    for p, q in zip(_in_parts(against.logits.flatten(0, 1)), _in_parts(logits.flatten(0, 1)), strict=True):
+        kl += float(kl_divergence(p, q).sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return Score(tokens, loss, logits, loss - against.loss, kl / tokens.numel(), same / tokens.numel())
 
 
 def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> Tensor:
@@ -72,27 +75,22 @@ def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> T
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < at_least:
         raise RequestError(f"token ids are (T,) or (B, T), T at least {at_least}, not {tuple(tokens.shape)}")
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < model.config.vocab_size:
-        raise RequestError(f"a token id lies outside the vocabulary of {model.config.vocab_size}")
+    check_token_ids((int(tokens.min()), int(tokens.max())), model.config.vocab_size, RequestError)
     return tokens.to(device=model.device, dtype=torch.int64)
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> float:
-    rows = zip(logits[:, :-1], tokens[:, 1:], strict=True)
-    pieces = [zip(row.split(_ROWS_AT_ONCE), wanted.split(_ROWS_AT_ONCE), strict=True) for row, wanted in rows]
-    total = sum(float(token_logprobs(*piece).double().sum()) for row in pieces for piece in row)
-    return -total / tokens[:, 1:].numel()
+    total = 0.0
+    for x, ids in zip(logits[:, :-1], tokens[:, 1:], strict=True):
+        for pair in zip(_in_parts(x), _in_parts(ids), strict=True):
+            total -= float(token_logprobs(*pair).double().sum())
+    return total / tokens[:, 1:].numel()
+
+
+def _in_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """A log-softmax of all logits at once would double their memory."""
+    return x.split(LOGITS_AT_ONCE)
 
 
 def _size(tokens: Tensor) -> str:
     return " × ".join(map(str, tokens.shape))
-
-
-def _moved(base: Tensor, other: Tensor) -> tuple[float, float]:
-    """KL(base ‖ other) and the agreement of the likeliest, means over the rows of (N, V)."""
-    kl, same = 0.0, 0
-    for p, q in zip(base.split(_ROWS_AT_ONCE), other.split(_ROWS_AT_ONCE), strict=True):
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        kl += float((log_p.exp() * (log_p - log_q)).sum())
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-    return kl / len(base), same / len(base)

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from llama_mini.engine.logprobs import token_logprobs, top_logprobs
+from llama_mini.engine.logprobs import (
+    hidden_states,
+    kl_divergence,
+    predictions,
+    split_logits,
+    token_logprobs,
+    top_logprobs,
+)
+from tests.tiny_models import random_tokens, tiny_model
 
 
 def test_against_float64() -> None:
@@ -51,3 +59,29 @@ def test_the_likeliest_of_one_row_and_of_narrow_and_wide_logits() -> None:
 def test_no_row_has_no_likeliest() -> None:
     ids, values = top_logprobs(torch.empty(0, 9), 3)
     assert ids.shape == values.shape == (0, 3)
+
+
+def test_the_divergence_is_numpys_and_never_below_zero() -> None:
+    p, q = 5 * torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(4))
+    log_p, log_q = (x.double().numpy() - np.log(np.exp(x.double().numpy()).sum(-1, keepdims=True)) for x in (p, q))
+    np.testing.assert_allclose(kl_divergence(p, q).numpy(), (np.exp(log_p) * (log_p - log_q)).sum(-1), rtol=1e-9)
+    assert (kl_divergence(p, p.double()) == 0).all()
+    assert (kl_divergence(p, p + 1e-7) >= 0).all()
+    assert kl_divergence(p, q * torch.nan).isnan().all()
+
+
+@pytest.mark.parametrize(("n", "first"), [(60, 1), (60, 25), (60, 59), (2, 1), (1, 1)])
+def test_every_token_meets_the_logits_that_predict_it(monkeypatch: pytest.MonkeyPatch, n: int, first: int) -> None:
+    """In whatever chunks, also behind what the cache holds."""
+    monkeypatch.setattr("llama_mini.engine.logprobs.PREFILL_CHUNK", 20)
+    monkeypatch.setattr("llama_mini.engine.logprobs.LOGITS_AT_ONCE", 7)
+    model, ids = tiny_model(dtype=torch.float64), random_tokens(1, n + 9)[0].tolist()
+    cache = model.new_cache(1, n + 9)
+    for x in hidden_states(model, ids[:9], cache):
+        assert sum(map(len, split_logits(model, x))) == 9
+    pairs = list(predictions(model, ids[9:], first, cache))
+    assert [token for _, tokens in pairs for token in tokens.tolist()] == ids[9 + first :]
+    assert all(len(logits) == len(tokens) <= 7 for logits, tokens in pairs)
+    if pairs:
+        expected = model(torch.tensor([ids]))[0, 8 + first : -1]
+        torch.testing.assert_close(torch.cat([logits for logits, _ in pairs]), expected, rtol=0, atol=1e-12)

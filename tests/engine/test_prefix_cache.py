@@ -96,6 +96,7 @@ def test_prompt_logprobs_are_computed_anew(llm: LLM) -> None:
     assert completion.prompt_logprobs[1:] == pytest.approx(expected, abs=2e-5)
     for row, alternatives in enumerate(completion.prompt_top_logprobs[1:]):
         assert [token for token, _ in alternatives] == logits[row].topk(3).indices.tolist()
+    assert completion.logprobs == cold(llm, SYSTEM, SamplingParams(max_tokens=2)).logprobs  # bit for bit
 
 
 def test_what_was_kept_makes_room(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

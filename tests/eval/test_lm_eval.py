@@ -142,7 +142,7 @@ def test_a_chat_template_gives_the_same_ids(pair: tuple[LlamaMiniLM, HFLM], prom
     [
         ({"batch_size": "many"}, "batch_size must be auto or a whole number"),
         ({"batch_size": 0}, "batch_size must be auto"),
-        ({"max_length": 513}, "max_length must be a whole number from 2 to the model's 512, not 513"),
+        ({"max_length": 513}, "max_length must be a whole number from 2 to 512, the model's context, not 513"),
         ({"dtype": "float7"}, "unknown dtype"),
     ],
     ids=str,

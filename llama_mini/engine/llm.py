@@ -1,4 +1,4 @@
-"""LLM: prefill by row, decode by batch, stream. It knows text; it knows no terminal."""
+"""LLM, the public interface: a checkpoint with its tokenizer, ready to generate, chat, stream and score."""
 
 import asyncio
 import threading
@@ -31,16 +31,17 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """A checkpoint, ready to generate. Not thread-safe: one call at a time, a second one raises RequestError.
+    """A model with its tokenizer. It runs one call at a time; a second one, also from another thread, is refused.
 
     Args:
-        path: a checkpoint: a directory, a GGUF or safetensors file, a hub name (org/name, org/name@revision), or
-            what `open_checkpoint` made of one.
-        dtype: `auto` (bfloat16 where the device computes in it, else float32), a name or a torch dtype.
+        path: a checkpoint: a directory, a GGUF or safetensors file, a hub name (org/name, org/name@revision), or the
+            result of `open_checkpoint`.
+        dtype: `auto` (bfloat16 if the device computes in it, else float32), a name or a torch dtype.
         device: `cpu`, `cuda`, ...
-        quantize: None, or `int8` or `int4`: the matrices as codes of so many bits; the head has 8 at least.
-        kernels: `auto` builds the fast operators once, about 10 s; `off` uses PyTorch's own.
-        threads: None takes the cores that the process may use. It holds for the whole process.
+        quantize: `int8` or `int4` quantizes the weight matrices as they are loaded, the head always to int8; None does
+            not.
+        kernels: `auto` compiles the fast operators the first time, about 10 s; `off` uses PyTorch's operators.
+        threads: number of threads, for the whole process; None takes all cores that the process may use.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError, RequestError; CapacityError if it does not fit in memory.
@@ -69,15 +70,21 @@ class LLM:
         self._runner = Runner(self.model, self.tokenizer.eos_ids)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[Completion]:
-        """Completes raw text or token ids: one prompt or a list of them, always a list back, in order.
+        """Completes prompts, each a text or token ids; returns one completion for each, in order, always in a list.
 
-        `params` may be a list too, one for each prompt. With `n` answers each, those of a prompt follow one another;
-        answer i draws from seed + i. What prompts share, or share with the last call, is prefilled once.
+        Args:
+            prompts: one prompt or a list of them. A prefix that they share, with each other or with the call before, is
+                prefilled once.
+            params: for all prompts, or a list with one for each. With n > 1 the n answers to a prompt follow one
+                another, and answer i uses seed + i.
 
-        With the fast operators a row of a batch has the bits that it has alone, as long as nothing is taken over from
-        another prompt: a prefill in two parts, like PyTorch's own operators, differs by the rounding of a matrix
-        product, 1e-6 relative in float32, and in bfloat16 now and then the last of its eight bits.
-        Raises RequestError before anything runs. A row whose numbers fail ends alone, with `finish_reason="error"`.
+        With the fast operators the results have the same bits in a batch as alone, unless a prefix was reused. A
+        prefill in two parts rounds differently, as PyTorch's operators do in a batch: by 1e-6 relative in float32, and
+        in bfloat16 sometimes by the last bit.
+
+        Raises:
+            RequestError, CapacityError: before anything runs. A request that fails later, because its logits are not
+                finite or its logits processor raises, ends with `finish_reason="error"`; the others go on.
         """
         requests = [r for prompt, own in self._pairs(prompts, params) for r in self._requests(prompt, own)]
         for _ in self._run(requests):
@@ -85,9 +92,9 @@ class LLM:
         return [request.completion for request in requests if request.completion is not None]
 
     def completions(self, prompts: Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Completion]]:
-        """The completions of `generate` as each one ends, with the place of its prompt, in whatever order.
+        """Yields the completions of `generate` as they finish, in any order, each with the index of its prompt.
 
-        A prompt that cannot run comes back with `finish_reason="error"` and keeps no other from running.
+        A prompt that is refused gives a completion with `finish_reason="error"`; the others run.
         """
         requests = []
         for index, (prompt, own) in enumerate(self._pairs(list(prompts), params)):
@@ -103,16 +110,16 @@ class LLM:
                 yield request.index, request.completion
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
-        """The answer to messages, each with `role` and `content`, through the checkpoint's chat template."""
+        """Answers a chat: messages with `role` and `content`, formatted with the checkpoint's chat template."""
         return self.generate(self.tokenizer.apply_chat_template(messages), _one(params))[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
-        """One chunk a token; their texts joined are what `generate` gives. Raises where a row of `generate` fails."""
+        """Yields a chunk for each token; their texts joined are the text of `generate`. Raises if the request fails."""
         (request,) = self._requests(prompt, _one(params))
         return self._stream(request)
 
     async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Chunk]:
-        """`stream` for asyncio: the steps run in a thread of their own, and the event loop goes on meanwhile."""
+        """`stream` for asyncio: the model runs in a thread, so that the event loop is not blocked."""
         chunks = self.stream(prompt, params)
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1) as thread:
@@ -123,16 +130,26 @@ class LLM:
                 await loop.run_in_executor(thread, chunks.close)
 
     def score(self, ids: list[int]) -> list[float | None]:
-        """Of each token its log-probability after those before it, in nats; None for the first."""
+        """The log-probability of each token given those before it, in nats; None for the first."""
         ids = self._ids(ids, new=0)
-        with self._exclusive():
+        with self.exclusive():
             pairs = predictions(self.model, ids, 1, self.model.new_cache(1, len(ids)))
             return [None, *(value for pair in pairs for value in token_logprobs(*pair).tolist())]
 
     def forget(self) -> None:
-        """Frees what the last call left in the cache for a prompt that begins alike."""
-        with self._exclusive():
-            self._runner.kept = None
+        """Frees the cache that the last call kept for prefix reuse."""
+        with self.exclusive():
+            self._runner.last_prefix = None
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Reserves the model, for code that runs `llm.model` itself: until it ends, other calls raise RequestError."""
+        if not self._lock.acquire(blocking=False):  # waiting would be a deadlock if the same thread holds the lock
+            raise RequestError("this LLM is busy: it runs one call at a time, and a stream until it ends or is closed")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _stream(self, request: Request) -> Generator[Chunk, None, None]:
         for _ in self._run([request]):
@@ -147,21 +164,21 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             return [(prompt, params or SamplingParams()) for prompt in batch]
         if len(params) != len(batch):
-            raise RequestError(f"params are {len(params)} for {len(batch)} prompts: give one for all, or one for each")
+            raise RequestError(f"there are {len(params)} params for {len(batch)} prompts: give one, or one for each")
         return list(zip(batch, params, strict=True))
 
     def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
         """One request for each of the `n` answers."""
         ids = self._ids(prompt, params.max_tokens or 1)
         check_vocab(params, self.config.vocab_size)
-        most = params.max_tokens or self.config.max_seq_len - len(ids)
+        max_tokens = params.max_tokens or self.config.max_seq_len - len(ids)
         each = [
             params if params.seed is None else replace(params, seed=(params.seed + i) % 2**64) for i in range(params.n)
         ]
-        return [Request(ids, own, most, self.tokenizer, self.load_seconds) for own in each]
+        return [Request(ids, own, max_tokens, self.tokenizer, self.load_seconds) for own in each]
 
     def _ids(self, prompt: Prompt, new: int) -> list[int]:
-        """A prompt as token ids that the model knows and, with `new` ones, has room for."""
+        """A prompt as token ids; raises RequestError unless they and `new` more tokens fit in the context."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not isinstance(ids, list) or not all(is_whole(i) for i in ids):
             raise RequestError(f"a prompt is text or a list of token ids, not {short_repr(prompt)}")
@@ -173,22 +190,13 @@ class LLM:
             raise RequestError(f"{len(ids)} prompt tokens and {new} new ones exceed the context of {limit}")
         return ids
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):  # waiting could be waiting for itself
-            raise RequestError("this LLM is busy: it serves one call at a time, a stream until it is used up or closed")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
     def _run(self, requests: list[Request]) -> Generator[Request, None, None]:
-        with self._exclusive():
+        with self.exclusive():
             yield from self._runner.run(requests)
 
 
 def _one(params: SamplingParams | None) -> SamplingParams:
     params = SamplingParams() if params is None else params
     if params.n != 1:
-        raise RequestError(f"n must be 1 where one answer comes back, not {params.n}: use generate")
+        raise RequestError(f"n must be 1 where one answer is returned, not {params.n}: use generate")
     return params

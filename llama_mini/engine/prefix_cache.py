@@ -1,11 +1,11 @@
-"""Prompts that begin alike: what the cache holds of one serves the others."""
+"""Prefix reuse: a prompt that begins like an earlier one copies keys and values from its cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_mini.model.kv_cache import KVCache
 
-FEWEST = 32  # tokens worth taking over: fewer cost less than the rounding that they change
+MIN_PREFIX = 32  # tokens; a shorter prefix saves little time, and a prefill in two parts rounds differently from one
 
 
 @dataclass(frozen=True)
@@ -15,24 +15,24 @@ class Prefix:
     ids: Sequence[int]
     cache: KVCache
 
-    def begun(self, n: int) -> "Prefix":
-        """The first `n` tokens in storage of their own."""
+    def head(self, n: int) -> "Prefix":
+        """The first `n` tokens, copied."""
         return Prefix(self.ids[:n], self.cache.copy(n))
 
 
-def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two prompts begin with alike."""
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of tokens that two sequences begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def take_over(prompt: Sequence[int], prefixes: Sequence[Prefix], cache: KVCache) -> int:
-    """Fills an empty row with the longest beginning of a prompt that is at hand, and says how many tokens it has.
+def reuse_prefix(prompt: Sequence[int], prefixes: Sequence[Prefix], cache: KVCache) -> int:
+    """Copies the longest prefix that a prompt shares with one of `prefixes` into an empty cache; returns its length.
 
-    The last token of the prompt never comes from there: its logits are what a prefill is for.
+    The last token of the prompt is never copied: it must run through the model, which gives the next token's logits.
     """
-    lengths = [min(shared(prompt, prefix.ids), len(prompt) - 1) for prefix in prefixes]
+    lengths = [min(common_prefix_length(prompt, prefix.ids), len(prompt) - 1) for prefix in prefixes]
     longest = max(lengths, default=0)
-    if longest < FEWEST:
+    if longest < MIN_PREFIX:
         return 0
-    cache.begin_as(prefixes[lengths.index(longest)].cache, longest)
+    cache.copy_from(prefixes[lengths.index(longest)].cache, longest)
     return longest

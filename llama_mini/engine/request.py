@@ -1,4 +1,4 @@
-"""One request as it runs, and what comes out of it: chunks, a completion, statistics."""
+"""A request while it runs, and its results: chunks, a completion, statistics."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,17 +14,18 @@ from llama_mini.machine import peak_memory_bytes
 from llama_mini.tokenizer import Tokenizer
 from llama_mini.tokenizer.text_stream import TextStream
 
-UNKNOWN_NEED = 256  # positions reserved at first for an answer without max_tokens; the cache doubles when they are full
+INITIAL_NEW_TOKENS = 256  # cache positions for an answer without max_tokens; when they are full, the cache doubles
 
 FinishReason = Literal["stop", "length", "error", "abort"]
-Alternatives = list[tuple[int, float]]  # token id and raw log-probability in nats, the likeliest first
+Alternatives = list[tuple[int, float]]  # token ids and raw log-probabilities in nats, the likeliest first
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Times of one request. Rates are tokens per second of that row; None where too little ran to tell.
+    """Times of one request. Rates are its own tokens per second; None where too few tokens ran to measure.
 
-    `cached_tokens` of the prompt were taken over from another prompt, or from the last call, that begins with them.
+    The first `cached_tokens` of the prompt were not prefilled, but copied from the cache of another prompt of the same
+    call, or of the call before.
     """
 
     prompt_tokens: int
@@ -39,19 +40,19 @@ class Stats:
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt got.
+    """The answer to one prompt.
 
     Attributes:
-        text: without the end-of-text token and without the stop string.
-        token_ids: every sampled token, the closing end-of-text included.
-        finish_reason: `stop` (end of text, a stop string or token), `length` (tokens or time are used up), `error`
-            or `abort`.
-        error: what went wrong, or None.
-        logprobs: raw log-probability of each token in nats.
+        text: without the end-of-text token and the stop string.
+        token_ids: all sampled tokens, including the end-of-text token.
+        finish_reason: `stop` (an end-of-text token, a stop string or a stop token), `length` (max_tokens, max_time or
+            the end of the context), `error` or `abort`.
+        error: the message if the request failed, else None.
+        logprobs: log-probability of each token in nats, from the raw logits.
         stats: times and rates.
-        top_logprobs: at each token the likeliest ones; None unless asked for.
-        prompt_logprobs: of each prompt token, None for the first; None unless asked for.
-        prompt_top_logprobs: where both are asked for.
+        top_logprobs: for each token the likeliest alternatives; None unless `SamplingParams.top_logprobs` is set.
+        prompt_logprobs: for each token of the prompt, None for the first; None unless asked for.
+        prompt_top_logprobs: the same with alternatives; None unless both are asked for.
     """
 
     text: str
@@ -67,9 +68,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One step of a stream: the text that became whole with this token, maybe none.
+    """One token of a stream, and the text that it completes.
 
-    The last chunk has a finish reason and the whole completion; its `token_id` is None if the row failed.
+    The text is empty while a character is incomplete or a stop string may have begun. The last chunk has the finish
+    reason and the completion; its `token_id` is None if the request failed.
     """
 
     text: str
@@ -80,9 +82,12 @@ class Chunk:
 
 @dataclass(eq=False)
 class Request:
-    """The state of one row; `max_tokens` is what its parameters ask for, or all that the context leaves.
+    """One sequence while it is generated.
 
-    `chunk` is the newest one; `index` is the place of the prompt among those of its call.
+    Attributes:
+        max_tokens: of the parameters, or else all that fit in the context after the prompt.
+        index: position of the prompt in the list of its call.
+        chunk: the newest one.
     """
 
     prompt: list[int]
@@ -113,17 +118,20 @@ class Request:
         self._started = self._first = self._last = 0.0
 
     def start(self) -> None:
-        """The prefill begins."""
+        """Notes the time at which the prefill begins."""
         self._started = time.perf_counter()
 
     @property
-    def needed(self) -> int:
-        """Positions to begin with: the prompt and every new token but the last, which is never fed back."""
-        new = self.max_tokens if self.params.max_tokens is not None else min(self.max_tokens, UNKNOWN_NEED)
+    def positions(self) -> int:
+        """Cache positions to allocate: of the prompt and all new tokens but the last, which is never an input."""
+        new = self.max_tokens if self.params.max_tokens is not None else min(self.max_tokens, INITIAL_NEW_TOKENS)
         return len(self.prompt) + new - 1
 
     def score_prompt(self, logits: Tensor) -> None:
-        """Scores the next tokens of the prompt: logits (N, V) that predict them, after its last token for none."""
+        """Scores the next tokens of the prompt from the logits (N, V) that predict them.
+
+        The logits after the last token of the prompt predict none of its tokens and are left out.
+        """
         start = len(self.prompt_logprobs)
         tokens = torch.tensor(self.prompt[start : start + len(logits)], dtype=torch.int64, device=logits.device)
         logits = logits[: len(tokens)]
@@ -131,17 +139,17 @@ class Request:
         if self.params.top_logprobs:
             self.prompt_top_logprobs += _alternatives(logits, self.params.top_logprobs)
 
-    def accept(self, token: int, logits: Tensor) -> None:
-        """Books a token and the raw logits (V,) that it was sampled from, and decides whether it is the last."""
+    def append_token(self, token: int, logits: Tensor) -> None:
+        """Appends a token and its log-probability under the raw logits (V,); finishes after the last token."""
         self.logprobs.append(float(token_logprobs(logits, torch.tensor(token, device=logits.device))))
         if self.params.top_logprobs:
             self.top_logprobs += _alternatives(logits[None], self.params.top_logprobs)
-        self.chunk = self._booked(token)
-
-    def _booked(self, token: int) -> Chunk:
         self._last = time.perf_counter()
         self._first = self._first or self._last
         self.token_ids.append(token)
+        self.chunk = self._next_chunk(token)
+
+    def _next_chunk(self, token: int) -> Chunk:
         if token in self.ends:
             return self._finish(token, "", "stop")
         text = self._stream.push(token)
@@ -154,7 +162,7 @@ class Request:
         return Chunk(text, token)
 
     def fail(self, failure: LlamaMiniError) -> None:
-        """Ends the row, and no other."""
+        """Finishes this request with an error. Others of its batch go on."""
         self.failure = failure
         self.chunk = self._finish(None, "", "error")
 

@@ -1,14 +1,14 @@
-"""Requests through a model: prefill by row, decode by batch. Knows token ids; knows no text but what requests make."""
+"""Runs requests on a model: each prompt is prefilled alone, then all sequences of a group decode together."""
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llama_mini.engine.fault import blame
 from llama_mini.engine.logprobs import hidden_states, split_logits
-from llama_mini.engine.prefix_cache import FEWEST, Prefix, shared, take_over
+from llama_mini.engine.prefix_cache import MIN_PREFIX, Prefix, common_prefix_length, reuse_prefix
 from llama_mini.engine.request import Request
 from llama_mini.engine.sampling import processed, sample
 from llama_mini.errors import CapacityError, LlamaMiniError, NumericalError, RequestError
@@ -16,62 +16,63 @@ from llama_mini.memory import check_cache_fits
 from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
 
-DECODE_BATCH = 16  # rows that decode together
+DECODE_BATCH = 16  # sequences that decode together
 
 
 class Runner:
-    """Runs one list of requests at a time; what the last one left in the cache serves a prompt that begins alike."""
+    """Runs one list of requests at a time, and keeps what the next list may reuse of the cache."""
 
     def __init__(self, model: Llama, eos_ids: frozenset[int]) -> None:
         self.model = model
         self.eos_ids = eos_ids
-        self.kept: Prefix | None = None
+        self.last_prefix: Prefix | None = None
 
     def run(self, requests: list[Request]) -> Generator[Request, None, None]:
-        """Runs requests in groups of like length, the longest first; gives each one whenever it has a new chunk."""
-        ordered = sorted(requests, key=lambda request: -request.needed)
+        """Runs the requests in groups of similar length, the longest first; yields each one at every new chunk."""
+        ordered = sorted(requests, key=lambda request: -request.positions)
         groups = [ordered[start : start + DECODE_BATCH] for start in range(0, len(ordered), DECODE_BATCH)]
         for group in groups:
             self._check_fits(group)
-        last, self.kept = self.kept, None  # a call that breaks off leaves nothing half written
+        last, self.last_prefix = self.last_prefix, None  # after an exception nothing half-written is reused
         for group in groups:
             last = yield from self._run_group(group, requests, last)
-        self.kept = last
+        self.last_prefix = last
 
     def _run_group(
         self, group: list[Request], requests: list[Request], last: Prefix | None
     ) -> Generator[Request, None, Prefix | None]:
-        """Prefills each row alone, then steps all rows together; a row that ends leaves the batch.
+        """Prefills each prompt alone, then decodes all sequences together; one that ends leaves the batch.
 
-        Returns what a prompt that begins alike can take over: of one request its row, of many what all of them share.
+        Returns what later prompts may reuse: of a single request its whole sequence, of several what all prompts share.
         """
         single = len(requests) == 1
-        cache = self.model.new_cache(len(group), _positions(group))
+        cache = self.model.new_cache(len(group), max(request.positions for request in group))
         active, prefixes = list(group), [] if last is None else [last]
         try:
             for row, request in enumerate(group):
                 request.start()
-                self._take(request, self._prefill(request, cache.row(row), prefixes))
+                self._sample(request, self._prefill(request, cache.row(row), prefixes))
                 prefixes.append(Prefix(request.prompt, cache.row(row)))
                 if row == 0 and not single:
-                    common = min(shared(request.prompt, other.prompt) for other in requests)
-                    last = prefixes[-1].begun(common) if common >= FEWEST and request.failure is None else last
+                    n_common = min(common_prefix_length(request.prompt, other.prompt) for other in requests)
+                    if n_common >= MIN_PREFIX and request.failure is None:
+                        last = prefixes[-1].head(n_common)
                 yield request
             while any(request.finish_reason is None for request in active):
-                _drop_finished(active, cache)
+                _remove_finished(active, cache)
                 logits = self._decode(active, cache)
                 for row, request in enumerate(active):
-                    self._take(request, logits[row])
+                    self._sample(request, logits[row])
                     yield request
-        except GeneratorExit:  # between two steps, where a row is whole
-            self.kept = _whole_row(group[0], cache) if single else last
+        except GeneratorExit:  # the caller stops between two steps, where the cache is complete
+            self.last_prefix = _whole_sequence(group[0], cache) if single else last
             raise
-        return _whole_row(group[0], cache) if single else last
+        return _whole_sequence(group[0], cache) if single else last
 
     def _prefill(self, request: Request, cache: KVCache, prefixes: Sequence[Prefix]) -> Tensor:
-        """Runs a prompt through an empty row, in chunks; the logits (V,) after its last token."""
-        score = request.params.prompt_logprobs  # of every token, so that none comes from the cache
-        request.cached_tokens = 0 if score else take_over(request.prompt, prefixes, cache)
+        """Runs a prompt through an empty cache of one row; returns the logits (V,) after its last token."""
+        score = request.params.prompt_logprobs  # they need the logits of every token, so nothing is reused
+        request.cached_tokens = 0 if score else reuse_prefix(request.prompt, prefixes, cache)
         for x in hidden_states(self.model, request.prompt[request.cached_tokens :], cache):
             for logits in split_logits(self.model, x) if score else ():
                 request.score_prompt(logits)
@@ -79,7 +80,7 @@ class Runner:
             return self.model.logits(x[-1])
 
     def _decode(self, active: list[Request], cache: KVCache) -> Tensor:
-        """One step of every row: the logits (B, V) after each one's newest token."""
+        """One step of every sequence: the logits (B, V) after the newest token of each."""
         filled = max(cache.lengths)
         if filled == cache.length:
             cache.grow(min(2 * filled, self.model.config.max_seq_len))
@@ -87,50 +88,71 @@ class Runner:
         with torch.inference_mode():
             return self.model(tokens, cache)[:, -1]
 
-    def _take(self, request: Request, logits: Tensor) -> None:
-        """Samples the next token of a row and books it."""
-        if not _all_finite(logits):  # argmax and searchsorted would silently answer with some token
-            return request.fail(NumericalError(blame(self.model, request.prompt + request.token_ids)))
+    def _sample(self, request: Request, logits: Tensor) -> None:
+        """Appends the next token of a sequence, sampled from logits (V,), or ends it with an error."""
+        if not _all_finite(logits):  # sampling would silently return some token
+            return request.fail(NumericalError(_non_finite_message(self.model, request.prompt + request.token_ids)))
         try:
-            left = processed(logits, request.params, request.prompt, request.token_ids, self.eos_ids)
-            token = sample(left, request.params, request.generator)
+            final = processed(logits, request.params, request.prompt, request.token_ids, self.eos_ids)
+            token = sample(final, request.params, request.generator)
         except LlamaMiniError as error:
             return request.fail(error)
-        except Exception as error:  # of a logits processor, which is anybody's code
+        except Exception as error:  # a logits processor is the user's code and may raise anything
             return request.fail(RequestError(f"a logits processor raised {error!r}"))
-        return request.accept(token, logits)
+        return request.append_token(token, logits)
 
     def _check_fits(self, group: list[Request]) -> None:
-        """Raises CapacityError, but not before what the last call left has made room."""
+        """Raises CapacityError if the cache of a group does not fit in memory, even without what the last call left."""
         longest, model = max(len(request.prompt) for request in group), self.model
+        positions = max(request.positions for request in group)
         try:
-            check_cache_fits(model.config, len(group), model.dtype, _positions(group), longest, model.device)
+            check_cache_fits(model.config, len(group), model.dtype, positions, longest, model.device)
         except CapacityError:
-            if self.kept is None:
+            if self.last_prefix is None:
                 raise
-            self.kept = None
+            self.last_prefix = None
             self._check_fits(group)
 
 
+def first_nonfinite_layer(model: Llama, ids: list[int]) -> str | None:
+    """The first module of the residual stream whose output has NaN or infinity for these tokens; None if none has."""
+    bad: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _args, y: None if torch.isfinite(y).all() else bad.append(name)
+
+    modules = {"tok_embeddings": model.tok_embeddings} | {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
+    hooks = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    try:
+        for _ in hidden_states(model, ids, model.new_cache(1, len(ids))):
+            pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bad[0] if bad else None
+
+
+def _non_finite_message(model: Llama, ids: list[int]) -> str:
+    name = first_nonfinite_layer(model, ids)
+    where = "the output of every layer is finite" if name is None else f"the output of {name} is the first that does"
+    return f"the logits after position {len(ids) - 1} hold NaN or infinity; {where}"
+
+
 def _all_finite(x: Tensor) -> bool:
-    """A sum is many times faster than a look at each; only where it is not finite must one look."""
+    """A sum is many times faster than a check of each element, which is needed only where the sum is not finite."""
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
-def _positions(group: list[Request]) -> int:
-    return max(request.needed for request in group)
-
-
-def _drop_finished(active: list[Request], cache: KVCache) -> None:
+def _remove_finished(active: list[Request], cache: KVCache) -> None:
     for row in reversed(range(len(active))):
         if active[row].finish_reason is not None:
-            cache.drop(row)
+            cache.swap_remove(row)
             active[row] = active[-1]
             active.pop()
 
 
-def _whole_row(request: Request, cache: KVCache) -> Prefix | None:
-    """All that a single row holds; nothing of one that failed, where a NaN would poison who takes it over."""
+def _whole_sequence(request: Request, cache: KVCache) -> Prefix | None:
+    """Prompt and answer of a single request; None if it failed, since a NaN would spread to whoever reuses it."""
     if request.failure is not None:
         return None
     return Prefix([*request.prompt, *request.token_ids][: cache.lengths[0]], cache)

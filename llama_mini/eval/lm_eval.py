@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from llama_mini.engine.llm import LLM
 from llama_mini.engine.logprobs import predictions, token_logprobs
-from llama_mini.engine.prefix_cache import shared
+from llama_mini.engine.prefix_cache import common_prefix_length
 from llama_mini.engine.runner import DECODE_BATCH
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import NumericalError, RequestError
@@ -125,14 +125,14 @@ class LlamaMiniLM(TemplateLM):
         longest = max(map(len, windows), default=2) - 1  # the last token is not fed to the model
         model = self.llm.model
         check_cache_fits(self.llm.config, 1, model.dtype, longest, longest, model.device)
-        with self.llm._exclusive():
+        with self.llm.exclusive():
             cache = model.new_cache(1, longest)
             held: list[int] = []
             for index in tqdm(order, "loglikelihood", unit="request", disable=disable_tqdm or None):
                 key, _, continuation = requests[index]
                 ids = windows[index]
                 first = len(ids) - len(continuation)
-                n_shared = min(shared(held, ids), first - 1)
+                n_shared = min(common_prefix_length(held, ids), first - 1)
                 cache.truncate(0, n_shared)
                 held = ids[:-1]
                 results[index] = _judge(predictions(model, ids[n_shared:], first - n_shared, cache))

@@ -206,7 +206,7 @@ def _scored(llms: list[LLM], task: _Task) -> Iterator[tuple[tuple[Tensor, Tensor
     n_scored = sum(end - scored for _, _, end, scored in task.windows())
     with ExitStack() as stack:
         for llm in llms:
-            stack.enter_context(llm._exclusive())
+            stack.enter_context(llm.exclusive())
         caches = [llm.model.new_cache(1, longest) for llm in llms]
         bar = stack.enter_context(
             tqdm(desc="scoring", total=n_scored, unit="token", delay=1, leave=False, disable=None)

@@ -102,29 +102,29 @@ class KVCache:
         self._v[:, row] = 0
 
     def row(self, index: int) -> "KVCache":
-        """One row as a cache of its own over the same storage, until the next `grow` or `drop`."""
+        """One row as a cache of its own over the same storage, until the next `grow` or `swap_remove`."""
         if not 0 <= index < self.batch:
             raise CapacityError(f"there is no row {index} in a cache of {self.batch}")
         return self._view(slice(index, index + 1))
 
     def copy(self, n: int) -> "KVCache":
-        """The first `n` positions of a cache of one row, as a cache of its own."""
+        """A new cache with a copy of the first `n` positions, for a cache of one row."""
         copied = self._view(slice(0, 1))
         copied.length = n
         shape = (*self._k.shape[:3], _rounded(n), self._k.shape[4])
         copied._k, copied._v = self._k.new_zeros(shape), self._v.new_zeros(shape)
         copied._host, copied._lengths = torch.zeros_like(self._host), torch.zeros_like(self._lengths)
-        copied.begin_as(self, n)
+        copied.copy_from(self, n)
         return copied
 
-    def begin_as(self, other: "KVCache", n: int) -> None:
-        """Fills an empty cache of one row with the first `n` positions of another."""
+    def copy_from(self, other: "KVCache", n: int) -> None:
+        """Copies the first `n` positions of another cache into this empty one; both have one row."""
         for mine, theirs in ((self._k, other._k), (self._v, other._v)):
             mine[:, :, :, :n] = theirs[:, :, :, :n]
         self.advance(n)
 
-    def drop(self, row: int) -> None:
-        """Takes a row out of the batch; the last row moves into its place."""
+    def swap_remove(self, row: int) -> None:
+        """Removes a row from the batch; the last row moves into its place."""
         last = self.batch - 1
         if row != last:
             filled = self.lengths[last]
@@ -137,7 +137,7 @@ class KVCache:
         self._layers = None
 
     def grow(self, length: int) -> None:
-        """Makes room for `length` positions in each row, keeping what is there."""
+        """Allocates storage for `length` positions of each row, and keeps what the rows hold."""
         if _rounded(length) > self._k.shape[3]:
             pad = (0, 0, 0, _rounded(length) - self._k.shape[3])
             self._k, self._v = (torch.nn.functional.pad(storage, pad) for storage in (self._k, self._v))

@@ -199,6 +199,8 @@ def test_a_second_call_is_refused_while_a_stream_is_open(llm: LLM) -> None:
     with pytest.raises(RequestError, match="busy"):
         llm.generate("hello", SamplingParams(max_tokens=1))
     stream.close()
+    with llm.exclusive(), pytest.raises(RequestError, match="busy"):
+        llm.score([1, 2])
     assert llm.generate("hello", SamplingParams(max_tokens=1))
 
 

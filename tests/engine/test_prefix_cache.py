@@ -1,4 +1,4 @@
-"""Prompts that begin alike: what is taken over, that it changes nothing, and that a failed row is never taken over."""
+"""Prefix reuse: what is reused, that it changes nothing, and that a failed request is never reused."""
 
 import weakref
 
@@ -7,7 +7,7 @@ import torch
 
 from llama_mini import LLM, SamplingParams
 from llama_mini.engine import runner as runner_module
-from llama_mini.engine.prefix_cache import FEWEST, shared
+from llama_mini.engine.prefix_cache import MIN_PREFIX, common_prefix_length
 from llama_mini.errors import CapacityError, NumericalError
 
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -25,10 +25,10 @@ def cold(llm: LLM, prompt: list[int], params: SamplingParams = GREEDY):
 
 
 def test_how_much_two_prompts_share() -> None:
-    assert shared([1, 2, 3], [1, 2, 4]) == 2
-    assert shared([1, 2], [1, 2, 3]) == 2
-    assert shared([], [1]) == 0
-    assert shared([5], [1]) == 0
+    assert common_prefix_length([1, 2, 3], [1, 2, 4]) == 2
+    assert common_prefix_length([1, 2], [1, 2, 3]) == 2
+    assert common_prefix_length([], [1]) == 0
+    assert common_prefix_length([5], [1]) == 0
 
 
 def test_a_turn_prefills_only_what_is_new(llm: LLM) -> None:
@@ -55,9 +55,9 @@ def test_the_prompts_of_a_batch_share_one_prefill(llm: LLM) -> None:
 
 def test_the_same_prompt_twice_and_a_shorter_one(llm: LLM) -> None:
     llm.generate(SYSTEM, GREEDY)
-    for prompt in (SYSTEM, SYSTEM[: FEWEST + 1], SYSTEM[:FEWEST]):
+    for prompt in (SYSTEM, SYSTEM[: MIN_PREFIX + 1], SYSTEM[:MIN_PREFIX]):
         warm = llm.generate(prompt, GREEDY)[0]
-        assert warm.stats.cached_tokens == (len(prompt) - 1 if len(prompt) > FEWEST else 0)
+        assert warm.stats.cached_tokens == (len(prompt) - 1 if len(prompt) > MIN_PREFIX else 0)
         alone = cold(llm, prompt)
         assert warm.token_ids == alone.token_ids
         llm.generate(SYSTEM, GREEDY)
@@ -101,7 +101,7 @@ def test_prompt_logprobs_are_computed_anew(llm: LLM) -> None:
 
 def test_what_was_kept_makes_room(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     llm.generate(SYSTEM, GREEDY)
-    kept = weakref.ref(llm._runner.kept.cache)
+    kept = weakref.ref(llm._runner.last_prefix.cache)
 
     def full(*_: object) -> None:
         if kept() is not None:

@@ -190,7 +190,7 @@ def test_a_dropped_row_is_replaced_by_the_last(model: Llama, dropped: int) -> No
     expected = decode(model, filled_cache(model, lengths), new)
     for part in storage_views(cache):
         part[:, dropped] = torch.nan  # the reason for its end does not stay behind
-    cache.drop(dropped)
+    cache.swap_remove(dropped)
     left = [0, 1]
     if dropped < 2:
         left[dropped] = 2
@@ -201,8 +201,8 @@ def test_a_dropped_row_is_replaced_by_the_last(model: Llama, dropped: int) -> No
 
 def test_rows_can_be_dropped_until_one_is_left(model: Llama) -> None:
     cache = filled_cache(model, [4, 8, 12])
-    cache.drop(0)
-    cache.drop(0)
+    cache.swap_remove(0)
+    cache.swap_remove(0)
     assert cache.lengths == [8]
     new = random_tokens(1, 2)
     whole = torch.cat((random_tokens(1, 8, seed=1), new), dim=1)

@@ -159,9 +159,9 @@ def test_the_cache_views_follow_rows_that_leave_and_room_that_grows(quantize: st
     step([0, 1, 2, 3], 1)
     cache.grow(120)
     step([0, 1, 2, 3], 2)
-    cache.drop(1)  # the last row takes its place
+    cache.swap_remove(1)  # the last row takes its place
     step([0, 3, 2], 3)
-    cache.drop(2)
+    cache.swap_remove(2)
     cache.grow(190)
     step([0, 3], 4)
     cache.truncate(1, 4)

@@ -1,4 +1,4 @@
-"""What a model needs, what there is, and what would fit. Only the two tests that measure allocate anything of size."""
+"""How much memory a model needs, and what fits. Only the test that measures allocates anything large."""
 
 import gc
 import re
@@ -123,7 +123,7 @@ def test_the_work_is_bounded_and_not_by_far(shape: str, dtype: torch.dtype, posi
             8192,
             24 * GiB,
             r"the model needs 32\.\d GiB in float32 \(29\.9 GiB of weights, 2\.0 GiB of cache for 8192 positions, "
-            r"\d+\.\d MiB of work\), but cpu has 24\.0 GiB available; --dtype bfloat16 would fit",
+            r"\d+\.\d MiB of work memory\), but cpu has 24\.0 GiB available; --dtype bfloat16 would fit",
         ),
         (
             LLAMA_8B,

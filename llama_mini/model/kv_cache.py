@@ -46,7 +46,7 @@ class KVCache:
     ) -> None:
         if batch < 1 or length < 1:
             raise CapacityError(f"a cache needs a row and a position at least, not {batch} and {length}")
-        shape = (config.n_layers, batch, config.n_kv_heads, _rounded(length), config.head_dim)
+        shape = (config.n_layers, batch, config.n_kv_heads, whole_blocks(length), config.head_dim)
         self.length = length
         self._k = torch.zeros(shape, dtype=dtype, device=device)
         self._v = torch.zeros(shape, dtype=dtype, device=device)
@@ -74,7 +74,7 @@ class KVCache:
 
     def read_length(self, n_new: int) -> int:
         """How many positions attention reads after `n_new` more tokens: the longest row, in whole blocks."""
-        return _rounded(max(self.lengths) + n_new)
+        return whole_blocks(max(self.lengths) + n_new)
 
     def layers(self, positions: Tensor) -> list[LayerCache]:
         """Each layer's storage, ready for the tokens at `positions`."""
@@ -111,7 +111,7 @@ class KVCache:
         """A new cache with a copy of the first `n` positions, for a cache of one row."""
         copied = self._view(slice(0, 1))
         copied.length = n
-        shape = (*self._k.shape[:3], _rounded(n), self._k.shape[4])
+        shape = (*self._k.shape[:3], whole_blocks(n), self._k.shape[4])
         copied._k, copied._v = self._k.new_zeros(shape), self._v.new_zeros(shape)
         copied._host, copied._lengths = torch.zeros_like(self._host), torch.zeros_like(self._lengths)
         copied.copy_from(self, n)
@@ -138,8 +138,8 @@ class KVCache:
 
     def grow(self, length: int) -> None:
         """Allocates storage for `length` positions of each row, and keeps what the rows hold."""
-        if _rounded(length) > self._k.shape[3]:
-            pad = (0, 0, 0, _rounded(length) - self._k.shape[3])
+        if whole_blocks(length) > self._k.shape[3]:
+            pad = (0, 0, 0, whole_blocks(length) - self._k.shape[3])
             self._k, self._v = (torch.nn.functional.pad(storage, pad) for storage in (self._k, self._v))
             self._layers = None
         self.length = max(self.length, length)
@@ -152,5 +152,6 @@ class KVCache:
         return view
 
 
-def _rounded(length: int) -> int:
+def whole_blocks(length: int) -> int:
+    """A length rounded up to a multiple of BLOCK."""
     return -(-length // BLOCK) * BLOCK

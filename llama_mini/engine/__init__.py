@@ -1,4 +1,4 @@
-"""The engine: prompts to completions. Its names load on first use, so that the parameters alone do not import torch."""
+"""The engine: from prompts to completions. Names are imported at first use, so that importing it alone is cheap."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -53,9 +53,9 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ids (..., k) int64 of the k likeliest tokens and their raw log-softmax in nats, the likeliest first.
+    """The k likeliest tokens, ids (..., k) int64 and raw log-softmax (..., k) in nats, the likeliest first.
 
-    Of equal ones the lower id comes first; all V when k is more.
+    Equal ones are ordered by id. If k exceeds the vocabulary, all V are returned.
     """
     logprobs = _logprobs(logits)
     k = min(k, logits.shape[-1])
@@ -70,6 +70,6 @@ def _logprobs(logits: Tensor) -> Tensor:
 
 
 def _largest(row: Tensor, k: int) -> Tensor:
-    # topk takes any of those that equal the k-th, in any order: all of them are sorted, and no other.
+    # topk returns any of those that equal the k-th, in any order, so all of these are sorted, and no others.
     candidates = (row >= row.topk(k).values.min()).nonzero()[:, 0]
     return candidates[row[candidates].argsort(descending=True, stable=True)][:k]

@@ -1,4 +1,4 @@
-"""Logits to token: pure functions and an explicit generator, in the order and with the meaning of transformers."""
+"""From logits to a token: penalties, filters and sampling, in the order and with the meaning of transformers."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -13,9 +13,9 @@ from llama_mini.errors import RequestError
 def processed(
     logits: Tensor, params: SamplingParams, prompt: list[int], new: list[int], eos_ids: Collection[int]
 ) -> Tensor:
-    """Finite logits (V,) through everything that comes before the temperature: float32, with -inf for banned tokens.
+    """Applies to finite logits (V,) all that comes before the temperature -> (V,) float32, -inf for banned tokens.
 
-    The very same tensor if nothing is asked for; else a new one. Raises RequestError if no token is left.
+    Returns the same tensor if nothing changes it, else a new one. Raises RequestError if all tokens are banned.
     """
     if not params.changes_logits:
         return logits
@@ -36,20 +36,20 @@ def processed(
 
 
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """One token from logits (V,), of which at least one is finite and the others are finite or -inf."""
+    """Samples one token from logits (V,), each finite or -inf, at least one of them finite."""
     if params.temperature == 0:
-        return int(logits.numpy(force=True).argmax())  # twenty times faster than PyTorch's; the first of equal ones
-    ids, left = candidates(logits.float().cpu(), params)
-    # One number a token, against V in torch.multinomial; float64 keeps u below 1 and the sum of a large V exact.
-    cumulative = left.softmax(-1).cumsum(-1, dtype=torch.float64)
+        return int(logits.numpy(force=True).argmax())  # twenty times faster than PyTorch's; of equals the lowest id
+    ids, kept = candidates(logits.float().cpu(), params)
+    # One random number, where torch.multinomial draws V. In float64 u stays below 1, and the sum over V is exact.
+    cumulative = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
     u = torch.rand((), dtype=torch.float64, generator=generator)
     return int(ids[torch.searchsorted(cumulative, u * cumulative[-1], right=True)])
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The tokens (N,) that top-k, top-p and min-p leave, in ascending order, and their logits (N,) by temperature."""
+    """The token ids (N,) that pass top-k, top-p and min-p, ascending, and their logits (N,) over the temperature."""
     logits = with_temperature(logits, params.temperature)
-    ids = torch.arange(len(logits), dtype=torch.int32)  # a megabyte of int64 costs more in new pages than all the rest
+    ids = torch.arange(len(logits), dtype=torch.int32)  # int64 needs new memory pages, slower than all the filters
     if params.top_k:
         kept = in_top_k(logits, params.top_k)
         ids, logits = ids[kept], logits[kept]
@@ -63,21 +63,24 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
 
 
 def with_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Logits (V,) whose maximum is 0, divided by the temperature."""
-    # The maximum is taken off first, so that a temperature of 1e-10 leaves 0 and -inf, and never inf - inf.
+    """Logits (V,) divided by the temperature, with a maximum of 0."""
+    # Subtracting the maximum first avoids inf - inf: a temperature of 1e-10 gives 0 and -inf.
     return (logits - logits.amax()) / _within_float32(temperature)
 
 
 def in_top_k(logits: Tensor, k: int) -> Tensor:
-    """The indices of the k largest, ascending; of all that equal the k-th."""
+    """The indices of the k largest logits, ascending, and of all that equal the k-th."""
     smallest = logits.topk(min(k, len(logits))).values[-1]
     return (logits >= smallest).nonzero()[:, 0]
 
 
 def in_top_p(logits: Tensor, p: float) -> Tensor:
-    """All but the tail whose probabilities, summed from the least likely up, stay within 1 - p; at least one."""
+    """The indices of the likeliest tokens that together reach p, ascending; at least one.
+
+    As in transformers, tokens are removed from the least likely up while their sum is at most 1 - p.
+    """
     probabilities = logits.softmax(-1)
-    # Tokens below (1 - p) / 2V cannot together reach 1 - p: only the others, a few hundred, are sorted.
+    # Tokens below (1 - p) / 2V cannot together reach 1 - p, so only the others, a few hundred, are sorted.
     likely = (probabilities >= (1 - p) / (2 * len(logits))).nonzero()[:, 0]
     ascending = likely[logits[likely].argsort(stable=True)]
     weights = probabilities[ascending].double()
@@ -88,7 +91,7 @@ def in_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def in_min_p(logits: Tensor, p: float) -> Tensor:
-    """Those at least p times as likely as the likeliest, whose logit is 0."""
+    """The indices of tokens at least p times as likely as the likeliest, whose logit must be 0."""
     return (logits >= math.log(p)).nonzero()[:, 0]
 
 
@@ -98,7 +101,7 @@ def with_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
 
 
 def with_repetition_penalty(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
-    """A token that occurred twice is written twice, with the same value: it is penalised once."""
+    """Penalises each token of `seen` once, however often it occurs: all its copies write the same value."""
     penalty = _within_float32(penalty)
     tokens = torch.tensor(seen, device=logits.device)
     x = logits[tokens]
@@ -117,7 +120,7 @@ def without_tokens(logits: Tensor, banned: Collection[int]) -> Tensor:
 
 
 def _checked(processor: LogitsProcessor, result: object, before: Tensor) -> Tensor:
-    """What a processor gave back, if one can sample from it."""
+    """The result of a logits processor. Raises RequestError if it is not logits that a token can be sampled from."""
     name = getattr(processor, "__name__", type(processor).__name__)
     wanted = f"logits processor {name} must return floating-point logits of shape {tuple(before.shape)}"
     if not isinstance(result, Tensor):
@@ -134,5 +137,5 @@ def _checked(processor: LogitsProcessor, result: object, before: Tensor) -> Tens
 
 
 def _within_float32(divisor: float) -> float:
-    """Far enough from 0 and infinity, in float32 too, that 0 / 0 and inf / inf do not arise."""
+    """The divisor, moved away from 0 and infinity in float32, so that 0 / 0 and inf / inf cannot occur."""
     return min(max(divisor, 1e-30), 1e30)

@@ -1,4 +1,4 @@
-"""SamplingParams: what one request asks of the sampler and when it ends, checked when it is made."""
+"""SamplingParams: how one request samples and when it stops. All values are checked at once."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from llama_mini.validate import check_flag, check_number, check_token_ids, check
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
-MAX_BIAS = 1e30  # float32 holds it beside any logit, and no other logit comes near
+MAX_BIAS = 1e30  # larger than any logit, and the sum of both is finite in float32
 MAX_SEQUENCES = 16384
 MAX_LOGPROBS = 1000
 
@@ -23,34 +23,34 @@ MAX_LOGPROBS = 1000
 class SamplingParams:
     """How to sample and when to stop. The default is greedy, to the end of the text or of the context.
 
-    The logits pass through what is asked for in this order, which is that of transformers: logit_bias,
-    repetition_penalty, presence_penalty and frequency_penalty, min_tokens, logits_processors; then temperature, top_k,
-    top_p, min_p. Greedy takes the likeliest token after the processors.
+    Everything is applied in the order of transformers: logit_bias, repetition_penalty, presence_penalty and
+    frequency_penalty, min_tokens, logits_processors, then temperature, top_k, top_p, min_p. Greedy sampling takes the
+    likeliest token after the processors.
 
     Args:
-        temperature: divides the logits; 0 is greedy, and the three below then change nothing.
+        temperature: divides the logits; 0 is greedy sampling, where top_k, top_p and min_p have no effect.
         top_k: keeps the k likeliest tokens; 0 keeps all.
         top_p: keeps the likeliest tokens that together reach this probability; 1 keeps all.
-        min_p: keeps tokens at least this share as likely as the likeliest; 0 keeps all.
-        repetition_penalty: divides the positive logits of tokens in prompt and answer, multiplies the negative ones.
-        presence_penalty: taken off the logit of every token in the answer so far; -2 to 2.
-        frequency_penalty: the same once for each time that the token occurred; -2 to 2.
-        logit_bias: added to the logits of these token ids; -inf bans one.
-        logits_processors: functions of the token ids so far, prompt included, and the logits (V,) float32; each
-            returns the logits to go on with, -inf where a token is banned.
-        n: answers to each prompt.
-        seed: of this request's own generator; None draws one.
-        min_tokens: new tokens before which neither an end-of-text token nor one of stop_token_ids is sampled.
-        max_tokens: new tokens at most; None goes to the context's end.
-        max_time: seconds after which the answer is cut; None never cuts.
-        stop: strings that end the text; neither they nor what follows them is returned.
-        stop_token_ids: tokens that end the text as an end-of-text token does.
-        ignore_eos: goes on past the end-of-text tokens.
-        top_logprobs: so many likeliest tokens at each step come back with their log-probabilities.
-        prompt_logprobs: the log-probability of every prompt token comes back too.
+        min_p: keeps tokens at least min_p times as likely as the likeliest; 0 keeps all.
+        repetition_penalty: for tokens of prompt and answer, divides positive logits and multiplies negative ones.
+        presence_penalty: subtracted from the logit of each token that the answer contains; -2 to 2.
+        frequency_penalty: subtracted once for each time that the token occurs in the answer; -2 to 2.
+        logit_bias: token id -> number to add to its logit; -inf bans the token.
+        logits_processors: functions (token_ids, logits) -> logits. The ids include the prompt; the logits are (V,)
+            float32, -inf for a banned token.
+        n: number of answers to each prompt.
+        seed: of the random generator of this request; None chooses one at random.
+        min_tokens: before so many new tokens, end-of-text tokens and stop_token_ids are banned.
+        max_tokens: maximum number of new tokens; None means to the end of the context.
+        max_time: seconds after which the answer is cut off; None means no limit.
+        stop: strings that end the answer. They are not part of it.
+        stop_token_ids: tokens that end the answer like an end-of-text token.
+        ignore_eos: do not stop at end-of-text tokens.
+        top_logprobs: number of likeliest tokens to return for each token, with their log-probabilities.
+        prompt_logprobs: return the log-probabilities of the prompt's tokens too.
 
     Raises:
-        RequestError: names the parameter, what was given and what is possible.
+        RequestError: with the parameter, its value and the values that are possible.
     """
 
     temperature: float = 0.0
@@ -104,7 +104,7 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     def generator(self) -> torch.Generator:
-        """A new random generator for one request."""
+        """A new random generator, seeded with `seed` or at random."""
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
@@ -114,7 +114,7 @@ class SamplingParams:
 
     @cached_property
     def changes_logits(self) -> bool:
-        """Whether anything before the temperature is asked for."""
+        """Whether anything before the temperature changes the logits."""
         return bool(
             self.logit_bias
             or self.repetition_penalty != 1
@@ -126,7 +126,7 @@ class SamplingParams:
 
 
 def check_vocab(params: SamplingParams, vocab_size: int) -> None:
-    """Raises RequestError for a token id that the model does not have."""
+    """Raises RequestError for a token id outside of the model's vocabulary."""
     for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
         try:
             check_token_ids(ids, vocab_size, RequestError)
@@ -135,7 +135,7 @@ def check_vocab(params: SamplingParams, vocab_size: int) -> None:
 
 
 class _Biases(Mapping[int, float]):
-    """A checked copy of token id -> bias that stays as it is; unlike MappingProxyType it hashes, copies and pickles."""
+    """A checked, immutable copy of `logit_bias`; unlike MappingProxyType it can be hashed, copied and pickled."""
 
     def __init__(self, biases: Mapping[int, float]) -> None:
         if not isinstance(biases, Mapping):
@@ -145,9 +145,8 @@ class _Biases(Mapping[int, float]):
                 raise RequestError(f"logit_bias must have token ids, whole numbers from 0 up, not {short_repr(token)}")
             if not _is_bias(bias):
                 raise RequestError(
-                    f"logit_bias of token {short_repr(token)} must be a number from "
-                    f"{-MAX_BIAS:.0e} to {MAX_BIAS:.0e}, "
-                    f"or -inf to ban it, not {short_repr(bias)}"
+                    f"logit_bias of token {short_repr(token)} must be a number from {-MAX_BIAS:.0e} to "
+                    f"{MAX_BIAS:.0e}, or -inf to ban it, not {short_repr(bias)}"
                 )
         self._biases = dict(biases)
 

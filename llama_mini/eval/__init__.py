@@ -1,1 +1,1 @@
-"""Evaluation: perplexity of texts, and the model for lm-eval."""
+"""Evaluation: perplexity, comparison of two models, and a model class for lm-eval."""

@@ -1,4 +1,4 @@
-"""lm-eval with the model `llama_mini`: python -m llama_mini.eval --model llama_mini --model_args ... --tasks ..."""
+"""Runs lm-eval on our model: python -m llama_mini.eval --model llama_mini --model_args ... --tasks ..."""
 
 import sys
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ from llama_mini.cli.common import exit_code_of
 
 
 def main() -> int:
-    """Runs lm-eval's own command, which takes its options from sys.argv, and returns its exit code."""
+    """Runs lm-eval's command line, which reads sys.argv, and returns the exit code."""
     if find_spec("lm_eval") is None:
         print("error: lm-eval is not installed: pip install 'llama-mini[eval]'", file=sys.stderr)
         return 1

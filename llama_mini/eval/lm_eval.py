@@ -1,7 +1,6 @@
 """The model `llama_mini` for EleutherAI's lm-eval: python -m llama_mini.eval --model llama_mini --model_args ...
 
-Its options are those of the command lm_eval. Every rule for making tokens of requests is that of lm_eval's own `hf`
-model, so that both give the same figures.
+Requests are tokenized by the rules of lm-eval's own `hf` model, so that both report the same figures.
 """
 
 import json
@@ -28,19 +27,19 @@ from llama_mini.validate import check_whole, join_names, short_repr
 
 DEFAULT_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-Encoded = tuple[Any, list[int], list[int]]  # what was asked, context, continuation
+Encoded = tuple[Any, list[int], list[int]]  # the request's own key, context, continuation
 
 
 @register_model("llama_mini")
 class LlamaMiniLM(TemplateLM):
-    """lm-eval's three request types on top of an LLM.
+    """lm-eval's three request types, run by an LLM.
 
     Args:
-        pretrained, dtype, device, quantize, kernels, threads: as for `LLM`; without a GPU, cuda is cpu.
-        batch_size: answers that are generated at once, or `auto`; what they say does not depend on it.
+        pretrained, dtype, device, quantize, kernels, threads: as for `LLM`; `cuda` means `cpu` if there is no GPU.
+        batch_size: number of answers to generate at once, or `auto`; it does not change their text.
         max_length: tokens of a window; default: the model's context.
-        add_bos_token: True or False overrules what the checkpoint puts around a text.
-        prefix_token_id: what an empty context consists of; default: BOS, or else the end-of-text token.
+        add_bos_token: True or False overrides the checkpoint's rule for tokens around a text.
+        prefix_token_id: stands for an empty context; default: BOS, or else the end-of-text token.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class LlamaMiniLM(TemplateLM):
         self.batch_size = _batch_size(batch_size)
         self.pretrained = str(pretrained)
         if str(device).startswith("cuda") and not torch.cuda.is_available():
-            device = "cpu"  # lm-eval's command says cuda:0 when its user says nothing
+            device = "cpu"  # lm-eval's command passes cuda:0 by default
         self.llm = LLM(self.pretrained, dtype, device, quantize, kernels, threads)
         limit = self.llm.config.max_seq_len
         self.max_length = limit if max_length is None else max_length
@@ -98,7 +97,7 @@ class LlamaMiniLM(TemplateLM):
         return ids if add_special_tokens is False else [*before, *ids, *after]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text, in windows of the whole context, its first token after the prefix token."""
+        """The log-likelihood of each text, in windows of the whole context; the first starts with the prefix token."""
         windows: list[Encoded] = []
         for text_index, (text,) in enumerate(request.args for request in requests):
             ids = self.tok_encode(text)
@@ -115,9 +114,9 @@ class LlamaMiniLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Encoded], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Of each continuation its log-likelihood, and whether greedy decoding gives it.
+        """The log-likelihood of each continuation, and whether greedy decoding produces it.
 
-        Requests run in the order of their tokens, so that what one shares with the one before runs only once.
+        Requests are sorted by their tokens, so that a prefix shared by several of them runs once.
         """
         windows = [self._window(context, continuation) for _, context, continuation in requests]
         order = sorted(range(len(requests)), key=windows.__getitem__)
@@ -141,15 +140,13 @@ class LlamaMiniLM(TemplateLM):
         return results
 
     def _window(self, context: list[int], continuation: list[int]) -> list[int]:
-        """Context and continuation, cut from the left to the model's window and the token after it."""
+        """Context and continuation, cut on the left to max_length tokens and the one that they predict."""
         if not continuation or len(continuation) > self.max_length:
-            raise RequestError(
-                f"a continuation has {len(continuation)} tokens, expected 1 to {self.max_length}, which max_length sets"
-            )
+            raise RequestError(f"a continuation must have 1 to {self.max_length} tokens, not {len(continuation)}")
         return (context + continuation)[-(self.max_length + 1) :]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Of each context what follows, to the first of its `until` strings or the end of the text."""
+        """The answer to each context, up to the first of its `until` strings or the end of the text."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
@@ -168,28 +165,28 @@ class LlamaMiniLM(TemplateLM):
     def _generate(self, contexts: list[str], settings: dict[str, Any]) -> Iterator[str]:
         params = self._params(settings)
         assert params.max_tokens is not None
-        room = self.max_length - params.max_tokens
-        if room < 1:
+        n_context = self.max_length - params.max_tokens
+        if n_context < 1:
             raise RequestError(f"max_gen_toks, {params.max_tokens}, must be less than the context of {self.max_length}")
-        for completion in self.llm.generate([self.tok_encode(context)[-room:] for context in contexts], params):
+        for completion in self.llm.generate([self.tok_encode(context)[-n_context:] for context in contexts], params):
             if completion.error is not None:
                 raise NumericalError(completion.error)
             yield completion.text
 
     def _params(self, settings: dict[str, Any]) -> SamplingParams:
-        """lm-eval's generation settings. Sampling takes its seed from torch's generator, which lm-eval seeds."""
-        given: dict[str, Any] = dict(normalize_gen_kwargs(settings, DEFAULT_NEW_TOKENS))
-        stop = handle_stop_sequences(given.pop("until"), eos=self._text_of(self.eot_token_id))
-        max_tokens, sampled = given.pop("max_gen_toks"), given.pop("do_sample")
-        if unknown := given.keys() - set(SAMPLING):
+        """lm-eval's generation settings as parameters. The seed comes from torch's generator, which lm-eval seeds."""
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, DEFAULT_NEW_TOKENS))
+        stop = handle_stop_sequences(kwargs.pop("until"), eos=self._text_of(self.eot_token_id))
+        max_tokens, sampled = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
+        if unknown := kwargs.keys() - set(SAMPLING):
             raise RequestError(
                 f"generation settings {join_names(sorted(unknown))} are unknown; known: {join_names(SAMPLING)}"
             )
         seed = int(torch.randint(2**31, ())) if sampled else None
-        return SamplingParams(**given, max_tokens=max_tokens, stop=[text for text in stop if text], seed=seed)
+        return SamplingParams(**kwargs, max_tokens=max_tokens, stop=[text for text in stop if text], seed=seed)
 
     def apply_chat_template(self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text, by the checkpoint's template; without the prompt, its last message can be continued."""
+        """A chat as text, by the checkpoint's template; without the generation prompt it ends in the last message."""
         tokenizer = self.llm.tokenizer
         ids = tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
         text = tokenizer.decode(ids, skip_special_tokens=False)
@@ -199,7 +196,7 @@ class LlamaMiniLM(TemplateLM):
         return text[: text.rindex(last) + len(last)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What lm-eval records of the template; no checkpoint here has several to choose from by name."""
+        """The template, which lm-eval records. Choosing one of several by name is not supported."""
         if isinstance(chat_template, str):
             raise RequestError(
                 f"chat template {short_repr(chat_template)} is unknown: give --apply_chat_template alone"

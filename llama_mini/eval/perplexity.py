@@ -1,4 +1,4 @@
-"""Perplexity of texts by sliding windows, and how far one model's predictions are from another's."""
+"""Perplexity of texts with a sliding window, and a comparison of two models: KL divergence, agreement, loss."""
 
 import math
 from collections import Counter
@@ -18,20 +18,20 @@ from llama_mini.errors import NumericalError, RequestError
 from llama_mini.memory import check_cache_fits
 from llama_mini.validate import check_token_ids, check_whole, is_whole, short_repr
 
-DEFAULT_CONTEXT = 2048  # what quantised models are mostly compared at
+DEFAULT_CONTEXT = 2048  # the usual one for comparing quantized models
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts texts, and under which conditions.
+    """How well a model predicts texts, and the conditions of the measurement.
 
     Attributes:
-        tokens: those that were scored.
+        tokens: number of scored tokens.
         nll: their mean negative log-likelihood in nats.
-        bits_per_byte: of the text that they spell; NaN if they spell none.
-        context: tokens of a window at most, BOS included.
-        stride: tokens between the beginnings of two windows.
-        bos: the id before each window, or None.
+        bits_per_byte: of the text of the scored tokens; NaN if they have no text.
+        context: maximum tokens of a window, including BOS.
+        stride: tokens from the start of one window to the next.
+        bos: the id that was put before each window, or None.
     """
 
     tokens: int
@@ -48,14 +48,14 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside a reference on the same windows of the same tokens.
+    """A model compared with a reference, on the same windows of the same tokens.
 
     Attributes:
-        model, reference: each one's perplexity.
-        kl_mean, kl_median, kl_99, kl_max: KL(reference ‖ model) of a token in nats; `kl_99` is its 99th percentile.
-        top1: share of tokens before which both find the same token likeliest.
-        nll_difference: mean NLL of the model less that of the reference, in nats.
-        nll_error: its standard error, as of independent tokens; NaN for a single one.
+        model, reference: perplexity of each.
+        kl_mean, kl_median, kl_99, kl_max: KL(reference ‖ model) per token in nats; `kl_99` is the 99th percentile.
+        top1: share of tokens for which both models have the same likeliest token.
+        nll_difference: mean NLL of the model minus that of the reference, in nats.
+        nll_error: its standard error if tokens were independent; NaN for a single token.
     """
 
     model: Perplexity
@@ -76,15 +76,15 @@ def perplexity(
     stride: int | None = None,
     bos: int | None = None,
 ) -> Perplexity:
-    """Perplexity of the token ids of a text, or of several, which share no window.
+    """Perplexity of one text or several, as token ids, with the sliding window of transformers' perplexity guide.
 
-    A window begins every `stride` tokens, and of each one only the tokens that no window before it held are scored, as
-    in transformers' guide to perplexity. A token with nothing before it is not scored; every token counts once.
+    A window starts every `stride` tokens and scores the tokens that no window before it contained, so that none is
+    scored twice. The first token of a window is not scored, since nothing predicts it. No window spans two texts.
 
     Args:
-        context: tokens of a window; default: the model's, up to 2,048.
-        stride: a smaller one gives each token more to go on, and takes longer; default: all of the window.
-        bos: an id that stands before every window and takes one of its places. None: the ids stand as they are.
+        context: tokens of a window; default: the model's context, at most 2,048.
+        stride: with a smaller one each token has more context, and scoring takes longer; default: the whole window.
+        bos: an id to put before every window, counted in `context`; None adds nothing.
 
     Raises:
         RequestError; CapacityError if a window does not fit in memory; NumericalError for NaN or infinite logits.
@@ -102,9 +102,9 @@ def compare(
     stride: int | None = None,
     bos: int | None = None,
 ) -> Comparison:
-    """The same for two models, token by token: KL divergence, agreement, and what the difference costs in nats.
+    """Compares two models on the windows of `perplexity`: KL divergence, agreement and difference in loss.
 
-    Raises what `perplexity` does, and RequestError where the two have different vocabularies.
+    Raises what `perplexity` raises, and RequestError if the two have different vocabularies.
     """
     _check_same_vocabulary(llm, reference)
     task = _task([llm, reference], ids, context, stride, bos)
@@ -136,9 +136,9 @@ def compare(
 
 
 def windows(length: int, context: int, stride: int, first: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, scored): the window text[begin:end], of which text[scored:end] is scored, never empty.
+    """Yields (begin, end, scored): the window text[begin:end], of which text[scored:end], never empty, is scored.
 
-    first: the tokens of a window that have nothing before them, 0 with BOS and 1 without.
+    first: how many tokens of a window nothing predicts: 0 with BOS, 1 without.
     """
     done = 0
     for begin in range(0, length, stride):
@@ -153,15 +153,17 @@ def windows(length: int, context: int, stride: int, first: int) -> Iterator[tupl
 
 @dataclass(frozen=True)
 class _Task:
+    """What to score, with the defaults filled in."""
+
     texts: list[list[int]]
     context: int
     stride: int
     bos: int | None
 
     def windows(self) -> Iterator[tuple[list[int], int, int, int]]:
-        room = self.context - len(self.prefix)
+        n_text = self.context - len(self.prefix)
         for text in self.texts:
-            for window in windows(len(text), room, self.stride, 1 - len(self.prefix)):
+            for window in windows(len(text), n_text, self.stride, 1 - len(self.prefix)):
                 yield text, *window
 
     @property
@@ -181,14 +183,14 @@ def _task(
         check_token_ids(text, llms[0].config.vocab_size, RequestError)
     least = 2 if bos is None else 1
     if short := [len(text) for text in texts if len(text) < least]:
-        raise RequestError(f"the text has {short[0]} tokens; at least {least} are needed for one to be predicted")
+        raise RequestError(f"the text has {short[0]} tokens; at least {least} are needed to predict one")
     limit = min(llm.config.max_seq_len for llm in llms)
     context = min(limit, DEFAULT_CONTEXT) if context is None else context
     check_whole("context", context, RequestError, 2, limit, ", the model's context")
-    room = context if bos is None else context - 1
-    stride = room if stride is None else stride
+    n_text = context if bos is None else context - 1
+    stride = n_text if stride is None else stride
     why = f", the context of {context}" + ("" if bos is None else " less BOS")
-    check_whole("stride", stride, RequestError, 1, room, why)
+    check_whole("stride", stride, RequestError, 1, n_text, why)
     for llm in llms:
         check_cache_fits(llm.config, 1, llm.model.dtype, context, context, llm.model.device)
     return _Task(texts, context, stride, bos)
@@ -201,7 +203,7 @@ def _as_list(text: object) -> list[int]:
 
 
 def _scored(llms: list[LLM], task: _Task) -> Iterator[tuple[tuple[Tensor, Tensor], ...]]:
-    """The `predictions` of each model for every scored token in order, some tokens at a time."""
+    """For every scored token in order, some at a time, the `predictions` of each model."""
     longest = min(task.context, max(map(len, task.texts)) + len(task.prefix))
     n_scored = sum(end - scored for _, _, end, scored in task.windows())
     with ExitStack() as stack:
@@ -224,7 +226,7 @@ def _scored(llms: list[LLM], task: _Task) -> Iterator[tuple[tuple[Tensor, Tensor
 
 def _checked(logprobs: Tensor) -> Tensor:
     if not torch.isfinite(logprobs).all():
-        raise NumericalError("the model's logits hold NaN or infinity; llm.generate says in which layer they begin")
+        raise NumericalError("the logits hold NaN or infinity; llm.generate says in which layer they first appear")
     return logprobs
 
 
@@ -240,12 +242,12 @@ def _check_same_vocabulary(one: LLM, other: LLM) -> None:
     sizes = [llm.config.vocab_size for llm in (one, other)]
     if sizes[0] != sizes[1]:
         raise RequestError(
-            f"the vocabularies differ, {sizes[0]} tokens and {sizes[1]}: no distance between them exists"
+            f"the vocabularies differ, {sizes[0]} tokens and {sizes[1]}, so the models cannot be compared"
         )
-    words = [[llm.tokenizer.token_bytes(i, False) for i in range(sizes[0])] for llm in (one, other)]
-    if words[0] != words[1]:
-        i = next(i for i, (word, twin) in enumerate(zip(*words, strict=True)) if word != twin)
-        raise RequestError(
-            f"the tokenizers differ: token {i} is {words[0][i]!r:.80} in one and {words[1][i]!r:.80} in the other, "
-            "so no distance between the models exists"
-        )
+    for i in range(sizes[0]):
+        a, b = (llm.tokenizer.token_bytes(i, False) for llm in (one, other))
+        if a != b:
+            raise RequestError(
+                f"the tokenizers differ: token {i} is {short_repr(a)} in one and {short_repr(b)} in the other, "
+                "so the models cannot be compared"
+            )

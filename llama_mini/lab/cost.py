@@ -1,4 +1,4 @@
-"""What a change costs: the loss of a text, and how far the predictions moved from those of the model as it was."""
+"""What a change to a model costs: the loss on a text, and how far the predictions moved from those before it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,15 @@ _NO_INTEGER = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """
-    tokens: the text, (B, T) int64.
-    loss: mean negative log-likelihood of each token but the first of its row, in nats.
-    logits: (B, T, V) float32 (float64 for a float64 model).
-    dloss: loss less that of the base; kl: mean KL(base ‖ this) over positions, in nats; top1: share of positions whose
-        likeliest token is the base's. None without a base; NaN logits make loss and KL NaN.
+    """The loss of a model on a text, and its change against a base. NaN logits make loss and KL NaN.
+
+    Attributes:
+        tokens: the text, (B, T) int64.
+        loss: mean negative log-likelihood in nats of all tokens but the first of each sequence.
+        logits: (B, T, V) float32, float64 for a float64 model.
+        dloss: loss minus that of the base; None without a base.
+        kl: KL(base ‖ this), the mean over positions, in nats; None without a base.
+        top1: share of positions where both have the same likeliest token; None without a base.
     """
 
     tokens: Tensor
@@ -41,14 +44,14 @@ class Score:
 
 
 def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = None) -> Score:
-    """The loss of token ids, (T,), (B, T) or a list; `against` an earlier score of the same ids, the change too.
+    """Scores token ids, (T,), (B, T) or a list; with `against`, an earlier score of the same ids, the change too.
 
-    Raises RequestError where there is no token to predict, or the base is of another text or vocabulary.
+    Raises RequestError if there is no token to predict, or if the base has another text or vocabulary.
     """
     tokens = as_tokens(model, ids)
     if against is not None and not torch.equal(against.tokens.cpu(), tokens.cpu()):
         raise RequestError(
-            f"the base is of another text, {_size(against.tokens)}, than this one, {_size(tokens)}: score one text"
+            f"the base has another text, {_size(against.tokens)}, than this score, {_size(tokens)}: score the same ids"
         )
     with torch.inference_mode():
         logits = model(tokens)
@@ -65,16 +68,16 @@ def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = Non
 
 
 def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> Tensor:
-    """(B, T) int64 on the model's device, T at least `at_least`, of tokens that it knows. Raises RequestError."""
+    """Token ids as (B, T) int64 on the model's device; raises RequestError if T < `at_least` or an id is unknown."""
     try:
         tokens = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise RequestError(f"token ids are a tensor or a list of whole numbers: {error}") from None
+        raise RequestError(f"token ids must be a tensor or list of whole numbers: {error}") from None
     if tokens.is_floating_point() or tokens.dtype in _NO_INTEGER:
-        raise RequestError(f"token ids are whole numbers, not {tokens.dtype}")
+        raise RequestError(f"token ids must be whole numbers, not {tokens.dtype}")
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < at_least:
-        raise RequestError(f"token ids are (T,) or (B, T), T at least {at_least}, not {tuple(tokens.shape)}")
+        raise RequestError(f"token ids must be (T,) or (B, T), T at least {at_least}, not {tuple(tokens.shape)}")
     check_token_ids((int(tokens.min()), int(tokens.max())), model.config.vocab_size, RequestError)
     return tokens.to(device=model.device, dtype=torch.int64)
 
@@ -88,7 +91,7 @@ def _loss(logits: Tensor, tokens: Tensor) -> float:
 
 
 def _in_parts(x: Tensor) -> tuple[Tensor, ...]:
-    """A log-softmax of all logits at once would double their memory."""
+    """Parts whose log-softmax takes little memory; that of all logits at once would double their memory."""
     return x.split(LOGITS_AT_ONCE)
 
 

@@ -165,7 +165,7 @@ def test_a_wrong_request_is_one_sentence(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         pair[0].generate_until(instances("generate_until", ("Alice", settings)), disable_tqdm=True)
-    with pytest.raises(RequestError, match="a continuation has 0 tokens"):
+    with pytest.raises(RequestError, match="a continuation must have 1 to 512 tokens, not 0"):
         pair[0].loglikelihood(instances("loglikelihood", ("Alice", "")), disable_tqdm=True)
 
 

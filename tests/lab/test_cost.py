@@ -90,9 +90,9 @@ def test_other_ids_are_refused(ids: Any, message: str) -> None:
 def test_a_base_of_another_text_or_vocabulary_is_refused() -> None:
     model = tiny_model()
     base = score(model, TEXT)
-    with pytest.raises(RequestError, match="another text, 2 × 300, than this one, 2 × 300"):
+    with pytest.raises(RequestError, match="another text, 2 × 300, than this score, 2 × 300"):
         score(model, (TEXT + 1) % 97, against=base)
-    with pytest.raises(RequestError, match="another text, 2 × 300, than this one, 2 × 299"):
+    with pytest.raises(RequestError, match="another text, 2 × 300, than this score, 2 × 299"):
         score(model, TEXT[:, 1:], against=base)
     with pytest.raises(RequestError, match="vocabulary of 97, this model 101"):
         score(tiny_model(vocab_size=101), TEXT, against=base)

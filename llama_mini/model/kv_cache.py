@@ -45,7 +45,7 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         if batch < 1 or length < 1:
-            raise CapacityError(f"a cache needs a row and a position at least, not {batch} and {length}")
+            raise CapacityError(f"a cache needs at least one row and one position, not {batch} and {length}")
         shape = (config.n_layers, batch, config.n_kv_heads, whole_blocks(length), config.head_dim)
         self.length = length
         self._k = torch.zeros(shape, dtype=dtype, device=device)

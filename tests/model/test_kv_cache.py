@@ -39,9 +39,9 @@ def storage(cache: KVCache) -> tuple[Tensor, Tensor]:
     return torch.stack([layer.k for layer in layers]), torch.stack([layer.v for layer in layers])
 
 
-def filled_cache(model: Llama, lengths: list[int], room: int = 64) -> KVCache:
+def filled_cache(model: Llama, lengths: list[int], capacity: int = 64) -> KVCache:
     """A batch whose row r holds `lengths[r]` tokens of its own."""
-    cache = model.new_cache(len(lengths), room)
+    cache = model.new_cache(len(lengths), capacity)
     for row, length in enumerate(lengths):
         model(random_tokens(1, length, seed=row), cache.row(row))
     return cache
@@ -78,31 +78,30 @@ def test_rows_of_unequal_length_stay_close_in_float32() -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 8), (9, 3, 64), (4, 1, 18), (4, 4, 128)])
-def test_attentions_bits_do_not_depend_on_who_shares_the_batch(
-    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
-) -> None:
+def test_attentions_bits_do_not_depend_on_who_shares_the_batch(heads: int, kv_heads: int, head_dim: int) -> None:
     sizes = TINY | {"n_layers": 1, "n_heads": heads, "n_kv_heads": kv_heads, "head_dim": head_dim}
     lengths = [5, 20, 37, 1, 64, 520]
-    cache = KVCache(LlamaConfig(**sizes), len(lengths), 600, dtype=dtype)
-    rng = torch.Generator().manual_seed(heads)
-    for row, length in enumerate(lengths):
-        part = cache.row(row)
-        k, v = torch.randn(2, 1, length, kv_heads, head_dim, generator=rng).to(dtype)
-        part.layers(part.positions(length))[0].append(k, v, length)
-        part.advance(length)
-    q, k, v = (torch.randn(6, 1, h, head_dim, generator=rng).to(dtype) for h in (heads, kv_heads, kv_heads))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        cache = KVCache(LlamaConfig(**sizes), len(lengths), 600, dtype=dtype)
+        rng = torch.Generator().manual_seed(heads)
+        for row, length in enumerate(lengths):
+            part = cache.row(row)
+            k, v = torch.randn(2, 1, length, kv_heads, head_dim, generator=rng).to(dtype)
+            part.layers(part.positions(length))[0].append(k, v, length)
+            part.advance(length)
+        qkv = [torch.randn(6, 1, h, head_dim, generator=rng).to(dtype) for h in (heads, kv_heads, kv_heads)]
+        together = attend(cache, *qkv)
+        for row in range(len(lengths)):
+            alone = attend(cache.row(row), *(x[row : row + 1] for x in qkv))
+            assert torch.equal(alone, together[row : row + 1]), (dtype, lengths[row])
 
-    def attend(cache: KVCache, rows: slice) -> Tensor:
-        positions = cache.positions(1)
-        mask = causal_mask(positions, cache.read_length(1))
-        keys, values = cache.layers(positions)[0].append(k[rows], v[rows], mask.shape[-1])
-        return F.scaled_dot_product_attention(q[rows].transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True)
 
-    together = attend(cache, slice(None))
-    for row in range(len(lengths)):
-        assert torch.equal(attend(cache.row(row), slice(row, row + 1)), together[row : row + 1]), lengths[row]
+def attend(cache: KVCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    positions = cache.positions(1)
+    mask = causal_mask(positions, cache.read_length(1))
+    keys, values = cache.layers(positions)[0].append(k, v, mask.shape[-1])
+    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True)
 
 
 def test_reads_are_whole_blocks_of_sixteen_also_alone() -> None:
@@ -210,7 +209,7 @@ def test_rows_can_be_dropped_until_one_is_left(model: Llama) -> None:
 
 
 def test_a_cache_grows_and_keeps_what_it_holds(model: Llama) -> None:
-    cache, new = filled_cache(model, [10, 14], room=14), random_tokens(2, 30)
+    cache, new = filled_cache(model, [10, 14], capacity=14), random_tokens(2, 30)
     before = [part.clone() for part in storage(cache)]
     cache.grow(44)
     assert (cache.length, cache.lengths) == (44, [10, 14])

@@ -1,6 +1,6 @@
 """How much memory a model needs, and what fits. Only the test that measures allocates anything large."""
 
-import gc
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llama_mini import LLM, Llama, LlamaConfig, SamplingParams
 from llama_mini.errors import CapacityError
+from llama_mini.machine import gc_paused
 from llama_mini.memory import (
     PREFILL_CHUNK,
     cache_bytes,
@@ -54,14 +55,14 @@ def test_weights() -> None:
     assert weight_bytes(N_8B, torch.float32) == 32_121_044_992
 
 
-@pytest.mark.parametrize("positions", [1, 16, 17, 100, 4096])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_cache_is_what_a_cache_allocates(positions: int, dtype: torch.dtype) -> None:
+def test_the_cache_is_what_a_cache_allocates(dtype: torch.dtype) -> None:
     config = tiny(head_dim=24)
-    cache = KVCache(config, 1, positions, dtype, device="meta")
-    allocated = [value.nbytes for value in vars(cache).values() if isinstance(value, torch.Tensor) and value.ndim == 5]
-    assert len(allocated) == 2
-    assert cache_bytes(config, positions, dtype) == sum(allocated)
+    for positions in (1, 16, 17, 100, 4096):
+        cache = KVCache(config, 1, positions, dtype, device="meta")
+        allocated = [part.nbytes for part in vars(cache).values() if isinstance(part, torch.Tensor) and part.ndim == 5]
+        assert len(allocated) == 2
+        assert cache_bytes(config, positions, dtype) == sum(allocated)
 
 
 def test_the_cache_of_the_published_models() -> None:
@@ -71,8 +72,8 @@ def test_the_cache_of_the_published_models() -> None:
 
 def peak(run: Callable[[], object]) -> int:
     """Bytes alive at once, beyond those before, as PyTorch's allocator counts them."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record, torch.inference_mode():
+    cpu = [ProfilerActivity.CPU]
+    with gc_paused(), profile(activities=cpu, profile_memory=True) as record, torch.inference_mode():
         run()
     changes = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = most = 0
@@ -92,29 +93,29 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("positions", [20, 512, 4096])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_work_is_bounded_and_not_by_far(shape: str, dtype: torch.dtype, positions: int) -> None:
+def test_the_work_is_bounded_and_not_by_far(shape: str) -> None:
     torch.manual_seed(0)
     config = SHAPES[shape]
-    model = Llama(config).to(dtype).eval()
-    cache = model.new_cache(1, positions)
-    chunk = min(PREFILL_CHUNK, positions)
-    cache.advance(positions - chunk)  # the last chunk of the prompt sees the whole cache
-    tokens = torch.randint(config.vocab_size, (1, chunk))
-    measured = peak(lambda: model.logits(model.hidden(tokens, cache)[0, -1]))
-    laid_out = (
-        cache_bytes(config, positions, dtype) // config.n_layers
-    )  # by fast operators, which allocate by themselves
-    assert measured <= work_bytes(config, positions, dtype) <= 3 * (measured + laid_out) + MiB
+    model = Llama(config).eval()
+    for dtype, positions in itertools.product([torch.float32, torch.bfloat16], [20, 512, 4096]):
+        model.to(dtype)
+        cache = model.new_cache(1, positions)
+        chunk = min(PREFILL_CHUNK, positions)
+        cache.advance(positions - chunk)  # the last chunk of the prompt sees the whole cache
+        tokens = torch.randint(config.vocab_size, (1, chunk))
+        measured = peak(lambda: model.logits(model.hidden(tokens, cache)[0, -1]))  # noqa: B023  called at once
+        layer = (
+            cache_bytes(config, positions, dtype) // config.n_layers
+        )  # the fast operators allocate a copy themselves
+        assert measured <= work_bytes(config, positions, dtype) <= 3 * (measured + layer) + MiB
 
 
 # --- what fits ---
 
 
 @pytest.mark.parametrize(
-    ("config", "n_parameters", "dtype", "positions", "there", "says"),
+    ("config", "n_parameters", "dtype", "positions", "available", "says"),
     [
         (
             LLAMA_8B,
@@ -156,10 +157,10 @@ def test_the_work_is_bounded_and_not_by_far(shape: str, dtype: torch.dtype, posi
     ],
 )
 def test_what_does_not_fit_says_what_would(
-    config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, there: int, says: str
+    config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, available: int, says: str
 ) -> None:
     with pytest.raises(CapacityError) as caught:
-        check_fits(config, n_parameters, dtype, positions, CPU, there)
+        check_fits(config, n_parameters, dtype, positions, CPU, available)
     message = str(caught.value)
     assert re.search(says, message), message
     assert "\n" not in message
@@ -172,31 +173,31 @@ def test_what_does_not_fit_says_what_would(
     st.integers(0, 200 * MiB),
 )
 @settings(max_examples=300, deadline=None)
-def test_what_is_said_to_fit_fits_and_no_more_does(n: int, dtype: torch.dtype, positions: int, there: int) -> None:
+def test_what_is_said_to_fit_fits_and_no_more_does(n: int, dtype: torch.dtype, positions: int, available: int) -> None:
     config = SHAPES["smollm2"]
     try:
-        check_fits(config, n, dtype, positions, CPU, there)
+        check_fits(config, n, dtype, positions, CPU, available)
     except CapacityError as error:
         message = str(error)
     else:
-        assert need(config, n, dtype, positions) <= there
+        assert need(config, n, dtype, positions) <= available
         return
-    assert need(config, n, dtype, positions) > there
+    assert need(config, n, dtype, positions) > available
     narrow = torch.bfloat16 if dtype.itemsize > 2 else dtype
     told = re.search(r"context of (\d+) positions", message)
     if told:
         longest, with_dtype = int(told[1]), narrow if " with a context" in message else dtype
         assert longest < positions
-        check_fits(config, n, with_dtype, longest, CPU, there)
+        check_fits(config, n, with_dtype, longest, CPU, available)
         with pytest.raises(CapacityError):
-            check_fits(config, n, with_dtype, min(longest + 16, positions), CPU, there)
+            check_fits(config, n, with_dtype, min(longest + 16, positions), CPU, available)
     if "--dtype bfloat16" in message:
-        check_fits(config, n, torch.bfloat16, longest if " with a context" in message else positions, CPU, there)
+        check_fits(config, n, torch.bfloat16, longest if " with a context" in message else positions, CPU, available)
     for name in re.findall(r"--quantize (\w+)", message):
-        check_fits(config, n, narrow, positions, CPU, there, name)
+        check_fits(config, n, narrow, positions, CPU, available, name)
     if not told and "--dtype" not in message:
         with pytest.raises(CapacityError):
-            check_fits(config, n, narrow, min(positions, 16), CPU, there)
+            check_fits(config, n, narrow, min(positions, 16), CPU, available)
 
 
 @given(st.integers(1, 10**11), st.integers(1, 200_000), st.integers(1, 10**9), st.integers(1, 1000))
@@ -231,16 +232,16 @@ def test_where_nobody_says_everything_fits() -> None:
 
 @given(st.integers(1, 64), st.integers(1, 50_000), st.integers(1, 10**12))
 @settings(max_examples=300, deadline=None)
-def test_a_cache_that_is_said_to_fit_fits_and_no_longer_one_does(rows: int, positions: int, there: int) -> None:
+def test_a_cache_that_is_said_to_fit_fits_and_no_longer_one_does(rows: int, positions: int, available: int) -> None:
     def fits(n: int) -> bool:
         work = work_bytes(LLAMA_8B, n, torch.bfloat16, n_new=5)
-        return rows * cache_bytes(LLAMA_8B, n, torch.bfloat16) + work <= there
+        return rows * cache_bytes(LLAMA_8B, n, torch.bfloat16) + work <= available
 
     if fits(positions):
-        check_cache_fits(LLAMA_8B, rows, torch.bfloat16, positions, 5, CPU, there)
+        check_cache_fits(LLAMA_8B, rows, torch.bfloat16, positions, 5, CPU, available)
         return
     with pytest.raises(CapacityError) as caught:
-        check_cache_fits(LLAMA_8B, rows, torch.bfloat16, positions, 5, CPU, there)
+        check_cache_fits(LLAMA_8B, rows, torch.bfloat16, positions, 5, CPU, available)
     said = re.search(r"; (\d+) positions would fit$", str(caught.value))
     if said is None:
         assert str(caught.value).endswith("no prompt at all fits beside the model")

@@ -73,11 +73,11 @@ def theirs(seed: int, *processors: LogitsProcessor) -> Tensor:
     return LogitsProcessorList(processors)(torch.tensor([prompt + new]), logits[None])[0]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("penalty", [1.3, 0.7, 2.0])
-def test_repetition_penalty_equals_transformers(penalty: float, seed: int) -> None:
-    expected = theirs(seed, RepetitionPenaltyLogitsProcessor(penalty))
-    assert torch.equal(ours(seed, repetition_penalty=penalty), expected)
+def test_repetition_penalty_equals_transformers(penalty: float) -> None:
+    for seed in SEEDS:
+        expected = theirs(seed, RepetitionPenaltyLogitsProcessor(penalty))
+        assert torch.equal(ours(seed, repetition_penalty=penalty), expected)
 
 
 @pytest.mark.parametrize("penalty", [1e-300, 1e-9, 1e9, 1e299])
@@ -89,14 +89,14 @@ def test_extreme_repetition_penalties_stay_numbers(penalty: float) -> None:
     assert x[5] == 1
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_logit_bias_equals_transformers(seed: int) -> None:
+def test_logit_bias_equals_transformers() -> None:
     bias = {3: 2.5, 17: -1.25, V - 1: -math.inf, 0: 100.0}
-    expected = theirs(seed, SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()}))
-    assert torch.equal(ours(seed, logit_bias=bias), expected)
+    for seed in SEEDS:
+        expected = theirs(seed, SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()}))
+        assert torch.equal(ours(seed, logit_bias=bias), expected)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(5))
 def test_presence_and_frequency_follow_the_formula(seed: int) -> None:
     """mu[j] - c[j] * frequency - (c[j] > 0) * presence, with c counted in the new tokens alone."""
     logits, _, new = case(seed)
@@ -110,8 +110,8 @@ def test_presence_and_frequency_follow_the_formula(seed: int) -> None:
 
 
 @pytest.mark.parametrize("min_tokens", [1, 29, 30, 31, 100])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_min_tokens_equals_transformers(min_tokens: int, seed: int) -> None:
+def test_min_tokens_equals_transformers(min_tokens: int) -> None:
+    seed = 1
     _, prompt, new = case(seed)
     result = ours(seed, min_tokens=min_tokens, stop_token_ids=[11])
     stops = [*EOS, 11]
@@ -133,7 +133,7 @@ class Counts(LogitsProcessor):
         return scores - 0.3 * counts - 0.9 * (counts > 0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(5))
 def test_all_at_once_in_the_order_of_transformers(seed: int) -> None:
     words = [[5], [case(seed)[2][-1], 9]]
     params = SamplingParams(
@@ -164,9 +164,9 @@ def test_all_at_once_in_the_order_of_transformers(seed: int) -> None:
     expected = theirs(seed, *processors)
     x = processed(logits, params, prompt, new, EOS)
     torch.testing.assert_close(x, theirs(seed, *processors[:6]))
-    ids, left = candidates(x, params)
+    ids, kept = candidates(x, params)
     assert ids.tolist() == expected.isfinite().nonzero()[:, 0].tolist()
-    torch.testing.assert_close(left.softmax(-1), expected.softmax(-1)[ids])
+    torch.testing.assert_close(kept.softmax(-1), expected.softmax(-1)[ids])
     greedy = SamplingParams(logit_bias={3: 50.0})
     assert sample(processed(logits, greedy, prompt, new, EOS), greedy, greedy.generator()) == 3
 
@@ -176,14 +176,14 @@ def test_a_bias_is_penalised_and_not_the_other_way_round() -> None:
     assert x.tolist() == [2.0, -1.0]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("mass", [0.01, 0.2, 0.9, 0.999])
-def test_the_typical_example_equals_transformers(mass: float, seed: int) -> None:
-    result = ours(seed, logits_processors=[partial(typical, mass=mass)])
-    assert torch.equal(result, theirs(seed, TypicalLogitsWarper(mass)))
+def test_the_typical_example_equals_transformers(mass: float) -> None:
+    for seed in SEEDS:
+        result = ours(seed, logits_processors=[partial(typical, mass=mass)])
+        assert torch.equal(result, theirs(seed, TypicalLogitsWarper(mass)))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(5))
 def test_the_banned_words_example_equals_transformers(seed: int) -> None:
     _, prompt, new = case(seed)
     both = prompt + new

@@ -1,5 +1,6 @@
 """Drawing a token, against transformers' warpers, a full sort and NumPy, and the corners where others return NaN."""
 
+import itertools
 import math
 
 import numpy as np
@@ -54,41 +55,40 @@ def by_full_sort(x: torch.Tensor, p: float) -> torch.Tensor:
     return order[kept].sort().values
 
 
-@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_filters_equal_transformers(filters: dict[str, float], seed: int) -> None:
-    x = logits(seed)
+def test_filters_equal_transformers(filters: dict[str, float]) -> None:
     params = SamplingParams(**filters)
-    expected = warped(x, params)
-    ids, left = candidates(x, params)
-    assert ids.tolist() == expected.isfinite().nonzero()[:, 0].tolist()
-    torch.testing.assert_close(left.softmax(-1), expected.softmax(-1)[ids], rtol=1e-5, atol=1e-9)
+    for seed in range(20):
+        x = logits(seed)
+        expected = warped(x, params)
+        ids, kept = candidates(x, params)
+        assert ids.tolist() == expected.isfinite().nonzero()[:, 0].tolist()
+        torch.testing.assert_close(kept.softmax(-1), expected.softmax(-1)[ids], rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("filters", [FILTERS[1], FILTERS[3], FILTERS[8]], ids=str)
-def test_banned_tokens_never_come_back(filters: dict[str, float], seed: int) -> None:
-    x = logits(seed)
-    x[torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:995]] = -math.inf
-    params = SamplingParams(seed=seed, **filters)
-    generator = params.generator()
-    assert {sample(x, params, generator) for _ in range(50)} <= set(x.isfinite().nonzero()[:, 0].tolist())
-    kept, weights = warped(x, params), torch.zeros(1000)
-    ids, left = candidates(x, params)
-    torch.testing.assert_close(weights.index_copy(0, ids.long(), left.softmax(-1)), kept.softmax(-1))
+def test_banned_tokens_never_come_back(filters: dict[str, float]) -> None:
+    for seed in range(5):
+        x = logits(seed)
+        x[torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:995]] = -math.inf
+        params = SamplingParams(seed=seed, **filters)
+        generator = params.generator()
+        assert {sample(x, params, generator) for _ in range(50)} <= set(x.isfinite().nonzero()[:, 0].tolist())
+        ids, kept = candidates(x, params)
+        weights = torch.zeros(1000).index_copy(0, ids.long(), kept.softmax(-1))
+        torch.testing.assert_close(weights, warped(x, params).softmax(-1))
 
 
-@pytest.mark.parametrize("size", [1, 2, 1000, 49152])
 @pytest.mark.parametrize("p", [0.0, 1e-9, 0.1, 0.5, 0.9, 0.99, 1 - 1e-12])
-def test_top_p_equals_a_full_sort(p: float, size: int) -> None:
-    for seed in range(4):
+def test_top_p_equals_a_full_sort(p: float) -> None:
+    for size, seed in itertools.product([1, 2, 1000, 49152], range(2)):
         x = with_temperature(logits(seed, size), 1.0)
         assert torch.equal(in_top_p(x, p), by_full_sort(x, p))
         coarse = x.round()  # many ties
         assert torch.equal(in_top_p(coarse, p), by_full_sort(coarse, p))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     values=st.lists(
         st.one_of(st.floats(-50, 50, width=32), st.sampled_from([0.0, 1.0, -math.inf, 1e38, -1e38, 3e38, -3e38])),
@@ -106,9 +106,9 @@ def test_whatever_the_settings_a_likely_token_stays(
     x = torch.tensor(values)
     before = x.clone()
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=1)
-    ids, left = candidates(x, params)
+    ids, kept = candidates(x, params)
     assert len(ids)
-    assert left.softmax(-1).isfinite().all()
+    assert kept.softmax(-1).isfinite().all()
     assert float(x[ids].max()) == float(x.max())
     assert ids.tolist() == sorted(set(ids.tolist()))
     token = sample(x, params, params.generator())
@@ -133,10 +133,9 @@ def test_whatever_the_settings_a_likely_token_stays(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("scale", [1.0, 1e4, 1e30])
-def test_extremes_are_the_argmax(extreme: dict[str, float], scale: float) -> None:
+def test_extremes_are_the_argmax(extreme: dict[str, float]) -> None:
     params = SamplingParams(seed=0, **extreme)
-    for seed in range(5):
+    for seed, scale in itertools.product(range(5), [1.0, 1e4, 1e30]):
         x = logits(seed) * scale
         assert sample(x, params, params.generator()) == int(x.argmax())
 

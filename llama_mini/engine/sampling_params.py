@@ -95,13 +95,18 @@ class SamplingParams:
             if self.min_tokens > self.max_tokens:
                 limits = f"{short_repr(self.max_tokens)}, not {short_repr(self.min_tokens)}"
                 raise RequestError(f"min_tokens must be at most max_tokens, {limits}")
-        self._set("stop", _stop_strings(self.stop))
-        self._set("stop_token_ids", _stop_ids(self.stop_token_ids))
-        self._set("logits_processors", _functions(self.logits_processors))
-        self._set("logit_bias", None if self.logit_bias is None else _Biases(self.logit_bias))
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._to_tuple("stop", lambda text: isinstance(text, str) and text != "", "non-empty strings")
+        self._to_tuple("stop_token_ids", _is_token, "a list of token ids, whole numbers from 0 up")
+        self._to_tuple("logits_processors", callable, "a list of functions (token_ids, logits) -> logits")
+        object.__setattr__(self, "logit_bias", None if self.logit_bias is None else _Biases(self.logit_bias))
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+    def _to_tuple(self, name: str, accept: Callable[[Any], bool], expected: str) -> None:
+        values = getattr(self, name)
+        if not isinstance(values, list | tuple) or not all(map(accept, values)):
+            raise RequestError(f"{name} must be {expected}, not {short_repr(values)}")
+        object.__setattr__(self, name, tuple(values))
 
     def generator(self) -> torch.Generator:
         """A new random generator, seeded with `seed` or at random."""
@@ -164,29 +169,6 @@ class _Biases(Mapping[int, float]):
 
     def __repr__(self) -> str:
         return repr(self._biases)
-
-
-def _stop_strings(stop: Any) -> tuple[str, ...]:
-    texts = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        raise RequestError(f"stop must be non-empty strings, not {short_repr(stop)}")
-    return tuple(texts)
-
-
-def _stop_ids(ids: Any) -> tuple[int, ...]:
-    if not isinstance(ids, list | tuple) or not all(map(_is_token, ids)):
-        raise RequestError(
-            f"stop_token_ids must be a list of token ids, whole numbers from 0 up, not {short_repr(ids)}"
-        )
-    return tuple(ids)
-
-
-def _functions(functions: Any) -> tuple[LogitsProcessor, ...]:
-    if not isinstance(functions, list | tuple) or not all(map(callable, functions)):
-        raise RequestError(
-            f"logits_processors must be a list of functions (token_ids, logits) -> logits, not {short_repr(functions)}"
-        )
-    return tuple(functions)
 
 
 def _is_token(value: Any) -> bool:

@@ -142,11 +142,11 @@ def _print(
     if as_json:
         figures = asdict(result) | {"perplexity": result.perplexity, "bos": tokens.bos}
         figures |= {"bos_place": None if tokens.bos is None else where}
-        compared = {} if comparison is None else asdict(comparison)
-        compared.pop("model", None)
         if comparison is not None:
-            compared["reference"] = {"nll": comparison.reference.nll, "perplexity": comparison.reference.perplexity}
-        print(json.dumps(_finite(facts | figures | ({"against": compared} if compared else {})), indent=2))
+            reference = {"nll": comparison.reference.nll, "perplexity": comparison.reference.perplexity}
+            figures["against"] = asdict(comparison) | {"reference": reference}
+            del figures["against"]["model"]  # its figures are those above
+        print(json.dumps(_finite(facts | figures), indent=2))
         return
     bos = "none"
     if tokens.bos is not None:

@@ -51,7 +51,7 @@ def check_token_ids(ids: Iterable[int], vocab_size: int, error: type[LlamaMiniEr
     """Every id is a row of the embedding."""
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
-            raise error(f"token id {token_id} is outside the vocabulary of {vocab_size}")
+            raise error(f"token id {short_repr(token_id)} is outside the vocabulary of {vocab_size}")
 
 
 def is_whole(value: Any) -> bool:

@@ -11,7 +11,7 @@ from llama_mini.errors import RequestError
 from llama_mini.lab.command_input import checkpoint, read_ids, read_model, read_settings, read_tokenizer
 from llama_mini.lab.command_output import captured, draw, scores, show
 from llama_mini.lab.reporting import figures, plan_figures
-from llama_mini.lab.reporting.page import Shell
+from llama_mini.lab.reporting.report import Shell
 from llama_mini.lab.reporting.style import check_drawable, check_picture
 from llama_mini.lab.tour import tour
 from llama_mini.model.llama import Llama

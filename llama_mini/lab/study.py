@@ -4,10 +4,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from llama_mini.errors import RequestError
 from llama_mini.model.norm_plan import NormPlan
@@ -16,6 +18,8 @@ from llama_mini.validate import is_whole, short_repr
 Plan = NormPlan | str
 Floats = NDArray[np.float64]
 DEEPEST = 1000
+
+progress = partial(tqdm, delay=1, leave=False, disable=None)  # shown on a terminal, once a second has passed
 
 
 def as_plan(plan: Plan, depth: int) -> NormPlan:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
-INK = "#24292f"
+INK, DARK_INK = "#24292f", "#e6edf3"
 LIGHT, DARK = "#ffffff", "#14171c"  # pages
 BLUE, VERMILION, GREEN, PURPLE = PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5679a")
 SVG = "http://www.w3.org/2000/svg"
@@ -40,9 +40,8 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "llama-mini",
 }
-_PAGE = (
-    f"svg{{color:{INK};background:{LIGHT}}}@media(prefers-color-scheme:dark){{svg{{color:#e6edf3;background:{DARK}}}}}"
-)
+_PAGE = f"svg{{color:{INK};background:{LIGHT}}}"
+_PAGE += f"@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK};background:{DARK}}}}}"
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # a date changes the bytes
 
 

@@ -14,7 +14,7 @@ from llama_mini import lab
 from llama_mini.errors import RequestError
 from llama_mini.lab.recording import capture, massive_activation
 from llama_mini.lab.reporting import report as report_module
-from llama_mini.lab.reporting.diagram import layer_kinds, plan_diagram, ranges
+from llama_mini.lab.reporting.diagram import Box, diagram, layer_kinds, ranges
 from llama_mini.lab.reporting.report import report
 from llama_mini.lab.reporting.style import DARK, LIGHT, SVG
 from llama_mini.lab.training import Race
@@ -25,7 +25,6 @@ from tests.tiny_models import TINY, random_tokens, tiny_model
 pytest.importorskip("matplotlib", reason="the report needs the extra lab")
 IDS = random_tokens(2, 20)
 HOSTILE = "\"><script>alert(1)</script>&'\x00"
-VOID = ("meta", "path", "rect", "use", "br")
 CURVES = {"pre": np.array([[4.0, 3.0], [4.2, 3.2]]), "post<b>": np.array([[4.0, 3.9], [4.1, np.nan]])}
 
 
@@ -137,7 +136,7 @@ def test_the_numbers_are_those_of_the_lab(massive: Llama, written: Path) -> None
     assert f"{base.loss:.4f} nats per token" in text
     costs = lab.ablate(massive, IDS)
     worst = max(costs, key=lambda row: row.dloss)
-    assert f"Dearest is {worst.path}, {worst.dloss:+.3g} nats per token" in text
+    assert f"The highest cost is that of {worst.path}, {worst.dloss:+.3g} nats per token" in text
     layers = lab.skip_layers(massive, IDS)
     dear = max(layers, key=lambda row: row.dloss)
     assert f"Leaving out layer {dear.layer} costs most, {dear.dloss:+.3g}" in text
@@ -216,23 +215,28 @@ def test_a_folder_that_is_not_there_is_refused_before_the_work(tmp_path: Path, m
         report(tmp_path / "no" / "a.html", tiny_model(), IDS)
 
 
-def test_the_diagram_has_a_full_box_for_each_norm_and_a_dashed_one_for_each_empty_slot() -> None:
-    drawn = plan_diagram(NormPlan.parse("peri+qk:full", 3), 3)
-    full = re.findall(r'fill="#0072b2"/><text[^>]*>(\w+)', drawn)
+def test_the_diagram_has_a_full_box_for_each_norm_and_a_dashed_one_for_each_empty_slot(tmp_path: Path) -> None:
+    page = report(tmp_path / "a.html", tiny_model(2, norm_plan="peri+qk:full"), IDS).read_text()
+    boxes = re.findall(r'<span class="(\w+)">(\w+)', page)
+    full = [name for look, name in boxes if look == "norm"]
     assert sorted(full) == ["k_norm", "norm", "out_norm", "out_norm", "pre_norm", "pre_norm", "q_norm"]
-    dashed = re.findall(r'stroke-dasharray="3 3"/><text[^>]*>(\w+)', drawn)
-    assert sorted(dashed) == ["embed_norm", "mid_norm", "mid_norm", "post_norm", "post_norm", "v_norm"]
-    assert drawn.count("rms, full") == 4  # two boxes, and two in the words for who cannot see them
+    empty = [name for look, name in boxes if look == "empty"]
+    assert sorted(empty) == ["embed_norm", "mid_norm", "mid_norm", "post_norm", "post_norm", "v_norm"]
+    assert page.count("<small>rms, full</small>") == 2
 
 
 def test_layers_that_differ_are_drawn_apart() -> None:
     plan = NormPlan.parse("mix(.5)", 8)
     assert [(kind.name, kind.layers) for kind in layer_kinds(plan, 8)] == [("A", [0, 1, 2, 3]), ("B", [4, 5, 6, 7])]
-    assert "A, attention, layers 0–3" in plan_diagram(plan, 8)
+    assert "A, attention, layers 0–3" in [column.title for column in diagram(plan, 8)]
     scaled = NormPlan.parse("lns", 4)
     assert len(layer_kinds(scaled, 4)) == 1
-    assert "rms, × 0.5–1" in plan_diagram(scaled, 4)
-    assert "1.68 · x + branch" in plan_diagram(NormPlan.parse("deep", 4), 4)
+    assert Box("pre_norm", "rms, × 0.5–1", "norm") in boxes_of(scaled, 4)
+    assert Box("1.68 · x + branch", "", "sum") in boxes_of(NormPlan.parse("deep", 4), 4)
+
+
+def boxes_of(plan: NormPlan, n_layers: int) -> list[Box]:
+    return [box for column in diagram(plan, n_layers) for row in column.rows for box in row]
 
 
 def test_layers_are_named_in_ranges() -> None:

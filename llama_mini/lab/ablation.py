@@ -1,4 +1,4 @@
-"""What each norm and each layer is worth: the cost of doing without, one at a time."""
+"""What each norm and each layer is worth: the cost of changing or leaving out one at a time."""
 
 import math
 from collections.abc import Sequence
@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from llama_mini.lab.cost import Score, as_tokens, score
 from llama_mini.lab.editing import edited_norms, swapped
 from llama_mini.lab.paths import select
 from llama_mini.lab.recording import watched
+from llama_mini.lab.study import progress
 from llama_mini.lab.table import Table
 from llama_mini.model.llama import Llama
 
 
 @dataclass(frozen=True)
 class AblatedNorm:
-    """The cost of one edited norm; dloss, kl and top1 as in Score."""
+    """The cost of one edited norm. dloss, kl and top1 are those of Score."""
 
     path: str
     dloss: float
@@ -29,7 +29,7 @@ class AblatedNorm:
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """The cost of one layer left out; angle between its input and output in the whole model, in units of π."""
+    """The cost of leaving out one layer; the angle between its input and output in the full model, in units of π."""
 
     layer: int
     dloss: float
@@ -44,8 +44,8 @@ def ablate(
     """The cost in nats of editing norms one by one, in the order of the forward pass.
 
     pattern: one or several; None: every norm.
-    settings: those of `edit`, by default freeze="mean", keep_first=True. What `freeze` needs is measured on the same
-        ids, once, in the model as it is.
+    settings: those of `edit`, by default freeze="mean", keep_first=True. The statistic for `freeze` is measured once,
+        on the same ids, in the unchanged model.
 
     Raises RequestError as `edit` does.
     """
@@ -55,25 +55,25 @@ def ablate(
     modules = edited_norms(model, dict.fromkeys(paths, settings), ids)
     base = score(model, ids)
     rows = []
-    for path, module in tqdm(modules.items(), "ablate", unit="norm", delay=1, leave=False, disable=None):
+    for path, module in progress(modules.items(), "ablate", unit="norm"):
         dloss, kl, top1 = _cost(model, ids, {path: module}, base)
         rows.append(AblatedNorm(path, dloss, kl, top1))
     return Table(rows)
 
 
 def skip_layers(model: Llama, ids: Tensor | Sequence[int]) -> Table[SkippedLayer]:
-    """The cost of leaving out each layer, one by one, and how far each one turns the residual stream."""
+    """The cost of leaving out each layer, one by one, and the angle by which each turns the residual stream."""
     base = score(model, ids)
     angles = _angles(model, ids)
     rows = []
-    for i in tqdm(range(len(model.layers)), "skip layers", unit="layer", delay=1, leave=False, disable=None):
+    for i in progress(range(len(model.layers)), "skip layers", unit="layer"):
         dloss, kl, top1 = _cost(model, ids, {f"layers.{i}": _PassThrough()}, base)
         rows.append(SkippedLayer(i, dloss, kl, top1, angles[i]))
     return Table(rows)
 
 
 class _PassThrough(nn.Module):
-    """A layer that does nothing; nn.Identity would refuse its other arguments."""
+    """A layer that does nothing. nn.Identity would refuse the other arguments of a layer."""
 
     def forward(self, x: Tensor, *context: object) -> Tensor:
         return x
@@ -84,22 +84,19 @@ def _cost(
 ) -> tuple[float, float, float]:
     with swapped(model, modules):
         changed = score(model, ids, against=base)
-    assert changed.dloss is not None
-    assert changed.kl is not None
-    assert changed.top1 is not None
-    return changed.dloss, changed.kl, changed.top1
+    return changed.dloss, changed.kl, changed.top1  # type: ignore[return-value]  # set, since there is a base
 
 
 def _angles(model: Llama, ids: Tensor | Sequence[int]) -> list[float]:
     """By layer, the mean over tokens of the angle between input and output, in units of π."""
-    found: dict[str, float] = {}
+    angles: dict[str, float] = {}
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         u, v = (nn.functional.normalize(z.double(), dim=-1) for z in (x, y))
         half = torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))  # arccos loses small angles
-        found[name] = float(half.mean()) * 2 / math.pi
+        angles[name] = float(half.mean()) * 2 / math.pi
 
     layers = {str(i): layer for i, layer in enumerate(model.layers)}
     with torch.inference_mode(), watched(layers, see):
         model(as_tokens(model, ids))
-    return [found[name] for name in layers]
+    return [angles[name] for name in layers]

@@ -1,4 +1,4 @@
-"""What each command of the lab does: it calls the lab's own functions, prints one table and draws one picture."""
+"""The commands of the lab. Each calls a function of the lab, prints one table and draws one picture."""
 
 import argparse
 import json
@@ -7,15 +7,16 @@ import textwrap
 from collections.abc import Callable
 
 from llama_mini import lab
+from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import RequestError
-from llama_mini.lab.command_input import checkpoint, read_ids, read_model, read_settings, read_tokenizer
-from llama_mini.lab.command_output import captured, draw, scores, show
+from llama_mini.lab.command_io import captured, checkpoint, read_ids, read_model, read_settings, scores, show
+from llama_mini.lab.cost import Score
 from llama_mini.lab.reporting import figures, plan_figures
 from llama_mini.lab.reporting.report import Shell
 from llama_mini.lab.reporting.style import check_drawable, check_picture
 from llama_mini.lab.tour import tour
 from llama_mini.model.llama import Llama
-from llama_mini.tokenizer import Tokenizer
+from llama_mini.tokenizer.tokenizer import open_tokenizer
 
 WIDTHS = {"en": 100, "ko": 55}  # a Korean letter is two columns wide
 TOUR_TEXT = "The quick brown fox jumps over the lazy dog."
@@ -34,27 +35,26 @@ def run(args: argparse.Namespace) -> None:
 
 def _norms(args: argparse.Namespace) -> None:
     rows = lab.norms(read_model(args)[0])
-    show(rows, args)
-    draw(args, lambda: figures.gain_picture(rows))
+    show(args, rows, lambda: figures.gain_picture(rows))
 
 
 def _doctor(args: argparse.Namespace) -> None:
     path = checkpoint(args)
-    found = lab.doctor(path, read_ids(read_tokenizer(path), args))
-    show(found, args, empty="nothing found")
+    findings = lab.doctor(path, read_ids(open_tokenizer(open_checkpoint(path)), args))
+    show(args, findings, empty="nothing found")
 
 
 def _capture(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
     ids = read_ids(tokenizer, args)
-    seen = lab.capture(model, ids, at=args.at, keep="stats" if args.picture is None else "tensors")
-    show(captured(seen), args)
-    if not (args.json or args.csv) and (found := lab.massive_activation(seen)) is not None:
+    recording = lab.capture(model, ids, at=args.at, keep="stats" if args.picture is None else "tensors")
+    show(args, captured(recording), lambda: figures.residual_rms_picture(recording))
+    if not (args.json or args.csv) and (massive := lab.massive_activation(recording)) is not None:
+        token = tokenizer.decode([ids[massive.token]])
         print(
-            f"massive activation: dimension {found.dim}, token {found.token} {tokenizer.decode([ids[found.token]])!r}, "
-            f"born in layer {found.layer}, {found.times_median:,.0f} times the median"
+            f"massive activation: dimension {massive.dim}, token {massive.token} {token!r}, "
+            f"born in layer {massive.layer}, {massive.times_median:,.0f} times the median"
         )
-    draw(args, lambda: figures.residual_rms_picture(seen))
 
 
 def _ablate(args: argparse.Namespace) -> None:
@@ -63,8 +63,7 @@ def _ablate(args: argparse.Namespace) -> None:
     if "freeze" in settings:
         settings.setdefault("keep_first", not args.drop_first)
     costs = lab.ablate(model, read_ids(tokenizer, args), args.pattern.split(","), **settings)
-    show(costs, args)
-    draw(args, lambda: figures.norm_cost_picture(costs))
+    show(args, costs, lambda: figures.norm_cost_picture(costs))
 
 
 def _edit(args: argparse.Namespace) -> None:
@@ -72,33 +71,33 @@ def _edit(args: argparse.Namespace) -> None:
     ids, settings = read_ids(tokenizer, args), read_settings(args.settings) or {"eps": 1e-3}
     base = lab.score(model, ids)
     with lab.edit(model, {args.pattern: settings}, ids):
-        changed = lab.score(model, ids, against=base)
-    show(scores({"as it is": base, f"{args.pattern} {settings}": changed}), args)
+        _compare(args, base, model, ids, f"{args.pattern} {settings}")
 
 
 def _skip(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
     costs = lab.skip_layers(model, read_ids(tokenizer, args))
-    show(costs, args)
-    draw(args, lambda: figures.skip_picture(costs))
+    show(args, costs, lambda: figures.skip_picture(costs))
 
 
 def _move(args: argparse.Namespace) -> None:
-    model, tokenizer = read_model(args)
-    _compare(model, lab.move(model, args.pattern, to=args.to), f"moved to {args.to}", tokenizer, args)
+    _rebuild(args, lambda model: lab.move(model, args.pattern, to=args.to), f"moved to {args.to}")
 
 
 def _fold(args: argparse.Namespace) -> None:
+    _rebuild(args, lambda model: lab.fold(model, args.pattern), "folded")
+
+
+def _rebuild(args: argparse.Namespace, rebuild: Callable[[Llama], Llama], name: str) -> None:
     model, tokenizer = read_model(args)
-    _compare(model, lab.fold(model, args.pattern), "folded", tokenizer, args)
-
-
-def _compare(model: Llama, other: Llama, what: str, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    ids = read_ids(tokenizer, args)
-    base = lab.score(model, ids)
-    show(scores({"as it is": base, what: lab.score(other, ids, against=base)}), args)
+    new, ids = rebuild(model), read_ids(tokenizer, args)
+    _compare(args, lab.score(model, ids), new, ids, name)
     if args.save is not None:
-        other.save_pretrained(args.save)
+        new.save_pretrained(args.save)
+
+
+def _compare(args: argparse.Namespace, base: Score, model: Llama, ids: list[int], name: str) -> None:
+    show(args, scores({"as it is": base, name: lab.score(model, ids, against=base)}))
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -113,9 +112,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _words(args: argparse.Namespace, *names: str) -> str:
-    """The options of these names as the user would give them."""
-    given = {name: getattr(args, name) for name in names}
-    return shlex.join(word for name, v in given.items() if v is not None for word in (f"--{name}", str(v)))
+    """The options of these names as the user would type them."""
+    values = {name: getattr(args, name) for name in names}
+    return shlex.join(word for name, v in values.items() if v is not None for word in (f"--{name}", str(v)))
 
 
 def _tour(args: argparse.Namespace) -> None:
@@ -137,41 +136,24 @@ def _tour(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     predicted = lab.predict(args.plan, args.depth)
-    show(predicted.table(), args)
-    draw(args, lambda: plan_figures.init_picture(predicted))
+    show(args, predicted.table(), lambda: plan_figures.init_picture(predicted))
 
 
 def _init(args: argparse.Namespace) -> None:
     measured = lab.init(args.plan, args.depth, dim=args.dim, seeds=args.seeds)
-    show(measured.table(), args)
-    draw(args, lambda: plan_figures.init_picture(lab.predict(args.plan, args.depth), measured))
+    show(args, measured.table(), lambda: plan_figures.init_picture(lab.predict(args.plan, args.depth), measured))
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    found = lab.sweep(args.plans, args.depths)
-    show(found.table(), args)
-    draw(args, lambda: plan_figures.sweep_picture(found))
+    sweep = lab.sweep(args.plans, args.depths)
+    show(args, sweep.table(), lambda: plan_figures.sweep_picture(sweep))
 
 
 def _race(args: argparse.Namespace) -> None:
-    found = lab.race(args.plans, steps=args.steps)
-    show(found.table(), args)
-    draw(args, lambda: plan_figures.race_picture(found))
+    race = lab.race(args.plans, steps=args.steps)
+    show(args, race.table(), lambda: plan_figures.race_picture(race))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "norms": _norms,
-    "doctor": _doctor,
-    "capture": _capture,
-    "ablate": _ablate,
-    "edit": _edit,
-    "skip": _skip,
-    "move": _move,
-    "fold": _fold,
-    "predict": _predict,
-    "init": _init,
-    "sweep": _sweep,
-    "race": _race,
-    "report": _report,
-    "tour": _tour,
-}
+_OF_A_CHECKPOINT = (_norms, _doctor, _capture, _ablate, _edit, _skip, _move, _fold, _report, _tour)
+_OF_A_PLAN = (_predict, _init, _sweep, _race)
+COMMANDS = {command.__name__[1:]: command for command in (*_OF_A_CHECKPOINT, *_OF_A_PLAN)}

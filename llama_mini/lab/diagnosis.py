@@ -1,4 +1,4 @@
-"""The doctor: what is likely wrong with the norms of a checkpoint or a model, before anyone wonders at its answers."""
+"""The doctor: looks for what is likely wrong with the norms of a checkpoint or a model."""
 
 import math
 import statistics
@@ -33,20 +33,20 @@ Severity = Literal["error", "warning", "note"]
 _USUAL_EPS = (1e-5, 1e-6)
 _USUAL_EPS_OF = {"qwen3": (1e-6,)}  # every other family has published files with either
 _LARGEST, _SMALLEST = 65504.0, 2.0**-14  # of float16's normal numbers
-_ROOM = 2  # how far from them counts as safe: another text sees other extremes
-_JUDGED = ("pre_norm", "mid_norm", "out_norm", "post_norm")  # the final norm and the heads' have gains above one
+_MARGIN = 2  # a factor between what is seen and these limits, since another text has other extremes
+_JUDGED = ("pre_norm", "mid_norm", "out_norm", "post_norm")  # final, q, k and v norms have gains above one
 
-# Of the norms of one slot, the median: single norms may be nearly dead. Training starts at a gain of one and seldom
-# crosses zero. In the default checkpoint the median share below zero is 0 (0.47 in one norm), and 1 with one taken off;
-# the median of the lowest hundredth is 0.1, and 1.1 with one added.
+# Limits for the median over the norms of one slot, since a single norm may be nearly dead. Training starts at a gain of
+# one and seldom crosses zero. In the default checkpoint the median share of gains below zero is 0 (0.47 in one norm),
+# and 1 once one is subtracted; the median of the lowest hundredth is 0.1, and 1.1 once one is added.
 _MOST_BELOW_ZERO = 0.1
 _LOWEST_HUNDREDTH, _LEAST_MEAN = 0.95, 1.1
 
 
 @dataclass(frozen=True)
 class Finding:
-    """severity: error (answers are wrong), warning (they probably are, or will be in float16) or note.
-    path: of a norm, a slot, a tensor or a file."""
+    """severity: error (the answers are wrong), warning (they probably are, or will be in float16) or note.
+    path: that of a norm, a slot, a tensor or a file."""
 
     severity: Severity
     path: str
@@ -55,35 +55,35 @@ class Finding:
 
 
 def doctor(subject: str | Path | Llama, ids: Tensor | Sequence[int] | None = None) -> Table[Finding]:
-    """What is wrong with the norms of a checkpoint (a path or hub name) or a model; an empty table: nothing found.
+    """What is wrong with the norms of a checkpoint (a path or hub name) or a model. An empty table: nothing found.
 
-    eps absent, or unusual for the family, or zero; norm tensors that nobody reads or that are missing; gains that are
-    NaN, infinite, huge, all zero, or never trained; `1+w` gains taken for `w` and the reverse. With the token ids of
-    a text, (T,) or (B, T), also what the norms see: inputs that eps dominates or float16 cannot hold. Without, of a
-    checkpoint only headers and norms are read.
+    It looks for an eps that is absent, zero or unusual for the family, for norm tensors that are missing or that no
+    norm reads, for gains that are NaN, infinite, huge, all zero or never trained, and for `1+w` gains read as `w` and
+    the reverse. With the token ids of a text, (T,) or (B, T), it also looks for inputs of norms that eps dominates or
+    that float16 cannot hold. Without a text, only the headers and norms of a checkpoint are read.
 
-    Raises CheckpointError where there is no checkpoint; RequestError for ids that are none.
+    Raises CheckpointError if there is no checkpoint; RequestError for ids that the model cannot read.
     """
     if isinstance(subject, Llama):
         norms = _norms(subject)
-        found = [*_eps(norms, subject.config.norm_eps, "config", ""), *_gains(norms)]
-        return _with_text(found, lambda: subject, ids)
+        findings = [*_eps(norms, subject.config.norm_eps, "config", ""), *_gains(norms)]
+        return _with_text(findings, lambda: subject, ids)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*norm_eps is absent", LlamaMiniWarning)  # it is a finding here
+        warnings.filterwarnings("ignore", ".*norm_eps is absent", LlamaMiniWarning)  # reported as a finding
         try:
             source = open_checkpoint(resolve(subject))
         except ConfigError as error:
-            advice = "correct the configuration: until then nothing can be opened"
+            advice = "correct the configuration: the checkpoint cannot be opened without it"
             return Table([Finding("error", str(subject), str(error), advice)])
     return _with_text(_of_source(source), lambda: load_model(Llama, source, torch.float32, "cpu"), ids)
 
 
-def _with_text(found: list[Finding], load: Callable[[], Llama], ids: Tensor | Sequence[int] | None) -> Table[Finding]:
-    """What was found, and if the model can run at all, what its norms see in a text."""
-    if ids is None or any(row.severity == "error" for row in found):
-        return Table(found)
+def _with_text(rows: list[Finding], load: Callable[[], Llama], ids: Tensor | Sequence[int] | None) -> Table[Finding]:
+    """The findings, and if there is a text and the model can run, those on the inputs of its norms."""
+    if ids is None or any(row.severity == "error" for row in rows):
+        return Table(rows)
     model = load()
-    return Table(found + _measured(model, as_tokens(model, ids)))
+    return Table(rows + _measured(model, as_tokens(model, ids)))
 
 
 def _of_source(source: Source) -> list[Finding]:
@@ -94,26 +94,22 @@ def _of_source(source: Source) -> list[Finding]:
     read = [
         name for name in source.tensors if name in of_norms and source.tensors[name].shape == shapes[of_norms[name]]
     ]
-    found = []
+    findings = []
     if unread := sorted(name for name in source.tensors if "norm" in name.lower() and name not in names):
         what = f"no norm of model_type {source.model_type} reads it"
-        advice = "the model is of another family, or the file of another model: compare model_type with its origin"
-        found += [Finding("error", join_names(unread), what, advice)]
+        advice = "model_type or the file is that of another model: compare both with the origin"
+        findings += [Finding("error", join_names(unread), what, advice)]
     if missing := sorted(set(of_norms) - set(read)):
         what = f"a norm of model_type {source.model_type} needs it, and the file lacks it or has another shape"
-        found += [
-            Finding("error", join_names(missing), what, "take the file from its origin again, or correct model_type")
-        ]
+        advice = "fetch the file from its origin again, or correct model_type"
+        findings += [Finding("error", join_names(missing), what, advice)]
     for name, values in source.read(read, torch.float32):
         path, _, leaf = of_norms[name].rpartition(".")
         setattr(norms[path], leaf, nn.Parameter(values, requires_grad=False))
-    config_file = source.path if source.gguf is not None else source.directory / _config_file(source.directory)
+    has_config = inside(source.directory, CONFIG).is_file()
+    config_file = source.path if source.gguf is not None else source.directory / (CONFIG if has_config else PARAMS)
     eps = _absent_eps(config_file, source) or _eps(norms, source.config.norm_eps, str(config_file), source.model_type)
-    return [*eps, *found, *_gains(norms)]
-
-
-def _config_file(directory: Path) -> str:
-    return CONFIG if inside(directory, CONFIG).is_file() else PARAMS
+    return [*eps, *findings, *_gains(norms)]
 
 
 def _absent_eps(file: Path, source: Source) -> list[Finding]:
@@ -158,61 +154,60 @@ def _gains(norms: Mapping[str, Norm]) -> Iterator[Finding]:
     for path in broken:
         n_bad = int((~torch.isfinite(gains[path])).sum())
         what = f"{n_bad} of {gains[path].numel()} gains are NaN or infinite"
-        yield Finding("error", path, what, "take the file from its origin again, or convert it in a wider dtype")
+        yield Finding("error", path, what, "fetch the file from its origin again, or convert it in a wider dtype")
     gains = {path: gain for path, gain in gains.items() if path not in broken}
     for path, gain in gains.items():
         yield from _extreme(path, norms[path], gain)
     untrained = [path for path, gain in gains.items() if (gain == 1).all()]
     if untrained and len(untrained) == len(gains):
-        yield Finding("note", "every norm", "all gains are exactly 1: never trained, or folded", "nothing, if you know")
+        what = "all gains are exactly 1: never trained, or folded"
+        yield Finding("note", "every norm", what, "nothing to do if that is intended")
     elif untrained:
         what = "all its gains are exactly 1, while other norms are trained"
-        yield Finding(
-            "warning", join_names(untrained), what, "see whether its weight was lost in a conversion, or folded"
-        )
+        advice = "check whether its weight was lost in a conversion, or folded"
+        yield Finding("warning", join_names(untrained), what, advice)
     yield from _conventions(norms, {path: gain for path, gain in gains.items() if path not in untrained})
 
 
 def _extreme(path: str, norm: Norm, gain: Tensor) -> Iterator[Finding]:
     if not gain.any():
-        yield Finding("error", path, "all its gains are 0: what reads it gets nothing", "see whether `1+w` was meant")
-    longest = 1.0 if norm.kind in ("l2", "dyt") else math.sqrt(norm.dim)  # that one element of a normed row can be
+        yield Finding("error", path, "all its gains are 0, so its output is 0", "check whether `1+w` was meant")
+    longest = 1.0 if norm.kind in ("l2", "dyt") else math.sqrt(norm.dim)  # the largest element a normed row can have
     if (reach := float(gain.abs().max()) * longest * abs(norm.scale)) > _LARGEST:
         what = f"a gain of {float(gain.abs().max()):.4g} can give outputs of {reach:.3g}; float16 ends at {_LARGEST:g}"
         yield Finding("warning", path, what, "compare the weight with its origin; do not run it in float16")
 
 
 def _conventions(norms: Mapping[str, Norm], gains: Mapping[str, Tensor]) -> Iterator[Finding]:
-    """Gains read as `w` and stored as `1+w`, or the reverse: one verdict a slot, since a single norm says little."""
+    """Gains read as `w` and stored as `1+w`, or the reverse: one finding a slot, since a single norm says little."""
     by_slot: dict[tuple[str, str], list[str]] = {}
     for path in gains:
         slot = ".".join(path.split(".")[2:])
         if slot.endswith(_JUDGED):
             by_slot.setdefault((slot, norms[path].gain), []).append(path)
     for (slot, read_as), paths in by_slot.items():
-        found = [gains[path] for path in paths]
-        below_zero = statistics.median(float((gain < 0).float().mean()) for gain in found)
-        lowest = statistics.median(float(gain.quantile(0.01)) for gain in found)
-        mean = statistics.median(float(gain.mean()) for gain in found)
+        of_slot = [gains[path] for path in paths]
+        below_zero = statistics.median(float((gain < 0).float().mean()) for gain in of_slot)
+        lowest = statistics.median(float(gain.quantile(0.01)) for gain in of_slot)
+        mean = statistics.median(float(gain.mean()) for gain in of_slot)
         if below_zero > _MOST_BELOW_ZERO:
             what = f"read as `{read_as}`, {below_zero:.0%} of a typical norm's gains are below 0: 1 seems to be missing"
             advice = "set the plan's gain to `1+w`" if read_as == "w" else "add 1 to the weights: they lack it twice"
-            yield Finding("warning", f"layers.*.{slot}", what, advice)
         elif lowest > _LOWEST_HUNDREDTH and mean > _LEAST_MEAN:
-            what = (
-                f"read as `{read_as}`, a typical norm's gains start at {lowest:.2f}: 1 seems to be added once too often"
-            )
-            advice = "set the plan's gain to `w`" if read_as == "1+w" else "take 1 off: a converter has added it"
-            yield Finding("warning", f"layers.*.{slot}", what, advice)
+            what = f"read as `{read_as}`, a typical norm's gains start at {lowest:.2f}: 1 seems to be added twice"
+            advice = "set the plan's gain to `w`" if read_as == "1+w" else "subtract 1: a converter has added it"
+        else:
+            continue
+        yield Finding("warning", f"layers.*.{slot}", what, advice)
 
 
 @dataclass
 class _Seen:
-    """The extremes of one norm over a text: the smallest second moment that eps is added to, and largest elements."""
+    """The extremes of one norm over a text."""
 
-    moment: float = math.inf
+    moment: float = math.inf  # the smallest that eps is added to
     smallest: float = math.inf  # RMS of a row
-    largest: float = 0.0
+    largest: float = 0.0  # element
     finite: bool = True
 
 
@@ -221,11 +216,11 @@ def _measured(model: Llama, tokens: Tensor) -> list[Finding]:
     seen = {path: _Seen() for path in norms}
 
     def see(path: str, x: Tensor, y: Tensor) -> None:
-        here, wide = seen[path], x.to(torch.promote_types(x.dtype, torch.float32))
-        here.moment = min(here.moment, float(_moment(norms[path], wide).min()))
-        here.smallest = min(here.smallest, float(wide.pow(2).mean(-1).sqrt().min()))
-        here.largest = max(here.largest, float(x.abs().max()), float(y.abs().max()))
-        here.finite &= bool(x.isfinite().all() and y.isfinite().all())
+        norm, wide = seen[path], x.to(torch.promote_types(x.dtype, torch.float32))
+        norm.moment = min(norm.moment, float(_moment(norms[path], wide).min()))
+        norm.smallest = min(norm.smallest, float(wide.pow(2).mean(-1).sqrt().min()))
+        norm.largest = max(norm.largest, float(x.abs().max()), float(y.abs().max()))
+        norm.finite &= bool(x.isfinite().all() and y.isfinite().all())
 
     with watched(norms, see), torch.inference_mode():
         model(tokens)
@@ -233,7 +228,7 @@ def _measured(model: Llama, tokens: Tensor) -> list[Finding]:
 
 
 def _moment(norm: Norm, x: Tensor) -> Tensor:
-    """What eps is added to, for each row."""
+    """The number that eps is added to, for each row."""
     if norm.kind == "layer":
         return x.var(-1, correction=0)
     if isinstance(norm, PartialRMSNorm):
@@ -243,19 +238,16 @@ def _moment(norm: Norm, x: Tensor) -> Tensor:
 
 def _risks(path: str, norm: Norm, seen: _Seen) -> Iterator[Finding]:
     if not seen.finite:
-        yield Finding(
-            "error", path, "it meets NaN or infinity", "run in bfloat16 or float32, and look at the norms before"
-        )
+        advice = "run in bfloat16 or float32, and look at the norms before it"
+        yield Finding("error", path, "it reads or returns NaN or infinity", advice)
         return
     if norm.kind != "dyt" and seen.moment < norm.eps:
         kept = math.sqrt(seen.moment / (seen.moment + norm.eps))
-        what = (
-            f"eps {norm.eps:g} is larger than its input's mean square, {seen.moment:.3g}: {kept:.0%} of a row is left"
-        )
+        what = f"eps {norm.eps:g} exceeds its input's mean square, {seen.moment:.3g}: {kept:.0%} of a row is left"
         yield Finding("warning", path, what, "compare eps with the origin's config.json")
-    if seen.largest * _ROOM > _LARGEST:
-        what = f"it meets {seen.largest:,.0f}; float16 ends at {_LARGEST:,.0f}"
+    if seen.largest * _MARGIN > _LARGEST:
+        what = f"it reads or returns {seen.largest:,.0f}; float16 ends at {_LARGEST:,.0f}"
         yield Finding("warning", path, what, "run in bfloat16 or float32")
-    if seen.smallest < _SMALLEST * _ROOM:
+    if seen.smallest < _SMALLEST * _MARGIN:
         what = f"an input of RMS {seen.smallest:.3g} underflows in float16"
         yield Finding("warning", path, what, "run in bfloat16 or float32")

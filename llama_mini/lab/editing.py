@@ -1,6 +1,6 @@
 """Changes to the norms of a model that last as long as a `with` block.
 
-An edit puts another module into a norm's slot and puts the very same norm back afterwards. Parameters that the edit
+An edit puts another module into a norm's slot, and afterwards puts the same norm object back. Parameters that the edit
 does not change are shared, not copied.
 """
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from llama_mini.errors import RequestError
 from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.norm_table import effective_gain
-from llama_mini.lab.paths import select, slots
+from llama_mini.lab.paths import select, slot_width, slots
 from llama_mini.lab.recording import watched
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import NORMS, Cast, Norm, RMSNorm
-from llama_mini.validate import is_finite, join_names, short_repr
+from llama_mini.validate import check_choice, check_flag, check_number, is_finite, join_names, short_repr
 
 Edits = Mapping[str, Mapping[str, Any]]
 _SETTINGS = ("eps", "kind", "gain", "cast", "freeze", "keep_first", "skip")
@@ -26,24 +26,25 @@ _SETTINGS = ("eps", "kind", "gain", "cast", "freeze", "keep_first", "skip")
 
 @contextmanager
 def edit(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) -> Iterator[Llama]:
-    """Changes norms inside a `with` block: {pattern: settings}; each norm belongs to one pattern, or nest two edits.
+    """Changes norms inside a `with` block: {pattern: settings}. Two patterns may not match the same norm: nest edits.
 
     eps: a finite number of at least 0.
-    kind: a class of norm.py; the gain stays (`scale`, which has a single one, takes the mean of the gains; the α of
-        `dyt` starts at 0.5). With a kind, empty slots that the pattern matches get a norm too: unit gain, the model's
-        norm_eps, early cast.
-    gain: 2.0 sets the effective gain, ("scale", 2.0) multiplies it, "mean" is its mean everywhere, "one" is 1.
+    kind: a kind of norm.py. The gain stays, except that `scale`, which has one number, takes the mean of the gains; the
+        α of `dyt` starts at 0.5. With a kind, empty slots that the pattern matches are filled too: with unit gain, the
+        model's norm_eps and early cast.
+    gain: 2.0 sets the effective gain, ("scale", 2.0) multiplies it, "mean" replaces it by its mean, "one" by 1.
     cast: "early" or "late".
-    freeze: g·x/c, with c measured on `ids` in the model as it is before this edit. "mean": c² = mean(x²) + eps over the
-        whole text (in q and k norms over the heads too), one number a norm; "token": c as it was at each position, so
-        that alone, on the same text, it changes no bit. Kinds rms and scale only.
-    keep_first: with freeze, token 0 keeps its own statistic and has no part in the mean.
+    freeze: compute g·x/c with a constant c, measured on `ids` in the model as it is before this edit. Kinds rms and
+        scale only. "mean": one number a norm, c² = mean(x²) + eps over the whole text, in q and k norms over the heads
+        too. "token": the c of each position, so that this setting alone changes no bit on the same text.
+    keep_first: with freeze, token 0 keeps its own statistic and is left out of the mean.
     skip: True leaves the norm out, its scale too.
+    ids: the text for `freeze`; no other setting needs it.
 
-    `freeze="token"` and `keep_first` need to know positions: inside the block the model reads whole texts from their
-    first token, not the continuation of a cache. `ids` is read by `freeze` alone.
+    `freeze="token"` and `keep_first` depend on positions. So inside the block the model must read each text from its
+    first token: it refuses to continue from a cache.
 
-    Raises RequestError, naming the pattern, for settings, kinds and values that are unknown, contradict each other or
+    Raises RequestError, naming the pattern: for settings, kinds and values that are unknown, contradict each other or
     would do nothing, and for a text that a frozen norm was not measured on.
     """
     with swapped(model, edited_norms(model, edits, ids)):
@@ -53,11 +54,14 @@ def edit(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) 
 def edited_norms(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) -> dict[str, nn.Module]:
     """The modules that an edit puts into its slots, by path; the model is not changed. Arguments and errors: `edit`."""
     if not isinstance(edits, Mapping):
-        raise RequestError(f"edits are a mapping of patterns to settings, not {short_repr(edits)}")
+        raise RequestError(f"edits must be a mapping of patterns to settings, not {short_repr(edits)}")
     chosen: dict[str, tuple[str, Mapping[str, Any]]] = {}
     known = slots(model)
     for pattern, settings in edits.items():
-        _check(pattern, settings)
+        try:
+            _check(settings)
+        except RequestError as error:
+            raise RequestError(f"{short_repr(pattern)}: {error}") from None
         for path in select(model, pattern, empty="kind" in settings):
             if path in chosen:
                 raise RequestError(
@@ -80,7 +84,7 @@ def edited_norms(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None 
 
 @contextmanager
 def swapped(model: Llama, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Puts modules at paths of the model, and what was there back when the block ends."""
+    """Puts modules at paths of the model, and puts the original ones back when the block ends."""
     with ExitStack() as stack:
         for path, module in modules.items():
             stack.callback(_put, model, path, model.get_submodule(path))
@@ -91,7 +95,7 @@ def swapped(model: Llama, modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 class Frozen(RMSNorm):
-    """RMSNorm with its reciprocal root given, not computed: one for all rows, or (B, T, ..., 1), by position."""
+    """RMSNorm with a constant reciprocal root, 1/c: one number for all rows, or (B, T, ..., 1), by position."""
 
     kind = "frozen"
     inverse_root: Tensor
@@ -113,49 +117,42 @@ class Frozen(RMSNorm):
         return torch.cat([super().normalise(wide[:, :1]), normed[:, 1:]], dim=1)
 
     def _inverse_root_for(self, wide: Tensor) -> Tensor:
-        known = self.inverse_root
-        if known.ndim == 0:
-            return known
-        if known.shape[0] not in (1, wide.shape[0]) or known.shape[1] < wide.shape[1]:
+        root = self.inverse_root
+        if root.ndim == 0:
+            return root
+        if root.shape[0] not in (1, wide.shape[0]) or root.shape[1] < wide.shape[1]:
             raise RequestError(
-                f"a norm frozen by token was measured on {known.shape[0]} texts of {known.shape[1]} tokens and reads "
+                f"a norm frozen by token was measured on {root.shape[0]} texts of {root.shape[1]} tokens and reads "
                 f"{wide.shape[0]} of {wide.shape[1]}: score the text it was measured on"
             )
-        return known[:, : wide.shape[1]]
+        return root[:, : wide.shape[1]]
 
 
-def _check(pattern: str, settings: Any) -> None:
-    """Refuses settings that are wrong whatever the norm."""
-    name = short_repr(pattern)
+def _check(settings: Any) -> None:
+    """Refuses settings that are wrong for every norm."""
     if not isinstance(settings, Mapping) or not settings:
-        raise RequestError(f"{name}: expected settings such as dict(eps=1e-6), found {short_repr(settings)}")
+        raise RequestError(f"expected settings such as dict(eps=1e-6), found {short_repr(settings)}")
     if unknown := [key for key in settings if key not in _SETTINGS]:
-        raise RequestError(
-            f"{name}: unknown setting {join_names(map(short_repr, unknown))}; known: {', '.join(_SETTINGS)}"
-        )
-    names = ", ".join(NORMS)
-    eps, kind, gain = settings.get("eps", 0.0), settings.get("kind", "rms"), settings.get("gain", "one")
-    if not is_finite(eps) or eps < 0:
-        raise RequestError(f"{name}: eps must be a finite number of at least 0, not {short_repr(eps)}")
+        raise RequestError(f"unknown setting {join_names(map(short_repr, unknown))}; known: {', '.join(_SETTINGS)}")
+    kind, gain = settings.get("kind", "rms"), settings.get("gain", "one")
+    check_number("eps", settings.get("eps", 0.0), RequestError, 0)
     if not isinstance(kind, str) or kind not in NORMS:
-        raise RequestError(f"{name}: unknown kind {short_repr(kind)}; known: {names}; skip=True leaves a norm out")
+        raise RequestError(f"unknown kind {short_repr(kind)}; known: {', '.join(NORMS)}; skip=True leaves a norm out")
     if not _is_gain(gain):
-        raise RequestError(f"{name}: gain is a number, ('scale', number), 'mean' or 'one', not {short_repr(gain)}")
-    for key, choices in {"cast": get_args(Cast), "freeze": ("mean", "token")}.items():
-        if key in settings and not (isinstance(settings[key], str) and settings[key] in choices):
-            raise RequestError(f"{name}: {key} must be one of {', '.join(choices)}, not {short_repr(settings[key])}")
+        raise RequestError(f"gain must be a number, ('scale', number), 'mean' or 'one', not {short_repr(gain)}")
+    check_choice("cast", settings.get("cast", "early"), get_args(Cast), RequestError)
+    check_choice("freeze", settings.get("freeze", "mean"), ("mean", "token"), RequestError)
     for key in ("keep_first", "skip"):
-        if not isinstance(settings.get(key, False), bool):
-            raise RequestError(f"{name}: {key} must be true or false, not {short_repr(settings[key])}")
+        check_flag(key, settings.get(key, False), RequestError)
     if "keep_first" in settings and "freeze" not in settings:
-        raise RequestError(f"{name}: keep_first belongs to freeze, which is not given")
+        raise RequestError("keep_first needs freeze: give both, or leave it out")
     for one, others in {"skip": set(_SETTINGS) - {"skip"}, "freeze": {"eps", "kind"}}.items():
         if one in settings and (clash := [key for key in settings if key in others]):
-            raise RequestError(f"{name}: {one} leaves nothing for {', '.join(clash)} to change; give one or the other")
+            raise RequestError(f"{one} leaves nothing for {', '.join(clash)} to change; give one or the other")
 
 
 def _check_against(module: nn.Module, path: str, pattern: str, settings: Mapping[str, Any]) -> None:
-    """Refuses settings that do nothing for the norm they were meant for."""
+    """Refuses settings that would do nothing to this norm."""
     old = module.kind if isinstance(module, Norm) else "rms"
     name = f"{short_repr(pattern)}: {path} is of kind {old}"
     if old == "frozen" and "skip" not in settings:
@@ -173,16 +170,16 @@ def _is_gain(gain: Any) -> bool:
 
 
 def _energies(model: Llama, paths: Sequence[str], ids: Tensor | Sequence[int] | None) -> dict[str, Tensor]:
-    """mean(x²) of every row that the norms see on a text: (B, T, ..., 1), computed as RMSNorm does."""
-    found: dict[str, Tensor] = {}
+    """mean(x²) of each vector that the norms see on a text: (B, T, ..., 1), computed as RMSNorm does."""
+    energies: dict[str, Tensor] = {}
 
     def see(path: str, x: Tensor, _: Tensor) -> None:
-        found[path] = x.to(torch.promote_types(x.dtype, torch.float32)).pow(2).mean(-1, keepdim=True)
+        energies[path] = x.to(torch.promote_types(x.dtype, torch.float32)).pow(2).mean(-1, keepdim=True)
 
-    tokens = as_tokens(model, ids)  # type: ignore[arg-type]  # the caller saw that they are there
+    tokens = as_tokens(model, ids)  # type: ignore[arg-type]  # the caller has refused None
     with torch.no_grad(), watched({path: model.get_submodule(path) for path in paths}, see):
         model(tokens)
-    return found
+    return energies
 
 
 def _edited(
@@ -203,15 +200,13 @@ def _edited(
 
 
 def _unit_norm(model: Llama, path: str) -> Norm:
-    """A norm of unit gain for an empty slot, of the width that the slot has."""
-    config, slot = model.config, path.rpartition(".")[2]
-    width = {"q_norm": config.head_dim, "k_norm": config.head_dim, "v_norm": config.head_dim}
-    width["mid_norm"] = config.n_heads * config.head_dim if ".attention." in path else config.hidden_dim
-    return RMSNorm(width.get(slot, config.dim), config.norm_eps, device=model.device, dtype=model.dtype)
+    """A norm of unit gain for an empty slot."""
+    width = slot_width(model.config, path)
+    return RMSNorm(width, model.config.norm_eps, device=model.device, dtype=model.dtype)
 
 
 def _changed(old: Norm, settings: Mapping[str, Any]) -> Norm:
-    """A norm with other eps, kind, cast and gain; the weight is the old one's own unless the gain changes."""
+    """A norm with other eps, kind, cast and gain. It shares the old one's weight unless the gain changes."""
     cls = NORMS[settings["kind"]] if settings.get("kind", old.kind) != old.kind else type(old)
     weight, gain = old.weight, old.gain
     resized = weight is not None and weight.numel() != (1 if cls.kind == "scale" else old.dim)
@@ -227,7 +222,7 @@ def _changed(old: Norm, settings: Mapping[str, Any]) -> Norm:
 
 
 def _new_gain(old: Norm, cls: type[Norm], change: Any) -> Tensor:
-    """The effective gain after a change, float32 or wider: stored as `1+w` in bfloat16 it would be rounded anew."""
+    """The effective gain after a change, in float32 or wider: stored as `1+w` in bfloat16 it would be rounded again."""
     gain = effective_gain(old)
     gain = torch.ones(old.dim) if gain is None else gain
     if change == "mean":
@@ -246,4 +241,6 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def _refuse_continuation(_: nn.Module, args: tuple[Tensor]) -> None:
     if args[0][..., 0].any():
-        raise RequestError("a norm is frozen by position here, and the cache already holds tokens: read the text whole")
+        raise RequestError(
+            "a norm is frozen by position, but the cache already holds tokens: read the whole text at once"
+        )

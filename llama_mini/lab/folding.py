@@ -1,4 +1,5 @@
-"""Norms rewritten into the weights around them: gains into what reads them, LayerNorm's mean into what writes it."""
+"""Moves the work of norms into the weights around them: gains into the matrices that read a norm's output, and
+LayerNorm's subtraction of the mean into those that write its input."""
 
 from dataclasses import replace
 
@@ -7,42 +8,33 @@ from torch import Tensor, nn
 
 from llama_mini.errors import RequestError
 from llama_mini.lab.norm_table import effective_gain
-from llama_mini.lab.paths import select, slots
+from llama_mini.lab.paths import READERS, select, slots
 from llama_mini.lab.trees import check_plain, rebuilt
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
 from llama_mini.model.norm_slots import BranchPlan
 
 _EMBEDDING, _HEAD = "tok_embeddings.weight", "lm_head.weight"
-_READERS = {  # the only matrices that read a norm's output
-    "attention.pre_norm": ("q_proj", "k_proj", "v_proj"),
-    "attention.mid_norm": ("o_proj",),
-    "feed_forward.pre_norm": ("gate_proj", "up_proj"),
-    "feed_forward.mid_norm": ("down_proj",),
-}
-_STREAM = "it writes the residual stream, which everything behind it reads"
+_WRITERS = ("embed_norm", "out_norm", "post_norm")
 _WHY_NOT = {
-    "embed_norm": _STREAM,
-    "out_norm": _STREAM,
-    "post_norm": _STREAM,
-    "q_norm": "attention reads it, not a matrix",
-    "k_norm": "attention reads it, not a matrix",
-    "v_norm": "attention reads it, not a matrix",
+    **dict.fromkeys(_WRITERS, "it writes the residual stream, which all later layers read"),
+    **dict.fromkeys(("q_norm", "k_norm", "v_norm"), "attention reads it, not a matrix"),
 }
 
 
 def fold(model: Llama, pattern: str | None = None) -> Llama:
-    """A new model whose pre, mid and final norms (those at `pattern`) have gains of one, which the weights now hold.
+    """A new model whose pre, mid and final norms (or those at `pattern`) have gains of one: the weights hold them.
 
-    The logits stay: within 5e-6 of the largest in float32, bit for bit where the gains are powers of two. In bfloat16
-    the products are rounded once more: in the default checkpoint the largest error of a logit against float32, 0.03 of
-    the largest logit, becomes 0.04 to 0.08, also when folded in float32 and rounded then. A tied
-    head is untied first. The norms keep their weights, at one, so that the model stays of its family and any program
-    opens it; scale factors stay in the norms, biases need no change. The other parameters are shared with `model`,
-    which stays as it is.
+    The logits stay the same: within 5e-6 of the largest in float32, bit for bit where the gains are powers of two. In
+    bfloat16 each product is rounded once more. In the default checkpoint the largest error of a logit against float32
+    is 0.03 of the largest logit before, and 0.04 to 0.08 after, also when the fold is done in float32.
 
-    Raises RequestError that names the path: the gain of an out, post, embed, q, k or v norm cannot be folded, a norm
-    has no gain, nothing is there to fold, or the model is edited or optimised.
+    A tied head is untied first. The norms keep their weights, set to one, so that the model stays in its family and
+    other programs can open it. Scale factors stay in the norms, and biases need no change. The other parameters are
+    shared with `model`, which does not change.
+
+    Raises RequestError, naming the path: for an out, post, embed, q, k or v norm, whose gain cannot be folded, for a
+    norm without a gain, for a model that has nothing to fold, and for one that is edited or optimised.
     """
     check_plain(model)
     paths = _foldable(model) if pattern is None else select(model, pattern)
@@ -67,15 +59,15 @@ def fold(model: Llama, pattern: str | None = None) -> Llama:
 
 
 def center(model: Llama) -> Llama:
-    """A new model with RMSNorm in the place of LayerNorm, and the same logits: within 5e-6 of the largest in float32.
+    """A new model with RMSNorm instead of LayerNorm and the same logits: within 5e-6 of the largest in float32.
 
-    LayerNorm is RMSNorm of an input without a mean. The mean of the residual stream is taken out of what writes it,
-    the embedding's rows and the outputs of o_proj and down_proj, biases included; a tied head is untied first, since
-    it keeps its rows. The other parameters are shared with `model`, which stays as it is.
+    LayerNorm is RMSNorm of an input whose mean is zero. So the mean is taken out of everything that writes the residual
+    stream: the rows of the embedding, and the outputs of o_proj and down_proj, biases included. A tied head is untied
+    first, since its own rows keep their mean. The other parameters are shared with `model`, which does not change.
     Source: Gupta et al. 2024.
 
-    Raises RequestError that names the path: a norm that reads the stream is no LayerNorm or is absent, a norm writes
-    the stream, or the model is edited or optimised.
+    Raises RequestError, naming the path: for a norm that reads the stream and is absent or no LayerNorm, for a norm
+    that writes the stream, and for a model that is edited or optimised.
     """
     check_plain(model)
     for path, norm in slots(model).items():
@@ -89,37 +81,37 @@ def center(model: Llama) -> Llama:
         elif ".o_proj." in name or ".down_proj." in name:
             parameters[name] = _like(parameter, _without_mean(parameter, dim=0))
     layers = [(_rms(a), _rms(f)) for a, f in map(plan.layer, range(model.config.n_layers))]
-    assert plan.final is not None  # _check_centrable has seen it
+    assert plan.final is not None  # _check_centrable refuses a model without it
     plan = replace(plan.with_layers(layers), final=replace(plan.final, kind="rms"))
     return rebuilt(model, replace(model.config, norm_plan=plan, tie_word_embeddings=False), parameters)
 
 
 def _foldable(model: Llama) -> list[str]:
     norms = {path: norm for path, norm in slots(model).items() if path.rpartition(".")[2] not in _WHY_NOT}
-    found = [path for path, norm in norms.items() if isinstance(norm, Norm) and norm.weight is not None]
-    if not found:
+    with_gain = [path for path, norm in norms.items() if isinstance(norm, Norm) and norm.weight is not None]
+    if not with_gain:
         raise RequestError("no norm of the model has a gain that can be folded: those of pre, mid and final norms can")
-    return found
+    return with_gain
 
 
 def _readers(path: str) -> list[str]:
     if path == "norm":
         return [_HEAD]
     layer, _, slot = path.rpartition(".")
-    return [f"{layer}.{reader}.weight" for reader in _READERS[f"{layer.rpartition('.')[2]}.{slot}"]]
+    return [f"{layer}.{reader}.weight" for reader in READERS[f"{layer.rpartition('.')[2]}.{slot}"]]
 
 
 def _check_centrable(path: str, norm: nn.Module) -> None:
     slot = path.rpartition(".")[2]
-    if slot in ("embed_norm", "out_norm", "post_norm") and isinstance(norm, Norm):
+    if slot in _WRITERS and isinstance(norm, Norm):
         raise RequestError(
-            f"the model cannot be centred: {path} writes the residual stream, which only matrices may; move it first"
+            f"the model cannot be centred: {path} writes the residual stream, which only matrices may do; move it first"
         )
     if slot in ("pre_norm", "norm") and (not isinstance(norm, Norm) or norm.kind != "layer"):
-        found = f"is of kind {norm.kind}" if isinstance(norm, Norm) else "is empty"
+        actual = f"is of kind {norm.kind}" if isinstance(norm, Norm) else "is empty"
         raise RequestError(
-            f"the model cannot be centred: {path} {found}; pre and final norms must all be of kind layer, which takes "
-            "off the stream's mean"
+            f"the model cannot be centred: {path} {actual}; pre and final norms must all be of kind layer, which "
+            "subtracts the mean"
         )
 
 

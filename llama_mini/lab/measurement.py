@@ -1,34 +1,34 @@
-"""The same profile as theory.py's, measured on random models; and the random models that the lab studies."""
+"""The profile that theory.py predicts, measured on random models; and the random models that the lab studies."""
 
-from contextlib import ExitStack
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llama_mini.errors import RequestError
-from llama_mini.lab.study import Floats, Plan, as_plan, check_whole, label
+from llama_mini.lab.recording import watched
+from llama_mini.lab.study import MOST_SEEDS, Floats, Plan, as_plan, label, progress
 from llama_mini.lab.theory import Profile
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
+from llama_mini.validate import check_whole
 
 _TOKENS = 64  # sequences of one token each
 
 
 def init(plan: Plan, depth: int, dim: int = 256, seeds: int = 3) -> Profile:
-    """What `plan` does to one token in `Llama(config)` at random init: means over `seeds` models, and their spread.
+    """What `plan` does to one token in a random model: the mean over `seeds` models, and their spread.
 
-    Each model has width `dim`, a multiple of 8, four heads and hidden_dim 4·dim, and sees 64 sequences of one token.
-    The gradient is autograd's, in float32, from a random direction at x_L. A stream that overflows float32 gives inf
-    or NaN, as `none` does within eight layers.
+    Each model has width `dim`, a multiple of 8, four heads and hidden_dim 4·dim, and reads 64 sequences of one token.
+    The gradient is that of a random direction at x_L, by autograd in float32. A stream that overflows float32 gives inf
+    or NaN, which `none` does within eight layers.
 
     Raises RequestError or ConfigError.
     """
     as_plan(plan, depth)
-    check_whole("seeds", seeds, 1, 1000)
-    bar = tqdm(range(seeds), desc=f"init {label(plan):.40}", disable=None, leave=False)
+    check_whole("seeds", seeds, RequestError, 1, MOST_SEEDS)
+    bar = progress(range(seeds), f"init {label(plan):.40}", unit="model")
     with np.errstate(all="ignore"):
         runs = [_measure(random_llama(plan, depth, dim, _TOKENS, seed), seed) for seed in bar]
         moment, gradient, angle = (np.array(values) for values in zip(*runs, strict=True))
@@ -43,8 +43,8 @@ def spread_over_seeds(values: Floats) -> Floats:
 
 
 def random_llama(plan: Plan, depth: int, dim: int, vocab_size: int, seed: int) -> Llama:
-    """A model as theory.py assumes it: four heads, hidden_dim 4·dim. The caller's random state stays as it is."""
-    check_whole("dim", dim, 8, 16384)
+    """A model as theory.py assumes it: four heads, hidden_dim 4·dim. The caller's random state does not change."""
+    check_whole("dim", dim, RequestError, 8, 16384)
     if dim % 8:
         raise RequestError(f"dim must be a multiple of 8, for four heads of even width, not {dim}")
     config = LlamaConfig(
@@ -61,13 +61,13 @@ def random_llama(plan: Plan, depth: int, dim: int, vocab_size: int, seed: int) -
 
 
 def residual_stream(model: Llama, tokens: Tensor) -> list[Tensor]:
-    """x_0 to x_L, each (B, T, C), with their graph: what enters the first layer and what leaves every layer."""
+    """x_0 to x_L, each (B, T, C), with their graph: the input of the first layer, then the output of each layer."""
     stream: list[Tensor] = []
-    with ExitStack() as hooks:
-        first = model.layers[0].register_forward_pre_hook(lambda _, args: stream.append(args[0]))
-        rest = [layer.register_forward_hook(lambda _, args, x: stream.append(x)) for layer in model.layers]
-        for hook in (first, *rest):
-            hooks.enter_context(hook)
+
+    def see(_: str, x: Tensor, y: Tensor) -> None:
+        stream.extend((y,) if stream else (x, y))
+
+    with watched({str(i): layer for i, layer in enumerate(model.layers)}, see):
         model.hidden(tokens)
     return stream
 

@@ -13,9 +13,9 @@ from llama_mini.model.norm import Norm
 
 @dataclass(frozen=True)
 class NormRow:
-    """One norm: its address, the last part of it, its settings, and the range of its effective gain (1+w where so).
+    """One norm: its path, the slot (the last part of the path), its settings, and the range of its effective gain.
 
-    min, mean and max are None for a norm without a weight.
+    min, mean and max include the one of `1+w`. They are None for a norm without a weight.
     """
 
     path: str
@@ -31,13 +31,12 @@ class NormRow:
 
 
 def norms(model: Llama) -> Table[NormRow]:
-    """One row a norm, in the order of the forward pass; empty slots have none. Works on the meta device too,
-    where a gain has no values and its range is None."""
+    """One row for each norm, in the order of the forward pass. On the meta device the range of a gain is None."""
     return Table([_row(path, module) for path, module in slots(model).items() if isinstance(module, Norm)])
 
 
 def effective_gain(norm: Norm) -> Tensor | None:
-    """What a norm multiplies by, (dim,), or (1,) for kind `scale`, in float32 or wider; None without a weight."""
+    """The factor of each element, (dim,), or (1,) for kind `scale`, in float32 or wider; None without a weight."""
     if norm.weight is None:
         return None
     wide = norm.weight.detach().to(torch.promote_types(norm.weight.dtype, torch.float32))

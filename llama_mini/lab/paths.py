@@ -1,7 +1,7 @@
-"""Addresses of norm slots, and patterns that pick them.
+"""Addresses of norm slots, patterns that pick them, and what each slot is connected to.
 
-A pattern is a module path split at dots; each segment is a name, an fnmatch pattern (`*`, `?`, `[..]`) or a range
-`a-b`: `layers.0-3.*.pre_norm`. `*` stays within its segment.
+A pattern is a module path split at its dots, such as `layers.0-3.*.pre_norm`. Each part is a name, an fnmatch pattern
+(`*`, `?`, `[..]`) or a range `a-b`. `*` does not match across dots.
 """
 
 import re
@@ -11,33 +11,48 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from llama_mini.errors import RequestError
+from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
+from llama_mini.model.norm_plan import BRANCHES
+from llama_mini.model.norm_slots import HEAD_SLOTS, SLOTS
 from llama_mini.validate import join_names, short_repr
 
+READERS = {  # the only matrices that read the output of a norm inside a layer
+    "attention.pre_norm": ("q_proj", "k_proj", "v_proj"),
+    "attention.mid_norm": ("o_proj",),
+    "feed_forward.pre_norm": ("gate_proj", "up_proj"),
+    "feed_forward.mid_norm": ("down_proj",),
+}
 _RANGE = re.compile(r"(\d{1,6})-(\d{1,6})")
 
 
 def slots(model: Llama) -> dict[str, nn.Module]:
     """Every norm slot by its path, in the order of the forward pass: a norm, or nn.Identity where the plan has none."""
-    branch = {
-        "attention": ("pre_norm", "q_norm", "k_norm", "v_norm", "mid_norm", "out_norm", "post_norm"),
-        "feed_forward": ("pre_norm", "mid_norm", "out_norm", "post_norm"),
-    }
-    paths = ["embed_norm"]
-    paths += [
-        f"layers.{i}.{name}.{slot}"
+    in_layers = [
+        f"layers.{i}.{branch}.{slot}_norm"
         for i in range(len(model.layers))
-        for name, found in branch.items()
-        for slot in found
+        for branch in BRANCHES
+        for slot in SLOTS
+        if branch == "attention" or slot not in HEAD_SLOTS
     ]
-    return {path: model.get_submodule(path) for path in [*paths, "norm"]}
+    return {path: model.get_submodule(path) for path in ["embed_norm", *in_layers, "norm"]}
+
+
+def slot_width(config: LlamaConfig, path: str) -> int:
+    """How many elements a norm at `path` sees. A q, k or v norm is taken to see each head by itself."""
+    branch, _, slot = path.rpartition(".")
+    if slot.removesuffix("_norm") in HEAD_SLOTS:
+        return config.head_dim
+    if slot != "mid_norm":
+        return config.dim
+    return config.n_heads * config.head_dim if branch.endswith("attention") else config.hidden_dim
 
 
 def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = False) -> list[str]:
-    """The paths that a pattern, or any of several, matches, in the order of the forward pass; None: every norm.
+    """The paths that match a pattern, or any of several, in the order of the forward pass; None: every norm.
 
-    Those of empty slots only if asked for. Raises RequestError where a pattern matches nothing.
+    empty: also return slots that hold no norm. Raises RequestError for a pattern that matches nothing.
     """
     known = slots(model)
     filled = [path for path, module in known.items() if isinstance(module, Norm)]
@@ -45,19 +60,19 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
         return list(known) if empty else filled
     patterns = [pattern] if isinstance(pattern, str) else pattern
     if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
-        raise RequestError(f"a pattern of norms is text, or a list of texts, not {short_repr(pattern)}")
-    found: set[str] = set()
+        raise RequestError(f"a pattern of norms must be text or a list of texts, not {short_repr(pattern)}")
+    selected: set[str] = set()
     for one in patterns:
         matched = [path for path in known if _matches(path, one)]
         if not matched:
-            raise RequestError(f"{short_repr(one)} matches no norm; there are {join_names(filled) or 'none'}")
+            raise RequestError(f"{short_repr(one)} matches no norm; the norms are {join_names(filled) or 'none'}")
         chosen = matched if empty else [path for path in matched if path in filled]
         if not chosen:
             raise RequestError(
-                f"{short_repr(one)} matches empty slots alone: {join_names(matched)}; give a kind to fill them"
+                f"{short_repr(one)} matches only empty slots: {join_names(matched)}; give a kind to fill them"
             )
-        found.update(chosen)
-    return [path for path in known if path in found]
+        selected.update(chosen)
+    return [path for path in known if path in selected]
 
 
 def _matches(path: str, pattern: str) -> bool:

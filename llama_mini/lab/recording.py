@@ -1,7 +1,7 @@
-"""What every norm sees and gives on a text, and the residual stream around it. Hooks, gone when the pass is over."""
+"""What each norm reads and returns on a text, and the residual stream around it. Recorded by hooks, for one pass."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -13,14 +13,14 @@ from llama_mini.errors import RequestError
 from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.paths import select
 from llama_mini.model.llama import Llama
-from llama_mini.validate import short_repr
+from llama_mini.validate import check_choice
 
 MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
-_JUMP = 10  # by which the ratio grows in the layer that makes one
+_JUMP = 10  # the ratio grows at least so many times in the layer where a massive activation is born
 
 
 class Peak(NamedTuple):
-    """The element of the largest magnitude. In q, k and v norms that see each head, dim counts through the heads."""
+    """The element of largest magnitude. In a q, k or v norm that sees each head, dim counts through all heads."""
 
     row: int
     token: int
@@ -31,11 +31,11 @@ class Peak(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Record:
     """
-    x, y: what a norm saw and gave, as it was: (B, T, C), in q, k and v norms also (B, T, H, D). A point of the residual
-        stream has no y. None where only statistics are kept.
-    rms: √(mean x²) of each row, x.shape[:-1], float32.
-    mean_energy: the share of a row's energy in its mean component, (mean x)² / mean x², on average over rows.
-    max_over_median: the largest |x| over the (lower) median of all |x|. peak: where the largest is.
+    x, y: a norm's input and output, (B, T, C), in q, k and v norms also (B, T, H, D). A point of the residual stream
+        has no y. Both are None where only statistics are kept.
+    rms: √(mean x²) over the last dimension, x.shape[:-1], float32.
+    mean_energy: the share of the energy that lies in the mean, (mean x)² / mean x², averaged over all positions.
+    max_over_median: the largest |x| over the (lower) median of all |x|. peak: the position of the largest.
     """
 
     x: Tensor | None
@@ -48,10 +48,7 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class ResidualStream:
-    """By layer: what comes in, what stands between attention and feed-forward, what goes out.
-
-    resid_pre[l + 1] is resid_post[l].
-    """
+    """By layer: its input, the stream after attention, its output. resid_pre[l + 1] is resid_post[l]."""
 
     resid_pre: tuple[Record, ...]
     resid_mid: tuple[Record, ...]
@@ -59,7 +56,7 @@ class ResidualStream:
 
 
 class Recording(Mapping[str, Record]):
-    """One text's records by the norm's path, in the order of the forward pass; `.resid` is the residual stream."""
+    """The records of one text by the norm's path, in the order of the forward pass; `.resid` is the residual stream."""
 
     def __init__(self, records: dict[str, Record], resid: ResidualStream) -> None:
         self._records, self.resid = records, resid
@@ -80,16 +77,15 @@ def capture(
     at: str | Sequence[str] | None = None,
     keep: Literal["tensors", "stats"] = "tensors",
 ) -> Recording:
-    """Runs token ids, (T,), (B, T) or a list, once, and records norms and residual stream.
+    """Runs the model once on token ids, (T,), (B, T) or a list, and records the norms and the residual stream.
 
-    at: a pattern or several: the norms to record; None: all of them. The stream's statistics are always kept, its
-        tensors only together with those of all norms, so that `at` bounds the memory.
-    keep: `stats` drops every tensor as soon as its statistics are known.
+    at: one pattern or several: the norms to record; None: all. The statistics of the stream are always kept. Its
+        tensors are kept only if all norms are recorded, so that `at` limits the memory.
+    keep: "stats" drops each tensor as soon as its statistics are computed.
 
     Raises RequestError for a pattern that matches no norm, and for ids that the model cannot read.
     """
-    if keep not in ("tensors", "stats"):
-        raise RequestError(f"keep must be 'tensors' or 'stats', not {short_repr(keep)}")
+    check_choice("keep", keep, ("tensors", "stats"), RequestError)
     tokens = as_tokens(model, ids, at_least=1)
     paths = select(model, at)
     branches = [f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("attention", "feed_forward")]
@@ -104,7 +100,7 @@ def capture(
         points = (y,) if stream else (x, y)
         stream.extend(_record(point, None, whole_stream) for point in points)
 
-    norms, residuals = ({path: model.get_submodule(path) for path in found} for found in (paths, branches))
+    norms, residuals = ({path: model.get_submodule(path) for path in group} for group in (paths, branches))
     with torch.no_grad(), watched(norms, see_norm), watched(residuals, see_branch):
         model(tokens)
     pre, mid, post = stream[:-1:2], stream[1::2], stream[2::2]
@@ -114,21 +110,21 @@ def capture(
 @contextmanager
 def watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Calls see(name, first input, output) each time one of the modules has run, until the block ends."""
-    hooks = []
-    try:
+
+    def hook(name: str, _: nn.Module, args: Any, output: Tensor) -> None:
+        see(name, args[0], output)
+
+    with ExitStack() as hooks:
         for name, module in modules.items():
-            hooks.append(module.register_forward_hook(partial(_tell, see, name)))
+            hooks.enter_context(module.register_forward_hook(partial(hook, name)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class MassiveActivation(NamedTuple):
-    """One element of a layer's output that dwarfs the rest.
+    """One element of a layer's output that is far larger than the rest.
 
-    layer: where it is born. row, token, dim: where it stands. value: its own. times_median: its magnitude over the
-    median of that output. growth: how many times that ratio exceeds the one of the layer's input.
+    layer: the layer where it is born. row, token, dim: its position. times_median: its magnitude over the median of
+    that output. growth: that ratio over the same ratio in the layer's input.
     """
 
     layer: int
@@ -141,9 +137,9 @@ class MassiveActivation(NamedTuple):
 
 
 def massive_activation(recording: Recording) -> MassiveActivation | None:
-    """The most massive activation at its birth: in the layer whose output's max/median grew most over its input's.
+    """The largest massive activation, in the layer where it is born: where max/median grows most from input to output.
 
-    None where no layer takes that ratio to 100 or more by a jump of 10 or more. Needs statistics alone.
+    None if no layer raises that ratio at least tenfold, to 100 or more. `keep="stats"` is enough for it.
     Source: Sun et al. 2024, "Massive Activations in Large Language Models".
     """
     born: MassiveActivation | None = None
@@ -155,14 +151,10 @@ def massive_activation(recording: Recording) -> MassiveActivation | None:
     return born
 
 
-def _tell(see: Callable[[str, Tensor, Tensor], None], name: str, _: nn.Module, args: Any, output: Tensor) -> None:
-    see(name, args[0], output)
-
-
 def _record(x: Tensor, y: Tensor | None, keep: bool) -> Record:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     energy, size = wide.pow(2).mean(-1), wide.abs()
-    in_mean = torch.where(energy > 0, wide.mean(-1).pow(2) / energy, energy)  # a row of zeros has none; NaN stays
+    in_mean = torch.where(energy > 0, wide.mean(-1).pow(2) / energy, energy)  # zeros give 0; NaN stays
     largest = int(size.argmax())
     row, token, dim = (int(i) for i in torch.unravel_index(torch.tensor(largest), x.flatten(2).shape))
     return Record(

@@ -1,7 +1,6 @@
-"""What predict, init, sweep and race share: a plan as their argument, and their results as JSON."""
+"""What predict, init, sweep and race share: plans as arguments, results as JSON, and the progress bar."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -12,40 +11,36 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llama_mini.errors import RequestError
+from llama_mini.lab.table import finite
 from llama_mini.model.norm_plan import NormPlan
-from llama_mini.validate import is_whole, short_repr
+from llama_mini.validate import check_whole, short_repr
 
 Plan = NormPlan | str
 Floats = NDArray[np.float64]
-DEEPEST = 1000
+DEEPEST, MOST_SEEDS = 1000, 1000
 
 progress = partial(tqdm, delay=1, leave=False, disable=None)  # shown on a terminal, once a second has passed
 
 
 def as_plan(plan: Plan, depth: int) -> NormPlan:
     """The plan for a model of `depth` layers. Raises RequestError or ConfigError."""
-    check_whole("depth", depth, 1, DEEPEST)
+    check_whole("depth", depth, RequestError, 1, DEEPEST)
     parsed = NormPlan.parse(plan, depth) if isinstance(plan, str) else plan
     if not isinstance(parsed, NormPlan):
-        raise RequestError(f"a plan is a NormPlan or the text of one, such as 'out+qk', not {short_repr(plan)}")
+        raise RequestError(f"a plan must be a NormPlan or the text of one, such as 'out+qk', not {short_repr(plan)}")
     parsed.check_depth(depth)
     return parsed
 
 
 def as_plans(plans: Plan | Sequence[Plan], depths: Sequence[int]) -> list[Plan]:
-    """A list of plans without repeats, each possible at every depth: checked before hours of work, not during it."""
+    """A list of plans without repeats, each checked at every depth: before the work, not after hours of it."""
     several = [plans] if isinstance(plans, NormPlan | str) else list(plans)
     if not several:
-        raise RequestError("there is no plan to study: give at least one, such as 'pre'")
+        raise RequestError("the list of plans is empty: give at least one, such as 'pre'")
     for plan in several:
         for depth in depths:
             as_plan(plan, depth)
     return list(dict.fromkeys(several))
-
-
-def check_whole(name: str, value: Any, least: int, most: int) -> None:
-    if not is_whole(value) or not least <= value <= most:
-        raise RequestError(f"{name} must be a whole number from {least} to {most}, not {short_repr(value)}")
 
 
 def label(plan: Plan) -> str:
@@ -53,7 +48,7 @@ def label(plan: Plan) -> str:
 
 
 def as_json(result: Any) -> str:
-    """A dataclass of arrays as a JSON object, with the text of each plan for a key; what is not finite is null."""
+    """A dataclass of arrays as a JSON object. A plan as a key is its text; a number that is not finite is null."""
     return json.dumps(_plain(result), indent=2)
 
 
@@ -66,4 +61,4 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(value)

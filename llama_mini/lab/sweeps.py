@@ -1,33 +1,26 @@
 """How the gradient at random init grows or shrinks with depth."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from llama_mini.engine.logprobs import token_logprobs
 from llama_mini.errors import RequestError
 from llama_mini.lab.measurement import random_llama
-from llama_mini.lab.study import Floats, Plan, as_json, as_plans, check_whole, label
+from llama_mini.lab.study import MOST_SEEDS, Floats, Plan, as_json, as_plans, label, progress
 from llama_mini.lab.table import Table
-from llama_mini.validate import short_repr
+from llama_mini.validate import check_whole, short_repr
 
-_ROWS, _LENGTH, _VOCAB = 4, 16, 256
+_BATCH, _LENGTH, _VOCAB = 4, 16, 256
 
 
 @dataclass(frozen=True)
 class Slopes:
-    """Exponents of the depth; NaN where a gradient is zero or not finite."""
+    """How each gradient of a plan grows: the exponent of the depth. NaN where a gradient is zero or not finite."""
 
-    last_down: float
-    first_layer: float
-
-
-@dataclass(frozen=True)
-class SlopeRow:
     plan: str
     last_down: float
     first_layer: float
@@ -38,7 +31,7 @@ class Sweep:
     """
     depths: (n,) numbers of layers.
     last_down: per plan, (seeds, n): the norm of the gradient of the last layer's down projection.
-    first_layer: per plan, (seeds, n): of all parameters of the first layer together.
+    first_layer: per plan, (seeds, n): the norm of the gradient of all parameters of the first layer together.
     """
 
     depths: NDArray[np.int64]
@@ -47,22 +40,18 @@ class Sweep:
 
     def slopes(self) -> dict[Plan, Slopes]:
         """Per plan, the least-squares slopes of the mean over seeds against depth, both on log axes."""
-        return {
-            plan: Slopes(_slope(self.depths, self.last_down[plan]), _slope(self.depths, self.first_layer[plan]))
-            for plan in self.last_down
-        }
+        parts = self.last_down, self.first_layer
+        return {plan: Slopes(label(plan), *(_slope(self.depths, part[plan]) for part in parts)) for plan in parts[0]}
 
-    def table(self) -> Table[SlopeRow]:
-        return Table([SlopeRow(label(plan), **asdict(slopes)) for plan, slopes in self.slopes().items()])
+    def table(self) -> Table[Slopes]:
+        return Table([*self.slopes().values()])
 
     def to_json(self) -> str:
         return as_json(self)
 
     def __repr__(self) -> str:
-        return (
-            f"Sweep over {short_repr(self.depths.tolist())} layers, slopes of "
-            f"the gradient against depth:\n{self.table()}"
-        )
+        depths = short_repr(self.depths.tolist())
+        return f"Sweep over {depths} layers, slopes of the gradient against depth:\n{self.table()}"
 
 
 def sweep(
@@ -70,25 +59,25 @@ def sweep(
 ) -> Sweep:
     """Gradients of plans at random init, at several depths.
 
-    The loss is the cross-entropy of the next token in 4 rows of 16 random tokens, through the final norm and an untied
-    head; vocabulary 256, four heads, hidden_dim 4·dim, float32; seed s draws both model and tokens. The defaults give
-    these slopes of the last down projection: −0.49 for `pre` and −0.01 for `post` (theory: −1/2 and 0, Xiong et al.
-    2020), −0.24 for `deep` (theory: −1/4); and of the first layer: 2.2 for `out`, 0.24 for `out+qk`. The 2.2 averages
-    heavy tails, and lies between 2.15 and 2.35 with other seeds and widths from 64 to 256; the others move by 0.04.
+    The loss is the cross-entropy of the next token in 4 sequences of 16 random tokens, through the final norm and an
+    untied head. Models have a vocabulary of 256, four heads and hidden_dim 4·dim, in float32; a seed draws both model
+    and tokens.
+
+    With the defaults the slopes of the last down projection are −0.49 for `pre` and −0.01 for `post` (theory: −1/2 and
+    0, Xiong et al. 2020) and −0.24 for `deep` (theory: −1/4); those of the first layer are 2.2 for `out` and 0.24 for
+    `out+qk`. The 2.2 is a mean of heavy tails: with other seeds and widths from 64 to 256 it is 2.15 to 2.35. The
+    others move by 0.04.
 
     Raises RequestError or ConfigError.
     """
     depths = list(depths)
     several = as_plans(plans, depths)
-    check_whole("seeds", seeds, 1, 1000)
+    check_whole("seeds", seeds, RequestError, 1, MOST_SEEDS)
     if len(set(depths)) < 2:
         raise RequestError(f"depths must hold at least two different numbers of layers, not {short_repr(depths)}")
-    bar = tqdm(total=len(several) * len(depths) * seeds, desc="sweep", disable=None, leave=False)
     norms = np.empty((len(several), seeds, len(depths), 2))
-    with bar:
-        for i, j, k in np.ndindex(norms.shape[:3]):
-            norms[i, j, k] = _gradients(several[i], depths[k], dim, j)
-            bar.update()
+    for i, seed, k in progress([*np.ndindex(norms.shape[:3])], "sweep", unit="model"):
+        norms[i, seed, k] = _gradients(several[i], depths[k], dim, seed)
     last_down, first_layer = (dict(zip(several, norms[..., part], strict=True)) for part in (0, 1))
     return Sweep(np.array(depths), last_down, first_layer)
 
@@ -96,7 +85,7 @@ def sweep(
 def _gradients(plan: Plan, depth: int, dim: int, seed: int) -> tuple[float, float]:
     """Norms of the gradient of the last down projection, and of the first layer."""
     model = random_llama(plan, depth, dim, _VOCAB, seed)
-    tokens = torch.randint(0, _VOCAB, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(0, _VOCAB, (_BATCH, _LENGTH), generator=torch.Generator().manual_seed(seed))
     loss = -token_logprobs(model(tokens)[:, :-1], tokens[:, 1:]).mean()
     last = model.get_parameter(f"layers.{depth - 1}.feed_forward.down_proj.weight")
     gradients = torch.autograd.grad(loss, [last, *model.layers[0].parameters()])

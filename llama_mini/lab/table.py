@@ -1,18 +1,17 @@
-"""Rows of one dataclass, which print as a table and are written as JSON or CSV."""
+"""A table: rows with the same attributes, which can be printed, or written as JSON or CSV."""
 
 import csv
 import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
 Row = TypeVar("Row")
 
 
 class Table(Sequence[Row], Generic[Row]):
-    """An immutable list of dataclass rows. `str()` is the table; floats in it have four significant digits."""
+    """An immutable list of rows. `str()` lays them out in columns; floats have four significant digits."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = tuple(rows)
@@ -30,12 +29,12 @@ class Table(Sequence[Row], Generic[Row]):
         return [getattr(row, name) for row in self._rows]
 
     def to_json(self) -> str:
-        """A JSON list of objects; what is not finite is null."""
-        rows = [{name: _finite(getattr(row, name)) for name in self._names()} for row in self._rows]
+        """A JSON list of objects. A number that is not finite is null."""
+        rows = [{name: finite(getattr(row, name)) for name in self._names()} for row in self._rows]
         return json.dumps(rows, indent=2, allow_nan=False)
 
     def to_csv(self) -> str:
-        """A header and one line a row; None is empty. An empty table is empty text: it knows no names."""
+        """A header, then one line a row; None is empty. A table without rows gives no text, since it has no names."""
         names = self._names()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -44,30 +43,26 @@ class Table(Sequence[Row], Generic[Row]):
         return text.getvalue()
 
     def __str__(self) -> str:
-        names = self._names()
-        cells = [names, *([_shown(getattr(row, name)) for name in names] for row in self._rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-        numeric = [all(isinstance(getattr(row, name), int | float | None) for row in self._rows) for name in names]
-        lines = []
-        for row in cells:
-            parts = [
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, numeric, strict=True)
-            ]
-            lines.append("  ".join(parts).rstrip())
-        return "\n".join(lines)
+        columns = []
+        for name in self._names():
+            values = self.column(name)
+            cells = [name, *map(_cell, values)]
+            width, numeric = max(map(len, cells)), all(isinstance(value, int | float | None) for value in values)
+            columns.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in cells])
+        return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
     __repr__ = __str__
 
     def _names(self) -> list[str]:
-        return [f.name for f in fields(self._rows[0])] if self._rows else []  # type: ignore[arg-type]
+        return [*vars(self._rows[0])] if self._rows else []
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _shown(value: Any) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,13 +1,13 @@
-"""What a plan does to the residual stream and its gradient at random init, from formulas: there is no model here.
+"""What a plan does to the residual stream and its gradient at random init: computed from formulas, without a model.
 
-Per sublayer, S is the second moment of an element of the stream, f that of the branch's output, and g the growth of the
-squared gradient on its way back through the branch:
+For each branch, S is the second moment of an element of the stream, f that of the branch's output, and g the factor by
+which the squared gradient grows on its way back through the branch:
 
     y = α²·S + β²·f        the second moment after the sum
-    G = α² + β²·g·b        the growth of the squared gradient, b that of the pre norm
+    G = α² + β²·g·b        the growth of the squared gradient, where b is that of the pre norm
 
-A norm multiplies the forward moment m by s²/(m + eps) and the squared gradient by the same factor: what it takes out of
-the gradient along x, one of d directions, is gone as d grows.
+A norm multiplies the second moment m by s²/(m + eps), and the squared gradient by the same factor. It also removes the
+gradient along x, but that is one of d directions and vanishes as d grows.
 """
 
 import math
@@ -24,8 +24,8 @@ from llama_mini.model.norm_plan import BRANCHES
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from llama_mini.validate import short_repr
 
-COVERED = ("rms", "layer", "scale")  # the same at init as d grows: a mean is 1/d of the energy, a scalar gain is one
-TOLERANCES = (0.05, 0.06)
+COVERED = ("rms", "layer", "scale")  # equal at init as d grows: the mean holds 1/d of the energy, a scalar gain is 1
+TOLERANCES = (0.05, 0.06)  # forward and backward
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Profile:
     """One token on its way through a model at random init, predicted or measured.
 
     plan: its preset, or its JSON.
-    second_moment: (depth + 1,) E‖x_l‖²/d of the stream before layer l, the last one after all layers.
+    second_moment: (depth + 1,) E‖x_l‖²/d of the stream before layer l; the last is the one after all layers.
     gradient: (depth + 1,) ‖∂L/∂x_l‖ / ‖∂L/∂x_L‖.
     angle: (depth,) between the input and the output of each layer, in units of π.
-    spread: standard deviations over the seeds of a measurement, in the same fields.
+    spread: of a measurement, the standard deviations over seeds, in the same fields.
     """
 
     plan: str
@@ -58,7 +58,7 @@ class Profile:
         return len(self.angle)
 
     def deviation(self, prediction: "Profile") -> dict[str, float]:
-        """The largest relative difference from `prediction` in each field; NaN where a value is not finite."""
+        """The largest relative difference from `prediction` in each field; NaN if a value is not finite."""
         if self.depth != prediction.depth:
             raise RequestError(f"profiles of {self.depth} and {prediction.depth} layers: compare equal depths")
         with np.errstate(all="ignore"):
@@ -69,7 +69,7 @@ class Profile:
             }
 
     def close(self, prediction: "Profile", rtol: float | tuple[float, float] = TOLERANCES) -> bool:
-        """Whether every value is within a relative tolerance: one number, or one for forward and one for backward."""
+        """Whether each value is within a relative tolerance: one number, or one for forward and one for backward."""
         forward, backward = rtol if isinstance(rtol, tuple) else (rtol, rtol)
         off = self.deviation(prediction)
         return off["second_moment"] <= forward and off["angle"] <= forward and off["gradient"] <= backward
@@ -90,18 +90,20 @@ class Profile:
 def predict(plan: Plan, depth: int) -> Profile:
     """What `plan` does to one token in a model of `depth` layers at random init, in the limit of a wide model.
 
-    Assumes an embedding N(0, 1), matrices N(0, 1/fan_in), gains 1 and sequences of one token, where q and k norms drop
-    out; it holds for the forward pass at position 0 of any sequence. The gradient is that of a random direction at
-    x_L, before the final norm. Norms of kind rms, layer and scale are exact as the width grows. At width 256 and 12
-    layers the error is below 2 % forward and 5 % backward, except for `none`, which squares the second moment, and
-    every deviation with it, in each layer; `post` at 32 layers is 11 % low backward at width 256, 3 % at 512. What
-    overflows float64 is inf, then NaN.
+    Assumes an embedding N(0, 1), matrices N(0, 1/fan_in), gains 1 and sequences of one token, where q and k norms have
+    no effect. The forward part holds at position 0 of any sequence. The gradient is that of a random direction at x_L,
+    before the final norm.
 
-    Raises RequestError for the kinds l2 (depends on the width), prms and dyt (depend on more than second moments);
-    ConfigError for what is no plan.
+    As the width grows, the formulas become exact for norms of kind rms, layer and scale. At width 256 and 12 layers the
+    error is below 2 % forward and 5 % backward, except for `none`, which squares the second moment and every deviation
+    in each layer. At 32 layers `post` is 11 % low backward at width 256, and 3 % at 512. Values that overflow float64
+    are inf, then NaN.
+
+    Raises RequestError for norms of kind l2, which depends on the width, and prms and dyt, which depend on more than
+    second moments; ConfigError for a text that is no plan.
     """
     norms = as_plan(plan, depth)
-    moments: list[float] = [np.float64(1)]  # of NumPy, whose division by zero gives inf
+    moments: list[float] = [np.float64(1)]  # NumPy's, since its division by zero gives inf
     growth: list[float] = []
     cosines: list[float] = []
     with np.errstate(all="ignore"):
@@ -122,7 +124,7 @@ def predict(plan: Plan, depth: int) -> Profile:
 
 
 def _sublayer(s: float, plan: BranchPlan, path: str, branch: Callable) -> tuple[float, float, float]:
-    """Second moment after one residual branch, growth of the squared gradient, cosine between input and output."""
+    """After one residual branch: second moment, growth of the squared gradient, cosine between input and output."""
     h, b = (s, 1.0) if plan.pre is None else _norm(f"{path}.pre_norm", plan.pre, s)
     f, g = branch(h)
     for slot, norm in (("v", plan.v), ("mid", plan.mid), ("out", plan.out)):
@@ -139,10 +141,10 @@ def _sublayer(s: float, plan: BranchPlan, path: str, branch: Callable) -> tuple[
 
 
 def _norm(path: str, norm: NormSpec, moment: float) -> tuple[float, float]:
-    """The second moment after a norm, and its factor on the squared gradient."""
+    """The second moment after a norm, and the factor of the squared gradient."""
     if norm.kind not in COVERED:
         raise RequestError(
-            f"{path} is of kind {norm.kind!r}, and the theory covers {', '.join(COVERED)}: measure this plan with init"
+            f"{path} is of kind {norm.kind!r}, but the theory covers {', '.join(COVERED)}: measure this plan with init"
         )
     eps = LlamaConfig.norm_eps if norm.eps is None else norm.eps
     factor = norm.scale**2 / (moment + eps)
@@ -150,7 +152,7 @@ def _norm(path: str, norm: NormSpec, moment: float) -> tuple[float, float]:
 
 
 def _attend(h: float) -> tuple[float, float]:
-    """One token attends to itself alone: two matrices in a row."""
+    """A single token attends only to itself, so attention is two matrices in a row."""
     return h, 1.0
 
 
@@ -161,7 +163,7 @@ def _swiglu(h: float) -> tuple[float, float]:
 
 def silu_moments(h: float) -> tuple[float, float]:
     """E[silu(√h·z)²] and E[silu'(√h·z)²] for z ~ N(0, 1), to nine digits near h = 1."""
-    r = np.minimum(np.sqrt(h), 1e6)  # from there on silu is a ramp
+    r = np.minimum(np.sqrt(h), 1e6)  # beyond this, silu is a ramp
     z = (np.arange(4000) - 1999.5) * 0.006  # ±12 standard deviations
     weight = np.exp(-z * z / 2)
     sigmoid = (1 + np.tanh(r * z / 2)) / 2

@@ -1,7 +1,10 @@
-"""What RMSNorm computes, step by step, on a real checkpoint's own activations: in English or in Korean."""
+"""What RMSNorm computes, step by step, on activations of a real checkpoint. tour.toml holds the texts, in English and
+Korean."""
 
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -9,16 +12,14 @@ from torch import Tensor
 
 from llama_mini.errors import RequestError
 from llama_mini.lab.recording import capture
-from llama_mini.lab.tour_text import TEXTS
+from llama_mini.machine import dtype_name
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Cast, RMSNorm
-
-LANGUAGES = tuple(TEXTS)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stop of the tour: its title, what is said, and the numbers, computed on the spot."""
+    """One step of the tour: its title, its text, and lines of numbers, computed from the model."""
 
     title: str
     text: str
@@ -26,18 +27,22 @@ class Step:
 
 
 def tour(model: Llama, tokens: list[int], language: str = "en") -> Iterator[Step]:
-    """The steps one by one, so that they can be printed as they come. `tokens` are those of a short text."""
+    """The steps one by one, so that each can be printed as it comes. `tokens` are those of a short text.
+
+    Raises RequestError if the norm that the tour looks at is no RMSNorm with a gain.
+    """
+    texts = tomllib.loads(Path(__file__).with_name("tour.toml").read_text(encoding="utf-8"))[language]
     path = f"layers.{len(model.layers) // 2}.feed_forward.pre_norm"
     norm = model.get_submodule(path)
     if not isinstance(norm, RMSNorm) or norm.weight is None:
-        raise RequestError(f"the tour looks at {path}, which is no RMSNorm with a gain; take a LLaMA")
+        raise RequestError(f"the tour looks at {path}, which is no RMSNorm with a gain; use a LLaMA checkpoint")
     with torch.inference_mode():
-        seen = capture(model, tokens, at=path)[path].x
-        assert seen is not None
-        x = seen[0].float()  # (T, C)
+        recorded = capture(model, tokens, at=path)[path].x
+        assert recorded is not None
+        x = recorded[0].float()  # (T, C)
         for name, numbers in STEPS.items():
-            title, text = TEXTS[language][name]
-            yield Step(title.format(path=path), text, numbers(x, norm, model, tokens))
+            title, text = texts[name]["title"].format(path=path), " ".join(texts[name]["text"].split())
+            yield Step(title, text, numbers(x, norm, model, tokens))
 
 
 Numbers = Callable[[Tensor, RMSNorm, Llama, list[int]], list[str]]
@@ -57,10 +62,10 @@ def _mean(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str
     lines = [f"mean()                     {tuple(squares.mean().shape)!s:<10} {squares.mean():.4f}"]
     for dim in (0, 1, -1):
         for keepdim in (False, True):
-            found = squares.mean(dim, keepdim=keepdim)
-            fits = "x / it divides" if _broadcasts(x, found) else "x / it fails"
+            mean = squares.mean(dim, keepdim=keepdim)
+            fits = "x / it divides" if _broadcasts(x, mean) else "x / it fails"
             right = "   <- each row by its own" if dim != 0 and keepdim else ""
-            lines.append(f"mean({dim:>2}, keepdim={keepdim!s:<5})    {tuple(found.shape)!s:<10} {fits}{right}")
+            lines.append(f"mean({dim:>2}, keepdim={keepdim!s:<5})    {tuple(mean.shape)!s:<10} {fits}{right}")
     return lines
 
 
@@ -81,7 +86,7 @@ def _wide(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str
         squares = x.to(dtype) * x.to(dtype)
         error = ((squares.mean(-1).double() - exact) / exact).abs().max()
         wrong = f"largest error {100 * error:.2g} %" if error.isfinite() else "overflows"
-        lines.append(f"mean of squares in {str(dtype).removeprefix('torch.'):<9}  {wrong}")
+        lines.append(f"mean of squares in {dtype_name(dtype):<9}  {wrong}")
     big = torch.full((1, norm.dim), 300.0, dtype=torch.float16)
     square = float((big * big)[0, 0])
     narrow = float((big * torch.rsqrt((big * big).mean(-1, keepdim=True) + norm.eps))[0, 0])
@@ -109,26 +114,26 @@ def _gain(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str
     gain = norm.weight.float()
     plain = RMSNorm(norm.dim, norm.eps, gain="none")(x)
     return [
-        f"g            {_few(gain)}    least {gain.min():.3f}, mean {gain.mean():.3f}, largest {gain.max():.3f}",
+        f"g            {_few(gain)}    smallest {gain.min():.3f}, mean {gain.mean():.3f}, largest {gain.max():.3f}",
         f"x / RMS      {_few(plain[-1])}    RMS {_rms(plain[-1]):.4f}",
         f"x / RMS · g  {_few((plain * gain)[-1])}    RMS {_rms((plain * gain)[-1]):.4f}",
     ]
 
 
 def _cast(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
-    found = []
+    outputs = []
     for cast in get_args(Cast):
         twin = RMSNorm(norm.dim, norm.eps, cast=cast)
         twin.weight = norm.weight
-        found.append(twin(x.bfloat16()))
-    differ = (found[0] != found[1]).float().mean()
-    return [f"bfloat16: the two orders differ in {100 * differ:.1f} % of the elements, there by the last of eight bits"]
+        outputs.append(twin(x.bfloat16()))
+    differ = (outputs[0] != outputs[1]).float().mean()
+    return [f"bfloat16: the two orders differ in {100 * differ:.1f} % of the elements, by the last of eight bits"]
 
 
 def _claim(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
     pre = [f"layers.{i}.attention.pre_norm" for i in range(len(model.layers))]
     record = capture(model, tokens, at=pre, keep="stats")
-    sizes = [float(record[path].rms[0, 1:].mean()) for path in pre]  # token 0 is a size of its own
+    sizes = [float(record[path].rms[0, 1:].mean()) for path in pre]  # token 0 has another size
     energy = sorted(record[path].mean_energy for path in pre)[len(pre) // 2]
     with torch.inference_mode(False), torch.enable_grad():
         row = torch.tensor(x[-1].tolist(), dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""A model of another config around the parameters of one that is there: what `move`, `fold` and `center` give back."""
+"""A new model with another config around the parameters of an existing one: what `move`, `fold` and `center` return."""
 
 from collections.abc import Mapping
 
@@ -12,20 +12,19 @@ from llama_mini.model.norm import Norm
 
 
 def check_plain(model: Llama) -> None:
-    """Refuses, with a RequestError that names the module, a model that its config does not describe."""
-    described = dict(_on_meta(model.config).named_modules())
-    found = dict(model.named_modules())
-    for path in [*described, *found]:
-        here, there = found.get(path), described.get(path)
-        if path and _settings(here) != _settings(there):
+    """Refuses a model whose modules are not those of its config, with a RequestError that names the module."""
+    expected, actual = dict(_on_meta(model.config).named_modules()), dict(model.named_modules())
+    for path in [*expected, *actual]:
+        module, planned = actual.get(path), expected.get(path)
+        if path and _settings(module) != _settings(planned):
             raise RequestError(
-                f"{path} is {_shown(here)} where the model's config describes {_shown(there)}: "
-                "leave the edit, or load the checkpoint without optimisation, and ask again"
+                f"{path} is {_describe(module)}, but the model's config describes {_describe(planned)}: "
+                "leave the edit, or load the checkpoint without optimisation, and try again"
             )
 
 
 def rebuilt(model: Llama, config: LlamaConfig, parameters: Mapping[str, nn.Parameter]) -> Llama:
-    """The model that `config` describes, around these very parameters; mode and rotary table are those of `model`."""
+    """The model that `config` describes, holding these parameters, not copies. Mode and rotary table are `model`'s."""
     tree = _on_meta(config)
     for name in [name for name, _ in tree.named_parameters()]:
         parent, _, leaf = name.rpartition(".")
@@ -44,7 +43,5 @@ def _settings(module: nn.Module | None) -> tuple[object, ...]:
     return type(module), *numbers
 
 
-def _shown(module: nn.Module | None) -> str:
-    if module is None:
-        return "nothing"
-    return f"{type(module).__name__}({module.extra_repr()})"[:100]
+def _describe(module: nn.Module | None) -> str:
+    return "nothing" if module is None else f"{type(module).__name__}({module.extra_repr()})"[:100]

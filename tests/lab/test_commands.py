@@ -229,7 +229,7 @@ def test_the_tour_counts_on_real_activations(
         (["edit", "norm", "eps"], 2, "an edit is written KEY=VALUE"),
         (["edit", "norm", "eps=1", "eps=2"], 2, "given twice"),
         (["edit", "norm", "colour=red"], 2, "colour"),
-        (["capture", "--tokens", "1"], 2, "--tokens must be at least 2"),
+        (["capture", "--tokens", "1"], 2, "--tokens must be a whole number of at least 2, not 1"),
         (["capture", "--text", "/absent"], 3, "cannot read /absent"),
         (["tour", "--csv"], 2, "leave --csv out"),
         (["report", "--json"], 2, "leave --json and --csv out"),

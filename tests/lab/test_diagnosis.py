@@ -128,8 +128,8 @@ def add_one(tensors: dict[str, Tensor]) -> None:
 def test_one_added_to_w(plant: Callable[..., Path]) -> None:
     found = doctor(plant(add_one))
     assert found.column("path") == ["layers.*.attention.pre_norm", "layers.*.feed_forward.pre_norm"]
-    assert "1 seems to be added once too often" in found[1].finding
-    assert found[1].advice.startswith("take 1 off")
+    assert "1 seems to be added twice" in found[1].finding
+    assert found[1].advice.startswith("subtract 1")
 
 
 @pytest.mark.parametrize("stored_as", ["w", "1+w"])

@@ -64,7 +64,7 @@ def test_eps_larger_than_what_a_norm_sees() -> None:
     smallest = float(model.tok_embeddings(TOKENS).pow(2).mean(-1).min())
     kept = (smallest / (smallest + 1e-5)) ** 0.5
     assert (
-        row.finding == f"eps 1e-05 is larger than its input's mean square, {smallest:.3g}: {kept:.0%} of a row is left"
+        row.finding == f"eps 1e-05 exceeds its input's mean square, {smallest:.3g}: {kept:.0%} of a row is left"
     )
 
 
@@ -85,11 +85,11 @@ def test_a_stream_that_float16_cannot_hold() -> None:
     found = doctor(scaled(5e4), TOKENS)
     assert len(found) == 7  # the stream goes past every norm
     largest = float(scaled(5e4).tok_embeddings(TOKENS).abs().max())
-    assert found[0].finding == f"it meets {largest:,.0f}; float16 ends at 65,504"
+    assert found[0].finding == f"it reads or returns {largest:,.0f}; float16 ends at 65,504"
     assert set(found.column("severity")) == {"warning"}
     overflowed = doctor(scaled(5e4, dtype=torch.float16), TOKENS)
     assert overflowed[0].severity == "error"
-    assert overflowed[0].finding == "it meets NaN or infinity"
+    assert overflowed[0].finding == "it reads or returns NaN or infinity"
 
 
 def test_an_input_that_float16_cannot_hold() -> None:

@@ -136,18 +136,18 @@ NAME = r"'layers.1.\*.pre_norm'"
         ({"kind": "none"}, "unknown kind 'none'; known: rms, layer, .*skip=True leaves a norm out"),
         ({"kind": "frozen"}, "unknown kind 'frozen'"),
         ({"kind": ["rms"]}, "unknown kind"),
-        ({"gain": "two"}, r"gain is a number, \('scale', number\), 'mean' or 'one', not 'two'"),
-        ({"gain": ("scale", "2")}, "gain is a number"),
-        ({"gain": ("scale", float("inf"))}, "gain is a number"),
-        ({"gain": ("add", 2)}, "gain is a number"),
-        ({"gain": True}, "gain is a number"),
-        ({"gain": torch.ones(48)}, "gain is a number"),
-        ({"cast": "middle"}, "cast must be one of early, late, not 'middle'"),
-        ({"cast": torch.ones(2)}, "cast must be one of"),
-        ({"freeze": "text"}, "freeze must be one of mean, token, not 'text'"),
+        ({"gain": "two"}, r"gain must be a number, \('scale', number\), 'mean' or 'one', not 'two'"),
+        ({"gain": ("scale", "2")}, "gain must be a number"),
+        ({"gain": ("scale", float("inf"))}, "gain must be a number"),
+        ({"gain": ("add", 2)}, "gain must be a number"),
+        ({"gain": True}, "gain must be a number"),
+        ({"gain": torch.ones(48)}, "gain must be a number"),
+        ({"cast": "middle"}, "unknown cast 'middle'; known: early, late"),
+        ({"cast": torch.ones(2)}, "unknown cast"),
+        ({"freeze": "text"}, "unknown freeze 'text'; known: mean, token"),
         ({"freeze": "mean", "keep_first": 1}, "keep_first must be true or false, not 1"),
         ({"skip": "yes"}, "skip must be true or false"),
-        ({"keep_first": True}, "keep_first belongs to freeze"),
+        ({"keep_first": True}, "keep_first needs freeze"),
         ({"skip": True, "eps": 1e-3}, "skip leaves nothing for eps to change"),
         ({"skip": True, "freeze": "mean"}, "skip leaves nothing for freeze to change"),
         ({"freeze": "mean", "eps": 1e-3}, "freeze leaves nothing for eps to change"),
@@ -189,9 +189,9 @@ def test_patterns_that_share_a_norm_or_are_no_mapping_are_refused() -> None:
     both = {"layers.*.*.pre_norm": {"eps": 0.1}, PATH: {"gain": 2.0}}
     with pytest.raises(RequestError, match=rf"'layers.\*.\*.pre_norm' and '{PATH}' both match {PATH}: give each"):
         edited_norms(model, both)
-    with pytest.raises(RequestError, match="edits are a mapping of patterns to settings, not 'norm'"):
+    with pytest.raises(RequestError, match="edits must be a mapping of patterns to settings, not 'norm'"):
         edited_norms(model, "norm")  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="matches empty slots alone"):
+    with pytest.raises(RequestError, match="matches only empty slots"):
         edited_norms(model, {"layers.*.*.out_norm": {"eps": 0.1}})
     with pytest.raises(RequestError, match="T at least 2"):
         edited_norms(model, {PATH: {"freeze": "mean"}}, [1])

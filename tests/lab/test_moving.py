@@ -151,10 +151,10 @@ REFUSALS: list[tuple[str, str, str, str]] = [
     ("peri", "layers.*.*.*", "post", r"layers\.0\.attention\.post_norm is taken"),  # two norms into one slot
     ("pre", "layers.0.feed_forward.pre_norm", "mid", r"layers\.0\.feed_forward\.pre_norm is 48 wide .* mid .* 80"),
     ("pre+qk", "layers.1.attention.q_norm", "pre", r"layers\.1\.attention\.q_norm belongs to the heads"),
-    ("pre", "norm", "out", "norm stands outside the layers"),
-    ("pre+embed", "embed_norm", "out", "embed_norm stands outside the layers"),
-    ("pre", "layers.0.*.pre_norm", "q", "moved to 'q'; known: pre, mid, out, post"),
-    ("pre", "layers.0.*.pre_norm", "out_norm", "moved to 'out_norm'; known: pre, mid, out, post"),
+    ("pre", "norm", "out", "norm is outside the layers"),
+    ("pre+embed", "embed_norm", "out", "embed_norm is outside the layers"),
+    ("pre", "layers.0.*.pre_norm", "q", "unknown slot to move to 'q'; known: pre, mid, out, post"),
+    ("pre", "layers.0.*.pre_norm", "out_norm", "unknown slot to move to 'out_norm'; known: pre, mid, out, post"),
     ("pre", "layers.7.*.pre_norm", "out", "matches no norm"),
 ]
 

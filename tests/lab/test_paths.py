@@ -60,13 +60,13 @@ def test_empty_slots_only_if_asked_for() -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("layers.3-1.*.pre_norm", r"'layers.3-1.\*.pre_norm' matches no norm; there are layers.0.attention.pre_norm"),
+        ("layers.3-1.*.pre_norm", r"'layers.3-1.\*.pre_norm' matches no norm; the norms are layers.0.attention"),
         ("layers.*", "matches no norm"),
-        ("layers.*.attention.q_norm", "matches empty slots alone: layers.0.attention.q_norm.*give a kind"),
+        ("layers.*.attention.q_norm", "matches only empty slots: layers.0.attention.q_norm.*give a kind"),
         (["norm", "norn"], "'norn' matches no norm"),
         ("", "'' matches no norm"),
-        (7, "a pattern of norms is text, or a list of texts, not 7"),
-        ([7], "a pattern of norms is text"),
+        (7, "a pattern of norms must be text or a list of texts, not 7"),
+        ([7], "a pattern of norms must be text"),
     ],
 )
 def test_what_matches_nothing_is_refused(pattern: object, message: str) -> None:

@@ -165,7 +165,7 @@ def test_statistics_alone() -> None:
         assert torch.equal(record.rms, whole[path].rms)
         assert record.peak == whole[path].peak
     assert all(record.x is None for record in stats.resid.resid_post)
-    with pytest.raises(RequestError, match="keep must be 'tensors' or 'stats', not 'all'"):
+    with pytest.raises(RequestError, match="unknown keep 'all'; known: tensors, stats"):
         lab.capture(model, TEXT, keep="all")  # type: ignore[arg-type]
 
 

@@ -173,7 +173,7 @@ def test_a_depth_that_is_none(depth: object) -> None:
 def test_what_is_no_plan() -> None:
     with pytest.raises(ConfigError, match="unknown preset 'sandwich'"):
         predict("sandwich", 2)
-    with pytest.raises(RequestError, match="a plan is a NormPlan or the text of one"):
+    with pytest.raises(RequestError, match="a plan must be a NormPlan or the text of one"):
         predict(3, 2)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="layers 0-4 in a model of 3"):
         predict(NormPlan(overrides=(Override(first=0, last=4),)), 3)

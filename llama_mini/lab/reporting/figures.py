@@ -1,6 +1,6 @@
-"""The lab's pictures of a checkpoint: figures of matplotlib, which drawing.py writes as PNG or SVG."""
+"""The lab's pictures of a checkpoint, as figures of matplotlib. style.py writes them as PNG or SVG."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
 _BRANCH = {"attention": (BLUE, "o"), "feed_forward": (VERMILION, "s"), "": (GREEN, "D")}
 _HEADS = ("q_norm", "k_norm", "v_norm")
+_Branches = dict[str, tuple[list[float], list[str]]]  # by branch, places on the x axis and paths of its norms
 
 
-class _Place(NamedTuple):
-    """Where a norm stands; those of the model have no branch, and stand at layer -1 and behind the last."""
+class _Address(NamedTuple):
+    """The parts of a norm's path. embed_norm and the final norm have no branch; their layers are -1 and the depth."""
 
     slot: str
     branch: str
@@ -41,7 +42,7 @@ class _Place(NamedTuple):
 
 @styled
 def residual_rms_picture(recording: Recording) -> "Figure":
-    """The RMS of the residual stream by layer, and of what each norm makes of it; q, k and v norms see heads, not it.
+    """The RMS of the residual stream by layer, and of the output of each norm. q, k and v norms are left out.
 
     Raises RequestError for a recording that kept no tensors.
     """
@@ -56,19 +57,19 @@ def residual_rms_picture(recording: Recording) -> "Figure":
     if points[0].rms.shape[-1] > 1:
         first = [_median(point.rms[:, 0]) for point in points]
         axes.plot(x, first, color=PURPLE, linestyle="--", label="before a norm: the stream, first token")
-    places = {path: place for path in recording if (place := _place(path, depth)).slot not in _HEADS}
+    norms = {path: norm for path in recording if (norm := _address(path, depth)).slot not in _HEADS}
     for branch, color, marker in (("attention", GREEN, "o"), ("feed_forward", VERMILION, "s"), ("", INK, "D")):
-        here = {path: place for path, place in places.items() if place.branch == branch}
-        inside = {path: place for path, place in here.items() if place.slot in ("mid_norm", "out_norm")}
+        own = {path: norm for path, norm in norms.items() if norm.branch == branch}
+        inside = {path: norm for path, norm in own.items() if norm.slot in ("mid_norm", "out_norm")}
         before = [_median(besides_first(recording[path].rms)) for path in inside]
-        after = [_median_rms_after(recording, path) for path in here]
+        after = [_median_rms_after(recording, path) for path in own]
         name = f"a norm of {_named(branch)}" if branch else "a norm of the model"
         looks: Any = {"linestyle": "", "color": color, "marker": marker, "markersize": 4}
         if inside:
-            at = [_position(place) for place in inside.values()]
+            at = [_position(norm) for norm in inside.values()]
             axes.plot(at, before, markerfacecolor="none", label="before it, in the branch", **looks)
-        if here:
-            axes.plot([_position(place) for place in here.values()], after, label=f"after {name}", **looks)
+        if own:
+            axes.plot([_position(norm) for norm in own.values()], after, label=f"after {name}", **looks)
     log_scale(axes)
     axes.set(xlabel="layer (feed-forward at the half)", ylabel="RMS over the width")
     layer_ticks(axes, depth)
@@ -78,43 +79,45 @@ def residual_rms_picture(recording: Recording) -> "Figure":
 
 @styled
 def norm_cost_picture(costs: Sequence[AblatedNorm]) -> "Figure":
-    """What editing each norm costs, in nats per token: a bar a norm, a panel a slot."""
-    return _bars_by_slot({row.path: row.dloss for row in costs}, "change of loss\n(nats per token)")
+    """The cost of editing each norm, in nats per token: a bar for each norm, a panel for each slot."""
+    values = {row.path: row.dloss for row in costs}
+    figure, panels = _slot_panels(values)
+    for axes, slot, branches in panels:
+        for branch, (x, paths) in branches.items():
+            axes.bar(x, [values[path] for path in paths], 0.38, color=_BRANCH[branch][0], label=_named(branch))
+        axes.margins(x=0.015)  # no tick beyond the last layer
+        _signed_scale(axes, [values[path] for _, paths in branches.values() for path in paths])
+        axes.set_ylabel(f"{slot}: change of loss\n(nats per token)")
+        legend_above(axes, 3)
+    return figure
 
 
 @styled
 def gain_picture(rows: Sequence[NormRow]) -> "Figure":
-    """The least, mean and largest gain of each norm of a layer that has one: a panel a slot.
+    """The smallest, mean and largest gain of each norm of the layers: a panel for each slot.
 
-    The final norm's are several times as large, so that it would hide the others. Raises RequestError where there is
-    nothing to draw.
+    The final norm is left out: its gains are several times as large and would hide the others. Raises RequestError if
+    no norm of a layer has a gain.
     """
-    gains = {row.path: row for row in rows if row.mean is not None and row.path.startswith("layers.")}
+    gains = {row.path: (row.min, row.mean, row.max) for row in rows if row.mean is not None and "." in row.path}
     if not gains:
-        raise RequestError("no norm of a layer has a gain, so there is no picture: ask for the table alone")
-    depth = _depth(gains)
-    panels = _panels(gains, depth)
-    figure, all_axes = new_figure(len(panels), 2.6)
-    for axes, (slot, places) in zip(all_axes, panels.items(), strict=True):
-        for branch, (color, marker) in _BRANCH.items():
-            found = {place.layer: gains[path] for path, place in places.items() if place.branch == branch}
-            if found:
-                low, mean, high = np.array([(row.min, row.mean, row.max) for row in found.values()]).T
-                x = np.array(list(found)) + _shift(branch)
-                axes.errorbar(
-                    x, mean, (mean - low, high - mean), color=color, fmt=marker, markersize=4, label=_named(branch)
-                )
-        axes.set_xlim(-0.7, depth - 0.3)
+        raise RequestError("no norm of a layer has a gain, so there is nothing to draw: leave --picture out")
+    figure, panels = _slot_panels(gains)
+    for axes, slot, branches in panels:
+        for branch, (x, paths) in branches.items():
+            color, marker = _BRANCH[branch]
+            low, mean, high = np.array([gains[path] for path in paths]).T
+            error = mean - low, high - mean
+            axes.errorbar(x, mean, error, color=color, fmt=marker, markersize=4, label=_named(branch))
+        axes.set_xlim(-0.7, _depth(gains) - 0.3)
         axes.set_ylabel(f"gain of {slot}\n(min, mean, max)")
-        layer_ticks(axes, depth)
         legend_above(axes, 3)
-    all_axes[-1].set_xlabel("layer")
     return figure
 
 
 @styled
 def massive_picture(recording: Recording) -> "Figure":
-    """The largest element of each layer's input and output over the median one."""
+    """The largest element of the residual stream over the median one, before and after each layer."""
     figure, (axes,) = new_figure(1, 2.8)
     points = [recording.resid.resid_pre[0], *recording.resid.resid_post]
     axes.plot([point.max_over_median for point in points], color=BLUE, marker="o", markersize=4)
@@ -128,7 +131,7 @@ def massive_picture(recording: Recording) -> "Figure":
 
 @styled
 def skip_picture(rows: Sequence[SkippedLayer]) -> "Figure":
-    """What leaving out each layer costs, and how far the layer turns the stream."""
+    """The cost of leaving out each layer, and the angle by which it turns the stream."""
     figure, (cost, angle) = new_figure(2, 2.3)
     layers = [row.layer for row in rows]
     cost.bar(layers, [row.dloss for row in rows], color=BLUE)
@@ -141,62 +144,46 @@ def skip_picture(rows: Sequence[SkippedLayer]) -> "Figure":
     return figure
 
 
-def _bars_by_slot(values: Mapping[str, float], what: str) -> "Figure":
-    depth = _depth(values)
-    panels = _panels(values, depth)
-    figure, all_axes = new_figure(len(panels), 2.6)
-    for axes, (slot, places) in zip(all_axes, panels.items(), strict=True):
-        for branch, (color, _) in _BRANCH.items():
-            found = {place.layer: values[path] for path, place in places.items() if place.branch == branch}
-            if found:
-                axes.bar(
-                    np.array(list(found)) + _shift(branch),
-                    list(found.values()),
-                    0.38,
-                    color=color,
-                    label=_named(branch),
-                )
-        axes.margins(x=0.015)  # no tick beyond the last layer
-        _signed_scale(axes, [values[path] for path in places])
-        axes.set_ylabel(f"{slot}: {what}")
-        layer_ticks(axes, depth)
-        legend_above(axes, 3)
-    all_axes[-1].set_xlabel("layer")
-    return figure
-
-
-def _place(path: str, depth: int) -> _Place:
+def _address(path: str, depth: int) -> _Address:
     if path in ("embed_norm", "norm"):
-        return _Place(path, "", -1 if path == "embed_norm" else depth)
+        return _Address(path, "", -1 if path == "embed_norm" else depth)
     _, layer, branch, slot = path.split(".")
-    return _Place(slot, branch, int(layer))
+    return _Address(slot, branch, int(layer))
 
 
 def _depth(paths: Iterable[str]) -> int:
     return 1 + max((int(path.split(".")[1]) for path in paths if path.startswith("layers.")), default=-1)
 
 
-def _panels(paths: Iterable[str], depth: int) -> dict[str, dict[str, _Place]]:
-    """The places by slot; those of the model stand in the first panel, left and right of the layers."""
-    places = {path: _place(path, depth) for path in paths}
-    slots = dict.fromkeys(place.slot for place in places.values() if place.branch) or {"norms": None}
-    first = next(iter(slots))
-    return {
-        slot: {path: place for path, place in places.items() if (place.slot if place.branch else first) == slot}
-        for slot in slots
-    }
+def _slot_panels(paths: Collection[str]) -> "tuple[Figure, list[tuple[Axes, str, _Branches]]]":
+    """A figure with a panel for each slot. Norms outside the layers are in the first, left and right of the layers."""
+    depth = _depth(paths)
+    norms = {path: _address(path, depth) for path in paths}
+    slots = list(dict.fromkeys(norm.slot for norm in norms.values() if norm.branch)) or ["norms"]
+    figure, all_axes = new_figure(len(slots), 2.6)
+    panels: list[tuple[Axes, str, _Branches]] = []
+    for axes, slot in zip(all_axes, slots, strict=True):
+        own = {path: norm for path, norm in norms.items() if (norm.slot if norm.branch else slots[0]) == slot}
+        branches: _Branches = {}
+        for branch, shift in (("attention", -0.2), ("feed_forward", 0.2), ("", 0.0)):
+            if layers := {path: norm.layer + shift for path, norm in own.items() if norm.branch == branch}:
+                branches[branch] = list(layers.values()), list(layers)
+        layer_ticks(axes, depth)
+        panels.append((axes, slot, branches))
+    all_axes[-1].set_xlabel("layer")
+    return figure, panels
 
 
-def _position(place: _Place) -> float:
-    """Where a norm acts along the stream, in layers: attention fills the first half of one."""
-    if not place.branch:
-        return max(0, place.layer)
-    within = {"pre_norm": 0.0, "mid_norm": 0.25, "out_norm": 0.5, "post_norm": 0.5}[place.slot]
-    return place.layer + within + (0.5 if place.branch == "feed_forward" else 0)
+def _position(norm: _Address) -> float:
+    """Where a norm acts along the stream, in layers. Attention is the first half of a layer."""
+    if not norm.branch:
+        return max(0, norm.layer)
+    within = {"pre_norm": 0.0, "mid_norm": 0.25, "out_norm": 0.5, "post_norm": 0.5}[norm.slot]
+    return norm.layer + within + (0.5 if norm.branch == "feed_forward" else 0)
 
 
 def besides_first(rms: Tensor) -> Tensor:
-    """The RMS of every token but each row's first, which is often massive; of the first where there are no others."""
+    """The RMS of all tokens but the first of each sequence, which is often massive. If it is the only one, it stays."""
     return (rms[:, 1:] if rms.shape[1] > 1 else rms).flatten().double()
 
 
@@ -211,16 +198,12 @@ def _median_rms_after(recording: Recording, path: str) -> float:
     return _median(besides_first(y.double().pow(2).mean(-1).sqrt()))
 
 
-def _shift(branch: str) -> float:
-    return {"attention": -0.2, "feed_forward": 0.2}.get(branch, 0.0)
-
-
 def _named(branch: str) -> str:
     return branch.replace("_", "-") or "embedding, final"
 
 
 def _signed_scale(axes: "Axes", values: Sequence[float]) -> None:
-    """Linear where the values are alike, else logarithmic away from zero on both sides."""
+    """Linear if the values are of similar size, else logarithmic on both sides of zero."""
     size = np.abs([value for value in values if np.isfinite(value) and value])
     if len(size) and size.max() > 30 * np.median(size):
         axes.set_yscale("symlog", linthresh=10.0 ** np.round(np.log10(np.median(size))))

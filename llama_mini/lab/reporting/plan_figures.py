@@ -29,9 +29,9 @@ def init_picture(predicted: Profile, measured: Profile | None = None) -> "Figure
         values = getattr(predicted, name)
         axes.plot(values, color=INK, linewidth=1.2, label="predicted")
         if measured is not None:
-            seen = getattr(measured, name)
-            axes.plot(seen, color=BLUE, linestyle="", marker="o", markersize=4, label="measured")
-            values = np.concatenate([values, seen])
+            marks = getattr(measured, name)
+            axes.plot(marks, color=BLUE, linestyle="", marker="o", markersize=4, label="measured")
+            values = np.concatenate([values, marks])
         axes.set_ylabel(title)
         values = values[np.isfinite(values)]
         if len(values) and values.min() > 0 and values.max() > 100 * values.min():
@@ -46,7 +46,7 @@ def init_picture(predicted: Profile, measured: Profile | None = None) -> "Figure
 
 @styled
 def sweep_picture(sweep: Sweep) -> "Figure":
-    """Gradients at random init against depth, on log axes: a line a plan, with its slope; a band: all seeds."""
+    """Gradients at random init against depth, on log axes: for each plan a line, its slope, and a band of all seeds."""
     figure, panels = new_figure(2, 2.8)
     titles = {"last_down": "last down projection", "first_layer": "first layer"}
     order, slopes = np.argsort(sweep.depths), sweep.slopes()
@@ -68,11 +68,11 @@ def sweep_picture(sweep: Sweep) -> "Figure":
 
 @styled
 def race_picture(race: Race) -> "Figure":
-    """Training loss by step: the mean over seeds as a line, their range as a band; a line ends where one diverges."""
+    """Training loss by step: the mean over seeds as a line, their range as a band. It ends where a seed diverges."""
     figure, (axes,) = new_figure(1, 3.6)
     starts = np.concatenate([curves[:, 0] for curves in race.loss.values()])
     starts = starts[np.isfinite(starts)]
-    top = 1.3 * float(np.median(starts)) if len(starts) else 2 * race.unigram  # what explodes leaves the picture
+    top = 1.3 * float(np.median(starts)) if len(starts) else 2 * race.unigram  # cuts off losses that explode
     for i, (plan, curves) in enumerate(race.loss.items()):
         looks = _looks(i)
         steps = np.arange(1, curves.shape[1] + 1)

@@ -1,7 +1,7 @@
 """How the lab's pictures look, and how they become files. matplotlib (the extra `lab`) is imported with the first one.
 
-Ink follows the page: as SVG it is currentColor, so that one picture serves light and dark. The other colours are near
-Okabe and Ito's, which are told apart without red and green, and stand out 3:1 from a white page and from a dark one.
+In an SVG the ink is currentColor, so that one picture fits a light and a dark page. The other colours are close to
+those of Okabe and Ito, which people who cannot see red or green can tell apart. Their contrast is 3:1 on both pages.
 """
 
 import os
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 INK, DARK_INK = "#24292f", "#e6edf3"
-LIGHT, DARK = "#ffffff", "#14171c"  # pages
+LIGHT, DARK = "#ffffff", "#14171c"  # background of the page
 BLUE, VERMILION, GREEN, PURPLE = PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5679a")
 SVG = "http://www.w3.org/2000/svg"
 SUFFIXES = (".png", ".svg")
@@ -46,7 +46,7 @@ _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # a date ch
 
 
 def styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
-    """Draws in the lab's style. Raises RequestError without matplotlib."""
+    """A decorator: draws in the lab's style. Raises RequestError without matplotlib."""
 
     @wraps(draw)
     def in_style(*args: P.args, **kwargs: P.kwargs) -> "Figure":
@@ -63,11 +63,11 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        raise RequestError("pictures need matplotlib, which is absent: pip install 'llama-mini[lab]'") from None
+        raise RequestError("pictures need matplotlib, which is not installed: pip install 'llama-mini[lab]'") from None
 
 
 def check_drawable(path: Path) -> None:
-    """Before the long work, not after it: raises RequestError without matplotlib, or without the file's folder."""
+    """Checked before the long work: raises RequestError without matplotlib, or if the file's folder does not exist."""
     check_matplotlib()
     if not path.parent.is_dir():
         raise RequestError(f"cannot write {path}: there is no folder {path.parent}; make it first")
@@ -76,12 +76,12 @@ def check_drawable(path: Path) -> None:
 def check_picture(path: Path) -> None:
     """The same for a picture, which also needs a suffix that `save` knows."""
     if path.suffix not in SUFFIXES:
-        raise RequestError(f"{path.name}: a picture is saved as {' or '.join(SUFFIXES)}; name it so")
+        raise RequestError(f"{path.name}: a picture is saved as {' or '.join(SUFFIXES)}; change the suffix")
     check_drawable(path)
 
 
 def new_figure(rows: int, row_height: float) -> "tuple[Figure, list[Axes]]":
-    """A figure of panels over one another that share their x; heights in inches."""
+    """A figure of panels above each other that share the x axis; heights are in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, rows * row_height + 0.4), layout="constrained")
@@ -98,7 +98,7 @@ def log_scale(axes: "Axes") -> None:
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
-        """Its choice of ticks to label, but 0.6 for its 6e-01."""
+        """Labels the same ticks, but writes 0.6 instead of 6e-01."""
 
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""
@@ -114,7 +114,7 @@ def legend_above(axes: "Axes", columns: int) -> None:
 
 
 def svg(figure: "Figure", name: str) -> str:
-    """A figure as an <svg> element to stand in a page, its ids beginning with `name`, its ink that of the page."""
+    """A figure as an <svg> element for an HTML page. Its ids start with `name`, and its ink is that of the page."""
     from matplotlib import rc_context
 
     file = BytesIO()
@@ -128,9 +128,9 @@ def svg(figure: "Figure", name: str) -> str:
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Writes a PNG (on white) or an SVG (light or dark as its reader is), by the suffix; the same bytes each time.
+    """Writes a PNG on white, or an SVG that is light or dark as its viewer is. The same figure gives the same bytes.
 
-    Raises RequestError for another suffix, or where the file cannot be written.
+    Raises RequestError for another suffix, or if the file cannot be written.
     """
     path = Path(path)
     check_picture(path)

@@ -84,7 +84,7 @@ def _cost(
 ) -> tuple[float, float, float]:
     with swapped(model, modules):
         changed = score(model, ids, against=base)
-    return changed.dloss, changed.kl, changed.top1  # type: ignore[return-value]  # set, since there is a base
+    return changed.dloss, changed.kl, changed.top1  # type: ignore[return-value]  # the base sets them
 
 
 def _angles(model: Llama, ids: Tensor | Sequence[int]) -> list[float]:

@@ -39,9 +39,10 @@ def move(model: Llama, pattern: str, to: str) -> Llama:
             raise RequestError(f"{path} is outside the layers and cannot be moved; give norms of layers.*")
         if slot in HEAD_SLOTS:
             raise RequestError(f"{path} belongs to the heads and cannot be moved; leave q, k and v norms out")
+        if slot == to:
+            raise RequestError(f"{path} is already in the slot {to}; leave it out")
         if getattr(branches[at], to) is not None:
-            taken = "is there already" if slot == to else "cannot move there"
-            raise RequestError(f"{at}.{to}_norm is taken, so {path} {taken}; leave it out or move the other one first")
+            raise RequestError(f"{at}.{to}_norm is taken, so {path} cannot move there; move that norm first")
         width, new_width = slot_width(config, path), slot_width(config, f"{at}.{to}_norm")
         if width != new_width:
             raise RequestError(

@@ -2,7 +2,7 @@
 Korean."""
 
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -40,12 +40,10 @@ def tour(model: Llama, tokens: list[int], language: str = "en") -> Iterator[Step
         recorded = capture(model, tokens, at=path)[path].x
         assert recorded is not None
         x = recorded[0].float()  # (T, C)
-        for name, numbers in STEPS.items():
-            title, text = texts[name]["title"].format(path=path), " ".join(texts[name]["text"].split())
+        for numbers in STEPS:
+            words = texts[numbers.__name__[1:]]
+            title, text = words["title"].format(path=path), " ".join(words["text"].split())
             yield Step(title, text, numbers(x, norm, model, tokens))
-
-
-Numbers = Callable[[Tensor, RMSNorm, Llama, list[int]], list[str]]
 
 
 def _input(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
@@ -147,16 +145,7 @@ def _claim(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[st
     ]
 
 
-STEPS: dict[str, Numbers] = {
-    "input": _input,
-    "mean": _mean,
-    "root": _root,
-    "wide": _wide,
-    "eps": _eps,
-    "gain": _gain,
-    "cast": _cast,
-    "claim": _claim,
-}
+STEPS = (_input, _mean, _root, _wide, _eps, _gain, _cast, _claim)
 
 
 def _rms(row: Tensor) -> float:

@@ -84,7 +84,7 @@ def test_the_default_checkpoint_is_healthy_in_every_form(smollm2_dir: Path, smal
     ids = Tokenizer.from_pretrained(smollm2_dir).encode(text)[:300]
     assert len(doctor(smollm2_dir, ids)) == 0
     assert len(doctor(str(small))) == 0  # what the faults are planted in
-    assert len(doctor(Llama.from_pretrained(smollm2_dir))) == 0
+    assert len(doctor(Llama.from_pretrained(small))) == 0
 
 
 def test_the_default_gguf_is_healthy(smollm2_gguf: Path) -> None:
@@ -99,9 +99,9 @@ def test_random_models_of_every_family_are_healthy(model_type: str, tmp_path: Pa
     assert len(doctor(write_family(tmp_path / "model.gguf", theirs), TOKENS)) == 0
 
 
-def test_no_norm_alone_tells_the_convention(smollm2_dir: Path) -> None:
+def test_no_norm_alone_tells_the_convention(small: Path) -> None:
     """Why the verdict is on a slot: the first norm of the healthy checkpoint has half its gains below zero."""
-    gains = Llama.from_pretrained(smollm2_dir).layers[0].attention.pre_norm.weight.float()
+    gains = Llama.from_pretrained(small).layers[0].attention.pre_norm.weight.float()
     assert gains.mean().abs() < 0.01
     assert (gains < 0).float().mean() > 0.4
 

@@ -16,13 +16,20 @@ PRESETS = ["pre", "post", "peri", "out", "deep", "mix(.25)", "lns", "sub", "norm
 VARIANTS = ["out+qk:full", "pre+qk", "peri+embed", "pre-final"]
 
 
-@pytest.mark.parametrize("plan", [*PRESETS, *VARIANTS])
-def test_theory_within_5_percent_forward_and_6_backward_at_12_layers(plan: str) -> None:
-    measured, predicted = init(plan, 12), predict(plan, 12)
+@pytest.mark.parametrize(("plan", "seeds"), [*((plan, 3) for plan in PRESETS), *((plan, 1) for plan in VARIANTS)])
+def test_theory_within_5_percent_forward_and_6_backward_at_12_layers(plan: str, seeds: int) -> None:
+    measured, predicted = init(plan, 12, seeds=seeds), predict(plan, 12)
     assert measured.close(predicted, (0.05, 0.06)), measured.deviation(predicted)
 
 
-@pytest.mark.parametrize(("plan", "dim"), [(plan, 512 if plan == "post" else 256) for plan in PRESETS])
+@pytest.mark.parametrize(
+    ("plan", "dim"),
+    [
+        ("pre", 256),
+        ("post", 512),
+        *(pytest.param(plan, 256, marks=pytest.mark.slow) for plan in PRESETS if plan not in ("pre", "post")),
+    ],
+)
 def test_theory_at_32_layers(plan: str, dim: int) -> None:
     """The fluctuations of a finite width add up with depth, most of all in `post`: 11 % at width 256, 3 % at 512."""
     measured, predicted = init(plan, 32, dim=dim), predict(plan, 32)

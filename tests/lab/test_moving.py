@@ -147,7 +147,7 @@ def test_the_norm_keeps_kind_convention_eps_and_scale() -> None:
 
 REFUSALS: list[tuple[str, str, str, str]] = [
     ("peri", "layers.1.attention.pre_norm", "out", r"layers\.1\.attention\.out_norm is taken, .*pre_norm cannot move"),
-    ("pre", "layers.2.attention.pre_norm", "pre", r"layers\.2\.attention\.pre_norm is taken, .* is there already"),
+    ("pre", "layers.2.attention.pre_norm", "pre", r"layers\.2\.attention\.pre_norm is already in the slot pre"),
     ("peri", "layers.*.*.*", "post", r"layers\.0\.attention\.post_norm is taken"),  # two norms into one slot
     ("pre", "layers.0.feed_forward.pre_norm", "mid", r"layers\.0\.feed_forward\.pre_norm is 48 wide .* mid .* 80"),
     ("pre+qk", "layers.1.attention.q_norm", "pre", r"layers\.1\.attention\.q_norm belongs to the heads"),

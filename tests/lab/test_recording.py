@@ -23,9 +23,19 @@ TEXT = random_tokens(2, 21)
 ALICE = Path(__file__).parents[1] / "golden" / "alice.txt"
 
 
-def what_transformers_sees(path: Path, family: str, tokens: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+@pytest.fixture(scope="module")
+def default(smollm2_dir: Path) -> tuple[Llama, Any, Tokenizer]:
+    """The default checkpoint as we and as transformers read it, and its tokenizer."""
+    return *both(smollm2_dir), Tokenizer.from_pretrained(smollm2_dir)
+
+
+def both(path: Path) -> tuple[Llama, Any]:
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return Llama.from_pretrained(path, dtype="float32"), theirs
+
+
+def what_transformers_sees(model: Any, family: str, tokens: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
     """Input and output of every norm, under our paths, and of every layer, by number."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
     norms: dict[str, Any] = {}
     layers: dict[str, Any] = {}
 
@@ -50,9 +60,9 @@ def what_transformers_sees(path: Path, family: str, tokens: Tensor) -> tuple[dic
     return norms, layers
 
 
-def assert_same_as_transformers(path: Path, family: str, tokens: Tensor) -> None:
-    rec = lab.capture(Llama.from_pretrained(path, dtype="float32"), tokens)
-    norms, layers = what_transformers_sees(path, family, tokens)
+def assert_same_as_transformers(model: Llama, theirs: Any, family: str, tokens: Tensor) -> None:
+    rec = lab.capture(model, tokens)
+    norms, layers = what_transformers_sees(theirs, family, tokens)
     assert sorted(rec) == sorted(norms)
     for name, (x, y) in norms.items():
         assert torch.equal(rec[name].x, x), name
@@ -74,12 +84,13 @@ def rms(x: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("family", KEYS)
 def test_bit_for_bit_what_transformers_records(family: str, tmp_path: Path) -> None:
     random_model(family, seed=0).save_pretrained(tmp_path)
-    assert_same_as_transformers(tmp_path, family, TEXT)
+    assert_same_as_transformers(*both(tmp_path), family, TEXT)
 
 
-def test_bit_for_bit_on_the_default_checkpoint(smollm2_dir: Path) -> None:
-    ids = Tokenizer.from_pretrained(smollm2_dir).encode(ALICE.read_text(encoding="utf-8"))[:96]
-    assert_same_as_transformers(smollm2_dir, "llama", torch.tensor([ids]))
+def test_bit_for_bit_on_the_default_checkpoint(default: tuple[Llama, Any, Tokenizer]) -> None:
+    model, theirs, tokenizer = default
+    ids = tokenizer.encode(ALICE.read_text(encoding="utf-8"))[:96]
+    assert_same_as_transformers(model, theirs, "llama", torch.tensor([ids]))
 
 
 def assert_statistics(record: Record, x: Tensor) -> None:
@@ -214,11 +225,11 @@ def test_a_planted_massive_activation_is_found() -> None:
 
 
 @pytest.mark.parametrize("text", ["Fourscore and seven years ago our fathers", "def f(x):\n    return x + 1\n"])
-def test_the_massive_activation_of_the_default_checkpoint(smollm2_dir: Path, text: str) -> None:
+def test_the_massive_activation_of_the_default_checkpoint(default: tuple[Llama, Any, Tokenizer], text: str) -> None:
     """Dimension 507 of token 0, born in layer 11; the numbers against transformers' hidden states."""
-    ids = Tokenizer.from_pretrained(smollm2_dir).encode(text)
-    found = massive_activation(lab.capture(Llama.from_pretrained(smollm2_dir, "float32"), ids, keep="stats"))
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+    model, theirs, tokenizer = default
+    ids = tokenizer.encode(text)
+    found = massive_activation(lab.capture(model, ids, keep="stats"))
     with torch.no_grad():
         states = theirs(torch.tensor([ids]), output_hidden_states=True).hidden_states
     ratios = [float(s.abs().max() / s.abs().median()) for s in states[:-1]]  # the last one is normed already

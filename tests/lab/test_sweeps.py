@@ -74,12 +74,12 @@ def test_a_plan_as_data_is_its_own_key() -> None:
 @pytest.mark.parametrize(
     ("plans", "depths", "message"),
     [
-        ([], [1, 2], "there is no plan to study"),
+        ([], [1, 2], "the list of plans is empty"),
         (["pre"], [2], "at least two different"),
         (["pre"], [2, 2], "at least two different"),
         (["pre"], [], "at least two different"),
         (["pre"], [1, 0], "depth must be a whole number"),
-        ([3], [1, 2], "a plan is a NormPlan or the text of one"),
+        ([3], [1, 2], "a plan must be a NormPlan or the text of one"),
     ],
 )
 def test_nonsense_is_refused(plans: list, depths: list, message: str) -> None:

@@ -126,7 +126,7 @@ def test_every_preset_can_be_drawn(plan: str, tmp_path: Path) -> None:
     drawn = [figures.residual_rms_picture(recording), figures.massive_picture(recording)]
     drawn.append(figures.norm_cost_picture(costs))
     if plan == "none":
-        with pytest.raises(RequestError, match="no norm of a layer has a gain, so there is no picture"):
+        with pytest.raises(RequestError, match="no norm of a layer has a gain, so there is nothing to draw"):
             figures.gain_picture(norms)
     else:
         drawn.append(figures.gain_picture(norms))

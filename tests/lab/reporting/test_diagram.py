@@ -1,0 +1,46 @@
+"""The diagram: a box for each slot of a plan, in the report's page too."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llama_mini.lab.reporting import report
+from llama_mini.lab.reporting.diagram import Box, diagram, layer_kinds, ranges
+from llama_mini.model.norm_plan import NormPlan
+from tests.tiny_models import random_tokens, tiny_model
+
+
+def test_the_page_has_a_full_box_for_each_norm_and_a_dashed_one_for_each_empty_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the report needs the extra lab")
+    monkeypatch.setattr(report, "_DIM", 16)  # of random models, which play no part here
+    model = tiny_model(2, norm_plan="peri+qk:full")
+    page = report.report(tmp_path / "a.html", model, random_tokens(1, 9)).read_text()
+    boxes = re.findall(r'<span class="(\w+)">(\w+)', page)
+    full = [name for look, name in boxes if look == "norm"]
+    assert sorted(full) == ["k_norm", "norm", "out_norm", "out_norm", "pre_norm", "pre_norm", "q_norm"]
+    empty = [name for look, name in boxes if look == "empty"]
+    assert sorted(empty) == ["embed_norm", "mid_norm", "mid_norm", "post_norm", "post_norm", "v_norm"]
+    assert page.count("<small>rms, full</small>") == 2
+
+
+def test_layers_that_differ_are_drawn_apart() -> None:
+    plan = NormPlan.parse("mix(.5)", 8)
+    assert [(kind.name, kind.layers) for kind in layer_kinds(plan, 8)] == [("A", [0, 1, 2, 3]), ("B", [4, 5, 6, 7])]
+    assert "A, attention, layers 0–3" in [column.title for column in diagram(plan, 8)]
+    scaled = NormPlan.parse("lns", 4)
+    assert len(layer_kinds(scaled, 4)) == 1
+    assert Box("pre_norm", "rms, × 0.5–1", "norm") in boxes_of(scaled, 4)
+    assert Box("1.68 · x + branch", "", "sum") in boxes_of(NormPlan.parse("deep", 4), 4)
+
+
+def boxes_of(plan: NormPlan, n_layers: int) -> list[Box]:
+    return [box for column in diagram(plan, n_layers) for row in column.rows for box in row]
+
+
+def test_layers_are_named_in_ranges() -> None:
+    assert ranges([3]) == "layer 3"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "layers 0–2, 5, 7–8"
+    assert ranges(range(0, 40, 2)) == "layers 0, 2, 4, 6, 8, 10 …"

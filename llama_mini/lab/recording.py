@@ -30,7 +30,8 @@ class Peak(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """
+    """What one norm, or one point of the residual stream, held on a text.
+
     x, y: a norm's input and output, (B, T, C), in q, k and v norms also (B, T, H, D). A point of the residual stream
         has no y. Both are None where only statistics are kept.
     rms: √(mean x²) over the last dimension, x.shape[:-1], float32.

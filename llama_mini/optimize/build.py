@@ -10,7 +10,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as cached
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from llama_mini.checkpoint.io.atomic import new_file
 from llama_mini.errors import LlamaMiniWarning, RequestError
 from llama_mini.machine import user_cache
 from llama_mini.validate import short_repr
@@ -106,11 +106,11 @@ def _key(source: Path, compiler: str) -> str:
 
 
 def _compile(source: Path, compiler: str, library: Path) -> None:
-    """Every form and the operators at once, linked aside, made to last and then renamed."""
+    """Every form and the operators at once, linked aside and renamed when whole."""
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
-    with tempfile.TemporaryDirectory(dir=library.parent) as name:
-        folder = Path(name)
+    with new_file(library) as made:
+        folder = made.parent
         units = {form: ["form.cpp", f"-DFORM={form}", *flags] for form, flags in FORMS.items()}
         # OpenMP is torch's own: the object asks for it, and nothing here links another.
         units["operators"] = ["operators.cpp", "-O1", "-fopenmp", *include]
@@ -123,12 +123,8 @@ def _compile(source: Path, compiler: str, library: Path) -> None:
 
         with ThreadPoolExecutor(len(units)) as pool:
             objects = list(pool.map(compile_unit, sorted(units, reverse=True)))  # the longest first
-        made = folder / library.name
         _run([compiler, "-shared", *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made)])
         made.chmod(0o700)
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(made, library)
 
 
 def _run(words: list[str]) -> str:

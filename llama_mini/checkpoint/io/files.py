@@ -1,15 +1,11 @@
-"""Reading JSON and writing directories, so that a fault is one sentence and nothing on disk is ever half written."""
+"""Strict JSON, and paths that stay inside a checkpoint's directory. A fault is one sentence that names the file."""
 
 import codecs
 import json
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -119,52 +115,6 @@ def inside(directory: Path, name: str) -> Path:
     raise CheckpointPathError(
         f"{path} is a symbolic link out of its directory, to {target}; if you trust that file, copy it here"
     )
-
-
-def partial_prefix(target: Path) -> str:
-    """How the name of a folder begins, beside `target`, in which what becomes `target` is made."""
-    return f".{target.name}.partial-"
-
-
-@contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """A folder to fill, beside `target`, which becomes `target` at the end: whole, synced to disk, or not at all.
-
-    Raises CheckpointPathError if `target` is a file or a folder that holds something, or cannot be written.
-    """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointPathError(f"{target} exists already; name a new or an empty directory")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=partial_prefix(target), dir=target.parent))
-        aside.chmod(0o777 & ~umask())
-    except OSError as error:
-        raise CheckpointPathError(f"cannot write {target}: {error.strerror}") from None
-    try:
-        yield aside
-        for file in [*aside.rglob("*"), aside]:
-            _sync(file)
-        aside.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        raise CheckpointPathError(f"cannot write {target}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def umask() -> int:
-    """The permissions that new files of this process go without."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_plain(name: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llama_mini.checkpoint.io.files import partial_prefix
+from llama_mini.checkpoint.io.atomic import partial_prefix
 from llama_mini.errors import CheckpointPathError
 
 

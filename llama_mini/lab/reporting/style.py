@@ -4,16 +4,14 @@ In an SVG the ink is currentColor, so that one picture fits a light and a dark p
 those of Okabe and Ito, which people who cannot see red or green can tell apart. Their contrast is 3:1 on both pages.
 """
 
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from functools import wraps
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from llama_mini.checkpoint.io.files import partial_prefix, umask
+from llama_mini.checkpoint.io.atomic import new_file
 from llama_mini.errors import RequestError
 
 if TYPE_CHECKING:
@@ -148,18 +146,9 @@ def save(figure: "Figure", path: str | Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes aside, syncs, renames: the file is whole or as it was. Raises RequestError where it cannot be written."""
-    aside = None
+    """Writes a file that is whole or as it was. Raises RequestError where it cannot be written."""
     try:
-        descriptor, aside = tempfile.mkstemp(prefix=partial_prefix(path), dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        os.chmod(aside, 0o666 & ~umask())
-        os.replace(aside, path)
+        with new_file(path) as made:
+            made.write_bytes(data)
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror}; name a file in a folder that is there") from None
-    finally:
-        if aside is not None:
-            Path(aside).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from llama_mini.checkpoint.hf import safetensors_data as safetensors_tensors
 from llama_mini.checkpoint.hf.safetensors_data import read_rows, read_tensors, write_file
 from llama_mini.checkpoint.hf.safetensors_header import read_header
-from llama_mini.checkpoint.io.files import new_directory
+from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointPathError
 
 

@@ -83,8 +83,8 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams]":
     gc.disable()  # torch and the model are many objects that stay: collecting garbage meanwhile takes 0.1 s
     try:
         params = sampling(args)
+        from llama_mini.checkpoint.match import n_parameters
         from llama_mini.checkpoint.open import open_checkpoint, resolve
-        from llama_mini.checkpoint.source import n_parameters
         from llama_mini.engine.llm import LLM
         from llama_mini.machine import as_device, as_dtype
         from llama_mini.memory import check_fits

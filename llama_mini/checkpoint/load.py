@@ -1,12 +1,11 @@
-"""An opened checkpoint as a model and a tokenizer, and a model as a checkpoint."""
+"""An opened checkpoint -> a model in memory, and a model -> a checkpoint."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.gguf.tensors import Blocks
@@ -15,27 +14,33 @@ from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.io.files import SINGLE, write_json
 from llama_mini.checkpoint.keys import to_file_name
-from llama_mini.checkpoint.source import Model, Source, empty_model, match, read_all, warn_of_other_head
+from llama_mini.checkpoint.match import Model, empty_model, match, read_all, warn_of_other_head, with_progress
+from llama_mini.checkpoint.source import Source
 from llama_mini.errors import CheckpointFormatError, RequestError
 from llama_mini.machine import as_dtype, dtype_name
 from llama_mini.memory import check_fits
-from llama_mini.model.llama import Llama
+from llama_mini.model.config import LlamaConfig
 
 
-class Place(Protocol):
-    """Where a tensor of the plain model goes instead of a parameter; `keeps`: number formats that it takes as codes."""
+class WeightSink(Protocol):
+    """What takes a tensor of the model in place of a parameter: a packed weight of optimize/, say."""
 
     @property
-    def keeps(self) -> Collection[str]: ...
-
-    def room(self, first: int, n: int) -> Tensor | None:
-        """Where n rows from `first` on lie, if they stay numbers."""
+    def accepts_quantized(self) -> Collection[str]:
+        """The number formats (Q4_1, ...) whose blocks `load` takes as the file stores them."""
         ...
 
-    def put(self, tensor: Tensor | Blocks, first: int) -> None: ...
+    def destination(self, first: int, n: int) -> Tensor | None:
+        """The memory of rows `first` to `first + n`; None if they are not kept as floats."""
+        ...
+
+    def load(self, tensor: Tensor | Blocks, first: int) -> None:
+        """Stores some rows, from `first` on; those that were read into `destination` are there already."""
+        ...
 
 
-Fuse = Callable[[Llama, torch.dtype, torch.device], Mapping[str, Place]]
+# (the empty model, dtype, device) -> the sinks, by the names of the parameters whose place they take
+Fuse = Callable[[Any, torch.dtype, torch.device], Mapping[str, WeightSink]]
 
 
 def load_model(
@@ -48,64 +53,68 @@ def load_model(
 ) -> Model:
     """An opened checkpoint as a model in eval mode without gradients; see `Llama.from_pretrained`.
 
-    fuse: replaces modules of the empty model and says what takes the tensors that they hold; some rows of one tensor
-        are in memory beside them at a time. quantize: the format that it gives them.
+    `fuse` replaces modules of the empty model by faster ones, whose weights are in the format `quantize`. A matrix is
+    read and packed in chunks of rows, so that memory holds the model and a few MB, never a tensor twice.
     """
-    wanted = source.dtype if dtype is None else as_dtype(dtype, device)
+    dtype, device = source.dtype if dtype is None else as_dtype(dtype, device), torch.device(device)
     model = empty_model(cls, source)
-    names = match(model, source)
+    names = match(model, source)  # name in the file -> ours
     n_parameters = sum(p.numel() for p in model.parameters())
-    check_fits(source.config, n_parameters, wanted, 1, torch.device(device), quantize=quantize)
-    places = {} if fuse is None else fuse(model, wanted, torch.device(device))
-    doing = "loading" if quantize is None else f"quantising to {quantize}"
-    coded = [name for name in names if names[name] in places and _kept(source, name, places[names[name]])]
-    with tqdm(total=len(coded), desc=doing, unit="tensor", delay=1, leave=False, disable=None) as bar:
-        for theirs, first, blocks in source.read_coded(coded):
-            _put(places, names[theirs], blocks, first, source)
-            bar.update(first == 0)
-    rest = {theirs: ours for theirs, ours in names.items() if theirs not in coded}
-    plain = {ours: p.shape for ours, p in model.named_parameters() if ours not in places}
-    # Before anything is read: small things between large ones that come and go leave holes in memory.
-    state = {ours: torch.empty(shape, dtype=wanted, device=device) for ours, shape in plain.items()}
+    check_fits(source.config, n_parameters, dtype, 1, device, quantize=quantize)
 
-    def room(theirs: str, first: int, shape: tuple[int, ...]) -> Tensor | None:
-        ours = names[theirs]
-        return places[ours].room(first, shape[0]) if ours in places else state[ours][first : first + shape[0]]
+    sinks = {} if fuse is None else fuse(model, dtype, device)
+    # Allocated at once and first: between chunks that come and go they would leave holes in memory.
+    state = {
+        name: torch.empty(p.shape, dtype=dtype, device=device)
+        for name, p in model.named_parameters()
+        if name not in sinks
+    }
 
-    for ours, first, rows in read_all(source, rest, wanted, doing, room=room):
-        if ours in places:
-            _put(places, ours, rows, first, source)
-    warn_of_other_head(source, wanted)
+    def load(name: str, rows: Tensor | Blocks, first: int) -> None:
+        try:
+            sinks[name].load(rows, first)
+        except CheckpointFormatError as error:
+            raise CheckpointFormatError(f"{source.path}: {name}: {error}; load it without --quantize") from None
+
+    def destination(file_name: str, first: int, shape: tuple[int, ...]) -> Tensor | None:
+        name = names[file_name]
+        return sinks[name].destination(first, shape[0]) if name in sinks else state[name][first : first + shape[0]]
+
+    what = "loading" if quantize is None else f"quantising to {quantize}"
+    as_stored = [
+        file_name
+        for file_name, name in names.items()
+        if name in sinks and source.tensors[file_name].number_format in sinks[name].accepts_quantized
+    ]
+    for file_name, first, blocks in with_progress(source.read_quantized(as_stored), len(as_stored), what):
+        load(names[file_name], blocks, first)
+    as_floats = {file_name: name for file_name, name in names.items() if file_name not in as_stored}
+    for name, first, rows in read_all(source, as_floats, dtype, what, destination=destination):
+        if name in sinks:
+            load(name, rows, first)
+    warn_of_other_head(source, dtype)
     model.load_state_dict(state, assign=True, strict=True)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _put(places: Mapping[str, Place], ours: str, rows: Tensor | Blocks, first: int, source: Source) -> None:
-    try:
-        places[ours].put(rows, first)
-    except CheckpointFormatError as error:
-        raise CheckpointFormatError(f"{source.path}: {ours}: {error}; load it without --quantize") from None
-
-
-def _kept(source: Source, name: str, place: Place) -> bool:
-    return source.tensors[name].number_format in place.keeps
-
-
-def save_model(model: Llama, path: Path) -> None:
+def save_model(model: nn.Module, path: Path) -> None:
     """Writes config.json, generation_config.json and model.safetensors; see `Llama.save_pretrained`."""
+    config = model.config
+    assert isinstance(config, LlamaConfig)
     with torch.device("meta"):
-        described = Llama(model.config)
-    if replaced := {name for name, _ in described.named_parameters()} - {name for name, _ in model.named_parameters()}:
+        plain = type(model)(config)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    if replaced := {name for name, _ in plain.named_parameters()} - parameters.keys():
         raise RequestError(
             f"{min(replaced)} was replaced, so the model cannot be saved: load the checkpoint plain, with "
             "Llama.from_pretrained, and save that"
         )
-    raw = to_hf(model.config, dtype_name(model.dtype))
+    raw = to_hf(config, dtype_name(next(iter(parameters.values())).dtype))
     table = key_table(raw["model_type"])
-    parameters = {to_file_name(name, table): p.detach() for name, p in model.named_parameters()}
+    parameters = {to_file_name(name, table): p for name, p in parameters.items()}
     with new_directory(path) as directory:
         write_json(directory / "config.json", raw)
-        write_json(directory / "generation_config.json", special_ids(model.config))
+        write_json(directory / "generation_config.json", special_ids(config))
         write_file(
             directory / SINGLE,
             ((name, p.dtype, tuple(p.shape)) for name, p in parameters.items()),

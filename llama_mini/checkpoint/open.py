@@ -1,6 +1,8 @@
-"""Any path or hub name -> an opened checkpoint. The format is told by content, never by a name."""
+"""A path or hub name -> an opened checkpoint. The content of a file tells its format, never its name."""
 
 from pathlib import Path
+
+from torch import nn
 
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.hf.directory import open_hf_directory
@@ -16,7 +18,7 @@ CONFIG = "config.json"
 
 
 def resolve(name: str | Path) -> Path:
-    """What exists on disk, else what a hub name names, fetched into the standard cache. Raises CheckpointError."""
+    """A path on disk if there is one, else the snapshot of a hub name in the standard cache. Raises CheckpointError."""
     path = Path(name)
     if name == "":
         raise CheckpointPathError("the model's name is empty; give a directory, a file or a hub name, org/name")
@@ -27,8 +29,11 @@ def resolve(name: str | Path) -> Path:
     return fetch_from_hub(name) if is_hub_name(name) else path
 
 
-def open_checkpoint(path: Path, pickles: bool = False) -> Source:
-    """Opens what `resolve` found; nothing but headers is read. Pickles only if asked for: opening one can run code.
+def open_checkpoint(path: Path, pickles: type[nn.Module] | None = None) -> Source:
+    """Opens what `resolve` found; reads headers and no data.
+
+    Pickles are opened only for conversion: `pickles` is the class of the model, whose shapes tell how Meta's shards are
+    joined. Where there are safetensors, these are read instead.
 
     Raises CheckpointError, ConfigError: one sentence for whatever is wrong with it.
     """
@@ -39,12 +44,14 @@ def open_checkpoint(path: Path, pickles: bool = False) -> Source:
     return _open_directory(path, pickles) if path.is_dir() else _open_file(path)
 
 
-def _open_directory(path: Path, pickles: bool) -> Source:
-    pickles &= not any(path.glob("*.safetensors"))
-    if inside(path, CONFIG).exists():
-        return _open_pickles(path) if pickles else open_hf_directory(path)
-    if inside(path, PARAMS).exists():
-        return _open_pickles(path) if pickles else open_meta_directory(path)
+def _open_directory(path: Path, pickles: type[nn.Module] | None) -> Source:
+    is_hf = inside(path, CONFIG).exists()
+    if is_hf or inside(path, PARAMS).exists():
+        if pickles is not None and not any(path.glob("*.safetensors")):
+            from llama_mini.checkpoint.meta.pickles import open_hf_pickles, open_meta_pickles  # only conversion does
+
+            return open_hf_pickles(path) if is_hf else open_meta_pickles(path, pickles)
+        return open_hf_directory(path) if is_hf else open_meta_directory(path)
     ggufs = sorted(file for file in path.iterdir() if file.is_file() and file_kind(file) is FileKind.GGUF)
     if len(ggufs) == 1:
         return open_gguf(inside(path, ggufs[0].name))
@@ -53,12 +60,6 @@ def _open_directory(path: Path, pickles: bool) -> Source:
             f"{path} holds {len(ggufs)} GGUF files; give one of them: {join_names(file.name for file in ggufs)}"
         )
     raise CheckpointFormatError(f"{path} is no checkpoint: it has no {CONFIG}, no {PARAMS} and no GGUF file")
-
-
-def _open_pickles(path: Path) -> Source:
-    from llama_mini.checkpoint.meta.pickles import open_hf_pickles, open_meta_pickles  # which the engine never needs
-
-    return open_hf_pickles(path) if inside(path, CONFIG).exists() else open_meta_pickles(path)
 
 
 def _open_file(path: Path) -> Source:

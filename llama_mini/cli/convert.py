@@ -16,8 +16,9 @@ from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.io.files import SINGLE, inside, write_json
 from llama_mini.checkpoint.keys import to_file_name
+from llama_mini.checkpoint.match import empty_model, match, read_all
 from llama_mini.checkpoint.open import open_checkpoint
-from llama_mini.checkpoint.source import Source, empty_model, match, read_all
+from llama_mini.checkpoint.source import Source
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
 from llama_mini.machine import as_dtype, dtype_name
 from llama_mini.model.config import LlamaConfig
@@ -40,7 +41,7 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) ->
 
     Raises CheckpointError, ConfigError, TokenizerError.
     """
-    source = open_checkpoint(path, pickles=True)
+    source = open_checkpoint(path, pickles=Llama)
     model = empty_model(Llama, source)
     names = match(model, source)
     tokenizer = tokenizer_files(source)
@@ -51,8 +52,8 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) ->
     entries = [(to_file_name(ours, table), wanted, tuple(parameters[ours].shape)) for ours in names.values()]
 
     def tensors() -> Iterator[Tensor]:
-        whole = replace(source, read_rows=None)
-        return (tensor.contiguous() for *_, tensor in read_all(whole, names, wanted, "converting", delay=0))
+        rows = read_all(source, names, wanted, "converting", delay=0, whole=True)
+        return (tensor.contiguous() for *_, tensor in rows)
 
     with new_directory(target) as folder:
         write_json(folder / "config.json", raw)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from llama_mini.checkpoint.match import empty_model, match
 from llama_mini.checkpoint.open import open_checkpoint, resolve
-from llama_mini.checkpoint.source import Source, empty_model, match
+from llama_mini.checkpoint.source import Source
 from llama_mini.cli.common import table
 from llama_mini.machine import as_device, as_dtype, available_memory, dtype_name, format_bytes
 from llama_mini.memory import cache_bytes, weight_bytes, work_bytes

@@ -16,9 +16,10 @@ from llama_mini.checkpoint.gguf.model import shortest
 from llama_mini.checkpoint.io.files import inside, read_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.load import load_model
+from llama_mini.checkpoint.match import empty_model
 from llama_mini.checkpoint.meta.params import PARAMS
 from llama_mini.checkpoint.open import CONFIG, open_checkpoint, resolve
-from llama_mini.checkpoint.source import Source, empty_model
+from llama_mini.checkpoint.source import Source
 from llama_mini.errors import ConfigError, LlamaMiniWarning
 from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.norm_table import effective_gain
@@ -103,7 +104,7 @@ def _of_source(source: Source) -> list[Finding]:
         what = f"a norm of model_type {source.model_type} needs it, and the file lacks it or has another shape"
         advice = "fetch the file from its origin again, or correct model_type"
         findings += [Finding("error", join_names(missing), what, advice)]
-    for name, values in source.read(read, torch.float32):
+    for name, _, values in source.read(read, torch.float32, whole=True):
         path, _, leaf = of_norms[name].rpartition(".")
         setattr(norms[path], leaf, nn.Parameter(values, requires_grad=False))
     has_config = inside(source.directory, CONFIG).is_file()

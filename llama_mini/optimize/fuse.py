@@ -36,20 +36,20 @@ class Slot:
     bias: bool = False
 
     @property
-    def keeps(self) -> Collection[str]:
+    def accepts_quantized(self) -> Collection[str]:
         """GGUF's number formats whose codes the matrix keeps as they are."""
         return KEPT.get(type(self.matrix), ())
 
-    def room(self, first: int, n: int) -> Tensor | None:
+    def destination(self, first: int, n: int) -> Tensor | None:
         """Where n rows from `first` on lie, if they stay numbers."""
         return self.matrix.bias_room(self.part) if self.bias else self.matrix.room(self.part, first, n)
 
-    def put(self, tensor: Tensor | Blocks, first: int = 0) -> None:
+    def load(self, tensor: Tensor | Blocks, first: int = 0) -> None:
         """Takes rows of the tensor, from `first` on, a multiple of BLOCK; a bias whole."""
         if isinstance(tensor, Blocks):
             assert isinstance(self.matrix, CodedMatrix)
             self.matrix.put_blocks(self.part, tensor, first)
-        elif (room := self.room(first, len(tensor))) is None:
+        elif (room := self.destination(first, len(tensor))) is None:
             self.matrix.put(self.part, tensor, first)
         elif room.data_ptr() != tensor.data_ptr():
             room.copy_(tensor)
@@ -64,7 +64,7 @@ def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -
     """
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     for name, slot in fuse(model, model.dtype, model.device, quantize, kernels).items():
-        slot.put(tensors.pop(name))
+        slot.load(tensors.pop(name))
     return model
 
 

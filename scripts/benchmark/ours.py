@@ -11,7 +11,7 @@ from benchmark.profiles import profiled
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.load import load_model
-from llama_mini.checkpoint.source import Source, StoredTensor
+from llama_mini.checkpoint.source import Rows, Source, StoredTensor
 from llama_mini.engine.llm import LLM
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.model.config import LlamaConfig
@@ -183,10 +183,14 @@ def random_source(config: LlamaConfig) -> Source:
     table = key_table("llama")
     theirs = {to_file_name(name, table): shape for name, shape in shapes.items()}
 
-    def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def read(names: Collection[str], dtype: torch.dtype, *_: object) -> Iterator[Rows[Tensor]]:
         for name in names:
             tensor = torch.empty(theirs[name], dtype=dtype)
-            yield name, tensor.uniform_(0.5, 1.5) if tensor.ndim == 1 else tensor.normal_(std=tensor.shape[1] ** -0.5)
+            yield (
+                name,
+                0,
+                tensor.uniform_(0.5, 1.5) if tensor.ndim == 1 else tensor.normal_(std=tensor.shape[1] ** -0.5),
+            )
 
     path = Path("random weights")
     return Source(
@@ -197,5 +201,5 @@ def random_source(config: LlamaConfig) -> Source:
         dtype=torch.bfloat16,
         keys=table,
         tensors={name: StoredTensor(path, shape, "BF16", 2) for name, shape in theirs.items()},
-        read=read,
+        read_rows=read,
     )

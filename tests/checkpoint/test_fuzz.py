@@ -226,9 +226,9 @@ def read_config(directory, read=hf_directory.read_config):
             raise unguarded("a" * 2001)
     return config, raw
 
-def read_rows(infos, at_once, room, read=hf_directory.read_rows):
-    rows = read(infos, at_once, room)
-    return ((info, first, rows.neg_() if planted[-1] == "tensors" else rows) for info, first, rows in rows)
+def read_rows(tensors, chunks, destination, read=hf_directory.read_rows):
+    rows = read(tensors, chunks, destination)
+    return ((tensor, first, rows.neg_() if planted[-1] == "tensors" else rows) for tensor, first, rows in rows)
 
 planted = []
 hf_directory.read_config = read_config

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 
 from llama_mini import Llama, lab
+from llama_mini.checkpoint.match import empty_model
 from llama_mini.checkpoint.open import open_checkpoint
-from llama_mini.checkpoint.source import empty_model
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.model.norm import Norm
 from llama_mini.model.norm_plan import NormPlan

@@ -54,7 +54,7 @@ def test_every_tensor_of_a_plain_model_has_one_place(tied: bool, quantize: str |
     assert len(set(places)) == len(places)
     assert {type(slot.matrix) for name, slot in slots.items() if name.startswith("layers")} == {kind}
     kept = {Int8Matrix: ("Q8_0",), Int4Matrix: ("Q4_0", "Q4_1"), FloatMatrix: ()}
-    assert all(slot.keeps == kept[type(slot.matrix)] for slot in slots.values())
+    assert all(slot.accepts_quantized == kept[type(slot.matrix)] for slot in slots.values())
 
 
 def test_a_model_is_made_fast_on_the_meta_device_without_its_numbers() -> None:

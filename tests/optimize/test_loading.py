@@ -180,7 +180,7 @@ def test_eight_bit_blocks_keep_their_codes(tmp_path: Path, family: str) -> None:
 def test_reading_by_rows_changes_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None, tied: bool
 ) -> None:
-    monkeypatch.setattr("llama_mini.checkpoint.source._AT_ONCE", 1000)
+    monkeypatch.setattr("llama_mini.checkpoint.source._CHUNK", 1000)
     plain = randomise(tiny_model(vocab_size=100, tie_word_embeddings=tied), 3)
     plain.save_pretrained(tmp_path / "model")
     found, expected = loaded(tmp_path / "model", quantize), fast_of(plain, quantize)

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from llama_mini.checkpoint.gguf.header import GGUFHeader, TensorInfo, read_header
+from llama_mini.checkpoint.gguf.header import GGUFHeader, GGUFTensor, read_header
 from llama_mini.errors import CheckpointFormatError, RequestError, TokenizerError
 from llama_mini.tokenizer import DecodeStream, Tokenizer
 
@@ -253,7 +253,7 @@ def test_every_kind_has_its_name(
 
 
 def test_rows_are_those_of_the_embedding(llama_model: bytes) -> None:
-    embedding = TensorInfo("token_embd.weight", (999, 32), "F32", 0, 999 * 32 * 4)
+    embedding = GGUFTensor("token_embd.weight", (999, 32), "F32", 0, 999 * 32 * 4)
     tokenizer = Tokenizer.from_gguf(header(sentencepiece_metadata(llama_model), **{embedding.name: embedding}))
     assert tokenizer.decode([998]) == ""
     with pytest.raises(RequestError, match="expected 0 to 998"):

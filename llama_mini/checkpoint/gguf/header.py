@@ -1,11 +1,10 @@
-"""The header of a GGUF file, by a reader that believes no number it has not checked.
+"""The header of a GGUF file. Every count, length and offset in it is checked against the file's size before use.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` library's own reader is not used, since it
-maps the whole file into memory and trusts the counts that the header claims.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` library's own reader maps the whole file
+into memory, takes two seconds, and trusts the counts that the header claims.
 """
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,14 +13,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+from llama_mini.checkpoint.io.file_kind import open_file, size_of
+from llama_mini.errors import CheckpointFormatError
+from llama_mini.validate import short_repr
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate(map(np.dtype, ("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))))
 _SCALARS |= {10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8")}
-_DEEPEST_ARRAY = 4
-_MOST_DIMENSIONS = 4
-_USUAL_TYPES = {  # as `_ggml_types` has them, for files that need not wait for it
+_MAX_ARRAY_DEPTH = 4
+_MAX_DIMENSIONS = 4
+_USUAL_TYPES = {  # a part of `_ggml_types` that needs no import of `gguf`
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
     2: ("Q4_0", 32, 18),
@@ -29,11 +30,11 @@ _USUAL_TYPES = {  # as `_ggml_types` has them, for files that need not wait for 
     8: ("Q8_0", 32, 34),
     30: ("BF16", 1, 2),
 }
-_SMALLEST_ENTRY = 8 + 4 + 1  # bytes: a key's length, a value's type, a value
-_SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes: a name's length, a count of dimensions, one dimension, a type, an offset
+_MIN_ENTRY_BYTES = 8 + 4 + 1  # a key's length, a value's type, a value
+_MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name's length, a count of dimensions, one dimension, a type, an offset
 
 
-class TensorInfo(NamedTuple):
+class GGUFTensor(NamedTuple):
     """One tensor of a GGUF file: `shape` in NumPy's order (the file has it reversed), `type` as ggml names it ("Q4_1"),
     `offset` and `n_bytes` of its data from the start of the file."""
 
@@ -48,44 +49,32 @@ class TensorInfo(NamedTuple):
 class GGUFHeader:
     """All of a GGUF file but its tensors' data.
 
-    `metadata` holds Python scalars and strings; an array of numbers is a NumPy array, one of strings or arrays a list.
+    `metadata` holds Python scalars and strings, NumPy arrays of numbers, and lists of strings or arrays.
     """
 
     path: Path
     version: int
     metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, GGUFTensor]
 
 
-def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
-    """The header of a little-endian GGUF file of version 2 or 3, checked against the file's size before it is believed.
+def read_header(path: Path) -> GGUFHeader:
+    """The header of a little-endian GGUF file of version 2 or 3.
 
     Raises:
         CheckpointPathError: there is no such file, or it cannot be read.
         CheckpointFormatError: the file is not GGUF or is broken; names the file and the fault.
     """
-    path = Path(path)
-    if not path.is_file():  # a pipe would wait for ever
-        raise CheckpointPathError(f"{path} is not a file; give the path of a .gguf file")
-    try:
-        with path.open("rb") as file:
-            return _parse(_Bytes(file, path))
-    except OSError as error:
-        raise CheckpointPathError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def shown(value: Any) -> str:
-    """A value or name for a message, cut short: a hostile file may hold one of any length."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    with open_file(path) as file:
+        return _parse(_Bytes(file, path))
 
 
 class _Bytes:
-    """The bytes of a file in order; whoever takes some says what for, and gets no more than there are."""
+    """The bytes of a file in order. The caller says what it reads, for the message where the file has less."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.path = path
-        self.size = os.fstat(file.fileno()).st_size
+        self.size = size_of(file)
         self.position = 0
         self._read: Callable[[int], bytes] = file.read
 
@@ -105,10 +94,10 @@ class _Bytes:
     def number(self, width: int, what: str) -> int:
         return int.from_bytes(self.take(width, what), "little")
 
-    def count(self, smallest: int, what: str) -> int:
-        """A count of things that take at least `smallest` bytes each."""
+    def count(self, min_bytes: int, what: str) -> int:
+        """A count of things that take at least `min_bytes` each: no more than the file can hold."""
         n = self.number(8, f"the count of {what}")
-        self.check(n * smallest, f"{n} {what}")
+        self.check(n * min_bytes, f"{n} {what}")
         return n
 
     def text(self, what: str) -> str:
@@ -118,8 +107,8 @@ class _Bytes:
             raise self.fault(f"{what} is not UTF-8") from None
 
     def texts(self, n: int, what: str) -> list[str]:
-        """The next n strings, as by `text`: of a vocabulary's hundred thousand each call would be felt."""
-        found, read, left = list[str](), self._read, self.size - self.position
+        """The next n strings. A vocabulary has a hundred thousand, so this loop does without calls of `text`."""
+        strings, read, left = list[str](), self._read, self.size - self.position
         for _ in range(n):
             length = int.from_bytes(read(8), "little")
             left -= 8
@@ -129,11 +118,11 @@ class _Bytes:
                 self.take(length, what)
             left -= length
             try:
-                found.append(data.decode())
+                strings.append(data.decode())
             except UnicodeDecodeError:
                 raise self.fault(f"{what} is not UTF-8") from None
         self.position = self.size - left
-        return found
+        return strings
 
     def fault(self, sentence: str) -> CheckpointFormatError:
         return CheckpointFormatError(f"{self.path}: {sentence}")
@@ -141,23 +130,23 @@ class _Bytes:
 
 def _parse(file: _Bytes) -> GGUFHeader:
     version = _read_version(file)
-    n_tensors = file.count(_SMALLEST_TENSOR, "tensors")
-    n_entries = file.count(_SMALLEST_ENTRY, "metadata entries")
+    n_tensors = file.count(_MIN_TENSOR_BYTES, "tensors")
+    n_entries = file.count(_MIN_ENTRY_BYTES, "metadata entries")
 
     metadata: dict[str, Any] = {}
     for i in range(n_entries):
         key = file.text(f"metadata key {i}")
         if key in metadata:
-            raise file.fault(f"metadata key {shown(key)} occurs twice")
-        kind = file.number(4, f"the type of {shown(key)}")
-        metadata[key] = _read_value(file, kind, f"the value of {shown(key)}")
+            raise file.fault(f"metadata key {short_repr(key)} occurs twice")
+        kind = file.number(4, f"the type of {short_repr(key)}")
+        metadata[key] = _read_value(file, kind, f"the value of {short_repr(key)}")
 
     alignment = _alignment(file, metadata)
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, GGUFTensor] = {}
     for i in range(n_tensors):
         info = _read_tensor_info(file, i, alignment)
         if info.name in tensors:
-            raise file.fault(f"tensor {shown(info.name)} occurs twice")
+            raise file.fault(f"tensor {short_repr(info.name)} occurs twice")
         tensors[info.name] = info
 
     start = -(-file.position // alignment) * alignment
@@ -189,8 +178,8 @@ def _read_value(file: _Bytes, kind: int, what: str, depth: int = 0) -> Any:
 
 
 def _read_array(file: _Bytes, what: str, depth: int) -> Any:
-    if depth > _DEEPEST_ARRAY:
-        raise file.fault(f"{what} is nested more than {_DEEPEST_ARRAY} arrays deep")
+    if depth > _MAX_ARRAY_DEPTH:
+        raise file.fault(f"{what} is nested more than {_MAX_ARRAY_DEPTH} arrays deep")
     kind = file.number(4, f"the element type of {what}")
     if kind in _SCALARS:
         return _numbers(file, kind, file.count(_SCALARS[kind].itemsize, f"elements in {what}"), what)
@@ -210,17 +199,17 @@ def _numbers(file: _Bytes, kind: int, n: int, what: str) -> np.ndarray:
 def _alignment(file: _Bytes, metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise file.fault(f"general.alignment must be a power of two, not {shown(alignment)}")
+        raise file.fault(f"general.alignment must be a power of two, not {short_repr(alignment)}")
     return alignment
 
 
-def _read_tensor_info(file: _Bytes, i: int, alignment: int) -> TensorInfo:
-    """One tensor as the header describes it; the offset counts from the start of the data."""
+def _read_tensor_info(file: _Bytes, i: int, alignment: int) -> GGUFTensor:
+    """One entry of the header's list of tensors. Its offset counts from the start of the data."""
     name = file.text(f"the name of tensor {i}")
-    what = f"tensor {shown(name)}"
+    what = f"tensor {short_repr(name)}"
     n_dimensions = file.number(4, f"the dimensions of {what}")
-    if not 1 <= n_dimensions <= _MOST_DIMENSIONS:
-        raise file.fault(f"{what} has {n_dimensions} dimensions; 1 to {_MOST_DIMENSIONS} are possible")
+    if not 1 <= n_dimensions <= _MAX_DIMENSIONS:
+        raise file.fault(f"{what} has {n_dimensions} dimensions; 1 to {_MAX_DIMENSIONS} are possible")
     shape = tuple(file.number(8, f"the shape of {what}") for _ in range(n_dimensions))[::-1]
     if 0 in shape:
         raise file.fault(f"{what} has the shape {shape}, which holds nothing")
@@ -238,19 +227,19 @@ def _read_tensor_info(file: _Bytes, i: int, alignment: int) -> TensorInfo:
     offset = file.number(8, f"the offset of {what}")
     if offset % alignment:
         raise file.fault(f"{what} lies at offset {offset}, which is not a multiple of the alignment {alignment}")
-    return TensorInfo(name, shape, kind, offset, math.prod(shape) // block * block_bytes)
+    return GGUFTensor(name, shape, kind, offset, math.prod(shape) // block * block_bytes)
 
 
-def _check_layout(file: _Bytes, tensors: dict[str, TensorInfo]) -> None:
-    """Every tensor inside the file, no two over each other."""
+def _check_layout(file: _Bytes, tensors: dict[str, GGUFTensor]) -> None:
+    """Refuses tensors that overlap or end behind the end of the file."""
     end, before = 0, ""
     for info in sorted(tensors.values(), key=lambda info: info.offset):
         if info.offset < end:
-            raise file.fault(f"tensors {shown(before)} and {shown(info.name)} overlap")
+            raise file.fault(f"tensors {short_repr(before)} and {short_repr(info.name)} overlap")
         end, before = info.offset + info.n_bytes, info.name
         if end > file.size:
             raise file.fault(
-                f"tensor {shown(info.name)}, {info.type} of shape {info.shape}, ends at byte {end} "
+                f"tensor {short_repr(info.name)}, {info.type} of shape {info.shape}, ends at byte {end} "
                 f"where the file has {file.size}; it is cut short or broken"
             )
 

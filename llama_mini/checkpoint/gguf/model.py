@@ -1,6 +1,6 @@
 """The model in a GGUF file: its metadata as a LlamaConfig, its tensors as the model has them.
 
-What the metadata say is honoured, or known to change nothing, or refused by name.
+A setting in the metadata is honoured, ignored because it changes nothing, or refused by name.
 """
 
 import warnings
@@ -13,18 +13,23 @@ import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.families import FAMILIES
-from llama_mini.checkpoint.gguf.header import GGUFHeader, TensorInfo, read_header, shown
+from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
 from llama_mini.checkpoint.gguf.rope import READ_ROPE, gguf_scaling
-from llama_mini.checkpoint.gguf.tensors import FLOATS, Blocks, read_blocks, read_tensor
-from llama_mini.checkpoint.gguf.tensors import read_rows as read_tensor_rows
-from llama_mini.checkpoint.hf.safetensors_data import Room
+from llama_mini.checkpoint.gguf.tensors import FLOATS, Blocks, read_blocks, read_rows, read_tensor
 from llama_mini.checkpoint.keys import GGUF_KEYS
-from llama_mini.checkpoint.rotary_layout import split_halves
-from llama_mini.checkpoint.source import Rows, Source, StoredTensor, rows_at_once
+from llama_mini.checkpoint.source import (
+    Destination,
+    Rows,
+    Source,
+    StoredTensor,
+    rows_per_chunk,
+    to_split_half_rope,
+)
 from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniWarning
 from llama_mini.model.config import LlamaConfig
+from llama_mini.validate import short_repr
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2")  # by the names that the families have too
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2")  # which are names of families too
 HEAD = "output.weight"
 SIZES = {  # metadata key, after `llama.` -> our name
     "embedding_length": "dim",
@@ -33,9 +38,9 @@ SIZES = {  # metadata key, after `llama.` -> our name
     "feed_forward_length": "hidden_dim",
     "context_length": "max_seq_len",
 }
-READ = {*SIZES, "attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"}
-READ |= {"attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", *READ_ROPE}
-ONLY = {  # settings of which one value is implemented
+HONOURED = {*SIZES, "attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"}
+HONOURED |= {"attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", *READ_ROPE}
+IMPLEMENTED = {  # settings of which only this value is implemented
     "attention.causal": True,
     "attention.clamp_kqv": 0,
     "attention.max_alibi_bias": 0,
@@ -47,67 +52,61 @@ ONLY = {  # settings of which one value is implemented
     "pooling_type": 0,
     "use_parallel_residual": False,
 }
-IGNORED = {"tensor_data_layout"}  # tells what the file was made from
+IGNORED = {"tensor_data_layout"}  # names the layout of the file that this one was made from
 
 
 def open_gguf(path: Path) -> Source:
     """Raises CheckpointError, ConfigError."""
     header = read_header(path)
     config = gguf_config(header)
-    architecture = header.metadata["general.architecture"]
-    matrices = {info.type for info in header.tensors.values() if len(info.shape) > 1}
-    quantised = sorted(matrices - set(FLOATS))
+    matrix_types = {tensor.type for tensor in header.tensors.values() if len(tensor.shape) > 1}
+    is_quantized = not matrix_types <= set(FLOATS)
 
-    def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def read(names: Collection[str], dtype: torch.dtype, _: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
         with path.open("rb") as file:
             for name in names:
-                values = read_tensor(file, header.tensors[name], dtype)
-                yield name, _as_the_model_has_it(values, header.tensors[name], config, architecture)
-
-    def read_rows(names: Collection[str], dtype: torch.dtype, _: Room) -> Iterator[Rows[Tensor]]:
-        with path.open("rb") as file:
-            for name in names:
-                info = header.tensors[name]
-                if len(info.shape) == 1 or _has_pairs(info, architecture):
-                    yield name, 0, _as_the_model_has_it(read_tensor(file, info, dtype), info, config, architecture)
+                tensor, n_heads = header.tensors[name], _interleaved_heads(header, name, config)
+                if n_heads is not None:
+                    yield name, 0, to_split_half_rope(read_tensor(file, tensor, dtype), n_heads, name)
+                elif whole or len(tensor.shape) == 1:
+                    yield name, 0, read_tensor(file, tensor, dtype)
                 else:
-                    yield from (
-                        (name, *rows) for rows in read_tensor_rows(file, info, dtype, rows_at_once(info.shape[-1]))
-                    )
+                    for first, rows in read_rows(file, tensor, dtype, rows_per_chunk(tensor.shape[-1])):
+                        yield name, first, rows
 
-    def read_coded(names: Collection[str]) -> Iterator[Rows[Blocks]]:
+    def read_quantized(names: Collection[str]) -> Iterator[Rows[Blocks]]:
         with path.open("rb") as file:
             for name in names:
-                info = header.tensors[name]
-                at_once = info.shape[0] if _has_pairs(info, architecture) else rows_at_once(info.shape[-1])
-                for first, blocks in read_blocks(file, info, at_once):
-                    rows = _as_the_model_has_it(blocks.rows, info, config, architecture)
-                    yield name, first, blocks._replace(rows=rows)
+                tensor, n_heads = header.tensors[name], _interleaved_heads(header, name, config)
+                at_once = rows_per_chunk(tensor.shape[-1]) if n_heads is None else tensor.shape[0]
+                for first, blocks in read_blocks(file, tensor, at_once):
+                    if n_heads is not None:
+                        blocks = blocks._replace(rows=to_split_half_rope(blocks.rows, n_heads, name))
+                    yield name, first, blocks
 
     return Source(
         path=path,
-        format=f"GGUF file, {', '.join(sorted(matrices))}",
-        model_type=architecture,
+        format=f"GGUF file, {', '.join(sorted(matrix_types))}",
+        model_type=header.metadata["general.architecture"],
         config=config,
-        dtype=torch.bfloat16 if quantised or len(matrices) != 1 else FLOATS[matrices.pop()],
+        dtype=torch.bfloat16 if is_quantized or len(matrix_types) != 1 else FLOATS[matrix_types.pop()],
         keys=GGUF_KEYS,
         tensors={
-            info.name: StoredTensor(path, info.shape, info.type, info.n_bytes)
-            for info in sorted(header.tensors.values(), key=lambda info: info.offset)
+            tensor.name: StoredTensor(path, tensor.shape, tensor.type, tensor.n_bytes)
+            for tensor in sorted(header.tensors.values(), key=lambda tensor: tensor.offset)
         },
-        read=read,
-        read_rows=read_rows,
-        read_coded=read_coded,
+        read_rows=read,
+        read_quantized=read_quantized,
         gguf=header,
     )
 
 
 def gguf_config(header: GGUFHeader) -> LlamaConfig:
-    """What the metadata describe.
+    """The configuration that the metadata describe.
 
     Raises:
-        CheckpointFormatError: the file is not one whole model of a known architecture.
-        ConfigError: a setting that is absent, impossible or not implemented; names it.
+        CheckpointFormatError: the file is a part of a model, or none.
+        ConfigError: names a setting that is absent, impossible or not implemented, or an unknown architecture.
     """
     try:
         return _config(_Metadata(header), header)
@@ -115,16 +114,11 @@ def gguf_config(header: GGUFHeader) -> LlamaConfig:
         raise ConfigError(f"{header.path}: {error}") from None
 
 
-def _has_pairs(info: TensorInfo, architecture: str) -> bool:
-    """Rotary pairs lie side by side in files of the llama architecture alone; the others have split halves already."""
-    return architecture == "llama" and info.name.rpartition(".")[0].endswith((".attn_q", ".attn_k"))
-
-
-def _as_the_model_has_it(values: Tensor, info: TensorInfo, config: LlamaConfig, architecture: str) -> Tensor:
-    if _has_pairs(info, architecture):
-        heads = config.n_heads if ".attn_q." in info.name else config.n_kv_heads
-        return split_halves(values, heads, info.name)
-    return values
+def _interleaved_heads(header: GGUFHeader, name: str, config: LlamaConfig) -> int | None:
+    """The heads of a tensor whose rotary pairs lie side by side: q and k of the architecture `llama` alone."""
+    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    is_llama = header.metadata["general.architecture"] == "llama"
+    return heads.get(name.split(".")[-2]) if is_llama and "." in name else None
 
 
 def _config(metadata: "_Metadata", header: GGUFHeader) -> LlamaConfig:
@@ -135,7 +129,7 @@ def _config(metadata: "_Metadata", header: GGUFHeader) -> LlamaConfig:
     vocab_size = metadata.get("vocab_size", embedding.shape[0])
     if vocab_size != embedding.shape[0]:
         raise ConfigError(
-            f"{metadata.architecture}.vocab_size is {shown(vocab_size)}, "
+            f"{metadata.architecture}.vocab_size is {short_repr(vocab_size)}, "
             f"but token_embd.weight has {embedding.shape[0]} rows"
         )
     sizes = {ours: metadata.get(key) for key, ours in SIZES.items()}
@@ -160,7 +154,7 @@ def _config(metadata: "_Metadata", header: GGUFHeader) -> LlamaConfig:
     for key in ("attention.value_length", "rope.dimension_count"):
         if metadata.get(key, config.head_dim) != config.head_dim:
             raise ConfigError(
-                f"{metadata.architecture}.{key} is {shown(metadata.get(key))}; "
+                f"{metadata.architecture}.{key} is {short_repr(metadata.get(key))}; "
                 f"only the width of a head, {config.head_dim}, is implemented"
             )
     return config
@@ -175,34 +169,31 @@ class _Metadata:
         self.architecture: Any = self.values.get("general.architecture")
 
     def check_kind(self) -> None:
-        """A whole model of a known architecture with nothing that is not implemented."""
+        """Refuses an unknown architecture, a part of a model, and settings that are not implemented."""
         if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
-            raise ConfigError(f"general.architecture is {shown(self.architecture)}; known: {', '.join(ARCHITECTURES)}")
-        for key, known, do in (
-            ("general.type", ("model",), "give the file of the model itself"),
-            (
-                "split.count",
-                (1, 0),
-                "merge the parts first, with llama.cpp's llama-gguf-split --merge",
-            ),  # which writes 0
-        ):
-            found = self.values.get(key, known[0])
-            if not isinstance(found, int | str) or found not in known:
-                raise CheckpointFormatError(f"{self.path}: {key} is {shown(found)}; only {known[0]} can be read; {do}")
+            raise ConfigError(
+                f"general.architecture is {short_repr(self.architecture)}; known: {', '.join(ARCHITECTURES)}"
+            )
+        merge = "merge the parts first, with llama.cpp's llama-gguf-split --merge"  # which leaves a split.count of 0
+        model = "give the file of the model itself"
+        for key, known, do in (("general.type", ("model",), model), ("split.count", (1, 0), merge)):
+            value = self.values.get(key, known[0])
+            if not isinstance(value, int | str) or value not in known:
+                raise CheckpointFormatError(f"{self.path}: {key} is {short_repr(value)}; only {known[0]} is read; {do}")
         for key, value in self.values.items():
             name = key.removeprefix(f"{self.architecture}.")
-            if name == key or name in READ or name in IGNORED:
+            if name == key or name in HONOURED or name in IGNORED:
                 continue
-            if name not in ONLY:
-                raise ConfigError(f"{shown(key)} is {shown(value)}; this setting is not implemented")
-            if isinstance(value, np.ndarray) or value != ONLY[name]:
-                raise ConfigError(f"{key} is {shown(value)}; only {ONLY[name]!r} is implemented")
+            if name not in IMPLEMENTED:
+                raise ConfigError(f"{key:.80} is {short_repr(value)}; this setting is not implemented")
+            if isinstance(value, np.ndarray) or value != IMPLEMENTED[name]:
+                raise ConfigError(f"{key} is {short_repr(value)}; only {IMPLEMENTED[name]!r} is implemented")
 
     def get(self, name: str, *default: Any) -> Any:
-        """The value of `name` of the architecture; without a default it must be there."""
+        """The value of `<architecture>.<name>`, which is required where there is no default."""
         value = self.values.get(f"{self.architecture}.{name}", *default)
         if isinstance(value, np.ndarray) and len(value) and np.all(value == value[0]):
-            value = value[0].item()  # the same for each layer
+            value = value[0].item()  # one value for each layer, all the same
         if value is None and not default:
             raise ConfigError(f"{self.architecture}.{name} is missing from the metadata")
         if isinstance(value, np.ndarray | list):
@@ -212,7 +203,7 @@ class _Metadata:
         return value
 
     def spare_token_id(self, name: str, vocab_size: int) -> int | None:
-        """The same for a token that the model does without: one that does not exist is warned of, as in llama.cpp."""
+        """`token_id` of a token that is not needed: a wrong id is ignored with a warning, as in llama.cpp."""
         value = self.token_id(name)
         if value is None or 0 <= value < vocab_size:
             return value
@@ -222,7 +213,7 @@ class _Metadata:
     def token_id(self, name: str) -> int | None:
         value = self.values.get(f"tokenizer.ggml.{name}_token_id")
         if value is not None and type(value) is not int:
-            raise ConfigError(f"tokenizer.ggml.{name}_token_id must be a whole number, not {shown(value)}")
+            raise ConfigError(f"tokenizer.ggml.{name}_token_id must be a whole number, not {short_repr(value)}")
         return value
 
 

@@ -1,4 +1,4 @@
-"""Rotary scaling in a GGUF file: `rope.scaling.*` in the metadata, or LLaMA 3.1's, stored as a tensor of divisors."""
+"""Rotary scaling in a GGUF file: `rope.scaling.*` in the metadata, or for LLaMA 3.1 a tensor of divisors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_mini.checkpoint.gguf.header import GGUFHeader, shown
+from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.gguf.tensors import read_tensor
 from llama_mini.errors import CheckpointFormatError, ConfigError
 from llama_mini.model.rope_scaling import (
@@ -17,6 +17,7 @@ from llama_mini.model.rope_scaling import (
     YarnScaling,
     exponents,
 )
+from llama_mini.validate import short_repr
 
 DIVISORS = "rope_freqs.weight"
 _SCALING = ("type", "factor", "original_context_length", "attn_factor", "finetuned", "yarn_beta_fast", "yarn_beta_slow")
@@ -36,10 +37,10 @@ def gguf_scaling(get: Callable[..., Any], header: GGUFHeader, max_seq_len: Any, 
     if kind is None and (factor or older) not in (None, 0.0, 1.0):  # llama.cpp takes a bare factor as linear
         kind, factor = "linear", factor or older
     if kind not in (None, "none", "linear", "yarn"):
-        raise ConfigError(f"rope.scaling.type is {shown(kind)}; known: none, linear, yarn")
+        raise ConfigError(f"rope.scaling.type is {short_repr(kind)}; known: none, linear, yarn")
     if get("rope.scaling.attn_factor", 1.0) != 1:
         raise ConfigError(
-            f"rope.scaling.attn_factor is {shown(get('rope.scaling.attn_factor'))}; only 1 is implemented"
+            f"rope.scaling.attn_factor is {short_repr(get('rope.scaling.attn_factor'))}; only 1 is implemented"
         )
     if kind in (None, "none") or factor in (None, 0.0, 1.0):
         return divisors
@@ -56,19 +57,19 @@ def gguf_scaling(get: Callable[..., Any], header: GGUFHeader, max_seq_len: Any, 
 
 
 def _divisors(header: GGUFHeader, theta: Any) -> RopeScaling | None:
-    """`rope_freqs.weight`: LLaMA 3.1's rule if its numbers are that rule's, else the numbers themselves."""
-    info = header.tensors.get(DIVISORS)
-    if info is None:
+    """`rope_freqs.weight`: the divisors of the frequencies, as LLaMA 3.1's rule where they follow it."""
+    tensor = header.tensors.get(DIVISORS)
+    if tensor is None:
         return None
-    if len(info.shape) != 1 or info.shape[0] > 4096:
-        raise CheckpointFormatError(f"{header.path}: {DIVISORS} has the shape {info.shape}, which is not half a head")
+    if len(tensor.shape) != 1 or tensor.shape[0] > 4096:
+        raise CheckpointFormatError(f"{header.path}: {DIVISORS} has the shape {tensor.shape}, which is not half a head")
     with header.path.open("rb") as file:
-        found = read_tensor(file, info)
+        divisors = read_tensor(file, tensor)
     if isinstance(theta, float | int) and theta > 0:
-        plain = 1.0 / float(theta) ** exponents(2 * len(found))
+        plain = 1.0 / float(theta) ** exponents(2 * len(divisors))
         for rule in _LLAMA_3:
-            if torch.allclose(plain / rule.frequencies(plain, theta), found, rtol=1e-5, atol=0):
+            if torch.allclose(plain / rule.frequencies(plain, theta), divisors, rtol=1e-5, atol=0):
                 return rule
-    if np.all(found.numpy() == 1):
+    if np.all(divisors.numpy() == 1):
         return None
-    return FactorScaling(factors=tuple(found.tolist()))
+    return FactorScaling(factors=tuple(divisors.tolist()))

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import read_config
-from llama_mini.checkpoint.hf.safetensors_data import Room, read_rows, read_tensors
-from llama_mini.checkpoint.hf.safetensors_header import TensorInfo, weight_dtype
+from llama_mini.checkpoint.hf.safetensors_data import read_rows
+from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards, read_headers, stored
 from llama_mini.checkpoint.io.files import INDEX, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.keys import IGNORED, KeyTable
-from llama_mini.checkpoint.source import Rows, Source, rows_at_once
+from llama_mini.checkpoint.source import Destination, Rows, Source, rows_per_chunk
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 from llama_mini.machine import DTYPES
 from llama_mini.validate import join_names
@@ -25,46 +25,42 @@ CONVERT = "python scripts/convert.py {source} NEW_DIRECTORY"
 
 
 def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
-    """Opens `directory`, or of its weights just `file`. Raises CheckpointError, ConfigError."""
+    """Opens a directory, or of its weights just `file`. Raises CheckpointError, ConfigError."""
     config, raw = read_config(directory)
     files, promised = ([file], set[str]()) if file is not None else _files(directory)
-    infos = _infos(directory, files, promised)
-    dtypes = {name: weight_dtype(info) for name, info in infos.items() if not IGNORED.search(name)}
+    tensors = read_headers(files)
+    if absent := sorted(promised - set(tensors)):
+        raise CheckpointIncompleteError(f"{directory / INDEX} names tensors that no shard holds: {join_names(absent)}")
+    dtypes = [weight_dtype(tensor) for name, tensor in tensors.items() if not IGNORED.search(name)]
 
-    def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        for info, tensor in read_tensors(infos[name] for name in names):
-            wanted = tensor.to(dtype)
-            del tensor  # the next one is made before the loop would let go of it
-            yield info.name, wanted
-
-    def by_rows(names: Collection[str], _: torch.dtype, room: Room) -> Iterator[Rows[Tensor]]:
-        for info, first, rows in read_rows((infos[name] for name in names), rows_at_once, room):
-            yield info.name, first, rows
-            del rows  # before the next ones are made
+    def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
+        wanted = (tensors[name] for name in names)
+        for tensor, first, rows in read_rows(wanted, None if whole else rows_per_chunk, destination):
+            yield tensor.name, first, rows
+            del rows  # before the next ones are read
 
     return Source(
         path=directory if file is None else file,
         format=f"Hugging Face directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
         model_type=raw["model_type"],
         config=config,
-        dtype=common_dtype(dtypes.values(), raw.get("dtype") or raw.get("torch_dtype")),
-        keys=keys_of(raw["model_type"], infos),
-        tensors=stored(infos),
-        read=read,
-        read_rows=by_rows,
+        dtype=common_dtype(dtypes, raw.get("dtype") or raw.get("torch_dtype")),
+        keys=keys_of(raw["model_type"], tensors),
+        tensors=stored(tensors),
+        read_rows=read,
     )
 
 
-def common_dtype(found: Collection[torch.dtype], stated: object) -> torch.dtype:
+def common_dtype(dtypes: Collection[torch.dtype], stated: object) -> torch.dtype:
     """The one dtype a model gets: that of its tensors; where they differ, the config's, else the widest of them."""
-    kinds = set(found)
-    if len(kinds) > 1 and isinstance(stated, str) and stated in DTYPES:
+    different = set(dtypes)
+    if len(different) > 1 and isinstance(stated, str) and stated in DTYPES:
         return DTYPES[stated]
-    return functools.reduce(torch.promote_types, kinds) if kinds else torch.float32
+    return functools.reduce(torch.promote_types, different) if different else torch.float32
 
 
 def keys_of(model_type: str, names: Mapping[str, object]) -> KeyTable:
-    """The family's table; a model saved without its head class has the same names without `model.`."""
+    """The family's table. A model saved without its head (transformers' LlamaModel) has names without `model.`."""
     table = key_table(model_type)
     if "embed_tokens.weight" in names:
         return {theirs.removeprefix("model."): ours for theirs, ours in table.items()}
@@ -93,10 +89,3 @@ def _files(directory: Path) -> tuple[list[Path], set[str]]:
             f"convert it once: {CONVERT.format(source=directory)}"
         )
     raise CheckpointIncompleteError(f"{directory} holds neither {SINGLE} nor {INDEX}, and no other *.safetensors")
-
-
-def _infos(directory: Path, files: list[Path], promised: set[str]) -> dict[str, TensorInfo]:
-    infos = read_headers(files)
-    if absent := sorted(promised - set(infos)):
-        raise CheckpointIncompleteError(f"{directory / INDEX} names tensors that no shard holds: {join_names(absent)}")
-    return infos

@@ -1,4 +1,8 @@
-"""The tensors of safetensors files, read by their rows into the memory where they stay; and a streaming writer."""
+"""Reading safetensors by rows, straight into the memory where they stay, and writing them one tensor at a time.
+
+The library does neither: it allocates each tensor that it reads, so that a model would be in memory twice while it
+loads, and to save it wants all tensors in memory at once. Two threads read as fast as the page cache gives.
+"""
 
 import json
 import math
@@ -15,97 +19,97 @@ from torch import Tensor
 
 from llama_mini.checkpoint.hf.safetensors_header import (
     METADATA,
-    NAMES,
-    TensorInfo,
+    WEIGHTS,
+    SafetensorsTensor,
     changed,
     position,
-    read_header,
+    stamp_of,
     weight_dtype,
 )
-from llama_mini.errors import CheckpointError, CheckpointPathError
+from llama_mini.checkpoint.source import Destination, no_destination
+from llama_mini.errors import CheckpointPathError
 
-_LARGEST = 2**63 - 1
-_AT_ONCE = 1 << 21  # bytes after which the next tensor waits: with fewer, the call of a second thread would be felt
+_BATCH = (
+    1 << 21
+)  # bytes that are read while the batch before is used: handing less to a thread costs more than it saves
 _PIECE = 1 << 20  # bytes that a thread reads before it takes more
-
-Room = Callable[[str, int, tuple[int, ...]], Tensor | None]  # name, first row, shape -> where these rows are to lie
-
-
-def no_room(name: str, first: int, shape: tuple[int, ...]) -> None:
-    """What reads may allocate for itself."""
+_NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
 
 
 class _Rows(NamedTuple):
-    """Rows of a tensor that are being read: `begin` in bytes from the data's start."""
+    """Rows of a tensor that are being read: `first` is the index of the first, `begin` its byte in the file."""
 
-    info: TensorInfo
+    tensor: SafetensorsTensor
     first: int
     rows: Tensor
     begin: int
 
 
-def read_tensors(infos: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, Tensor]]:
-    """The weights that `read_header` found, each read once, file after file in the order of the data.
-
-    Raises CheckpointFormatError if a file is not what it was then, or holds something else than weights.
-    """
-    return ((info, tensor) for info, _, tensor in read_rows(infos, lambda _: _LARGEST))
-
-
 def read_rows(
-    infos: Iterable[TensorInfo], at_once: Callable[[int], int], room: Room = no_room
-) -> Iterator[tuple[TensorInfo, int, Tensor]]:
-    """The same, of a matrix of so many columns `at_once` rows: the first of them, and these.
+    tensors: Iterable[SafetensorsTensor],
+    rows_per_chunk: Callable[[int], int] | None = None,
+    destination: Destination = no_destination,
+) -> Iterator[tuple[SafetensorsTensor, int, Tensor]]:
+    """The weights that `read_header` found, each once, file after file in the order of the data.
 
-    They are read into `room` where it gives some that has the file's dtype.
+    rows_per_chunk: how many rows of a matrix of so many columns come at once; None gives whole tensors.
+    destination: rows are read into the memory that it gives where that has the file's dtype and is contiguous.
+
+    Raises CheckpointFormatError if a file is not what it was when its header was read, or holds other than weights.
     """
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in infos:
-        by_file.setdefault(info.file, []).append(info)
+    by_file: dict[Path, list[SafetensorsTensor]] = {}
+    for tensor in tensors:
+        by_file.setdefault(tensor.file, []).append(tensor)
     for path, wanted in by_file.items():
-        dtypes = {info: weight_dtype(info) for info in sorted(wanted, key=position)}
+        dtypes = {tensor: weight_dtype(tensor) for tensor in sorted(wanted, key=position)}
         try:
-            stamp = _stamp(path)
-            found = read_header(path)
-            # No memory map: a file that is cut later must not kill the process, nor an edit change weights.
+            # Not mapped into memory: a file that is cut later would kill the process, and an edit change weights.
             with path.open("rb", 0) as file, path.open("rb", 0) as second, ThreadPoolExecutor(1) as helper:
-                start = 8 + int.from_bytes(file.read(8), "little")
                 batch = deque[_Rows]()
-                for coming in chain(_batches(dtypes, at_once, room), [deque[_Rows]()]):
-                    # A second thread reads on while the rows before are taken, and then this one helps it.
-                    pieces = deque(piece for each in coming for piece in _pieces(start + each.begin, each.rows))
+                for next_batch in chain(_batches(dtypes, rows_per_chunk, destination), [deque[_Rows]()]):
+                    # The helper reads the next batch while the caller uses this one; then this thread joins in.
+                    pieces = deque(piece for each in next_batch for piece in _pieces(each.begin, each.rows))
                     reading = helper.submit(_fill, second, pieces)
                     while batch:
-                        info, first, rows, _ = batch.popleft()
-                        if _stamp(path) != stamp or found.get(info.name) != info:
+                        tensor, first, rows, _ = batch.popleft()
+                        if stamp_of(path.stat()) != tensor.stamp:
                             raise changed(path)
-                        yield info, first, rows
+                        yield tensor, first, rows
                         del rows  # before the next ones are made
                     _fill(file, pieces)
                     reading.result()
-                    batch = coming
-        except (CheckpointError, OSError):
+                    batch = next_batch
+        except OSError:
             raise changed(path) from None
 
 
 def _batches(
-    dtypes: Mapping[TensorInfo, torch.dtype], at_once: Callable[[int], int], room: Room
+    dtypes: Mapping[SafetensorsTensor, torch.dtype],
+    rows_per_chunk: Callable[[int], int] | None,
+    destination: Destination,
 ) -> Iterator[deque[_Rows]]:
     batch, n_bytes = deque[_Rows](), 0
-    for info, dtype in dtypes.items():
-        begin = info.begin
-        for first, shape in _blocks(info.shape, at_once):
-            rows = room(info.name, first, shape)
+    for tensor, dtype in dtypes.items():
+        begin = tensor.begin
+        for first, shape in _chunks(tensor.shape, rows_per_chunk):
+            rows = destination(tensor.name, first, shape)
             if rows is None or rows.dtype != dtype or not (rows.is_cpu and rows.is_contiguous()):
                 rows = torch.empty(shape, dtype=dtype)
-            batch.append(_Rows(info, first, rows, begin))
+            batch.append(_Rows(tensor, first, rows, begin))
             begin += rows.nbytes
             n_bytes += rows.nbytes
             del rows
-            if n_bytes >= _AT_ONCE:
+            if n_bytes >= _BATCH:
                 yield batch
                 batch, n_bytes = deque(), 0
     yield batch
+
+
+def _chunks(shape: tuple[int, ...], rows_per_chunk: Callable[[int], int] | None) -> list[tuple[int, tuple[int, ...]]]:
+    """The index of the first row, and the shape, of each chunk of a matrix; any other tensor is one chunk."""
+    if rows_per_chunk is None or len(shape) != 2 or shape[0] <= (n := rows_per_chunk(shape[1])):
+        return [(0, shape)]
+    return [(first, (min(n, shape[0] - first), shape[1])) for first in range(0, shape[0], n)]
 
 
 def _pieces(begin: int, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
@@ -114,7 +118,7 @@ def _pieces(begin: int, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
 
 
 def _fill(file: FileIO, pieces: deque[tuple[int, memoryview]]) -> None:
-    """Reads pieces, which other threads take some of, until there are none. Raises OSError where the file ends."""
+    """Reads pieces until none is left; other threads take some of them. Raises OSError where the file ends."""
     while True:
         try:
             begin, memory = pieces.popleft()
@@ -125,13 +129,6 @@ def _fill(file: FileIO, pieces: deque[tuple[int, memoryview]]) -> None:
             if not (n := file.readinto(memory)):
                 raise OSError("the file is cut")
             memory = memory[n:]
-
-
-def _blocks(shape: tuple[int, ...], at_once: Callable[[int], int]) -> list[tuple[int, tuple[int, ...]]]:
-    """The first row, and the shape, of each block of rows; what is no matrix is one block."""
-    if len(shape) != 2 or shape[0] <= (n := at_once(shape[1])):
-        return [(0, shape)]
-    return [(first, (min(n, shape[0] - first), shape[1])) for first in range(0, shape[0], n)]
 
 
 def write_file(
@@ -178,13 +175,7 @@ def _header_bytes(entries: list[tuple[str, torch.dtype, tuple[int, ...]]], metad
         if name in header:
             raise ValueError(f"the name {name} is announced twice or is reserved")
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Differs once a file has been written to or replaced."""
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,10 +1,10 @@
-"""Weights that lie in several safetensors files: that all are there, and their headers as one."""
+"""Weights in several safetensors files: whether all are there, and their headers as one."""
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from llama_mini.checkpoint.hf.safetensors_header import TensorInfo, read_header
+from llama_mini.checkpoint.hf.safetensors_header import SafetensorsTensor, read_header
 from llama_mini.checkpoint.io.files import inside
 from llama_mini.checkpoint.source import StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
@@ -13,11 +13,14 @@ from llama_mini.validate import join_names
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors")
 
 
-def complete_shards(directory: Path, found: list[str]) -> list[Path]:
-    """All files of a checkpoint whose names were found, and no index: of numbered shards, each must be there."""
-    shards = [match for match in map(_SHARD.fullmatch, found) if match]
+def complete_shards(directory: Path, names: list[str]) -> list[Path]:
+    """The files of a checkpoint without an index: `names`, or if these are numbered shards, each of the series.
+
+    Raises CheckpointIncompleteError where one is missing, CheckpointFormatError where there are two series.
+    """
+    shards = [match for match in map(_SHARD.fullmatch, names) if match]
     if not shards:
-        return all_present(directory, found)
+        return all_present(directory, names)
     first = shards[0]
     if other := [m[0] for m in shards if (m["stem"], m["count"]) != (first["stem"], first["count"])]:
         raise CheckpointFormatError(
@@ -38,16 +41,16 @@ def all_present(directory: Path, names: list[str]) -> list[Path]:
     return files
 
 
-def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """The tensors of all files. Raises CheckpointFormatError where two hold the same."""
-    infos: dict[str, TensorInfo] = {}
+def read_headers(files: Iterable[Path]) -> dict[str, SafetensorsTensor]:
+    """The tensors of all files. Raises CheckpointFormatError where two files hold one of the same name."""
+    tensors: dict[str, SafetensorsTensor] = {}
     for file in files:
-        for name, info in read_header(file).items():
-            if name in infos:
-                raise CheckpointFormatError(f"{name} is in both {infos[name].file.name} and {file.name}")
-            infos[name] = info
-    return infos
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise CheckpointFormatError(f"{name} is in both {tensors[name].file.name} and {file.name}")
+            tensors[name] = tensor
+    return tensors
 
 
-def stored(infos: Mapping[str, TensorInfo]) -> dict[str, StoredTensor]:
-    return {n: StoredTensor(info.file, info.shape, info.dtype, info.end - info.begin) for n, info in infos.items()}
+def stored(tensors: Mapping[str, SafetensorsTensor]) -> dict[str, StoredTensor]:
+    return {name: StoredTensor(t.file, t.shape, t.dtype, t.end - t.begin) for name, t in tensors.items()}

@@ -3,17 +3,15 @@
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.hf.directory import CONVERT, common_dtype
-from llama_mini.checkpoint.hf.safetensors_data import read_tensors
+from llama_mini.checkpoint.hf.safetensors_data import read_rows
 from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
 from llama_mini.checkpoint.hf.shards import complete_shards, read_headers, stored
 from llama_mini.checkpoint.keys import IGNORED, META_KEYS
 from llama_mini.checkpoint.meta.params import read_params
-from llama_mini.checkpoint.rotary_layout import split_halves
-from llama_mini.checkpoint.source import Source
+from llama_mini.checkpoint.source import Rows, Source, to_split_half_rope
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
 from llama_mini.model.config import LlamaConfig
 
@@ -29,29 +27,30 @@ def open_meta_directory(directory: Path) -> Source:
             )
         raise CheckpointIncompleteError(f"{directory} has params.json, but neither consolidated.safetensors nor *.pth")
     files = complete_shards(directory, found)
-    infos = read_headers(files)
-    config = read_params(directory, {name: info.shape for name, info in infos.items()})
+    tensors = read_headers(files)
+    config = read_params(directory, {name: tensor.shape for name, tensor in tensors.items()})
 
-    def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        for info, tensor in read_tensors(infos[name] for name in names):
-            wanted = to_split_half_rope(info.name, tensor, config).to(dtype)
-            del tensor
-            yield info.name, wanted
+    def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
+        for tensor, _first, stored_values in read_rows(tensors[name] for name in names):
+            values = split_half_rope(tensor.name, stored_values, config)
+            del stored_values  # which may be a copy
+            yield tensor.name, 0, values
+            del values  # before the next one is read
 
     return Source(
         path=directory,
         format=f"Meta directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
         model_type="llama",
         config=config,
-        dtype=common_dtype([weight_dtype(info) for name, info in infos.items() if not IGNORED.search(name)], None),
+        dtype=common_dtype([weight_dtype(t) for name, t in tensors.items() if not IGNORED.search(name)], None),
         keys=META_KEYS,
-        tensors=stored(infos),
-        read=read,
+        tensors=stored(tensors),
+        read_rows=read,
     )
 
 
-def to_split_half_rope(name: str, values: Tensor, config: LlamaConfig) -> Tensor:
-    """Meta's q and k have their rotary pairs side by side."""
+def split_half_rope(name: str, values: Tensor, config: LlamaConfig) -> Tensor:
+    """A tensor as the model has it: Meta's q and k have their rotary pairs side by side."""
     if name.endswith(("attention.wq.weight", "attention.wk.weight")):
-        return split_halves(values, config.n_heads if ".wq." in name else config.n_kv_heads, name)
+        return to_split_half_rope(values, config.n_heads if ".wq." in name else config.n_kv_heads, name)
     return values

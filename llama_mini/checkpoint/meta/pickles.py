@@ -1,29 +1,30 @@
-"""Checkpoints stored as pickles, which the engine never reads: for conversion alone, and only plain tensors in them.
+"""Checkpoints stored as pickles, for conversion only: opening one can run code, so the engine itself never does.
 
-`torch.load(weights_only=True)` refuses everything that is not a tensor or a plain container; the tensors are memory
-maps, so that a conversion holds one of them at a time.
+`torch.load(weights_only=True)` refuses all but tensors and plain containers. It maps the file into memory, so that a
+conversion holds one tensor at a time.
 """
 
 import re
 import warnings
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.directory import common_dtype, keys_of
 from llama_mini.checkpoint.hf.shards import all_present
 from llama_mini.checkpoint.io.files import inside, read_weight_map
 from llama_mini.checkpoint.keys import IGNORED, META_KEYS, to_file_name
-from llama_mini.checkpoint.meta.directory import to_split_half_rope
+from llama_mini.checkpoint.match import empty_model
+from llama_mini.checkpoint.meta.directory import split_half_rope
 from llama_mini.checkpoint.meta.params import read_params
-from llama_mini.checkpoint.source import Source, StoredTensor, empty_model
+from llama_mini.checkpoint.source import Rows, Source, StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 from llama_mini.machine import dtype_name
-from llama_mini.model.llama import Llama
 from llama_mini.validate import join_names
 
 Shape = tuple[int, ...]
@@ -45,8 +46,8 @@ def open_hf_pickles(directory: Path) -> Source:
                 raise CheckpointFormatError(f"{name} is in both {tensors[name][0].name} and {file.name}")
             tensors[name] = (file, tensor)
 
-    def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensors[name][1].to(dtype)) for name in names)
+    def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
+        return ((name, 0, tensors[name][1]) for name in names)
 
     return Source(
         path=directory,
@@ -59,20 +60,23 @@ def open_hf_pickles(directory: Path) -> Source:
         ),
         keys=keys_of(raw["model_type"], tensors),
         tensors={name: _stored(file, tensor, tuple(tensor.shape)) for name, (file, tensor) in tensors.items()},
-        read=read,
+        read_rows=read,
     )
 
 
-def open_meta_pickles(directory: Path) -> Source:
-    """Meta's consolidated.NN.pth, one for each rank it was trained on. Raises CheckpointError, ConfigError."""
+def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
+    """Meta's consolidated.NN.pth, one for each rank that it was trained on, joined to the shapes of `builder`'s model.
+
+    Raises CheckpointError, ConfigError.
+    """
     files = _meta_files(directory)
     shards = [_load(file) for file in files]
     for file, shard in zip(files[1:], shards[1:], strict=True):
         if other := set(shard) ^ set(shards[0]):
             raise CheckpointFormatError(f"{file} and {files[0].name} hold other tensors: {sorted(other)[0]}")
-    rows = {name: (t.shape[0] * len(shards), *t.shape[1:]) for name, t in shards[0].items() if t.ndim}
-    config = read_params(directory, rows)
-    held = {name: _stored(files[0], tensor, tuple(tensor.shape)) for name, tensor in shards[0].items()}
+    full_vocabulary = {name: (t.shape[0] * len(shards), *t.shape[1:]) for name, t in shards[0].items() if t.ndim}
+    config = read_params(directory, full_vocabulary)
+    stored = {name: _stored(files[0], tensor, tuple(tensor.shape)) for name, tensor in shards[0].items()}
     source = Source(
         path=directory,
         format=f"Meta directory, {len(files)} pickled file{'s' if len(files) > 1 else ''}",
@@ -80,23 +84,23 @@ def open_meta_pickles(directory: Path) -> Source:
         config=config,
         dtype=common_dtype([t.dtype for name, t in shards[0].items() if not IGNORED.search(name)], None),
         keys=META_KEYS,
-        tensors=held,
-        read=lambda names, dtype: iter(()),
+        tensors=stored,
+        read_rows=lambda *_: iter(()),
     )
-    model = empty_model(Llama, source)
-    whole = {to_file_name(name, META_KEYS): tuple(p.shape) for name, p in model.named_parameters()}
-    merges = {name: _merge_of([tuple(s[name].shape) for s in shards], whole.get(name)) for name in held}
+    model = empty_model(builder, source)
+    shapes = {to_file_name(name, META_KEYS): tuple(p.shape) for name, p in model.named_parameters()}
+    merges = {name: _merge_of([tuple(s[name].shape) for s in shards], shapes.get(name)) for name in stored}
 
-    def read(names: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
         for name in names:
             merged = _merged(name, [shard[name] for shard in shards], merges[name])
-            yield name, to_split_half_rope(name, merged, config).to(dtype)
+            yield name, 0, split_half_rope(name, merged, config)
 
     tensors = {
-        name: stored if merges[name] is None else _stored(stored.file, shards[0][name], whole[name])
-        for name, stored in held.items()
+        name: before if merges[name] is None else _stored(before.file, shards[0][name], shapes[name])
+        for name, before in stored.items()
     }
-    return Source(**vars(source) | {"tensors": tensors, "read": read})
+    return replace(source, tensors=tensors, read_rows=read)
 
 
 def _meta_files(directory: Path) -> list[Path]:
@@ -111,26 +115,26 @@ def _meta_files(directory: Path) -> list[Path]:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    """The plain tensors of a pickle. Raises CheckpointFormatError where it holds anything else."""
+    """The tensors of a pickle by name. Raises CheckpointFormatError where it holds anything else."""
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:
         raise CheckpointFormatError(
             f"{file} holds more than plain tensors, and what else a pickle holds could run; it is not opened"
         ) from None
-    except Exception as error:  # torch's unpickler fails in every way that Python can
+    except Exception as error:  # torch's unpickler raises whatever its input makes Python raise
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointFormatError(f"{file} is not a PyTorch file of tensors: {reason}; download it again") from None
-    if not isinstance(found, dict) or not found:
-        raise CheckpointFormatError(f"{file} holds a {type(found).__name__}, not tensors by name")
-    for name, value in found.items():
+    if not isinstance(tensors, dict) or not tensors:
+        raise CheckpointFormatError(f"{file} holds a {type(tensors).__name__}, not tensors by name")
+    for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise CheckpointFormatError(f"{file}: {name!r:.80} is a {type(value).__name__}, not a plain tensor")
         if not value.is_floating_point() and not IGNORED.search(name):
             raise CheckpointFormatError(
                 f"{file}: {name} is stored as {value.dtype}; weights are floating-point numbers"
             )
-    return found
+    return tensors
 
 
 def _stored(file: Path, tensor: Tensor, shape: Shape) -> StoredTensor:
@@ -138,20 +142,18 @@ def _stored(file: Path, tensor: Tensor, shape: Shape) -> StoredTensor:
     return StoredTensor(file, shape, kind, tensor.numel() * tensor.element_size())
 
 
-def _merge_of(shapes: list[Shape], whole: Shape | None) -> tuple[int, int] | None:
-    """How shards make a tensor of the shape `whole`: the dimension they are joined in, and how often each part is there
-    (-1: all are the same). None where they do not."""
+def _merge_of(shapes: list[Shape], joined: Shape | None) -> tuple[int, int] | None:
+    """How shards make a tensor of the shape `joined`: along which dimension, and how many shards hold the same part
+    (-1: all of them). None where they do not."""
     first, n = shapes[0], len(shapes)
-    if whole is None or any(shape != first for shape in shapes) or len(first) != len(whole):
+    if joined is None or any(shape != first for shape in shapes) or len(first) != len(joined):
         return None
-    if first == whole:
+    if first == joined:
         return 0, -1
-    for axis in range(len(whole)):
-        others_fit = all(a == b for i, (a, b) in enumerate(zip(first, whole, strict=True)) if i != axis)
-        copies, rest = divmod(first[axis] * n, whole[axis])
-        if (
-            others_fit and rest == 0 and copies >= 1 and n % copies == 0
-        ):  # with fewer KV heads than ranks, k and v repeat
+    for axis in range(len(joined)):
+        others_fit = all(a == b for i, (a, b) in enumerate(zip(first, joined, strict=True)) if i != axis)
+        copies, rest = divmod(first[axis] * n, joined[axis])  # k and v repeat where there are more ranks than KV heads
+        if others_fit and rest == 0 and copies >= 1 and n % copies == 0:
             return axis, copies
     return None
 

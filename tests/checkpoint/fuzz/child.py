@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.load import load_model
+from llama_mini.checkpoint.match import match
 from llama_mini.checkpoint.open import open_checkpoint
-from llama_mini.checkpoint.source import Source, match
+from llama_mini.checkpoint.source import Source
 from llama_mini.cli.convert import tokenizer_files
 from llama_mini.errors import LlamaMiniError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
@@ -139,7 +140,7 @@ def _outcome(case: dict[str, Any]) -> dict[str, Any]:
 
 def _open(case: dict[str, Any]) -> dict[str, int]:
     """All that is done with a checkpoint but to run it: a digest of each tensor, by its name."""
-    source = open_checkpoint(Path(case["path"]), pickles=case["pickles"])
+    source = open_checkpoint(Path(case["path"]), pickles=Llama if case["pickles"] else None)
     model = load_model(Llama, source, torch.float32, "cpu")
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if case["compare"]:

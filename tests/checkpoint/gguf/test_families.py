@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
-from llama_mini.checkpoint.gguf.header import TensorInfo
+from llama_mini.checkpoint.gguf.header import GGUFTensor
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.gguf.tensors import read_tensor
 from llama_mini.errors import ConfigError
@@ -80,7 +80,7 @@ def test_divisors_of_no_known_rule_are_honoured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [
-        ({"rope__scaling__type": "longrope"}, "rope.scaling.type is longrope; known: none, linear, yarn"),
+        ({"rope__scaling__type": "longrope"}, "rope.scaling.type is 'longrope'; known: none, linear, yarn"),
         ({"rope__scaling__attn_factor": 0.5}, "rope.scaling.attn_factor is 0.5; only 1"),
         ({"rope__scaling__yarn_log_multiplier": 0.1}, "yarn_log_multiplier is 0.1.*not implemented"),
         ({"attention__sliding_window": 4096}, "attention.sliding_window is 4096; only 0"),
@@ -121,7 +121,7 @@ def test_every_block_type_is_what_the_gguf_library_makes_of_it(tmp_path: Path, n
     data = np.random.default_rng(0).integers(0, 256, (rows, per_row * size), dtype=np.uint8)
     path = tmp_path / "blocks"
     path.write_bytes(b"\0" * 32 + data.tobytes())
-    info = TensorInfo("t", (7, 10, per_row * block), name, 32, data.size)
+    info = GGUFTensor("t", (7, 10, per_row * block), name, 32, data.size)
     with np.errstate(all="ignore"):
         expected = quants.dequantize(data, kind).reshape(info.shape)
         for dtype in (torch.float32, torch.bfloat16):

@@ -1,5 +1,6 @@
 """The header reader against the gguf library's own on whole files, and alone on broken ones."""
 
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -185,31 +186,37 @@ FAULTS = {
     "entry count": (b"GGUF" + struct.pack("<IQ", 3, 0) + HUGE + bytes(100), "9223372036854775808 metadata entries"),
     "key length": (_file([HUGE + bytes(20)], []), "metadata key 0 needs 9223372036854775808 bytes"),
     "key not UTF-8": (_file([struct.pack("<Q", 1) + b"\xff" + bytes(20)], []), "key 0 is not UTF-8"),
-    "string length": (_file([_entry("a", 8, HUGE)], []), "the value of a needs 9223372036854775808 bytes"),
-    "length in array": (_file([_entry("a", 9, _texts(_text("b"), HUGE))], []), "value of a needs 9223372036854775808"),
-    "cut in array": (_file([_entry("a", 9, _texts(_text("b"), HUGE[:3]))], [], data=0), "value of a needs|cut short"),
-    "array not UTF-8": (_file([_entry("a", 9, _texts(_text("a")[:-1] + b"\xff"))], []), "value of a is not UTF-8"),
-    "value type": (_file([_entry("a", 13, bytes(8))], []), "the value of a has the unknown type 13"),
-    "array count": (_file([_entry("a", 9, struct.pack("<I", 4) + HUGE)], []), "elements in the value of a needs"),
-    "text array count": (_file([_entry("a", 9, struct.pack("<I", 8) + HUGE)], []), "elements in the value of a needs"),
+    "string length": (_file([_entry("a", 8, HUGE)], []), "the value of 'a' needs 9223372036854775808 bytes"),
+    "length in array": (
+        _file([_entry("a", 9, _texts(_text("b"), HUGE))], []),
+        "value of 'a' needs 9223372036854775808",
+    ),
+    "cut in array": (_file([_entry("a", 9, _texts(_text("b"), HUGE[:3]))], [], data=0), "value of 'a' needs|cut short"),
+    "array not UTF-8": (_file([_entry("a", 9, _texts(_text("a")[:-1] + b"\xff"))], []), "value of 'a' is not UTF-8"),
+    "value type": (_file([_entry("a", 13, bytes(8))], []), "the value of 'a' has the unknown type 13"),
+    "array count": (_file([_entry("a", 9, struct.pack("<I", 4) + HUGE)], []), "elements in the value of 'a' needs"),
+    "text array count": (
+        _file([_entry("a", 9, struct.pack("<I", 8) + HUGE)], []),
+        "elements in the value of 'a' needs",
+    ),
     "element type": (_file([_entry("a", 9, struct.pack("<IQ", 99, 1))], []), "unknown element type 99"),
     "nesting": (_file([_entry("a", 9, struct.pack("<IQ", 9, 1) * 5000)], []), "nested more than 4"),
     "bool": (_file([_entry("a", 7, b"\2")], []), "neither true nor false"),
-    "key twice": (_file([_entry("a", 7, b"\1")] * 2, []), "metadata key a occurs twice"),
+    "key twice": (_file([_entry("a", 7, b"\1")] * 2, []), "metadata key 'a' occurs twice"),
     "alignment": (_file([_entry("general.alignment", 4, struct.pack("<I", 24))], []), "alignment .* power of two.* 24"),
     "alignment 0": (_file([_entry("general.alignment", 4, bytes(4))], []), "alignment .* power of two"),
     "alignment text": (_file([_entry("general.alignment", 8, _text("x"))], []), "alignment .* power of two"),
     "no dimensions": (_file([], [_tensor("t", [], 0, 0)]), "0 dimensions"),
     "many dimensions": (_file([], [_tensor("t", [1] * 5, 0, 0)]), "5 dimensions"),
     "empty shape": (_file([], [_tensor("t", [4, 0], 0, 0)]), r"shape \(0, 4\)"),
-    "shape too big": (_file([], [_tensor("t", [2**63] * 4, 0, 0)]), "tensor t, F32 .* ends at byte"),
+    "shape too big": (_file([], [_tensor("t", [2**63] * 4, 0, 0)]), "tensor 't', F32 .* ends at byte"),
     "tensor type": (_file([], [_tensor("t", [4], 5, 0)]), "unknown type 5; known are F32, F16, Q4_0"),
     "broken block": (_file([], [_tensor("t", [33], 3, 0)]), "rows of 33, which Q4_1 blocks of 32"),
     "misaligned": (_file([], [_tensor("t", [4], 0, 8)]), "offset 8, .* alignment 32"),
-    "offset": (_file([], [_tensor("t", [4], 0, 2**63)]), "tensor t, F32 .* ends at byte"),
-    "overlap": (_file([], [_tensor("t", [16], 0, 0), _tensor("u", [4], 0, 32)]), "tensors t and u overlap"),
-    "name twice": (_file([], [_tensor("t", [4], 0, 0), _tensor("t", [4], 0, 32)]), "tensor t occurs twice"),
-    "cut short": (_file([], [_tensor("t", [65], 0, 0)]), "tensor t, F32 .* where the file has"),
+    "offset": (_file([], [_tensor("t", [4], 0, 2**63)]), "tensor 't', F32 .* ends at byte"),
+    "overlap": (_file([], [_tensor("t", [16], 0, 0), _tensor("u", [4], 0, 32)]), "tensors 't' and 'u' overlap"),
+    "name twice": (_file([], [_tensor("t", [4], 0, 0), _tensor("t", [4], 0, 32)]), "tensor 't' occurs twice"),
+    "cut short": (_file([], [_tensor("t", [65], 0, 0)]), "tensor 't', F32 .* where the file has"),
 }
 
 
@@ -245,26 +252,23 @@ def test_the_files_of_the_faults_are_sound_without_them(tmp_path: Path) -> None:
     assert header.tensors["t"].n_bytes == 256
 
 
-def test_every_truncation_is_refused(tmp_path: Path, whole: Path) -> None:
+def test_a_truncation_anywhere_is_refused(whole: Path) -> None:
     header = read_header(whole)
-    data = whole.read_bytes()
     end = max(info.offset + info.n_bytes for info in header.tensors.values())
     first = min(info.offset for info in header.tensors.values())
-    path = tmp_path / "cut.gguf"
-    for length in [*range(first + 8), end - 1]:
-        path.write_bytes(data[:length])
+    for length in [end - 1, *range(first + 8, 300, -5), *range(300, -1, -1)]:  # 5 divides no size of a field
+        os.truncate(whole, length)
         with pytest.raises(CheckpointFormatError):
-            read_header(path)
+            read_header(whole)
 
 
-@pytest.mark.parametrize("byte", [0x00, 0x7F, 0xFF])
-def test_a_wrong_byte_is_read_or_refused(tmp_path: Path, whole: Path, byte: int) -> None:
+def test_a_wrong_byte_is_read_or_refused(tmp_path: Path, whole: Path) -> None:
     data = whole.read_bytes()
     first = min(info.offset for info in read_header(whole).tensors.values())
     path = tmp_path / "wrong.gguf"
     refused = 0
     for at in range(first):
-        path.write_bytes(data[:at] + bytes([byte]) + data[at + 1 :])
+        path.write_bytes(data[:at] + b"\x00\x7f\xff"[at % 3 : at % 3 + 1] + data[at + 1 :])
         try:
             assert isinstance(read_header(path), GGUFHeader)
         except CheckpointFormatError:
@@ -283,18 +287,18 @@ def test_long_names_are_cut_in_messages(tmp_path: Path) -> None:
 def test_a_type_that_has_no_values_is_named(tmp_path: Path) -> None:
     path = tmp_path / "q8k.gguf"
     path.write_bytes(_file([], [_tensor("t", [256], Kind.Q8_K.value, 0)], data=292))
-    with path.open("rb") as file, pytest.raises(CheckpointFormatError, match="tensor t is Q8_K"):
+    with path.open("rb") as file, pytest.raises(CheckpointFormatError, match="tensor 't' is Q8_K"):
         read_tensor(file, read_header(path).tensors["t"])
 
 
 def test_a_file_that_shrinks_is_refused(tmp_path: Path, whole: Path) -> None:
     info = read_header(whole).tensors["vector"]
     whole.write_bytes(whole.read_bytes()[: info.offset + 8])
-    with whole.open("rb") as file, pytest.raises(CheckpointFormatError, match="ends inside tensor vector"):
+    with whole.open("rb") as file, pytest.raises(CheckpointFormatError, match="ends inside tensor 'vector'"):
         read_tensor(file, info)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.gguf"):
-        with pytest.raises(CheckpointPathError, match="is not a file"):
+        with pytest.raises(CheckpointPathError, match=f"cannot read {path}"):
             read_header(path)

@@ -75,10 +75,14 @@ def test_a_head_dim_of_its_own(tmp_path: Path, write_gguf: Write) -> None:
 
 
 REFUSED = {
-    "architecture": ({"general.architecture": "gpt2"}, ConfigError, "architecture is gpt2; known: llama, qwen2, qwen3"),
-    "adapter": ({"general.type": "adapter"}, CheckpointFormatError, "general.type is adapter"),
+    "architecture": (
+        {"general.architecture": "gpt2"},
+        ConfigError,
+        "architecture is 'gpt2'; known: llama, qwen2, qwen3",
+    ),
+    "adapter": ({"general.type": "adapter"}, CheckpointFormatError, "general.type is 'adapter'"),
     "shards": ({"split.count": 2}, CheckpointFormatError, "split.count is 2; .* merge the parts"),
-    "scaling": ({"llama.rope.scaling.type": "su"}, ConfigError, "rope.scaling.type is su; known: none, linear, yarn"),
+    "scaling": ({"llama.rope.scaling.type": "su"}, ConfigError, "rope.scaling.type is 'su'; known: none, linear, yarn"),
     "factor": ({"llama.rope.scaling.factor": 0.5}, ConfigError, "factor must be .* at least 1, not 0.5"),
     "experts": ({"llama.expert_count": 8}, ConfigError, "llama.expert_count is 8"),
     "soft-capping": ({"llama.final_logit_softcapping": 30.0}, ConfigError, "final_logit_softcapping is 30.0"),
@@ -92,7 +96,7 @@ REFUSED = {
     "no heads": ({"llama.attention.head_count": 0}, ConfigError, "n_heads must be .* not 0"),
     "text": ({"llama.embedding_length": "32"}, ConfigError, "dim must be .* not '32'"),
     "vocabulary": ({"llama.vocab_size": 300}, ConfigError, "vocab_size is 300, but token_embd.weight has 263 rows"),
-    "token": ({"tokenizer.ggml.bos_token_id": "a"}, ConfigError, "bos_token_id must be a whole number, not a"),
+    "token": ({"tokenizer.ggml.bos_token_id": "a"}, ConfigError, "bos_token_id must be a whole number, not 'a'"),
 }
 
 

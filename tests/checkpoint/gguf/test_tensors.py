@@ -8,18 +8,18 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
-from llama_mini.checkpoint.gguf.header import TensorInfo
+from llama_mini.checkpoint.gguf.header import GGUFTensor
 from llama_mini.checkpoint.gguf.tensors import read_blocks, read_rows, read_tensor
 from llama_mini.errors import CheckpointFormatError
 
 ROWS, COLUMNS = 7, 96
 
 
-def write(path: Path, kind: Kind) -> TensorInfo:
+def write(path: Path, kind: Kind) -> GGUFTensor:
     values = np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float32)
     blocks = quants.quantize(values, kind)
     path.write_bytes(b"\0" * 32 + blocks.tobytes())
-    return TensorInfo("t", (ROWS, COLUMNS), kind.name, 32, blocks.nbytes)
+    return GGUFTensor("t", (ROWS, COLUMNS), kind.name, 32, blocks.nbytes)
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1], ids=lambda kind: kind.name)
@@ -72,6 +72,6 @@ def test_a_file_that_ends_inside_them_is_named(tmp_path: Path, kind: Kind) -> No
     (tmp_path / "blocks").write_bytes((tmp_path / "blocks").read_bytes()[:-1])
     with (
         (tmp_path / "blocks").open("rb") as file,
-        pytest.raises(CheckpointFormatError, match=r"blocks: the file ends inside tensor t; download it again"),
+        pytest.raises(CheckpointFormatError, match=r"blocks: the file ends inside tensor 't'; download it again"),
     ):
         list(read_blocks(file, info, at_once=2))

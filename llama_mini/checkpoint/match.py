@@ -1,0 +1,110 @@
+"""The tensors of an opened checkpoint against the parameters of its model, and reading those that match."""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llama_mini.checkpoint.keys import IGNORED, to_file_name
+from llama_mini.checkpoint.source import Destination, Rows, Source, Values
+from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, LlamaMiniWarning
+from llama_mini.validate import join_names
+
+Model = TypeVar("Model", bound=nn.Module)  # built from a LlamaConfig alone
+HEAD, EMBEDDING = "lm_head.weight", "tok_embeddings.weight"
+
+
+def empty_model(cls: type[Model], source: Source) -> Model:
+    """The model on the meta device: shapes without memory. Raises CheckpointMismatchError, ConfigError."""
+    config = source.config
+    if config.n_layers > len(source.tensors):  # before a model of a billion layers is built
+        raise CheckpointMismatchError(
+            f"{source.path} asks for {config.n_layers} layers, but holds {len(source.tensors)} tensors in all"
+        )
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except RuntimeError as error:  # a size beyond 64 bits
+        raise ConfigError(f"{source.path}: no model of these sizes can be made: {error}") from None
+
+
+def n_parameters(source: Source) -> int:
+    """The number of the model's parameters, counted in the file without building the model."""
+    return sum(math.prod(tensor.shape) for name, tensor in source.tensors.items() if not IGNORED.search(name))
+
+
+def match(model: nn.Module, source: Source) -> dict[str, str]:
+    """Name in the file -> ours, for every parameter, in the order of the files.
+
+    Raises CheckpointMismatchError that names every missing, unexpected and misshaped tensor at once.
+    """
+    expected = {to_file_name(name, source.keys): (name, tuple(p.shape)) for name, p in model.named_parameters()}
+    head, embedding = to_file_name(HEAD, source.keys), to_file_name(EMBEDDING, source.keys)
+    if head not in expected and head in source.tensors and embedding not in source.tensors:
+        expected[head] = expected.pop(embedding)  # tied, and stored once under the name of the head
+    ignored = {name for name in source.tensors if IGNORED.search(name)} | set(_redundant_head(source))
+    shapes = {name: stored.shape for name, stored in source.tensors.items() if name not in ignored or name in expected}
+    faults = []
+    if missing := sorted(set(expected) - set(shapes)):
+        faults.append(f"{len(missing)} missing: {join_names(missing)}")
+    if unexpected := sorted(set(shapes) - set(expected)):
+        faults.append(f"{len(unexpected)} unexpected: {join_names(unexpected)}")
+    if misshaped := sorted(name for name in set(expected) & set(shapes) if expected[name][1] != shapes[name]):
+        both = [f"{name} is {shapes[name]}, not {expected[name][1]}" for name in misshaped]
+        faults.append(f"{len(misshaped)} misshaped: {join_names(both)}")
+    if faults:
+        raise CheckpointMismatchError(
+            f"{source.path}: the tensors are not those of its configuration: {'; '.join(faults)}"
+        )
+    return {name: expected[name][0] for name in source.tensors if name in expected}
+
+
+def read_all(
+    source: Source,
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+    what: str,
+    delay: float = 1,
+    destination: Destination | None = None,
+    whole: bool = False,
+) -> Iterator[Rows[Tensor]]:
+    """Reads the tensors that `match` found, under our names, with a progress bar; arguments as in `Source.read`.
+
+    Raises CheckpointFormatError where a norm or a bias is not finite: every answer would be NaN.
+    """
+    rows = source.read(names.keys(), dtype, destination, whole)
+    for name, first, values in with_progress(rows, len(names), what, delay):
+        if values.ndim == 1 and not torch.isfinite(values).all():
+            raise CheckpointFormatError(f"{source.tensors[name].file}: {name} holds NaN or infinity; download it again")
+        yield names[name], first, values
+        del values  # before the next ones are read
+
+
+def with_progress(rows: Iterator[Rows[Values]], total: int, what: str, delay: float = 1) -> Iterator[Rows[Values]]:
+    """The same rows, with a bar that counts tensors and appears on a terminal after `delay` seconds."""
+    with tqdm(total=total, desc=what, unit="tensor", delay=delay, leave=False, disable=None) as bar:
+        for item in rows:
+            is_new = item[1] == 0
+            yield item
+            del item  # before the next one is read
+            bar.update(is_new)
+
+
+def warn_of_other_head(source: Source, dtype: torch.dtype) -> None:
+    """Warns where embedding and head are tied, but the file has a head with other values. It is ignored."""
+    for head in _redundant_head(source):
+        both = (source.read([name], dtype) for name in (head, to_file_name(EMBEDDING, source.keys)))
+        if not all(torch.equal(a, b) for (*_, a), (*_, b) in zip(*both, strict=True)):
+            message = f"{head} differs from the embedding, but tie_word_embeddings is true: it is ignored"
+            warnings.warn(message, LlamaMiniWarning, stacklevel=3)
+
+
+def _redundant_head(source: Source) -> list[str]:
+    """The head's name in the file, if the model has none and the file has the embedding too."""
+    head, embedding = to_file_name(HEAD, source.keys), to_file_name(EMBEDDING, source.keys)
+    both = head in source.tensors and embedding in source.tensors
+    return [head] if source.config.tie_word_embeddings and both else []

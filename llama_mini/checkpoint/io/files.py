@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,9 @@ from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, describe, kind_of
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 from llama_mini.validate import short_repr
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights, or what says where they are
-MAX_JSON_BYTES = 256 * 2**20  # bytes
-_DEEPEST_JSON = 127  # objects and lists within each other; Rust's serde_json, which others read with, has the same
-_EVERY = 25  # of what characters a number too large for a float, of 309 digits, leaves twelve in a row
-_SAMPLES, _DIGITS = re.compile("[0-9]{12,}"), re.compile(f"[0-9]{{{11 * _EVERY + 1}}}")
-_MINUS_ZERO = re.compile("-0(?![.0-9eE])")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights; the index of weights in shards
+MAX_JSON_BYTES = 256 * 2**20
+_MAX_DEPTH = 127  # of objects and lists within each other, as in Rust's serde_json, which other readers use
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONTAINERS = {dict, list}
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -47,25 +43,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def decode_json(text: str, unique_names: bool = False) -> Any:
-    """JSON without what only Python takes for it. Raises ValueError, whose text follows the name of the file."""
-    strange = _holds_large_number(text) or _MINUS_ZERO.search(text)
+def decode_json(text: str) -> Any:
+    """JSON by its standard, which Python's reader alone extends. Raises ValueError, to follow the name of the file."""
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique if unique_names else None,
-            parse_int=_int if strange else None,  # a call for each number takes twice as long as all the rest
-            parse_float=_float,
-            parse_constant=_constant,
-        )
+        value = json.loads(text, parse_int=_int, parse_float=_float, parse_constant=_constant)
         depth = _depth(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error}") from None
     except RecursionError:
-        depth = _DEEPEST_JSON + 1
-    if depth > _DEEPEST_JSON:
-        raise ValueError(f"is nested too deeply, where {_DEEPEST_JSON} objects and lists within each other are read")
-    if _SURROGATE.search(text):  # whole pairs pass, but writing 3 MB to see them takes longer than reading it
+        depth = _MAX_DEPTH + 1
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"is nested too deeply; {_MAX_DEPTH} objects and lists within each other are read")
+    if _SURROGATE.search(text):  # perhaps a whole pair, which is a character
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -74,7 +63,7 @@ def decode_json(text: str, unique_names: bool = False) -> Any:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """An index's map of tensor names to file names, which are as untrusted as the rest. Raises CheckpointError."""
+    """An index's map of tensor names to file names, which may still be hostile. Raises CheckpointError."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointFormatError(f"{index} has no weight_map of tensor names to file names")
@@ -86,7 +75,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything at a path; one that no file can have is none. (pathlib raises for a name too long.)"""
+    """Whether there is anything at a path. (pathlib raises where a name is too long to be one.)"""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -94,10 +83,10 @@ def exists(path: Path) -> bool:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The path of a file of a checkpoint's directory, whether it is there or not.
+    """The path of a file in a checkpoint's directory, which may be absent.
 
-    Raises CheckpointPathError if `name` is no plain file name, or that of a symbolic link which leaves the directory,
-    other than those that the Hugging Face hub's cache consists of.
+    Raises CheckpointPathError if `name` is not a plain file name, or is a symbolic link out of the directory; the links
+    that make up the Hugging Face hub's cache are allowed.
     """
     if not _is_plain(name):
         raise CheckpointPathError(
@@ -140,17 +129,10 @@ def _is_hub_link(home: Path, path: Path, target: Path) -> bool:
     return target == blob or (shared and re.fullmatch("[0-9a-f]{64}", target.name) is not None)
 
 
-def _holds_large_number(text: str) -> bool:
-    """Whether there may be one: a look at every digit takes longer than reading them. Lines of equal length mislead
-    the samples, so that what lies between is looked at too."""
-    found = _SAMPLES.finditer(text[::_EVERY])
-    return any(_DIGITS.search(text, of.start() * _EVERY, of.end() * _EVERY) for of in found)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(entries := dict(pairs)) < len(pairs):
-        raise ValueError(f"holds the name {short_repr(Counter(name for name, _ in pairs).most_common(1)[0][0])} twice")
-    return entries
+def _int(text: str) -> int:
+    if len(text) > 300:  # Python is slow at thousands of digits, or refuses them in words of its own
+        _float(text)
+    return int(text)
 
 
 def _float(text: str) -> float:
@@ -158,11 +140,6 @@ def _float(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"holds a number of {len(text)} digits, which is too large")
     return value
-
-
-def _int(text: str) -> float:
-    value = _float(text)  # Python is slow at thousands of digits, or refuses them in words of its own
-    return value if text == "-0" else int(text)
 
 
 def _constant(text: str) -> None:

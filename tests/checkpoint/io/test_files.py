@@ -86,15 +86,10 @@ def test_json_in_any_spelling_is_read(tmp_path: Path) -> None:
     assert read_json(file) == {"a": 2, "日": "\U0001f999", "\\ud800": {}}
 
 
-@pytest.mark.parametrize("before", range(0, 60, 7))
-def test_a_number_too_large_for_a_float_is_found_wherever_it_stands(before: int) -> None:
-    assert decode_json(" " * before + f"[{10**308}, -0, 0.5]") == [10**308, 0, 0.5]
+def test_a_whole_number_must_be_finite_as_a_float() -> None:
+    assert decode_json(f"[{10**308}, {-(10**308)}, 0.5]") == [10**308, -(10**308), 0.5]
     with pytest.raises(ValueError, match="holds a number of 309 digits"):
-        decode_json(" " * before + "[" + "9" * 309 + "]")
-
-
-def test_minus_zero_keeps_its_sign() -> None:
-    assert str(decode_json("[-0]")) == "[-0.0]"
+        decode_json("[" + "9" * 309 + "]")
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
@@ -103,9 +98,3 @@ def test_the_deepest_json_that_is_read(opening: str) -> None:
     assert decode_json(opening * 127 + "1" + closing * 127)
     with pytest.raises(ValueError, match="is nested too deeply"):
         decode_json(opening * 128 + "1" + closing * 128)
-
-
-def test_names_that_must_differ(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds the name 'a' twice"):
-        decode_json('{"b": {"a": 1, "c": 2, "a": 1}}', unique_names=True)
-    assert decode_json('{"b": {"a": 1}, "a": 1}', unique_names=True) == {"b": {"a": 1}, "a": 1}

@@ -1,1 +1,1 @@
-"""Reading, converting and writing checkpoints. Hugging Face's words stop here."""
+"""Reading, converting and writing checkpoints. Foreign names of tensors and settings are translated here."""

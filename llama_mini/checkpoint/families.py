@@ -1,4 +1,4 @@
-"""The Hugging Face families that are opened: for each, its key table and what its configuration means.
+"""The Hugging Face families that are supported: for each, its table of names and what its configuration means.
 
 Source of the defaults: the configuration classes of transformers 5.23.
 """
@@ -15,10 +15,10 @@ from llama_mini.model.norm_plan import NormPlan
 class Family:
     """One `model_type`.
 
-    plan, late: the preset of its norms, and whether they round last.
-    biases: who decides on them: `attention_bias` (q, k, v and o), that and `mlp_bias`, nobody, or `qkv`: always those.
+    plan, late: the preset of its norms, and whether they are rounded last, after the gain.
+    biases: `attention`: of q, k, v and o, if `attention_bias` says so; `attention+mlp`: `mlp_bias` too; `qkv`: always.
     window: which layers may have a sliding window: none, every, or those that the configuration lists.
-    defaults: what an absent key means.
+    defaults: the values of absent keys.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""Tensor names of each family and format, in both directions: name in the file <-> ours. `{}` is the layer's number.
+"""Names of tensors by family and format: name in the file <-> ours. `{}` stands for the layer's number.
 
 The same Hugging Face key means different slots in different families: a table belongs to a `model_type`.
 """
@@ -82,8 +82,8 @@ GGUF_KEYS: KeyTable = _with_biases(
     }
 )
 
-# Tables that old checkpoints stored, and the one that a GGUF file's configuration has taken in.
-IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_freqs\.weight$")
+# Rotary tables that old checkpoints store, and the one of a GGUF file, which is read as its configuration.
+IGNORED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_freqs\.weight$")
 
 
 def to_file_name(name: str, table: KeyTable) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llama_mini.checkpoint.keys import IGNORED, to_file_name
+from llama_mini.checkpoint.keys import IGNORED_TENSORS, to_file_name
 from llama_mini.checkpoint.source import Destination, Rows, Source, Values
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, LlamaMiniWarning
 from llama_mini.validate import join_names
@@ -34,7 +34,7 @@ def empty_model(cls: type[Model], source: Source) -> Model:
 
 def n_parameters(source: Source) -> int:
     """The number of the model's parameters, counted in the file without building the model."""
-    return sum(math.prod(tensor.shape) for name, tensor in source.tensors.items() if not IGNORED.search(name))
+    return sum(math.prod(tensor.shape) for name, tensor in source.tensors.items() if not IGNORED_TENSORS.search(name))
 
 
 def match(model: nn.Module, source: Source) -> dict[str, str]:
@@ -46,7 +46,7 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
     head, embedding = to_file_name(HEAD, source.keys), to_file_name(EMBEDDING, source.keys)
     if head not in expected and head in source.tensors and embedding not in source.tensors:
         expected[head] = expected.pop(embedding)  # tied, and stored once under the name of the head
-    ignored = {name for name in source.tensors if IGNORED.search(name)} | set(_redundant_head(source))
+    ignored = {name for name in source.tensors if IGNORED_TENSORS.search(name)} | set(_redundant_head(source))
     shapes = {name: stored.shape for name, stored in source.tensors.items() if name not in ignored or name in expected}
     faults = []
     if missing := sorted(set(expected) - set(shapes)):

@@ -87,9 +87,9 @@ class _Bytes:
         return data
 
     def check(self, n: int, what: str) -> None:
-        left = self.size - self.position
-        if n > left:
-            raise self.fault(f"{what} needs {n} bytes where the file has {left} left; it is cut short or broken")
+        remaining = self.size - self.position
+        if n > remaining:
+            raise self.fault(f"{what} needs {n} bytes where the file has {remaining} left; it is cut short or broken")
 
     def number(self, width: int, what: str) -> int:
         return int.from_bytes(self.take(width, what), "little")
@@ -108,20 +108,20 @@ class _Bytes:
 
     def texts(self, n: int, what: str) -> list[str]:
         """The next n strings. A vocabulary has a hundred thousand, so this loop does without calls of `text`."""
-        strings, read, left = list[str](), self._read, self.size - self.position
+        strings, read, remaining = list[str](), self._read, self.size - self.position
         for _ in range(n):
             length = int.from_bytes(read(8), "little")
-            left -= 8
-            data = read(length) if length <= left else b""
+            remaining -= 8
+            data = read(length) if length <= remaining else b""
             if len(data) != length:
-                self.position = self.size - max(left, 0)
+                self.position = self.size - max(remaining, 0)
                 self.take(length, what)
-            left -= length
+            remaining -= length
             try:
                 strings.append(data.decode())
             except UnicodeDecodeError:
                 raise self.fault(f"{what} is not UTF-8") from None
-        self.position = self.size - left
+        self.position = self.size - remaining
         return strings
 
     def fault(self, sentence: str) -> CheckpointFormatError:

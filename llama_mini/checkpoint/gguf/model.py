@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
-from llama_mini.checkpoint.gguf.rope import READ_ROPE, gguf_scaling
+from llama_mini.checkpoint.gguf.rope import ROPE_KEYS, gguf_scaling
 from llama_mini.checkpoint.gguf.tensors import FLOATS, Blocks, read_blocks, read_rows, read_tensor
 from llama_mini.checkpoint.keys import GGUF_KEYS
 from llama_mini.checkpoint.source import (
@@ -38,9 +38,9 @@ SIZES = {  # metadata key, after `llama.` -> our name
     "feed_forward_length": "hidden_dim",
     "context_length": "max_seq_len",
 }
-HONOURED = {*SIZES, "attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"}
-HONOURED |= {"attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", *READ_ROPE}
-IMPLEMENTED = {  # settings of which only this value is implemented
+READ_KEYS = {*SIZES, "attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"}
+READ_KEYS |= {"attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", *ROPE_KEYS}
+FIXED_KEYS = {  # each is implemented with this value alone
     "attention.causal": True,
     "attention.clamp_kqv": 0,
     "attention.max_alibi_bias": 0,
@@ -52,7 +52,7 @@ IMPLEMENTED = {  # settings of which only this value is implemented
     "pooling_type": 0,
     "use_parallel_residual": False,
 }
-IGNORED = {"tensor_data_layout"}  # names the layout of the file that this one was made from
+IGNORED_KEYS = {"tensor_data_layout"}  # names the layout of the file that this one was made from
 
 
 def open_gguf(path: Path) -> Source:
@@ -182,12 +182,12 @@ class _Metadata:
                 raise CheckpointFormatError(f"{self.path}: {key} is {short_repr(value)}; only {known[0]} is read; {do}")
         for key, value in self.values.items():
             name = key.removeprefix(f"{self.architecture}.")
-            if name == key or name in HONOURED or name in IGNORED:
+            if name == key or name in READ_KEYS or name in IGNORED_KEYS:
                 continue
-            if name not in IMPLEMENTED:
+            if name not in FIXED_KEYS:
                 raise ConfigError(f"{key:.80} is {short_repr(value)}; this setting is not implemented")
-            if isinstance(value, np.ndarray) or value != IMPLEMENTED[name]:
-                raise ConfigError(f"{key} is {short_repr(value)}; only {IMPLEMENTED[name]!r} is implemented")
+            if isinstance(value, np.ndarray) or value != FIXED_KEYS[name]:
+                raise ConfigError(f"{key} is {short_repr(value)}; only {FIXED_KEYS[name]!r} is implemented")
 
     def get(self, name: str, *default: Any) -> Any:
         """The value of `<architecture>.<name>`, which is required where there is no default."""

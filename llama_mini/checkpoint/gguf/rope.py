@@ -21,7 +21,7 @@ from llama_mini.validate import short_repr
 
 DIVISORS = "rope_freqs.weight"
 _SCALING = ("type", "factor", "original_context_length", "attn_factor", "finetuned", "yarn_beta_fast", "yarn_beta_slow")
-READ_ROPE = {*(f"rope.scaling.{name}" for name in _SCALING), "rope.scale_linear"}
+ROPE_KEYS = {*(f"rope.scaling.{name}" for name in _SCALING), "rope.scale_linear"}
 _LLAMA_3 = [  # what Meta published: LLaMA 3.1 and 3.3, LLaMA 3.2
     Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
     for factor in (8.0, 32.0)

@@ -1,4 +1,4 @@
-"""config.json <-> LlamaConfig. A key is honoured, refused by name, or known to be harmless; any other is warned of."""
+"""config.json <-> LlamaConfig. A key is read, refused by name, or known to change nothing; any other is a warning."""
 
 import re
 import warnings
@@ -14,9 +14,9 @@ from llama_mini.errors import CheckpointIncompleteError, ConfigError, LlamaMiniW
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.rope_scaling import RopeScaling
-from llama_mini.validate import is_whole, join_names, short_repr
+from llama_mini.validate import check_flag, is_whole, join_names, short_repr
 
-SIZES = {  # Hugging Face's word -> ours
+SIZES = {  # Hugging Face's name -> ours
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
@@ -26,8 +26,8 @@ SIZES = {  # Hugging Face's word -> ours
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_seq_len",
 }
-REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-ONLY: dict[str, Any] = {  # settings of which one value is implemented, unless the family reads them
+REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+FIXED_KEYS: dict[str, Any] = {  # each is implemented with this value alone, unless the family reads it
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -45,23 +45,24 @@ ONLY: dict[str, Any] = {  # settings of which one value is implemented, unless t
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
-REFUSED = {
+REFUSED_KEYS = {
     "quantization_config": "quantised checkpoints of this kind are not read; known are the block types of GGUF files",
     "auto_map": "code that comes with a checkpoint is never run",
 }
-READ = {"model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
-READ |= {"original_max_position_embeddings", "max_window_layers", "layer_types"}
-READ |= {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
-IGNORED = {"architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout"}
-IGNORED |= {"pretraining_tp", "_name_or_path", "is_llama_config", "transformers.js_config", "unsloth_fixed"}
-IGNORED |= {"unsloth_version", "_flash_attn_2_enabled", "max_sequence_length", "pad_token", "torchscript"}
-IGNORED |= {"temperature", "top_p", "top_k", "max_length", "do_sample", "num_beams", "repetition_penalty"}
-IGNORED |= {"_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states", "problem_type"}
+READ_KEYS = {"model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
+READ_KEYS |= {"original_max_position_embeddings", "max_window_layers", "layer_types"}
+READ_KEYS |= {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
+IGNORED_KEYS = {"architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout"}
+IGNORED_KEYS |= {"pretraining_tp", "_name_or_path", "is_llama_config", "transformers.js_config", "unsloth_fixed"}
+IGNORED_KEYS |= {"unsloth_version", "_flash_attn_2_enabled", "max_sequence_length", "pad_token", "torchscript"}
+IGNORED_KEYS |= {"temperature", "top_p", "top_k", "max_length", "do_sample", "num_beams", "repetition_penalty"}
+IGNORED_KEYS |= {"_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states"}
+IGNORED_KEYS |= {"problem_type"}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
-    """The configuration of a checkpoint directory, and config.json as it is. Raises CheckpointError, ConfigError."""
+    """The configuration of a checkpoint directory, and the JSON it comes from. Raises CheckpointError, ConfigError."""
     path = inside(directory, "config.json")
     if not path.exists():
         raise CheckpointIncompleteError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
@@ -73,7 +74,7 @@ def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
 
 
 def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
-    """Raises ConfigError that names the key, what it holds, and what is known."""
+    """A config.json as a LlamaConfig. Raises ConfigError that names the key, its value, and what is known."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in KNOWN:
         raise ConfigError(f"unknown model_type {short_repr(model_type)}; known: {', '.join(KNOWN)}")
@@ -81,26 +82,26 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
         return _from_own(raw)
     family = FAMILIES[model_type]
     _check_keys(raw, family)
-    given = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
+    settings = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
     for key in ("num_key_value_heads", "head_dim", "sliding_window"):
-        if key in raw and raw[key] is None:  # as many as query heads, dim / heads, no window: not the family's default
-            given.pop(key, None)
+        if key in raw and raw[key] is None:  # null: the number of query heads, dim / heads, no window
+            settings.pop(key, None)
     if raw.get("rms_norm_eps") is None:
         eps = family.defaults["rms_norm_eps"]
-        _warn(f"config.json: rms_norm_eps is absent; {eps} taken, the default of model_type {model_type}")
-    sizes = {ours: given[key] for key, ours in SIZES.items() if key in given}
+        _warn(f"config.json: rms_norm_eps is absent; {eps} is used, the default of model_type {model_type}")
+    sizes = {ours: settings[key] for key, ours in SIZES.items() if key in settings}
     try:
         theta, scaling = read_rope(raw, sizes["max_seq_len"])
-        window, layers = _window(raw, given, family)
+        window, layers = _window(raw, settings, family)
         return LlamaConfig(
             **sizes,
-            norm_eps=given["rms_norm_eps"],
+            norm_eps=settings["rms_norm_eps"],
             rope_theta=theta,
             rope_scaling=scaling,
             sliding_window=window,
             sliding_layers=layers,
-            **_biases(given, family),
-            tie_word_embeddings=given.get("tie_word_embeddings", False),
+            **_biases(settings, family),
+            tie_word_embeddings=settings.get("tie_word_embeddings", False),
             norm_plan=family.norm_plan(1),
             **read_special_ids(raw),
         )
@@ -109,8 +110,10 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
 
 
 def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dict[str, Any]:
-    """config.json in the spelling that transformers v4 and v5 both read, of the first family that has all its settings,
-    `model_type` before the others; our own for a configuration that only we have."""
+    """config.json in the spelling that transformers v4 and v5 both read.
+
+    It is that of the first family with all the settings, `model_type` before the others; else this project's own.
+    """
     preferred = [FAMILIES[model_type]] if model_type in FAMILIES else []
     for family in [*preferred, *FAMILIES.values()]:
         if (settings := _family_settings(config, family)) is not None:
@@ -137,55 +140,56 @@ def special_ids(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
-    for key, why in REFUSED.items():
+    for key, why in REFUSED_KEYS.items():
         if raw.get(key) not in (None, {}):
             raise ConfigError(f"{key} is {short_repr(raw[key])}: {why}")
-    read_here = {
-        "attention_bias": family.biases != "none",  # which `qkv` is not moved by
+    read_by_family = {
+        "attention_bias": family.biases != "none",  # `qkv` accepts the key and ignores it, as transformers does
         "mlp_bias": family.biases == "attention+mlp",
         "sliding_window": family.window != "none",
         "use_sliding_window": family.window == "listed",
     }
-    for key, value in ONLY.items():
-        if not read_here.get(key) and raw.get(key) not in (value, None):
-            where = f" in model_type {family.model_type}" if key in read_here else ""
-            if key == "hidden_act" and raw[key] == "swish":  # the same by another name
+    for key, value in FIXED_KEYS.items():
+        if not read_by_family.get(key) and raw.get(key) not in (value, None):
+            where = f" in model_type {family.model_type}" if key in read_by_family else ""
+            if key == "hidden_act" and raw[key] == "swish":  # another name of silu
                 continue
             raise ConfigError(f"{key} is {short_repr(raw[key])}; only {value!r} is implemented{where}")
-    if absent := [key for key in REQUIRED if raw.get(key) is None]:
+    if absent := [key for key in REQUIRED_KEYS if raw.get(key) is None]:
         raise ConfigError(f"{', '.join(absent)} missing")
-    unknown = sorted(set(raw) - {*SIZES, *ONLY, *REFUSED, *READ, *IGNORED})
+    unknown = sorted(set(raw) - {*SIZES, *FIXED_KEYS, *REFUSED_KEYS, *READ_KEYS, *IGNORED_KEYS})
     if norms := [key for key in unknown if "norm" in key.lower() and raw[key] is not None]:
         raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: rms_norm_eps")
     if unknown:
         _warn(f"config.json: unknown {join_names(unknown)} ignored")
 
 
-def _biases(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def _biases(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if family.biases == "qkv":
         return {"qkv_bias": True}
-    attention = given.get("attention_bias", False) if family.biases != "none" else False
-    if not isinstance(attention, bool):
-        raise ConfigError(f"attention_bias must be true or false, not {short_repr(attention)}")
-    mlp = given.get("mlp_bias", False) if family.biases == "attention+mlp" else False
+    attention = settings.get("attention_bias", False) if family.biases != "none" else False
+    check_flag("attention_bias", attention, ConfigError)
+    mlp = settings.get("mlp_bias", False) if family.biases == "attention+mlp" else False
     return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": mlp}
 
 
-def _window(raw: Mapping[str, Any], given: Mapping[str, Any], family: Family) -> tuple[Any, Any]:
-    """The sliding window and the layers that have it."""
-    n_layers, types = given["num_hidden_layers"], raw.get("layer_types")
-    if not is_whole(n_layers) or n_layers > 10_000:  # LlamaConfig will say so
+def _window(raw: Mapping[str, Any], settings: Mapping[str, Any], family: Family) -> tuple[Any, Any]:
+    """The sliding window, in tokens, and the layers that have it."""
+    n_layers, types = settings["num_hidden_layers"], raw.get("layer_types")
+    if not is_whole(n_layers) or n_layers > 10_000:  # LlamaConfig refuses it
         return None, None
-    window = given.get("sliding_window")
-    if family.window == "none" or (family.window == "listed" and not given.get("use_sliding_window", False)):
+    window = settings.get("sliding_window")
+    if family.window == "none" or (family.window == "listed" and not settings.get("use_sliding_window", False)):
         window = None
-    last = given.get("max_window_layers", 0) if family.window == "listed" else 0
+    last = settings.get("max_window_layers", 0) if family.window == "listed" else 0
     if not is_whole(last):
         raise ConfigError(f"max_window_layers must be a whole number, not {short_repr(last)}")
     layers = tuple(range(max(last, 0), n_layers)) if window is not None else ()
     if types is not None:
         if not isinstance(types, list) or len(types) != n_layers or not all(t in (FULL, SLIDING) for t in types):
-            raise ConfigError(f"layer_types must list {n_layers} times {FULL} or {SLIDING}, not {short_repr(types)}")
+            raise ConfigError(
+                f"layer_types must list {FULL} or {SLIDING} for each of {n_layers} layers, not {short_repr(types)}"
+            )
         sliding = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
         if sliding != layers and (family.window != "listed" or window is None):
             raise ConfigError(
@@ -196,7 +200,7 @@ def _window(raw: Mapping[str, Any], given: Mapping[str, Any], family: Family) ->
 
 
 def _family_settings(config: LlamaConfig, family: Family) -> dict[str, Any] | None:
-    """What this family's config.json says beside sizes and names; None if it has no words for the configuration."""
+    """The keys of this family's config.json beside sizes and ids; None if the family has no such configuration."""
     biases = (config.qkv_bias, config.o_bias, config.mlp_bias)
     possible = {
         "attention": [(False, False, False), (True, True, False)],
@@ -242,7 +246,7 @@ def read_special_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _translate_keys(message: str) -> str:
-    """A message about our fields as one about the file's keys."""
+    """A message about the fields of LlamaConfig -> one about the keys of config.json."""
     theirs = {ours: key for key, ours in SIZES.items()} | {"norm_eps": "rms_norm_eps"}
     theirs |= {"original_max_seq_len": "original_max_position_embeddings"}
     return re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), message)

@@ -14,7 +14,7 @@ from llama_mini.checkpoint.hf.safetensors_data import read_rows
 from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards, read_headers, stored
 from llama_mini.checkpoint.io.files import INDEX, SINGLE, inside, read_weight_map
-from llama_mini.checkpoint.keys import IGNORED, KeyTable
+from llama_mini.checkpoint.keys import IGNORED_TENSORS, KeyTable
 from llama_mini.checkpoint.source import Destination, Rows, Source, rows_per_chunk
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 from llama_mini.machine import DTYPES
@@ -31,7 +31,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     tensors = read_headers(files)
     if absent := sorted(promised - set(tensors)):
         raise CheckpointIncompleteError(f"{directory / INDEX} names tensors that no shard holds: {join_names(absent)}")
-    dtypes = [weight_dtype(tensor) for name, tensor in tensors.items() if not IGNORED.search(name)]
+    dtypes = [weight_dtype(tensor) for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)]
 
     def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
         wanted = (tensors[name] for name in names)
@@ -70,7 +70,7 @@ def keys_of(model_type: str, names: Mapping[str, object]) -> KeyTable:
 def _files(directory: Path) -> tuple[list[Path], set[str]]:
     """The files to read, and the tensor names that the index promises."""
     single, index = inside(directory, SINGLE), inside(directory, INDEX)
-    if single.exists():  # before an index, as transformers has it
+    if single.exists():  # wins over an index, as in transformers
         if index.exists():
             message = f"{directory} has both {SINGLE} and {INDEX}: the former is read, the shards are not"
             warnings.warn(message, LlamaMiniWarning, stacklevel=4)
@@ -78,11 +78,11 @@ def _files(directory: Path) -> tuple[list[Path], set[str]]:
     if index.exists():
         weight_map = read_weight_map(index)
         return all_present(directory, sorted(set(weight_map.values()))), set(weight_map)
-    found = sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("consolidated"))
-    if weights := [name for name in found if not name.startswith("adapter_")]:
+    names = sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("consolidated"))
+    if weights := [name for name in names if not name.startswith("adapter_")]:
         return complete_shards(directory, weights), set()
-    if found:
-        raise CheckpointFormatError(f"{directory} holds an adapter alone, {found[0]}; merge it into its model first")
+    if names:
+        raise CheckpointFormatError(f"{directory} holds an adapter alone, {names[0]}; merge it into its model first")
     if pickles := [name for name in PICKLES if (directory / name).is_file()]:
         raise CheckpointFormatError(
             f"{directory} holds its weights as a pickle, {pickles[0]}, which can run code when it is opened; "

@@ -13,14 +13,14 @@ _CONTEXT = "original_max_position_embeddings"
 
 
 def read_rope(raw: Mapping[str, Any], max_seq_len: Any) -> tuple[Any, RopeScaling | None]:
-    """The base and the scaling. Raises ConfigError that names the key, what it holds, and what is known."""
+    """The base and the scaling. Raises ConfigError that names the key, its value, and what is known."""
     keys = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None] or ["rope_scaling"]
-    found = [_read(raw, key, max_seq_len) for key in keys]
-    if found[0] != found[-1]:
+    settings = [_read(raw, key, max_seq_len) for key in keys]
+    if settings[0] != settings[-1]:
         raise ConfigError(
             f"rope_parameters and rope_scaling disagree: {short_repr(raw[keys[0]])} and {short_repr(raw[keys[-1]])}"
         )
-    return found[0]
+    return settings[0]
 
 
 def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, RopeScaling | None]:
@@ -28,7 +28,7 @@ def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, Rope
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{key} must be an object or null, not {short_repr(settings)}")
     rest = dict(settings)
-    rest.pop("finetuned", None)  # whether a model was trained with it: nothing is computed from that
+    rest.pop("finetuned", None)  # tells whether a model was trained with it, which changes no number
     bases = [base for base in (rest.pop("rope_theta", None), raw.get("rope_theta")) if base is not None]
     if len(bases) == 2 and bases[0] != bases[1]:
         raise ConfigError(f"rope_theta is {short_repr(bases[1])}, but {key} says {short_repr(bases[0])}")
@@ -36,14 +36,15 @@ def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, Rope
     kinds = [rest.pop(name) for name in ("rope_type", "type") if name in rest] or ["default"]
     kind = kinds[0]
     if not isinstance(kind, str) or kind not in _KNOWN or kinds[-1] != kind:
-        found = " and ".join(map(short_repr, kinds))
-        raise ConfigError(f"{key}: unknown rope type {found}; known: {', '.join(_KNOWN)}")
+        raise ConfigError(
+            f"{key}: unknown rope type {' and '.join(map(short_repr, kinds))}; known: {', '.join(_KNOWN)}"
+        )
     partial = rest.pop("partial_rotary_factor", 1)
     if partial not in (None, 1):
         raise ConfigError(f"{key}: partial_rotary_factor is {short_repr(partial)}; only 1 is implemented")
     context = rest.pop(_CONTEXT, None)
     if raw.get(_CONTEXT) is not None:
-        context = raw[_CONTEXT]  # beside the rope settings it comes before the one within, as in transformers
+        context = raw[_CONTEXT]  # the outer one wins over that in the rope settings, as in transformers
     if kind == "dynamic" and context not in (None, max_seq_len):
         raise ConfigError(f"{key}: {_CONTEXT} is {short_repr(context)}, but dynamic scaling starts from {max_seq_len}")
     if kind in ("llama3", "yarn"):
@@ -61,7 +62,7 @@ def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, Rope
 
 
 def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The same in the spelling of v4, which v5 reads as well; None where neither has a word for it."""
+    """Both in the spelling of transformers v4, which v5 reads too; None where neither knows the scaling."""
     if isinstance(scaling, FactorScaling):
         return None
     data = scaling and {_CONTEXT if k == "original_max_seq_len" else k: v for k, v in scaling.to_dict().items()}
@@ -69,7 +70,7 @@ def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any] | No
 
 
 def _resolve_yarn(key: str, rest: dict[Any, Any], max_seq_len: Any) -> None:
-    """Turns what transformers infers into what it comes to: the factor, and `mscale` into an attention factor."""
+    """Computes what transformers infers: an absent factor, and the attention factor that `mscale` stands for."""
     for name in [name for name in ("factor", "attention_factor", "beta_fast", "beta_slow") if rest.get(name) is None]:
         rest.pop(name, None)
     context = rest["original_max_seq_len"]

@@ -1,1 +1,1 @@
-"""Files as they are met on disk: what kind each is, JSON, paths that stay inside, atomic writes, locks."""
+"""Files on disk: their kinds, strict JSON, paths that stay inside a directory, atomic writes, locks."""

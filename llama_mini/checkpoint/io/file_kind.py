@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes and never by its name; and opening one without waiting for a pipe."""
+"""Tells the kind of a file from its first bytes, never from its name, and opens regular files only."""
 
 import os
 import stat
@@ -11,8 +11,8 @@ from typing import BinaryIO
 from llama_mini.errors import CheckpointPathError
 from llama_mini.validate import short_repr
 
-HEAD = 256  # bytes that tell the kind
-MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, as the safetensors library has it
+HEAD = 256  # bytes, enough to tell the kind
+MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _NOT_FILES = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -23,7 +23,7 @@ _NOT_FILES = {
 
 
 class FileKind(Enum):
-    """The value is the phrase that a message has for it."""
+    """The value is what a message says of such a file."""
 
     SAFETENSORS = "a safetensors file"
     GGUF = "a GGUF file: give its path as the model"
@@ -37,7 +37,7 @@ class FileKind(Enum):
 
 
 def describe(kind: FileKind) -> str:
-    """A phrase that follows "it is", and says what to do about it."""
+    """What a file of this kind is, to follow "it is", and what to do about it."""
     return kind.value
 
 
@@ -51,7 +51,7 @@ def kind_of(head: bytes, size: int) -> FileKind:
     """The kind of a file of `size` bytes that begins with `head`."""
     if not size:
         return FileKind.EMPTY
-    # First, since the length of a header may look like any other magic number: that of a zip is 67,324,752.
+    # Before other magic numbers, since a header's length may look like one: a zip's is 67,324,752.
     length = int.from_bytes(head[:8], "little")
     if length <= min(size - 8, MAX_SAFETENSORS_HEADER) and head[8:].startswith((b"{", b" ", b"\t", b"\r", b"\n")):
         return FileKind.SAFETENSORS
@@ -75,7 +75,7 @@ def size_of(file: BinaryIO) -> int:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes. Raises CheckpointPathError if it is no regular file, or while it is open cannot be read."""
+    """The open file. Raises CheckpointPathError if it is not a regular file, or a read fails while it is open."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One writer at a time for a file or directory, and nothing left of those that were killed."""
+"""One writer at a time for a file or directory, which clears up what killed writers left."""
 
 import shutil
 import sys
@@ -22,7 +22,7 @@ def one_writer(target: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()  # where this fails, the library would try for ever
+        path.touch()  # where this fails, filelock would retry for ever
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -32,8 +32,8 @@ def one_writer(target: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointPathError(f"cannot write in {target.parent}: {reason}") from None
     try:
-        for left in target.parent.glob(f"{partial_prefix(target)}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in target.parent.glob(f"{partial_prefix(target)}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
         lock.release()

@@ -1,4 +1,4 @@
-"""A Meta directory: params.json beside `consolidated.safetensors`, read as it is, or pickles, to be converted."""
+"""A Meta directory: params.json and `consolidated.safetensors`. One with pickles has to be converted first."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from llama_mini.checkpoint.hf.directory import CONVERT, common_dtype
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
 from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
 from llama_mini.checkpoint.hf.shards import complete_shards, read_headers, stored
-from llama_mini.checkpoint.keys import IGNORED, META_KEYS
+from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS
 from llama_mini.checkpoint.meta.params import read_params
 from llama_mini.checkpoint.source import Rows, Source, to_split_half_rope
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
@@ -18,20 +18,20 @@ from llama_mini.model.config import LlamaConfig
 
 def open_meta_directory(directory: Path) -> Source:
     """Raises CheckpointError, ConfigError."""
-    found = sorted(path.name for path in directory.glob("consolidated*.safetensors"))
-    if not found:
+    names = sorted(path.name for path in directory.glob("consolidated*.safetensors"))
+    if not names:
         if pickles := sorted(path.name for path in directory.glob("consolidated.*.pth")):
             raise CheckpointFormatError(
                 f"{directory} holds its weights as pickles, {pickles[0]}, which can run code when they are opened; "
                 f"convert it once: {CONVERT.format(source=directory)}"
             )
         raise CheckpointIncompleteError(f"{directory} has params.json, but neither consolidated.safetensors nor *.pth")
-    files = complete_shards(directory, found)
+    files = complete_shards(directory, names)
     tensors = read_headers(files)
     config = read_params(directory, {name: tensor.shape for name, tensor in tensors.items()})
 
-    def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
-        for tensor, _first, stored_values in read_rows(tensors[name] for name in names):
+    def read(wanted: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
+        for tensor, _first, stored_values in read_rows(tensors[name] for name in wanted):
             values = split_half_rope(tensor.name, stored_values, config)
             del stored_values  # which may be a copy
             yield tensor.name, 0, values
@@ -42,7 +42,7 @@ def open_meta_directory(directory: Path) -> Source:
         format=f"Meta directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
         model_type="llama",
         config=config,
-        dtype=common_dtype([weight_dtype(t) for name, t in tensors.items() if not IGNORED.search(name)], None),
+        dtype=common_dtype([weight_dtype(t) for name, t in tensors.items() if not IGNORED_TENSORS.search(name)], None),
         keys=META_KEYS,
         tensors=stored(tensors),
         read_rows=read,

@@ -9,18 +9,19 @@ from llama_mini.checkpoint.io.files import inside, read_json
 from llama_mini.errors import ConfigError, LlamaMiniWarning
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.rope_scaling import Llama3Scaling
-from llama_mini.validate import is_finite, is_whole, join_names, short_repr
+from llama_mini.validate import check_flag, is_finite, is_whole, join_names, short_repr
 
 PARAMS = "params.json"
-READ = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of", "norm_eps"}
-READ |= {"ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len", "sliding_window"}
-IGNORED = {"max_batch_size", "model_parallel_size", "use_biases"}
-REFUSED = {"quantization_args", "quantization", "lora_args", "moe", "vision_encoder", "vision_chunk_size"}
-LLAMA_3_2 = {(2048, 16), (3072, 28)}  # dim and layers of its two text models, whose scaling Meta's file does not state
+READ_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "ffn_dim_multiplier"}
+READ_KEYS |= {"vocab_size", "norm_eps", "max_seq_len", "sliding_window", "rope_theta"}
+READ_KEYS |= {"use_scaled_rope", "rope_scaling_factor"}
+IGNORED_KEYS = {"max_batch_size", "model_parallel_size", "use_biases"}
+REFUSED_KEYS = {"quantization_args", "quantization", "lora_args", "moe", "vision_encoder", "vision_chunk_size"}
+LLAMA_3_2 = {(2048, 16), (3072, 28)}  # dim and layers of its text models; params.json does not state their scaling
 
 
 def read_params(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
-    """`shapes` are the tensors', for a vocabulary that params.json leaves open. Raises CheckpointError, ConfigError."""
+    """The configuration in a directory whose tensors have `shapes`. Raises CheckpointError, ConfigError."""
     path = inside(directory, PARAMS)
     raw = read_json(path)
     try:
@@ -30,44 +31,43 @@ def read_params(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> Llama
 
 
 def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
-    """Raises ConfigError that names the key, what it holds, and what is known."""
-    given = {key: value for key, value in raw.items() if value is not None}
-    if refused := sorted(key for key in given if key in REFUSED or key.startswith("vision_")):
-        raise ConfigError(f"{refused[0]} is {short_repr(given[refused[0]])}; this is not implemented")
-    if not isinstance(given.get("use_scaled_rope", False), bool):
-        raise ConfigError(f"use_scaled_rope must be true or false, not {short_repr(given['use_scaled_rope'])}")
-    if given.get("use_biases") not in (None, False):
-        raise ConfigError(f"use_biases is {short_repr(given['use_biases'])}; only False is implemented")
-    unknown = sorted(set(given) - READ - IGNORED)
+    """A params.json as a LlamaConfig; `shapes` of the tensors tell what it leaves open. Raises ConfigError."""
+    settings = {key: value for key, value in raw.items() if value is not None}
+    if refused := sorted(key for key in settings if key in REFUSED_KEYS or key.startswith("vision_")):
+        raise ConfigError(f"{refused[0]} is {short_repr(settings[refused[0]])}; this is not implemented")
+    check_flag("use_scaled_rope", settings.get("use_scaled_rope", False), ConfigError)
+    if settings.get("use_biases") not in (None, False):
+        raise ConfigError(f"use_biases is {short_repr(settings['use_biases'])}; only False is implemented")
+    unknown = sorted(set(settings) - READ_KEYS - IGNORED_KEYS)
     if norms := [key for key in unknown if "norm" in key.lower()]:
         raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: norm_eps")
     if unknown:
         _warn(f"{PARAMS}: unknown {join_names(unknown)} ignored")
-    if absent := [key for key in ("dim", "n_layers", "n_heads") if key not in given]:
+    if absent := [key for key in ("dim", "n_layers", "n_heads") if key not in settings]:
         raise ConfigError(f"{', '.join(absent)} missing")
-    if "norm_eps" not in given:
-        _warn(f"{PARAMS}: norm_eps is absent; 1e-05 taken, the default of Meta's own code")
-    window = {"sliding_window": given["sliding_window"]} if "sliding_window" in given else {}
+    if "norm_eps" not in settings:
+        _warn(f"{PARAMS}: norm_eps is absent; 1e-05 is used, the default of Meta's own code")
+    window = {"sliding_window": settings["sliding_window"]} if "sliding_window" in settings else {}
     return LlamaConfig(
-        **{key: given[key] for key in ("dim", "n_layers", "n_heads")},
-        n_kv_heads=given.get("n_kv_heads", given["n_heads"]),
-        **({"head_dim": given["head_dim"]} if "head_dim" in given else {}),
-        hidden_dim=_hidden_dim(given),
-        vocab_size=_vocab_size(given, shapes),
-        max_seq_len=given["max_seq_len"] if "max_seq_len" in given else _context(given),
-        norm_eps=given.get("norm_eps", 1e-5),
-        rope_theta=given.get("rope_theta", 10_000.0),
-        rope_scaling=_scaling(given),
+        **{key: settings[key] for key in ("dim", "n_layers", "n_heads")},
+        n_kv_heads=settings.get("n_kv_heads", settings["n_heads"]),
+        **({"head_dim": settings["head_dim"]} if "head_dim" in settings else {}),
+        hidden_dim=_hidden_dim(settings),
+        vocab_size=_vocab_size(settings, shapes),
+        max_seq_len=settings["max_seq_len"] if "max_seq_len" in settings else _context(settings),
+        norm_eps=settings.get("norm_eps", 1e-5),
+        rope_theta=settings.get("rope_theta", 10_000.0),
+        rope_scaling=_scaling(settings),
         **window,
         tie_word_embeddings="output.weight" not in shapes,
     )
 
 
-def _hidden_dim(given: Mapping[str, Any]) -> Any:
-    """Two thirds of 4·dim, times a factor, rounded up to a multiple: Meta's llama/model.py."""
-    if "hidden_dim" in given:
-        return given["hidden_dim"]
-    dim, multiple, factor = given["dim"], given.get("multiple_of", 256), given.get("ffn_dim_multiplier", 1)
+def _hidden_dim(settings: Mapping[str, Any]) -> Any:
+    """Two thirds of 4·dim, times a factor, rounded up to a multiple. Source: FeedForward in Meta's llama/model.py."""
+    if "hidden_dim" in settings:
+        return settings["hidden_dim"]
+    dim, multiple, factor = settings["dim"], settings.get("multiple_of", 256), settings.get("ffn_dim_multiplier", 1)
     if not is_whole(dim) or not is_whole(multiple) or multiple < 1 or not is_finite(factor):
         raise ConfigError(
             f"hidden_dim cannot be made of dim {short_repr(dim)}, multiple_of {short_repr(multiple)} "
@@ -77,22 +77,22 @@ def _hidden_dim(given: Mapping[str, Any]) -> Any:
     return multiple * -(-hidden // multiple)
 
 
-def _vocab_size(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """-1 leaves it to the tokenizer; the head has a row for each token."""
-    if given.get("vocab_size", -1) != -1:
-        return given["vocab_size"]
+def _vocab_size(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Meta writes -1 and leaves it to the tokenizer; the head has a row for each token."""
+    if settings.get("vocab_size", -1) != -1:
+        return settings["vocab_size"]
     for name in ("output.weight", "tok_embeddings.weight"):
         if shapes.get(name):
             return shapes[name][0]
-    raise ConfigError("vocab_size is -1, and no output.weight is there to count its rows")
+    raise ConfigError("vocab_size is -1, and there is no output.weight whose rows tell it")
 
 
-def _context(given: Mapping[str, Any]) -> int:
-    """Meta's file does not state the context a model was trained on; its releases are told apart by other settings."""
-    theta, eps = given.get("rope_theta", 10_000.0), given.get("norm_eps", 1e-5)
-    if "head_dim" in given and "hidden_dim" in given:
+def _context(settings: Mapping[str, Any]) -> int:
+    """Meta's file does not state the context that a model was trained on; other settings tell which release it is."""
+    theta, eps = settings.get("rope_theta", 10_000.0), settings.get("norm_eps", 1e-5)
+    if "head_dim" in settings and "hidden_dim" in settings:
         length, release = 32_768, "Mistral 7B"
-    elif given.get("use_scaled_rope"):
+    elif settings.get("use_scaled_rope"):
         length, release = 131_072, "LLaMA 3.1 and later"
     elif theta == 500_000:
         length, release = 8192, "LLaMA 3"
@@ -104,12 +104,12 @@ def _context(given: Mapping[str, Any]) -> int:
     return length
 
 
-def _scaling(given: Mapping[str, Any]) -> Llama3Scaling | None:
-    if not given.get("use_scaled_rope"):
+def _scaling(settings: Mapping[str, Any]) -> Llama3Scaling | None:
+    if not settings.get("use_scaled_rope"):
         return None
-    factor = given.get("rope_scaling_factor")
+    factor = settings.get("rope_scaling_factor")
     if factor is None:
-        factor = 32.0 if (given["dim"], given["n_layers"]) in LLAMA_3_2 else 8.0
+        factor = 32.0 if (settings["dim"], settings["n_layers"]) in LLAMA_3_2 else 8.0
         _warn(
             f"{PARAMS} states no rope_scaling_factor; {factor:g} is assumed, as in the published model of these sizes"
         )

@@ -18,7 +18,7 @@ from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.directory import common_dtype, keys_of
 from llama_mini.checkpoint.hf.shards import all_present
 from llama_mini.checkpoint.io.files import inside, read_weight_map
-from llama_mini.checkpoint.keys import IGNORED, META_KEYS, to_file_name
+from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS, to_file_name
 from llama_mini.checkpoint.match import empty_model
 from llama_mini.checkpoint.meta.directory import split_half_rope
 from llama_mini.checkpoint.meta.params import read_params
@@ -55,7 +55,7 @@ def open_hf_pickles(directory: Path) -> Source:
         model_type=raw["model_type"],
         config=config,
         dtype=common_dtype(
-            [tensor.dtype for name, (_, tensor) in tensors.items() if not IGNORED.search(name)],
+            [tensor.dtype for name, (_, tensor) in tensors.items() if not IGNORED_TENSORS.search(name)],
             raw.get("dtype") or raw.get("torch_dtype"),
         ),
         keys=keys_of(raw["model_type"], tensors),
@@ -82,7 +82,7 @@ def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
         format=f"Meta directory, {len(files)} pickled file{'s' if len(files) > 1 else ''}",
         model_type="llama",
         config=config,
-        dtype=common_dtype([t.dtype for name, t in shards[0].items() if not IGNORED.search(name)], None),
+        dtype=common_dtype([t.dtype for name, t in shards[0].items() if not IGNORED_TENSORS.search(name)], None),
         keys=META_KEYS,
         tensors=stored,
         read_rows=lambda *_: iter(()),
@@ -130,7 +130,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise CheckpointFormatError(f"{file}: {name!r:.80} is a {type(value).__name__}, not a plain tensor")
-        if not value.is_floating_point() and not IGNORED.search(name):
+        if not value.is_floating_point() and not IGNORED_TENSORS.search(name):
             raise CheckpointFormatError(
                 f"{file}: {name} is stored as {value.dtype}; weights are floating-point numbers"
             )

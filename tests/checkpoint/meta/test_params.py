@@ -84,5 +84,5 @@ def test_bad_params_are_named(changes: dict[str, Any], sentence: str) -> None:
 def test_unknown_params_are_one_warning_and_an_open_vocabulary_needs_a_head() -> None:
     with pytest.warns(LlamaMiniWarning, match="unknown aardvark, zebra ignored"):
         from_params(PARAMS | {"zebra": 1, "aardvark": 2}, {"output.weight": (96, 48)})
-    with pytest.raises(ConfigError, match=r"vocab_size is -1, and no output\.weight"):
+    with pytest.raises(ConfigError, match=r"vocab_size is -1, and there is no output\.weight"):
         from_params(PARAMS, {})

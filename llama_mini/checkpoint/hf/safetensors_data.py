@@ -9,10 +9,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from io import FileIO
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,20 +27,9 @@ from llama_mini.checkpoint.hf.safetensors_header import (
 from llama_mini.checkpoint.source import Destination, no_destination
 from llama_mini.errors import CheckpointPathError
 
-_BATCH = (
-    1 << 21
-)  # bytes that are read while the batch before is used: handing less to a thread costs more than it saves
-_PIECE = 1 << 20  # bytes that a thread reads before it takes more
+_AHEAD = 2  # chunks of rows that are read while the caller uses the one before; of whole tensors one
+Item = TypeVar("Item")
 _NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
-
-
-class _Rows(NamedTuple):
-    """Rows of a tensor that are being read: `first` is the index of the first, `begin` its byte in the file."""
-
-    tensor: SafetensorsTensor
-    first: int
-    rows: Tensor
-    begin: int
 
 
 def read_rows(
@@ -62,68 +49,58 @@ def read_rows(
         by_file.setdefault(tensor.file, []).append(tensor)
     for path, wanted in by_file.items():
         dtypes = {tensor: weight_dtype(tensor) for tensor in sorted(wanted, key=position)}
+        ahead = 1 if rows_per_chunk is None else _AHEAD
         try:
-            # Not mapped into memory: a file that is cut later would kill the process, and an edit change weights.
-            with path.open("rb", 0) as file, path.open("rb", 0) as second, ThreadPoolExecutor(1) as helper:
-                batch = deque[_Rows]()
-                for next_batch in chain(_batches(dtypes, rows_per_chunk, destination), [deque[_Rows]()]):
-                    # The helper reads the next batch while the caller uses this one; then this thread joins in.
-                    pieces = deque(piece for each in next_batch for piece in _pieces(each.begin, each.rows))
-                    reading = helper.submit(_fill, second, pieces)
-                    while batch:
-                        tensor, first, rows, _ = batch.popleft()
-                        if stamp_of(path.stat()) != tensor.stamp:
-                            raise changed(path)
-                        yield tensor, first, rows
-                        del rows  # before the next ones are made
-                    _fill(file, pieces)
+            with ThreadPoolExecutor(ahead) as pool:
+                chunks = _chunks(dtypes, rows_per_chunk, destination)
+                reads = ((*chunk, pool.submit(_fill, path, *chunk[2:])) for chunk in chunks)
+                for tensor, first, rows, _, reading in _look_ahead(reads, ahead):
                     reading.result()
-                    batch = next_batch
+                    if stamp_of(path.stat()) != tensor.stamp:
+                        raise changed(path)
+                    yield tensor, first, rows
+                    del rows, reading  # before the next ones are made
         except OSError:
             raise changed(path) from None
 
 
-def _batches(
+def _chunks(
     dtypes: Mapping[SafetensorsTensor, torch.dtype],
     rows_per_chunk: Callable[[int], int] | None,
     destination: Destination,
-) -> Iterator[deque[_Rows]]:
-    batch, n_bytes = deque[_Rows](), 0
+) -> Iterator[tuple[SafetensorsTensor, int, Tensor, int]]:
+    """Tensor, index of the first row, memory for the rows, and the byte of the file where they begin."""
     for tensor, dtype in dtypes.items():
-        begin = tensor.begin
-        for first, shape in _chunks(tensor.shape, rows_per_chunk):
-            rows = destination(tensor.name, first, shape)
+        shape, begin = tensor.shape, tensor.begin
+        n_rows = shape[0] if shape else 1
+        n = n_rows if rows_per_chunk is None or len(shape) != 2 else rows_per_chunk(shape[1])
+        for first in range(0, max(n_rows, 1), max(n, 1)):  # a tensor without rows is one chunk
+            chunk_shape = (min(n, n_rows - first), *shape[1:]) if shape else ()
+            rows = destination(tensor.name, first, chunk_shape)
             if rows is None or rows.dtype != dtype or not (rows.is_cpu and rows.is_contiguous()):
-                rows = torch.empty(shape, dtype=dtype)
-            batch.append(_Rows(tensor, first, rows, begin))
+                rows = torch.empty(chunk_shape, dtype=dtype)
+            yield tensor, first, rows, begin
             begin += rows.nbytes
-            n_bytes += rows.nbytes
             del rows
-            if n_bytes >= _BATCH:
-                yield batch
-                batch, n_bytes = deque(), 0
-    yield batch
 
 
-def _chunks(shape: tuple[int, ...], rows_per_chunk: Callable[[int], int] | None) -> list[tuple[int, tuple[int, ...]]]:
-    """The index of the first row, and the shape, of each chunk of a matrix; any other tensor is one chunk."""
-    if rows_per_chunk is None or len(shape) != 2 or shape[0] <= (n := rows_per_chunk(shape[1])):
-        return [(0, shape)]
-    return [(first, (min(n, shape[0] - first), shape[1])) for first in range(0, shape[0], n)]
+def _look_ahead(items: Iterator[Item], n: int) -> Iterator[Item]:
+    """The same items, each after the next n have been made: they are read meanwhile."""
+    pending = deque[Item]()
+    for item in items:
+        pending.append(item)
+        del item
+        if len(pending) > n:
+            yield pending.popleft()
+    while pending:
+        yield pending.popleft()
 
 
-def _pieces(begin: int, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
+def _fill(path: Path, rows: Tensor, begin: int) -> None:
+    """Reads rows that begin at a byte of the file. Raises OSError where it ends."""
     memory = rows.view(-1).view(torch.uint8).numpy().data
-    return ((begin + at, memory[at : at + _PIECE]) for at in range(0, len(memory), _PIECE))
-
-
-def _fill(file: FileIO, pieces: deque[tuple[int, memoryview]]) -> None:
-    """Reads pieces until none is left; other threads take some of them. Raises OSError where the file ends."""
-    while True:
-        try:
-            begin, memory = pieces.popleft()
-        except IndexError:
-            return
+    # Not mapped into memory: a file that is cut later would kill the process, and an edit change weights.
+    with path.open("rb", 0) as file:
         file.seek(begin)
         while memory:
             if not (n := file.readinto(memory)):

@@ -23,7 +23,7 @@ from tests.checkpoint.fuzz.damage import Draw, blind, damaged_json, damaged_safe
 from tests.checkpoint.fuzz.damage_gguf import damaged_gguf
 from tests.checkpoint.fuzz.damage_tokenizer import damaged_pickle, damaged_protobuf, damaged_tiktoken
 
-N_CASES = (1000, 4000)  # the second with the slow tests
+N_CASES = (250, 4000)  # the second with the slow tests
 SECONDS, TEMPLATE_SECONDS = 5, 20  # a template has limits of its own
 CPU_SECONDS = 1
 LONGEST_MESSAGE = 2000  # characters

@@ -13,6 +13,7 @@ from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.engine.llm import LLM
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointPathError
+from llama_mini.generate import main
 from llama_mini.model.llama import Llama
 from tests.checkpoint.gguf.gguf_files import write_family
 from tests.tiny_families import logits, random_model
@@ -159,10 +160,12 @@ def test_a_renamed_or_read_only_directory_answers_the_same(tmp_path: Path, tiny_
 
 
 @pytest.mark.parametrize("name", ["absent", "org/na me", "org/name/more", "../absent"])
-def test_the_command_line_says_what_a_path_may_be(tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-m", "llama_mini.generate", "--model", name, "Hello"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith(f"error: {name} does not exist; give ")
-    assert done.stderr.count("\n") == 1
+def test_the_command_line_says_what_a_path_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = main(["--model", name, "Hello"])
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (3, "")
+    assert captured.err.startswith(f"error: {name} does not exist; give ")
+    assert captured.err.count("\n") == 1

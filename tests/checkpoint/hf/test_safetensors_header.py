@@ -274,7 +274,7 @@ def broken_files(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-@settings(max_examples=600, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(broken_files())
 def test_the_library_agrees_on_every_verdict(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "mutant.safetensors"

@@ -231,18 +231,8 @@ def test_each_dtype_has_the_librarys_size(tmp_path: Path, dtype: str) -> None:
 
 
 ODD = ["0", "1", "-1", "-0", "2.0", "1e2", "1e999", "NaN", "true", "null", "[]", "{}", "[[1]]", "\x01", "1" * 300]
-ODD += [
-    '""',
-    '"F16"',
-    '"F8_E4M3"',
-    r'"\ud800"',
-    r'"\ud83d\ude00"',
-    r'"\n"',
-    "1" * 400,
-    str(2**62),
-    str(2**63),
-    str(2**64),
-]
+ODD += ['""', '"F16"', '"F8_E4M3"', r'"\ud800"', r'"\ud83d\ude00"', r'"\n"', "1" * 400]
+ODD += [str(2**62), str(2**63), str(2**64)]
 ODD += ["[" * 123 + "]" * 123, "[" * 130 + "]" * 130]
 TOKENS = re.findall(r'"[^"]*"|\d+|[^\s]', json.dumps({"__metadata__": {"format": "pt"}, **TWO}))
 

@@ -27,7 +27,7 @@ from llama_mini.checkpoint.source import (
 )
 from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniWarning
 from llama_mini.model.config import LlamaConfig
-from llama_mini.validate import short_repr
+from llama_mini.validate import check_choice, short_repr
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2")  # which are names of families too
 HEAD = "output.weight"
@@ -170,10 +170,7 @@ class _Metadata:
 
     def check_kind(self) -> None:
         """Refuses an unknown architecture, a part of a model, and settings that are not implemented."""
-        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
-            raise ConfigError(
-                f"general.architecture is {short_repr(self.architecture)}; known: {', '.join(ARCHITECTURES)}"
-            )
+        check_choice("general.architecture", self.architecture, ARCHITECTURES, ConfigError)
         merge = "merge the parts first, with llama.cpp's llama-gguf-split --merge"  # which leaves a split.count of 0
         model = "give the file of the model itself"
         for key, known, do in (("general.type", ("model",), model), ("split.count", (1, 0), merge)):

@@ -17,7 +17,7 @@ from llama_mini.model.rope_scaling import (
     YarnScaling,
     exponents,
 )
-from llama_mini.validate import short_repr
+from llama_mini.validate import check_choice, short_repr
 
 DIVISORS = "rope_freqs.weight"
 _SCALING = ("type", "factor", "original_context_length", "attn_factor", "finetuned", "yarn_beta_fast", "yarn_beta_slow")
@@ -36,8 +36,8 @@ def gguf_scaling(get: Callable[..., Any], header: GGUFHeader, max_seq_len: Any, 
     older = get("rope.scale_linear", None)
     if kind is None and (factor or older) not in (None, 0.0, 1.0):  # llama.cpp takes a bare factor as linear
         kind, factor = "linear", factor or older
-    if kind not in (None, "none", "linear", "yarn"):
-        raise ConfigError(f"rope.scaling.type is {short_repr(kind)}; known: none, linear, yarn")
+    if kind is not None:
+        check_choice("rope.scaling.type", kind, ("none", "linear", "yarn"), ConfigError)
     if get("rope.scaling.attn_factor", 1.0) != 1:
         raise ConfigError(
             f"rope.scaling.attn_factor is {short_repr(get('rope.scaling.attn_factor'))}; only 1 is implemented"

@@ -14,7 +14,7 @@ from llama_mini.errors import CheckpointIncompleteError, ConfigError, LlamaMiniW
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.rope_scaling import RopeScaling
-from llama_mini.validate import check_flag, is_whole, join_names, short_repr
+from llama_mini.validate import check_choice, check_flag, is_whole, join_names, short_repr
 
 SIZES = {  # Hugging Face's name -> ours
     "hidden_size": "dim",
@@ -75,12 +75,10 @@ def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
 
 def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     """A config.json as a LlamaConfig. Raises ConfigError that names the key, its value, and what is known."""
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in KNOWN:
-        raise ConfigError(f"unknown model_type {short_repr(model_type)}; known: {', '.join(KNOWN)}")
-    if model_type == OWN:
+    check_choice("model_type", raw.get("model_type"), KNOWN, ConfigError)
+    if raw["model_type"] == OWN:
         return _from_own(raw)
-    family = FAMILIES[model_type]
+    family = FAMILIES[raw["model_type"]]
     _check_keys(raw, family)
     settings = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
     for key in ("num_key_value_heads", "head_dim", "sliding_window"):
@@ -88,7 +86,7 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
             settings.pop(key, None)
     if raw.get("rms_norm_eps") is None:
         eps = family.defaults["rms_norm_eps"]
-        _warn(f"config.json: rms_norm_eps is absent; {eps} is used, the default of model_type {model_type}")
+        _warn(f"config.json: rms_norm_eps is absent; {eps} is used, the default of model_type {family.model_type}")
     sizes = {ours: settings[key] for key, ours in SIZES.items() if key in settings}
     try:
         theta, scaling = read_rope(raw, sizes["max_seq_len"])

@@ -80,7 +80,7 @@ def test_divisors_of_no_known_rule_are_honoured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [
-        ({"rope__scaling__type": "longrope"}, "rope.scaling.type is 'longrope'; known: none, linear, yarn"),
+        ({"rope__scaling__type": "longrope"}, "unknown rope.scaling.type 'longrope'; known: none, linear, yarn"),
         ({"rope__scaling__attn_factor": 0.5}, "rope.scaling.attn_factor is 0.5; only 1"),
         ({"rope__scaling__yarn_log_multiplier": 0.1}, "yarn_log_multiplier is 0.1.*not implemented"),
         ({"attention__sliding_window": 4096}, "attention.sliding_window is 4096; only 0"),

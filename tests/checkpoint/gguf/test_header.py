@@ -261,7 +261,7 @@ def test_a_wrong_byte_is_read_or_refused(tmp_path: Path, whole: Path) -> None:
     first = min(info.offset for info in read_header(whole).tensors.values())
     path = tmp_path / "wrong.gguf"
     refused = 0
-    for at in range(first):
+    for at in [*range(400), *range(400, first, 5)]:
         path.write_bytes(data[:at] + b"\x00\x7f\xff"[at % 3 : at % 3 + 1] + data[at + 1 :])
         try:
             assert isinstance(read_header(path), GGUFHeader)

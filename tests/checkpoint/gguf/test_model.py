@@ -78,11 +78,15 @@ REFUSED = {
     "architecture": (
         {"general.architecture": "gpt2"},
         ConfigError,
-        "architecture is 'gpt2'; known: llama, qwen2, qwen3",
+        "unknown general.architecture 'gpt2'; known: llama, qwen2, qwen3",
     ),
     "adapter": ({"general.type": "adapter"}, CheckpointFormatError, "general.type is 'adapter'"),
     "shards": ({"split.count": 2}, CheckpointFormatError, "split.count is 2; .* merge the parts"),
-    "scaling": ({"llama.rope.scaling.type": "su"}, ConfigError, "rope.scaling.type is 'su'; known: none, linear, yarn"),
+    "scaling": (
+        {"llama.rope.scaling.type": "su"},
+        ConfigError,
+        "unknown rope.scaling.type 'su'; known: none, linear, yarn",
+    ),
     "factor": ({"llama.rope.scaling.factor": 0.5}, ConfigError, "factor must be .* at least 1, not 0.5"),
     "experts": ({"llama.expert_count": 8}, ConfigError, "llama.expert_count is 8"),
     "soft-capping": ({"llama.final_logit_softcapping": 30.0}, ConfigError, "final_logit_softcapping is 30.0"),

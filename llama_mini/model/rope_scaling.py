@@ -20,7 +20,7 @@ from torch import Tensor
 from llama_mini.errors import ConfigError
 from llama_mini.validate import check_flag, check_number, check_whole, join_names, short_repr
 
-_LARGEST = 1e12  # settings lie between its inverse and it, so that quotients and logarithms stay finite
+_LARGEST = 10**12  # settings lie between its inverse and it, so that quotients and logarithms stay finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,4 +219,4 @@ def _check_positive(name: str, value: Any) -> None:
 
 
 def _check_length(value: Any) -> None:
-    check_whole("rope_scaling.original_max_seq_len", value, ConfigError, 1, int(_LARGEST))
+    check_whole("rope_scaling.original_max_seq_len", value, ConfigError, 1, _LARGEST)

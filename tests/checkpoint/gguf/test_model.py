@@ -87,7 +87,7 @@ REFUSED = {
         ConfigError,
         "unknown rope.scaling.type 'su'; known: none, linear, yarn",
     ),
-    "factor": ({"llama.rope.scaling.factor": 0.5}, ConfigError, "factor must be .* at least 1, not 0.5"),
+    "factor": ({"llama.rope.scaling.factor": 0.5}, ConfigError, "factor must be .* from 1 to 1000000000000, not 0.5"),
     "experts": ({"llama.expert_count": 8}, ConfigError, "llama.expert_count is 8"),
     "soft-capping": ({"llama.final_logit_softcapping": 30.0}, ConfigError, "final_logit_softcapping is 30.0"),
     "window": ({"llama.attention.sliding_window": 4096}, ConfigError, "attention.sliding_window is 4096"),

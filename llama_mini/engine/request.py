@@ -11,8 +11,7 @@ from llama_mini.engine.logprobs import token_logprobs, top_logprobs
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import LlamaMiniError
 from llama_mini.machine import peak_memory_bytes
-from llama_mini.tokenizer import Tokenizer
-from llama_mini.tokenizer.text_stream import TextStream
+from llama_mini.tokenizer import DecodeStream, Tokenizer
 
 INITIAL_NEW_TOKENS = 256  # cache positions for an answer without max_tokens; when they are full, the cache doubles
 
@@ -112,7 +111,7 @@ class Request:
         self.ends = frozenset(self.params.stop_token_ids)
         if not self.params.ignore_eos:
             self.ends |= self.tokenizer.eos_ids
-        self._stream = TextStream(self.tokenizer, tuple(self.params.stop))
+        self._stream = DecodeStream(self.tokenizer, self.params.stop)
         self._texts: list[str] = []
         self._created = time.perf_counter()
         self._started = self._first = self._last = 0.0

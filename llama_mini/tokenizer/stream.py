@@ -1,28 +1,52 @@
-"""Decoding token by token, for streaming."""
+"""Text from token ids, one token at a time: whole characters only, and no part of a stop string."""
 
 import codecs
+from collections.abc import Sequence
 
 from llama_mini.tokenizer.tokenizer import Tokenizer
 
 
 class DecodeStream:
-    """Joined, the pieces are `tokenizer.decode` of all ids: a character whose bytes are not all there is held back."""
+    """Joined, the pieces are `tokenizer.decode` of all ids, up to the first stop string.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Held back are the bytes of a character that is not complete, and text that may be the beginning of a stop string.
+    `stopped` is true after a stop string; push then gives "".
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
         self._tokenizer = tokenizer
+        self._stop = stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip_space = tokenizer.strips_space
+        self._held = ""
 
     def push(self, token_id: int) -> str:
-        """The whole characters that this token completes, or "". Special tokens give ""."""
-        return self._stripped(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        """The text that is certain with this token, often "". Special tokens add nothing."""
+        return self._release(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was never completed."""
-        return self._stripped(self._utf8.decode(b"", final=True))
+        """What was held back, at the end of the tokens; U+FFFD for a character that was never completed."""
+        text = self._release(self._utf8.decode(b"", final=True))
+        text, self._held = text + self._held, ""
+        return text
 
-    def _stripped(self, text: str) -> str:
-        if not text or not self._strip_space:
-            return text
-        self._strip_space = False
-        return text.removeprefix(" ")
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        if text and self._strip_space:
+            self._strip_space = False
+            text = text.removeprefix(" ")
+        text, self._held = self._held + text, ""
+        starts = [start for start in map(text.find, self._stop) if start >= 0]
+        if starts:
+            self.stopped = True
+            return text[: min(starts)]
+        end = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[end:]
+        return text[:end]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -4,25 +4,23 @@ import random
 
 import pytest
 
-from llama_mini.tokenizer.text_stream import TextStream, _overlap
+from llama_mini.tokenizer.stream import DecodeStream, _overlap
 
 
 class Pieces:
-    """A decoder whose tokens are indices into a list of strings."""
+    """A tokenizer whose ids are indices into a list of strings."""
+
+    strips_space = False
 
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces
 
-    def push(self, token_id: int) -> str:
-        return self.pieces[token_id]
-
-    def flush(self) -> str:
-        return ""
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.pieces[token_id].encode()
 
 
-def run(pieces: list[str], stop: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], bool]:
-    monkeypatch.setattr("llama_mini.tokenizer.text_stream.DecodeStream", lambda _tokenizer: Pieces(pieces))
-    stream = TextStream(None, stop)
+def run(pieces: list[str], stop: tuple[str, ...]) -> tuple[list[str], bool]:
+    stream = DecodeStream(Pieces(pieces), stop)
     out = []
     for i in range(len(pieces)):
         out.append(stream.push(i))
@@ -31,7 +29,7 @@ def run(pieces: list[str], stop: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
     return [*out, stream.flush()], stream.stopped
 
 
-def test_random_cuts_of_random_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_cuts_of_random_text() -> None:
     rng = random.Random(0)
     met = 0
     for _ in range(3000):
@@ -39,27 +37,27 @@ def test_random_cuts_of_random_text(monkeypatch: pytest.MonkeyPatch) -> None:
         stop = "".join(rng.choices("ab\n", k=rng.randrange(1, 5)))
         cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(12)))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        out, stopped = run(pieces, (stop,), monkeypatch)
+        out, stopped = run(pieces, (stop,))
         assert stopped == (stop in text)
         assert "".join(out) == text.split(stop)[0]
         met += stopped
     assert 500 < met < 2500  # both cases were really tried
 
 
-def test_text_is_held_only_as_long_as_it_could_be_a_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
-    out, stopped = run(["one <", "|e", "ND", "|> two"], ("<|end|>",), monkeypatch)
+def test_text_is_held_only_as_long_as_it_could_be_a_stop_string() -> None:
+    out, stopped = run(["one <", "|e", "ND", "|> two"], ("<|end|>",))
     assert out == ["one ", "", "<|eND", "|> two", ""]
     assert not stopped
 
 
-def test_the_first_of_several_stop_strings_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    out, stopped = run(["some text, and more"], ("more", "and", "absent"), monkeypatch)
+def test_the_first_of_several_stop_strings_holds() -> None:
+    out, stopped = run(["some text, and more"], ("more", "and", "absent"))
     assert out == ["some text, ", ""]
     assert stopped
 
 
-def test_what_was_held_back_is_flushed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    out, stopped = run(["abc", "##"], ("###",), monkeypatch)
+def test_what_was_held_back_is_flushed_at_the_end() -> None:
+    out, stopped = run(["abc", "##"], ("###",))
     assert out == ["abc", "", "##"]
     assert not stopped
 

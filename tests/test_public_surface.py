@@ -31,7 +31,7 @@ SIGNATURES = {
     NormPlan.to_dict: "(self)",
     NormPlan.from_dict: "(data)",
     Tokenizer.from_pretrained: "(path)",
-    Tokenizer.encode: "(self, text, add_special_tokens=True)",
+    Tokenizer.encode: "(self, text, add_special_tokens=True, parse_special=False)",
     Tokenizer.decode: "(self, ids, skip_special_tokens=True)",
     Tokenizer.apply_chat_template: "(self, messages, add_generation_prompt=True)",
     KVCache.advance: "(self, n_new)",
@@ -93,6 +93,8 @@ def test_attributes(tiny_dir) -> None:
     llm = LLM(tiny_dir)
     assert isinstance(llm.tokenizer.bos_id, int)
     assert llm.tokenizer.eos_ids
+    assert llm.tokenizer.eos_id in llm.tokenizer.eos_ids
+    assert llm.tokenizer.chat_template is not None
     assert llm.tokenizer.vocab_size == 260
     assert llm.model.new_cache(2, 5).lengths == [0, 0]
     assert llm.config is llm.model.config

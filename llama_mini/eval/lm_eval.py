@@ -4,7 +4,6 @@ Requests are tokenized by the rules of lm-eval's own `hf` model, so that both re
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -71,10 +70,9 @@ class LlamaMiniLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         tokenizer = self.llm.tokenizer
-        named = tokenizer._named_id("eos_token")
-        if named is None and not tokenizer.eos_ids:
+        if not tokenizer.eos_ids:
             raise RequestError("the checkpoint names no end-of-text token: give prefix_token_id")
-        return min(tokenizer.eos_ids) if named is None else named
+        return min(tokenizer.eos_ids) if tokenizer.eos_id is None else tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -89,12 +87,7 @@ class LlamaMiniLM(TemplateLM):
             add_special_tokens = self.add_bos_token
             if string.startswith(self._text_of(self.prefix_token_id)):
                 add_special_tokens = False
-        backend = self.llm.tokenizer._backend
-        longest_first = sorted(backend.control_ids, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})", string)
-        ids = backend.encode([backend.control_ids[part] if i % 2 else part for i, part in enumerate(parts) if part])
-        before, after = backend.frame
-        return ids if add_special_tokens is False else [*before, *ids, *after]
+        return self.llm.tokenizer.encode(string, add_special_tokens is not False, parse_special=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text, in windows of the whole context; the first starts with the prefix token."""
@@ -201,7 +194,7 @@ class LlamaMiniLM(TemplateLM):
             raise RequestError(
                 f"chat template {short_repr(chat_template)} is unknown: give --apply_chat_template alone"
             )
-        return self.llm.tokenizer._template or "" if chat_template else None
+        return self.llm.tokenizer.chat_template or "" if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:

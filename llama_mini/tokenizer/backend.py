@@ -1,7 +1,9 @@
 """What the three vocabularies have in common: pieces in, ids out, and the bytes behind an id."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Protocol
 from unicodedata import category
 
@@ -39,6 +41,12 @@ def is_control(content: str, special: bool) -> bool:
     kinds = {category(char)[0] for char in content.replace("▁", "")}  # letters, marks, numbers, separators are LMNZ
     is_text = content.isspace() or kinds <= set("LMNZ") or (len(content) == 1 and "C" not in kinds)
     return special or not is_text
+
+
+def any_of(contents: Iterable[str], conditions: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A pattern for any of the contents, the longest first; matches nothing when there are none."""
+    longest_first = sorted(contents, key=len, reverse=True)
+    return "|".join(conditions.get(content, "") + re.escape(content) for content in longest_first) or "(?!)"
 
 
 @contextmanager

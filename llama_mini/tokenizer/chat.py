@@ -7,12 +7,11 @@ itself joins a marker out of a message's parts, as `'<|' + message.role + '|>'` 
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_mini.errors import RequestError
-from llama_mini.tokenizer.backend import Backend, Piece
+from llama_mini.tokenizer.backend import Backend, Piece, any_of
 from llama_mini.tokenizer.sandbox import render
 from llama_mini.validate import short_repr
 
@@ -92,12 +91,6 @@ def _shown(value: object) -> str:
     return "missing" if value is None else f"{type(value).__name__} {short_repr(value):.60}"
 
 
-def _any_of(contents: Iterable[str], conditions: Mapping[str, str] = MappingProxyType({})) -> str:
-    """A pattern for any of the contents, the longest first; it matches nothing when there are none."""
-    longest_first = sorted(contents, key=len, reverse=True)
-    return "|".join(conditions.get(content, "") + re.escape(content) for content in longest_first) or "(?!)"
-
-
 class _Marks:
     """Breaks the control strings inside messages, wherever one starts: overlapping ones too, and in keys.
 
@@ -109,9 +102,9 @@ class _Marks:
         special = {key for key, id in backend.control_ids.items() if id in backend.special_ids and len(key) > 1}
         other = backend.control_ids.keys() - special
         self.mark = mark
-        self._special = re.compile(f"(?={_any_of(special)})(.)", re.DOTALL)
-        self._other = re.compile(f"(?={_any_of(other)})")
-        self.unmarked = re.compile(f"({_any_of(special | other, dict.fromkeys(other, f'(?<!{mark})'))})")
+        self._special = re.compile(f"(?={any_of(special)})(.)", re.DOTALL)
+        self._other = re.compile(f"(?={any_of(other)})")
+        self.unmarked = re.compile(f"({any_of(special | other, dict.fromkeys(other, f'(?<!{mark})'))})")
 
     def put(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -1,6 +1,7 @@
 """Text to token ids and back, for every vocabulary of the LLaMA family."""
 
 import operator
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
 from llama_mini.checkpoint.io.files import exists, inside
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.tokenizer import chat, gguf_vocabulary
-from llama_mini.tokenizer.backend import Backend
+from llama_mini.tokenizer.backend import Backend, Piece, any_of
 from llama_mini.tokenizer.config_files import ConfigFiles, gguf_config_files, read_bytes, read_config_files, read_json
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
 from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
@@ -43,14 +44,15 @@ class Tokenizer:
         self._backend = backend
         self._kind = kind
         self._names = {**backend.names, **files.names}
-        self._template = files.chat_template
+        self._chat_template = files.chat_template
         # A Meta directory does not say whether its model was taught to chat; the vocabulary has the format's markers.
         self._llama_3_dialogue = isinstance(backend, TiktokenFile) and not files.hugging_face
         self.vocab_size = backend.vocab_size
         self._model_vocab_size = max(files.model_vocab_size, backend.vocab_size)
-        bos, eos = self._named_id("bos_token"), self._named_id("eos_token")
+        bos, self._eos_id = self._named_id("bos_token"), self._named_id("eos_token")
         self.bos_id = bos if bos is not None else next(iter(backend.frame[0]), files.bos_id)
-        self.eos_ids = backend.eos_ids | frozenset(files.eos_ids) | frozenset([] if eos is None else [eos])
+        named = [] if self._eos_id is None else [self._eos_id]
+        self.eos_ids = backend.eos_ids | frozenset(files.eos_ids) | frozenset(named)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
@@ -85,14 +87,21 @@ class Tokenizer:
         backend = HuggingFaceJson(gguf_vocabulary.tokenizer_json(header), f"the tokenizer in {header.path}", files)
         return cls(backend, files, gguf_vocabulary.kind(header))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Ids of a text. With `add_special_tokens`, also what the checkpoint's own rule puts around it, often a BOS.
 
         The rule is the post-processor of tokenizer.json; for tokenizer.model it is BOS, or what add_bos_token and
-        add_eos_token say. RequestError when `text` is no string or holds half a surrogate pair.
+        add_eos_token say. `parse_special` turns the control strings in the text into control tokens: for a text that
+        a chat template made, never for one that a user wrote. RequestError when `text` is no string or holds half a
+        surrogate pair.
         """
         _check_text(text)
-        ids = self._backend.encode([text])
+        pieces: list[Piece] = [text]
+        if parse_special:
+            control_ids = self._backend.control_ids
+            parts = re.split(f"({any_of(control_ids)})", text)
+            pieces = [control_ids[part] if i % 2 else part for i, part in enumerate(parts) if part]
+        ids = self._backend.encode(pieces)
         before, after = self._backend.frame
         return [*before, *ids, *after] if add_special_tokens else ids
 
@@ -136,9 +145,19 @@ class Tokenizer:
         return self._backend.strips_space
 
     @property
+    def eos_id(self) -> int | None:
+        """The eos_token that the checkpoint names, one of `eos_ids`; None when it names none."""
+        return self._eos_id
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the checkpoint's template; None when it has none."""
+        return self._chat_template
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` works. Always for Meta's LLaMA 3 files, which are the same for a base model."""
-        return self._template is not None or self._llama_3_dialogue
+        return self._chat_template is not None or self._llama_3_dialogue
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -149,8 +168,10 @@ class Tokenizer:
         RequestError for malformed messages; TokenizerError when there is no template or it fails.
         """
         checked = chat.checked_messages(messages)
-        if self._template is not None:
-            pieces = chat.template_pieces(self._template, checked, self._names, self._backend, add_generation_prompt)
+        if self._chat_template is not None:
+            pieces = chat.template_pieces(
+                self._chat_template, checked, self._names, self._backend, add_generation_prompt
+            )
         elif self._llama_3_dialogue:
             pieces = chat.llama_3_pieces(checked, self._backend.control_ids, add_generation_prompt)
         else:

@@ -165,6 +165,7 @@ def test_bos_stands_in_front_exactly_once(
 def test_no_template_says_to_use_raw_completion(chat_spec: Callable[[], Spec], write_directory: Write) -> None:
     tokenizer = Tokenizer.from_pretrained(write_directory({"tokenizer.json": chat_spec()}))
     assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
     with pytest.raises(TokenizerError, match=r"no chat template; complete raw text instead \(--raw\)"):
         tokenizer.apply_chat_template(CHATS["one"])
 

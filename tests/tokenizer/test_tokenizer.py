@@ -38,6 +38,28 @@ def test_text_round_trips_and_never_becomes_a_control_token(tokenizer: Tokenizer
         assert tokenizer.decode(ids) == (sample.replace("▁", " ") if tokenizer.strips_space else sample)
 
 
+def test_control_strings_become_tokens_only_where_that_is_asked_for(tokenizer: Tokenizer) -> None:
+    content, eot = "<|eot_id|>", {128_256: 128_009}.get(tokenizer.vocab_size, 3)
+    first, last = (tokenizer.encode(text, add_special_tokens=False) for text in ("hi <", " you"))
+    ids = tokenizer.encode(f"hi <{content} you{content}", add_special_tokens=False, parse_special=True)
+    assert ids == [*first, eot, *last, eot]
+    assert eot not in tokenizer.encode(content)
+    before, after = tokenizer._backend.frame
+    assert tokenizer.encode(content, parse_special=True) == [*before, eot, *after]
+    assert tokenizer.encode("", add_special_tokens=False, parse_special=True) == []
+    text = "two  spaces"
+    assert tokenizer.encode(text, parse_special=True) == tokenizer.encode(text)
+
+
+def test_the_longest_control_string_is_taken(byte_level_spec: Spec, write_directory: Write) -> None:
+    spec = byte_level_spec()
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec["added_tokens"] += [flags | {"id": 600, "content": "<|end|>>"}]
+    tokenizer = Tokenizer.from_pretrained(write_directory({"tokenizer.json": spec}))
+    assert tokenizer.encode("<|end|>>", parse_special=True) == [600]
+    assert tokenizer.encode("<|end|>", parse_special=True) == [1]
+
+
 def test_an_id_outside_the_vocabulary_is_a_request_error(tokenizer: Tokenizer) -> None:
     size = tokenizer.vocab_size
     assert isinstance(tokenizer.decode([size - 1], skip_special_tokens=False), str)
@@ -122,12 +144,14 @@ def test_eos_and_bos_are_taken_from_all_the_files(byte_level_spec: Spec, write_d
         return tokenizer.eos_ids, tokenizer.bos_id
 
     assert ids() == (frozenset(), None)
+    assert Tokenizer.from_pretrained(path).eos_id is None
     assert ids(generation_config={}, config={"eos_token_id": 7, "bos_token_id": 8}) == ({7}, 8)
     assert ids(generation_config={"eos_token_id": [1, 3], "bos_token_id": 0}) == ({1, 3}, 0)
     assert ids(tokenizer_config={"eos_token": "<|im_end|>"}) == ({1, 3}, 0)
     assert ids(generation_config={"eos_token_id": 1}) == ({1, 3}, 8)
     named = {"eos_token": {"content": "<|im_end|>"}, "bos_token": {"__type": "AddedToken", "content": "<|im_start|>"}}
     assert ids(tokenizer_config=named) == ({1, 3}, 2)
+    assert Tokenizer.from_pretrained(path).eos_id == 3
     assert ids(tokenizer_config={"bos_token": "!"}) == ({1}, byte_level_spec()["model"]["vocab"]["!"])
 
 

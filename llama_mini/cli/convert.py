@@ -23,7 +23,7 @@ from llama_mini.errors import LlamaMiniWarning, TokenizerError
 from llama_mini.machine import as_dtype, dtype_name
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
-from llama_mini.tokenizer import gguf_vocabulary
+from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.meta_vocabulary import meta_tokenizer_files
 
 COPIED = [
@@ -76,14 +76,14 @@ def tokenizer_files(source: Source) -> dict[str, Any]:
 
 
 def _gguf_files(source: Source) -> dict[str, Any]:
-    header = source.gguf
-    assert header is not None
+    assert source.gguf is not None
+    vocabulary = GGUFVocabulary(source.gguf)
     files: dict[str, Any] = {
-        "tokenizer.json": gguf_vocabulary.tokenizer_json(header),
-        "tokenizer_config.json": gguf_vocabulary.tokenizer_config(header),
-        GENERATION: special_ids(replace(source.config, eos_ids=tuple(gguf_vocabulary.special_eos_ids(header)))),
+        "tokenizer.json": vocabulary.tokenizer_json(),
+        "tokenizer_config.json": vocabulary.tokenizer_config(),
+        GENERATION: special_ids(replace(source.config, eos_ids=tuple(vocabulary.eos_ids))),
     }
-    template = gguf_vocabulary.chat_template(header)
+    template = vocabulary.chat_template
     return files if template is None else files | {CHAT_TEMPLATE: template}
 
 

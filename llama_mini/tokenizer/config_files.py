@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.io import files
 from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, describe, kind_of, open_file
 from llama_mini.checkpoint.io.files import inside
 from llama_mini.errors import CheckpointError, LlamaMiniWarning, TokenizerError
-from llama_mini.tokenizer.gguf_vocabulary import chat_template, special_eos_ids, tokenizer_config
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
@@ -56,19 +54,6 @@ def read_config_files(directory: Path) -> ConfigFiles:
         add_eos=settings.get("add_eos_token"),
         chat_template=_chat_template(directory, settings),
         **model,
-    )
-
-
-def gguf_config_files(header: GGUFHeader) -> ConfigFiles:
-    """The same facts from a GGUF file, which holds them itself. TokenizerError when its metadata are wrong."""
-    settings = tokenizer_config(header)
-    embedding = header.tensors.get("token_embd.weight")
-    return ConfigFiles(
-        hugging_face=True,
-        names={key: content for key in NAMED if (content := _content(settings.get(key))) is not None},
-        chat_template=chat_template(header),
-        eos_ids=tuple(special_eos_ids(header)),
-        model_vocab_size=embedding.shape[0] if embedding else 0,
     )
 
 

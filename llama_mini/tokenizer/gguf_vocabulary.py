@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, as the content of tokenizer.json, tokenizer_config.json and chat_template.jinja.
+"""The vocabulary inside a GGUF file, as the content of tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-Two kinds are read: byte-level BPE (gpt2) and SentencePiece (llama). What a key means, and what it means where it is
-absent, is what llama.cpp makes of it (src/llama-vocab.cpp).
+Two kinds are read: byte-level BPE (gpt2) and SentencePiece (llama). Keys mean, present or absent, what they mean to
+llama.cpp (src/llama-vocab.cpp).
 """
 
 import warnings
@@ -13,265 +13,236 @@ import numpy as np
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
-from llama_mini.tokenizer.gguf_byte_level import LLAMA_3, PRE_TOKENIZERS, byte_level_parts
-from llama_mini.tokenizer.gguf_sentencepiece import BYTE_TOKENS, merges_by_score, sentencepiece_parts
-from llama_mini.validate import short_repr
+from llama_mini.tokenizer.byte_level import LLAMA_3, PRE_TOKENIZERS, byte_level_parts
+from llama_mini.tokenizer.config_files import ConfigFiles
+from llama_mini.tokenizer.sentencepiece_bpe import BYTE_TOKENS, PieceType, merges_by_score, sentencepiece_parts
+from llama_mini.tokenizer.tokenizer_json import Token, added_token, tokenizer_config, tokenizer_json
+from llama_mini.validate import check_flag, short_repr
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
-_TOKEN_TYPES = range(1, 7)  # the last is a byte
-_ADDED = (_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED)  # matched before the model, or never by text
+_ADDED = (
+    PieceType.UNKNOWN,
+    PieceType.CONTROL,
+    PieceType.USER_DEFINED,
+    PieceType.UNUSED,
+)  # matched before the model, or never by text
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_USUAL_IDS = {"unknown": (0, _UNKNOWN), "bos": (1, _CONTROL), "eos": (2, _CONTROL)}  # SentencePiece, where not stated
+_USUAL_IDS = {
+    "unknown": (0, PieceType.UNKNOWN),
+    "bos": (1, PieceType.CONTROL),
+    "eos": (2, PieceType.CONTROL),
+}  # SentencePiece, where not stated
 _ENDS = (
     *("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),  # LLaMA 3's
     *("<|im_end|>", "<|endoftext|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"),  # chat formats'
 )
 
 
-def tokenizer_json(header: GGUFHeader) -> dict[str, Any]:
-    """The content of tokenizer.json: the vocabulary, merges and added tokens of the file.
+class GGUFVocabulary:
+    """The `tokenizer.` metadata of a GGUF file.
 
-    Raises TokenizerError that names the metadata key, what it holds and what can be read.
+    Raises TokenizerError for a key that does not hold what it must, here and in every member. It names the key, what it
+    holds and what can be read.
     """
-    metadata = _Metadata(header)
-    parts = _sentencepiece(metadata) if metadata.is_sentencepiece else _byte_level(metadata)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(metadata),
-        "normalizer": parts["normalizer"],
-        "pre_tokenizer": parts["pre_tokenizer"],
-        "post_processor": _post_processor(metadata),
-        "decoder": parts["decoder"],
-        "model": parts["model"],
-    }
-
-
-def tokenizer_config(header: GGUFHeader) -> dict[str, Any]:
-    """The content of tokenizer_config.json. Raises TokenizerError as above."""
-    metadata = _Metadata(header)
-    architecture = header.metadata.get("general.architecture", "llama")
-    return {
-        # The class that takes tokenizer.json as it is; GPT2Tokenizer would put its own pre-tokenizer in.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": metadata.adds("bos"),
-        **({"add_eos_token": True} if metadata.adds("eos") else {}),
-        **({} if metadata.is_sentencepiece else {"add_prefix_space": False}),
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": header.metadata.get(f"{architecture}.context_length"),
-        **dict.fromkeys(_NAMED),
-        **metadata.names(),
-    }
-
-
-def chat_template(header: GGUFHeader) -> str | None:
-    """The chat template, if the file has one. Raises TokenizerError if it is not text."""
-    template = header.metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise TokenizerError(f"{header.path}: tokenizer.chat_template must be text, not {short_repr(template)}")
-    return template
-
-
-def special_eos_ids(header: GGUFHeader) -> list[int]:
-    """Every id that ends a text, the file's eos_token_id first. Raises TokenizerError as above.
-
-    The others are its eot_token_id and eom_token_id, and those control tokens that are known by their names to end a
-    text or a turn: many files state none but the first.
-    """
-    metadata = _Metadata(header)
-    stated = (metadata.token_id(name) for name in ("eos", "eot", "eom"))
-    ends = (metadata.vocab.get(name) for name in _ENDS)
-    known = (id for id in ends if id is not None and metadata.types[id] == _CONTROL)
-    return list(dict.fromkeys([*(id for id in stated if id is not None), *known]))
-
-
-def kind(header: GGUFHeader) -> str:
-    """A phrase for people, such as "GGUF byte-level BPE (llama-bpe)". Raises TokenizerError as above."""
-    metadata = _Metadata(header)
-    return "GGUF SentencePiece" if metadata.is_sentencepiece else f"GGUF byte-level BPE ({metadata.pre})"
-
-
-def _byte_level(metadata: "_Metadata") -> dict[str, Any]:
-    if metadata.get("pre") is None:
-        message = (
-            f"{metadata.path} has no tokenizer.ggml.pre: its text is split by llama.cpp's default, which may not be "
-            "what the model was trained with; convert the model again"
-        )
-        warnings.warn(message, LlamaMiniWarning, stacklevel=4)
-    return byte_level_parts(metadata.vocab, _merges(metadata), metadata.pre)
-
-
-def _merges(metadata: "_Metadata") -> list[list[str]]:
-    lines = metadata.texts("merges")
-    merges = [line.split(" ") for line in lines]  # byte-level tokens hold no space: it is written Ġ
-    if set(map(len, merges)) <= {2} and metadata.vocab.keys() >= {*chain.from_iterable(merges), *map("".join, merges)}:
-        return merges
-    for line, merge in zip(lines, merges, strict=True):
-        if len(merge) != 2 or "" in merge:
-            raise metadata.fault("merges", f"holds {short_repr(line)}, which is not two tokens with a space between")
-        for token in (*merge, "".join(merge)):
-            if token not in metadata.vocab:
-                raise metadata.fault(
-                    "merges", f"holds {short_repr(line)}, but {short_repr(token)} is not in the vocabulary"
-                )
-    return merges
-
-
-def _sentencepiece(metadata: "_Metadata") -> dict[str, Any]:
-    unknown = metadata.token_id("unknown")
-    if unknown is None and not set(BYTE_TOKENS) <= metadata.vocab.keys():
-        raise metadata.fault("tokens", "lacks some of the 256 byte tokens, and there is no unknown_token_id instead")
-    scores = metadata.scores()
-    ordinary = [id for id, type_ in enumerate(metadata.types) if type_ == _NORMAL]
-    ranks = [scores[id] for id in ordinary if len(metadata.tokens[id]) > 1]
-    if equal := len(ranks) - len(set(ranks)):  # the one further left would go first, which no list of merges can say
-        message = (
-            f"{metadata.path}: tokenizer.ggml.scores gives {equal} pieces a score that another has too; where the two "
-            "compete, the first in the vocabulary goes first; convert the model again"
-        )
-        warnings.warn(message, LlamaMiniWarning, stacklevel=4)
-    return sentencepiece_parts(
-        metadata.vocab,
-        merges_by_score(metadata.tokens, scores, ordinary),
-        None if unknown is None else metadata.tokens[unknown],
-        adds_space=metadata.flag("add_space_prefix", True),
-        squeezes_spaces=metadata.flag("remove_extra_whitespaces"),
-    )
-
-
-def _added_tokens(metadata: "_Metadata") -> list[dict[str, Any]]:
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return [
-        {"id": id, "content": metadata.tokens[id], **plain, "special": type_ != _USER_DEFINED}
-        for id, type_ in enumerate(metadata.types)
-        if type_ in _ADDED
-    ]
-
-
-def _post_processor(metadata: "_Metadata") -> dict[str, Any] | None:
-    """What puts BOS before a text and EOS after it; None where the file asks for neither."""
-    frame: dict[str, list[dict[str, Any]]] = {"bos": [], "eos": []}
-    special_tokens = {}
-    for name in filter(metadata.adds, frame):
-        if (id := metadata.token_id(name)) is None:
-            raise metadata.fault(f"add_{name}_token", f"is true or absent, but there is no {name}_token_id")
-        token = metadata.tokens[id]
-        frame[name].append({"SpecialToken": {"id": token, "type_id": 0}})
-        special_tokens[token] = {"id": token, "ids": [id], "tokens": [token]}
-    if not special_tokens:
-        return None
-    text: dict[str, Any] = {"Sequence": {"id": "A", "type_id": 0}}
-    second: dict[str, Any] = {"Sequence": {"id": "B", "type_id": 1}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [*frame["bos"], text, *frame["eos"]],
-        "pair": [*frame["bos"], text, second, *frame["eos"]],
-        "special_tokens": special_tokens,
-    }
-
-
-class _Metadata:
-    """The `tokenizer.ggml.` keys, each checked for what it must hold."""
 
     def __init__(self, header: GGUFHeader) -> None:
         self.path = header.path
-        self.values = {key: value for key, value in header.metadata.items() if key.startswith("tokenizer.ggml.")}
-        model = self.get("model")
+        self._metadata = header.metadata
+        model = self._get("model")
         if not isinstance(model, str) or model not in ("gpt2", "llama"):
             known = "gpt2, byte-level BPE, and llama, SentencePiece"
-            raise self.fault("model", f"is {short_repr(model)}; only {known}, can be read")
+            raise self._fault("model", f"is {short_repr(model)}; only {known}, can be read")
         self.is_sentencepiece = model == "llama"
-        if self.is_sentencepiece and np.size(self.get("precompiled_charsmap", ())):
-            raise self.fault("precompiled_charsmap", "changes characters before they are looked up; it is not known")
+        if self.is_sentencepiece and np.size(self._get("precompiled_charsmap", ())):
+            raise self._fault("precompiled_charsmap", "changes characters before they are looked up; it is not known")
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(f"tokenizer.ggml.{key}", default)
+    @property
+    def kind(self) -> str:
+        """A phrase for people, such as "GGUF byte-level BPE (llama-bpe)"."""
+        return "GGUF SentencePiece" if self.is_sentencepiece else f"GGUF byte-level BPE ({self._pre})"
 
-    def fault(self, key: str, sentence: str) -> TokenizerError:
+    @property
+    def chat_template(self) -> str | None:
+        template = self._metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise TokenizerError(f"{self.path}: tokenizer.chat_template must be text, not {short_repr(template)}")
+        return template
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Every id that ends a text, eos_token_id first.
+
+        The others are eot_token_id, eom_token_id and the control tokens that are known by name to end a text or a turn:
+        many files state none but the first.
+        """
+        stated = (self._token_id(name) for name in ("eos", "eot", "eom"))
+        ends = (self._vocab.get(name) for name in _ENDS)
+        known = (id for id in ends if id is not None and self._types[id] == PieceType.CONTROL)
+        return list(dict.fromkeys([*(id for id in stated if id is not None), *known]))
+
+    def tokenizer_json(self) -> dict[str, Any]:
+        """The content of tokenizer.json: the vocabulary, merges and added tokens of the file."""
+        parts = self._sentencepiece_parts() if self.is_sentencepiece else self._byte_level_parts()
+        added = [
+            added_token(id, self._tokens[id], special=type_ != PieceType.USER_DEFINED)
+            for id, type_ in enumerate(self._types)
+            if type_ in _ADDED
+        ]
+        return tokenizer_json(parts, added, self._added("bos"), self._added("eos"))
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json."""
+        architecture = self._metadata.get("general.architecture", "llama")
+        return tokenizer_config(
+            add_bos_token=self._adds("bos"),
+            **({"add_eos_token": True} if self._adds("eos") else {}),
+            **({} if self.is_sentencepiece else {"add_prefix_space": False}),
+            model_max_length=self._metadata.get(f"{architecture}.context_length"),
+            **(dict.fromkeys(_NAMED) | self._names()),
+        )
+
+    def config_files(self, n_rows: int) -> ConfigFiles:
+        """What the files of a checkpoint's directory say; `n_rows` of the embedding."""
+        return ConfigFiles(
+            hugging_face=True,
+            names=self._names(),
+            chat_template=self.chat_template,
+            eos_ids=tuple(self.eos_ids),
+            model_vocab_size=n_rows,
+        )
+
+    def _names(self) -> dict[str, str]:
+        ids = {name: self._token_id(key) for name, key in _NAMED.items()}
+        return {name: self._tokens[id] for name, id in ids.items() if id is not None}
+
+    def _byte_level_parts(self) -> dict[str, Any]:
+        if self._get("pre") is None:
+            message = (
+                f"{self.path} has no tokenizer.ggml.pre: its text is split by llama.cpp's default, which may not be "
+                "what the model was trained with; convert the model again"
+            )
+            warnings.warn(message, LlamaMiniWarning, stacklevel=4)
+        return byte_level_parts(self._vocab, self._merges(), self._pre)
+
+    def _merges(self) -> list[list[str]]:
+        lines, vocab = self._texts("merges"), self._vocab
+        merges = [line.split(" ") for line in lines]  # byte-level tokens hold no space: it is written Ġ
+        if set(map(len, merges)) <= {2} and vocab.keys() >= {*chain.from_iterable(merges), *map("".join, merges)}:
+            return merges
+        for line, merge in zip(lines, merges, strict=True):
+            if len(merge) != 2 or "" in merge:
+                raise self._fault("merges", f"holds {short_repr(line)}, which is not two tokens with a space between")
+            for token in (*merge, "".join(merge)):
+                if token not in vocab:
+                    problem = f"holds {short_repr(line)}, but {short_repr(token)} is not in the vocabulary"
+                    raise self._fault("merges", problem)
+        return merges
+
+    def _sentencepiece_parts(self) -> dict[str, Any]:
+        unknown = self._token_id("unknown")
+        if unknown is None and not set(BYTE_TOKENS) <= self._vocab.keys():
+            raise self._fault("tokens", "lacks some of the 256 byte tokens, and there is no unknown_token_id instead")
+        scores = self._scores()
+        ordinary = [id for id, type_ in enumerate(self._types) if type_ == PieceType.NORMAL]
+        ranks = [scores[id] for id in ordinary if len(self._tokens[id]) > 1]
+        if equal := len(ranks) - len(set(ranks)):  # llama.cpp joins the leftmost first, which no list of merges can say
+            message = (
+                f"{self.path}: tokenizer.ggml.scores gives {equal} pieces a score that another has too; where the two "
+                "compete, the first in the vocabulary goes first; convert the model again"
+            )
+            warnings.warn(message, LlamaMiniWarning, stacklevel=4)
+        return sentencepiece_parts(
+            self._vocab,
+            merges_by_score(self._tokens, scores, ordinary),
+            None if unknown is None else self._tokens[unknown],
+            adds_space=self._flag("add_space_prefix", True),
+            squeezes_spaces=self._flag("remove_extra_whitespaces"),
+        )
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        return self._metadata.get(f"tokenizer.ggml.{key}", default)
+
+    def _fault(self, key: str, sentence: str) -> TokenizerError:
         line = sentence.replace("\n", " ")  # NumPy prints an array on several
         return TokenizerError(f"{self.path}: tokenizer.ggml.{key} {line}")
 
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            raise self.fault(key, f"must be true or false, not {short_repr(value)}")
+    def _flag(self, key: str, default: bool = False) -> bool:
+        value = self._get(key, default)
+        check_flag(f"{self.path}: tokenizer.ggml.{key}", value, TokenizerError)
         return value
 
-    def adds(self, name: str) -> bool:
+    def _adds(self, name: str) -> bool:
         """Whether the token named "bos" or "eos" goes around a text."""
-        by_default = name == "bos" and (self.is_sentencepiece or self.pre in LLAMA_3)
-        return self.flag(f"add_{name}_token", by_default)
+        return self._flag(f"add_{name}_token", name == "bos" and (self.is_sentencepiece or self._pre in LLAMA_3))
 
-    def texts(self, key: str) -> list[str]:
-        value = self.get(key)
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value[:1]):  # the others are alike
-            raise self.fault(key, "is missing" if value is None else "must be an array of strings")
+    def _added(self, name: str) -> Token | None:
+        if not self._adds(name):
+            return None
+        if (id := self._token_id(name)) is None:
+            raise self._fault(f"add_{name}_token", f"is true or absent, but there is no {name}_token_id")
+        return self._tokens[id], id
+
+    def _texts(self, key: str) -> list[str]:
+        value = self._get(key)
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value[:1]):  # all have one type
+            raise self._fault(key, "is missing" if value is None else "must be an array of strings")
         return value
 
     @cached_property
-    def tokens(self) -> list[str]:
-        tokens = list(self.texts("tokens"))
-        for id in (id for id, token in enumerate(tokens) if not token):
-            tokens[id] = f"[EMPTY_{id}]"
+    def _tokens(self) -> list[str]:
+        tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(self._texts("tokens"))]
         if not tokens:
-            raise self.fault("tokens", "is empty")
-        if self.is_sentencepiece:  # a user-defined piece is looked for in the text, whose spaces are not yet written ▁
-            for id in (id for id, type_ in enumerate(self.types) if type_ == _USER_DEFINED):
+            raise self._fault("tokens", "is empty")
+        if self.is_sentencepiece:  # user-defined pieces are looked for in the text, before its spaces are written as ▁
+            for id in (id for id, type_ in enumerate(self._types) if type_ == PieceType.USER_DEFINED):
                 tokens[id] = tokens[id].replace("▁", " ")
         return tokens
 
     @cached_property
-    def types(self) -> list[int]:
-        n_tokens = len(self.texts("tokens"))
-        types = self.get("token_type", np.full(n_tokens, _NORMAL))
-        if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != n_tokens:
-            raise self.fault("token_type", f"must be an array of {n_tokens} numbers, one for each token")
-        if strange := set(types.tolist()) - set(_TOKEN_TYPES):
-            raise self.fault("token_type", f"holds {min(strange)}; 1 to 6 are known")
+    def _types(self) -> list[int]:
+        types = self._numbers("token_type", "iu", np.full(len(self._texts("tokens")), PieceType.NORMAL))
+        if strange := set(types.tolist()) - set(range(PieceType.NORMAL, PieceType.BYTE + 1)):
+            raise self._fault("token_type", f"holds {min(strange)}; {PieceType.NORMAL} to {PieceType.BYTE} are known")
         return types.tolist()
 
     @cached_property
-    def vocab(self) -> dict[str, int]:
-        vocab = dict(zip(self.tokens, range(len(self.tokens)), strict=True))
-        if len(vocab) != len(self.tokens):
-            twice = next(token for id, token in enumerate(self.tokens) if vocab[token] != id)
-            raise self.fault("tokens", f"holds {short_repr(twice)} twice")
+    def _vocab(self) -> dict[str, int]:
+        vocab = dict(zip(self._tokens, range(len(self._tokens)), strict=True))
+        if len(vocab) != len(self._tokens):
+            twice = next(token for id, token in enumerate(self._tokens) if vocab[token] != id)
+            raise self._fault("tokens", f"holds {short_repr(twice)} twice")
         return vocab
 
-    def scores(self) -> list[float]:
-        scores = self.get("scores")
-        if scores is None:
-            raise self.fault("scores", "is missing; SentencePiece joins pieces by them")
-        if not isinstance(scores, np.ndarray) or scores.dtype.kind not in "fiu" or len(scores) != len(self.tokens):
-            raise self.fault("scores", f"must be an array of {len(self.tokens)} numbers, one for each token")
+    def _scores(self) -> list[float]:
+        if self._get("scores") is None:
+            raise self._fault("scores", "is missing; SentencePiece joins pieces by them")
+        scores = self._numbers("scores", "fiu")
         if not np.isfinite(scores).all():
-            raise self.fault("scores", f"holds {scores[~np.isfinite(scores)][0]}; every score must be finite")
+            raise self._fault("scores", f"holds {scores[~np.isfinite(scores)][0]}; every score must be finite")
         return scores.tolist()
 
-    def token_id(self, name: str) -> int | None:
-        value = self.get(f"{name}_token_id")
+    def _numbers(self, key: str, kinds: str, default: Any = None) -> np.ndarray:
+        numbers, n_tokens = self._get(key, default), len(self._texts("tokens"))
+        if not isinstance(numbers, np.ndarray) or numbers.dtype.kind not in kinds or len(numbers) != n_tokens:
+            raise self._fault(key, f"must be an array of {n_tokens} numbers, one for each token")
+        return numbers
+
+    def _token_id(self, name: str) -> int | None:
+        value = self._get(f"{name}_token_id")
         if value is None:
             usual, type_ = _USUAL_IDS.get(name, (0, 0))
-            return usual if self.is_sentencepiece and self.types[usual : usual + 1] == [type_] else None
-        if type(value) is int and 0 <= value < len(self.tokens):
+            return usual if self.is_sentencepiece and self._types[usual : usual + 1] == [type_] else None
+        if type(value) is int and 0 <= value < len(self._tokens):
             return value
-        problem = f"must be a token from 0 to {len(self.tokens) - 1}, not {short_repr(value)}"
+        problem = f"must be a token from 0 to {len(self._tokens) - 1}, not {short_repr(value)}"
         if type(value) is not int or name not in ("padding", "unknown"):
-            raise self.fault(f"{name}_token_id", problem)
-        warnings.warn(f"{self.fault(f'{name}_token_id', problem)}; ignored", LlamaMiniWarning, stacklevel=4)
+            raise self._fault(f"{name}_token_id", problem)
+        warnings.warn(f"{self._fault(f'{name}_token_id', problem)}; ignored", LlamaMiniWarning, stacklevel=4)
         return None
 
-    def names(self) -> dict[str, str]:
-        """The named special tokens that the file has: "bos_token" -> "<s>"."""
-        ids = {name: self.token_id(key) for name, key in _NAMED.items()}
-        return {name: self.tokens[id] for name, id in ids.items() if id is not None}
-
     @property
-    def pre(self) -> str:
-        name = self.get("pre", "default")
+    def _pre(self) -> str:
+        name = self._get("pre", "default")
         if not isinstance(name, str) or name not in PRE_TOKENIZERS:
-            raise self.fault(
-                "pre", f"is {short_repr(name)}, an unknown pre-tokenizer; known: {', '.join(PRE_TOKENIZERS)}"
-            )
+            known = ", ".join(PRE_TOKENIZERS)
+            raise self._fault("pre", f"is {short_repr(name)}, an unknown pre-tokenizer; known: {known}")
         return name

@@ -18,8 +18,10 @@ import tokenizers
 
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Piece, is_control, native_failures_as
+from llama_mini.tokenizer.byte_level import BYTE_LETTERS
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 
+_BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 # Of a BPE model, besides its vocabulary and merges.
 _BPE_SETTINGS = (
     *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
@@ -188,7 +190,7 @@ def _reader(decoder: Any) -> tuple[Callable[[str], bytes], bool]:
     steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
     kinds = [step and step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
-        return _byte_level_reader(), False
+        return _byte_level_bytes, False
     replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0] == replace and steps[3:] in ([], [strip]):
@@ -206,15 +208,7 @@ def _sentencepiece_bytes(content: str) -> bytes:
     return content.replace("▁", " ").encode()
 
 
-def _byte_level_reader() -> Callable[[str], bytes]:
-    """GPT-2's alphabet: Latin-1's printable bytes stand for themselves, for the other 68 the characters from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-    def bytes_of(content: str) -> bytes:
-        if all(char in byte_of for char in content):
-            return bytes(byte_of[char] for char in content)
-        return content.encode()
-
-    return bytes_of
+def _byte_level_bytes(content: str) -> bytes:
+    if all(letter in _BYTES for letter in content):
+        return bytes(_BYTES[letter] for letter in content)
+    return content.encode()

@@ -14,8 +14,7 @@ import sentencepiece
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Piece, is_control, native_failures_as
 from llama_mini.tokenizer.config_files import ConfigFiles
-
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # SentencePiece.Type; 1 is an ordinary piece
+from llama_mini.tokenizer.sentencepiece_bpe import PieceType
 
 
 class SentencePieceFile:
@@ -23,19 +22,22 @@ class SentencePieceFile:
 
     def __init__(self, path: Path, data: bytes, files: ConfigFiles) -> None:
         """ValueError when `data` is no such file; TokenizerError when an added token cannot be served."""
-        pieces, rest, self.strips_space = _read_model(data)
+        model = read_model(data)
+        pieces = model.pieces
+        # It puts a space before a text (add_dummy_prefix), or drops those that are there (remove_extra_whitespaces).
+        self.strips_space = bool(model.normalizer.get(3, True) or model.normalizer.get(4, True))
         added = {token.id: token for token in files.added_tokens if token.id is not None}
         self._contents = dict(enumerate(piece.content for piece in pieces))
         self._contents |= {id: token.content for id, token in added.items()}
-        self._byte_ids = {id for id, piece in enumerate(pieces) if piece.kind == BYTE}
+        self._byte_ids = {id for id, piece in enumerate(pieces) if piece.kind == PieceType.BYTE}
         special, control = set(), set()
         for id, content in self._contents.items():
-            kind = pieces[id].kind if id < len(pieces) else USER_DEFINED
+            kind = pieces[id].kind if id < len(pieces) else PieceType.USER_DEFINED
             marker = is_control(content, special=False)
             named = marker and content in files.names.values()
-            if kind in (UNKNOWN, CONTROL) or named or (id in added and added[id].special):
+            if kind in (PieceType.UNKNOWN, PieceType.CONTROL) or named or (id in added and added[id].special):
                 special.add(id)
-            if id in special or (marker and (kind == USER_DEFINED or id in added)):
+            if id in special or (marker and (kind == PieceType.USER_DEFINED or id in added)):
                 control.add(id)
             elif id >= len(pieces):
                 raise TokenizerError(
@@ -43,7 +45,7 @@ class SentencePieceFile:
                     "take; convert the tokenizer to tokenizer.json"
                 )
         with native_failures_as(ValueError, "sentencepiece"):
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=_write_model(pieces, rest, control))
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=_write_model(model, control))
         self.vocab_size = max(self._contents) + 1
         self.control_ids: Mapping[str, int] = {self._contents[id]: id for id in control}
         self.special_ids = frozenset(special)
@@ -74,50 +76,58 @@ class SentencePieceFile:
 
 
 @dataclass(frozen=True)
-class _ModelPiece:
+class ModelPiece:
     content: str
     kind: int
     message: bytes
 
 
-def _read_model(data: bytes) -> tuple[list[_ModelPiece], bytes, bool]:
-    """The pieces of a ModelProto, its other fields as they are, and whether encoding puts a space in front."""
-    pieces: list[_ModelPiece] = []
-    rest: list[bytes] = []
-    adds_space = True
-    for number, value, raw in protobuf_fields(data):
+@dataclass(frozen=True)
+class Model:
+    """A ModelProto. `trainer` and `normalizer` are the fields of its two specs, by number; `rest` is all but pieces."""
+
+    pieces: list[ModelPiece]
+    trainer: dict[int, int | bytes]
+    normalizer: dict[int, int | bytes]
+    rest: bytes
+
+
+def read_model(data: bytes) -> Model:
+    """ValueError when `data` is no SentencePiece model, or one that cannot be read."""
+    pieces: list[ModelPiece] = []
+    rest = bytearray()
+    specs: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}}
+    for number, value, raw in _fields(data):
+        parts = {}
+        if number in (1, *specs) and isinstance(value, bytes):
+            parts = {part: content for part, content, _ in _fields(value)}
         if number == 1 and isinstance(value, bytes):
-            parts = {part: content for part, content, _ in protobuf_fields(value)}
             content = parts.get(1)
             if not isinstance(content, bytes) or not content:
                 raise ValueError(f"piece {len(pieces)} has no text")
-            pieces.append(_ModelPiece(content.decode(), int(parts.get(3, 1)), value))
+            pieces.append(ModelPiece(content.decode(), int(parts.get(3, PieceType.NORMAL)), value))
         else:
-            rest.append(raw)
-            message = value if isinstance(value, bytes) and number in (2, 3) else b""  # the trainer's, the normalizer's
-            spec = {part: content for part, content, _ in protobuf_fields(message)}
-            if number == 2 and spec.get(24):
-                raise ValueError(
-                    "it writes the space behind a word (treat_whitespace_as_suffix), which is not supported"
-                )
-            if number == 3:
-                adds_space = bool(spec.get(3, 1)) or bool(spec.get(4, 1))  # add_dummy_prefix, remove_extra_whitespaces
+            rest += raw
+            specs.get(number, {}).update(parts)
     if not pieces:
         raise ValueError("it holds no pieces")
-    return pieces, b"".join(rest), adds_space
+    if specs[2].get(24):
+        raise ValueError("it writes the space behind a word (treat_whitespace_as_suffix), which is not supported")
+    return Model(pieces, specs[2], specs[3], bytes(rest))
 
 
-def _write_model(pieces: list[_ModelPiece], rest: bytes, control: set[int]) -> bytes:
-    """The model again, with the type `control` for some: a field that stands twice has its last value."""
+def _write_model(model: Model, control: set[int]) -> bytes:
+    """The model, with the type `control` for some pieces: of a field that occurs twice, the last counts."""
     messages = (
-        piece.message + (bytes([3 << 3, CONTROL]) if id in control and piece.kind != UNKNOWN else b"")
-        for id, piece in enumerate(pieces)
+        piece.message
+        + (bytes([3 << 3, PieceType.CONTROL]) if id in control and piece.kind != PieceType.UNKNOWN else b"")
+        for id, piece in enumerate(model.pieces)
     )
-    return b"".join(bytes([1 << 3 | 2]) + _varint_bytes(len(message)) + message for message in messages) + rest
+    return b"".join(bytes([1 << 3 | 2]) + _varint_bytes(len(message)) + message for message in messages) + model.rest
 
 
-def protobuf_fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
-    """The fields of a protobuf message: number, value, and the field as it stands."""
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """The fields of a protobuf message: number, value, and the bytes of the whole field."""
     position = 0
     while position < len(data):
         start = position

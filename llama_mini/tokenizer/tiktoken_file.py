@@ -13,11 +13,8 @@ import tiktoken
 
 from llama_mini.errors import RequestError
 from llama_mini.tokenizer.backend import Piece, native_failures_as
+from llama_mini.tokenizer.byte_level import LLAMA_3_WORDS
 
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 MAX_CHARS = 400_000  # tiktoken panics on much more at once
 MAX_RUN = 25_000  # characters in a row with, or without, white space: its merging is quadratic within a word
 N_SPECIAL = 256
@@ -57,7 +54,7 @@ class TiktokenFile:
         self._bytes = [*ranks, *(content.encode() for content in special)]
         with native_failures_as(ValueError, "tiktoken"):
             self._encoding = tiktoken.Encoding(
-                name=path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}
+                name=path.name, pat_str=LLAMA_3_WORDS, mergeable_ranks=ranks, special_tokens={}
             )
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:

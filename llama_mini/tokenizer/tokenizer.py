@@ -12,9 +12,10 @@ from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
 from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
 from llama_mini.checkpoint.io.files import exists, inside
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
-from llama_mini.tokenizer import chat, gguf_vocabulary
+from llama_mini.tokenizer import chat
 from llama_mini.tokenizer.backend import Backend, Piece, any_of
-from llama_mini.tokenizer.config_files import ConfigFiles, gguf_config_files, read_bytes, read_config_files, read_json
+from llama_mini.tokenizer.config_files import ConfigFiles, read_bytes, read_config_files, read_json
+from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
 from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
 from llama_mini.tokenizer.tiktoken_file import TiktokenFile
@@ -83,9 +84,10 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, header: GGUFHeader) -> "Tokenizer":
         """The tokenizer in a GGUF file whose header is read already; TokenizerError when its metadata are wrong."""
-        files = gguf_config_files(header)
-        backend = HuggingFaceJson(gguf_vocabulary.tokenizer_json(header), f"the tokenizer in {header.path}", files)
-        return cls(backend, files, gguf_vocabulary.kind(header))
+        vocabulary, embedding = GGUFVocabulary(header), header.tensors.get("token_embd.weight")
+        files = vocabulary.config_files(embedding.shape[0] if embedding else 0)
+        backend = HuggingFaceJson(vocabulary.tokenizer_json(), f"the tokenizer in {header.path}", files)
+        return cls(backend, files, vocabulary.kind)
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Ids of a text. With `add_special_tokens`, also what the checkpoint's own rule puts around it, often a BOS.

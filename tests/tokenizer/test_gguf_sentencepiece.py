@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
-from llama_mini.tokenizer.gguf_sentencepiece import BYTE_TOKENS, merges_by_score
-from llama_mini.tokenizer.gguf_vocabulary import kind, special_eos_ids, tokenizer_config, tokenizer_json
+from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
+from llama_mini.tokenizer.sentencepiece_bpe import BYTE_TOKENS, merges_by_score
 
 # No merge of a trained vocabulary has a better score than its parts; here some do, as in a unigram vocabulary.
 SCORES = {"▁": -2, "a": -3, "b": -3, "c": -3, "ab": -4.5, "bc": -4, "abc": -9, "▁a": -4.2, "▁ab": -3.5, "ca": -4.1}
@@ -44,8 +44,12 @@ def with_token(content: str, type_: int, score: float = -7.0) -> dict[str, Any]:
     return {"tokens": [*TOKENS, content], "token_type": np.array([*TYPES, type_]), "scores": scores}
 
 
+def vocabulary(**changes: Any) -> GGUFVocabulary:
+    return GGUFVocabulary(header(**changes))
+
+
 def tokenizer(**changes: Any) -> Tokenizer:
-    return Tokenizer.from_str(json.dumps(tokenizer_json(header(**changes))))
+    return Tokenizer.from_str(json.dumps(vocabulary(**changes).tokenizer_json()))
 
 
 def test_merges_are_all_the_cuts_of_a_piece_by_its_score() -> None:
@@ -75,8 +79,10 @@ def test_transformers_loads_it(tmp_path: Path) -> None:
         ({"add_eos_token": True}, [1], [2]),
     ):
         found = header(**changes)
-        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(found)), encoding="utf-8")
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(found)), encoding="utf-8")
+        (tmp_path / "tokenizer.json").write_text(json.dumps(GGUFVocabulary(found).tokenizer_json()), encoding="utf-8")
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps(GGUFVocabulary(found).tokenizer_config()), encoding="utf-8"
+        )
         ids = tokenizer().encode("  ab cab é", add_special_tokens=False).ids
         for theirs in (
             AutoTokenizer.from_pretrained(tmp_path),
@@ -99,18 +105,18 @@ def test_the_space_in_front_and_extra_spaces_are_the_files_rule() -> None:
 
 def test_ids_that_the_file_does_not_state() -> None:
     absent: dict[str, Any] = {f"{name}_token_id": None for name in ("bos", "eos", "unknown")}
-    assert tokenizer_json(header(**absent)) == tokenizer_json(header())
-    assert special_eos_ids(header(**absent)) == [2]
+    assert vocabulary(**absent).tokenizer_json() == vocabulary().tokenizer_json()
+    assert vocabulary(**absent).eos_ids == [2]
     absent["token_type"] = np.array([2, 4, 4, *TYPES[3:]])  # no control tokens there
-    assert special_eos_ids(header(**absent)) == []
+    assert vocabulary(**absent).eos_ids == []
     with pytest.raises(TokenizerError, match="add_bos_token is true or absent, but there is no bos_token_id"):
-        tokenizer_json(header(**absent))
+        vocabulary(**absent).tokenizer_json()
 
 
 def test_token_types() -> None:
-    assert kind(header()) == "GGUF SentencePiece"
+    assert vocabulary().kind == "GGUF SentencePiece"
     for type_, matched, special in ((1, False, None), (3, True, True), (4, True, False), (5, True, True)):
-        spec = tokenizer_json(header(**with_token("a▁a", type_)))
+        spec = vocabulary(**with_token("a▁a", type_)).tokenizer_json()
         assert [token["special"] for token in spec["added_tokens"][3:]] == ([special] if matched else [])
         assert (["a", "▁a"] in spec["model"]["merges"]) == (type_ == 1)  # text reaches no other by joining pieces
     user_defined = tokenizer(**with_token("c▁▁c", 4))
@@ -122,13 +128,13 @@ def test_bytes_or_an_unknown_token() -> None:
     assert tokenizer(tokens=tokens).encode("aéa").ids == [1, TOKENS.index("▁a"), 0, TOKENS.index("a")]
     types = np.array([3, *TYPES[1:]])
     with pytest.raises(TokenizerError, match="tokens lacks some of the 256 byte tokens"):
-        tokenizer_json(header(tokens=tokens, token_type=types, unknown_token_id=None))
+        vocabulary(tokens=tokens, token_type=types, unknown_token_id=None).tokenizer_json()
     assert tokenizer(token_type=types, unknown_token_id=None).encode("é").tokens[-2:] == ["<0xC3>", "<0xA9>"]
 
 
 def test_equal_scores_warn() -> None:
     with pytest.warns(LlamaMiniWarning, match="scores gives 1 pieces a score that another has too"):
-        tokenizer_json(header(**with_token("bca", 1, score=-9.0)))
+        vocabulary(**with_token("bca", 1, score=-9.0)).tokenizer_json()
 
 
 def test_merges_of_a_large_vocabulary_take_less_than_a_second() -> None:
@@ -163,6 +169,6 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_metadata_is_one_sentence(fault: str) -> None:
     changes, sentence = FAULTS[fault]
     with pytest.raises(TokenizerError, match=sentence) as caught:
-        _ = tokenizer_json(header(**changes)), tokenizer_config(header(**changes))
+        _ = vocabulary(**changes).tokenizer_json(), vocabulary(**changes).tokenizer_config()
     assert str(caught.value).startswith("tiny.gguf: tokenizer.ggml.")
     assert "\n" not in str(caught.value)

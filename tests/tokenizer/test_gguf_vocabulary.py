@@ -12,7 +12,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
-from llama_mini.tokenizer.gguf_vocabulary import chat_template, kind, special_eos_ids, tokenizer_config, tokenizer_json
+from llama_mini.tokenizer.byte_level import BYTE_LETTERS
+from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 
 BYTES = bytes_to_unicode()
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", *BYTES.values(), "Ġt", "he", "Ġthe", "12", "ĠĠ"]
@@ -46,8 +47,12 @@ def header(**changes: Any) -> GGUFHeader:
     return GGUFHeader(Path("tiny.gguf"), 3, metadata | {"llama.context_length": 128}, {})
 
 
+def vocabulary(**changes: Any) -> GGUFVocabulary:
+    return GGUFVocabulary(header(**changes))
+
+
 def tokenizer(**changes: Any) -> Tokenizer:
-    return Tokenizer.from_str(json.dumps(tokenizer_json(header(**changes))))
+    return Tokenizer.from_str(json.dumps(vocabulary(**changes).tokenizer_json()))
 
 
 # A text in which the splits differ, and its tokens by llama.cpp itself (xllamacpp 2026.10.11549) for the vocabulary
@@ -75,20 +80,24 @@ SPLITS = {
 }
 
 
+def test_the_letters_of_bytes_are_gpt_2s() -> None:
+    assert dict(enumerate(BYTE_LETTERS)) == BYTES
+
+
 @pytest.mark.parametrize("pre", SPLITS)
 def test_words_are_split_as_llama_cpp_does(pre: str) -> None:
     types = np.array([3, 3, 3, 4] + [1] * (len(SPLIT_TOKENS) - 4))
     found = tokenizer(pre=pre, tokens=SPLIT_TOKENS, token_type=types, merges=SPLIT_MERGES)
     assert "|".join(found.encode(SPLIT_TEXT).tokens) == SPLITS[pre]
     assert found.decode(found.encode(SPLIT_TEXT).ids) == SPLIT_TEXT
-    assert kind(header(pre=pre)) == f"GGUF byte-level BPE ({pre})"
+    assert vocabulary(pre=pre).kind == f"GGUF byte-level BPE ({pre})"
 
 
 def test_an_absent_pre_tokenizer_is_the_default_with_a_warning() -> None:
     with pytest.warns(LlamaMiniWarning, match=r"^tiny.gguf has no tokenizer.ggml.pre: "):
-        found = tokenizer_json(header(pre=None))
-    assert found == tokenizer_json(header(pre="default"))
-    assert kind(header(pre=None)) == "GGUF byte-level BPE (default)"
+        found = vocabulary(pre=None).tokenizer_json()
+    assert found == vocabulary(pre="default").tokenizer_json()
+    assert vocabulary(pre=None).kind == "GGUF byte-level BPE (default)"
 
 
 @pytest.mark.parametrize(("pre", "theirs"), [("qwen2", Qwen2Tokenizer), ("gpt-2", GPT2Tokenizer)])
@@ -141,7 +150,7 @@ def test_bos_is_added_where_the_file_says_so() -> None:
     assert bos.encode("t", "he").tokens == ["<|im_start|>", "t", "he"]
     for changes in ({}, {"add_bos_token": False}):
         assert tokenizer(**changes).encode("t").tokens == ["t"]
-        assert tokenizer_config(header(**changes))["add_bos_token"] is False
+        assert vocabulary(**changes).tokenizer_config()["add_bos_token"] is False
 
 
 def test_bos_is_added_by_default_where_llama_cpp_does() -> None:
@@ -152,7 +161,7 @@ def test_bos_is_added_by_default_where_llama_cpp_does() -> None:
         ("dbrx", {}, ["t"]),
     ):
         assert tokenizer(pre=pre, **changes).encode("t").tokens == tokens
-        assert tokenizer_config(header(pre=pre, **changes))["add_bos_token"] == (len(tokens) == 2)
+        assert vocabulary(pre=pre, **changes).tokenizer_config()["add_bos_token"] == (len(tokens) == 2)
 
 
 def test_eos_is_added_where_the_file_says_so(tmp_path: Path) -> None:
@@ -162,8 +171,8 @@ def test_eos_is_added_where_the_file_says_so(tmp_path: Path) -> None:
         ({"add_eos_token": False}, ["t"]),
     ):
         assert tokenizer(**changes).encode("t").tokens == tokens
-        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(header(**changes))), encoding="utf-8")
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(header(**changes))))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary(**changes).tokenizer_json()), encoding="utf-8")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(vocabulary(**changes).tokenizer_config()))
         theirs = AutoTokenizer.from_pretrained(tmp_path)  # it makes a post-processor of its own from the two flags
         assert theirs.convert_ids_to_tokens(theirs.encode("t")) == tokens
 
@@ -174,8 +183,8 @@ def test_every_id_that_ends_a_text_is_known() -> None:
     types = np.array([1] * 256 + [3] * 6)
     keys = {"tokens": tokens, "token_type": types, "merges": [], "bos_token_id": None, "eos_token_id": 257}
     keys |= {"unknown_token_id": None, "padding_token_id": None}
-    assert special_eos_ids(header(**keys)) == [257, 256, 258, 259]
-    assert special_eos_ids(header(**keys | {"eot_token_id": 261, "eom_token_id": 260})) == [
+    assert vocabulary(**keys).eos_ids == [257, 256, 258, 259]
+    assert vocabulary(**keys | {"eot_token_id": 261, "eom_token_id": 260}).eos_ids == [
         257,
         261,
         260,
@@ -183,27 +192,29 @@ def test_every_id_that_ends_a_text_is_known() -> None:
         258,
         259,
     ]
-    assert special_eos_ids(header(**keys | {"eos_token_id": None})) == [256, 257, 258, 259]
+    assert vocabulary(**keys | {"eos_token_id": None}).eos_ids == [256, 257, 258, 259]
     types[[257, 258]] = 1  # not control tokens: a text may hold them
     types[259] = 4
-    assert special_eos_ids(header(**keys | {"eos_token_id": 260})) == [260, 256]
+    assert vocabulary(**keys | {"eos_token_id": 260}).eos_ids == [260, 256]
 
 
 def test_unknown_and_unused_tokens_are_never_matched_as_text_nor_shown() -> None:
     types = np.array([2, 3, 5, 4] + [1] * (len(TOKENS) - 4))
-    added = {token["content"]: token["special"] for token in tokenizer_json(header(token_type=types))["added_tokens"]}
+    added = {
+        token["content"]: token["special"] for token in vocabulary(token_type=types).tokenizer_json()["added_tokens"]
+    }
     assert added == {TOKENS[0]: True, "<|im_start|>": True, "<|im_end|>": True, "<think>": False}
     assert tokenizer(token_type=types).decode([0, 2, TOKENS.index("t")]) == "t"
 
 
 def test_an_empty_token_gets_a_name() -> None:
     types = np.array([3, 3, 3, 4] + [1] * len(TOKENS[4:]) + [5, 5])
-    found = tokenizer_json(header(tokens=[*TOKENS, "", ""], token_type=types))
+    found = vocabulary(tokens=[*TOKENS, "", ""], token_type=types).tokenizer_json()
     assert found["model"]["vocab"][f"[EMPTY_{len(TOKENS)}]"] == len(TOKENS)
 
 
 def test_config_names_the_special_tokens() -> None:
-    config = tokenizer_config(header(padding_token_id=None))
+    config = vocabulary(padding_token_id=None).tokenizer_config()
     assert (config["bos_token"], config["eos_token"], config["unk_token"]) == ("<|im_start|>", "<|im_end|>", TOKENS[0])
     assert config["pad_token"] is None
     assert config["model_max_length"] == 128
@@ -213,17 +224,17 @@ def test_config_names_the_special_tokens() -> None:
 def test_context_length_is_that_of_the_architecture() -> None:
     found = header()
     found.metadata.update({"general.architecture": "qwen2", "qwen2.context_length": 64})
-    assert tokenizer_config(found)["model_max_length"] == 64
+    assert GGUFVocabulary(found).tokenizer_config()["model_max_length"] == 64
 
 
 def test_chat_template_is_passed_on() -> None:
     found = header()
-    assert chat_template(found) is None
+    assert GGUFVocabulary(found).chat_template is None
     found.metadata["tokenizer.chat_template"] = "{{ messages }}\r\n"
-    assert chat_template(found) == "{{ messages }}\r\n"
+    assert GGUFVocabulary(found).chat_template == "{{ messages }}\r\n"
     found.metadata["tokenizer.chat_template"] = 7
     with pytest.raises(TokenizerError, match="chat_template must be text, not 7"):
-        chat_template(found)
+        _ = GGUFVocabulary(found).chat_template
 
 
 def types(first: int) -> np.ndarray:
@@ -269,7 +280,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_metadata_is_one_sentence(fault: str) -> None:
     changes, sentence = FAULTS[fault]
     with pytest.raises(TokenizerError, match=sentence) as caught:
-        _ = tokenizer_json(header(**changes)), tokenizer_config(header(**changes))
+        _ = vocabulary(**changes).tokenizer_json(), vocabulary(**changes).tokenizer_config()
     assert str(caught.value).startswith("tiny.gguf: tokenizer.ggml.")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -278,4 +289,4 @@ def test_wrong_metadata_is_one_sentence(fault: str) -> None:
 def test_a_wrong_eot_is_one_sentence() -> None:
     for name in ("eot", "eom"):
         with pytest.raises(TokenizerError, match=f"{name}_token_id must be a token from 0 to .*, not 99999"):
-            special_eos_ids(header(**{f"{name}_token_id": 99_999}))
+            _ = vocabulary(**{f"{name}_token_id": 99_999}).eos_ids

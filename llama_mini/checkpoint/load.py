@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.gguf.tensors import Blocks
-from llama_mini.checkpoint.hf.config import special_ids, to_hf
+from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.io.files import SINGLE, write_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import Model, empty_model, match, read_all, warn_of_other_head, with_progress
 from llama_mini.checkpoint.source import Source
+from llama_mini.checkpoint.special_ids import special_ids
 from llama_mini.errors import CheckpointFormatError, RequestError
 from llama_mini.machine import as_dtype, dtype_name
 from llama_mini.memory import check_fits

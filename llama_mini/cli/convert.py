@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.families import key_table
-from llama_mini.checkpoint.hf.config import read_special_ids, special_ids, to_hf
+from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.io.files import SINGLE, inside, write_json
@@ -19,6 +19,7 @@ from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import empty_model, match, read_all
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.source import Source
+from llama_mini.checkpoint.special_ids import special_ids, with_missing_ids
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
 from llama_mini.machine import as_dtype, dtype_name
 from llama_mini.model.config import LlamaConfig
@@ -88,15 +89,14 @@ def _gguf_files(source: Source) -> dict[str, Any]:
 
 
 def _with_special_ids(config: LlamaConfig, files: dict[str, Any]) -> LlamaConfig:
-    """The configuration, and what it lacks of special tokens from a tokenizer we made. Raises TokenizerError."""
+    """The configuration, with special tokens that it does not state from files we made. Raises TokenizerError."""
     made, vocabulary = files.get(GENERATION), files.get("tokenizer.json")
     if isinstance(vocabulary, dict):
         added = [token["id"] for token in vocabulary["added_tokens"]]
         n_tokens = 1 + max([*vocabulary["model"]["vocab"].values(), *added])
         if n_tokens > config.vocab_size:
             raise TokenizerError(f"the tokenizer has {n_tokens} tokens, but the embedding {config.vocab_size} rows")
-    ids = read_special_ids(made) if isinstance(made, dict) else {}
-    return replace(config, **{key: value for key, value in ids.items() if getattr(config, key) in (None, ())})
+    return with_missing_ids(config, made) if isinstance(made, dict) else config
 
 
 def _write(path: Path, content: dict[str, Any] | str | Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 from llama_mini.checkpoint.io import files
 from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, describe, kind_of, open_file
 from llama_mini.checkpoint.io.files import inside
-from llama_mini.errors import CheckpointError, LlamaMiniWarning, TokenizerError
+from llama_mini.checkpoint.special_ids import stated_ids
+from llama_mini.errors import CheckpointError, ConfigError, LlamaMiniWarning, TokenizerError
+from llama_mini.validate import is_whole, short_repr
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
@@ -147,8 +149,8 @@ def _read_model_facts(directory: Path) -> dict[str, Any]:
             stacklevel=5,
         )
     generation = _read_or_warn(generation_path)
-    size = config.get("vocab_size")
-    facts: dict[str, Any] = {"model_vocab_size": size if _is_id(size) else 0}
+    size: Any = config.get("vocab_size")
+    facts: dict[str, Any] = {"model_vocab_size": max(size, 0) if is_whole(size) else 0}
     for path, values in ((inside(directory, "config.json"), config), (generation_path, generation)):
         if eos_ids := _ids(path, values, "eos_token_id"):
             facts["eos_ids"] = eos_ids
@@ -168,20 +170,15 @@ def _read_or_warn(path: Path) -> dict[str, Any]:
 
 
 def _ids(path: Path, values: dict[str, Any], key: str) -> tuple[int, ...]:
-    value = values.get(key)
-    if value is None:
-        return ()
-    ids = value if isinstance(value, list) else [value]
-    if all(_is_id(id) for id in ids):
-        return tuple(ids)
-    warnings.warn(
-        f"{path}: {key} is {value!r}, expected an id or a list of ids; ignored", LlamaMiniWarning, stacklevel=6
-    )
+    try:
+        ids = stated_ids(values, key)
+    except ConfigError:
+        ids = (-1,)
+    if all(id >= 0 for id in ids):
+        return ids
+    message = f"{path}: {key} is {short_repr(values[key])}, expected an id or a list of ids; ignored"
+    warnings.warn(message, LlamaMiniWarning, stacklevel=6)
     return ()
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _content(token: object) -> str | None:

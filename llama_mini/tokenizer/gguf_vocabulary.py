@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
+from llama_mini.checkpoint.special_ids import END_TOKENS
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
 from llama_mini.tokenizer.byte_level import LLAMA_3, PRE_TOKENIZERS, byte_level_parts
 from llama_mini.tokenizer.config_files import ConfigFiles
@@ -31,10 +32,6 @@ _USUAL_IDS = {
     "bos": (1, PieceType.CONTROL),
     "eos": (2, PieceType.CONTROL),
 }  # SentencePiece, where not stated
-_ENDS = (
-    *("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),  # LLaMA 3's
-    *("<|im_end|>", "<|endoftext|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"),  # chat formats'
-)
 
 
 class GGUFVocabulary:
@@ -71,11 +68,10 @@ class GGUFVocabulary:
     def eos_ids(self) -> list[int]:
         """Every id that ends a text, eos_token_id first.
 
-        The others are eot_token_id, eom_token_id and the control tokens that are known by name to end a text or a turn:
-        many files state none but the first.
+        The others are eot_token_id, eom_token_id and control tokens of END_TOKENS.
         """
         stated = (self._token_id(name) for name in ("eos", "eot", "eom"))
-        ends = (self._vocab.get(name) for name in _ENDS)
+        ends = (self._vocab.get(name) for name in END_TOKENS)
         known = (id for id in ends if id is not None and self._types[id] == PieceType.CONTROL)
         return list(dict.fromkeys([*(id for id in stated if id is not None), *known]))
 

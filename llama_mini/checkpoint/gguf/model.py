@@ -3,7 +3,6 @@
 A setting in the metadata is honoured, ignored because it changes nothing, or refused by name.
 """
 
-import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from llama_mini.checkpoint.source import (
     rows_per_chunk,
     to_split_half_rope,
 )
-from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniWarning
+from llama_mini.checkpoint.special_ids import gguf_special_ids
+from llama_mini.errors import CheckpointFormatError, ConfigError
 from llama_mini.model.config import LlamaConfig
 from llama_mini.validate import check_choice, short_repr
 
@@ -147,9 +147,7 @@ def _config(metadata: "_Metadata", header: GGUFHeader) -> LlamaConfig:
         mlp_bias="blk.0.ffn_down.bias" in header.tensors,
         tie_word_embeddings=HEAD not in header.tensors,
         norm_plan=FAMILIES[metadata.architecture].norm_plan(1),
-        bos_id=metadata.token_id("bos"),
-        eos_ids=tuple(i for i in [metadata.token_id("eos")] if i is not None),
-        pad_id=metadata.spare_token_id("padding", vocab_size),
+        **gguf_special_ids(header.metadata, vocab_size, header.path),
     )
     for key in ("attention.value_length", "rope.dimension_count"):
         if metadata.get(key, config.head_dim) != config.head_dim:
@@ -197,20 +195,6 @@ class _Metadata:
             raise ConfigError(
                 f"{self.architecture}.{name} holds a value for each layer; one for all layers is implemented"
             )
-        return value
-
-    def spare_token_id(self, name: str, vocab_size: int) -> int | None:
-        """`token_id` of a token that is not needed: a wrong id is ignored with a warning, as in llama.cpp."""
-        value = self.token_id(name)
-        if value is None or 0 <= value < vocab_size:
-            return value
-        warnings.warn(f"{self.path}: {name}_token_id is {value} of {vocab_size} tokens; ignored", LlamaMiniWarning, 4)
-        return None
-
-    def token_id(self, name: str) -> int | None:
-        value = self.values.get(f"tokenizer.ggml.{name}_token_id")
-        if value is not None and type(value) is not int:
-            raise ConfigError(f"tokenizer.ggml.{name}_token_id must be a whole number, not {short_repr(value)}")
         return value
 
 

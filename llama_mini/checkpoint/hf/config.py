@@ -10,6 +10,7 @@ from typing import Any
 from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN, Family
 from llama_mini.checkpoint.hf.rope import read_rope, rope_to_hf
 from llama_mini.checkpoint.io.files import inside, read_json
+from llama_mini.checkpoint.special_ids import read_special_ids, special_ids
 from llama_mini.errors import CheckpointIncompleteError, ConfigError, LlamaMiniWarning
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import NormPlan
@@ -131,12 +132,6 @@ def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dic
     return {"model_type": OWN, "dtype": dtype} | own
 
 
-def special_ids(config: LlamaConfig) -> dict[str, Any]:
-    """The special tokens, as config.json and generation_config.json have them."""
-    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
-    return {"bos_token_id": config.bos_id, "eos_token_id": eos, "pad_token_id": config.pad_id}
-
-
 def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
     for key, why in REFUSED_KEYS.items():
         if raw.get(key) not in (None, {}):
@@ -227,20 +222,6 @@ def _family_settings(config: LlamaConfig, family: Family) -> dict[str, Any] | No
         kinds = [SLIDING if i in config.sliding_layers else FULL for i in range(config.n_layers)]
         settings |= {"use_sliding_window": windowed, "layer_types": kinds}
     return settings
-
-
-def read_special_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `special_ids`, as fields of a LlamaConfig. Raises ConfigError."""
-
-    def ids(key: str) -> tuple[int, ...]:
-        value = raw.get(key)
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(is_whole(i) for i in found):
-            raise ConfigError(f"{key} must be a token id or a list of them, not {short_repr(value)}")
-        return tuple(i for i in found if i >= 0)  # -1 stands for none
-
-    bos, pad = ids("bos_token_id"), ids("pad_token_id")
-    return {"bos_id": bos[0] if bos else None, "eos_ids": ids("eos_token_id"), "pad_id": pad[0] if pad else None}
 
 
 def _translate_keys(message: str) -> str:

@@ -1,0 +1,71 @@
+"""The ids of a checkpoint's special tokens, BOS, EOS and PAD: where each file states them.
+
+- config.json and generation_config.json: `bos_token_id`, `eos_token_id`, `pad_token_id`, each an id or a list of ids.
+  The model's configuration has those of config.json. A text ends where generation_config.json says, if it says so.
+- GGUF: `tokenizer.ggml.bos_token_id` and so on, one id each. Most files state one EOS and have more, see END_TOKENS.
+- tokenizer_config.json names tokens, not ids; `Tokenizer` adds its eos_token to the others.
+- Meta's tokenizer.model has them in its vocabulary.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_mini.errors import ConfigError, LlamaMiniWarning
+from llama_mini.validate import is_whole, short_repr
+
+if TYPE_CHECKING:  # it imports torch, which a tokenizer does without
+    from llama_mini.model.config import LlamaConfig
+
+END_TOKENS = (  # control tokens that are known by name to end a text or a turn
+    *("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),  # LLaMA 3's
+    *("<|im_end|>", "<|endoftext|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"),  # those of chat formats
+)
+
+
+def stated_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """What a JSON file states; ConfigError unless it is an id or a list of ids. Some files write -1 for none."""
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(map(is_whole, ids)):
+        raise ConfigError(f"{key} must be a token id or a list of them, not {short_repr(value)}")
+    return tuple(ids)
+
+
+def read_special_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a LlamaConfig, from config.json or generation_config.json. Raises ConfigError."""
+    bos, eos, pad = (
+        tuple(id for id in stated_ids(raw, f"{name}_token_id") if id >= 0) for name in ("bos", "eos", "pad")
+    )
+    return {"bos_id": bos[0] if bos else None, "eos_ids": eos, "pad_id": pad[0] if pad else None}
+
+
+def special_ids(config: "LlamaConfig") -> dict[str, Any]:
+    """The inverse of `read_special_ids`."""
+    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
+    return {"bos_token_id": config.bos_id, "eos_token_id": eos, "pad_token_id": config.pad_id}
+
+
+def with_missing_ids(config: "LlamaConfig", raw: Mapping[str, Any]) -> "LlamaConfig":
+    """The configuration; what it does not state comes from another file's JSON."""
+    ids = read_special_ids(raw)
+    return replace(config, **{name: value for name, value in ids.items() if getattr(config, name) in (None, ())})
+
+
+def gguf_special_ids(metadata: Mapping[str, Any], vocab_size: int, path: Path) -> dict[str, Any]:
+    """The fields of a LlamaConfig, from a GGUF file's metadata. Raises ConfigError."""
+    bos, eos, pad = (_gguf_id(metadata, name) for name in ("bos", "eos", "padding"))
+    if pad is not None and not 0 <= pad < vocab_size:  # llama.cpp does without, too
+        message = f"{path}: padding_token_id is {pad} of {vocab_size} tokens; ignored"
+        warnings.warn(message, LlamaMiniWarning, stacklevel=4)
+        pad = None
+    return {"bos_id": bos, "eos_ids": () if eos is None else (eos,), "pad_id": pad}
+
+
+def _gguf_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if value is not None and not is_whole(value):
+        raise ConfigError(f"tokenizer.ggml.{name}_token_id must be a whole number, not {short_repr(value)}")
+    return value

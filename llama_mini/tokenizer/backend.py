@@ -1,4 +1,4 @@
-"""What the three vocabularies have in common: pieces in, ids out, and the bytes behind an id."""
+"""What the backends of `Tokenizer` have in common: pieces of text to ids, and an id to its bytes."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,15 +11,15 @@ Piece = str | int  # plain text, or the id of a control token
 
 
 class Backend(Protocol):
-    """A vocabulary. Its `encode` makes a control token of an id alone, whatever a text holds."""
+    """A vocabulary. Its `encode` makes control tokens only of pieces that are ids, never of text."""
 
     vocab_size: int  # the highest id plus one
-    control_ids: Mapping[str, int]  # content -> id: what a chat template may write and text may not
-    special_ids: frozenset[int]  # what decoding leaves out
+    control_ids: Mapping[str, int]  # content -> id: a chat template may write them, text may not
+    special_ids: frozenset[int]  # decoding leaves them out
     frame: tuple[list[int], list[int]]  # the ids that the checkpoint's rule puts before and after a text
     names: Mapping[str, str]  # named special tokens that the vocabulary itself knows: "bos_token" -> "<s>"
-    eos_ids: frozenset[int]  # those that it knows by itself
-    strips_space: bool  # decoding drops one space at the start, which encoding put there
+    eos_ids: frozenset[int]  # those that the vocabulary itself knows
+    strips_space: bool  # decoding drops the space at the start that encoding added
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]: ...
 
@@ -28,15 +28,15 @@ class Backend(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes of a token, possibly part of a character; none for a hole in the vocabulary."""
+        """The UTF-8 bytes of a token, perhaps a part of a character; empty for an id without a token."""
         ...
 
 
 def is_control(content: str, special: bool) -> bool:
-    """Whether an added token is out of reach for text.
+    """Whether an added token is a control token, which text never becomes.
 
-    `<think>` and `<|User|>` are, though many files do not mark them special. Runs of spaces, words and single
-    characters, which some vocabularies add, are text.
+    `<think>` and `<|User|>` are, though many files do not mark them as special. Some vocabularies add runs of spaces,
+    words and single characters; these are text.
     """
     kinds = {category(char)[0] for char in content.replace("▁", "")}  # letters, marks, numbers, separators are LMNZ
     is_text = content.isspace() or kinds <= set("LMNZ") or (len(content) == 1 and "C" not in kinds)
@@ -51,7 +51,7 @@ def any_of(contents: Iterable[str], conditions: Mapping[str, str] = MappingProxy
 
 @contextmanager
 def native_failures_as(error: type[Exception], doing: str) -> Iterator[None]:
-    """Turn what a native library raises into `error`, its PanicException too, which is no Exception."""
+    """Turn what a native library raises into `error`. Rust's PanicException is not an Exception."""
     try:
         yield
     except BaseException as failure:

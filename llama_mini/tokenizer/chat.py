@@ -1,8 +1,8 @@
-"""Chats: the checkpoint's own template, or LLaMA 3's dialogue format where Meta's files have none.
+"""Chats as pieces of text and control tokens: by the checkpoint's template, or in LLaMA 3's dialogue format.
 
-Only the markers that a template writes itself become control tokens. Control strings inside the messages are marked
-with a character that occurs nowhere else, the template is rendered, and what is marked stays text. (A template that
-itself joins a marker out of a message's parts, as `'<|' + message.role + '|>'` does, has written it.)
+Only what a template itself writes becomes a control token. Before rendering, the control strings inside the messages
+are broken with a mark, a character that occurs nowhere else; afterwards they are still broken, and the marks are
+removed. (A template that makes a control string of a message's parts, like `'<|' + message.role + '|>'`, wrote it.)
 """
 
 import json
@@ -20,17 +20,17 @@ MAX_MESSAGES_CHARS = 8_000_000
 
 
 def checked_messages(messages: object) -> list[Message]:
-    """Messages as plain JSON data, as transformers hands them to a template; RequestError when they are malformed."""
+    """Messages as plain JSON data, as transformers gives them to a template. RequestError when they are malformed."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise RequestError(f"messages is {_shown(messages)}, expected a list of at least one message")
+        raise RequestError(f"messages is {_describe(messages)}, expected a list of at least one message")
     checked = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise RequestError(f"{where} is {_shown(message)}, expected a mapping with role and content")
+            raise RequestError(f"{where} is {_describe(message)}, expected a mapping with role and content")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise RequestError(f"{where}[{key!r}] is {_shown(message.get(key))}, expected a string")
+                raise RequestError(f"{where}[{key!r}] is {_describe(message.get(key))}, expected a string")
         try:
             plain = {key: value for key, value in _plain(message, where).items() if value is not None}
         except RecursionError as error:
@@ -45,18 +45,18 @@ def checked_messages(messages: object) -> list[Message]:
 def template_pieces(
     template: str, messages: list[Message], names: Mapping[str, str], backend: Backend, prompt: bool
 ) -> list[Piece]:
-    """Render a template. Its control strings come back as ids, those inside the messages as text."""
+    """Render a template. Its own control strings become ids, those inside the messages stay text."""
     control_ids = backend.control_ids
     try:
         written = json.dumps([messages, dict(names)], ensure_ascii=False)
         if len(written) > MAX_MESSAGES_CHARS:
             raise RequestError(
                 f"messages hold {len(written):,} characters as JSON, more than the {MAX_MESSAGES_CHARS:,} that a chat "
-                "template is given; shorten them"
+                "template may get; shorten them"
             )
         marks = _Marks(backend, _unused_char(template + written))
         variables = {**names, "messages": marks.put(messages), "tools": None, "documents": None}
-    except (RecursionError, ValueError) as error:  # close to the limit of nesting; an integer of 5,000 digits
+    except (RecursionError, ValueError) as error:  # nested too deeply; an integer of 5,000 digits
         raise RequestError(f"messages cannot be written as JSON ({error}); expected plain, flat data") from error
     rendered = render(template, variables | {"add_generation_prompt": prompt})
     rendered = rendered.replace(_escaped(marks.mark), marks.mark)  # by tojson(ensure_ascii=true)
@@ -68,7 +68,7 @@ def template_pieces(
 
 
 def llama_3_pieces(messages: list[Message], control_ids: Mapping[str, int], prompt: bool) -> list[Piece]:
-    """The dialogue of Meta's llama3/chat_format.py. Contents stay as they are; the template on the hub strips them."""
+    """The dialogue of Meta's llama3/chat_format.py. Contents are not stripped, unlike in the template on the hub."""
     begin, end, eot = (control_ids[f"<|{name}|>"] for name in ("start_header_id", "end_header_id", "eot_id"))
     pieces: list[Piece] = [control_ids["<|begin_of_text|>"]]
     for message in messages:
@@ -84,18 +84,18 @@ def _plain(value: object, where: str) -> Any:
         return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise RequestError(f"{where:.200} is {_shown(value)}, expected plain JSON data")
+    raise RequestError(f"{where:.200} is {_describe(value)}, expected plain JSON data")
 
 
-def _shown(value: object) -> str:
+def _describe(value: object) -> str:
     return "missing" if value is None else f"{type(value).__name__} {short_repr(value):.60}"
 
 
 class _Marks:
-    """Breaks the control strings inside messages, wherever one starts: overlapping ones too, and in keys.
+    """Breaks the control strings inside messages: every one that starts anywhere, overlapping ones too, and in keys.
 
-    Special ones get the mark behind their first character: however a template cuts the text, they stay broken. The
-    others, such as `</think>`, get it in front, since templates look for them in what the model said before.
+    Special ones get the mark after their first character, and stay broken however a template cuts the text. Others,
+    such as `</think>`, get it before, since templates search for them in what the model said earlier.
     """
 
     def __init__(self, backend: Backend, mark: str) -> None:
@@ -117,12 +117,12 @@ class _Marks:
 
 
 def _unused_char(text: str) -> str:
-    """A character for private use that stands nowhere in the text, nor does its escape in JSON."""
+    """A character for private use that is not in the text, and whose JSON escape is not either."""
     used = set(text).union(chr(int(digits, 16)) for digits in re.findall(r"\\u([ef][0-9a-f]{3})", text))
     for char in map(chr, range(0xE000, 0xF900)):
         if char not in used:
             return char
-    raise RequestError("the messages hold every character for private use; at least one has to be free")
+    raise RequestError("the messages hold every character for private use; one of them must be unused")
 
 
 def _escaped(char: str) -> str:

@@ -1,4 +1,4 @@
-"""What the files beside a vocabulary say about it: names of special tokens, added tokens, templates, EOS and BOS."""
+"""What the files beside a vocabulary say: named and added tokens, BOS, EOS and the chat template."""
 
 import warnings
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ class AddedToken:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFiles:
-    """The facts read from a checkpoint's directory; every one of them may be absent."""
+    """What the files of a checkpoint's directory say. Any of it may be absent."""
 
-    hugging_face: bool = False  # a tokenizer_config.json is there, so a template that is missing is not to be guessed
+    hugging_face: bool = False  # it has a tokenizer_config.json; Meta's directories have none
     names: Mapping[str, str] = field(default_factory=dict)  # "eos_token" -> "</s>": the template's variables
     added_tokens: tuple[AddedToken, ...] = ()
     add_bos: bool | None = None
@@ -45,7 +45,7 @@ class ConfigFiles:
 
 
 def read_config_files(directory: Path) -> ConfigFiles:
-    """Read what is there. A broken tokenizer_config.json is a TokenizerError, the other two files only warn."""
+    """A broken tokenizer_config.json is a TokenizerError; config.json and generation_config.json only warn."""
     settings = _read_settings(directory)
     model = _read_model_facts(directory)
     return ConfigFiles(
@@ -60,7 +60,7 @@ def read_config_files(directory: Path) -> ConfigFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; TokenizerError when it is none."""
+    """A JSON object from a file; TokenizerError when it is not one."""
     try:
         return files.read_json(path)
     except CheckpointError as error:
@@ -68,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file, which may be as large as a tokenizer.json; TokenizerError when it cannot be read."""
+    """A whole file, as large as a JSON file may be; TokenizerError when it cannot be read."""
     try:
         with open_file(path) as file:
             data = file.read(files.MAX_JSON_BYTES + 1)
@@ -80,11 +80,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file; TokenizerError when it is none."""
+    """A UTF-8 text file; TokenizerError when it is not one."""
     data = read_bytes(path)
     kind = kind_of(data[:HEAD], len(data))
     if kind in (FileKind.LFS_POINTER, FileKind.HTML):
-        raise TokenizerError(f"{path} is no text of its own: it is {describe(kind)}")
+        raise TokenizerError(f"{path} is not a text file but {describe(kind)}")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -92,7 +92,7 @@ def read_text(path: Path) -> str:
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with the older special_tokens_map.json over it where transformers lays it there."""
+    """tokenizer_config.json. The older special_tokens_map.json goes over it, in the same cases as in transformers."""
     path, older = inside(directory, "tokenizer_config.json"), inside(directory, "special_tokens_map.json")
     settings = read_json(path) if path.is_file() else {}
     if "added_tokens_decoder" not in settings and older.is_file():
@@ -139,7 +139,7 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _read_model_facts(directory: Path) -> dict[str, Any]:
-    """BOS, EOS and size; where both name an id, generation_config.json decides, as in transformers' generate."""
+    """BOS, EOS and size. Where both files state an id, generation_config.json decides, as in transformers' generate."""
     config = _read_or_warn(inside(directory, "config.json"))
     generation_path = inside(directory, "generation_config.json")
     if config and not generation_path.is_file():
@@ -182,7 +182,7 @@ def _ids(path: Path, values: dict[str, Any], key: str) -> tuple[int, ...]:
 
 
 def _content(token: object) -> str | None:
-    """A named token is a string or an added token written out as an object."""
+    """The content of a named token, which is a string or an object."""
     content = token.get("content") if isinstance(token, Mapping) else token
     return content if isinstance(content, str) and content else None
 

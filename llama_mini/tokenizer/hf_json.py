@@ -1,7 +1,7 @@
 """tokenizer.json, through the `tokenizers` library.
 
-The file is taken as it is written, which is what transformers' PreTrainedTokenizerFast makes of it. (Its LlamaTokenizer
-class puts a pipeline of its own in the place of the file's; no other reader of the file does, nor does SentencePiece.)
+The file is used as it is, as by transformers' PreTrainedTokenizerFast. (transformers' LlamaTokenizer replaces parts of
+the file by its own; no other reader does.)
 """
 
 import json
@@ -30,51 +30,49 @@ _BPE_SETTINGS = (
 
 
 class HuggingFaceJson:
-    """A tokenizer.json whose control tokens are sealed: renamed at random, so that no text can hold their names.
+    """A tokenizer.json whose control tokens are masked: they have random names, which no text can hold.
 
-    One encoder serves raw text and chats, so a control token that a template wrote keeps its rules (rstrip, Metaspace's
-    "first" and the like) to the letter.
+    Raw text and chats use the same encoder. So a control token from a template keeps its rules (rstrip, Metaspace's
+    "first" and so on) exactly.
     """
 
-    names: Mapping[str, str] = MappingProxyType({})  # the file has none: tokenizer_config.json names them
+    names: Mapping[str, str] = MappingProxyType({})  # tokenizer_config.json has the names
     eos_ids: frozenset[int] = frozenset()
 
     def __init__(self, spec: dict[str, Any], where: Path | str, files: ConfigFiles) -> None:
-        """`spec` is the content of the file, `where` a name for it in messages. TokenizerError if it is not known."""
+        """`spec` is the content of the file, `where` its name in messages. TokenizerError for an unknown format."""
         try:
             own = _own_ids(spec)
             added = _added_tokens(spec, own, files)
-            seals = _seals(added)
+            masks = _masks(added)
             self._bytes_of, self.strips_space = _reader(spec.get("decoder"))
             _check_frame(spec.get("post_processor"))
-            sealed = _sealed(spec, own, added, seals)
+            masked = _masked(spec, own, added, masks)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise TokenizerError(
-                f"{where} is not a tokenizer.json that is known here ({error!r}); restore it"
-            ) from error
+            raise TokenizerError(f"{where} is not a known form of tokenizer.json ({error!r}); restore it") from error
         except TokenizerError as error:
             raise TokenizerError(f"{where}: {error}") from error
         with native_failures_as(TokenizerError, f"reading {where}"):
-            self._encoder = _encoder(sealed)
+            self._encoder = _encoder(masked)
         self._encoder.no_truncation()
         self._encoder.no_padding()
-        names = {token.content: seals.get(token.content, token.content) for token in added}
+        names = {token.content: masks.get(token.content, token.content) for token in added}
         ids = {content: id for content, name in names.items() if (id := self._encoder.token_to_id(name)) is not None}
-        self._contents = {id: content for content, id in ids.items()}  # of the others the library has them
+        self._contents = {id: content for content, id in ids.items()}  # the library has those of the other tokens
         self._added_ids = {id for content, id in ids.items() if content not in own}
         self.vocab_size = max([*own.values(), *self._contents], default=-1) + 1
-        self.control_ids: Mapping[str, int] = {content: ids[content] for content in seals}
-        self._seal_of = {ids[content]: seal for content, seal in seals.items()}
+        self.control_ids: Mapping[str, int] = {content: ids[content] for content in masks}
+        self._mask_of = {ids[content]: mask for content, mask in masks.items()}
         self.special_ids = frozenset(ids[token.content] for token in added if token.special)
         self.frame = self._frame(where)
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        text = "".join(self._seal_of[piece] if isinstance(piece, int) else piece for piece in pieces)
+        text = "".join(self._mask_of[piece] if isinstance(piece, int) else piece for piece in pieces)
         with native_failures_as(RequestError, "encoding a text"):
             return self._encoder.encode(text, add_special_tokens=False).ids
 
     def token_id(self, content: str) -> int | None:
-        return self._encoder.token_to_id(self._seal_of.get(self.control_ids.get(content, -1), content))
+        return self._encoder.token_to_id(self._mask_of.get(self.control_ids.get(content, -1), content))
 
     def token_bytes(self, token_id: int) -> bytes:
         content = self._contents.get(token_id) or self._encoder.id_to_token(token_id) or ""
@@ -91,7 +89,7 @@ class HuggingFaceJson:
 
 
 def _encoder(spec: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The library's. A vocabulary and its merges are handed over as they are: as JSON they take four times as long."""
+    """The library's tokenizer. The vocabulary and merges do not pass through JSON: that takes four times as long."""
     model = spec["model"]
     if model.get("type") != "BPE":
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -119,7 +117,7 @@ def _added_tokens(spec: dict[str, Any], own: Mapping[str, int], files: ConfigFil
 
 
 def _own_ids(spec: dict[str, Any]) -> dict[str, int]:
-    """The tokens of the model itself. Unigram's are pairs of piece and score, whose place is the id."""
+    """The tokens of the model itself. Unigram models list pairs of piece and score; the position is the id."""
     vocab = spec["model"]["vocab"]
     ids = vocab if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
     if strange := set(map(type, ids.values())) - {int}:
@@ -127,37 +125,37 @@ def _own_ids(spec: dict[str, Any]) -> dict[str, int]:
     return ids
 
 
-def _seals(added: list[AddedToken]) -> dict[str, str]:
-    """A name for each control token that nobody can guess: drawn when the file is loaded, and never shown."""
+def _masks(added: list[AddedToken]) -> dict[str, str]:
+    """Control token -> a name that nobody can guess. It is drawn when the file is loaded, and never shown."""
     key = secrets.token_hex(16)
     contents = [token.content for token in added if is_control(token.content, token.special)]
     return {content: f"\ue000{key}.{index}\ue000" for index, content in enumerate(contents)}
 
 
-def _sealed(
-    spec: dict[str, Any], own: Mapping[str, int], added: list[AddedToken], seals: dict[str, str]
+def _masked(
+    spec: dict[str, Any], own: Mapping[str, int], added: list[AddedToken], masks: dict[str, str]
 ) -> dict[str, Any]:
-    """The same tokenizer with its control tokens renamed everywhere text could be matched against them."""
+    """The same tokenizer, its control tokens renamed wherever the library compares text with them."""
     model = dict(spec["model"])
-    inside = seals.keys() & own.keys()
+    inside = masks.keys() & own.keys()
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {**own, **{seals[content]: own[content] for content in inside}}
+        model["vocab"] = {**own, **{masks[content]: own[content] for content in inside}}
         for content in inside:
             del model["vocab"][content]
     else:
-        model["vocab"] = [[seals.get(content, content), score] for content, score in model["vocab"]]
+        model["vocab"] = [[masks.get(content, content), score] for content, score in model["vocab"]]
     if "merges" in model:
         model["merges"] = _without(inside, _pairs(model["merges"]))
     if model.get("unk_token") is not None:
-        model["unk_token"] = seals.get(model["unk_token"], model["unk_token"])
-    tokens = [asdict(token) | {"content": seals.get(token.content, token.content)} for token in added]
-    for token in tokens:  # the library numbers a token by its place; it reads an id, but wants one
+        model["unk_token"] = masks.get(model["unk_token"], model["unk_token"])
+    tokens = [asdict(token) | {"content": masks.get(token.content, token.content)} for token in added]
+    for token in tokens:  # the library needs a number here, but then numbers tokens by their position
         token["id"] = 0 if token["id"] is None else token["id"]
     return spec | {"model": model, "added_tokens": tokens}
 
 
 def _check_frame(processor: Any) -> None:
-    """Refuses a template of special tokens that it does not list: the library would panic on it."""
+    """Refuse a template with special tokens that the file does not list: the library would panic."""
     for step in [processor, *((processor or {}).get("processors") or ())]:
         if step and step["type"] == "TemplateProcessing":
             named = {item["SpecialToken"]["id"] for item in [*step["single"], *step["pair"]] if "SpecialToken" in item}
@@ -166,7 +164,7 @@ def _check_frame(processor: Any) -> None:
 
 
 def _pairs(merges: list[Any]) -> list[tuple[str, ...]]:
-    """Merges as pairs; the older form of the file has lines, "left right", and comments that begin with #version."""
+    """Merges as pairs. Older files have lines, "left right", and comments that begin with #version."""
     match set(map(type, merges)):
         case kinds if kinds <= {list}:
             return list(map(tuple, merges))
@@ -176,7 +174,7 @@ def _pairs(merges: list[Any]) -> list[tuple[str, ...]]:
 
 
 def _without(inside: Collection[str], merges: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The merges but those that spell a control token: `</s>` may be made from its letters."""
+    """The merges without those that spell a control token: `</s>` may otherwise be made from its letters."""
     if not inside:
         return merges
     unsafe = set(inside)
@@ -186,7 +184,7 @@ def _without(inside: Collection[str], merges: list[tuple[str, ...]]) -> list[tup
 
 
 def _reader(decoder: Any) -> tuple[Callable[[str], bytes], bool]:
-    """The bytes of a token by the file's decoder, and whether a text loses one space at its start."""
+    """The function from a token's content to its bytes, and whether decoding drops a space at the start of a text."""
     steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
     kinds = [step and step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -196,13 +194,13 @@ def _reader(decoder: Any) -> tuple[Callable[[str], bytes], bool]:
     if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0] == replace and steps[3:] in ([], [strip]):
         return _sentencepiece_bytes, steps[3:] == [strip]
     raise TokenizerError(
-        f"its decoder {json.dumps(decoder)[:200]} is not known; expected ByteLevel, or the sequence Replace ▁, "
-        "ByteFallback, Fuse, with or without Strip, of SentencePiece"
+        f"its decoder {json.dumps(decoder)[:200]} is not known; expected ByteLevel, or SentencePiece's sequence of "
+        "Replace ▁, ByteFallback and Fuse, with or without Strip"
     )
 
 
 def _sentencepiece_bytes(content: str) -> bytes:
-    """`<0x0A>` is a byte; in all else ▁ stands for a space."""
+    """`<0x0A>` is a byte; elsewhere, ▁ is a space."""
     if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", content):
         return bytes.fromhex(content[3:5])
     return content.replace("▁", " ").encode()

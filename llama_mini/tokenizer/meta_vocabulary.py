@@ -1,4 +1,4 @@
-"""Meta's tokenizer.model, tiktoken's or SentencePiece's, as the tokenizer files of a Hugging Face directory."""
+"""Meta's tokenizer.model (tiktoken or SentencePiece) as the tokenizer files of a Hugging Face directory."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,8 +18,8 @@ from llama_mini.tokenizer.tokenizer_json import added_token, split, tokenizer_co
 
 Files = dict[str, dict[str, Any] | str | Path]
 
-# Meta's code encodes a content apart from the line breaks before it, which no template can: the ids differ where a
-# content itself begins with a line break. The text is the same.
+# Meta's code encodes the content of a message apart from the line breaks before it, which no template can do. Where a
+# content begins with a line break, the ids differ; the text is the same.
 LLAMA_3_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -34,9 +34,10 @@ _BPE = 2  # TrainerSpec.ModelType
 
 
 def meta_tokenizer_files(path: Path) -> Files:
-    """Name -> a JSON object, a text, or the path of a file to copy. What kind `path` is, is told by its content.
+    """Name of a file -> its content, a JSON object or a text, or the path of a file to copy.
 
-    Raises TokenizerError when it is neither kind, or a SentencePiece model that tokenizer.json cannot express.
+    The content of `path` decides its kind. Raises TokenizerError when it is neither kind, or a SentencePiece model that
+    tokenizer.json cannot express.
     """
     kind = Tokenizer.from_pretrained(path).kind
     if kind == "tiktoken":
@@ -65,8 +66,8 @@ def _tiktoken_files(vocabulary: TiktokenFile) -> Files:
 def _merges_by_rank(tokens: Sequence[bytes]) -> Iterator[tuple[int, int]]:
     """Every way to cut a token into two others, as ranks, in the order of the token's rank.
 
-    tiktoken joins whatever two neighbours are a token together, also one that ranks higher than what it becomes a part
-    of: the last pair that makes each token is not enough.
+    tiktoken joins any two neighbours that make a token, even one of a higher rank than the token it becomes a part of.
+    So one pair for each token is not enough.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     for token in tqdm(tokens, "ranks to merges", unit="token", delay=1, leave=False, disable=None):
@@ -89,7 +90,7 @@ def _sentencepiece_files(path: Path, data: bytes) -> Files:
     defined = ids_of(PieceType.USER_DEFINED)
     markers = {id for id in defined if is_control(pieces[id], special=False)}
     words = [pieces[id] for id in defined if id not in markers]
-    # An added token is looked for in the text, whose spaces are not yet written ▁.
+    # The library looks for added tokens in the text before its spaces are written as ▁.
     contents = [piece.replace("▁", " ") if id in markers else piece for id, piece in enumerate(pieces)]
     parts = sentencepiece_parts(
         {content: id for id, content in enumerate(contents)},
@@ -123,8 +124,8 @@ def _inexpressible(model: Model) -> str | None:
 
 
 def _keeping_whole(parts: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """User-defined pieces that are ordinary text: cut out before the merges, the longest first, and taken as they are.
+    """User-defined pieces that are ordinary text: split off before the merges, the longest first.
 
-    As added tokens they would put a space in front of the text behind them.
+    As added tokens, they would put a space before the text that follows them.
     """
     return parts | {"pre_tokenizer": split(any_of(words)), "model": parts["model"] | {"ignore_merges": True}}

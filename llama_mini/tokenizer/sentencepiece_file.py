@@ -1,8 +1,7 @@
 """A SentencePiece tokenizer.model: LLaMA 1 and 2, TinyLlama.
 
-The file is a protobuf message (sentencepiece_model.proto). It is read here as far as the types of its pieces: a
-user-defined piece such as `<|im_start|>` would be matched in text, so its type is changed to control before the library
-sees it.
+The library matches user-defined pieces such as `<|im_start|>` in text. So the file, a protobuf message
+(sentencepiece_model.proto), is first read here, and the type of such pieces is changed to control.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ class SentencePieceFile:
     """A SentencePiece vocabulary, with the control tokens that a Hugging Face directory adds to it."""
 
     def __init__(self, path: Path, data: bytes, files: ConfigFiles) -> None:
-        """ValueError when `data` is no such file; TokenizerError when an added token cannot be served."""
+        """ValueError when `data` is not such a file; TokenizerError when an added token is not supported."""
         model = read_model(data)
         pieces = model.pieces
         # It puts a space before a text (add_dummy_prefix), or drops those that are there (remove_extra_whitespaces).
@@ -41,8 +40,8 @@ class SentencePieceFile:
                 control.add(id)
             elif id >= len(pieces):
                 raise TokenizerError(
-                    f"{path}: the added token {content!r} ({id}) is ordinary text, which a SentencePiece file cannot "
-                    "take; convert the tokenizer to tokenizer.json"
+                    f"{path}: the added token {content!r} ({id}) is ordinary text, which cannot be added to "
+                    "a SentencePiece file; convert the tokenizer to tokenizer.json"
                 )
         with native_failures_as(ValueError, "sentencepiece"):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=_write_model(model, control))
@@ -57,7 +56,7 @@ class SentencePieceFile:
         self.frame = (before, list(self.eos_ids) if files.add_eos else [])
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Each text gets the model's leading space, also after a control token, as in Meta's dialogues."""
+        """Each text gets the leading space of the model, also after a control token, as in Meta's dialogues."""
         ids: list[int] = []
         for piece in pieces:
             if isinstance(piece, int):
@@ -84,7 +83,7 @@ class ModelPiece:
 
 @dataclass(frozen=True)
 class Model:
-    """A ModelProto. `trainer` and `normalizer` are the fields of its two specs, by number; `rest` is all but pieces."""
+    """A ModelProto. `trainer` and `normalizer` are the fields of its specs, by number; `rest`: the other bytes."""
 
     pieces: list[ModelPiece]
     trainer: dict[int, int | bytes]
@@ -93,7 +92,7 @@ class Model:
 
 
 def read_model(data: bytes) -> Model:
-    """ValueError when `data` is no SentencePiece model, or one that cannot be read."""
+    """ValueError when `data` is not a SentencePiece model, or one that is not supported."""
     pieces: list[ModelPiece] = []
     rest = bytearray()
     specs: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}}
@@ -112,7 +111,7 @@ def read_model(data: bytes) -> Model:
     if not pieces:
         raise ValueError("it holds no pieces")
     if specs[2].get(24):
-        raise ValueError("it writes the space behind a word (treat_whitespace_as_suffix), which is not supported")
+        raise ValueError("it writes spaces after words (treat_whitespace_as_suffix), which is not supported")
     return Model(pieces, specs[2], specs[3], bytes(rest))
 
 
@@ -133,7 +132,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
         start = position
         key, position = _varint(data, position)
         if not key >> 3:
-            raise ValueError(f"byte {start} starts no protobuf field")
+            raise ValueError(f"byte {start} does not start a protobuf field")
         value: int | bytes
         if key & 7 == 0:
             value, position = _varint(data, position)
@@ -143,7 +142,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
                 length, position = _varint(data, position)
             value, position = data[position : position + length], position + length
         else:
-            raise ValueError(f"byte {start} starts no protobuf field")
+            raise ValueError(f"byte {start} does not start a protobuf field")
         if position > len(data):
             raise ValueError("a protobuf field ends beyond the file")
         yield key >> 3, value, data[start:position]

@@ -1,4 +1,4 @@
-"""LLaMA 3's tokenizer.model: lines of a token in base64 and its rank, read by tiktoken.
+"""LLaMA 3's tokenizer.model, read by tiktoken. Each line has a token in base64 and its rank.
 
 The split pattern, the 256 special tokens and the length guards are those of Meta's llama-models (llama3/tokenizer.py).
 """
@@ -18,7 +18,7 @@ from llama_mini.tokenizer.byte_level import LLAMA_3_WORDS
 MAX_CHARS = 400_000  # tiktoken panics on much more at once
 MAX_RUN = 25_000  # characters in a row with, or without, white space: its merging is quadratic within a word
 N_SPECIAL = 256
-LLAMA_3_SPECIAL = (  # the names since LLaMA 3.1; 3.0 called the fifth, sixth, ninth and last two reserved as well
+LLAMA_3_SPECIAL = (  # LLaMA 3.1's names; in 3.0, the fifth, sixth, ninth and last two are reserved ones
     "<|begin_of_text|>",
     "<|end_of_text|>",
     "<|reserved_special_token_0|>",
@@ -42,7 +42,7 @@ class TiktokenFile:
     strips_space = False
 
     def __init__(self, path: Path, data: bytes) -> None:
-        """ValueError when `data` is no such file."""
+        """ValueError when `data` is not such a file."""
         ranks = _read_ranks(data)
         reserved = (f"<|reserved_special_token_{2 + i}|>" for i in range(N_SPECIAL - len(LLAMA_3_SPECIAL)))
         special = [*LLAMA_3_SPECIAL, *reserved]
@@ -76,8 +76,8 @@ class TiktokenFile:
 
 
 def bounded_parts(text: str) -> Iterator[str]:
-    """Cut a text where Meta's tokenizer does, so that the ids stay the same: only within absurdly long runs."""
-    # A run is tried at its start only: from each of its characters, runs just under the limit take quadratic time.
+    """Cut a text where Meta's tokenizer cuts it, so that the ids are the same: only in extremely long runs."""
+    # Match only at the start of a run: from each of its characters, runs just under the limit take quadratic time.
     long_run = re.compile(rf"(?<!\s)\s{{{MAX_RUN + 1},}}|(?<!\S)\S{{{MAX_RUN + 1},}}")
     for start in range(0, len(text), MAX_CHARS):
         chunk = text[start : start + MAX_CHARS]
@@ -97,8 +97,8 @@ def _read_ranks(data: bytes) -> dict[bytes, int]:
             raise ValueError(f"line {number} has rank {int(match[2])}, expected {len(ranks)}")
         token = base64.b64decode(match[1], validate=True)
         if token in ranks:
-            raise ValueError(f"line {number} has the token of rank {ranks[token]} again")
+            raise ValueError(f"line {number} repeats the token of rank {ranks[token]}")
         ranks[token] = len(ranks)
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(f"{len(missing)} of the 256 single bytes are no tokens")
+        raise ValueError(f"{len(missing)} of the 256 single bytes are not tokens")
     return ranks

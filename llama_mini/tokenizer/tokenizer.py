@@ -1,4 +1,4 @@
-"""Text to token ids and back, for every vocabulary of the LLaMA family."""
+"""Text to token ids and back, for the vocabularies of the LLaMA family."""
 
 import operator
 import re
@@ -23,22 +23,20 @@ from llama_mini.tokenizer.tiktoken_file import TiktokenFile
 if TYPE_CHECKING:  # it imports torch, which a tokenizer does without
     from llama_mini.checkpoint.source import Source
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model")  # the first that is there
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")  # the first that exists
 
 
 class Tokenizer:
-    """One tokenizer over tokenizer.json, LLaMA 3's tiktoken file, SentencePiece and what a GGUF file holds.
+    """One tokenizer for tokenizer.json, LLaMA 3's tiktoken file, SentencePiece and GGUF. Made by `from_pretrained`.
 
-    Make one with `from_pretrained`.
+    Text never becomes a control token, neither in `encode` nor in chats, unless `parse_special` asks for it.
 
-    Text never becomes a control token, in `encode` and in chats alike: whoever needs one passes its id to the model.
-
-    bos_id: the beginning of a text, by tokenizer_config.json, else the vocabulary, else generation_config.json and
-        config.json; None when nothing names one.
-    eos_ids: every id that ends a text: where transformers' generate stops (generation_config.json, or config.json when
-        that names none), the eos_token of tokenizer_config.json (the end of a turn in many a chat model), and what the
-        vocabulary itself ends with (LLaMA 3's end_of_text, eom and eot).
-    vocab_size: the vocabulary's highest id plus one; a model may have more rows.
+    bos_id: the id that begins a text, or None: by tokenizer_config.json, else the vocabulary, else
+        generation_config.json, else config.json.
+    eos_ids: all ids that end a text: those where transformers' generate stops (generation_config.json, or else
+        config.json), the eos_token of tokenizer_config.json (in many chat models the end of a turn), and those of the
+        vocabulary (LLaMA 3's end_of_text, eom and eot).
+    vocab_size: the highest id of the vocabulary plus one; a model may have more rows.
     """
 
     def __init__(self, backend: Backend, files: ConfigFiles, kind: str) -> None:
@@ -46,7 +44,7 @@ class Tokenizer:
         self._kind = kind
         self._names = {**backend.names, **files.names}
         self._chat_template = files.chat_template
-        # A Meta directory does not say whether its model was taught to chat; the vocabulary has the format's markers.
+        # A Meta directory does not say whether its model was trained to chat; the vocabulary has the tokens for it.
         self._llama_3_dialogue = isinstance(backend, TiktokenFile) and not files.hugging_face
         self.vocab_size = backend.vocab_size
         self._model_vocab_size = max(files.model_vocab_size, backend.vocab_size)
@@ -57,9 +55,9 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """Open a checkpoint's directory, Hugging Face's or Meta's, a vocabulary file in one, a GGUF file or a hub name.
+        """Open a directory (Hugging Face's or Meta's), a vocabulary file in one, a GGUF file or a hub name.
 
-        The vocabulary's kind is told by its content. In a directory, tokenizer.json comes before tokenizer.model.
+        The content of a vocabulary decides its kind. In a directory, tokenizer.json comes before tokenizer.model.
         TokenizerError when there is none or it is broken; CheckpointError when a file or repository cannot be read.
         """
         path = _fetched(path)
@@ -83,7 +81,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, header: GGUFHeader) -> "Tokenizer":
-        """The tokenizer in a GGUF file whose header is read already; TokenizerError when its metadata are wrong."""
+        """The tokenizer in a GGUF file, from its header. TokenizerError when the metadata are wrong."""
         vocabulary, embedding = GGUFVocabulary(header), header.tensors.get("token_embd.weight")
         files = vocabulary.config_files(embedding.shape[0] if embedding else 0)
         backend = HuggingFaceJson(vocabulary.tokenizer_json(), f"the tokenizer in {header.path}", files)
@@ -93,9 +91,8 @@ class Tokenizer:
         """Ids of a text. With `add_special_tokens`, also what the checkpoint's own rule puts around it, often a BOS.
 
         The rule is the post-processor of tokenizer.json; for tokenizer.model it is BOS, or what add_bos_token and
-        add_eos_token say. `parse_special` turns the control strings in the text into control tokens: for a text that
-        a chat template made, never for one that a user wrote. RequestError when `text` is no string or holds half a
-        surrogate pair.
+        add_eos_token say. With `parse_special`, control strings in the text become control tokens: only for text that a
+        chat template made, never for a user's. RequestError when `text` is not a string or holds half a surrogate pair.
         """
         _check_text(text)
         pieces: list[Piece] = [text]
@@ -108,18 +105,18 @@ class Tokenizer:
         return [*before, *ids, *after] if add_special_tokens else ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids, invalid UTF-8 as U+FFFD; no clean-up of spaces.
+        """The text of ids. Invalid UTF-8 becomes U+FFFD; spaces stay as they are.
 
-        `skip_special_tokens` leaves out what the checkpoint marks special, as transformers does: seldom `<think>`.
+        `skip_special_tokens` leaves out the tokens that the checkpoint marks as special; `<think>` is seldom one.
         """
         text = b"".join(self.token_bytes(id, skip_special_tokens) for id in ids).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.strips_space else text
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
-        """The bytes one token adds to a text, perhaps a part of a character.
+        """The bytes that one token adds to a text, perhaps a part of a character.
 
-        None for a row that the model has beyond the vocabulary: models are padded to round sizes and may sample one.
-        RequestError for an id beyond those.
+        Empty for an id of the model that the vocabulary does not have: vocabularies are padded to round sizes, and a
+        model may sample such an id. RequestError for an id beyond those.
         """
         try:
             id = operator.index(token_id)
@@ -143,7 +140,7 @@ class Tokenizer:
 
     @property
     def strips_space(self) -> bool:
-        """Whether a decoded text loses one space at its start, which encoding put there (SentencePiece)."""
+        """Whether decoding drops the space at the start of a text that encoding added (SentencePiece)."""
         return self._backend.strips_space
 
     @property
@@ -166,7 +163,7 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a chat, by the checkpoint's template, or in LLaMA 3's dialogue format for a Meta directory.
 
-        BOS stands in front exactly once if the checkpoint's rule adds it, whether the template writes it or not.
+        If the checkpoint's rule adds a BOS, there is exactly one, whether the template writes it or not.
         RequestError for malformed messages; TokenizerError when there is no template or it fails.
         """
         checked = chat.checked_messages(messages)
@@ -200,16 +197,16 @@ class Tokenizer:
 
 
 def _fetched(name: str | Path) -> Path:
-    """What exists on disk, else the tokenizer's files of a hub name, in the standard cache."""
+    """The path if it exists, else the tokenizer files of a hub name, in the standard cache."""
     path = Path(name)
     return path if exists(path) or isinstance(name, Path) or not is_hub_name(name) else fetch_from_hub(name, True)
 
 
 def _open(path: Path, files: ConfigFiles) -> tuple[str, Backend]:
-    """The kind of a vocabulary file, by what it holds, and its backend."""
+    """The kind of a vocabulary file, by its content, and its backend."""
     kind = file_kind(path)
     if kind in (FileKind.EMPTY, FileKind.LFS_POINTER, FileKind.HTML, FileKind.PICKLE, FileKind.ZIP):
-        raise TokenizerError(f"{path} is no tokenizer: it is {describe(kind)}")
+        raise TokenizerError(f"{path} is not a tokenizer but {describe(kind)}")
     if kind is FileKind.JSON:
         return "tokenizer.json", HuggingFaceJson(read_json(path), path, files)
     data = read_bytes(path)
@@ -222,7 +219,7 @@ def _open(path: Path, files: ConfigFiles) -> tuple[str, Backend]:
             return name, opened()
         except ValueError as error:
             reasons.append(f"as {name}: {error}")
-    raise TokenizerError(f"{path} is no tokenizer: {'; '.join(reasons)}; expected one of these, or a tokenizer.json")
+    raise TokenizerError(f"{path} is not a tokenizer: {'; '.join(reasons)}; expected one of these, or a tokenizer.json")
 
 
 def _check_text(text: object) -> None:
@@ -237,7 +234,7 @@ def _check_text(text: object) -> None:
 
 
 def open_tokenizer(source: "Source") -> Tokenizer:
-    """The tokenizer of an opened checkpoint. Raises TokenizerError, also where the model has no row for a word."""
+    """The tokenizer of an opened checkpoint. TokenizerError also when the model has no row for an ordinary token."""
     found = Tokenizer.from_pretrained(source.directory) if source.gguf is None else Tokenizer.from_gguf(source.gguf)
     rows = source.config.vocab_size
     if found.vocab_size > rows:

@@ -284,7 +284,7 @@ def test_what_tokenizer_json_cannot_express_is_refused(tmp_path: Path, refused: 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"garbage", "is no tokenizer: as tiktoken: line 1 .*; as SentencePiece: "),
+        (b"garbage", "is not a tokenizer: as tiktoken: line 1 .*; as SentencePiece: "),
         (
             (TESTS / "tiny" / "tokenizer.json").read_bytes(),
             "is a tokenizer.json, expected tiktoken's or SentencePiece's",

@@ -90,7 +90,7 @@ def test_a_panic_of_the_library_is_a_request_error(
         (write_ranks(BYTES[:200]), "56 of the 256 single bytes"),
         (write_ranks(BYTES).replace(b" 7\n", b" 9\n"), "line 8 has rank 9, expected 7"),
         (write_ranks([*BYTES, b"ab"]) + b"junk\n", "line 258 is not a base64 token"),
-        (write_ranks([*BYTES, b"ab", b"ab"]), "line 258 has the token of rank 256 again"),
+        (write_ranks([*BYTES, b"ab", b"ab"]), "line 258 repeats the token of rank 256"),
     ],
 )
 def test_a_broken_file_names_its_line(write_directory: Callable[..., Any], data: bytes, message: str) -> None:

@@ -114,7 +114,7 @@ def test_a_directory_prefers_tokenizer_json(
 )
 def test_garbage_names_both_attempts(write_directory: Write, content: bytes) -> None:
     path = write_directory({"tokenizer.model": content})
-    with pytest.raises(TokenizerError, match=r"tokenizer.model is no tokenizer: as tiktoken: .*; as SentencePiece: .*"):
+    with pytest.raises(TokenizerError, match=r"is not a tokenizer: as tiktoken: .*; as SentencePiece: .*"):
         Tokenizer.from_pretrained(path)
 
 
@@ -124,7 +124,7 @@ def test_garbage_names_both_attempts(write_directory: Write, content: bytes) -> 
 )
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_what_a_download_left_is_named(write_directory: Write, name: str, content: bytes, what: str) -> None:
-    with pytest.raises(TokenizerError, match=f"is no tokenizer: it is .*{what}"):
+    with pytest.raises(TokenizerError, match=f"is not a tokenizer but .*{what}"):
         Tokenizer.from_pretrained(write_directory({name: content}))
 
 

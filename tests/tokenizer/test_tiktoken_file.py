@@ -14,8 +14,8 @@ from llama_mini.tokenizer.tiktoken_file import MAX_CHARS, MAX_RUN, bounded_parts
 
 
 @pytest.fixture(scope="module")
-def both(llama3_files: Any) -> tuple[Tokenizer, Tokenizer]:
-    return Tokenizer.from_pretrained(llama3_files.tiktoken), Tokenizer.from_pretrained(llama3_files.json)
+def both(llama3_tiktoken: Tokenizer, llama3_json: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
+    return llama3_tiktoken, llama3_json
 
 
 def write_ranks(tokens: list[bytes]) -> bytes:

@@ -10,9 +10,7 @@ import sys
 if __name__ == "__main__":
     sys.stdout.buffer.write(b"ready\n")
     sys.stdout.flush()
-    sys.path.extend(
-        sys.argv[3:]
-    )  # behind the standard library: nothing beside jinja2 can take the place of its modules
+    sys.path.extend(sys.argv[3:])  # after the standard library: nothing beside jinja2 can replace its modules
 
 import json
 import mmap
@@ -90,21 +88,21 @@ def rendered(source: str, variables: dict[str, Any], max_chars: int) -> str:
 
 
 def _address_space() -> int:
-    """Bytes that RLIMIT_AS counts; 0 where the platform does not say, and then does not limit them either."""
+    """Bytes that RLIMIT_AS counts; 0 on platforms that do not tell, which do not limit them either."""
     with suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     return 0
 
 
 def _limit_processor_time(seconds: float) -> None:
-    """SIGPROF ends this process after so many seconds, unless it is called again; 0: never."""
+    """SIGPROF will end this process after so many seconds; 0 calls that off."""
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _limit(name: str, soft: int, hard: int) -> None:
-    """Lower a limit as far as the platform has it: a process may not raise one, and macOS refuses RLIMIT_AS."""
+    """Lower a limit where the platform can: a process may not raise one, and macOS refuses RLIMIT_AS."""
     kind = getattr(resource, name, None)
     if kind is None:
         return

@@ -99,7 +99,7 @@ class _Sandbox:
         return self._ask(data)
 
     def _ask(self, data: bytes) -> Any:
-        """The worker is kept only if it says so. After an interrupt, it may answer what nobody waits for."""
+        """The worker is kept only if it says so. An interrupted one may still answer, but nobody waits for that."""
         keep = False
         try:
             assert self._worker is not None
@@ -128,6 +128,7 @@ class _Worker:
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.started_with = (command, environment)
+        self._is_ready = False
         try:
             self._process = subprocess.Popen(
                 command,
@@ -141,22 +142,18 @@ class _Worker:
             )
         except OSError as error:
             raise TokenizerError(f"the process that renders the chat template did not start ({error})") from error
-        started = time.monotonic()
-        try:
-            with self._time_limit():
-                first = self._read(len(READY))
-                if first != READY and (first or self._process.wait() >= 0):
-                    raise _NoPython
-            if not first:
-                raise self._ended(started)
-        except BaseException:
-            self.close()
-            raise
 
     def answer(self, request: bytes) -> Any:
         """The answer to a request. The worker reads all of it before it answers, so neither waits for the other."""
         started = time.monotonic()
-        with self._time_limit():
+        timer = threading.Timer(MAX_SECONDS, self._process.kill)
+        timer.start()
+        try:
+            if not self._is_ready:
+                first = self._read(len(READY))
+                self._is_ready = first == READY
+                if not self._is_ready and (first or self._process.wait() >= 0):
+                    raise _NoPython
             with suppress(OSError):  # it has died: its exit code says why
                 self._write(len(request).to_bytes(4) + request)
             size = int.from_bytes(head) if len(head := self._read(4)) == 4 else None
@@ -164,16 +161,14 @@ class _Worker:
                 raise _stopped(f"its answer is longer than {MAX_ANSWER_BYTES:,} bytes")
             if size is not None and len(answer := self._read(size)) == size:
                 return _parsed(answer)
-            self._process.wait()
-        raise self._ended(started)
-
-    def _ended(self, started: float) -> TokenizerError:
-        exit_code = self._process.returncode
+            exit_code = self._process.wait()
+        finally:
+            timer.cancel()
         if time.monotonic() - started >= MAX_SECONDS:
-            return _stopped(f"it took more than {MAX_SECONDS:g} seconds")
+            raise _stopped(f"it took more than {MAX_SECONDS:g} seconds")
         if exit_code == -getattr(signal, "SIGPROF", -1):
-            return _stopped(f"it took more than {MAX_CPU_SECONDS:g} seconds of processor time")
-        return _stopped(f"its process ended with exit code {exit_code}", _WorkerDied)
+            raise _stopped(f"it took more than {MAX_CPU_SECONDS:g} seconds of processor time")
+        raise _stopped(f"its process ended with exit code {exit_code}", _WorkerDied)
 
     def close(self) -> None:
         self._process.kill()
@@ -186,9 +181,6 @@ class _Worker:
             if pipe is not None:
                 pipe.close()
         self._process.returncode = 0  # else Popen warns that it is still running
-
-    def _time_limit(self) -> "_KillTimer":
-        return _KillTimer(MAX_SECONDS, self._process.kill)
 
     def _write(self, data: bytes) -> None:
         assert self._process.stdin is not None
@@ -203,14 +195,6 @@ class _Worker:
         while part := self._process.stdout.read(min(n_bytes - len(data), 1 << 20)):
             data += part
         return bytes(data)
-
-
-class _KillTimer(threading.Timer):
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
 
 
 def _python() -> str:

@@ -37,11 +37,12 @@ class Tokenizer:
         config.json), the eos_token of tokenizer_config.json (in many chat models the end of a turn), and those of the
         vocabulary (LLaMA 3's end_of_text, eom and eot).
     vocab_size: the highest id of the vocabulary plus one; a model may have more rows.
+    kind: a phrase for people: "tokenizer.json", "tiktoken", "SentencePiece", "GGUF byte-level BPE (llama-bpe)".
     """
 
     def __init__(self, backend: Backend, files: ConfigFiles, kind: str) -> None:
         self._backend = backend
-        self._kind = kind
+        self.kind = kind
         self._names = {**backend.names, **files.names}
         self._chat_template = files.chat_template
         # A Meta directory does not say whether its model was trained to chat; the vocabulary has the tokens for it.
@@ -127,11 +128,6 @@ class Tokenizer:
         if id >= self.vocab_size or (skip_special_tokens and id in self._backend.special_ids):
             return b""
         return self._backend.token_bytes(id)
-
-    @property
-    def kind(self) -> str:
-        """A phrase for people: "tokenizer.json", "tiktoken", "SentencePiece", "GGUF byte-level BPE (llama-bpe)"."""
-        return self._kind
 
     @property
     def control_ids(self) -> frozenset[int]:

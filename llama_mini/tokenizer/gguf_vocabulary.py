@@ -1,7 +1,7 @@
 """The vocabulary inside a GGUF file, as the content of tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-Two kinds are read: byte-level BPE (gpt2) and SentencePiece (llama). Keys mean, present or absent, what they mean to
-llama.cpp (src/llama-vocab.cpp).
+Two kinds are read: byte-level BPE (gpt2) and SentencePiece (llama). A key means what it means to llama.cpp
+(src/llama-vocab.cpp), and so does its absence.
 """
 
 import warnings
@@ -37,8 +37,7 @@ _USUAL_IDS = {
 class GGUFVocabulary:
     """The `tokenizer.` metadata of a GGUF file.
 
-    Raises TokenizerError for a key that does not hold what it must, here and in every member. It names the key, what it
-    holds and what can be read.
+    Every member raises TokenizerError for a key with a wrong value, and names the key, the value and what can be read.
     """
 
     def __init__(self, header: GGUFHeader) -> None:
@@ -121,7 +120,7 @@ class GGUFVocabulary:
 
     def _merges(self) -> list[list[str]]:
         lines, vocab = self._texts("merges"), self._vocab
-        merges = [line.split(" ") for line in lines]  # byte-level tokens hold no space: it is written Ġ
+        merges = [line.split(" ") for line in lines]  # byte-level tokens hold no space: they write it as Ġ
         if set(map(len, merges)) <= {2} and vocab.keys() >= {*chain.from_iterable(merges), *map("".join, merges)}:
             return merges
         for line, merge in zip(lines, merges, strict=True):
@@ -143,7 +142,7 @@ class GGUFVocabulary:
         if equal := len(ranks) - len(set(ranks)):  # llama.cpp joins the leftmost first, which no list of merges can say
             message = (
                 f"{self.path}: tokenizer.ggml.scores gives {equal} pieces a score that another has too; where the two "
-                "compete, the first in the vocabulary goes first; convert the model again"
+                "compete, the first in the vocabulary is joined first; convert the model again"
             )
             warnings.warn(message, LlamaMiniWarning, stacklevel=4)
         return sentencepiece_parts(
@@ -158,7 +157,7 @@ class GGUFVocabulary:
         return self._metadata.get(f"tokenizer.ggml.{key}", default)
 
     def _fault(self, key: str, sentence: str) -> TokenizerError:
-        line = sentence.replace("\n", " ")  # NumPy prints an array on several
+        line = sentence.replace("\n", " ")  # NumPy prints an array on several lines
         return TokenizerError(f"{self.path}: tokenizer.ggml.{key} {line}")
 
     def _flag(self, key: str, default: bool = False) -> bool:

@@ -20,7 +20,7 @@ PieceType = IntEnum("PieceType", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYT
 def merges_by_score(pieces: Sequence[str], scores: Sequence[float], ordinary: Collection[int]) -> list[list[str]]:
     """Every pair of ordinary pieces that makes a third, the highest score first. `ordinary` are ids."""
     known = {pieces[id] for id in ordinary}
-    lengths = sorted(set(map(len, known)))  # only these cuts can make two pieces; a hostile piece may be very long
+    lengths = sorted(set(map(len, known)))  # other cuts cannot make two pieces, and a hostile piece may be very long
     return [
         [piece[:cut], piece[cut:]]
         for piece in (pieces[id] for id in sorted(ordinary, key=lambda id: (-scores[id], id)))

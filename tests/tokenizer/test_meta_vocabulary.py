@@ -1,7 +1,6 @@
 """Meta's tokenizer.model as Hugging Face files: against the published ones, transformers and what Meta's file gives."""
 
 import base64
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -44,20 +43,7 @@ CHATS: list[list[dict[str, str]]] = [
         {"role": "critic", "content": ""},
     ],
 ]
-LLAMA_2: dict[str, Any] = {"model_type": "bpe", "vocab_size": 700, "byte_fallback": True, "split_digits": True}
-LLAMA_2 |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "required_chars": "</s>"}
-LLAMA_2 |= {"allow_whitespace_only_pieces": True, "character_coverage": 0.99}
 MARKERS, WORDS = ["<|im_start|>", "<|im_end|>"], ["covid", "covid19", "+", "a b"]
-
-
-def sentencepiece_file(path: Path, **changes: Any) -> Path:
-    """A small model with LLaMA 2's options; `changes` go over them."""
-    model = io.BytesIO()
-    lines = ALICE + [text for text in TEXTS if text and "\x00" not in text]
-    options = LLAMA_2 | {"num_threads": 1, "minloglevel": 2} | changes
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
-    path.write_bytes(model.getvalue())
-    return path
 
 
 def written(model: Path, folder: Path) -> Path:
@@ -106,19 +92,22 @@ def published_json(llama3_files: Any) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(llama3_files.json))
 
 
-@pytest.fixture(scope="session")
-def open_sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Opened, Any]]:
+@pytest.fixture(scope="module")
+def open_sentencepiece(
+    train_sentencepiece: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Opened, Any]]:
     """Trains a model: its readers, and the library's."""
 
     def opened(**changes: Any) -> tuple[Opened, Any]:
         folder = tmp_path_factory.mktemp("sentencepiece")
-        model = sentencepiece_file(folder / "other-name.model", **changes)
+        model = folder / "other-name.model"
+        model.write_bytes(train_sentencepiece(**changes))
         return Opened(model, folder), sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
 
     return opened
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def llama_2(open_sentencepiece: Callable[..., tuple[Opened, Any]]) -> tuple[Opened, Any]:
     return open_sentencepiece()
 
@@ -257,10 +246,12 @@ REFUSED: dict[str, tuple[dict[str, Any], bytes, str]] = {
 
 
 @pytest.mark.parametrize("refused", REFUSED)
-def test_what_tokenizer_json_cannot_express_is_refused(tmp_path: Path, refused: str) -> None:
+def test_what_tokenizer_json_cannot_express_is_refused(
+    train_sentencepiece: Callable[..., bytes], tmp_path: Path, refused: str
+) -> None:
     options, appended, message = REFUSED[refused]
-    model = sentencepiece_file(tmp_path / "tokenizer.model", **options)
-    model.write_bytes(model.read_bytes() + appended)
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(train_sentencepiece(**options) + appended)
     Tokenizer.from_pretrained(model)  # the engine reads it
     with pytest.raises(TokenizerError, match=message) as caught:
         meta_tokenizer_files(model)

@@ -24,7 +24,7 @@ COMMANDS = {
     "convert": "convert a checkpoint to a Hugging Face directory",
     "eval": "run the tasks of lm-eval",
     "lab": "study the norms of a model",
-    "bench": "measure the speed beside other engines",
+    "bench": "measure the speed against other engines",
 }
 NO_CHECKOUT = "bench is not in the installed package: clone the repository and run pip install -e '.[bench]' there"
 
@@ -55,7 +55,7 @@ def _run(command: str, argv: list[str], prog: str) -> int:
             return import_module(f"llama_mini.{command}").main(argv, prog)
         case "lab":
             return import_module("llama_mini.lab.__main__").main(argv, prog)
-    sys.argv = [prog, *argv]  # where lm-eval and the bench look
+    sys.argv = [prog, *argv]  # lm-eval and the bench read their options from it
     if command == "eval":
         return import_module("llama_mini.eval.__main__").main()
     scripts = Path(__file__).resolve().parents[1] / "scripts"
@@ -67,13 +67,13 @@ def _run(command: str, argv: list[str], prog: str) -> int:
 
 
 def _run_mode(mode: str, parser: ArgumentParser, argv: list[str]) -> int:
-    """A mode of `generate` as a command of its own, which has some of its options."""
+    """Runs a mode of `generate` as a command of its own, with some of generate's options."""
     args = parser.parse_args(argv, options.parser().parse_args([mode]))
     return exit_code_of(lambda: generate.run(args))
 
 
 def convert(argv: Sequence[str], prog: str) -> int:
-    """The command `convert`, also of scripts/convert.py."""
+    """The command `convert`; scripts/convert.py runs it too."""
     args = options.convert_parser(prog).parse_args(argv)
 
     def run() -> None:
@@ -81,7 +81,7 @@ def convert(argv: Sequence[str], prog: str) -> int:
         from llama_mini.checkpoint.open import resolve
         from llama_mini.cli.convert import convert
 
-        with one_writer(args.target):  # which also removes what killed runs left
+        with one_writer(args.target):  # this also removes the files of earlier runs that were killed
             convert(resolve(args.source), args.target, args.dtype)
         print(args.target)
 
@@ -98,7 +98,7 @@ def _help(prog: str) -> str:
 
 
 def _mistaken_prompt(words: list[str], prog: str) -> str:
-    """What is wrong if several words follow no command. A single one that resembles a command gets a note."""
+    """The error for several words that follow no command, else "". A single word close to a command gets a note."""
     first = words[0]
     if first.startswith("-") or len(first.split()) != 1:
         return ""

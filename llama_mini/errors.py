@@ -1,6 +1,6 @@
-"""The errors that bad input raises. `exit_code` is that of the commands."""
+"""The errors that bad input raises. `exit_code` is the exit code of a command that ends with the error."""
 
-_LONGEST = 1900
+_MAX_LENGTH = 1900
 
 
 class LlamaMiniError(Exception):
@@ -13,7 +13,7 @@ class LlamaMiniError(Exception):
 
 
 class ConfigError(LlamaMiniError):
-    """A configuration or norm plan that no model can be built from."""
+    """A configuration or norm plan from which no model can be built."""
 
     exit_code = 3
 
@@ -63,7 +63,7 @@ class NumericalError(LlamaMiniError):
 
 
 class LlamaMiniWarning(UserWarning):
-    """Something unusual in a checkpoint that can be used all the same."""
+    """Something unusual in a checkpoint, which can still be used."""
 
     def __init__(self, message: str) -> None:
         super().__init__(_printable(message))
@@ -71,5 +71,5 @@ class LlamaMiniWarning(UserWarning):
 
 def _printable(message: str) -> str:
     """One line of bounded length. Names and values from a file may hold escape codes, which a terminal would obey."""
-    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message[:_LONGEST])
-    return text if len(text) < _LONGEST else text[: _LONGEST - 3] + "..."
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message[:_MAX_LENGTH])
+    return text if len(text) < _MAX_LENGTH else text[: _MAX_LENGTH - 3] + "..."

@@ -80,7 +80,7 @@ def _answer(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams]":
     """The model and the parameters. Wrong options and a model that does not fit are refused before weights are read."""
-    gc.disable()  # torch and the model are many objects that stay: collecting garbage meanwhile takes 0.1 s
+    gc.disable()  # importing torch and loading make many long-lived objects; scanning them for garbage takes 0.1 s
     try:
         params = sampling(args)
         from llama_mini.checkpoint.match import n_parameters
@@ -91,7 +91,7 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams]":
 
         source = open_checkpoint(resolve(checkpoint_of(args.model)))
         config, device = source.config, as_device(args.device)
-        # LLM asks for one position of cache. The command knows how many it needs.
+        # LLM checks that one position of cache fits. The command knows how many it needs.
         positions = min(args.max_tokens or DEFAULT_MAX_TOKENS, config.max_seq_len)
         dtype = as_dtype(args.dtype, device)
         check_fits(config, n_parameters(source), dtype, positions, device, quantize=args.quantize)
@@ -103,11 +103,11 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams]":
 
 
 def _with_limit(llm: "LLM", ids: list[int], params: "SamplingParams") -> "SamplingParams":
-    """The parameters, with the command's default of max_tokens, which shrinks to what the context leaves."""
-    rest = llm.config.max_seq_len - len(ids)
-    if params.max_tokens is not None or rest <= 0:
+    """The parameters with the command's default for max_tokens, limited to the free positions of the context."""
+    free = llm.config.max_seq_len - len(ids)
+    if params.max_tokens is not None or free <= 0:
         return params
-    return replace(params, max_tokens=max(min(DEFAULT_MAX_TOKENS, rest), params.min_tokens))
+    return replace(params, max_tokens=max(min(DEFAULT_MAX_TOKENS, free), params.min_tokens))
 
 
 def _token_ids(llm: "LLM", prompt: Any, args: argparse.Namespace) -> list[int]:

@@ -1,4 +1,4 @@
-"""What this machine has: number formats, devices, cores and memory. Strings and torch's own objects work alike."""
+"""What this machine has: number formats, devices, cores, memory. A dtype or device may be a string or torch's own."""
 
 import gc
 import os
@@ -24,7 +24,7 @@ DTYPES = {
 
 
 def as_dtype(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> torch.dtype:
-    """`auto` is bfloat16 where the processor or GPU computes in it, else float32. Raises RequestError when unknown."""
+    """`auto` is bfloat16 where the processor or GPU computes in it, else float32. Raises RequestError if unknown."""
     if dtype == "auto":
         return torch.bfloat16 if _has_bfloat16(torch.device(device)) else torch.float32
     name = dtype_name(dtype)
@@ -34,14 +34,14 @@ def as_dtype(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> to
 
 
 def as_device(device: torch.device | str) -> torch.device:
-    """A device that can be used here. Raises RequestError."""
+    """The device, after a check that PyTorch can use it here. Raises RequestError."""
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RequestError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "meta":
-        raise RequestError("device 'meta' cannot be used: it holds no numbers")
+        raise RequestError("device 'meta' cannot be used: it stores no values")
     return device
 
 
@@ -70,8 +70,10 @@ def set_threads(threads: int | None = None) -> int:
 
 
 def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Physical cores that the process's affinity and the quotas of its control groups leave. More threads than cores
-    would wait for one another at every operator."""
+    """Physical cores that the process may use, within its affinity and the quotas of its control groups.
+
+    With more threads than cores, the threads would wait for each other at every operator.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
     return max(1, min([cores, *_core_quotas(proc, cgroups)]))
@@ -79,7 +81,7 @@ def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Keeps the garbage collector off while many objects are made that stay: it would scan all of torch for nothing."""
+    """Pauses the garbage collector while many long-lived objects are made: it would scan all of torch for nothing."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -107,7 +109,7 @@ def _free_memory() -> Iterator[int]:
 
 
 def _free_address_space() -> Iterator[int]:
-    """What the soft limit of `ulimit -v` leaves, on systems that have one."""
+    """Bytes of address space below the soft limit of `ulimit -v`, if there is one."""
     if hasattr(psutil, "RLIMIT_AS"):
         process = psutil.Process()
         soft, _ = process.rlimit(psutil.RLIMIT_AS)
@@ -116,17 +118,17 @@ def _free_address_space() -> Iterator[int]:
 
 
 def _free_in_control_groups(proc: Path, cgroups: Path) -> Iterator[int]:
-    """What each control group above this process leaves: any of them can be the one that kills it."""
+    """Free bytes of each control group above this process. A full one kills it, whatever the others have."""
     for group, version in _control_groups("memory", proc, cgroups):
         limit, usage = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
         try:
-            left = int(_text(group / f"memory.{limit}")) - int(_text(group / f"memory.{usage}"))
+            free = int(_text(group / f"memory.{limit}")) - int(_text(group / f"memory.{usage}"))
         except ValueError:  # no limit: `max`, or no such file
             continue
         stat = dict(line.split(" ", 1) for line in _text(group / "memory.stat").splitlines())
         prefix = "" if version == 2 else "total_"
-        pages = (f"{prefix}inactive_file", f"{prefix}active_file")  # cached files: given back when memory runs short
-        yield left + sum(int(stat.get(name, 0)) for name in pages)
+        pages = (f"{prefix}inactive_file", f"{prefix}active_file")  # the file cache, which the kernel can free
+        yield free + sum(int(stat.get(name, 0)) for name in pages)
 
 
 def _core_quotas(proc: Path, cgroups: Path) -> Iterator[int]:
@@ -142,19 +144,17 @@ def _core_quotas(proc: Path, cgroups: Path) -> Iterator[int]:
 
 
 def _control_groups(controller: str, proc: Path, cgroups: Path) -> Iterator[tuple[Path, int]]:
-    """The folders of this process's control groups, up to the root, and whether they are of version 1 or 2."""
+    """The folders of this process's control groups, up to the root, each with its cgroup version, 1 or 2."""
     for line in _text(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         mounts = [cgroups, cgroups / "unified"]
         if controllers:
             mounts = [cgroups / controller] if controller in controllers.split(",") else []
         parts = PurePosixPath(path).parts[1:]
-        if ".." in parts:  # a group outside of this namespace: only the mount itself can be seen
+        if ".." in parts:  # a group outside this namespace: only the mount itself is visible
             parts = ()
         for mount in mounts:
-            for depth in range(
-                len(parts), -1, -1
-            ):  # in a container the path may be the host's, of which only () exists
+            for depth in range(len(parts), -1, -1):  # in a container the path may be the host's: only the mount exists
                 yield mount.joinpath(*parts[:depth]), 1 if controllers else 2
 
 
@@ -166,12 +166,12 @@ def _text(path: Path) -> str:
 
 
 def user_cache() -> Path:
-    """The folder for files that can be made again: built operators, converted checkpoints. It may not exist yet."""
+    """The folder for files that can be regenerated: built operators, converted checkpoints. It may not exist yet."""
     return user_folder("XDG_CACHE_HOME", ".cache")
 
 
 def user_folder(variable: str, default: str) -> Path:
-    """This project's folder below that of an XDG variable. The specification has relative paths there ignored."""
+    """This project's folder in the directory that an XDG variable names. XDG says to ignore a relative path there."""
     folder = Path(os.environ.get(variable, ""))
     return (folder if folder.is_absolute() else Path.home() / default) / "llama_mini"
 
@@ -187,5 +187,5 @@ def peak_memory_bytes() -> int | None:
 
 
 def format_bytes(n_bytes: int) -> str:
-    """A size for people, in MiB or GiB."""
+    """A size to print, in MiB or GiB."""
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""How much memory a model needs, and whether it fits; checked before any data is read."""
+"""How much memory a model needs, and whether it fits. It is checked before any weights are read."""
 
 from bisect import bisect_right
 
@@ -23,9 +23,9 @@ def check_fits(
     available: int | None = None,
     quantize: str | None = None,
 ) -> None:
-    """Checks that weights, a cache of one row of `positions` and the work memory fit; allocates nothing.
+    """Checks that the weights, a cache of one row with `positions` and the work memory fit; allocates nothing.
 
-    `available` is in bytes; None asks the machine, and if that does not tell, the check passes.
+    `available` is in bytes; None asks the machine. If the machine does not say, the check passes.
     Raises CapacityError with the numbers and with what would fit.
     """
     available = available_memory(device) if available is None else available
@@ -55,7 +55,7 @@ def check_cache_fits(
     device: torch.device,
     available: int | None = None,
 ) -> None:
-    """Checks the same for a cache of `rows` when the model is loaded, for prompts of at most `n_new` tokens.
+    """Checks that a cache of `rows` and the work memory for prompts of up to `n_new` tokens fit beside the model.
 
     Raises CapacityError.
     """
@@ -79,7 +79,7 @@ def check_cache_fits(
 def weight_bytes(
     n_parameters: int, dtype: torch.dtype, config: LlamaConfig | None = None, quantize: str | None = None
 ) -> int:
-    """Bytes of the parameters, with `config` also of a quantized model."""
+    """Bytes of the parameters. `quantize` counts only together with `config`."""
     if config is None or quantize is None:
         return n_parameters * dtype.itemsize
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -96,7 +96,7 @@ def cache_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
 
 
 def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: int | None = None) -> int:
-    """An upper bound of the temporary memory, in bytes: of a prefill chunk, or of sampling a token if that needs more.
+    """An upper bound on the temporary memory in bytes, of a prefill chunk or of sampling a token: whichever is larger.
 
     `n_new`: tokens of the longest prompt; None: as many as `positions`.
     """
@@ -109,7 +109,7 @@ def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: i
         3 * config.hidden_dim * size,  # gate, up and their product
         2 * (config.hidden_dim if mid else config.dim) * (size + wide),  # a norm
     )
-    mask = (3 + size) * whole_blocks(positions)  # bool: full, windowed, temporary; and one that attention adds
+    mask = (3 + size) * whole_blocks(positions)  # bool: full, windowed, temporary; in dtype: added to scores
     chunk = min(PREFILL_CHUNK, positions if n_new is None else n_new) * (3 * config.dim * size + branch + mask)
     chunk += 2 * kv * whole_blocks(positions) * size  # a contiguous copy of one layer's keys and values for attention
     sampling = config.vocab_size * (size + 8 * wide)
@@ -131,9 +131,9 @@ def _advice(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, position
         ways.append(f"a context of {shorter} positions")
     if not ways and (shorter := _longest(config, n_parameters, narrow, positions, available)):
         ways.append(f"--dtype {dtype_name(narrow)} with a context of {shorter} positions")
-    if not ways:  # the first that fits: int8 is closer to the weights than int4
-        rest = _need(config, 0, narrow, positions)
-        formats = [q for q in BITS_PER_WEIGHT if weight_bytes(n_parameters, narrow, config, q) + rest <= available]
+    if not ways:  # int8 comes first: it is closer to the weights than int4
+        others = _need(config, 0, narrow, positions)
+        formats = [q for q in BITS_PER_WEIGHT if weight_bytes(n_parameters, narrow, config, q) + others <= available]
         ways = [f"--quantize {formats[0]}"] if formats else []
     if ways:
         return f"{' or '.join(ways)} would fit"
@@ -145,6 +145,6 @@ def _advice(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, position
 
 
 def _longest(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, available: int) -> int:
-    """The longest context that fits, in whole blocks and fewer of them than `positions` take; 0 if none fits."""
+    """The longest context below `positions` that fits, in whole blocks; 0 if none does."""
     shorter = range(BLOCK, whole_blocks(positions), BLOCK)
     return BLOCK * bisect_right(shorter, available, key=lambda n: _need(config, n_parameters, dtype, n))

@@ -46,24 +46,24 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
     windows = p.add_argument_group("windows")
     windows.add_argument(
-        "--context", type=int, metavar="N", help="tokens of a window; default: the model's context, at most 2,048"
+        "--context", type=int, metavar="N", help="tokens per window; default: the model's context, at most 2,048"
     )
     windows.add_argument(
         "--stride",
         type=int,
         metavar="N",
-        help="start a window every N tokens; it scores those that no window before it had; default: the whole window",
+        help="start a window every N tokens; it scores those that no earlier window had; default: a whole window",
     )
     windows.add_argument(
         "--bos",
         choices=["rule", "each", "none"],
         default="rule",
-        help="rule (default): as the checkpoint's tokenizer adds it to a text; each: before every window; none",
+        help="rule (default): where the checkpoint's tokenizer adds it; each: before every window; none: nowhere",
     )
 
-    against = p.add_argument_group("comparison", "One of these adds a second model as reference; it is not quantized.")
+    against = p.add_argument_group("comparison", "Either adds a second model, the reference, which is not quantized.")
     against.add_argument("--against", metavar="M", help="checkpoint of the reference; default: that of --model")
-    against.add_argument("--against-dtype", metavar="D", help="its dtype; default: that of --dtype")
+    against.add_argument("--against-dtype", metavar="D", help="dtype of the reference; default: that of --dtype")
     return p
 
 
@@ -72,8 +72,8 @@ class Input:
     """The texts as token ids."""
 
     ids: list[list[int]]
-    window_bos: int | None  # to put before each window
-    bos: int | None  # before each window, or part of the ids
+    window_bos: int | None  # the BOS to put before each window
+    bos: int | None  # the BOS in use: before each window, or at the start of `ids`
 
 
 def run(args: argparse.Namespace) -> None:
@@ -119,7 +119,7 @@ def _encode(texts: list[str], llm: "LLM", bos: str) -> Input:
         if tokenizer.bos_id is None:
             raise RequestError("--bos each needs a BOS token, and this checkpoint has none: leave it out")
         return Input(ids, tokenizer.bos_id, tokenizer.bos_id)
-    added = ids[0][0] == tokenizer.bos_id if ids[0] else False  # by the tokenizer: no text encodes to BOS
+    added = ids[0][0] == tokenizer.bos_id if ids[0] else False  # by the tokenizer, since no text encodes to BOS
     return Input(ids, None, tokenizer.bos_id if added else None)
 
 
@@ -145,7 +145,7 @@ def _print(
         if comparison is not None:
             reference = {"nll": comparison.reference.nll, "perplexity": comparison.reference.perplexity}
             figures["against"] = asdict(comparison) | {"reference": reference}
-            del figures["against"]["model"]  # its figures are those above
+            del figures["against"]["model"]  # its figures are already in `figures`
         print(json.dumps(_finite(facts | figures), indent=2))
         return
     bos = "none"

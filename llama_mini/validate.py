@@ -10,13 +10,13 @@ from typing import Any
 
 from llama_mini.errors import LlamaMiniError
 
-_MOST_NAMES = 12
+_MAX_NAMES = 12
 
 
 def check_whole(
     name: str, value: Any, error: type[LlamaMiniError], least: int = 1, most: float = math.inf, why: str = ""
 ) -> None:
-    """A whole number from `least` to `most`, both included; `why` says where a limit comes from."""
+    """Takes a whole number from `least` to `most`, both included; `why` says where a limit comes from."""
     if not is_whole(value) or not least <= value <= most:
         raise error(f"{name} must be a whole number {_range(least, most)}{why}, not {short_repr(value)}")
 
@@ -29,7 +29,7 @@ def check_number(
     most: float = math.inf,
     above: float = -math.inf,
 ) -> None:
-    """A finite number from `least` to `most`, both included, and `above` a limit that is not."""
+    """Takes a finite number from `least` to `most`, both included, and greater than `above`."""
     if not is_finite(value) or not (least <= value <= most and value > above):
         limits = (
             f" above {above:g}" if math.isfinite(above) else f" {_range(least, most)}" if math.isfinite(least) else ""
@@ -48,37 +48,37 @@ def check_choice(name: str, value: Any, known: Collection[str], error: type[Llam
 
 
 def check_token_ids(ids: Iterable[int], vocab_size: int, error: type[LlamaMiniError]) -> None:
-    """Every id is a row of the embedding."""
+    """Takes ids that are rows of the embedding."""
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
             raise error(f"token id {short_repr(token_id)} is outside the vocabulary of {vocab_size}")
 
 
 def is_whole(value: Any) -> bool:
-    """A whole number; True and False are none."""
+    """Whether a value is a whole number. True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_finite(value: Any) -> bool:
-    """A number that is finite as a float too: a whole number of 400 digits is not."""
+    """Whether a value is a number that a float can hold. A whole number of 400 digits is not."""
     return (is_whole(value) or isinstance(value, float)) and abs(value) < 1e300
 
 
 def short_repr(value: Any) -> str:
-    """A value for a message, cut short. Python refuses to print a number of thousands of digits at all."""
+    """A value for a message, cut short. Python refuses to print numbers of thousands of digits."""
     if is_whole(value) and abs(value) >= 10**60:
         return f"a number of {value.bit_length()} bits"
     try:
         text = repr(value)
-    except ValueError:  # such a number inside a list
+    except ValueError:  # one of those numbers inside a list
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def join_names(names: Iterable[Any]) -> str:
-    """Names for a message: the first dozen, each cut short, since a checkpoint may hold any number of any length."""
+    """The first dozen names for a message, each cut short: a checkpoint may hold any number of them, of any length."""
     all_names = [str(name) for name in names]
-    short = [name if len(name) <= 160 else name[:157] + "..." for name in all_names[:_MOST_NAMES]]
+    short = [name if len(name) <= 160 else name[:157] + "..." for name in all_names[:_MAX_NAMES]]
     more = len(all_names) - len(short)
     return ", ".join(short) + (f" and {more} more" if more else "")
 

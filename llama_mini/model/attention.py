@@ -32,7 +32,7 @@ class Attention(Residual):
 
     @staticmethod
     def _head_norm(spec: NormSpec | None, heads: int, config: LlamaConfig) -> tuple[nn.Module, tuple[int, ...]]:
-        """The norm of a q, k or v slot, and the shape in which it sees the projection: (H, D) or (H·D)."""
+        """The norm of a q, k or v slot, and the shape it norms: (H, D), each head, or (H·D,), the whole projection."""
         full = spec is not None and spec.view == "full"
         view = (heads * config.head_dim,) if full else (heads, config.head_dim)
         return build_norm(spec, view[-1], config.norm_eps), view
@@ -68,6 +68,6 @@ def causal_mask(positions: Tensor, length: int) -> Tensor:
 
 
 def within_window(mask: Tensor, positions: Tensor, window: int) -> Tensor:
-    """The mask without the positions that lie `window` or more before a token."""
-    seen = torch.arange(mask.shape[-1], device=mask.device) > positions[:, None, :, None] - window
-    return mask & seen
+    """The mask, limited to the last `window` positions of each token, its own included."""
+    near = torch.arange(mask.shape[-1], device=mask.device) > positions[:, None, :, None] - window
+    return mask & near

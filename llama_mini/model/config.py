@@ -9,7 +9,7 @@ from llama_mini.model.rope_scaling import DynamicScaling, RopeScaling
 from llama_mini.validate import check_flag, check_number, check_whole, is_whole, short_repr
 
 _LARGEST_SIZE = 2**31 - 1
-_MOST_LAYERS = 10_000  # ten times the deepest models
+_MAX_LAYERS = 10_000  # ten times the deepest models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +27,16 @@ class LlamaConfig:
         max_seq_len: the longest context in tokens (max_position_embeddings).
         norm_eps: eps of every norm whose NormSpec does not set its own (rms_norm_eps).
         rope_theta: base of the rotary frequencies.
-        rope_scaling: their scaling; None: none.
-        sliding_window: positions that a token attends to, itself included (sliding_window); None: all before it.
-        sliding_layers: the layers with the window; None: every layer. Empty without a window.
+        rope_scaling: how the frequencies are scaled; None: not at all.
+        sliding_window: the last positions that a token attends to, its own included (sliding_window); None: all.
+        sliding_layers: indices of the layers with the window; None: every layer. Empty without a window.
         qkv_bias, o_bias, mlp_bias: whether q, k, v; the attention's output; gate, up and down have biases.
-        tie_word_embeddings: the output head is the embedding.
+        tie_word_embeddings: whether the embedding is also the output head.
         norm_plan: a NormPlan or a preset's name; LLaMA is `pre`.
         bos_id, eos_ids, pad_id: special tokens of the checkpoint. The model itself does not use them.
 
     Raises:
-        ConfigError: names the field, what was found and what is possible.
+        ConfigError: names the field, what was found and what is allowed.
     """
 
     dim: int
@@ -64,7 +64,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         fill = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen)
         for name in ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "max_seq_len"):
-            most = _MOST_LAYERS if name == "n_layers" else _LARGEST_SIZE
+            most = _MAX_LAYERS if name == "n_layers" else _LARGEST_SIZE
             check_whole(name, getattr(self, name), ConfigError, 1, most)
         if self.n_kv_heads is None:
             fill("n_kv_heads", self.n_heads)
@@ -77,10 +77,10 @@ class LlamaConfig:
             fill("head_dim", self.dim // self.n_heads)
         check_whole("head_dim", self.head_dim, ConfigError, 1, _LARGEST_SIZE)
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even, since rotary embedding turns pairs; found {self.head_dim}")
+            raise ConfigError(f"head_dim must be even, since rotary embedding rotates pairs; found {self.head_dim}")
         check_number("norm_eps", self.norm_eps, ConfigError, least=0)
         check_number("rope_theta", self.rope_theta, ConfigError, above=0)
-        for name in ("norm_eps", "rope_theta"):  # a whole number of JSON; torch takes none beyond 64 bits
+        for name in ("norm_eps", "rope_theta"):  # JSON may hold an integer, and torch takes none beyond 64 bits
             fill(name, float(getattr(self, name)))
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ConfigError(f"rope_scaling must be a RopeScaling or None, not {short_repr(self.rope_scaling)}")
@@ -101,15 +101,15 @@ class LlamaConfig:
                 raise ConfigError(f"{name} must be a token id or None, not {short_repr(getattr(self, name))}")
 
     def _check_window(self) -> None:
-        every = tuple(range(self.n_layers)) if self.sliding_window is not None else ()
+        allowed = tuple(range(self.n_layers)) if self.sliding_window is not None else ()
         if self.sliding_layers is None:
-            object.__setattr__(self, "sliding_layers", every)
+            object.__setattr__(self, "sliding_layers", allowed)
         if self.sliding_window is not None:
             check_whole("sliding_window", self.sliding_window, ConfigError, 1, _LARGEST_SIZE)
         layers = self.sliding_layers
-        if not isinstance(layers, tuple) or not all(map(is_whole, layers)) or not set(layers) <= set(every):
-            where = f"from 0 to {self.n_layers - 1}" if every else "empty, since there is no sliding_window"
-            raise ConfigError(f"sliding_layers must be a tuple of layers, {where}; found {short_repr(layers)}")
+        if not isinstance(layers, tuple) or not all(map(is_whole, layers)) or not set(layers) <= set(allowed):
+            where = f"from 0 to {self.n_layers - 1}" if allowed else "empty, since there is no sliding_window"
+            raise ConfigError(f"sliding_layers must be a tuple of layer indices, {where}; found {short_repr(layers)}")
 
 
 def _is_id(value: Any) -> bool:

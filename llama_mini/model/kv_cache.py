@@ -15,7 +15,7 @@ BLOCK = 16  # attention reads whole blocks, so that a row's bits do not depend o
 
 
 class LayerCache(NamedTuple):
-    """One layer's storage, and where the new tokens go. Tensors only, so that a step can be exported."""
+    """One layer's storage, and where to write the new tokens. Tensors only, so that a step can be exported."""
 
     k: Tensor  # (B, K, capacity, D)
     v: Tensor
@@ -32,8 +32,8 @@ class LayerCache(NamedTuple):
 class KVCache:
     """Keys and values of `batch` rows for up to `length` positions each, in every layer.
 
-    Storage is (L, B, K, S, D) and starts as zeros: masked positions are multiplied by zero, and a NaN among them would
-    still make the row NaN. A row that failed is cleared for the same reason.
+    Storage is (L, B, K, capacity, D) and starts as zeros: attention multiplies masked positions by zero, and 0 · NaN is
+    NaN. `clear` a row that failed before you reuse it, for the same reason.
     """
 
     def __init__(
@@ -51,20 +51,20 @@ class KVCache:
         self._k = torch.zeros(shape, dtype=dtype, device=device)
         self._v = torch.zeros(shape, dtype=dtype, device=device)
         self._layers: list[tuple[Tensor, Tensor]] | None = None
-        self._host = torch.zeros(batch, dtype=torch.int64)
+        self._host_lengths = torch.zeros(batch, dtype=torch.int64)
         self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @property
     def batch(self) -> int:
-        return len(self._host)
+        return len(self._host_lengths)
 
     @property
     def lengths(self) -> list[int]:
         """Filled positions of each row."""
-        return self._host.tolist()
+        return self._host_lengths.tolist()
 
     def positions(self, n_new: int) -> Tensor:
-        """Positions of the next `n_new` tokens of each row: (B, T) int64. Raises CapacityError if they do not fit."""
+        """Positions of the next `n_new` tokens in each row: (B, T) int64. Raises CapacityError if they do not fit."""
         filled = max(self.lengths)
         if filled + n_new > self.length:
             raise CapacityError(
@@ -73,26 +73,26 @@ class KVCache:
         return self._lengths[:, None] + torch.arange(n_new, device=self._lengths.device)
 
     def read_length(self, n_new: int) -> int:
-        """How many positions attention reads after `n_new` more tokens: the longest row, in whole blocks."""
+        """How many positions attention reads once `n_new` tokens are added: the longest row's, in whole blocks."""
         return whole_blocks(max(self.lengths) + n_new)
 
     def layers(self, positions: Tensor) -> list[LayerCache]:
         """Each layer's storage, ready for the tokens at `positions`."""
-        if self._layers is None:  # made once: slicing takes as long as a small layer
+        if self._layers is None:  # sliced once: slicing takes as long as a small layer
             self._layers = list(zip(self._k, self._v, strict=True))
         rows = torch.arange(self.batch, device=positions.device)[:, None]
         return [LayerCache(k, v, rows, positions) for k, v in self._layers]
 
     def advance(self, n_new: int) -> None:
         """Counts `n_new` tokens as filled in every row."""
-        self._host += n_new
+        self._host_lengths += n_new
         self._lengths += n_new
 
     def truncate(self, row: int, length: int) -> None:
-        """Drops what row `row` holds from position `length` on."""
+        """Shortens row `row` to its first `length` positions."""
         if not 0 <= length <= self.lengths[row]:
             raise CapacityError(f"row {row} holds {self.lengths[row]} positions and cannot be cut to {length}")
-        self._host[row] = length
+        self._host_lengths[row] = length
         self._lengths[row] = length
 
     def clear(self, row: int) -> None:
@@ -102,25 +102,25 @@ class KVCache:
         self._v[:, row] = 0
 
     def row(self, index: int) -> "KVCache":
-        """One row as a cache of its own over the same storage, until the next `grow` or `swap_remove`."""
+        """A view of one row, as a cache. It shares the storage until the next `grow` or `swap_remove` of this cache."""
         if not 0 <= index < self.batch:
             raise CapacityError(f"there is no row {index} in a cache of {self.batch}")
         return self._view(slice(index, index + 1))
 
     def copy(self, n: int) -> "KVCache":
-        """A new cache with a copy of the first `n` positions, for a cache of one row."""
+        """A new cache with a copy of the first `n` positions; this cache has one row."""
         copied = self._view(slice(0, 1))
         copied.length = n
         shape = (*self._k.shape[:3], whole_blocks(n), self._k.shape[4])
         copied._k, copied._v = self._k.new_zeros(shape), self._v.new_zeros(shape)
-        copied._host, copied._lengths = torch.zeros_like(self._host), torch.zeros_like(self._lengths)
+        copied._host_lengths, copied._lengths = torch.zeros_like(self._host_lengths), torch.zeros_like(self._lengths)
         copied.copy_from(self, n)
         return copied
 
     def copy_from(self, other: "KVCache", n: int) -> None:
         """Copies the first `n` positions of another cache into this empty one; both have one row."""
-        for mine, theirs in ((self._k, other._k), (self._v, other._v)):
-            mine[:, :, :, :n] = theirs[:, :, :, :n]
+        for target, source in ((self._k, other._k), (self._v, other._v)):
+            target[:, :, :, :n] = source[:, :, :, :n]
         self.advance(n)
 
     def swap_remove(self, row: int) -> None:
@@ -131,13 +131,13 @@ class KVCache:
             for storage in (self._k, self._v):
                 storage[:, row] = 0
                 storage[:, row, :, :filled] = storage[:, last, :, :filled]
-            self._host[row], self._lengths[row] = self._host[last], self._lengths[last]
+            self._host_lengths[row], self._lengths[row] = self._host_lengths[last], self._lengths[last]
         view = self._view(slice(0, last))
-        self._k, self._v, self._host, self._lengths = view._k, view._v, view._host, view._lengths
+        self._k, self._v, self._host_lengths, self._lengths = view._k, view._v, view._host_lengths, view._lengths
         self._layers = None
 
     def grow(self, length: int) -> None:
-        """Allocates storage for `length` positions of each row, and keeps what the rows hold."""
+        """Allocates storage for `length` positions in each row; the filled positions are kept."""
         if whole_blocks(length) > self._k.shape[3]:
             pad = (0, 0, 0, whole_blocks(length) - self._k.shape[3])
             self._k, self._v = (torch.nn.functional.pad(storage, pad) for storage in (self._k, self._v))
@@ -148,7 +148,7 @@ class KVCache:
         view = object.__new__(KVCache)
         view.length, view._layers = self.length, None
         view._k, view._v = self._k[:, rows], self._v[:, rows]
-        view._host, view._lengths = self._host[rows], self._lengths[rows]
+        view._host_lengths, view._lengths = self._host_lengths[rows], self._lengths[rows]
         return view
 
 

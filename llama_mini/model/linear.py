@@ -1,7 +1,7 @@
-"""The matrices of the model. Random weights keep the variance of their input.
+"""The matrices of the model. Random weights keep the variance of the input.
 
-Nothing is drawn on the meta device, where a model is built before its weights are read: drawing there makes PyTorch
-import modules for a second.
+A model is built on the meta device before its weights are read. There nothing is initialized: even on that device,
+drawing random numbers makes PyTorch import modules for a second.
 """
 
 import torch

@@ -88,17 +88,17 @@ class Llama(nn.Module):
     ) -> Self:
         """Opens a checkpoint: a directory, a GGUF or safetensors file, or a hub name (org/name, org/name@revision).
 
-        The model is in eval mode, without gradients. `dtype=None` keeps the file's, bfloat16 for quantised blocks.
+        The model is in eval mode, without gradients. `dtype=None` keeps the file's; quantized blocks become bfloat16.
 
         Raises CheckpointError, ConfigError; CapacityError, before any data is read, if it does not fit in memory.
         """
-        from llama_mini.checkpoint.load import load_model  # the one late import upwards
+        from llama_mini.checkpoint.load import load_model  # late: nothing else in model/ imports the folders above it
         from llama_mini.checkpoint.open import open_checkpoint, resolve
 
         return load_model(cls, open_checkpoint(resolve(path)), dtype, device)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a directory that `from_pretrained` reads: whole or not at all.
+        """Writes a directory that `from_pretrained` reads; it is complete or not there at all.
 
         Raises CheckpointPathError; RequestError for a model whose weights `optimize` has repacked.
         """
@@ -108,7 +108,7 @@ class Llama(nn.Module):
 
 
 class Layers(nn.ModuleList):
-    """The layers in order: (B, T, C) -> (B, T, C). Each has its mask and, when decoding, its cache."""
+    """The layers in order: (B, T, C) -> (B, T, C). Each gets its own mask and, with a KVCache, its own part of it."""
 
     def forward(self, x: Tensor, rope: Rope, masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
         for i, layer in enumerate(self):

@@ -1,4 +1,4 @@
-"""RMSNorm with LLaMA's exact arithmetic, and related norms. The model is read from here to llama.py.
+"""RMSNorm with LLaMA's exact arithmetic, and related norms. To read the model, begin here and end with llama.py.
 
     y = round(x / √(mean(x²) + eps)) · g      "early": round to the input's dtype, then the gain (LLaMA, Mistral, Qwen)
     y = round(x / √(mean(x²) + eps) · g)      "late": the gain in float32, then round (OLMo 2, Gemma)
@@ -103,11 +103,11 @@ class RMSNorm(Norm):
     """
 
     kind = "rms"
-    operator: Callable[["RMSNorm", Tensor], Tensor | None] | None = None  # of a fast model: all in one, where it can
+    operator: Callable[["RMSNorm", Tensor], Tensor | None] | None = None  # fused, in a fast model; None: not this x
 
     def forward(self, x: Tensor) -> Tensor:
-        found = None if self.operator is None else self.operator(self, x)
-        return super().forward(x) if found is None else found
+        fused = None if self.operator is None else self.operator(self, x)
+        return super().forward(x) if fused is None else fused
 
     def normalise(self, wide: Tensor) -> Tensor:
         return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)

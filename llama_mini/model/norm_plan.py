@@ -20,7 +20,7 @@ BRANCHES = ("attention", "feed_forward")
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """Branches that replace the plan's own in layers `first` to `last`, both included."""
+    """Branches that replace those of the plan in layers `first` to `last`, both included."""
 
     first: int
     last: int
@@ -52,7 +52,7 @@ class Override:
 
 @dataclass(frozen=True, kw_only=True)
 class NormPlan:
-    """Where the norms of a model sit. The same plan serves a checkpoint, a study at random init and a training."""
+    """Where the norms of a model sit, whether its weights come from a checkpoint, a random start or training."""
 
     attention: BranchPlan = field(default_factory=BranchPlan)
     feed_forward: BranchPlan = field(default_factory=BranchPlan)
@@ -80,21 +80,21 @@ class NormPlan:
     def with_layers(self, layers: Sequence[tuple[BranchPlan, BranchPlan]]) -> "NormPlan":
         """The plan whose layer `i` is `layers[i]` (attention, feed-forward); embed and final stay.
 
-        Equal layers always make an equal plan: the most common branch (of equally common ones the last) becomes the
-        plan's own, and neighbouring layers with the same other branch share one override.
+        Equal layers always make an equal plan. The most common branch (on a tie, the one that occurs last) becomes the
+        default of all layers. Neighbouring layers that differ from it in the same way share one override.
         """
-        own: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             name: _commonest(branches) for name, branches in zip(BRANCHES, zip(*layers, strict=True), strict=True)
         }
         overrides: list[Override] = []
         for i, branches in enumerate(layers):
-            differs = {name: b for name, b in zip(BRANCHES, branches, strict=True) if b != own[name]}
-            here = Override(first=i, last=i, **differs)
-            if overrides and overrides[-1] == replace(here, first=overrides[-1].first, last=i - 1):
-                overrides[-1] = replace(here, first=overrides[-1].first)
+            differs = {name: b for name, b in zip(BRANCHES, branches, strict=True) if b != defaults[name]}
+            override = Override(first=i, last=i, **differs)
+            if overrides and overrides[-1] == replace(override, first=overrides[-1].first, last=i - 1):
+                overrides[-1] = replace(override, first=overrides[-1].first)
             elif differs:
-                overrides.append(here)
-        return replace(self, **own, overrides=tuple(overrides))
+                overrides.append(override)
+        return replace(self, **defaults, overrides=tuple(overrides))
 
     def check_depth(self, n_layers: int) -> None:
         """Raises ConfigError for an override of a layer that a model of `n_layers` does not have."""
@@ -117,20 +117,20 @@ class NormPlan:
         return plan
 
     def name(self, n_layers: int) -> str:
-        """The text that `parse` turns into this plan, or the plan's JSON if no preset does."""
+        """The text that `parse` turns into this plan, or else its dict. If every cast is late, a note says so."""
         if self != (early := self.with_cast("early")) and self == self.with_cast("late"):
             return f"{early.name(n_layers)}, each rounded last"
         qk = self.attention.q and ("+qk:full" if self.attention.q.view == "full" else "+qk")
         suffixes = (qk or "") + ("+embed" if self.embed else "")
         n_post = sum(self.layer(i)[0].post is not None for i in range(n_layers))
         for preset in (*PRESETS, f"mix({n_post / n_layers!r})"):
-            found = NormPlan.parse(preset + suffixes, n_layers)
-            if replace(found, final=self.final) == self and self.final in (None, found.final):
-                return preset + suffixes + ("" if self.final == found.final else "-final")
+            plan = NormPlan.parse(preset + suffixes, n_layers)
+            if replace(plan, final=self.final) == self and self.final in (None, plan.final):
+                return preset + suffixes + ("" if self.final == plan.final else "-final")
         return str(self.to_dict())
 
     def with_cast(self, cast: Cast) -> "NormPlan":
-        """The same plan, every norm of which rounds in this order."""
+        """The same plan with this rounding order in every norm."""
 
         def branch(norms: BranchPlan) -> BranchPlan:
             slots: dict[str, Any] = {slot: norm(getattr(norms, slot)) for slot in SLOTS}
@@ -139,10 +139,10 @@ class NormPlan:
         def norm(spec: NormSpec | None) -> NormSpec | None:
             return spec and replace(spec, cast=cast)
 
-        def override(own: Override) -> Override:
-            attention, feed_forward = own.attention, own.feed_forward
+        def override(old: Override) -> Override:
+            attention, feed_forward = old.attention, old.feed_forward
             return replace(
-                own, attention=attention and branch(attention), feed_forward=feed_forward and branch(feed_forward)
+                old, attention=attention and branch(attention), feed_forward=feed_forward and branch(feed_forward)
             )
 
         attention, feed_forward = branch(self.attention), branch(self.feed_forward)
@@ -163,7 +163,7 @@ class NormPlan:
     @staticmethod
     def from_dict(data: Any) -> "NormPlan":
         """The inverse of `to_dict`. Raises ConfigError for an unknown or misplaced key."""
-        data = known_keys(data, NormPlan, "the whole")
+        data = known_keys(data, NormPlan, "top level")
         entries = data.get("overrides", [])
         if not isinstance(entries, list):
             raise ConfigError(f"norm plan: overrides must be a list, not {short_repr(entries)}")
@@ -173,7 +173,7 @@ class NormPlan:
 
 
 def _commonest(branches: Sequence[BranchPlan]) -> BranchPlan:
-    return Counter(reversed(branches)).most_common(1)[0][0]  # of equally common ones, the first counted
+    return Counter(reversed(branches)).most_common(1)[0][0]  # on a tie, the one counted first
 
 
 def _check_branch(name: str, branch: Any) -> None:
@@ -184,8 +184,8 @@ def _check_branch(name: str, branch: Any) -> None:
             raise ConfigError(f"norm plan: slot {slot} exists in attention only, not in feed_forward")
 
 
-def _everywhere(branch: BranchPlan, **rest: Any) -> NormPlan:
-    return NormPlan(attention=branch, feed_forward=branch, **rest)
+def _everywhere(branch: BranchPlan, **others: Any) -> NormPlan:
+    return NormPlan(attention=branch, feed_forward=branch, **others)
 
 
 def _mix(share: float, n_layers: int) -> NormPlan:
@@ -205,7 +205,7 @@ _PRE, _POST, _BOTH, _SUB = (
     BranchPlan(pre=_RMS, out=_RMS),
     BranchPlan(pre=_RMS, mid=_RMS),
 )
-PRESETS: dict[str, Callable[[int], NormPlan]] = {  # of the number of layers; beside these mix(SHARE)
+PRESETS: dict[str, Callable[[int], NormPlan]] = {  # name -> plan for n layers; also mix(SHARE)
     "pre": lambda n: _everywhere(_PRE),  # LLaMA
     "post": lambda n: _everywhere(_POST, final=None),  # the original Transformer
     "peri": lambda n: _everywhere(_BOTH),  # Gemma 2

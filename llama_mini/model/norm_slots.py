@@ -25,12 +25,12 @@ HEAD_SLOTS = ("q", "k", "v")
 
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:
-    """One norm.
+    """One norm, as data.
 
     kind: rms, layer, scale, l2, prms or dyt: a class of norm.py.
     eps: None takes the config's `norm_eps`.
     gain, cast, scale: as in Norm.
-    view: of the q, k and v slots alone: the norm runs over each head (Qwen 3) or over the whole projection (OLMo 2).
+    view: in slots q, k and v only: `head` norms each head (Qwen 3), `full` the whole projection (OLMo 2).
     """
 
     kind: str = "rms"
@@ -44,7 +44,7 @@ class NormSpec:
         if not isinstance(self.kind, str) or self.kind not in NORMS:
             raise ConfigError(f"norm plan: unknown kind {short_repr(self.kind)}; known: {', '.join(NORMS)}, none")
         check_choice("norm plan view", self.view, get_args(View), ConfigError)
-        self.build(1, norm_eps=0.0)  # the module checks the rest
+        self.build(1, norm_eps=0.0)  # the norm's constructor checks the rest
 
     def build(self, dim: int, norm_eps: float) -> Norm:
         """The norm module, over `dim` elements."""
@@ -53,8 +53,8 @@ class NormSpec:
 
     def to_dict(self) -> dict[str, Any]:
         default = NormSpec()
-        changed = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"kind": self.kind} | {k: v for k, v in changed.items() if v != getattr(default, k)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"kind": self.kind} | {k: v for k, v in values.items() if v != getattr(default, k)}
 
     @staticmethod
     def from_dict(data: Any, where: str) -> "NormSpec | None":
@@ -63,7 +63,7 @@ class NormSpec:
 
 
 def build_norm(spec: NormSpec | None, dim: int, norm_eps: float) -> nn.Module:
-    """The norm of a slot. An empty slot is an identity: its address exists and costs nothing."""
+    """The norm of a slot. An empty slot is an identity: it has an address and costs nothing."""
     return nn.Identity() if spec is None else spec.build(dim, norm_eps)
 
 
@@ -98,7 +98,7 @@ class BranchPlan:
 
 
 def check_slot(slot: str, spec: Any, head: bool) -> None:
-    """Raises ConfigError for anything but a NormSpec or None, and for a `view` where there are no heads."""
+    """Raises ConfigError for anything but a NormSpec or None, and for a `view` in a slot without heads."""
     if spec is None:
         return
     if not isinstance(spec, NormSpec):
@@ -108,11 +108,11 @@ def check_slot(slot: str, spec: Any, head: bool) -> None:
 
 
 def known_keys(data: Any, cls: type, where: str) -> dict[str, Any]:
-    """A JSON object as a dict. Raises ConfigError for a key that is no field of `cls`."""
+    """A JSON object as a dict. Raises ConfigError for a key that is not a field of `cls`."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"norm plan, {where}: expected an object, found {short_repr(data)}")
     names = {f.name for f in fields(cls)}
     if unknown := [str(key) for key in data if key not in names]:
-        listed = ", ".join(sorted(names))
-        raise ConfigError(f"norm plan, {where}: unknown {', '.join(sorted(unknown))}; known: {listed}")
+        known = ", ".join(sorted(names))
+        raise ConfigError(f"norm plan, {where}: unknown {', '.join(sorted(unknown))}; known: {known}")
     return dict(data)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: cosines and sines from positions, and their use. rope_scaling.py has the scaling rules.
+"""Rotary position embedding: cosines and sines of positions, and the rotation. rope_scaling.py has the scaling rules.
 
 Elements i and i + D/2 of a head are rotated as a pair: the split-half layout of Hugging Face. Meta's files interleave
 the pairs instead. Source: Su et al. 2021 (RoFormer).
@@ -40,7 +40,7 @@ class RotaryEmbedding(nn.Module):
         return angles.cos() * scaling.magnitude, angles.sin() * scaling.magnitude
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        # Not a buffer: .to(bfloat16) would round it, and position 15,962 get a wrong angle. Only its device changes.
+        # Not a buffer: .to(bfloat16) would round it, and with it the angles. Only the device may change.
         device = fn(torch.empty(0, device=self.inv_freq.device)).device
         self.inv_freq = self.inv_freq if device.type == "meta" else self.inv_freq.to(device)
         return super()._apply(fn, recurse)

@@ -20,12 +20,12 @@ from torch import Tensor
 from llama_mini.errors import ConfigError
 from llama_mini.validate import check_flag, check_number, check_whole, join_names, short_repr
 
-_LARGEST = 10**12  # settings lie between its inverse and it, so that quotients and logarithms stay finite
+_LARGEST = 10**12  # and 1 / _LARGEST the smallest setting, so that quotients and logarithms stay finite
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Base class of the rules below. Each raises ConfigError that names the field it cannot use."""
+    """Base class of the rules below. Each raises a ConfigError that names the wrong field."""
 
     rope_type: ClassVar[str]
 
@@ -35,31 +35,31 @@ class RopeScaling:
 
     @property
     def magnitude(self) -> float:
-        """The factor of cosines and sines."""
+        """The factor by which cosines and sines are multiplied."""
         return 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return {"rope_type": self.rope_type} | given
+        settings = {name: value for name, value in asdict(self).items() if value is not None}
+        return {"rope_type": self.rope_type} | settings
 
     @staticmethod
     def from_dict(data: Any) -> "RopeScaling":
         """The inverse of `to_dict`. Raises ConfigError for an unknown type, and for keys missing or unknown."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"rope_scaling must be an object, not {short_repr(data)}")
-        rest = dict(data)
-        name = rest.pop("rope_type", None)
+        settings = dict(data)
+        name = settings.pop("rope_type", None)
         rule = next((rule for rule in RULES if rule.rope_type == name), None)
         if rule is None:
             known = ", ".join(["default", *(rule.rope_type for rule in RULES)])
             raise ConfigError(f"rope_scaling: unknown rope type {short_repr(name)}; known: {known}")
         known_fields = {f.name: f for f in fields(rule)}
-        if unknown := [str(key) for key in rest if key not in known_fields]:
+        if unknown := [str(key) for key in settings if key not in known_fields]:
             raise ConfigError(f"rope_scaling of type {name}: unknown {join_names(sorted(unknown))}")
         required = [f.name for f in known_fields.values() if f.default is MISSING]
-        if absent := [key for key in required if rest.get(key) is None]:
+        if absent := [key for key in required if settings.get(key) is None]:
             raise ConfigError(f"rope_scaling of type {name}: {', '.join(absent)} missing")
-        return rule(**rest)
+        return rule(**settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class LinearScaling(RopeScaling):
 @dataclass(frozen=True, kw_only=True)
 class DynamicScaling(RopeScaling):
     """Scales nothing up to the model's `max_seq_len`. Beyond it every angle depends on the length of the whole text, so
-    cached keys would be wrong: the engine stays within the context, while `model(tokens)` may go beyond it."""
+    cached keys would be wrong. The engine stays within the context; `model(tokens)` without a cache may exceed it."""
 
     rope_type: ClassVar[str] = "dynamic"
     factor: float
@@ -130,8 +130,8 @@ class Llama3Scaling(RopeScaling):
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling(RopeScaling):
     """Pairs that turn more than `beta_fast` times within the original context are kept, those with fewer than
-    `beta_slow` turns are stretched by `factor`, and a linear ramp lies between; `truncate` puts its ends at whole
-    pairs. `attention_factor` scales cosines and sines; None: 0.1·ln(factor) + 1, as in the paper."""
+    `beta_slow` turns are stretched by `factor`, and a linear ramp lies between; `truncate` rounds its ends outwards to
+    whole pairs. `attention_factor` scales cosines and sines; None: 0.1·ln(factor) + 1, as in the paper."""
 
     rope_type: ClassVar[str] = "yarn"
     factor: float
@@ -168,9 +168,9 @@ class YarnScaling(RopeScaling):
         low, high = max(low, 0), min(high, dim - 1)
         pairs = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
         ramp = (pairs - low) / (high - low if high != low else 0.001)
-        kept = 1 - ramp.clamp(0, 1)
+        keep = 1 - ramp.clamp(0, 1)
         powers = theta ** exponents(dim)
-        return 1.0 / (self.factor * powers) * (1 - kept) + 1.0 / powers * kept
+        return 1.0 / (self.factor * powers) * (1 - keep) + 1.0 / powers * keep
 
     @property
     def magnitude(self) -> float:
@@ -206,7 +206,7 @@ def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
 
 
 def exponents(head_dim: int) -> Tensor:
-    """The power of the base that divides each pair's angle: 0, 2/D, 4/D, ...: (D/2,) float32."""
+    """The exponent of each pair, whose frequency is base^-exponent: 0, 2/D, 4/D, ...: (D/2,) float32."""
     return torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
 
 

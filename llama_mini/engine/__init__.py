@@ -1,4 +1,4 @@
-"""The engine: from prompts to completions. Names are imported at first use, so that importing it alone is cheap."""
+"""The engine: from prompts to completions. Names are imported at first use, so that importing the package is cheap."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -31,17 +31,17 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """A model with its tokenizer. It runs one call at a time; a second one, also from another thread, is refused.
+    """A model with its tokenizer. It runs one call at a time: a second call, from any thread, raises RequestError.
 
     Args:
         path: a checkpoint: a directory, a GGUF or safetensors file, a hub name (org/name, org/name@revision), or the
             result of `open_checkpoint`.
         dtype: `auto` (bfloat16 if the device computes in it, else float32), a name or a torch dtype.
         device: `cpu`, `cuda`, ...
-        quantize: `int8` or `int4` quantizes the weight matrices as they are loaded, the head always to int8; None does
-            not.
+        quantize: `int8` or `int4` quantizes the weight matrices as they are loaded, the head always to int8; None
+            quantizes nothing.
         kernels: `auto` compiles the fast operators the first time, about 10 s; `off` uses PyTorch's operators.
-        threads: number of threads, for the whole process; None takes all cores that the process may use.
+        threads: number of threads of the whole process; None: one per core that the process may use.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError, RequestError; CapacityError if it does not fit in memory.
@@ -70,23 +70,23 @@ class LLM:
         self._runner = Runner(self.model, self.tokenizer.eos_ids)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[Completion]:
-        """Completes prompts, each a text or token ids; returns one completion for each, in order, always in a list.
+        """Completes prompts, each a text or token ids. Returns one completion for each, in order, always as a list.
 
         Args:
             prompts: one prompt or a list of them. A prefix that they share, with each other or with the call before, is
                 prefilled once.
-            params: for all prompts, or a list with one for each. With n > 1 the n answers to a prompt follow one
-                another, and answer i uses seed + i.
+            params: one for all prompts, or a list with one for each. With n > 1 a prompt has n completions in a row,
+                and completion i uses seed + i.
 
-        With the fast operators the results have the same bits in a batch as alone, unless a prefix was reused. A
-        prefill in two parts rounds differently, as PyTorch's operators do in a batch: by 1e-6 relative in float32, and
-        in bfloat16 sometimes by the last bit.
+        With the fast operators results have the same bits in a batch as alone, unless a prefix is reused. A prefill in
+        two parts rounds differently, and so do PyTorch's operators in a batch: by 1e-6 relative in float32, in bfloat16
+        sometimes by the last bit.
 
         Raises:
             RequestError, CapacityError: before anything runs. A request that fails later, because its logits are not
                 finite or its logits processor raises, ends with `finish_reason="error"`; the others go on.
         """
-        requests = [r for prompt, own in self._pairs(prompts, params) for r in self._requests(prompt, own)]
+        requests = [r for pair in self._pairs(prompts, params) for r in self._requests(*pair)]
         for _ in self._run(requests):
             pass
         return [request.completion for request in requests if request.completion is not None]
@@ -94,14 +94,14 @@ class LLM:
     def completions(self, prompts: Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Completion]]:
         """Yields the completions of `generate` as they finish, in any order, each with the index of its prompt.
 
-        A prompt that is refused gives a completion with `finish_reason="error"`; the others run.
+        A refused prompt gets a completion with `finish_reason="error"`; the others run.
         """
         requests = []
-        for index, (prompt, own) in enumerate(self._pairs(list(prompts), params)):
+        for index, (prompt, sampling) in enumerate(self._pairs(list(prompts), params)):
             try:
-                requests += [replace(request, index=index) for request in self._requests(prompt, own)]
+                requests += [replace(request, index=index) for request in self._requests(prompt, sampling)]
             except RequestError as error:
-                refused = Request([], own, 0, self.tokenizer, self.load_seconds)
+                refused = Request([], sampling, 0, self.tokenizer, self.load_seconds)
                 refused.fail(error)
                 assert refused.completion is not None
                 yield index, refused.completion
@@ -111,11 +111,11 @@ class LLM:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
         """Answers a chat: messages with `role` and `content`, formatted with the checkpoint's chat template."""
-        return self.generate(self.tokenizer.apply_chat_template(messages), _one(params))[0]
+        return self.generate(self.tokenizer.apply_chat_template(messages), _for_one_answer(params))[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
         """Yields a chunk for each token; their texts joined are the text of `generate`. Raises if the request fails."""
-        (request,) = self._requests(prompt, _one(params))
+        (request,) = self._requests(prompt, _for_one_answer(params))
         return self._stream(request)
 
     async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Chunk]:
@@ -131,7 +131,7 @@ class LLM:
 
     def score(self, ids: list[int]) -> list[float | None]:
         """The log-probability of each token given those before it, in nats; None for the first."""
-        ids = self._ids(ids, new=0)
+        ids = self._ids(ids, 0)
         with self.exclusive():
             pairs = predictions(self.model, ids, 1, self.model.new_cache(1, len(ids)))
             return [None, *(value for pair in pairs for value in token_logprobs(*pair).tolist())]
@@ -143,8 +143,8 @@ class LLM:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Reserves the model, for code that runs `llm.model` itself: until it ends, other calls raise RequestError."""
-        if not self._lock.acquire(blocking=False):  # waiting would be a deadlock if the same thread holds the lock
+        """Reserves the model for code that runs `llm.model` itself. Meanwhile other calls raise RequestError."""
+        if not self._lock.acquire(blocking=False):  # not waiting: a thread that holds the lock would wait for itself
             raise RequestError("this LLM is busy: it runs one call at a time, and a stream until it ends or is closed")
         try:
             yield
@@ -175,10 +175,10 @@ class LLM:
         each = [
             params if params.seed is None else replace(params, seed=(params.seed + i) % 2**64) for i in range(params.n)
         ]
-        return [Request(ids, own, max_tokens, self.tokenizer, self.load_seconds) for own in each]
+        return [Request(ids, sampling, max_tokens, self.tokenizer, self.load_seconds) for sampling in each]
 
-    def _ids(self, prompt: Prompt, new: int) -> list[int]:
-        """A prompt as token ids; raises RequestError unless they and `new` more tokens fit in the context."""
+    def _ids(self, prompt: Prompt, n_new: int) -> list[int]:
+        """A prompt as token ids; raises RequestError unless they and `n_new` more tokens fit in the context."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not isinstance(ids, list) or not all(is_whole(i) for i in ids):
             raise RequestError(f"a prompt is text or a list of token ids, not {short_repr(prompt)}")
@@ -186,8 +186,8 @@ class LLM:
             raise RequestError("the prompt is empty: there is no token to start from")
         check_token_ids(ids, self.config.vocab_size, RequestError)
         limit = self.config.max_seq_len
-        if len(ids) + new > limit:
-            raise RequestError(f"{len(ids)} prompt tokens and {new} new ones exceed the context of {limit}")
+        if len(ids) + n_new > limit:
+            raise RequestError(f"{len(ids)} prompt tokens and {n_new} new ones exceed the context of {limit}")
         return ids
 
     def _run(self, requests: list[Request]) -> Generator[Request, None, None]:
@@ -195,7 +195,7 @@ class LLM:
             yield from self._runner.run(requests)
 
 
-def _one(params: SamplingParams | None) -> SamplingParams:
+def _for_one_answer(params: SamplingParams | None) -> SamplingParams:
     params = SamplingParams() if params is None else params
     if params.n != 1:
         raise RequestError(f"n must be 1 where one answer is returned, not {params.n}: use generate")

@@ -14,7 +14,7 @@ LOGITS_AT_ONCE = 128  # tokens; in float64, the logits of one token of a large v
 
 @torch.inference_mode()
 def hidden_states(model: Llama, ids: Sequence[int], cache: KVCache) -> Iterator[Tensor]:
-    """The last hidden states (T, C) of each chunk of `ids`, which continue a cache of one row."""
+    """Runs `ids` in chunks, after the tokens in a cache of one row; yields the hidden states (T, C) of each chunk."""
     for start in range(0, len(ids), PREFILL_CHUNK):
         tokens = torch.tensor([ids[start : start + PREFILL_CHUNK]], dtype=torch.int64, device=model.device)
         yield model.hidden(tokens, cache)[0]
@@ -22,13 +22,13 @@ def hidden_states(model: Llama, ids: Sequence[int], cache: KVCache) -> Iterator[
 
 @torch.inference_mode()
 def split_logits(model: Llama, x: Tensor) -> Iterator[Tensor]:
-    """Logits (N, V) of hidden states (T, C), a bounded number of them at a time."""
+    """Yields the logits (N, V) of hidden states (T, C), at most LOGITS_AT_ONCE tokens at a time."""
     for part in x.split(LOGITS_AT_ONCE) if len(x) else ():
         yield model.logits(part)
 
 
 def predictions(model: Llama, ids: Sequence[int], first: int, cache: KVCache) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens ids[first:] in order, some at a time: the logits (N, V) that predict them, and the tokens (N,).
+    """Yields ids[first:] in parts: the logits (N, V) that predict N tokens, and these tokens (N,) int64.
 
     `first` is at least 1, since nothing predicts the first token. The last token is not fed to the model.
     """
@@ -55,7 +55,7 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
 def top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens, ids (..., k) int64 and raw log-softmax (..., k) in nats, the likeliest first.
 
-    Equal ones are ordered by id. If k exceeds the vocabulary, all V are returned.
+    Equally likely tokens are ordered by id. If k exceeds the vocabulary, all V are returned.
     """
     logprobs = _logprobs(logits)
     k = min(k, logits.shape[-1])
@@ -70,6 +70,6 @@ def _logprobs(logits: Tensor) -> Tensor:
 
 
 def _largest(row: Tensor, k: int) -> Tensor:
-    # topk returns any of those that equal the k-th, in any order, so all of these are sorted, and no others.
+    # On a tie topk picks any tokens, in any order. So all that are at least the k-th are sorted, and only these.
     candidates = (row >= row.topk(k).values.min()).nonzero()[:, 0]
     return candidates[row[candidates].argsort(descending=True, stable=True)][:k]

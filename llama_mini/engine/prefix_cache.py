@@ -1,4 +1,4 @@
-"""Prefix reuse: a prompt that begins like an earlier one copies keys and values from its cache."""
+"""Prefix reuse: a prompt that begins like an earlier one copies the keys and values from that one's cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Prefix:
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of tokens that two sequences begin with alike."""
+    """The number of equal tokens at the start of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

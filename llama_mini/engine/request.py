@@ -84,7 +84,7 @@ class Request:
     """One sequence while it is generated.
 
     Attributes:
-        max_tokens: of the parameters, or else all that fit in the context after the prompt.
+        max_tokens: that of the parameters, else as many tokens as fit in the context after the prompt.
         index: position of the prompt in the list of its call.
         chunk: the newest one.
     """
@@ -108,21 +108,21 @@ class Request:
 
     def __post_init__(self) -> None:
         self.generator = self.params.generator()
-        self.ends = frozenset(self.params.stop_token_ids)
+        self._stop_ids = frozenset(self.params.stop_token_ids)
         if not self.params.ignore_eos:
-            self.ends |= self.tokenizer.eos_ids
+            self._stop_ids |= self.tokenizer.eos_ids
         self._stream = DecodeStream(self.tokenizer, self.params.stop)
         self._texts: list[str] = []
-        self._created = time.perf_counter()
-        self._started = self._first = self._last = 0.0
+        self._created_at = time.perf_counter()
+        self._started_at = self._first_token_at = self._last_token_at = 0.0
 
     def start(self) -> None:
-        """Notes the time at which the prefill begins."""
-        self._started = time.perf_counter()
+        """Records the time at which the prefill begins."""
+        self._started_at = time.perf_counter()
 
     @property
     def positions(self) -> int:
-        """Cache positions to allocate: of the prompt and all new tokens but the last, which is never an input."""
+        """Cache positions to allocate: for the prompt and all new tokens but the last, which is never an input."""
         new = self.max_tokens if self.params.max_tokens is not None else min(self.max_tokens, INITIAL_NEW_TOKENS)
         return len(self.prompt) + new - 1
 
@@ -143,19 +143,20 @@ class Request:
         self.logprobs.append(float(token_logprobs(logits, torch.tensor(token, device=logits.device))))
         if self.params.top_logprobs:
             self.top_logprobs += _alternatives(logits[None], self.params.top_logprobs)
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
+        self._last_token_at = time.perf_counter()
+        self._first_token_at = self._first_token_at or self._last_token_at
         self.token_ids.append(token)
         self.chunk = self._next_chunk(token)
 
     def _next_chunk(self, token: int) -> Chunk:
-        if token in self.ends:
+        if token in self._stop_ids:
             return self._finish(token, "", "stop")
         text = self._stream.push(token)
         if self._stream.stopped:
             return self._finish(token, text, "stop")
-        late = self.params.max_time is not None and self._last - self._started >= self.params.max_time
-        if late or len(self.token_ids) == self.max_tokens:
+        elapsed = self._last_token_at - self._started_at
+        timed_out = self.params.max_time is not None and elapsed >= self.params.max_time
+        if timed_out or len(self.token_ids) == self.max_tokens:
             return self._finish(token, text, "length")
         self._texts.append(text)
         return Chunk(text, token)
@@ -185,14 +186,15 @@ class Request:
 
     def _stats(self) -> Stats:
         new = len(self.token_ids)
+        prefill_seconds = self._first_token_at - self._started_at
         return Stats(
             prompt_tokens=len(self.prompt),
             cached_tokens=self.cached_tokens,
             new_tokens=new,
             load_seconds=self.load_seconds,
-            ttft_seconds=self._first - self._created if new else None,
-            prefill_tok_s=(len(self.prompt) - self.cached_tokens) / (self._first - self._started) if new else None,
-            decode_tok_s=(new - 1) / (self._last - self._first) if new > 1 else None,
+            ttft_seconds=self._first_token_at - self._created_at if new else None,
+            prefill_tok_s=(len(self.prompt) - self.cached_tokens) / prefill_seconds if new else None,
+            decode_tok_s=(new - 1) / (self._last_token_at - self._first_token_at) if new > 1 else None,
             peak_memory_bytes=peak_memory_bytes(),
         )
 

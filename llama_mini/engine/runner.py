@@ -20,7 +20,7 @@ DECODE_BATCH = 16  # sequences that decode together
 
 
 class Runner:
-    """Runs one list of requests at a time, and keeps what the next list may reuse of the cache."""
+    """Runs one list of requests at a time, and keeps the part of the cache that the next list may reuse."""
 
     def __init__(self, model: Llama, eos_ids: frozenset[int]) -> None:
         self.model = model
@@ -43,7 +43,7 @@ class Runner:
     ) -> Generator[Request, None, Prefix | None]:
         """Prefills each prompt alone, then decodes all sequences together; one that ends leaves the batch.
 
-        Returns what later prompts may reuse: of a single request its whole sequence, of several what all prompts share.
+        Returns the prefix for later prompts: the whole sequence of a single request, or what all prompts share.
         """
         single = len(requests) == 1
         cache = self.model.new_cache(len(group), max(request.positions for request in group))
@@ -71,7 +71,7 @@ class Runner:
 
     def _prefill(self, request: Request, cache: KVCache, prefixes: Sequence[Prefix]) -> Tensor:
         """Runs a prompt through an empty cache of one row; returns the logits (V,) after its last token."""
-        score = request.params.prompt_logprobs  # they need the logits of every token, so nothing is reused
+        score = request.params.prompt_logprobs  # which need the logits of every token, so no prefix is reused
         request.cached_tokens = 0 if score else reuse_prefix(request.prompt, prefixes, cache)
         for x in hidden_states(self.model, request.prompt[request.cached_tokens :], cache):
             for logits in split_logits(self.model, x) if score else ():
@@ -102,7 +102,7 @@ class Runner:
         return request.append_token(token, logits)
 
     def _check_fits(self, group: list[Request]) -> None:
-        """Raises CapacityError if the cache of a group does not fit in memory, even without what the last call left."""
+        """Raises CapacityError if the cache of a group does not fit even after the last prefix is freed."""
         longest, model = max(len(request.prompt) for request in group), self.model
         positions = max(request.positions for request in group)
         try:
@@ -134,12 +134,12 @@ def first_nonfinite_layer(model: Llama, ids: list[int]) -> str | None:
 
 def _non_finite_message(model: Llama, ids: list[int]) -> str:
     name = first_nonfinite_layer(model, ids)
-    where = "the output of every layer is finite" if name is None else f"the output of {name} is the first that does"
+    where = "the output of every layer is finite" if name is None else f"they first appear in the output of {name}"
     return f"the logits after position {len(ids) - 1} hold NaN or infinity; {where}"
 
 
 def _all_finite(x: Tensor) -> bool:
-    """A sum is many times faster than a check of each element, which is needed only where the sum is not finite."""
+    """Checks the sum first, which is many times faster. Each element is checked only if the sum is not finite."""
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 

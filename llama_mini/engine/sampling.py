@@ -13,9 +13,9 @@ from llama_mini.errors import RequestError
 def processed(
     logits: Tensor, params: SamplingParams, prompt: list[int], new: list[int], eos_ids: Collection[int]
 ) -> Tensor:
-    """Applies to finite logits (V,) all that comes before the temperature -> (V,) float32, -inf for banned tokens.
+    """Applies every step before the temperature: finite logits (V,) -> (V,) float32, -inf for banned tokens.
 
-    Returns the same tensor if nothing changes it, else a new one. Raises RequestError if all tokens are banned.
+    Returns the same tensor if no step is set, else a new one. Raises RequestError if all tokens are banned.
     """
     if not params.changes_logits:
         return logits
@@ -38,10 +38,10 @@ def processed(
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """Samples one token from logits (V,), each finite or -inf, at least one of them finite."""
     if params.temperature == 0:
-        return int(logits.numpy(force=True).argmax())  # twenty times faster than PyTorch's; of equals the lowest id
-    ids, kept = candidates(logits.float().cpu(), params)
-    # One random number, where torch.multinomial draws V. In float64 u stays below 1, and the sum over V is exact.
-    cumulative = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
+        return int(logits.numpy(force=True).argmax())  # 20 times faster than PyTorch's; on a tie, the lowest id
+    ids, logits = candidates(logits.float().cpu(), params)
+    # Draws one random number; torch.multinomial would draw V. In float64 u stays below 1, and the sum over V is exact.
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     u = torch.rand((), dtype=torch.float64, generator=generator)
     return int(ids[torch.searchsorted(cumulative, u * cumulative[-1], right=True)])
 
@@ -49,16 +49,16 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """The token ids (N,) that pass top-k, top-p and min-p, ascending, and their logits (N,) over the temperature."""
     logits = with_temperature(logits, params.temperature)
-    ids = torch.arange(len(logits), dtype=torch.int32)  # int64 needs new memory pages, slower than all the filters
+    ids = torch.arange(len(logits), dtype=torch.int32)  # int64 needs new memory pages: slower than all filters
     if params.top_k:
-        kept = in_top_k(logits, params.top_k)
-        ids, logits = ids[kept], logits[kept]
+        indices = in_top_k(logits, params.top_k)
+        ids, logits = ids[indices], logits[indices]
     if params.top_p < 1:
-        kept = in_top_p(logits, params.top_p)
-        ids, logits = ids[kept], logits[kept]
+        indices = in_top_p(logits, params.top_p)
+        ids, logits = ids[indices], logits[indices]
     if params.min_p:
-        kept = in_min_p(logits, params.min_p)
-        ids, logits = ids[kept], logits[kept]
+        indices = in_min_p(logits, params.min_p)
+        ids, logits = ids[indices], logits[indices]
     return ids, logits
 
 
@@ -69,7 +69,7 @@ def with_temperature(logits: Tensor, temperature: float) -> Tensor:
 
 
 def in_top_k(logits: Tensor, k: int) -> Tensor:
-    """The indices of the k largest logits, ascending, and of all that equal the k-th."""
+    """The indices of the k largest logits and of all that equal the k-th, ascending."""
     smallest = logits.topk(min(k, len(logits))).values[-1]
     return (logits >= smallest).nonzero()[:, 0]
 
@@ -84,14 +84,14 @@ def in_top_p(logits: Tensor, p: float) -> Tensor:
     likely = (probabilities >= (1 - p) / (2 * len(logits))).nonzero()[:, 0]
     ascending = likely[logits[likely].argsort(stable=True)]
     weights = probabilities[ascending].double()
-    below = probabilities.sum(dtype=torch.float64) - weights.sum()
-    kept = weights.cumsum(-1) + below > 1 - p
-    kept[-1] = True
-    return ascending[kept].sort().values
+    unlikely = probabilities.sum(dtype=torch.float64) - weights.sum()
+    keep = weights.cumsum(-1) + unlikely > 1 - p
+    keep[-1] = True
+    return ascending[keep].sort().values
 
 
 def in_min_p(logits: Tensor, p: float) -> Tensor:
-    """The indices of tokens at least p times as likely as the likeliest, whose logit must be 0."""
+    """The indices of tokens at least p times as likely as the likeliest. The largest logit must be 0."""
     return (logits >= math.log(p)).nonzero()[:, 0]
 
 
@@ -120,17 +120,17 @@ def without_tokens(logits: Tensor, banned: Collection[int]) -> Tensor:
 
 
 def _checked(processor: LogitsProcessor, result: object, before: Tensor) -> Tensor:
-    """The result of a logits processor. Raises RequestError if it is not logits that a token can be sampled from."""
+    """The result of a logits processor. Raises RequestError unless a token can be sampled from it."""
     name = getattr(processor, "__name__", type(processor).__name__)
-    wanted = f"logits processor {name} must return floating-point logits of shape {tuple(before.shape)}"
+    expected = f"logits processor {name} must return floating-point logits of shape {tuple(before.shape)}"
     if not isinstance(result, Tensor):
-        raise RequestError(f"{wanted}, not a {type(result).__name__}")
+        raise RequestError(f"{expected}, not a {type(result).__name__}")
     if result.shape != before.shape or not result.is_floating_point():
-        raise RequestError(f"{wanted}, not {result.dtype} of shape {tuple(result.shape)}")
+        raise RequestError(f"{expected}, not {result.dtype} of shape {tuple(result.shape)}")
     logits = result.detach().to(before)
     if logits.isnan().any() or logits.isposinf().any():
-        found = "NaN" if logits.isnan().any() else "+inf"
-        raise RequestError(f"{wanted}, finite or -inf, not {found}")
+        value = "NaN" if logits.isnan().any() else "+inf"
+        raise RequestError(f"{expected}, finite or -inf, not {value}")
     if logits.isneginf().all():
         raise RequestError(f"logits processor {name} bans all {len(logits)} tokens: it must leave at least one")
     return logits

@@ -1,4 +1,4 @@
-"""SamplingParams: how one request samples and when it stops. All values are checked at once."""
+"""SamplingParams: how one request samples and when it stops. The constructor checks every value."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,9 +39,9 @@ class SamplingParams:
         logits_processors: functions (token_ids, logits) -> logits. The ids include the prompt; the logits are (V,)
             float32, -inf for a banned token.
         n: number of answers to each prompt.
-        seed: of the random generator of this request; None chooses one at random.
-        min_tokens: before so many new tokens, end-of-text tokens and stop_token_ids are banned.
-        max_tokens: maximum number of new tokens; None means to the end of the context.
+        seed: seeds the random generator of this request; None chooses a seed at random.
+        min_tokens: number of new tokens before which end-of-text tokens and stop_token_ids are banned.
+        max_tokens: maximum number of new tokens; None: as many as fit in the context.
         max_time: seconds after which the answer is cut off; None means no limit.
         stop: strings that end the answer. They are not part of it.
         stop_token_ids: tokens that end the answer like an end-of-text token.
@@ -50,7 +50,7 @@ class SamplingParams:
         prompt_logprobs: return the log-probabilities of the prompt's tokens too.
 
     Raises:
-        RequestError: with the parameter, its value and the values that are possible.
+        RequestError: names the parameter, its value and the allowed values.
     """
 
     temperature: float = 0.0

@@ -26,7 +26,7 @@ from llama_mini.validate import check_whole, join_names, short_repr
 
 DEFAULT_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-Encoded = tuple[Any, list[int], list[int]]  # the request's own key, context, continuation
+Encoded = tuple[Any, list[int], list[int]]  # lm-eval's key of the request, context, continuation
 
 
 @register_model("llama_mini")
@@ -36,9 +36,9 @@ class LlamaMiniLM(TemplateLM):
     Args:
         pretrained, dtype, device, quantize, kernels, threads: as for `LLM`; `cuda` means `cpu` if there is no GPU.
         batch_size: number of answers to generate at once, or `auto`; it does not change their text.
-        max_length: tokens of a window; default: the model's context.
-        add_bos_token: True or False overrides the checkpoint's rule for tokens around a text.
-        prefix_token_id: stands for an empty context; default: BOS, or else the end-of-text token.
+        max_length: tokens per window; default: the model's context.
+        add_bos_token: False adds no tokens around a text; True and None add those of the checkpoint's rule.
+        prefix_token_id: the token that replaces an empty context; default: BOS, or else the end-of-text token.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class LlamaMiniLM(TemplateLM):
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text. What it holds of control tokens becomes them, since a rendered chat comes back as text."""
+        """Ids of a text. Control tokens spelled out in it become control tokens: a rendered chat arrives as text."""
         if add_special_tokens is None:
             add_special_tokens = self.add_bos_token
             if string.startswith(self._text_of(self.prefix_token_id)):
@@ -119,21 +119,21 @@ class LlamaMiniLM(TemplateLM):
         check_cache_fits(self.llm.config, 1, model.dtype, longest, longest, model.device)
         with self.llm.exclusive():
             cache = model.new_cache(1, longest)
-            held: list[int] = []
+            cached_ids: list[int] = []
             for index in tqdm(order, "loglikelihood", unit="request", disable=disable_tqdm or None):
                 key, _, continuation = requests[index]
                 ids = windows[index]
                 first = len(ids) - len(continuation)
-                n_shared = min(common_prefix_length(held, ids), first - 1)
+                n_shared = min(common_prefix_length(cached_ids, ids), first - 1)
                 cache.truncate(0, n_shared)
-                held = ids[:-1]
+                cached_ids = ids[:-1]
                 results[index] = _judge(predictions(model, ids[n_shared:], first - n_shared, cache))
                 if isinstance(key, tuple):
                     self.cache_hook.add_partial("loglikelihood", key, results[index])
         return results
 
     def _window(self, context: list[int], continuation: list[int]) -> list[int]:
-        """Context and continuation, cut on the left to max_length tokens and the one that they predict."""
+        """Context and continuation, cut on the left to max_length tokens and one more, which is only predicted."""
         if not continuation or len(continuation) > self.max_length:
             raise RequestError(f"a continuation must have 1 to {self.max_length} tokens, not {len(continuation)}")
         return (context + continuation)[-(self.max_length + 1) :]

@@ -29,7 +29,7 @@ class Perplexity:
         tokens: number of scored tokens.
         nll: their mean negative log-likelihood in nats.
         bits_per_byte: of the text of the scored tokens; NaN if they have no text.
-        context: maximum tokens of a window, including BOS.
+        context: maximum tokens of a window, BOS included.
         stride: tokens from the start of one window to the next.
         bos: the id that was put before each window, or None.
     """
@@ -82,9 +82,9 @@ def perplexity(
     scored twice. The first token of a window is not scored, since nothing predicts it. No window spans two texts.
 
     Args:
-        context: tokens of a window; default: the model's context, at most 2,048.
+        context: tokens per window; default: the model's context, at most 2,048.
         stride: with a smaller one each token has more context, and scoring takes longer; default: the whole window.
-        bos: an id to put before every window, counted in `context`; None adds nothing.
+        bos: an id to put before every window, which counts in `context`; None adds nothing.
 
     Raises:
         RequestError; CapacityError if a window does not fit in memory; NumericalError for NaN or infinite logits.
@@ -108,23 +108,23 @@ def compare(
     """
     _check_same_vocabulary(llm, reference)
     task = _task([llm, reference], ids, context, stride, bos)
-    nll: list[Tensor] = []
-    reference_nll: list[Tensor] = []
+    nll_parts: list[Tensor] = []
+    reference_parts: list[Tensor] = []
     divergences: list[Tensor] = []
     same = 0
     for (logits, tokens), (expected, _) in _scored([llm, reference], task):
         expected = expected.to(logits.device)
-        nll.append(-_checked(token_logprobs(logits, tokens)))
-        reference_nll.append(-_checked(token_logprobs(expected, tokens)))
+        nll_parts.append(-_checked(token_logprobs(logits, tokens)))
+        reference_parts.append(-_checked(token_logprobs(expected, tokens)))
         divergences.append(kl_divergence(expected, logits))
         same += int((logits.argmax(-1) == expected.argmax(-1)).sum())
-    ours, theirs = torch.cat(nll), torch.cat(reference_nll)
+    nll, reference_nll = torch.cat(nll_parts), torch.cat(reference_parts)
     kl: NDArray[np.float64] = torch.cat(divergences).cpu().numpy()
-    difference = (ours.double() - theirs.double()).cpu().numpy()
+    difference = (nll.double() - reference_nll.double()).cpu().numpy()
     n = len(difference)
     return Comparison(
-        model=_summary(ours, llm, task),
-        reference=_summary(theirs, reference, task),
+        model=_summary(nll, llm, task),
+        reference=_summary(reference_nll, reference, task),
         kl_mean=float(kl.mean()),
         kl_median=float(np.median(kl)),
         kl_99=float(np.quantile(kl, 0.99)),
@@ -138,7 +138,7 @@ def compare(
 def windows(length: int, context: int, stride: int, first: int) -> Iterator[tuple[int, int, int]]:
     """Yields (begin, end, scored): the window text[begin:end], of which text[scored:end], never empty, is scored.
 
-    first: how many tokens of a window nothing predicts: 0 with BOS, 1 without.
+    first: number of tokens at the start of a window that nothing predicts: 0 with BOS, 1 without.
     """
     done = 0
     for begin in range(0, length, stride):
@@ -203,7 +203,7 @@ def _as_list(text: object) -> list[int]:
 
 
 def _scored(llms: list[LLM], task: _Task) -> Iterator[tuple[tuple[Tensor, Tensor], ...]]:
-    """For every scored token in order, some at a time, the `predictions` of each model."""
+    """Yields the `predictions` of each model for the scored tokens, in order and in parts."""
     longest = min(task.context, max(map(len, task.texts)) + len(task.prefix))
     n_scored = sum(end - scored for _, _, end, scored in task.windows())
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Answers to a file of prompts, a JSON object per line; a run that was killed continues where it was."""
+"""Answers a file of prompts, one JSON object per line. A killed run continues where it stopped."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ SETTINGS = {field.name for field in fields(SamplingParams)} - {"n", "logits_proc
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the prompts, counted from 0. The digest, kept with its result, tells a later run if it has changed."""
+    """A line of the prompts, counted from 0. Its digest, stored with its result, tells a later run if it changed."""
 
     index: int
     digest: str
@@ -69,14 +69,14 @@ def run_batch(
                 request_id = request.pop("id", None)
                 chat = "messages" in request
                 prompt = request.pop("messages" if chat else "prompt")
-                own = replace(params, **request)
+                sampling = replace(params, **request)
                 ids = prompt if isinstance(prompt, list) and not chat else tokens(llm, prompt)
             except LlamaMiniError as error:
                 write(line, request_id, {"finish_reason": "error", "error": str(error)})
                 continue
             asked.append((line, request_id))
             prompts.append(ids)
-            settings.append(limit(llm, ids, own))
+            settings.append(limit(llm, ids, sampling))
         for i, completion in llm.completions(prompts, settings):
             write(*asked[i], as_json(completion))
 
@@ -134,7 +134,7 @@ def _request(line: Line) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{where} is not JSON: {error}") from None
     if not isinstance(request, dict) or ("prompt" in request) == ("messages" in request):
-        raise RequestError(f'{where} must be an object with "prompt" or "messages", not {short_repr(request)}')
+        raise RequestError(f'{where} must be an object with either "prompt" or "messages", not {short_repr(request)}')
     if unknown := sorted(request.keys() - SETTINGS - {"prompt", "messages", "id"}):
         raise RequestError(f"{where}: unknown {short_repr(unknown[0])}; known: {', '.join(sorted(SETTINGS))}")
     biases = request.get("logit_bias")

@@ -24,7 +24,7 @@ COMMANDS = {
     "/clear": "start a new chat with the same system message and settings",
     "/undo": "remove the last question, to edit it, and its answer",
     "/retry": "answer the last question again, with another seed",
-    "/set [NAME VALUE]": "show the settings or change one; none is no value",
+    "/set [NAME VALUE]": "show the settings or change one; VALUE none clears it",
     "/stats": "show times of the last answer, and how full the context is",
     "/exit": "leave, as /quit and Ctrl-D do",
 }
@@ -53,7 +53,7 @@ class Chat:
         self._reader = reader
         self._interactive = sys.stdin.isatty()
         self._escapes = sys.stdout.isatty()
-        self._draft = ""  # what the editor shows next, to be edited
+        self._draft = ""  # the text to edit that the next prompt begins with
         self._in_line = False  # the answer so far does not end with a newline
 
     def run(self) -> None:

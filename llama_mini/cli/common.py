@@ -27,7 +27,7 @@ def exit_code_of(run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # as in `... | head`: what is still buffered goes nowhere, without a message
+    except BrokenPipeError:  # as in `... | head`: drop what is still buffered, without a message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -66,11 +66,11 @@ def summary(stats: "Stats") -> str:
     prefilled = stats.prompt_tokens - stats.cached_tokens
     prompt = f"{prefilled} of {stats.prompt_tokens}" if stats.cached_tokens else f"{prefilled}"
     return (
-        f"first token {_known(stats.ttft_seconds, '.2f', 's')} · "
-        f"prefill {prompt} tokens, {_known(stats.prefill_tok_s, '.1f', 'tok/s')} · "
-        f"decode {stats.new_tokens} tokens, {_known(stats.decode_tok_s, '.1f', 'tok/s')}"
+        f"first token {_or_dash(stats.ttft_seconds, '.2f', 's')} · "
+        f"prefill {prompt} tokens, {_or_dash(stats.prefill_tok_s, '.1f', 'tok/s')} · "
+        f"decode {stats.new_tokens} tokens, {_or_dash(stats.decode_tok_s, '.1f', 'tok/s')}"
     )
 
 
-def _known(value: float | None, digits: str, unit: str) -> str:
+def _or_dash(value: float | None, digits: str, unit: str) -> str:
     return "–" if value is None else f"{value:{digits}} {unit}"

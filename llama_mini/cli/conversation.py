@@ -53,13 +53,13 @@ class Conversation:
         self.params = params
         self.system = system
         self.turns: list[Turn] = []
-        self._ids(self._messages([], "?"))  # refuses a checkpoint that cannot chat before the first question
+        self._ids(self._messages([], "?"))  # a checkpoint that cannot chat is refused now
 
     def ask(self, question: str, show: Show, stopped: Stopped) -> Turn | None:
         """Answers a question: `show` gets the text as it is made, `stopped` is asked after each token.
 
-        The answer to a question that was stopped is the text so far. Where there was none, nothing is kept and the
-        result is None; nothing is kept after an error either. A KeyboardInterrupt is a stop if `stopped` says so.
+        If the user stops it, the answer is the text so far. Without any text, nothing is kept and the result is None.
+        After an error nothing is kept either. A KeyboardInterrupt counts as a stop if `stopped()` is true.
         """
         turn = self._answer(self.turns, question, 0, show, stopped)
         if turn is not None:
@@ -67,7 +67,7 @@ class Conversation:
         return turn
 
     def retry(self, show: Show, stopped: Stopped) -> Turn | None:
-        """Answers the last question again, with another seed; the new answer replaces the old one once it is there."""
+        """Answers the last question again, with another seed. The old answer stays until a new one can replace it."""
         if not self.turns:
             raise RequestError("there is no answer to replace: ask something first")
         last = self.turns[-1]
@@ -93,7 +93,7 @@ class Conversation:
         self.params = replace(self.params, **{name: _parsed(text, types[name])})
 
     def settings(self) -> dict[str, str]:
-        """Every setting, as `set` takes it."""
+        """Every setting, as text that `set` accepts."""
         return {name: str(getattr(self.params, name)).lower() for name in scalar_settings()}
 
     @property
@@ -102,7 +102,7 @@ class Conversation:
 
     @property
     def context_tokens(self) -> int:
-        """Positions of the context that the history takes."""
+        """Tokens of the history, with the chat template."""
         messages = self._messages(self.turns)
         return len(self._ids(messages, False)) if messages else 0
 
@@ -146,11 +146,11 @@ def scalar_settings() -> dict[str, tuple[Any, ...]]:
     """The fields of SamplingParams that are numbers, flags or None, with the types that each may have."""
     hints = get_type_hints(SamplingParams)
     types = {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
-    return {name: own for name, own in types.items() if set(own) <= _PARSERS.keys()}
+    return {name: allowed for name, allowed in types.items() if set(allowed) <= _PARSERS.keys()}
 
 
 def _parsed(text: str, types: tuple[Any, ...]) -> Any:
-    """The text as the first of the types that takes it; as itself if none does, for SamplingParams to refuse."""
+    """The text as a value of the first type that accepts it; else the text, which SamplingParams refuses."""
     for type_ in types:
         with suppress(KeyError, ValueError):
             return _PARSERS[type_](text)

@@ -47,17 +47,17 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) ->
     names = match(model, source)
     tokenizer = tokenizer_files(source)
     config = _with_special_ids(source.config, tokenizer)
-    wanted = source.dtype if dtype is None else as_dtype(dtype)
-    raw = to_hf(config, dtype_name(wanted), source.model_type)
-    table, parameters = key_table(raw["model_type"]), dict(model.named_parameters())
-    entries = [(to_file_name(ours, table), wanted, tuple(parameters[ours].shape)) for ours in names.values()]
+    out_dtype = source.dtype if dtype is None else as_dtype(dtype)
+    hf_config = to_hf(config, dtype_name(out_dtype), source.model_type)
+    table, parameters = key_table(hf_config["model_type"]), dict(model.named_parameters())
+    entries = [(to_file_name(name, table), out_dtype, tuple(parameters[name].shape)) for name in names.values()]
 
     def tensors() -> Iterator[Tensor]:
-        rows = read_all(source, names, wanted, "converting", delay=0, whole=True)
+        rows = read_all(source, names, out_dtype, "converting", delay=0, whole=True)
         return (tensor.contiguous() for *_, tensor in rows)
 
     with new_directory(target) as folder:
-        write_json(folder / "config.json", raw)
+        write_json(folder / "config.json", hf_config)
         for name, content in ({GENERATION: special_ids(config)} | tokenizer).items():
             _write(folder / name, content)
         write_file(folder / SINGLE, entries, tensors(), {"format": "pt"})
@@ -69,7 +69,7 @@ def tokenizer_files(source: Source) -> dict[str, Any]:
         return _gguf_files(source)
     copied = {name: path for name in COPIED if (path := inside(source.directory, name)).is_file()}
     files: dict[str, Any] = dict(copied)
-    if set(copied) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # as Meta's: transformers needs more
+    if set(copied) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # Meta's: transformers needs more
         files = meta_tokenizer_files(copied["tokenizer.model"]) | files
     if not {"tokenizer.json", "tokenizer.model"} & set(files):
         warnings.warn(f"{source.directory} has no tokenizer; none is written", LlamaMiniWarning, stacklevel=3)
@@ -89,14 +89,14 @@ def _gguf_files(source: Source) -> dict[str, Any]:
 
 
 def _with_special_ids(config: LlamaConfig, files: dict[str, Any]) -> LlamaConfig:
-    """The configuration, with special tokens that it does not state from files we made. Raises TokenizerError."""
-    made, vocabulary = files.get(GENERATION), files.get("tokenizer.json")
+    """The configuration, with missing special tokens from a tokenizer that we made. Raises TokenizerError."""
+    generation, vocabulary = files.get(GENERATION), files.get("tokenizer.json")
     if isinstance(vocabulary, dict):
         added = [token["id"] for token in vocabulary["added_tokens"]]
         n_tokens = 1 + max([*vocabulary["model"]["vocab"].values(), *added])
         if n_tokens > config.vocab_size:
-            raise TokenizerError(f"the tokenizer has {n_tokens} tokens, but the embedding {config.vocab_size} rows")
-    return with_missing_ids(config, made) if isinstance(made, dict) else config
+            raise TokenizerError(f"the tokenizer has {n_tokens} tokens, but the embedding has {config.vocab_size} rows")
+    return with_missing_ids(config, generation) if isinstance(generation, dict) else config
 
 
 def _write(path: Path, content: dict[str, Any] | str | Path) -> None:

@@ -25,7 +25,7 @@ def default_checkpoint_dir() -> Path:
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "pyproject.toml").is_file():
         return checkout / "weights" / NAME
-    from llama_mini.machine import user_cache  # torch, which a checkout does not need to find its weights
+    from llama_mini.machine import user_cache  # imports torch, which a checkout need not wait for
 
     return user_cache() / "weights" / NAME
 
@@ -35,7 +35,7 @@ def ensure_default_checkpoint() -> Path:
 
     Progress goes to standard error. Several processes may call this at once.
 
-    Raises CheckpointError, which says what to do, if there is no network, something else in its place, or a full disk.
+    Raises CheckpointError, which says what to do, if there is no network, a full disk, or something else at the path.
     """
     target = default_checkpoint_dir()
     if not _is_complete(target):
@@ -48,7 +48,7 @@ def ensure_default_checkpoint() -> Path:
 
 
 def _is_complete(target: Path) -> bool:
-    """Whether it is there. We never write a part of it, so what is incomplete is someone else's: an error."""
+    """Whether it is there. We write all of it or nothing, so an incomplete directory is not ours: an error."""
     if not target.exists():
         return False
     if not target.is_dir():

@@ -18,12 +18,12 @@ from llama_mini.tokenizer.tokenizer import open_tokenizer
 
 def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> str:
     """A table of facts, one per line. Reads and checks headers but no weights; raises the errors of loading."""
-    where = as_device(device)
+    torch_device = as_device(device)
     source = open_checkpoint(resolve(name))
     model = empty_model(Llama, source)
     names = match(model, source)
     tokenizer = open_tokenizer(source)
-    config, wanted = source.config, as_dtype(dtype, where)
+    config, torch_dtype = source.config, as_dtype(dtype, torch_device)
     n_parameters = sum(p.numel() for p in model.parameters())
     bos, eos = tokenizer.bos_id, ", ".join(map(str, sorted(tokenizer.eos_ids)))
     rows = {
@@ -38,7 +38,7 @@ def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = 
         "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {'none' if bos is None else bos}, "
         f"EOS {eos or 'none'}",
         "chat template": "yes" if tokenizer.has_chat_template else "no",
-        "memory": _memory(config, n_parameters, wanted, where),
+        "memory": _memory(config, n_parameters, torch_dtype, torch_device),
     }
     return table(rows)
 

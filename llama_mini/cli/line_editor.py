@@ -19,7 +19,7 @@ CONTINUED = "... "
 
 
 class Reader(Protocol):
-    """Where texts come from; `help` says how to type several lines."""
+    """Reads texts from the user; `help` says how to type several lines."""
 
     help: str
 
@@ -46,7 +46,7 @@ class Lines:
     def __init__(self) -> None:
         self._terminal = sys.stdin.isatty()
         self._editing = self._terminal and sys.stdout.isatty()
-        self._typed: Callable[[], str] = str
+        self._typed: Callable[[], str] = str  # the line so far; "" without readline
         if self._editing:
             with suppress(ImportError):
                 import readline
@@ -91,7 +91,7 @@ class Lines:
 
 
 class Editor:
-    """prompt-toolkit: editing, a history that is kept, completion with Tab. Raises ImportError without it."""
+    """prompt-toolkit: editing, a history on disk, completion with Tab. Raises ImportError without the library."""
 
     def __init__(self, completions: Iterable[str]) -> None:
         from prompt_toolkit import PromptSession

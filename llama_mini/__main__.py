@@ -98,7 +98,7 @@ def _help(prog: str) -> str:
 
 
 def _mistaken_prompt(words: list[str], prog: str) -> str:
-    """The error for several words that follow no command, else "". A single word close to a command gets a note."""
+    """The error for several words without a command, else "". A single word close to a command gets a note."""
     first = words[0]
     if first.startswith("-") or len(first.split()) != 1:
         return ""

@@ -37,7 +37,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         description="Prints the perplexity of texts and the conditions of the measurement.",
     )
     p.add_argument(
-        "files", nargs="*", metavar="TEXTFILE", help="UTF-8 files, scored separately; default: standard input"
+        "files", nargs="*", metavar="TEXTFILE", help="UTF-8 files; no window spans two of them; default: standard input"
     )
     p.add_argument("--version", action="version", version=f"llama_mini {__version__}")
     p.add_argument("--json", action="store_true", help="print the figures as one JSON object")

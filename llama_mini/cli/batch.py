@@ -35,12 +35,12 @@ def run_batch(
     tokens: Callable[[LLM, Any], list[int]],
     limit: Callable[[LLM, list[int], SamplingParams], SamplingParams],
 ) -> None:
-    """Appends one line to `results` for each of the lines, as each answer is complete.
+    """Appends one line to `results` for each of the lines, as soon as its answer is complete.
 
     A line is `{"prompt": text or token ids}` or `{"messages": [...]}`, optionally with an `"id"` and the fields of
-    SamplingParams. Its result has the `index` of the line, its `id`, and the fields of a Completion; what is wrong with
-    a line is the `error` of its result. Lines that have a result already are skipped. An incomplete last line of
-    `results`, from a run that was killed, is removed first.
+    SamplingParams. Its result has the `index` and `id` of the line and the fields of a Completion; `error` says why a
+    line cannot be answered. Lines that already have a result are skipped. An incomplete last line of `results`, from a
+    run that was killed, is removed first.
 
     tokens: turns a text or messages into token ids. limit: sets the default of max_tokens.
 

@@ -114,7 +114,7 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument_group("sampling", "applied in this order").add_argument
     add("--logit-bias", action="append", default=[], metavar="ID=F", help="add F to a token's logit; -inf bans it")
     add("--repetition-penalty", type=float, default=1.0, metavar="F", help="above 1: repeat prompt and answer less")
-    add("--presence-penalty", type=float, default=0.0, metavar="F", help="F off the logits of the answer's tokens")
+    add("--presence-penalty", type=float, default=0.0, metavar="F", help="subtract F from logits of answer tokens")
     add("--frequency-penalty", type=float, default=0.0, metavar="F", help="the same, once for each time a token occurs")
     add("--temperature", type=float, default=0.0, metavar="F", help="default 0: the likeliest token (greedy)")
     add("--top-k", type=int, default=0, metavar="N", help="keep the N likeliest tokens; default 0: all")

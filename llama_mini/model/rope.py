@@ -40,7 +40,7 @@ class RotaryEmbedding(nn.Module):
         return angles.cos() * scaling.magnitude, angles.sin() * scaling.magnitude
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        # Not a buffer: .to(bfloat16) would round it, and with it the angles. Only the device may change.
+        # Not a buffer: .to(bfloat16) would round it, and with it the angle at position 15,962. Only its device changes.
         device = fn(torch.empty(0, device=self.inv_freq.device)).device
         self.inv_freq = self.inv_freq if device.type == "meta" else self.inv_freq.to(device)
         return super()._apply(fn, recurse)

@@ -7,7 +7,6 @@ The two orders differ in a quarter of all bfloat16 elements, and in none when ev
 Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; the rounding orders are those of transformers.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -103,11 +102,6 @@ class RMSNorm(Norm):
     """
 
     kind = "rms"
-    operator: Callable[["RMSNorm", Tensor], Tensor | None] | None = None  # fused, in a fast model; None: not this x
-
-    def forward(self, x: Tensor) -> Tensor:
-        fused = None if self.operator is None else self.operator(self, x)
-        return super().forward(x) if fused is None else fused
 
     def normalise(self, wide: Tensor) -> Tensor:
         return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)

@@ -60,9 +60,21 @@ def _loaded() -> bool:
             stacklevel=3,
         )
         return False
-    from llama_mini.optimize import fakes  # noqa: F401  registers them for export and compile
-
+    _register_fakes()
     return True
+
+
+def _register_fakes() -> None:
+    """Says what the operators return, by shape and dtype alone: with this they export and compile."""
+    fakes = {
+        "layers": lambda x, *_: x.new_empty(x.shape),
+        "project": lambda x, w, bias, rows: x.new_empty(*x.shape[:-1], rows, dtype=torch.float32),
+        "product": lambda x, w, bias, rows: x.new_empty(*x.shape[:-1], rows),
+        "rows": lambda w, at, columns, dtype: at.new_empty(*at.shape, columns, dtype=dtype),
+        "rms_norm": lambda x, gain, eps, late: x.new_empty(x.shape),
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"llama_mini::{name}", fake, allow_override=True)
 
 
 def built(cache: Path | None = None) -> Path:

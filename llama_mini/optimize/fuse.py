@@ -10,49 +10,56 @@ from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.errors import RequestError
 from llama_mini.model.llama import Llama, TransformerBlock
 from llama_mini.model.norm import RMSNorm
-from llama_mini.optimize.branches import FusedAttention, FusedFeedForward, normed
 from llama_mini.optimize.build import load_kernels
-from llama_mini.optimize.embedding import FusedEmbedding, FusedHead
-from llama_mini.optimize.layers import FusedLayers
-from llama_mini.optimize.matrix import CodedMatrix, FloatMatrix, Int4Matrix, Int8Matrix, Matrix, served
+from llama_mini.optimize.fusable import FusedRMSNorm
+from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
+from llama_mini.optimize.fused_layers import FusedEmbedding, FusedHead, FusedLayers
+from llama_mini.optimize.packed_linear import (
+    FloatLinear,
+    Int4Linear,
+    Int8Linear,
+    PackedLinear,
+    QuantizedLinear,
+    supported,
+)
 from llama_mini.validate import short_repr
 
-# What the matrices of the layers become, and what the head does.
-FORMATS: dict[str | None, tuple[type[Matrix], type[Matrix]]] = {
-    None: (FloatMatrix, FloatMatrix),
-    "int8": (Int8Matrix, Int8Matrix),
-    "int4": (Int4Matrix, Int8Matrix),
+# For each setting of `quantize`: the linear layers' format, and the head's.
+FORMATS: dict[str | None, tuple[type[PackedLinear], type[PackedLinear]]] = {
+    None: (FloatLinear, FloatLinear),
+    "int8": (Int8Linear, Int8Linear),
+    "int4": (Int4Linear, Int8Linear),
 }
-
-KEPT: dict[type[Matrix], Collection[str]] = {Int8Matrix: ("Q8_0",), Int4Matrix: ("Q4_0", "Q4_1")}
+# GGUF formats whose quantized weights are stored without requantizing.
+_GGUF_FORMATS: dict[type[PackedLinear], Collection[str]] = {Int8Linear: ("Q8_0",), Int4Linear: ("Q4_0", "Q4_1")}
 
 
 @dataclass
-class Slot:
-    """Where a tensor of the plain model goes: a part of a matrix, or that part of its bias."""
+class PackedPart:
+    """Where a tensor of the plain model goes: a part of a PackedLinear, or that part's bias. A WeightSink."""
 
-    matrix: Matrix
+    linear: PackedLinear
     part: int
     bias: bool = False
 
     @property
     def accepts_quantized(self) -> Collection[str]:
-        """GGUF's number formats whose codes the matrix keeps as they are."""
-        return KEPT.get(type(self.matrix), ())
+        """GGUF formats that `load` takes as blocks."""
+        return _GGUF_FORMATS.get(type(self.linear), ())
 
     def destination(self, first: int, n: int) -> Tensor | None:
-        """Where n rows from `first` on lie, if they stay numbers."""
-        return self.matrix.bias_room(self.part) if self.bias else self.matrix.room(self.part, first, n)
+        """The memory of n rows from row `first` on, if they are stored as floats."""
+        return self.linear.bias_destination(self.part) if self.bias else self.linear.destination(self.part, first, n)
 
     def load(self, tensor: Tensor | Blocks, first: int = 0) -> None:
-        """Takes rows of the tensor, from `first` on, a multiple of BLOCK; a bias whole."""
+        """Stores rows from row `first` on, a multiple of BLOCK_ROWS; a bias whole."""
         if isinstance(tensor, Blocks):
-            assert isinstance(self.matrix, CodedMatrix)
-            self.matrix.put_blocks(self.part, tensor, first)
-        elif (room := self.destination(first, len(tensor))) is None:
-            self.matrix.put(self.part, tensor, first)
-        elif room.data_ptr() != tensor.data_ptr():
-            room.copy_(tensor)
+            assert isinstance(self.linear, QuantizedLinear)
+            self.linear.load_blocks(self.part, tensor, first)
+        elif (destination := self.destination(first, len(tensor))) is None:
+            self.linear.load(self.part, tensor, first)
+        elif destination.data_ptr() != tensor.data_ptr():
+            destination.copy_(tensor)
 
 
 def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -> Llama:
@@ -60,38 +67,38 @@ def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -
 
     quantize: None keeps the weights' dtype; `int8` or `int4`. kernels: `auto` or `off`.
 
-    Raises RequestError for another setting, or where the model is fast already.
+    Raises RequestError for another setting, or if the model is fast already.
     """
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    for name, slot in fuse(model, model.dtype, model.device, quantize, kernels).items():
-        slot.load(tensors.pop(name))
+    for name, part in fuse(model, model.dtype, model.device, quantize, kernels).items():
+        part.load(tensors.pop(name))
     return model
 
 
 def fuse(
     model: Llama, dtype: torch.dtype, device: torch.device, quantize: str | None = None, kernels: str = "auto"
-) -> dict[str, Slot]:
-    """Replaces the modules of a model, on whatever device it is, by empty fast ones on `device`.
+) -> dict[str, PackedPart]:
+    """Replaces the modules of a model, which may be on the meta device, by fast ones without weights on `device`.
 
-    Returns what takes each tensor of the plain model that they hold, by its name there.
+    Returns where each tensor of the plain model that they replace must be loaded, by its name in the plain model.
     """
     check_format(quantize)
     if is_fused(model):
         raise RequestError("the model is fast already: load it plain to make it so in another way")
-    native = load_kernels(kernels) and served(dtype, device)
-    of_layers, of_head = FORMATS[quantize]
-    slots: dict[str, Slot] = {}
+    native = load_kernels(kernels) and supported(dtype, device)
+    layer_format, head_format = FORMATS[quantize]
+    parts: dict[str, PackedPart] = {}
     names = {module: name for name, module in model.named_modules()}
 
-    def make(linears: Sequence[nn.Linear | nn.Embedding], kind: type[Matrix] = of_layers) -> Matrix:
+    def make(linears: Sequence[nn.Linear | nn.Embedding], kind: type[PackedLinear] = layer_format) -> PackedLinear:
         bias = getattr(linears[0], "bias", None) is not None
         rows, columns = [linear.weight.shape[0] for linear in linears], linears[0].weight.shape[1]
-        matrix = kind(rows, columns, dtype, native, bias)
+        packed = kind(rows, columns, dtype, native, bias)
         for part, linear in enumerate(linears):
-            slots[f"{names[linear]}.weight"] = Slot(matrix, part)
+            parts[f"{names[linear]}.weight"] = PackedPart(packed, part)
             if bias:
-                slots[f"{names[linear]}.bias"] = Slot(matrix, part, bias=True)
-        return matrix
+                parts[f"{names[linear]}.bias"] = PackedPart(packed, part, bias=True)
+        return packed
 
     config = model.config
     with torch.device(device), torch.no_grad():
@@ -104,15 +111,15 @@ def fuse(
             model.layers = FusedLayers(model.layers)
             for norm in model.modules():
                 if type(norm) is RMSNorm:
-                    norm.operator = normed
+                    norm.__class__ = FusedRMSNorm  # the same module: its hooks, address and weight stay
         if model.lm_head is None:
-            model.tok_embeddings = FusedEmbedding(make([model.tok_embeddings], of_head))  # type: ignore[assignment]
+            model.tok_embeddings = FusedEmbedding(make([model.tok_embeddings], head_format))  # type: ignore[assignment]
         else:
-            model.lm_head = FusedHead(make([model.lm_head], of_head))  # type: ignore[assignment]
-    return slots
+            model.lm_head = FusedHead(make([model.lm_head], head_format))  # type: ignore[assignment]
+    return parts
 
 
-def fuser(quantize: str | None, kernels: str) -> Callable[[Llama, torch.dtype, torch.device], dict[str, Slot]]:
+def fuser(quantize: str | None, kernels: str) -> Callable[[Llama, torch.dtype, torch.device], dict[str, PackedPart]]:
     """`fuse` with these settings, for a model that is being loaded. Raises RequestError before anything is read."""
     check_format(quantize)
     load_kernels(kernels)
@@ -126,4 +133,4 @@ def check_format(quantize: str | None) -> None:
 
 
 def is_fused(model: Llama) -> bool:
-    return any(isinstance(module, Matrix) for module in model.modules())
+    return any(isinstance(module, PackedLinear) for module in model.modules())

@@ -19,7 +19,7 @@ from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, set_threads
 from llama_mini.optimize.build import load_kernels
-from llama_mini.optimize.matrix import Matrix
+from llama_mini.optimize.packed_linear import PackedLinear
 
 BILLION = {  # LLaMA-3.2-1B
     "dim": 2048,
@@ -163,7 +163,7 @@ def steps(model: Llama, cache: KVCache, new: int) -> float:
 
 
 def matrix_bytes(model: nn.Module) -> int:
-    return sum(module.n_bytes for module in model.modules() if isinstance(module, Matrix))
+    return sum(module.n_bytes for module in model.modules() if isinstance(module, PackedLinear))
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama_mini import KVCache, Llama
 from llama_mini.model.linear import Linear
 from llama_mini.optimize import optimize
-from llama_mini.optimize.branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.build import load_kernels
-from llama_mini.optimize.embedding import FusedEmbedding, FusedHead
-from llama_mini.optimize.matrix import Matrix
+from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
+from llama_mini.optimize.fused_layers import FusedEmbedding, FusedHead
+from llama_mini.optimize.packed_linear import PackedLinear
 from tests.tiny_models import random_tokens
 
 FORMATS = (None, "int8", "int4")
@@ -45,16 +45,16 @@ def plain_of(fast: Llama, plain: Llama) -> Llama:
         _widen(feed_forward.gate_up_proj, [theirs.feed_forward.gate_proj, theirs.feed_forward.up_proj])
         _widen(feed_forward.down_proj, [theirs.feed_forward.down_proj])
     if isinstance(fast.lm_head, FusedHead):
-        _widen(fast.lm_head.matrix, [twin.lm_head])
+        _widen(fast.lm_head.linear, [twin.lm_head])
     else:
         assert isinstance(fast.tok_embeddings, FusedEmbedding)
-        _widen(fast.tok_embeddings.head.matrix, [twin.tok_embeddings])
+        _widen(fast.tok_embeddings.head.linear, [twin.tok_embeddings])
     return twin
 
 
-def _widen(matrix: Matrix, linears: Sequence[Linear]) -> None:
-    for begin, rows, linear in zip(matrix.begins, matrix.parts, linears, strict=True):
-        linear.weight.copy_(matrix.rows_at(torch.arange(begin, begin + rows)))
+def _widen(matrix: PackedLinear, linears: Sequence[Linear]) -> None:
+    for begin, rows, linear in zip(matrix.offsets, matrix.parts, linears, strict=True):
+        linear.weight.copy_(matrix.lookup(torch.arange(begin, begin + rows)))
 
 
 def prompts(model: Llama, cache: KVCache, lengths: Sequence[int], chunks: Sequence[int] = (10**6,)) -> list[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mini.optimize.matrix import Matrix
+from llama_mini.optimize.packed_linear import PackedLinear
 from tests.optimize.twins import generator, random, random_gain, random_matrix
 
 Arguments = dict[str, Any]
@@ -95,7 +95,7 @@ def as_long(t: Tensor) -> Tensor:
     return t.long()
 
 
-def codes() -> Matrix:
+def codes() -> PackedLinear:
     return random_matrix("int8", [HIDDEN], DIM, torch.float32, generator(0))
 
 

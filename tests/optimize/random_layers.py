@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tests.optimize.twins import Gain, Layer, Step, generator, norm_of, random, random_matrix, same_bits
+from tests.optimize.twins import Layer, NormArgs, Step, generator, norm_of, random, random_matrix, same_bits
 
-NO_NORM = {dtype: Gain(torch.empty(0, dtype=dtype), 0.0, False) for dtype in (torch.float32, torch.bfloat16)}
+NO_NORM = {dtype: NormArgs(torch.empty(0, dtype=dtype), 0.0, 0) for dtype in (torch.float32, torch.bfloat16)}
 
 
 def random_step(

@@ -81,7 +81,7 @@ def test_rows_of_thousands_of_positions(form: str, format_: str, dtype: torch.dt
 def test_each_norm_of_a_layer_rounds_where_it_says(form: str, slot: int, late: int) -> None:
     step = random_step(5, "float", torch.bfloat16, 16, 2, 2, 16, 128, 128, late=late, windows=(0,))
     norms = list(step.layers[0].norms)
-    norms[slot] = norms[slot]._replace(late=not norms[slot].late)
+    norms[slot] = norms[slot]._replace(late=1 - norms[slot].late)
     other = step.copy()
     other.layers[0] = other.layers[0]._replace(norms=norms)
     right, wrong = step.copy().twin(form), other.twin(form)

@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 OTHER_PLANS = (
     "post", "peri", "out+qk:full", "deep", "lns", "sub", "mix(.5)", "pre+qk:full", "normformer"
 )  # fmt: skip
-LENGTHS = (1, 16, 17, 254, 510, 600)  # decode crosses 256 and 512, where attention's next chunk begins
+LENGTHS = (1, 16, 17, 254, 510, 600)  # decode crosses 256 and 512, where attention's next chunk offsets
 CHUNKS = (100, 16, 300)
 
 
@@ -121,21 +121,21 @@ def test_a_plan_that_no_operator_knows_runs_module_by_module(plan: str, quantize
 
 @pytest.mark.parametrize("quantize", FORMATS)
 @pytest.mark.parametrize(
-    ("plan", "served"), [("pre", 1), ("pre+qk", 1), ("pre+qk:full", 0), ("peri", 0), ("lns", 1), ("mix(.5)", 1)]
+    ("plan", "supported"), [("pre", 1), ("pre+qk", 1), ("pre+qk:full", 0), ("peri", 0), ("lns", 1), ("mix(.5)", 1)]
 )
 def test_step_and_prompt_are_one_operator_for_each_run_of_layers_that_it_serves(
-    plan: str, served: int, quantize: str | None
+    plan: str, supported: int, quantize: str | None
 ) -> None:
     """`lns` scales every norm but the first layer's; the second half of `mix(.5)` is the plain plan."""
     fast = fast_of(tiny_model(5, norm_plan=plan, n_layers=4), quantize)
     cache = fast.new_cache(2, 16)
     with Seen() as seen:
         steps(fast, cache, 1)
-    assert seen.names.count("layers") == served
+    assert seen.names.count("layers") == supported
     assert seen.names[-1] == "project"
     with Seen() as seen:
         fast(random_tokens(1, 20), fast.new_cache(1, 32))
-    assert seen.names.count("layers") == served
+    assert seen.names.count("layers") == supported
     assert seen.names[-1] == "product"
 
 
@@ -165,7 +165,7 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(
 @pytest.mark.parametrize("quantize", FORMATS)
 def test_answers_of_a_batch_are_those_of_each_prompt_alone(tiny_dir, quantize: str | None) -> None:
     llm = LLM(tiny_dir, dtype="bfloat16", quantize=quantize, threads=1)
-    questions = [f"{row}{' word' * (row * 5 % 17)}" for row in range(16)]  # none begins as another does
+    questions = [f"{row}{' word' * (row * 5 % 17)}" for row in range(16)]  # none offsets as another does
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     for question, together in zip(questions, llm.generate(questions, params), strict=True):
         llm.forget()

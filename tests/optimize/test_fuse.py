@@ -9,8 +9,8 @@ import torch
 from llama_mini import Llama
 from llama_mini.errors import RequestError
 from llama_mini.optimize import fuse, is_fused, optimize
-from llama_mini.optimize.layers import FusedLayers
-from llama_mini.optimize.matrix import CodedMatrix, FloatMatrix, Int4Matrix, Int8Matrix, Matrix
+from llama_mini.optimize.fused_layers import FusedLayers
+from llama_mini.optimize.packed_linear import FloatLinear, Int4Linear, Int8Linear, PackedLinear, QuantizedLinear
 from tests.optimize.conftest import DTYPES, FORMATS, KERNELS, Seen, error, fast_of, plain_of, prompts, steps
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -34,34 +34,36 @@ def test_norms_are_adopted_and_matrices_replaced(tied: bool, kernels: str) -> No
     assert is_fused(fast)
     assert all(fast.get_submodule(name) is norm for name, norm in norms.items())
     assert isinstance(fast.layers, FusedLayers) is (kernels == "auto")
-    kinds = {type(m) for m in fast.modules() if isinstance(m, Matrix)}
-    assert kinds == {Int4Matrix, Int8Matrix}
+    kinds = {type(m) for m in fast.modules() if isinstance(m, PackedLinear)}
+    assert kinds == {Int4Linear, Int8Linear}
     left = {name for name, p in fast.named_parameters() if "norm" not in name}
     assert left == (set() if tied else {"tok_embeddings.weight"})
     assert (fast.dtype, fast.device, fast.training) == (torch.float32, torch.device("cpu"), False)
 
 
-@pytest.mark.parametrize(("quantize", "kind"), [(None, FloatMatrix), ("int8", Int8Matrix), ("int4", Int4Matrix)])
+@pytest.mark.parametrize(("quantize", "kind"), [(None, FloatLinear), ("int8", Int8Linear), ("int4", Int4Linear)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_tensor_of_a_plain_model_has_one_place(tied: bool, quantize: str | None, kind: type[Matrix]) -> None:
+def test_every_tensor_of_a_plain_model_has_one_place(
+    tied: bool, quantize: str | None, kind: type[PackedLinear]
+) -> None:
     model = tiny_model(qkv_bias=True, o_bias=True, mlp_bias=True, tie_word_embeddings=tied)
     plain = {name for name, _ in model.named_parameters()}
-    slots = fuse(model, torch.float32, torch.device("cpu"), quantize)
+    sinks = fuse(model, torch.float32, torch.device("cpu"), quantize)
     left = {name for name, _ in model.named_parameters()}
-    assert left | set(slots) == plain
-    assert not left & set(slots)
-    places = [(id(slot.matrix), slot.part, slot.bias) for slot in slots.values()]
+    assert left | set(sinks) == plain
+    assert not left & set(sinks)
+    places = [(id(sink.linear), sink.part, sink.bias) for sink in sinks.values()]
     assert len(set(places)) == len(places)
-    assert {type(slot.matrix) for name, slot in slots.items() if name.startswith("layers")} == {kind}
-    kept = {Int8Matrix: ("Q8_0",), Int4Matrix: ("Q4_0", "Q4_1"), FloatMatrix: ()}
-    assert all(slot.accepts_quantized == kept[type(slot.matrix)] for slot in slots.values())
+    assert {type(sink.linear) for name, sink in sinks.items() if name.startswith("layers")} == {kind}
+    kept = {Int8Linear: ("Q8_0",), Int4Linear: ("Q4_0", "Q4_1"), FloatLinear: ()}
+    assert all(sink.accepts_quantized == kept[type(sink.linear)] for sink in sinks.values())
 
 
 def test_a_model_is_made_fast_on_the_meta_device_without_its_numbers() -> None:
     with torch.device("meta"):
         model = Llama(tiny_model().config)
     fuse(model, torch.bfloat16, torch.device("cpu"), "int8")
-    assert {m.tensors[0].device.type for m in model.modules() if isinstance(m, Matrix)} == {"cpu"}
+    assert {m.tensors[0].device.type for m in model.modules() if isinstance(m, PackedLinear)} == {"cpu"}
     assert model.norm.weight.is_meta
 
 
@@ -120,7 +122,7 @@ def test_a_fast_model_is_moved_to_another_dtype(
 
 def stored(model: Llama) -> list[torch.Tensor]:
     """Every tensor of codes or scales."""
-    return [tensor for m in model.modules() if isinstance(m, CodedMatrix) for tensor in m.tensors]
+    return [tensor for m in model.modules() if isinstance(m, QuantizedLinear) for tensor in m.tensors]
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -19,8 +19,8 @@ from llama_mini.errors import CapacityError, CheckpointFormatError, RequestError
 from llama_mini.memory import check_fits, weight_bytes
 from llama_mini.model.norm import RMSNorm
 from llama_mini.optimize import fuser
-from llama_mini.optimize.branches import FusedAttention, FusedFeedForward
-from llama_mini.optimize.matrix import Int4Matrix, Int8Matrix, Matrix
+from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
+from llama_mini.optimize.packed_linear import Int4Linear, Int8Linear, PackedLinear
 from tests.checkpoint.gguf.gguf_files import interleaved, write_family
 from tests.optimize.conftest import FORMATS, KERNELS, error, fast_of
 from tests.test_memory import peak
@@ -43,9 +43,9 @@ def loaded(path: Path, quantize: str | None, kernels: str = "auto", dtype: str =
     return load_model(Llama, open_checkpoint(path), dtype, "cpu", fuser(quantize, kernels), quantize)
 
 
-def parts(model: Llama) -> dict[str, tuple[Matrix, int]]:
+def parts(model: Llama) -> dict[str, tuple[PackedLinear, int]]:
     """Of each projection of the plain model, the matrix that holds it and which part of it."""
-    found: dict[str, tuple[Matrix, int]] = {}
+    found: dict[str, tuple[PackedLinear, int]] = {}
     for i, layer in enumerate(model.layers):
         attention, feed_forward = layer.attention, layer.feed_forward
         assert isinstance(attention, FusedAttention)
@@ -61,17 +61,17 @@ def parts(model: Llama) -> dict[str, tuple[Matrix, int]]:
     return found
 
 
-def floats_of(matrix: Matrix, part: int) -> Tensor:
-    begin = matrix.begins[part]
-    return matrix.rows_at(torch.arange(begin, begin + matrix.parts[part]))
+def floats_of(matrix: PackedLinear, part: int) -> Tensor:
+    begin = matrix.offsets[part]
+    return matrix.lookup(torch.arange(begin, begin + matrix.parts[part]))
 
 
-def codes_of(matrix: Int4Matrix, part: int) -> tuple[Tensor, Tensor, Tensor]:
+def codes_of(matrix: Int4Linear, part: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (rows, columns), scale and least (rows, columns / 32), of blocks of sixteen rows."""
-    begin, rows, steps = matrix.begins[part], matrix.parts[part], matrix.steps
-    quads = torch.stack((matrix.codes & 15, matrix.codes >> 4), 2)  # (blocks, vectors, 2, 16, 4)
+    begin, rows, steps = matrix.offsets[part], matrix.parts[part], matrix.n_groups
+    quads = torch.stack((matrix.qweight & 15, matrix.qweight >> 4), 2)  # (blocks, vectors, 2, 16, 4)
     codes = quads.permute(0, 3, 1, 2, 4).reshape(-1, 32 * steps)
-    scales = [t.transpose(1, 2).reshape(-1, steps)[begin : begin + rows] for t in (matrix.scale, matrix.least)]
+    scales = [t.transpose(1, 2).reshape(-1, steps)[begin : begin + rows] for t in (matrix.scales, matrix.mins)]
     return codes[begin : begin + rows, : matrix.columns], *scales
 
 
@@ -110,7 +110,7 @@ def test_what_is_loaded_is_what_is_made_of_a_loaded_model(
 def test_plain_loading_stays_plain(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     model = Llama.from_pretrained(tmp_path / "model")
-    assert not any(isinstance(module, Matrix) for module in model.modules())
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("large", [1e9, float("nan"), float("inf")])
@@ -144,7 +144,7 @@ def test_four_bit_blocks_keep_their_codes(tmp_path: Path, kind: Kind, family: st
     model = loaded(write_family(tmp_path / "model", theirs, kind), "int4")
     state = theirs.state_dict()
     for name, (matrix, part) in parts(model).items():
-        assert isinstance(matrix, Int4Matrix)
+        assert isinstance(matrix, Int4Linear)
         key = f"model.{name}.weight".replace("attention", "self_attn").replace("feed_forward", "mlp")
         blocks = quants.quantize(state[key].numpy(), kind).reshape(matrix.parts[part], matrix.columns // 32, -1)
         for found, expected in zip(codes_of(matrix, part), stored_codes(blocks, kind), strict=True):
@@ -164,11 +164,11 @@ def test_eight_bit_blocks_keep_their_codes(tmp_path: Path, family: str) -> None:
     data.flush()
     plain, model = Llama.from_pretrained(path, dtype="float32"), loaded(path, "int8")
     weights = dict(plain.named_parameters())
-    for name, (matrix, part) in (parts(model) | {"lm_head": (model.lm_head.matrix, 0)}).items():
-        assert isinstance(matrix, Int8Matrix)
-        assert matrix.codes.min() == 0
+    for name, (matrix, part) in (parts(model) | {"lm_head": (model.lm_head.linear, 0)}).items():
+        assert isinstance(matrix, Int8Linear)
+        assert matrix.qweight.min() == 0
         assert torch.equal(floats_of(matrix, part), weights[f"{name}.weight"]), name
-    head = loaded(path, "int4").lm_head.matrix
+    head = loaded(path, "int4").lm_head.linear
     assert torch.equal(floats_of(head, 0), weights["lm_head.weight"])
     tokens = random_tokens(1, 40)
     assert error(model(tokens), plain(tokens)) < 2e-2
@@ -219,7 +219,7 @@ def test_the_codes_of_the_default_checkpoints_file_are_kept(smollm2_dir: Path) -
         _, layer, _, projection = name.split(".")
         info = header.tensors[f"blk.{layer}.{names[projection]}.weight"]
         blocks = np.asarray(data[info.offset : info.offset + info.n_bytes]).reshape(*info.shape[:1], -1, 20)
-        assert isinstance(matrix, Int4Matrix)
+        assert isinstance(matrix, Int4Linear)
         for found, expected in zip(codes_of(matrix, part), stored_codes(blocks, Kind.Q4_1), strict=True):
             ours = found.numpy()
             if heads := {"q_proj": 9, "k_proj": 3}.get(projection):
@@ -241,7 +241,7 @@ def test_the_bytes_that_are_counted_are_those_that_are_held(
     plain = tiny_model(0, dtype, tie_word_embeddings=tied, **sizes)
     fast = fast_of(plain, quantize)
     held = sum(tensor.nbytes for name, tensor in fast.state_dict(keep_vars=True).items())
-    held += sum(module.n_bytes for module in fast.modules() if isinstance(module, Matrix))
+    held += sum(module.n_bytes for module in fast.modules() if isinstance(module, PackedLinear))
     counted = weight_bytes(sum(p.numel() for p in plain.parameters()), dtype, plain.config, quantize)
     assert counted == held
 
@@ -289,4 +289,4 @@ def test_norms_and_the_untied_embedding_stay_as_they_are(tmp_path: Path) -> None
     assert torch.equal(model.tok_embeddings.weight, plain.tok_embeddings.weight)
     norms = {name: module for name, module in plain.named_modules() if isinstance(module, RMSNorm)}
     assert all(torch.equal(model.get_submodule(name).weight, norm.weight) for name, norm in norms.items())
-    assert isinstance(model.lm_head.matrix, Int8Matrix)
+    assert isinstance(model.lm_head.linear, Int8Linear)

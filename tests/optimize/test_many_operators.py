@@ -198,7 +198,7 @@ def test_each_norm_of_a_layer_rounds_where_it_says(form: str, slot: int, late: i
         norms[1].gain.mul_(16)
     if slot == 3:
         step.layers[0].matrices[1].tensors[0].zero_()
-    norms[slot] = norms[slot]._replace(late=not norms[slot].late)
+    norms[slot] = norms[slot]._replace(late=1 - norms[slot].late)
     right, wrong = step.copy(), step.copy()
     wrong.layers[0] = wrong.layers[0]._replace(norms=norms)
     found = [
@@ -225,14 +225,14 @@ def silu(gate: Tensor, prompt: bool) -> Tensor:
     step = random_step(1, "float", dtype, 1, 1, 1, 1, 2, 1, bias=True, norms=False, windows=[1])
     (layer,) = step.layers
     for matrix in layer.matrices:
-        matrix.put(0, torch.zeros(matrix.parts[0], matrix.columns))
+        matrix.load(0, torch.zeros(matrix.parts[0], matrix.columns))
         for part, rows in enumerate(matrix.parts):
-            matrix.put(part, torch.zeros(rows, matrix.columns))
-            matrix.bias_room(part).copy_(torch.zeros(rows))
+            matrix.load(part, torch.zeros(rows, matrix.columns))
+            matrix.bias_destination(part).copy_(torch.zeros(rows))
     _, _, gate_up, down = layer.matrices
-    gate_up.put(0, torch.tensor([[1.0, 0.0]]))
-    gate_up.bias_room(1).fill_(1)
-    down.put(0, torch.tensor([[0.0], [1.0]]))
+    gate_up.load(0, torch.tensor([[1.0, 0.0]]))
+    gate_up.bias_destination(1).fill_(1)
+    down.load(0, torch.tensor([[0.0], [1.0]]))
     shape = (1, n) if prompt else (n, 1)
     caches = [torch.zeros(shape[0], 1, shape[1], 2, dtype=dtype) for _ in range(2)]
     positions = torch.arange(n)[None] if prompt else torch.zeros(n, 1, dtype=torch.long)

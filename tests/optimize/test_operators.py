@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_mini.optimize.branches import Gain
 from llama_mini.optimize.build import FORMS
-from llama_mini.optimize.matrix import Matrix
+from llama_mini.optimize.fusable import NormArgs
+from llama_mini.optimize.packed_linear import PackedLinear
 from tests.optimize import twins
 from tests.optimize.twins import (
     FORMATS,
@@ -25,6 +25,7 @@ from tests.optimize.twins import (
     same_bits,
 )
 
+Product = Callable[[Tensor, PackedLinear], Tensor]
 CODED = [name for name in FORMATS if name != "float"]
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = st.sampled_from(DTYPES)
@@ -37,12 +38,12 @@ op = torch.ops.llama_mini
 form = pytest.fixture(scope="module", params=FORMS)(each_form)
 
 
-def project(x: Tensor, matrix: Matrix) -> Tensor:
-    return op.project(x, matrix.tensors, matrix.bias_or_nothing, matrix.width)
+def project(x: Tensor, matrix: PackedLinear) -> Tensor:
+    return op.project(x, matrix.tensors, matrix.bias_or_empty, matrix.width)
 
 
-def product(x: Tensor, matrix: Matrix) -> Tensor:
-    return op.product(x, matrix.tensors, matrix.bias_or_nothing, matrix.width)
+def product(x: Tensor, matrix: PackedLinear) -> Tensor:
+    return op.product(x, matrix.tensors, matrix.bias_or_empty, matrix.width)
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -95,7 +96,7 @@ def test_integer_sums_have_the_same_bits_in_every_form(
 def test_rms_norm(form: str, late: bool, seed: int, dtype: torch.dtype, count: int, width: int, eps: float) -> None:
     rng = generator(seed)
     x = random((count, width), dtype, rng) * 10.0 ** int(torch.randint(-9, 9, (), generator=rng))
-    norm = Gain(random_gain(width, dtype, rng), eps, int(late))
+    norm = NormArgs(random_gain(width, dtype, rng), eps, int(late))
     y = op.rms_norm(x, *norm)
     torch.testing.assert_close(y, twins.rms_norm(x, norm, dtype), rtol=2 * rounding(dtype), atol=1e-30)
     assert all(same_bits(y[i], op.rms_norm(x[i], *norm)) for i in range(count))
@@ -162,7 +163,7 @@ def test_a_loud_step_is_kept_to_sixteen_bits(form: str) -> None:
 @pytest.mark.parametrize("times", [project, product])
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_tiny_and_huge_rows(form: str, times: Callable[[Tensor, Matrix], Tensor], format_: str, scale: float) -> None:
+def test_tiny_and_huge_rows(form: str, times: Product, format_: str, scale: float) -> None:
     rng = generator(7)
     matrix, x = random_matrix(format_, [37], 99, torch.float32, rng), random((23, 99), torch.float32, rng, scale)
     expected = twins.product(x, matrix)
@@ -177,7 +178,7 @@ def test_tiny_and_huge_rows(form: str, times: Callable[[Tensor, Matrix], Tensor]
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("at", [0, 31, 44])
 def test_what_is_not_finite_stays_in_its_row_and_shows(
-    form: str, times: Callable[[Tensor, Matrix], Tensor], format_: str, dtype: torch.dtype, bad: float, at: int
+    form: str, times: Product, format_: str, dtype: torch.dtype, bad: float, at: int
 ) -> None:
     rng = generator(11)
     matrix, x = random_matrix(format_, [35], 45, dtype, rng), random((17, 45), dtype, rng)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.optimize.build import FORMS
-from llama_mini.optimize.matrix import CodedMatrix
+from llama_mini.optimize.packed_linear import QuantizedLinear
 from tests.optimize.twins import each_form, generator, random_matrix, same_bits
 
 CODED = ["int8", "int4"]
@@ -36,7 +36,7 @@ def test_quantize_gives_the_bits_of_its_twin(
     found, twin = (random_matrix(format_, [70, 90], columns, dtype, generator(0)) for _ in range(2))
     twin.kernels = False
     for matrix in (found, twin):
-        matrix.put(1, weight.to(dtype), 16 * first)
+        matrix.load(1, weight.to(dtype), 16 * first)
     assert all(map(same_bits, found.tensors, twin.tensors))
 
 
@@ -54,8 +54,8 @@ def test_repack_gives_the_bits_of_its_twin(
     found, twin = (random_matrix(format_, [70, 90], 32 * steps, torch.bfloat16, generator(0)) for _ in range(2))
     twin.kernels = False
     for matrix in (found, twin):
-        assert isinstance(matrix, CodedMatrix)
-        matrix.put_blocks(1, blocks, 16 * first)
+        assert isinstance(matrix, QuantizedLinear)
+        matrix.load_blocks(1, blocks, 16 * first)
     assert all(map(same_bits, found.tensors, twin.tensors))
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from llama_mini.optimize.build import load_kernels
-from llama_mini.optimize.matrix import FloatMatrix, Int4Matrix, Int8Matrix, Matrix
+from llama_mini.optimize.fusable import NormArgs
+from llama_mini.optimize.packed_linear import FloatLinear, Int4Linear, Int8Linear, PackedLinear
 
-FORMATS: dict[str, type[Matrix]] = {
-    "float": FloatMatrix,
-    "int8": Int8Matrix,
-    "int4": Int4Matrix,
+FORMATS: dict[str, type[PackedLinear]] = {
+    "float": FloatLinear,
+    "int8": Int8Linear,
+    "int4": Int4Linear,
 }
 
 
@@ -50,16 +51,16 @@ def random_gain(width: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
 
 def random_matrix(
     format_: str, parts: Sequence[int], columns: int, dtype: torch.dtype, rng: torch.Generator, bias: bool = False
-) -> Matrix:
+) -> PackedLinear:
     matrix = FORMATS[format_](list(parts), columns, dtype, True, bias)
     for i, rows in enumerate(parts):
-        matrix.put(i, random((rows, columns), dtype, rng, columns**-0.5))
+        matrix.load(i, random((rows, columns), dtype, rng, columns**-0.5))
         if bias:
-            matrix.bias_room(i).copy_(random((rows,), dtype, rng))
+            matrix.bias_destination(i).copy_(random((rows,), dtype, rng))
     return matrix
 
 
-def dense(matrix: Matrix) -> Tensor:
+def dense(matrix: PackedLinear) -> Tensor:
     """What a matrix stands for, (rows, columns) float64, from the layout that codes.h describes."""
     tensors = matrix.tensors
     if len(tensors) == 1:
@@ -77,20 +78,20 @@ def dense(matrix: Matrix) -> Tensor:
     return values.reshape(matrix.rows, -1)[:, : matrix.columns]
 
 
-def product(x: Tensor, matrix: Matrix) -> Tensor:
+def product(x: Tensor, matrix: PackedLinear) -> Tensor:
     return _with_bias(x.double() @ dense(matrix)[: matrix.width].T, matrix)
 
 
-def product_of_many(x: Tensor, matrix: Matrix, form: str) -> Tensor:
+def product_of_many(x: Tensor, matrix: PackedLinear, form: str) -> Tensor:
     tokens, weight = multiplied(x, matrix, form)
     return _with_bias(tokens @ weight.T, matrix)
 
 
-def _with_bias(y: Tensor, matrix: Matrix) -> Tensor:
+def _with_bias(y: Tensor, matrix: PackedLinear) -> Tensor:
     return y if matrix.bias is None else y + matrix.bias.double()
 
 
-def multiplied(x: Tensor, matrix: Matrix, form: str) -> tuple[Tensor, Tensor]:
+def multiplied(x: Tensor, matrix: PackedLinear, form: str) -> tuple[Tensor, Tensor]:
     """What the product of many tokens multiplies, in float64: them, and the weights."""
     weight = dense(matrix)[: matrix.width]
     if len(matrix.tensors) == 1:
@@ -113,19 +114,11 @@ def as_codes(x: Tensor, form: str) -> Tensor:
     return (codes * peak.double() / levels.double()).flatten(-2)[..., :columns]
 
 
-class Gain(NamedTuple):
-    """A norm; an empty gain where there is none."""
-
-    gain: Tensor
-    eps: float
-    late: bool
+def norm_of(width: int, dtype: torch.dtype, rng: torch.Generator, late: bool) -> NormArgs:
+    return NormArgs(random_gain(width, dtype, rng), 1e-5, int(late))
 
 
-def norm_of(width: int, dtype: torch.dtype, rng: torch.Generator, late: bool) -> Gain:
-    return Gain(random_gain(width, dtype, rng), 1e-5, late)
-
-
-def rms_norm(x: Tensor, norm: Gain, dtype: torch.dtype) -> Tensor:
+def rms_norm(x: Tensor, norm: NormArgs, dtype: torch.dtype) -> Tensor:
     if not norm.gain.numel():
         return x
     y = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt()
@@ -134,7 +127,7 @@ def rms_norm(x: Tensor, norm: Gain, dtype: torch.dtype) -> Tensor:
     return (y.double() * norm.gain.double()).to(dtype)
 
 
-def turned(x: Tensor, norm: Gain, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+def turned(x: Tensor, norm: NormArgs, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """Heads (T, heads, D), normed where there is a norm, rotated, rounded."""
     a, b = rms_norm(x, norm, dtype).double().chunk(2, -1)
     cos, sin = (angle.double().view(len(x), 1, -1) for angle in (cos, sin))
@@ -154,7 +147,7 @@ def attend(
     sin: Tensor,
     at: Tensor,
     cache: Cache,
-    norms: Sequence[Gain],
+    norms: Sequence[NormArgs],
     window: int,
 ) -> Tensor:
     """A row's new tokens, q (T, H, D), k and v (T, K, D), at positions (T,) -> (T, H * D) float64; fills the cache."""
@@ -178,8 +171,8 @@ def silu(x: Tensor) -> Tensor:
 class Layer(NamedTuple):
     """One layer as layers takes it, and its cache (B, K, S, D)."""
 
-    norms: list[Gain]  # before attention, of q, of k, before feed-forward
-    matrices: list[Matrix]  # qkv, o, gate and up, down
+    norms: list[NormArgs]  # before attention, of q, of k, before feed-forward
+    matrices: list[PackedLinear]  # qkv, o, gate and up, down
     k: Tensor
     v: Tensor
     window: int
@@ -192,7 +185,7 @@ def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer
     # A dot product of bfloat16 rounds what is multiplied; others need not, but a prompt is kept as the stream is.
     rounds = many or (len(o.tensors) == 1 and form in ("avx512_bf16", "amx"))
 
-    def times(x: Tensor, matrix: Matrix) -> list[Tensor]:
+    def times(x: Tensor, matrix: PackedLinear) -> list[Tensor]:
         x = x.to(dtype) if rounds else x
         return matrix.split(product_of_many(x, matrix, form) if many else product(x, matrix))
 
@@ -245,7 +238,7 @@ class Step(NamedTuple):
             [norm.eps for norm in norms],
             [int(norm.late) for norm in norms],
             [tensor for matrix in matrices for tensor in matrix.tensors],
-            [matrix.bias_or_nothing for matrix in matrices],
+            [matrix.bias_or_empty for matrix in matrices],
             [layer.window for layer in self.layers],
             self.heads,
             self.hidden,

@@ -10,56 +10,56 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_mini.errors import CheckpointFormatError
-from llama_mini.optimize.matrix import FEW, FloatMatrix, Int4Matrix, Int8Matrix, Matrix, served
+from llama_mini.optimize.packed_linear import DECODE_ROWS, FloatLinear, Int4Linear, Int8Linear, PackedLinear, supported
 
-KINDS: list[type[Matrix]] = [FloatMatrix, Int8Matrix, Int4Matrix]
+KINDS: list[type[PackedLinear]] = [FloatLinear, Int8Linear, Int4Linear]
 shapes = st.tuples(st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 130))
 
 
 def random_matrix(
-    kind: type[Matrix],
+    kind: type[PackedLinear],
     parts: list[int],
     columns: int,
     dtype: torch.dtype = torch.float32,
     kernels: bool = True,
     bias: bool = False,
-) -> tuple[Matrix, list[Tensor], list[Tensor]]:
+) -> tuple[PackedLinear, list[Tensor], list[Tensor]]:
     """A matrix, the parts it was made of, and their biases."""
     rng = np.random.default_rng([columns, *parts])
     weights = [torch.from_numpy(rng.standard_normal((rows, columns))).to(dtype) for rows in parts]
     biases = [torch.from_numpy(rng.standard_normal(rows)).to(dtype) for rows in parts] if bias else []
     matrix = kind(parts, columns, dtype, kernels, bias)
     for part, weight in enumerate(weights):
-        matrix.put(part, weight)
+        matrix.load(part, weight)
     for part, numbers in enumerate(biases):
-        matrix.bias_room(part).copy_(numbers)
+        matrix.bias_destination(part).copy_(numbers)
     return matrix, weights, biases
 
 
-def floats(matrix: Matrix, part: int) -> Tensor:
-    begin = matrix.begins[part]
-    return matrix.rows_at(torch.arange(begin, begin + matrix.parts[part]))
+def floats(matrix: PackedLinear, part: int) -> Tensor:
+    begin = matrix.offsets[part]
+    return matrix.lookup(torch.arange(begin, begin + matrix.parts[part]))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @given(shape=shapes)
 @settings(max_examples=25, deadline=None)
 def test_rows_are_near_what_was_put_in_by_half_a_step_of_their_scale(
-    kind: type[Matrix], shape: tuple[list[int], int]
+    kind: type[PackedLinear], shape: tuple[list[int], int]
 ) -> None:
     parts, columns = shape
     matrix, weights, _ = random_matrix(kind, parts, columns)
     for part, weight in enumerate(weights):
         found = floats(matrix, part)
         assert found.shape == weight.shape
-        if kind is FloatMatrix:
+        if kind is FloatLinear:
             assert torch.equal(found, weight)
             continue
         for first in range(0, columns, 32):
             group, back = (t[:, first : first + 32].double() for t in (weight, found))
-            edge = group if group.shape[1] == 32 or kind is not Int4Matrix else torch.nn.functional.pad(group, (0, 1))
-            span = edge.amax(-1) - edge.amin(-1) if kind is Int4Matrix else group.abs().amax(-1)
-            step = span / (15 if kind is Int4Matrix else 127)
+            edge = group if group.shape[1] == 32 or kind is not Int4Linear else torch.nn.functional.pad(group, (0, 1))
+            span = edge.amax(-1) - edge.amin(-1) if kind is Int4Linear else group.abs().amax(-1)
+            step = span / (15 if kind is Int4Linear else 127)
             rounding = group.abs().amax(-1) * 2**-10 + 15 * step * 2**-10  # of scale and least to float16,
             smallest = 127 * 2**-25  # whose numbers below 6e-5 are 2^-24 apart, times the largest code
             assert ((back - group).abs().amax(-1) <= step / 2 + rounding + smallest).all()
@@ -67,10 +67,10 @@ def test_rows_are_near_what_was_put_in_by_half_a_step_of_their_scale(
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_rows_are_found_in_any_order_by_numbers_that_lie_apart(kind: type[Matrix], kernels: bool) -> None:
+def test_rows_are_found_in_any_order_by_numbers_that_lie_apart(kind: type[PackedLinear], kernels: bool) -> None:
     matrix, _, _ = random_matrix(kind, [70], 40, kernels=kernels)
     rows = torch.tensor([69, 1, 0, 2, 16, 3, 16, 4, 3, 5])[::2]
-    assert torch.equal(matrix.rows_at(rows), floats(matrix, 0)[rows])
+    assert torch.equal(matrix.lookup(rows), floats(matrix, 0)[rows])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -79,7 +79,7 @@ def test_rows_are_found_in_any_order_by_numbers_that_lie_apart(kind: type[Matrix
 @given(shape=shapes, n=st.integers(1, 40))
 @settings(max_examples=12, deadline=None)
 def test_products_are_those_of_its_rows_for_few_and_many(
-    kind: type[Matrix], kernels: bool, bias: bool, shape: tuple[list[int], int], n: int
+    kind: type[PackedLinear], kernels: bool, bias: bool, shape: tuple[list[int], int], n: int
 ) -> None:
     parts, columns = shape
     matrix, _, biases = random_matrix(kind, parts, columns, kernels=kernels, bias=bias)
@@ -94,35 +94,35 @@ def test_products_are_those_of_its_rows_for_few_and_many(
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_bfloat16_rounds_its_output_once(kind: type[Matrix]) -> None:
+def test_bfloat16_rounds_its_output_once(kind: type[PackedLinear]) -> None:
     matrix, _, _ = random_matrix(kind, [40, 24], 96, torch.bfloat16)
-    for n in (1, FEW, FEW + 1):
+    for n in (1, DECODE_ROWS, DECODE_ROWS + 1):
         x = torch.from_numpy(np.random.default_rng(n).standard_normal((n, 96))).bfloat16()
         y = matrix(x)
         assert y.dtype == torch.bfloat16
         for part, found in enumerate(matrix.split(y)):
             expected = x.double() @ floats(matrix, part).double().T
-            eight_bits = n > FEW and kind is not FloatMatrix and torch.ops.llama_mini.forms()[0] != "amx"
+            eight_bits = n > DECODE_ROWS and kind is not FloatLinear and torch.ops.llama_mini.forms()[0] != "amx"
             assert (found.double() - expected).norm() < (7e-3 if eight_bits else 4e-3) * expected.norm()
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("kind", [Int8Matrix, Int4Matrix], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear], ids=lambda kind: kind.name)
 def test_a_large_matrix_of_codes_is_widened_in_pieces(
-    kind: type[Matrix], kernels: bool, monkeypatch: pytest.MonkeyPatch
+    kind: type[PackedLinear], kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrix, _, biases = random_matrix(kind, [300, 290], 33, kernels=kernels, bias=True)
     asked: list[int] = []
-    rows_at = matrix.rows_at
+    lookup = matrix.lookup
 
     def counted(rows: Tensor) -> Tensor:
         asked.append(len(rows))
-        return rows_at(rows)
+        return lookup(rows)
 
-    monkeypatch.setattr("llama_mini.optimize.matrix._WIDENED", 256)
-    monkeypatch.setattr(matrix, "rows_at", counted)
+    monkeypatch.setattr("llama_mini.optimize.packed_linear._DEQUANTIZE_ROWS", 256)
+    monkeypatch.setattr(matrix, "lookup", counted)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((20, 33))).float()
-    y = matrix.stock(x)
+    y = matrix.forward_torch(x)
     assert asked == [256, 256, matrix.width - 512]
     expected = torch.cat([x @ floats(matrix, part).T + biases[part] for part in range(2)], 1)
     torch.testing.assert_close(torch.cat(matrix.split(y), 1), expected, rtol=0, atol=1e-4)
@@ -133,22 +133,22 @@ def test_codes_are_where_the_operators_read_them() -> None:
     rng = np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(0, 256, (20, 64), dtype=np.uint8))
     scale = torch.rand(20, 2).half()
-    eight = Int8Matrix([3, 20], 64, torch.float32, False)
-    eight.codes.zero_()
-    eight.put_codes(1, 0, codes, scale, None)
-    four = Int4Matrix([3, 20], 64, torch.float32, False)
-    four.put_codes(1, 0, codes & 15, scale, -scale)
-    assert eight.begins == four.begins == [0, 16]
-    assert eight.codes.shape == (3, 16, 16, 4)
-    assert four.codes.shape == (3, 8, 16, 4)
+    eight = Int8Linear([3, 20], 64, torch.float32, False)
+    eight.qweight.zero_()
+    eight.store(1, 0, codes, scale, None)
+    four = Int4Linear([3, 20], 64, torch.float32, False)
+    four.store(1, 0, codes & 15, scale, -scale)
+    assert eight.offsets == four.offsets == [0, 16]
+    assert eight.qweight.shape == (3, 16, 16, 4)
+    assert four.qweight.shape == (3, 8, 16, 4)
     for row, column in ((0, 0), (5, 7), (15, 63), (16, 36), (19, 31)):
         block, lane, quad, byte = 1 + row // 16, row % 16, column // 4, column % 4
-        assert eight.codes[block, quad, lane, byte] == codes[row, column]
-        assert four.codes[block, quad // 2, lane, byte] >> 4 * (quad % 2) & 15 == codes[row, column] & 15
-        assert eight.scale[block, column // 32, lane] == scale[row, column // 32]
-        assert four.least[block, column // 32, lane] == -scale[row, column // 32]
-    assert not eight.codes[0].any()
-    assert not eight.codes[2, :, 4:].any()
+        assert eight.qweight[block, quad, lane, byte] == codes[row, column]
+        assert four.qweight[block, quad // 2, lane, byte] >> 4 * (quad % 2) & 15 == codes[row, column] & 15
+        assert eight.scales[block, column // 32, lane] == scale[row, column // 32]
+        assert four.mins[block, column // 32, lane] == -scale[row, column // 32]
+    assert not eight.qweight[0].any()
+    assert not eight.qweight[2, :, 4:].any()
 
 
 def test_numbers_of_a_group_that_eight_and_four_bits_hold_come_back_exactly() -> None:
@@ -156,39 +156,39 @@ def test_numbers_of_a_group_that_eight_and_four_bits_hold_come_back_exactly() ->
     whole = torch.from_numpy(rng.integers(-127, 128, (9, 96))).float()
     whole[:, ::32] = 127
     eight, four = (
-        Int8Matrix([9], 96, torch.float32, False),
-        Int4Matrix([9], 96, torch.float32, False),
+        Int8Linear([9], 96, torch.float32, False),
+        Int4Linear([9], 96, torch.float32, False),
     )
-    eight.put(0, whole / 64)
+    eight.load(0, whole / 64)
     assert torch.equal(floats(eight, 0), whole / 64)
     few = torch.from_numpy(rng.integers(0, 16, (9, 96))).float()
     few[:, ::32], few[:, 1::32] = 0, 15
-    four.put(0, few / 8 - 0.75)
+    four.load(0, few / 8 - 0.75)
     assert torch.equal(floats(four, 0), few / 8 - 0.75)
 
 
-@pytest.mark.parametrize("kind", [Int8Matrix, Int4Matrix], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("value", [0.0, 0.375, -2.5])
-def test_equal_numbers_are_no_division_by_zero(kind: type[Matrix], value: float) -> None:
+def test_equal_numbers_are_no_division_by_zero(kind: type[PackedLinear], value: float) -> None:
     matrix = kind([17], 40, torch.float32, True)
-    matrix.put(0, torch.full((17, 40), value))
+    matrix.load(0, torch.full((17, 40), value))
     torch.testing.assert_close(floats(matrix, 0), torch.full((17, 40), value), rtol=1e-3, atol=0)
     assert torch.isfinite(matrix(torch.ones(2, 40))).all()
 
 
-@pytest.mark.parametrize("kind", [Int8Matrix, Int4Matrix], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e8, -1e8])
-def test_what_no_scale_holds_is_refused(kind: type[Matrix], value: float) -> None:
+def test_what_no_scale_holds_is_refused(kind: type[PackedLinear], value: float) -> None:
     weight = torch.zeros(20, 40)
     weight[18, 35] = value
     with pytest.raises(CheckpointFormatError, match=f"^a matrix of 40 columns holds numbers that {kind.name} cannot"):
-        kind([20], 40, torch.float32, True).put(0, weight)
+        kind([20], 40, torch.float32, True).load(0, weight)
 
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("n", [1, FEW + 1])
-def test_gradients_of_the_input_flow_through(kind: type[Matrix], kernels: bool, n: int) -> None:
+@pytest.mark.parametrize("n", [1, DECODE_ROWS + 1])
+def test_gradients_of_the_input_flow_through(kind: type[PackedLinear], kernels: bool, n: int) -> None:
     first, _, _ = random_matrix(kind, [48], 32, kernels=kernels)
     second, _, _ = random_matrix(kind, [7], 48, kernels=kernels)
     x = torch.from_numpy(np.random.default_rng(n).standard_normal((n, 32))).float().requires_grad_()
@@ -199,8 +199,8 @@ def test_gradients_of_the_input_flow_through(kind: type[Matrix], kernels: bool, 
 
 
 def test_a_matrix_says_what_it_is() -> None:
-    matrix, _, _ = random_matrix(Int4Matrix, [70, 10], 33)
-    assert repr(matrix) == "Int4Matrix(33 -> 70 + 10, int4)"
+    matrix, _, _ = random_matrix(Int4Linear, [70, 10], 33)
+    assert repr(matrix) == "Int4Linear(33 -> 70 + 10, int4)"
     assert matrix.n_bytes == 6 * 2 * (256 + 32 + 32)
 
 
@@ -215,4 +215,4 @@ def test_a_matrix_says_what_it_is() -> None:
     ],
 )
 def test_where_the_operators_compute(dtype: torch.dtype, device: str, yes: bool) -> None:
-    assert served(dtype, torch.device(device)) is yes
+    assert supported(dtype, torch.device(device)) is yes

@@ -1,0 +1,109 @@
+"""May an operator stand in for a norm? The one place that answers, for a norm by itself and for whole layers.
+
+It may for an RMSNorm with settings that the operators compute exactly, in a layer that is still the one that was fused:
+nothing inside it is hooked, swapped or being trained. Otherwise the modules run one by one, as in the plain model.
+"""
+
+from collections.abc import Iterable, Sequence
+from operator import attrgetter, is_, methodcaller
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llama_mini.model.norm import RMSNorm
+from llama_mini.optimize.packed_linear import needs_grad, supported
+
+_SETTINGS = attrgetter("eps", "gain", "scale", "cast")
+_WEIGHT, _DTYPE = methodcaller("get", "weight"), attrgetter("dtype")
+
+
+class NormArgs(NamedTuple):
+    """A norm as the operators take it; an empty gain stands for no norm."""
+
+    gain: Tensor
+    eps: float
+    late: int
+
+
+NormLists = tuple[list[Tensor], list[float], list[int]]  # the gains, eps and late of some norms
+
+
+class FusedRMSNorm(RMSNorm):
+    """An RMSNorm of a fast model: the same module and the same numbers, in one operator where that is possible."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        args = norm_args(self, x.dtype)
+        if args is None or needs_grad(args.gain) or needs_grad(x) or not supported(x.dtype, x.device):
+            return super().forward(x)
+        return super().forward(x) if x.shape[-1:] != (self.dim,) else torch.ops.llama_mini.rms_norm.default(x, *args)
+
+
+def norm_args(norm: nn.Module, dtype: torch.dtype) -> NormArgs | None:
+    """None for a norm that the operators do not compute for an input of this dtype."""
+    if isinstance(norm, nn.Identity):
+        return NormArgs(torch.empty(0), 0.0, 0)
+    if (
+        not isinstance(norm, RMSNorm)
+        or type(norm) not in (RMSNorm, FusedRMSNorm)
+        or norm.gain != "w"
+        or norm.scale != 1
+    ):
+        return None
+    weight = norm._parameters["weight"]
+    if weight is None or weight.dtype != dtype:
+        return None
+    return NormArgs(weight, norm.eps, int(norm.cast == "late"))
+
+
+class FusableNorms:
+    """The norms of some layers as operator arguments, read again when a setting or a weight has changed.
+
+    Each decoding step asks, so `args` compares whole lists: asking every norm by itself takes several times as long.
+
+    Args:
+        layers: the modules that an operator replaces. What is inside them now must stay.
+        norms: RMSNorm or Identity each, in the operator's order.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], norms: Sequence[nn.Module]) -> None:
+        inside = [module for layer in layers for module in layer.modules()]
+        self._hooks = [hooks for m in inside for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+        self._children = [m._modules for m in inside if m._modules]
+        self._fused_children = [dict(children) for children in self._children]
+        self._all = norms
+        self._norms = [norm for norm in norms if isinstance(norm, RMSNorm)]
+        self._parameters = [norm._parameters for norm in self._norms]
+        self._args: NormLists | None = None
+
+    def args(self, x: Tensor) -> NormLists | None:
+        """Gains, eps and late casts of the norms; None where an operator may not stand in for the layers, given x."""
+        if any(self._hooks) or self._children != self._fused_children or not x.is_contiguous():
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self._weights()) if t is not None):
+            return None
+        if self._args is None or not self._still_valid(x.dtype):
+            self._args = self._read(x.dtype)
+        return self._args
+
+    def _weights(self) -> list[Tensor | None]:
+        return list(map(_WEIGHT, self._parameters))
+
+    def _still_valid(self, dtype: torch.dtype) -> bool:
+        """Whether the norms are set as they were read: the same settings and weights, all of this dtype."""
+        return (
+            list(map(_SETTINGS, self._norms)) == self._settings
+            and all(map(is_, self._weights(), self._read_weights))
+            and {dtype}.issuperset(map(_DTYPE, self._read_weights))
+        )
+
+    def _read(self, dtype: torch.dtype) -> NormLists | None:
+        self._settings, self._read_weights = list(map(_SETTINGS, self._norms)), self._weights()
+        found = []
+        for norm in self._all:
+            args = norm_args(norm, dtype)
+            if args is None:
+                return None
+            found.append(args)
+        gains, eps, late = map(list, zip(*found, strict=True))
+        return gains, eps, late

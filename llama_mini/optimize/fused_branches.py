@@ -1,0 +1,85 @@
+"""Attention and feed-forward with fused projections: q, k and v are one matrix, and so are gate and up."""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_mini.model.attention import Attention
+from llama_mini.model.feed_forward import FeedForward
+from llama_mini.model.residual import Residual
+from llama_mini.optimize.packed_linear import PackedLinear
+
+MakeLinear = Callable[[Sequence[nn.Linear]], PackedLinear]
+_UNSUPPORTED = ("out_norm", "post_norm", "mid_norm", "v_norm")  # slots whose norms no operator computes
+
+
+class FusedBranch(Residual):
+    """What both branches share: they adopt the plain branch's norms, the very same modules."""
+
+    norm_slots: ClassVar[tuple[str, ...]]  # norms that the operator computes, in its order
+
+    def adopt(self, plain: Residual, linears: dict[str, PackedLinear]) -> None:
+        """Becomes `plain` with `linears` in place of its projections."""
+        nn.Module.__init__(self)
+        for name, value in vars(plain).items():
+            if name not in vars(self):
+                setattr(self, name, value)
+        for name, module in plain.named_children():
+            if not isinstance(module, nn.Linear):
+                self.add_module(name, module)
+        for name, module in linears.items():
+            self.add_module(name, module)
+
+    @property
+    def linears(self) -> list[PackedLinear]:
+        return [module for module in self.children() if isinstance(module, PackedLinear)]
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        return [self.get_submodule(slot) for slot in self.norm_slots]
+
+    @property
+    def supported(self) -> bool:
+        """Whether an operator computes a branch of this kind."""
+        others = [self.get_submodule(slot) for slot in _UNSUPPORTED if slot in self._modules]
+        kernels = all(linear.kernels for linear in self.linears)
+        return kernels and self.alpha == self.beta == 1 and all(isinstance(norm, nn.Identity) for norm in others)
+
+
+class FusedAttention(FusedBranch, Attention):
+    """Attention whose q, k and v are one matrix. `window`: positions that this layer sees; 0 for all."""
+
+    norm_slots = ("pre_norm", "q_norm", "k_norm")
+    qkv_proj: PackedLinear
+    o_proj: PackedLinear  # type: ignore[assignment]
+
+    def __init__(self, plain: Attention, make: MakeLinear, window: int) -> None:
+        qkv_proj = make([plain.q_proj, plain.k_proj, plain.v_proj])
+        self.adopt(plain, {"qkv_proj": qkv_proj, "o_proj": make([plain.o_proj])})
+        self.window = window
+
+    @property
+    def supported(self) -> bool:
+        per_head = self.q_view[0] == self.n_heads and self.k_view[0] == self.n_kv_heads  # not over all heads at once
+        return super().supported and per_head
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        return self.qkv_proj.split(self.qkv_proj(x))
+
+
+class FusedFeedForward(FusedBranch, FeedForward):
+    """SwiGLU whose gate and up are one matrix."""
+
+    norm_slots = ("pre_norm",)
+    gate_up_proj: PackedLinear
+    down_proj: PackedLinear  # type: ignore[assignment]
+
+    def __init__(self, plain: FeedForward, make: MakeLinear) -> None:
+        gate_up_proj = make([plain.gate_proj, plain.up_proj])
+        self.adopt(plain, {"gate_up_proj": gate_up_proj, "down_proj": make([plain.down_proj])})
+
+    def gated(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj.split(self.gate_up_proj(x))
+        return F.silu(gate) * up

@@ -1,0 +1,138 @@
+"""Layers in one operator, for a decoding step and for a prompt; and the head, with the embedding that is tied to it.
+
+A step of a small model takes two milliseconds, and a call from Python ten microseconds. So one call computes all
+neighbouring layers that the operator may stand in for; the layers between them run module by module.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_mini.model.kv_cache import LayerCache
+from llama_mini.model.llama import Layers, TransformerBlock
+from llama_mini.model.rope import Rope
+from llama_mini.optimize.fusable import FusableNorms, NormLists
+from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
+from llama_mini.optimize.packed_linear import DECODE_ROWS, PackedLinear, needs_grad
+
+
+class FusedLayers(Layers):
+    """The same blocks, with fused branches."""
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__(blocks)
+        self._gather()
+
+    def forward(self, x: Tensor, rope: Rope, masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
+        if kv is None or 1 not in x.shape[:2] or self._modules != self._fused_children:
+            return super().forward(x, rope, masks, kv)
+        if (norms := self._whole.norms(x)) is not None:
+            return _run([self._whole], [norms], x, rope, kv)
+        begin, waiting = 0, list[NormLists]()  # layers from `begin` on that the next call computes
+        for i, layer in enumerate(self._each):
+            if (norms := layer.norms(x)) is not None:
+                waiting.append(norms)
+                continue
+            x = _run(self._each[begin:i], waiting, x, rope, kv[begin:i])
+            x = self[i](x, rope, masks[i], kv[i])
+            begin, waiting = i + 1, []
+        return _run(self._each[begin:], waiting, x, rope, kv[begin:])
+
+    def _gather(self) -> None:
+        self._fused_children = dict(self._modules)
+        bias = any(isinstance(module, PackedLinear) and module.bias is not None for module in self.modules())
+        self._whole, self._each = _Operands([*self], bias), [_Operands([block], bias) for block in self]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedLayers":
+        super()._apply(fn, recurse)
+        self._gather()  # .to() makes new tensors
+        return self
+
+
+class _Operands:
+    """What the operator needs of neighbouring layers, gathered once: building the lists takes as long as a layer."""
+
+    def __init__(self, blocks: Sequence[nn.Module], bias: bool) -> None:
+        attentions, feed_forwards = list[FusedAttention](), list[FusedFeedForward]()
+        for block in blocks:
+            assert isinstance(block, TransformerBlock)
+            assert isinstance(block.attention, FusedAttention)
+            assert isinstance(block.feed_forward, FusedFeedForward)
+            attentions.append(block.attention)
+            feed_forwards.append(block.feed_forward)
+        branches = [branch for pair in zip(attentions, feed_forwards, strict=True) for branch in pair]
+        linears = [linear for branch in branches for linear in branch.linears]
+        self._supported = all(branch.supported for branch in branches)
+        self._norms = FusableNorms(blocks, [norm for branch in branches for norm in branch.norms])
+        self.weights = [tensor for linear in linears for tensor in linear.tensors]
+        self.biases = [linear.bias_or_empty for linear in linears] if bias else []  # passing a tensor takes time
+        self.windows = [attention.window for attention in attentions]
+        self.heads, self.hidden_dim = attentions[0].n_heads, feed_forwards[0].down_proj.columns
+
+    def norms(self, x: Tensor) -> NormLists | None:
+        """The norms' arguments; None where the operator may not stand in for these layers."""
+        return self._norms.args(x) if self._supported else None
+
+
+def _run(
+    layers: Sequence[_Operands], norms: Sequence[NormLists], x: Tensor, rope: Rope, caches: Sequence[LayerCache]
+) -> Tensor:
+    """x (B, T, C) through neighbouring layers; of none, x itself."""
+    if not layers:
+        return x
+    return torch.ops.llama_mini.layers.default(
+        x,
+        *rope,
+        caches[0].positions,
+        [cache.k for cache in caches],
+        [cache.v for cache in caches],
+        *map(_joined, zip(*norms, strict=True)),
+        _joined([layer.weights for layer in layers]),
+        _joined([layer.biases for layer in layers]),
+        _joined([layer.windows for layer in layers]),
+        layers[0].heads,
+        layers[0].hidden_dim,
+    )
+
+
+def _joined(lists: Sequence[list[Any]]) -> list[Any]:
+    return lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
+
+
+class FusedHead(nn.Module):
+    """Hidden states (..., C) -> logits (..., V); in float32 for few rows, where nothing needs to round them."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = self.linear
+        if linear.kernels and x.numel() <= DECODE_ROWS * linear.columns and not needs_grad(x):
+            return torch.ops.llama_mini.project(x, linear.tensors, linear.bias_or_empty, linear.width)
+        return linear(x)
+
+
+class FusedEmbedding(nn.Module):
+    """tokens (B, T) -> (B, T, C), and the tied head: one stored matrix serves both."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        super().__init__()
+        self.head = FusedHead(linear)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.linear.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.linear.tensors[0].device
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head.linear.lookup(tokens)
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.head(x)

@@ -1,0 +1,284 @@
+"""Linear layers in float, int8 or int4: one stored copy of a matrix, or of several that read the same input.
+
+Quantized weights lie in blocks of 16 rows. In a block, four neighbouring columns of a row are adjacent bytes, as one
+VNNI instruction multiplies them (native/gemv_int.h). Each part begins at a block; unused rows and columns are zero.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_mini.checkpoint.gguf.tensors import Blocks
+from llama_mini.errors import CheckpointFormatError
+
+BLOCK_ROWS = 16  # rows of a block of quantized weights
+GROUP = 32  # columns that share a scale (and a minimum)
+DECODE_ROWS = 16  # up to so many input rows, the order of each sum does not depend on who shares the batch
+_QUANTIZE_ROWS = 512  # rows quantized at a time: a whole embedding in float32 would be a second model
+_DEQUANTIZE_ROWS = 16384  # rows dequantized at a time where there are no operators
+
+
+class PackedLinear(nn.Module):
+    """y = x · [W0; W1; ...]ᵀ + b, for parts W0, W1, ... that all read x. Parts are filled by `load`.
+
+    Args:
+        parts: rows of each part.
+        columns: width of the input.
+        dtype: of the input and the output.
+        kernels: whether torch.ops.llama_mini may be used.
+
+    Shape: (..., columns) -> (..., width); the output of part i begins at `offsets[i]`.
+    """
+
+    name: ClassVar[str]
+    block_rows: ClassVar[int] = BLOCK_ROWS
+
+    def __init__(
+        self,
+        parts: Sequence[int],
+        columns: int,
+        dtype: torch.dtype,
+        kernels: bool,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.parts, self.columns, self.dtype, self.kernels = parts, columns, dtype, kernels
+        sizes = [-(-rows // self.block_rows) * self.block_rows for rows in parts]
+        self.offsets = [sum(sizes[:i]) for i in range(len(parts))]
+        self.rows = sum(sizes)
+        self.width = self.rows if len(parts) > 1 else parts[0]
+        self.bias: Tensor | None
+        self.register_buffer("bias", torch.zeros(self.width, dtype=dtype) if bias else None, persistent=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The weights as the operators take them."""
+        raise NotImplementedError
+
+    @property
+    def bias_or_empty(self) -> Tensor:
+        """The bias as the operators take it: an empty tensor where there is none."""
+        return torch.empty(0, dtype=self.dtype) if self.bias is None else self.bias
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def load(self, part: int, weight: Tensor, first: int = 0) -> None:
+        """Stores float rows of a part, (rows, columns), from row `first` on, a multiple of BLOCK_ROWS.
+
+        Raises CheckpointFormatError for a number that the format cannot hold.
+        """
+        raise NotImplementedError
+
+    def destination(self, part: int, first: int, n: int) -> Tensor | None:
+        """The memory of n rows of a part, from row `first` on; None where weights are not stored as floats."""
+        return None
+
+    def bias_destination(self, part: int) -> Tensor:
+        assert self.bias is not None
+        return self.bias[self.offsets[part] :][: self.parts[part]]
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        """Rows of the matrix as floats of `dtype`: indices (...) -> (..., columns)."""
+        raise NotImplementedError
+
+    def split(self, y: Tensor) -> list[Tensor]:
+        """The output of each part."""
+        return [y[..., begin : begin + rows] for begin, rows in zip(self.offsets, self.parts, strict=True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.kernels or needs_grad(x):
+            return self.forward_torch(x)
+        if x.numel() <= DECODE_ROWS * self.columns:
+            return torch.ops.llama_mini.project(x, self.tensors, self.bias_or_empty, self.width).to(x.dtype)
+        return torch.ops.llama_mini.product(x, self.tensors, self.bias_or_empty, self.width)
+
+    def forward_torch(self, x: Tensor) -> Tensor:
+        """The same with PyTorch's own operators: without kernels, and where gradients are needed."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        super()._apply(fn, recurse)
+        moved = fn(torch.empty(0, dtype=self.dtype))
+        self.dtype = moved.dtype
+        self.kernels &= supported(moved.dtype, moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.columns} -> {' + '.join(map(str, self.parts))}, {self.name}"
+
+
+class FloatLinear(PackedLinear):
+    """Float weights, (rows, columns), as PyTorch stores them."""
+
+    name, block_rows = "float", 1
+    weight: Tensor
+
+    def __init__(self, parts: Sequence[int], columns: int, dtype: torch.dtype, *rest: Any, **named: Any) -> None:
+        super().__init__(parts, columns, dtype, *rest, **named)
+        self.register_buffer("weight", torch.empty(self.rows, columns, dtype=dtype), persistent=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight]
+
+    def load(self, part: int, weight: Tensor, first: int = 0) -> None:
+        self.destination(part, first, len(weight)).copy_(weight)
+
+    def destination(self, part: int, first: int, n: int) -> Tensor:
+        return self.weight[self.offsets[part] + first :][:n]
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.weight)
+
+    def forward_torch(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class QuantizedLinear(PackedLinear):
+    """Weights of 8 or 4 bits, with a float16 scale (and minimum, of 4 bits) for each group of 32 columns of a row."""
+
+    qweight: Tensor
+    scales: Tensor
+    mins: Tensor | None
+    bits: ClassVar[int]
+
+    def __init__(self, parts: Sequence[int], columns: int, dtype: torch.dtype, *rest: Any, **named: Any) -> None:
+        super().__init__(parts, columns, dtype, *rest, **named)
+        self.n_groups = -(-columns // GROUP)
+        blocks, vectors = self.rows // BLOCK_ROWS, self.n_groups * self.bits
+        qweight = torch.empty(blocks, vectors, BLOCK_ROWS, 4, dtype=torch.uint8)
+        self.register_buffer("qweight", qweight, persistent=False)
+        scales = torch.empty(blocks, self.n_groups, BLOCK_ROWS, dtype=torch.float16)
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("mins", torch.empty_like(scales) if self.bits == 4 else None, persistent=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.qweight, self.scales] if self.mins is None else [self.qweight, self.scales, self.mins]
+
+    def load(self, part: int, weight: Tensor, first: int = 0) -> None:
+        if self.kernels and supported(weight.dtype, weight.device):
+            self._check(torch.ops.llama_mini.quantize(weight.contiguous(), self.tensors, self._block(part, first)))
+            return
+        for begin in range(0, len(weight), _QUANTIZE_ROWS):
+            rows = weight[begin : begin + _QUANTIZE_ROWS].float()
+            if self.columns % GROUP:
+                rows = F.pad(rows, (0, self.n_groups * GROUP - self.columns))
+            self.store(part, first + begin, *self.quantize(rows.view(len(rows), self.n_groups, -1)))
+
+    def load_blocks(self, part: int, blocks: Blocks, first: int = 0) -> None:
+        """Stores rows of a part from GGUF blocks without requantizing them; `first` is a multiple of BLOCK_ROWS."""
+        if self.kernels:
+            rows, block = blocks.rows.contiguous(), self._block(part, first)
+            self._check(torch.ops.llama_mini.repack(rows, self.tensors, self.columns, block))
+        else:
+            self.store(part, first, *blocks.codes())
+
+    def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(rows, groups, GROUP) float32 -> weights (rows, columns) uint8, scales and mins (rows, groups)."""
+        raise NotImplementedError
+
+    def store(self, part: int, first: int, quantized: Tensor, scales: Tensor, mins: Tensor | None) -> None:
+        """Stores what `quantize` returns for rows of a part, from row `first` on, a multiple of BLOCK_ROWS."""
+        self._check(all(bool(torch.isfinite(t).all()) for t in (scales, mins) if t is not None))
+        padding = -len(quantized) % BLOCK_ROWS  # zeros fill the last block of a part
+        blocks = slice(self._block(part, first), self._block(part, first + len(quantized) + padding))
+        quads = F.pad(quantized, (0, 0, 0, padding)).view(torch.int32)  # four columns move as one number
+        vectors = self.pack(quads).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2)
+        self.qweight[blocks].view(torch.int32).copy_(vectors[..., None])
+        for buffer, values in ((self.scales, scales), (self.mins, mins)):
+            if buffer is not None and values is not None:
+                buffer[blocks] = F.pad(values, (0, 0, 0, padding)).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2)
+
+    def _block(self, part: int, row: int) -> int:
+        return (self.offsets[part] + row) // BLOCK_ROWS
+
+    def _check(self, finite: bool) -> None:
+        if not finite:
+            raise CheckpointFormatError(f"a matrix of {self.columns} columns holds numbers that {self.name} cannot")
+
+    def pack(self, quads: Tensor) -> Tensor:
+        """Quantized weights as they are stored; an int32 is four columns: (rows, quads) -> (rows, vectors)."""
+        return quads
+
+    def unpack(self, vectors: Tensor) -> Tensor:
+        """The inverse of `pack`, on bytes: (n, vectors, 4) -> (n, quads, 4)."""
+        return vectors
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        scales, mins = self.scales, self.mins
+        super()._apply(fn, recurse)
+        self.scales = scales.to(self.qweight.device)  # .to(dtype) changes input and output, not the scales
+        self.mins = None if mins is None else mins.to(self.qweight.device)
+        return self
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        if self.kernels:
+            return torch.ops.llama_mini.rows(self.tensors, rows, self.columns, self.dtype)
+        shape, rows = rows.shape, rows.flatten()
+        block, row = rows // BLOCK_ROWS, rows % BLOCK_ROWS
+        quantized = self.unpack(self.qweight[block, :, row]).reshape(len(rows), self.n_groups, -1).float()
+        scales = self.scales[block, :, row].float()[..., None]
+        if self.mins is None:
+            values = (quantized - 128) * scales
+        else:
+            values = quantized * scales + self.mins[block, :, row].float()[..., None]
+        return values.flatten(1)[:, : self.columns].to(self.dtype).reshape(*shape, -1)
+
+    def forward_torch(self, x: Tensor) -> Tensor:
+        y = x.new_empty(*x.shape[:-1], self.width)
+        for first in range(0, self.width, _DEQUANTIZE_ROWS):
+            rows = slice(first, min(first + _DEQUANTIZE_ROWS, self.width))
+            weight = self.lookup(torch.arange(rows.start, rows.stop, device=x.device))
+            y[..., rows] = F.linear(x, weight, None if self.bias is None else self.bias[rows])
+        return y
+
+
+class Int8Linear(QuantizedLinear):
+    """w = scale · (q − 128), with a scale for each group, as in GGUF's Q8_0."""
+
+    name, bits = "int8", 8
+
+    def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        scales = (groups.abs().amax(-1) / 127).half()
+        quantized = (groups / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)  # PyTorch is slow at uint8
+        return quantized.view(torch.uint8).add_(128).flatten(1), scales, None
+
+
+class Int4Linear(QuantizedLinear):
+    """w = scale · q + min, with a scale and a minimum for each group, as in GGUF's Q4_1. Two weights a byte."""
+
+    name, bits = "int4", 4
+
+    def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        mins = groups.amin(-1).half()
+        scales = ((groups.amax(-1) - mins.float()) / 15).half()
+        quantized = (groups - mins.float()[..., None]).div_(_divisor(scales)).round_().clamp_(0, 15).to(torch.int8)
+        return quantized.view(torch.uint8).flatten(1), scales, mins
+
+    def pack(self, quads: Tensor) -> Tensor:
+        return quads[:, 0::2] | (quads[:, 1::2] << 4)
+
+    def unpack(self, vectors: Tensor) -> Tensor:
+        return torch.stack((vectors & 15, vectors >> 4), 2)
+
+
+def supported(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the operators compute in this dtype on this device."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+
+
+def needs_grad(x: Tensor) -> bool:
+    """Whether a gradient will flow through x. The operators have no backward pass."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    """A group of zeros, or of equal numbers, has scale 0; divided by infinity, its weights become 0."""
+    return torch.where(scales == 0, math.inf, scales.float())[..., None]

@@ -26,7 +26,7 @@ from llama_mini.validate import short_repr
 
 KERNELS = ("auto", "off")
 _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
-FORMS = {
+ISA_VARIANTS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": _WIDE,
     "avx512_bf16": (*_WIDE, "-mavx512bf16"),
@@ -68,9 +68,9 @@ def _register_fakes() -> None:
     """Says what the operators return, by shape and dtype alone: with this they export and compile."""
     fakes = {
         "layers": lambda x, *_: x.new_empty(x.shape),
-        "project": lambda x, w, bias, rows: x.new_empty(*x.shape[:-1], rows, dtype=torch.float32),
-        "product": lambda x, w, bias, rows: x.new_empty(*x.shape[:-1], rows),
-        "rows": lambda w, at, columns, dtype: at.new_empty(*at.shape, columns, dtype=dtype),
+        "gemv": lambda x, w, bias, rows: x.new_empty(*x.shape[:-1], rows, dtype=torch.float32),
+        "gemm": lambda x, w, bias, rows: x.new_empty(*x.shape[:-1], rows),
+        "dequantize_rows": lambda w, at, columns, dtype: at.new_empty(*at.shape, columns, dtype=dtype),
         "rms_norm": lambda x, gain, eps, late: x.new_empty(x.shape),
     }
     for name, fake in fakes.items():
@@ -110,7 +110,7 @@ def _folder(cache: Path | None) -> Path:
 
 def _key(source: Path, compiler: str) -> str:
     version = _run([compiler, "-dumpfullversion"])
-    said = [torch.__version__, sys.platform, platform.machine(), compiler, version, repr((FORMS, _FLAGS))]
+    said = [torch.__version__, sys.platform, platform.machine(), compiler, version, repr((ISA_VARIANTS, _FLAGS))]
     digest = hashlib.sha256("\0".join(said).encode())
     for path in sorted(source.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -118,12 +118,12 @@ def _key(source: Path, compiler: str) -> str:
 
 
 def _compile(source: Path, compiler: str, library: Path) -> None:
-    """Every form and the operators at once, linked aside and renamed when whole."""
+    """Compiles every ISA variant and the operators at once, links them aside, syncs the file and renames it."""
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     with new_file(library) as made:
         folder = made.parent
-        units = {form: ["form.cpp", f"-DFORM={form}", *flags] for form, flags in FORMS.items()}
+        units = {isa: ["kernels.cpp", f"-DISA={isa}", *flags] for isa, flags in ISA_VARIANTS.items()}
         # OpenMP is torch's own: the object asks for it, and nothing here links another.
         units["operators"] = ["operators.cpp", "-O1", "-fopenmp", *include]
 

@@ -112,7 +112,7 @@ class FusedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         linear = self.linear
         if linear.kernels and x.numel() <= DECODE_ROWS * linear.columns and not needs_grad(x):
-            return torch.ops.llama_mini.project(x, linear.tensors, linear.bias_or_empty, linear.width)
+            return torch.ops.llama_mini.gemv(x, linear.tensors, linear.bias_or_empty, linear.width)
         return linear(x)
 
 

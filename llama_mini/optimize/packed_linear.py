@@ -95,8 +95,8 @@ class PackedLinear(nn.Module):
         if not self.kernels or needs_grad(x):
             return self.forward_torch(x)
         if x.numel() <= DECODE_ROWS * self.columns:
-            return torch.ops.llama_mini.project(x, self.tensors, self.bias_or_empty, self.width).to(x.dtype)
-        return torch.ops.llama_mini.product(x, self.tensors, self.bias_or_empty, self.width)
+            return torch.ops.llama_mini.gemv(x, self.tensors, self.bias_or_empty, self.width).to(x.dtype)
+        return torch.ops.llama_mini.gemm(x, self.tensors, self.bias_or_empty, self.width)
 
     def forward_torch(self, x: Tensor) -> Tensor:
         """The same with PyTorch's own operators: without kernels, and where gradients are needed."""
@@ -220,7 +220,7 @@ class QuantizedLinear(PackedLinear):
 
     def lookup(self, rows: Tensor) -> Tensor:
         if self.kernels:
-            return torch.ops.llama_mini.rows(self.tensors, rows, self.columns, self.dtype)
+            return torch.ops.llama_mini.dequantize_rows(self.tensors, rows, self.columns, self.dtype)
         shape, rows = rows.shape, rows.flatten()
         block, row = rows // BLOCK_ROWS, rows % BLOCK_ROWS
         quantized = self.unpack(self.qweight[block, :, row]).reshape(len(rows), self.n_groups, -1).float()

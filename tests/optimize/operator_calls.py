@@ -17,11 +17,11 @@ DIM, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, BATCH, LAYERS = 24, 18, 6, 2, 20, 3, 2
 def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32) -> Arguments:
     """The arguments of a right call. A prompt is a call of layers."""
     rng = generator(1)
-    if name in ("project", "product"):
+    if name in ("gemv", "gemm"):
         w = random_matrix(format_, [HIDDEN], DIM, dtype, rng)
         bias = random((HIDDEN,), dtype, rng)
         return {"x": random((BATCH, DIM), dtype, rng), "w": w.tensors, "bias": bias, "rows": HIDDEN}
-    if name == "rows":
+    if name == "dequantize_rows":
         w = random_matrix("int4" if format_ == "float" else format_, [40], DIM, dtype, rng)
         return {"w": w.tensors, "at": torch.tensor([3, 47, 3, 0]), "columns": DIM, "dtype": dtype}
     if name == "rms_norm":
@@ -150,36 +150,36 @@ WRONG = {
     "prompt: last matrix longer": wrong("prompt", matrices=last(longer)),
     "prompt: last bias too long": wrong("prompt", biases=last(lambda _: torch.ones(DIM + 1))),
     "prompt: integers": wrong("prompt", x=as_long),
-    "project: rows": wrong("project", rows=HIDDEN + 1),
-    "project: rows below zero": wrong("project", rows=-1),
-    "project: no tensor": wrong("project", w=[]),
-    "project: bias too short": wrong("project", bias=lambda t: t[:-1]),
-    "project: bias strided": wrong("project", bias=strided),
-    "project: x wider": wrong("project", x=longer),
-    "project: x without width": wrong("project", x=lambda x: x[:, :0], w=lambda w: [w[0][:, :0]]),
-    "project: integers": wrong("project", x=as_long, w=lambda w: [as_long(w[0])], bias=as_long),
-    "project: x of integers, codes": wrong("project", x=as_long, w=lambda _: codes().tensors, bias=as_long),
-    "product: rows": wrong("product", rows=HIDDEN + 1),
-    "product: rows below zero": wrong("product", rows=-1),
-    "product: no tensor": wrong("product", w=[]),
-    "product: rows of codes": wrong("product", rows=HIDDEN + 16, w=lambda _: codes().tensors, bias=torch.empty(0)),
-    "product: bias too short": wrong("product", bias=lambda t: t[:-1]),
-    "product: x wider": wrong("product", x=lambda x: torch.cat((x, x), -1)),
-    "product: integers": wrong("product", x=as_long, w=lambda w: [as_long(w[0])], bias=as_long),
-    "product: x of integers, codes": wrong("product", x=as_long, w=lambda _: codes().tensors, bias=as_long),
-    "rows: past the end": wrong("rows", at=torch.tensor([0, 48])),
-    "rows: before the start": wrong("rows", at=torch.tensor([-1])),
-    "rows: far past the end": wrong("rows", at=torch.tensor([2**63 - 1])),
-    "rows: numbers of int32": wrong("rows", at=Tensor.int),
-    "rows: no columns": wrong("rows", columns=0),
-    "rows: columns below zero": wrong("rows", columns=-1),
-    "rows: too wide": wrong("rows", columns=DIM + 32),
-    "rows: of floats": wrong("rows", w=[torch.ones(48, DIM)]),
-    "rows: no tensor": wrong("rows", w=[]),
-    "rows: scales of float32": wrong("rows", w=lambda w: [w[0], w[1].float(), w[2]]),
-    "rows: codes cut": wrong("rows", w=lambda w: [w[0][:-1], *w[1:]]),
-    "rows: codes strided": wrong("rows", w=lambda w: [strided(w[0]), *w[1:]]),
-    "rows: least values cut": wrong("rows", w=lambda w: [*w[:2], w[2][:-1]]),
+    "gemv: rows": wrong("gemv", rows=HIDDEN + 1),
+    "gemv: rows below zero": wrong("gemv", rows=-1),
+    "gemv: no tensor": wrong("gemv", w=[]),
+    "gemv: bias too short": wrong("gemv", bias=lambda t: t[:-1]),
+    "gemv: bias strided": wrong("gemv", bias=strided),
+    "gemv: x wider": wrong("gemv", x=longer),
+    "gemv: x without width": wrong("gemv", x=lambda x: x[:, :0], w=lambda w: [w[0][:, :0]]),
+    "gemv: integers": wrong("gemv", x=as_long, w=lambda w: [as_long(w[0])], bias=as_long),
+    "gemv: x of integers, codes": wrong("gemv", x=as_long, w=lambda _: codes().tensors, bias=as_long),
+    "gemm: rows": wrong("gemm", rows=HIDDEN + 1),
+    "gemm: rows below zero": wrong("gemm", rows=-1),
+    "gemm: no tensor": wrong("gemm", w=[]),
+    "gemm: rows of codes": wrong("gemm", rows=HIDDEN + 16, w=lambda _: codes().tensors, bias=torch.empty(0)),
+    "gemm: bias too short": wrong("gemm", bias=lambda t: t[:-1]),
+    "gemm: x wider": wrong("gemm", x=lambda x: torch.cat((x, x), -1)),
+    "gemm: integers": wrong("gemm", x=as_long, w=lambda w: [as_long(w[0])], bias=as_long),
+    "gemm: x of integers, codes": wrong("gemm", x=as_long, w=lambda _: codes().tensors, bias=as_long),
+    "dequantize_rows: past the end": wrong("dequantize_rows", at=torch.tensor([0, 48])),
+    "dequantize_rows: before the start": wrong("dequantize_rows", at=torch.tensor([-1])),
+    "dequantize_rows: far past the end": wrong("dequantize_rows", at=torch.tensor([2**63 - 1])),
+    "dequantize_rows: numbers of int32": wrong("dequantize_rows", at=Tensor.int),
+    "dequantize_rows: no columns": wrong("dequantize_rows", columns=0),
+    "dequantize_rows: columns below zero": wrong("dequantize_rows", columns=-1),
+    "dequantize_rows: too wide": wrong("dequantize_rows", columns=DIM + 32),
+    "dequantize_rows: of floats": wrong("dequantize_rows", w=[torch.ones(48, DIM)]),
+    "dequantize_rows: no tensor": wrong("dequantize_rows", w=[]),
+    "dequantize_rows: scales of float32": wrong("dequantize_rows", w=lambda w: [w[0], w[1].float(), w[2]]),
+    "dequantize_rows: codes cut": wrong("dequantize_rows", w=lambda w: [w[0][:-1], *w[1:]]),
+    "dequantize_rows: codes strided": wrong("dequantize_rows", w=lambda w: [strided(w[0]), *w[1:]]),
+    "dequantize_rows: least values cut": wrong("dequantize_rows", w=lambda w: [*w[:2], w[2][:-1]]),
     **{
         f"{name}: block {block}": wrong(name, block=block)
         for name in ("quantize", "repack")
@@ -206,6 +206,6 @@ WRONG = {
     "repack: integers": wrong("repack", blocks=as_long),
     "repack: no rows": wrong("repack", blocks=lambda t: t[:0]),
     **{f"repack: columns {n}": wrong("repack", columns=n) for n in (-64, 0, 32, 63, 128)},
-    "rows: as integers": wrong("rows", dtype=torch.long),
-    "rows: as float16": wrong("rows", dtype=torch.float16),
+    "dequantize_rows: as integers": wrong("dequantize_rows", dtype=torch.long),
+    "dequantize_rows: as float16": wrong("dequantize_rows", dtype=torch.float16),
 }

@@ -1,18 +1,18 @@
-"""Layers for a new token of each row, in every form that the processor has, against float64 from the formulas."""
+"""Layers for a new token of each row, in every isa that the processor has, against float64 from the formulas."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mini.optimize.build import FORMS
+from llama_mini.optimize.build import ISA_VARIANTS
 from tests.optimize.random_layers import assert_near, assert_near_caches, random_step, same_caches
-from tests.optimize.twins import FORMATS, each_form, same_bits
+from tests.optimize.twins import FORMATS, each_isa, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
-form = pytest.fixture(scope="module", params=FORMS)(each_form)
+isa = pytest.fixture(scope="module", params=ISA_VARIANTS)(each_isa)
 
 
 def tolerance(format_: str, dtype: torch.dtype) -> float:
@@ -36,7 +36,7 @@ def tolerance(format_: str, dtype: torch.dtype) -> float:
 )
 @few
 def test_layers(
-    form: str,
+    isa: str,
     format_: str,
     seed: int,
     dtype: torch.dtype,
@@ -55,7 +55,7 @@ def test_layers(
     )
     alone = [step.row(b) for b in range(batch)]
     twin, before = step.copy(), [tensor.clone() for tensor in step[:4]]
-    y, expected = step.run(), twin.twin(form)
+    y, expected = step.run(), twin.twin(isa)
     assert y.dtype == dtype
     assert_near(y, expected, tolerance(format_, dtype))
     assert_near_caches(step, twin, tolerance(format_, dtype))
@@ -67,10 +67,10 @@ def test_layers(
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_of_thousands_of_positions(form: str, format_: str, dtype: torch.dtype) -> None:
+def test_rows_of_thousands_of_positions(isa: str, format_: str, dtype: torch.dtype) -> None:
     step = random_step(3, format_, dtype, 5, 2, 3, 8, 40, 50, longest=2500, windows=(0, 600))
     alone = step.row(3)
-    expected = step.copy().twin(form)
+    expected = step.copy().twin(isa)
     y = step.run()
     assert_near(y, expected, tolerance(format_, dtype))
     assert same_bits(alone.run(), y[3:4])
@@ -78,20 +78,20 @@ def test_rows_of_thousands_of_positions(form: str, format_: str, dtype: torch.dt
 
 @pytest.mark.parametrize("slot", range(4))
 @pytest.mark.parametrize("late", [0, 15])
-def test_each_norm_of_a_layer_rounds_where_it_says(form: str, slot: int, late: int) -> None:
+def test_each_norm_of_a_layer_rounds_where_it_says(isa: str, slot: int, late: int) -> None:
     step = random_step(5, "float", torch.bfloat16, 16, 2, 2, 16, 128, 128, late=late, windows=(0,))
     norms = list(step.layers[0].norms)
     norms[slot] = norms[slot]._replace(late=1 - norms[slot].late)
     other = step.copy()
     other.layers[0] = other.layers[0]._replace(norms=norms)
-    right, wrong = step.copy().twin(form), other.twin(form)
+    right, wrong = step.copy().twin(isa), other.twin(isa)
     y = step.run()
     assert (y != right).double().mean() < 0.8 * (y != wrong).double().mean()
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_in_its_row_and_shows(form: str, format_: str, bad: float) -> None:
+def test_what_is_not_finite_stays_in_its_row_and_shows(isa: str, format_: str, bad: float) -> None:
     step = random_step(9, format_, torch.float32, 6, 2, 3, 9, 37, 51)
     clean = step.copy().run()
     step.x[2, 0, 5] = bad
@@ -103,15 +103,15 @@ def test_what_is_not_finite_stays_in_its_row_and_shows(form: str, format_: str, 
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_of_zeros(form: str, format_: str, dtype: torch.dtype) -> None:
+def test_a_row_of_zeros(isa: str, format_: str, dtype: torch.dtype) -> None:
     step = random_step(8, format_, dtype, 3, 2, 3, 9, 37, 51)
     step.x[1] = 0
-    expected = step.copy().twin(form)
+    expected = step.copy().twin(isa)
     assert_near(step.run(), expected, tolerance(format_, dtype))
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FC001FF])
-def test_any_nan_among_the_keys_shows(form: str, bits: int) -> None:
+def test_any_nan_among_the_keys_shows(isa: str, bits: int) -> None:
     nan = torch.tensor([bits], dtype=torch.uint32).view(torch.float32)
     step = random_step(4, "float", torch.float32, 2, 1, 2, 5, 20, 20, longest=40)
     step.layers[0].k[1, 0, 0] = nan

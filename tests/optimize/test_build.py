@@ -73,7 +73,7 @@ def test_is_built_once_and_says_so(
     assert built(library.parent) == library
     assert capsys.readouterr() == ("", "")
     assert links(log) == 1
-    assert len(log.read_text().splitlines()) == len(build.FORMS) + 2
+    assert len(log.read_text().splitlines()) == len(build.ISA_VARIANTS) + 2
 
 
 def test_nobody_else_can_enter_the_folder(tmp_path: Path, compiler: Path) -> None:
@@ -110,12 +110,12 @@ def test_the_name_depends_on_torch_compiler_flags_and_source(
 ) -> None:
     cache, source = tmp_path / "cache", tmp_path / "native"
     source.mkdir()
-    (source / "form.cpp").write_text("int a;")
+    (source / "kernels.cpp").write_text("int a;")
     monkeypatch.setattr(build, "files", lambda package: tmp_path)
     names = [built(cache)]
-    (source / "form.cpp").write_text("int b;")
+    (source / "kernels.cpp").write_text("int b;")
     names.append(built(cache))
-    (source / "form.cpp").rename(source / "other.cpp")
+    (source / "kernels.cpp").rename(source / "other.cpp")
     names.append(built(cache))
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     names.append(built(cache))
@@ -163,9 +163,9 @@ def test_a_build_that_was_killed_is_done_again(tmp_path: Path, compiler: Path, l
     assert library.read_text() == "whole\n"
 
 
-FAIL = 'case "$1" in -O3) echo note >&2; echo "form.cpp:1: error: no such instruction" >&2; exit 1;; esac'
+FAIL = 'case "$1" in -O3) echo note >&2; echo "kernels.cpp:1: error: no such instruction" >&2; exit 1;; esac'
 WITHOUT = {
-    "failing compiler": ({}, FAIL, r"c\+\+ ended with 1: form.cpp:1: error: no such instruction"),
+    "failing compiler": ({}, FAIL, r"c\+\+ ended with 1: kernels.cpp:1: error: no such instruction"),
     "silent compiler": ({}, 'case "$1" in -O3) exit 3;; esac', r"c\+\+ ended with 3:"),
     "compiler without a version": ({}, "exit 2", r"c\+\+ ended with 2:"),
     "no such compiler": ({"CXX": "nonexistent"}, "", "no compiler nonexistent on the path"),

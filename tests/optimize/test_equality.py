@@ -132,11 +132,11 @@ def test_step_and_prompt_are_one_operator_for_each_run_of_layers_that_it_serves(
     with Seen() as seen:
         steps(fast, cache, 1)
     assert seen.names.count("layers") == supported
-    assert seen.names[-1] == "project"
+    assert seen.names[-1] == "gemv"
     with Seen() as seen:
         fast(random_tokens(1, 20), fast.new_cache(1, 32))
     assert seen.names.count("layers") == supported
-    assert seen.names[-1] == "product"
+    assert seen.names[-1] == "gemm"
 
 
 # --- rows alone and together ---

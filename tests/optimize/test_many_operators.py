@@ -1,4 +1,4 @@
-"""Layers for the tokens of a prompt, in every form that the processor has, against float64 from the formulas."""
+"""Layers for the tokens of a prompt, in every isa that the processor has, against float64 from the formulas."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_mini.optimize.build import FORMS
+from llama_mini.optimize.build import ISA_VARIANTS
 from tests.optimize import twins
 from tests.optimize.random_layers import (
     NO_NORM,
@@ -16,17 +16,17 @@ from tests.optimize.random_layers import (
     random_step,
     same_caches,
 )
-from tests.optimize.twins import FORMATS, Step, each_form, generator, same_bits
+from tests.optimize.twins import FORMATS, Step, each_isa, generator, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**32)
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
-form = pytest.fixture(scope="module", params=FORMS)(each_form)
+isa = pytest.fixture(scope="module", params=ISA_VARIANTS)(each_isa)
 
 
-def assert_follows(step: Step, y: Tensor, twin: Step, expected: Tensor, format_: str, form: str) -> None:
+def assert_follows(step: Step, y: Tensor, twin: Step, expected: Tensor, format_: str, isa: str) -> None:
     """Each number to float32 sums, or activations of 16 bits against codes.
 
     Where the stream is bfloat16, a number that falls to the other side of a rounding moves some others by a few of its
@@ -36,7 +36,7 @@ def assert_follows(step: Step, y: Tensor, twin: Step, expected: Tensor, format_:
         share = 2e-5 if format_ == "float" else 1e-3
     else:
         share = 0.1
-        eight_bits = format_ != "float" and form in ("avx512", "avx512_bf16")
+        eight_bits = format_ != "float" and isa in ("avx512", "avx512_bf16")
         assert (y - expected).norm() < (0.02 if eight_bits else 0.012) * expected.norm()
     assert_near(y, expected, share)
     assert_near_caches(step, twin, share)
@@ -62,7 +62,7 @@ def in_parts(step: Step, *ends: int) -> Tensor:
 )
 @settings(few, max_examples=16)
 def test_a_prompt_through_layers(
-    form: str,
+    isa: str,
     format_: str,
     seed: int,
     dtype: torch.dtype,
@@ -78,9 +78,9 @@ def test_a_prompt_through_layers(
 ) -> None:
     step = random_prompt(seed, format_, dtype, old, new, kv_heads, group, half, dim, hidden, bias, late)
     twin, parts, before = step.copy(), step.copy(), [tensor.clone() for tensor in step[:4]]
-    y, expected, cut = step.run(), twin.twin(form), new // 2
+    y, expected, cut = step.run(), twin.twin(isa), new // 2
     assert y.dtype == dtype
-    assert_follows(step, y, twin, expected, format_, form)
+    assert_follows(step, y, twin, expected, format_, isa)
     assert all(map(same_bits, step[:4], before))
     if cut > 1:  # one token is a step
         assert same_bits(in_parts(parts, cut, new), y)
@@ -89,10 +89,10 @@ def test_a_prompt_through_layers(
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_more_tokens_than_are_taken_together(form: str, format_: str, dtype: torch.dtype) -> None:
+def test_more_tokens_than_are_taken_together(isa: str, format_: str, dtype: torch.dtype) -> None:
     step = random_prompt(3, format_, dtype, 5, 900, 1, 2, 4, 40, 70)
     twin, parts = step.copy(), step.copy()
-    assert_follows(step, y := step.run(), twin, twin.twin(form), format_, form)
+    assert_follows(step, y := step.run(), twin, twin.twin(isa), format_, isa)
     assert same_bits(in_parts(parts, 333, 900), y)
     assert same_caches(step, parts)
 
@@ -101,7 +101,7 @@ def test_more_tokens_than_are_taken_together(form: str, format_: str, dtype: tor
 
 
 def only_attention(step: Step, norms: bool) -> Step:
-    """With nothing after it, and q, k and v that any form sums exactly: sums of some eighths."""
+    """With nothing after it, and q, k and v that any isa sums exactly: sums of some eighths."""
     rng = generator(6)
     step.x.copy_(torch.randint(-3, 4, step.x.shape, generator=rng))
     layers = []
@@ -114,11 +114,11 @@ def only_attention(step: Step, norms: bool) -> Step:
     return step._replace(layers=layers)
 
 
-def assert_attends(step: Step, form: str) -> None:
+def assert_attends(step: Step, isa: str) -> None:
     """To float32 sums; in bfloat16 to the roundings of a head, its weights, what it sees and the stream."""
     share = 4e-6 if step.x.dtype == torch.float32 else 0.012
     twin = step.copy()
-    y, expected = step.run(), twin.twin(form)
+    y, expected = step.run(), twin.twin(isa)
     assert_near(y, expected, share)
     assert_near_caches(step, twin, share / 2)
     for ours, theirs in zip(step.layers, twin.layers, strict=True):
@@ -140,7 +140,7 @@ def assert_attends(step: Step, form: str) -> None:
 )
 @few
 def test_attention(
-    form: str,
+    isa: str,
     seed: int,
     dtype: torch.dtype,
     new: int,
@@ -154,18 +154,18 @@ def test_attention(
     late: int,
 ) -> None:
     step = random_prompt(seed, "float", dtype, old, new, kv_heads, group, half, dim, 1, False, late, [window])
-    assert_attends(only_attention(step, norms), form)
+    assert_attends(only_attention(step, norms), isa)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("new", "old", "window"), [(2, 2100, 0), (130, 1900, 0), (50, 1900, 600)])
-def test_attention_to_long_rows(form: str, dtype: torch.dtype, new: int, old: int, window: int) -> None:
+def test_attention_to_long_rows(isa: str, dtype: torch.dtype, new: int, old: int, window: int) -> None:
     step = random_prompt(1, "float", dtype, old, new, 2, 3, 16, 40, 1, False, 15, [window])
-    assert_attends(only_attention(step, True), form)
+    assert_attends(only_attention(step, True), isa)
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FC001FF])
-def test_any_nan_among_the_keys_shows(form: str, bits: int) -> None:
+def test_any_nan_among_the_keys_shows(isa: str, bits: int) -> None:
     step = random_prompt(4, "float", torch.float32, 20, 3, 1, 2, 5, 20, 20)
     step.layers[0].k[0, 0, 11] = torch.tensor([bits], dtype=torch.uint32).view(torch.float32)
     assert step.run().isnan().all()
@@ -175,7 +175,7 @@ def test_any_nan_among_the_keys_shows(form: str, bits: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows_and_leaves_earlier_blocks_alone(
-    form: str, format_: str, dtype: torch.dtype, bad: float
+    isa: str, format_: str, dtype: torch.dtype, bad: float
 ) -> None:
     step = random_prompt(9, format_, dtype, 0, 140, 2, 3, 9, 37, 51, windows=[0])
     clean = step.copy().run()
@@ -190,7 +190,7 @@ def test_what_is_not_finite_shows_and_leaves_earlier_blocks_alone(
 
 @pytest.mark.parametrize("slot", range(4))
 @pytest.mark.parametrize("late", [0, 15])
-def test_each_norm_of_a_layer_rounds_where_it_says(form: str, slot: int, late: int) -> None:
+def test_each_norm_of_a_layer_rounds_where_it_says(isa: str, slot: int, late: int) -> None:
     """Seen where no other rounding hides it: in the cache, in large scores, after attention that adds nothing."""
     step = random_prompt(5, "float", torch.bfloat16, 0, 40, 2, 2, 16, 128, 128, False, late, [0])
     norms = list(step.layers[0].norms)
@@ -203,7 +203,7 @@ def test_each_norm_of_a_layer_rounds_where_it_says(form: str, slot: int, late: i
     wrong.layers[0] = wrong.layers[0]._replace(norms=norms)
     found = [
         {0: each.layers[0].v, 2: each.layers[0].k}.get(slot, y)[:, :, :40]
-        for each, y in ((step, step.run()), (right, right.twin(form)), (wrong, wrong.twin(form)))
+        for each, y in ((step, step.run()), (right, right.twin(isa)), (wrong, wrong.twin(isa)))
     ]
     ours, right_ones, wrong_ones = found
     most = 0.6 if slot == 1 else 0.01  # weights of attention are rounded too
@@ -212,11 +212,11 @@ def test_each_norm_of_a_layer_rounds_where_it_says(form: str, slot: int, late: i
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_token_of_zeros(form: str, format_: str, dtype: torch.dtype) -> None:
+def test_a_token_of_zeros(isa: str, format_: str, dtype: torch.dtype) -> None:
     step = random_prompt(8, format_, dtype, 3, 20, 2, 3, 9, 37, 51)
     step.x[0, 7] = 0
     twin = step.copy()
-    assert_follows(step, step.run(), twin, twin.twin(form), format_, form)
+    assert_follows(step, step.run(), twin, twin.twin(isa), format_, isa)
 
 
 def silu(gate: Tensor, prompt: bool) -> Tensor:
@@ -248,7 +248,7 @@ def silu(gate: Tensor, prompt: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("prompt", [False, True])
-def test_silu_is_within_three_ulp_and_never_astray(form: str, prompt: bool) -> None:
+def test_silu_is_within_three_ulp_and_never_astray(isa: str, prompt: bool) -> None:
     gate = torch.cat((torch.linspace(-87, 88, 200_001), torch.linspace(-1e-3, 1e-3, 2001)))
     y, expected = silu(gate, prompt), twins.silu(gate)
     ulp = torch.nextafter(expected.float().abs(), torch.tensor(torch.inf)).double() - expected.float().abs()
@@ -260,7 +260,7 @@ def test_silu_is_within_three_ulp_and_never_astray(form: str, prompt: bool) -> N
 
 
 @pytest.mark.parametrize("prompt", [False, True])
-def test_silu_is_rounded_once_to_bfloat16(form: str, prompt: bool) -> None:
+def test_silu_is_rounded_once_to_bfloat16(isa: str, prompt: bool) -> None:
     gate = torch.linspace(-87, 88, 5001).bfloat16()
     y, expected = silu(gate, prompt), twins.silu(gate)
     assert ((y - expected).abs() <= 0.501 * torch.finfo(torch.bfloat16).eps * expected.abs()).all()

@@ -65,8 +65,8 @@ def test_a_wrong_call_is_refused_and_writes_nothing(refused: list[str], name: st
     assert name in refused
 
 
-CALLS = [(name, format_) for name in ("layers", "prompt", "project", "product") for format_ in FORMATS]
-CALLS += [("rows", "int8"), ("rows", "int4"), ("rms_norm", "float")]
+CALLS = [(name, format_) for name in ("layers", "prompt", "gemv", "gemm") for format_ in FORMATS]
+CALLS += [("dequantize_rows", "int8"), ("dequantize_rows", "int4"), ("rms_norm", "float")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,4 +1,4 @@
-"""The operators of one matrix, in every form that the processor has, against float64 from the formulas."""
+"""The operators of one matrix, in every isa that the processor has, against float64 from the formulas."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_mini.optimize.build import FORMS
+from llama_mini.optimize.build import ISA_VARIANTS
 from llama_mini.optimize.fusable import NormArgs
 from llama_mini.optimize.packed_linear import PackedLinear
 from tests.optimize import twins
 from tests.optimize.twins import (
     FORMATS,
     dense,
-    each_form,
+    each_isa,
     generator,
     multiplied,
     product_of_many,
@@ -35,15 +35,15 @@ few = settings(max_examples=30, deadline=None, derandomize=True)
 op = torch.ops.llama_mini
 
 
-form = pytest.fixture(scope="module", params=FORMS)(each_form)
+isa = pytest.fixture(scope="module", params=ISA_VARIANTS)(each_isa)
 
 
-def project(x: Tensor, matrix: PackedLinear) -> Tensor:
-    return op.project(x, matrix.tensors, matrix.bias_or_empty, matrix.width)
+def gemv(x: Tensor, matrix: PackedLinear) -> Tensor:
+    return op.gemv(x, matrix.tensors, matrix.bias_or_empty, matrix.width)
 
 
-def product(x: Tensor, matrix: PackedLinear) -> Tensor:
-    return op.product(x, matrix.tensors, matrix.bias_or_empty, matrix.width)
+def gemm(x: Tensor, matrix: PackedLinear) -> Tensor:
+    return op.gemm(x, matrix.tensors, matrix.bias_or_empty, matrix.width)
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -58,14 +58,14 @@ def rounding(dtype: torch.dtype) -> float:
     seed=seeds, dtype=dtypes, batch=batches, rows=st.integers(1, 70), columns=st.integers(1, 170), bias=st.booleans()
 )
 @few
-def test_project(
-    form: str, format_: str, seed: int, dtype: torch.dtype, batch: int, rows: int, columns: int, bias: bool
+def test_gemv(
+    isa: str, format_: str, seed: int, dtype: torch.dtype, batch: int, rows: int, columns: int, bias: bool
 ) -> None:
     rng = generator(seed)
     matrix = random_matrix(format_, [rows, 3], columns, dtype, rng, bias)
     x = random((batch, columns), dtype, rng)
     before = x.clone()
-    y = project(x, matrix)
+    y = gemv(x, matrix)
     weight = dense(matrix)[: matrix.width].abs()
     bound = 1e-6 * (x.double().abs() @ weight.T + 1)
     if format_ != "float":  # activations are rounded to 16 bits
@@ -73,27 +73,27 @@ def test_project(
     assert y.dtype == torch.float32
     assert ((y - twins.product(x, matrix)).abs() <= bound).all()
     assert same_bits(x, before)
-    assert all(same_bits(y[b : b + 1], project(x[b : b + 1], matrix)) for b in range(batch))
+    assert all(same_bits(y[b : b + 1], gemv(x[b : b + 1], matrix)) for b in range(batch))
 
 
 @pytest.mark.parametrize("format_", CODED)
 @given(seed=seeds, dtype=dtypes, batch=batches, rows=st.integers(1, 70), columns=st.integers(1, 170))
 @few
-def test_integer_sums_have_the_same_bits_in_every_form(
-    form: str, format_: str, seed: int, dtype: torch.dtype, batch: int, rows: int, columns: int
+def test_integer_sums_have_the_same_bits_in_every_isa(
+    isa: str, format_: str, seed: int, dtype: torch.dtype, batch: int, rows: int, columns: int
 ) -> None:
     rng = generator(seed)
     matrix, x = random_matrix(format_, [rows], columns, dtype, rng), random((batch, columns), dtype, rng)
-    y = project(x, matrix)
-    op.use_form("avx2")
-    assert same_bits(project(x, matrix), y)
-    op.use_form(form)
+    y = gemv(x, matrix)
+    op.use_isa("avx2")
+    assert same_bits(gemv(x, matrix), y)
+    op.use_isa(isa)
 
 
 @pytest.mark.parametrize("late", [False, True])
 @given(seed=seeds, dtype=dtypes, count=st.integers(0, 40), width=st.integers(1, 170), eps=st.sampled_from([0, 1e-5, 1]))
 @few
-def test_rms_norm(form: str, late: bool, seed: int, dtype: torch.dtype, count: int, width: int, eps: float) -> None:
+def test_rms_norm(isa: str, late: bool, seed: int, dtype: torch.dtype, count: int, width: int, eps: float) -> None:
     rng = generator(seed)
     x = random((count, width), dtype, rng) * 10.0 ** int(torch.randint(-9, 9, (), generator=rng))
     norm = NormArgs(random_gain(width, dtype, rng), eps, int(late))
@@ -120,50 +120,50 @@ def uneven(n: int, columns: int, dtype: torch.dtype, rng: torch.Generator) -> Te
     bias=st.booleans(),
 )
 @few
-def test_product(
-    form: str, format_: str, seed: int, dtype: torch.dtype, n: int, parts: list[int], columns: int, bias: bool
+def test_gemm(
+    isa: str, format_: str, seed: int, dtype: torch.dtype, n: int, parts: list[int], columns: int, bias: bool
 ) -> None:
     """Off by float32 sums, and one rounding of the result."""
     rng = generator(seed)
     matrix, x = random_matrix(format_, parts, columns, dtype, rng, bias), uneven(n, columns, dtype, rng)
-    before, y = x.clone(), product(x, matrix)
-    tokens, weight = multiplied(x, matrix, form)
-    expected = product_of_many(x, matrix, form)
+    before, y = x.clone(), gemm(x, matrix)
+    tokens, weight = multiplied(x, matrix, isa)
+    expected = product_of_many(x, matrix, isa)
     bound = 2e-6 * (tokens.abs() @ weight.abs().T + 1)
     bound += rounding(dtype) * expected.abs() * 0.51
     assert y.dtype == dtype
     assert ((y - expected).abs() <= bound).all()
     assert same_bits(x, before)
     for token in range(n):
-        assert same_bits(product(x[token : token + 1], matrix), y[token : token + 1])
+        assert same_bits(gemm(x[token : token + 1], matrix), y[token : token + 1])
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_product_of_more_tokens_than_are_taken_together(form: str, format_: str, dtype: torch.dtype) -> None:
+def test_gemm_of_more_tokens_than_are_taken_together(isa: str, format_: str, dtype: torch.dtype) -> None:
     rng = generator(2)
     matrix, x = random_matrix(format_, [37], 70, dtype, rng, bias=True), uneven(1000, 70, dtype, rng)
-    expected, y = product_of_many(x, matrix, form), product(x, matrix)
+    expected, y = product_of_many(x, matrix, isa), gemm(x, matrix)
     assert ((y - expected).abs() <= 3e-6 * x.norm(dim=-1, keepdim=True) + rounding(dtype) * expected.abs() * 0.51).all()
-    assert same_bits(torch.cat([product(part, matrix) for part in x.split([333, 500, 167])]), y)
+    assert same_bits(torch.cat([gemm(part, matrix) for part in x.split([333, 500, 167])]), y)
 
 
-def test_a_loud_step_is_kept_to_sixteen_bits(form: str) -> None:
+def test_a_loud_step_is_kept_to_sixteen_bits(isa: str) -> None:
     rng = generator(1)
     matrix, x = random_matrix("int8", [64], 256, torch.bfloat16, rng), random((40, 256), torch.bfloat16, rng)
     x[:, 96:128] *= 64
-    expected = x.double() @ multiplied(x, matrix, form)[1].T
+    expected = x.double() @ multiplied(x, matrix, isa)[1].T
     # bfloat16 rounds the result by as much; eight bits would add 5e-3
-    assert (product(x, matrix).double() - expected).norm() / expected.norm() < 2.5e-3
+    assert (gemm(x, matrix).double() - expected).norm() / expected.norm() < 2.5e-3
 
 
 # --- either ---
 
 
-@pytest.mark.parametrize("times", [project, product])
+@pytest.mark.parametrize("times", [gemv, gemm])
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_tiny_and_huge_rows(form: str, times: Product, format_: str, scale: float) -> None:
+def test_tiny_and_huge_rows(isa: str, times: Product, format_: str, scale: float) -> None:
     rng = generator(7)
     matrix, x = random_matrix(format_, [37], 99, torch.float32, rng), random((23, 99), torch.float32, rng, scale)
     expected = twins.product(x, matrix)
@@ -172,20 +172,20 @@ def test_tiny_and_huge_rows(form: str, times: Product, format_: str, scale: floa
     assert times(torch.zeros(20, 99), matrix).eq(0).all()
 
 
-@pytest.mark.parametrize("times", [project, product])
+@pytest.mark.parametrize("times", [gemv, gemm])
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("at", [0, 31, 44])
 def test_what_is_not_finite_stays_in_its_row_and_shows(
-    form: str, times: Product, format_: str, dtype: torch.dtype, bad: float, at: int
+    isa: str, times: Product, format_: str, dtype: torch.dtype, bad: float, at: int
 ) -> None:
     rng = generator(11)
     matrix, x = random_matrix(format_, [35], 45, dtype, rng), random((17, 45), dtype, rng)
     clean = times(x, matrix)
     x[3, at] = bad
     y = times(x, matrix)
-    widened = times is product and form == "amx" and dtype == torch.bfloat16
+    widened = times is gemm and isa == "amx" and dtype == torch.bfloat16
     assert not y[3].isfinite().any() if format_ == "float" or widened else y[3].isnan().all()
     others = torch.arange(17) != 3
     assert same_bits(y[others], clean[others])
@@ -197,12 +197,12 @@ def test_what_is_not_finite_stays_in_its_row_and_shows(
 @pytest.mark.parametrize("format_", CODED)
 @given(seed=seeds, dtype=dtypes, parts=st.lists(st.integers(1, 40), min_size=1, max_size=3), columns=st.integers(1, 99))
 @few
-def test_rows(form: str, format_: str, seed: int, dtype: torch.dtype, parts: list[int], columns: int) -> None:
+def test_dequantize_rows(isa: str, format_: str, seed: int, dtype: torch.dtype, parts: list[int], columns: int) -> None:
     """Widened in float32, whose rounding is of what is added: no more than of the largest."""
     rng = generator(seed)
     matrix = random_matrix(format_, parts, columns, dtype, rng)
     at = torch.randint(matrix.rows, (int(torch.randint(20, (), generator=rng)),), generator=rng)
-    y, expected = op.rows(matrix.tensors, at, columns, dtype), dense(matrix)[at]
+    y, expected = op.dequantize_rows(matrix.tensors, at, columns, dtype), dense(matrix)[at]
     assert y.shape == expected.shape
     assert y.dtype == dtype
     bound = rounding(dtype) / 2 * expected.abs() + 1e-6 * dense(matrix).abs().max()

@@ -102,7 +102,7 @@ def test_bfloat16_rounds_its_output_once(kind: type[PackedLinear]) -> None:
         assert y.dtype == torch.bfloat16
         for part, found in enumerate(matrix.split(y)):
             expected = x.double() @ floats(matrix, part).double().T
-            eight_bits = n > DECODE_ROWS and kind is not FloatLinear and torch.ops.llama_mini.forms()[0] != "amx"
+            eight_bits = n > DECODE_ROWS and kind is not FloatLinear and torch.ops.llama_mini.isa_variants()[0] != "amx"
             assert (found.double() - expected).norm() < (7e-3 if eight_bits else 4e-3) * expected.norm()
 
 

@@ -1,4 +1,4 @@
-"""Numbers and GGUF's blocks into codes: in every form the bits of PyTorch's own operators."""
+"""Numbers and GGUF's blocks into codes: in every isa the bits of PyTorch's own operators."""
 
 import gguf
 import pytest
@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mini.checkpoint.gguf.tensors import Blocks
-from llama_mini.optimize.build import FORMS
+from llama_mini.optimize.build import ISA_VARIANTS
 from llama_mini.optimize.packed_linear import QuantizedLinear
-from tests.optimize.twins import each_form, generator, random_matrix, same_bits
+from tests.optimize.twins import each_isa, generator, random_matrix, same_bits
 
 CODED = ["int8", "int4"]
 seeds = st.integers(0, 2**32)
@@ -18,14 +18,14 @@ few = settings(max_examples=30, deadline=None, derandomize=True)
 op = torch.ops.llama_mini
 
 
-form = pytest.fixture(scope="module", params=FORMS)(each_form)
+isa = pytest.fixture(scope="module", params=ISA_VARIANTS)(each_isa)
 
 
 @pytest.mark.parametrize("format_", CODED)
 @given(seed=seeds, dtype=dtypes, first=st.integers(0, 2), rows=st.integers(1, 40), columns=st.integers(1, 170))
 @few
 def test_quantize_gives_the_bits_of_its_twin(
-    form: str, format_: str, seed: int, dtype: torch.dtype, first: int, rows: int, columns: int
+    isa: str, format_: str, seed: int, dtype: torch.dtype, first: int, rows: int, columns: int
 ) -> None:
     """Of numbers large and small, equal ones, and halves that are rounded to the even code."""
     rng = generator(seed)
@@ -44,7 +44,7 @@ def test_quantize_gives_the_bits_of_its_twin(
 @given(seed=seeds, first=st.integers(0, 2), rows=st.integers(1, 40), steps=st.integers(1, 5))
 @few
 def test_repack_gives_the_bits_of_its_twin(
-    form: str, number_format: str, seed: int, first: int, rows: int, steps: int
+    isa: str, number_format: str, seed: int, first: int, rows: int, steps: int
 ) -> None:
     rng = generator(seed)
     kind = gguf.GGMLQuantizationType[number_format]
@@ -61,7 +61,7 @@ def test_repack_gives_the_bits_of_its_twin(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e8, -1e8])
 @pytest.mark.parametrize("format_", CODED)
-def test_what_no_scale_holds_is_seen_wherever_it_stands(form: str, format_: str, bad: float) -> None:
+def test_what_no_scale_holds_is_seen_wherever_it_stands(isa: str, format_: str, bad: float) -> None:
     for column in range(40):
         matrix, weight = random_matrix(format_, [20], 40, torch.float32, generator(0)), torch.zeros(20, 40)
         assert op.quantize(weight, matrix.tensors, 0)
@@ -71,7 +71,7 @@ def test_what_no_scale_holds_is_seen_wherever_it_stands(form: str, format_: str,
 
 @pytest.mark.parametrize(("number_format", "at"), [("Q8_0", 0), ("Q4_0", 0), ("Q4_1", 0), ("Q4_1", 2)])
 @pytest.mark.parametrize("bad", [0x7C00, 0xFC00, 0x7E01])
-def test_a_block_whose_scale_is_not_finite_is_seen(form: str, number_format: str, at: int, bad: int) -> None:
+def test_a_block_whose_scale_is_not_finite_is_seen(isa: str, number_format: str, at: int, bad: int) -> None:
     n_bytes = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}[number_format]
     matrix = random_matrix("int8" if number_format == "Q8_0" else "int4", [20], 64, torch.float32, generator(0))
     blocks = torch.zeros(20, 2 * n_bytes, dtype=torch.uint8)

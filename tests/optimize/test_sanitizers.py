@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import llama_mini.optimize
-from llama_mini.optimize.build import FORMS, load_kernels
+from llama_mini.optimize.build import ISA_VARIANTS, load_kernels
 
 NATIVE = Path(llama_mini.optimize.__file__).parent / "native"
 DRIVER = Path(__file__).parent / "native" / "driver.cpp"
-QUICK = [("address,undefined", "avx2")]  # every processor has this form
-SLOW = [("address,undefined", form) for form in ("avx512", "avx512_bf16", "amx")]
-SLOW += [("guard", "amx"), *(("thread", form) for form in FORMS)]
+QUICK = [("address,undefined", "avx2")]  # every processor has this isa
+SLOW = [("address,undefined", isa) for isa in ("avx512", "avx512_bf16", "amx")]
+SLOW += [("guard", "amx"), *(("thread", isa) for isa in ISA_VARIANTS)]
 GUARD = ["-DGUARDED", "-Wl,--wrap=aligned_alloc,--wrap=free"]
 Driver = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -28,32 +28,32 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    """Runs the driver with a sanitizer and a form, compiled once."""
+    """Runs the driver with a sanitizer and a isa, compiled once."""
 
     @cache
-    def program(sanitizer: str, form: str) -> Path:
+    def program(sanitizer: str, isa: str) -> Path:
         path = tmp_path_factory.mktemp("sanitizers") / "driver"
         words = ["g++", "-O1", "-g", "-std=c++20", "-fno-math-errno", "-w"]
         words += GUARD if sanitizer == "guard" else [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-        words += [f"-DFORM={form}", *FORMS[form], f"-I{NATIVE}"]
-        words += [str(DRIVER), str(NATIVE / "form.cpp"), "-pthread", "-o", str(path)]
+        words += [f"-DISA={isa}", *ISA_VARIANTS[isa], f"-I{NATIVE}"]
+        words += [str(DRIVER), str(NATIVE / "kernels.cpp"), "-pthread", "-o", str(path)]
         subprocess.run(words, check=True, timeout=300)
         return path
 
-    def run(sanitizer: str, form: str, *plant: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([program(sanitizer, form), *plant], capture_output=True, text=True, timeout=300)
+    def run(sanitizer: str, isa: str, *plant: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([program(sanitizer, isa), *plant], capture_output=True, text=True, timeout=300)
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("sanitizer", "form"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+    ("sanitizer", "isa"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
 )
-def test_no_form_is_caught(driver: Driver, sanitizer: str, form: str) -> None:
+def test_no_isa_variant_is_caught(driver: Driver, sanitizer: str, isa: str) -> None:
     assert load_kernels()
-    if form not in torch.ops.llama_mini.forms():
-        pytest.skip(f"this processor has no {form}")
-    done = driver(sanitizer, form)
+    if isa not in torch.ops.llama_mini.isa_variants():
+        pytest.skip(f"this processor has no {isa}")
+    done = driver(sanitizer, isa)
     assert (done.returncode, done.stdout, done.stderr[:2000]) == (0, "144 cases\n", "")
 
 

@@ -1,7 +1,7 @@
 """The operators again, in float64 and from the formulas: what the native ones are held to.
 
 Each rounds to the stream's dtype where the native operator does, so that early and late casts tell apart. A prompt is
-more than one token of a row; `form` is the instruction set that the native operators use.
+more than one token of a row; `isa` is the instruction set that the native operators use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,15 +22,15 @@ FORMATS: dict[str, type[PackedLinear]] = {
 }
 
 
-def each_form(request: pytest.FixtureRequest) -> Iterator[str]:
-    """For a fixture with the names of forms as parameters: uses one, and then the first again."""
+def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For a fixture with the names of ISA variants as parameters: uses one, and then the first again."""
     assert load_kernels()
-    known = torch.ops.llama_mini.forms()
+    known = torch.ops.llama_mini.isa_variants()
     if request.param not in known:
         pytest.skip(f"this processor has no {request.param}")
-    torch.ops.llama_mini.use_form(request.param)
+    torch.ops.llama_mini.use_isa(request.param)
     yield request.param
-    torch.ops.llama_mini.use_form(known[0])
+    torch.ops.llama_mini.use_isa(known[0])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -82,8 +82,8 @@ def product(x: Tensor, matrix: PackedLinear) -> Tensor:
     return _with_bias(x.double() @ dense(matrix)[: matrix.width].T, matrix)
 
 
-def product_of_many(x: Tensor, matrix: PackedLinear, form: str) -> Tensor:
-    tokens, weight = multiplied(x, matrix, form)
+def product_of_many(x: Tensor, matrix: PackedLinear, isa: str) -> Tensor:
+    tokens, weight = multiplied(x, matrix, isa)
     return _with_bias(tokens @ weight.T, matrix)
 
 
@@ -91,23 +91,23 @@ def _with_bias(y: Tensor, matrix: PackedLinear) -> Tensor:
     return y if matrix.bias is None else y + matrix.bias.double()
 
 
-def multiplied(x: Tensor, matrix: PackedLinear, form: str) -> tuple[Tensor, Tensor]:
+def multiplied(x: Tensor, matrix: PackedLinear, isa: str) -> tuple[Tensor, Tensor]:
     """What the product of many tokens multiplies, in float64: them, and the weights."""
     weight = dense(matrix)[: matrix.width]
     if len(matrix.tensors) == 1:
         return x.double(), weight
-    if form == "amx" and x.dtype == torch.bfloat16:
+    if isa == "amx" and x.dtype == torch.bfloat16:
         return x.double(), weight.float().bfloat16().double()
-    return as_codes(x, form), weight
+    return as_codes(x, isa), weight
 
 
-def as_codes(x: Tensor, form: str) -> Tensor:
+def as_codes(x: Tensor, isa: str) -> Tensor:
     """Tokens (..., columns) as codes: eight bits for 32 columns, sixteen where they are loud."""
     columns = x.shape[-1]
     steps = torch.nn.functional.pad(x.float(), (0, -columns % 32)).unflatten(-1, (-1, 32))
     peak = steps.abs().amax(-1, keepdim=True)
     loud = peak.square() > 3 * peak.square().mean(-2, keepdim=True)
-    if x.dtype == torch.float32 or form == "avx2":
+    if x.dtype == torch.float32 or isa == "avx2":
         loud = torch.ones_like(loud)
     levels = torch.where(loud, 32512.0, 127.0)
     codes = torch.where(peak == 0, 0, steps.double() * (levels / peak).double()).round()
@@ -178,16 +178,16 @@ class Layer(NamedTuple):
     window: int
 
 
-def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer, form: str) -> Tensor:
+def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer, isa: str) -> Tensor:
     """x (B, T, C), cos and sin (B, T, D / 2), positions (B, T), through one layer; fills the cache."""
     qkv, o, gate_up, down = layer.matrices
     dtype, dim, many = x.dtype, layer.k.shape[3], x.shape[1] > 1
     # A dot product of bfloat16 rounds what is multiplied; others need not, but a prompt is kept as the stream is.
-    rounds = many or (len(o.tensors) == 1 and form in ("avx512_bf16", "amx"))
+    rounds = many or (len(o.tensors) == 1 and isa in ("avx512_bf16", "amx"))
 
     def times(x: Tensor, matrix: PackedLinear) -> list[Tensor]:
         x = x.to(dtype) if rounds else x
-        return matrix.split(product_of_many(x, matrix, form) if many else product(x, matrix))
+        return matrix.split(product_of_many(x, matrix, isa) if many else product(x, matrix))
 
     projected = times(rms_norm(x, layer.norms[0], dtype), qkv)
     q, k, v = ((part.to(dtype) if many else part).unflatten(-1, (-1, dim)) for part in projected)
@@ -244,8 +244,8 @@ class Step(NamedTuple):
             self.hidden,
         )
 
-    def twin(self, form: str) -> Tensor:
+    def twin(self, isa: str) -> Tensor:
         x = self.x
         for layer in self.layers:
-            x = through(x, *self[1:4], layer, form)
+            x = through(x, *self[1:4], layer, isa)
         return x

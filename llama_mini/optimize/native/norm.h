@@ -1,9 +1,9 @@
 // RMSNorm in the roundings of a stream of T: early rounds before the gain, late after it.
 #pragma once
 
-#include "rows.h"
+#include "gemv.h"
 
-namespace FORM {
+namespace ISA {
 
 template <typename T>
 inline f32 round_to(f32 v) {
@@ -30,4 +30,4 @@ inline void copy_row(const From* from, int64_t n, To* to) {
   for (int64_t i = 0; i < n; i += LANES) store_first(to + i, load_first(from + i, (int)(n - i)), (int)(n - i));
 }
 
-}  // namespace FORM
+}  // namespace ISA

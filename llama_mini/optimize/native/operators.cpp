@@ -13,18 +13,18 @@
 #include <string>
 #include <vector>
 
-#include "arguments.h"
-#include "crew.h"
+#include "check_args.h"
+#include "thread_pool.h"
 
 namespace {
 
-struct NamedForm {
+struct Variant {
   const char* name;
-  const Form* form;
+  const Kernels* kernels;
 };
 
-// Whether the processor has tiles of bfloat16 and the system lets this process use them, which must be asked.
-bool tiles_allowed() {
+// Whether the processor has tiles of bfloat16 and the system lets this process use them, which must be prefetched.
+bool amx_allowed() {
 #ifdef __linux__
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // of asm/prctl.h and of the processor's manual
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
@@ -34,55 +34,55 @@ bool tiles_allowed() {
 #endif
 }
 
-std::vector<NamedForm> forms() {
-  std::vector<NamedForm> found;
+std::vector<Variant> variants() {
+  std::vector<Variant> found;
   __builtin_cpu_init();
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni");
   const bool dots = wide && __builtin_cpu_supports("avx512bf16");
-  if (dots && tiles_allowed()) found.push_back({"amx", &form_amx});
-  if (dots) found.push_back({"avx512_bf16", &form_avx512_bf16});
-  if (wide) found.push_back({"avx512", &form_avx512});
+  if (dots && amx_allowed()) found.push_back({"amx", kernels_amx});
+  if (dots) found.push_back({"avx512_bf16", kernels_avx512_bf16});
+  if (wide) found.push_back({"avx512", kernels_avx512});
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    found.push_back({"avx2", &form_avx2});
+    found.push_back({"avx2", kernels_avx2});
   return found;
 }
 
-std::atomic<const Form*> chosen{nullptr};
+std::atomic<const Kernels*> chosen{nullptr};
 
-const Form& form() {
-  const Form* now = chosen.load();
+// The chosen variant's kernels for a dtype; the processor's best one, until another is chosen.
+const Kernels& kernels_for(bool float32) {
+  const Kernels* now = chosen.load();
   if (now == nullptr) {
-    const auto found = forms();
+    const auto found = variants();
     TORCH_CHECK(!found.empty(), "this processor has neither AVX-512 nor AVX2");
-    chosen.store(now = found[0].form);
+    chosen.store(now = found[0].kernels);
   }
-  return *now;
+  return now[float32 ? 0 : 1];
 }
 
-std::vector<std::string> form_names() {
+std::vector<std::string> isa_variants() {
   std::vector<std::string> names;
-  for (const auto& each : forms()) names.emplace_back(each.name);
+  for (const auto& each : variants()) names.emplace_back(each.name);
   return names;
 }
 
-void use_form(std::string name) {
-  for (const auto& each : forms())
-    if (name == each.name) return chosen.store(each.form);
-  TORCH_CHECK(false, "no form ", name, " on this processor");
+void use_isa(std::string name) {
+  for (const auto& each : variants())
+    if (name == each.name) return chosen.store(each.kernels);
+  TORCH_CHECK(false, "no variant ", name, " on this processor");
 }
 
-// Calls f(form, team) with as many threads as PyTorch has been given, `most` at most.
+// Calls f(pool) with as many threads as PyTorch has been given, `most` at most.
 template <typename F>
-void with_team(const F& f, int64_t most = INT64_MAX) {
+void with_pool(const F& f, int64_t most = INT64_MAX) {
   const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(most, at::get_num_threads());
-  Crew crew(threads);
-  const Form& ours = form();
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) noexcept {  // a thread that left would be waited for
-    if (first != 0) return crew.help(first);
-    f(ours, Team{Crew::run, Crew::expect, &crew});
-    crew.finish();
+  ThreadPool pool(threads);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) noexcept {  // a thread that threw would be waited for
+    if (first != 0) return pool.work(first);
+    f(Pool{ThreadPool::run, ThreadPool::prefetch_next, &pool});
+    pool.finish();
   });
 }
 
@@ -104,9 +104,10 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
                   matrices.size() == 4 * n * each && (biases.empty() || biases.size() == 4 * n) && windows.size() == n,
               "the lists of ", n, " layers differ in length");
   TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1), "a token of each row, or those of one row, not ", x.sizes());
-  const int64_t dim = x.size(-1), tokens = rows_of(x);
-  const bool floats = wide(x), many = x.size(1) > 1;
-  auto norm = [&](size_t i, int64_t width) { return norm_of(gains[i], eps[i], late[i], x, width); };
+  const int64_t dim = x.size(-1), tokens = n_rows(x);
+  const bool many = x.size(1) > 1;
+  const Kernels& kernels = kernels_for(is_float32(x));
+  auto norm = [&](size_t i, int64_t width) { return norm_args(gains[i], eps[i], late[i], x, width); };
   const Tensor no_bias = at::empty({0}, x.options());
   auto operand = [&](size_t i, int64_t rows, int64_t columns) {
     return matrix(matrices.slice(i * each, each), rows, columns, biases.empty() ? no_bias : biases[i], x);
@@ -120,8 +121,8 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   }
   const Attention& a = attentions[0];
   check_prompt(a);
-  const int64_t q_dim = heads * a.head_dim, qkv_rows = a.v_at + after(a.kv_heads * a.head_dim, each > 1);
-  const int64_t up_at = after(hidden, each > 1), gate_up_rows = up_at + after(hidden, each > 1);
+  const int64_t q_dim = heads * a.head_dim, qkv_rows = a.v_at + next_part(a.kv_heads * a.head_dim, each > 1);
+  const int64_t up_at = next_part(hidden, each > 1), gate_up_rows = up_at + next_part(hidden, each > 1);
   std::vector<Norm> norms;
   std::vector<Matrix> operands;
   for (size_t i = 0; i < n; i++) {
@@ -130,17 +131,17 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
                                      operand(4 * i + 2, gate_up_rows, dim), operand(4 * i + 3, dim, hidden)});
   }
   Tensor out = at::empty(x.sizes(), x.options()), between = at::empty(x.sizes(), x.options());
-  with_team([&](const Form& form, Team team) {
+  with_pool([&](Pool pool) {
     const void* now = x.const_data_ptr();
     for (size_t i = 0; i < n; i++) {
       const Matrix *m = &operands[4 * i], *next = i + 1 < n ? m + 4 : nullptr;
       void* mid = between.data_ptr();
       if (many) {
-        form.attention_many(now, norms[2 * i], m[0], attentions[i], m[1], mid, team);
-        form.feed_forward_many(mid, norms[2 * i + 1], m[2], up_at, m[3], floats, tokens, out.data_ptr(), team);
+        kernels.prefill_attention(now, norms[2 * i], m[0], attentions[i], m[1], mid, pool);
+        kernels.prefill_feed_forward(mid, norms[2 * i + 1], m[2], up_at, m[3], tokens, out.data_ptr(), pool);
       } else {
-        form.attention_step(now, norms[2 * i], m[0], attentions[i], m[1], m[2], mid, team);
-        form.feed_forward_step(mid, norms[2 * i + 1], m[2], up_at, m[3], next, floats, tokens, out.data_ptr(), team);
+        kernels.decode_attention(now, norms[2 * i], m[0], attentions[i], m[1], m[2], mid, pool);
+        kernels.decode_feed_forward(mid, norms[2 * i + 1], m[2], up_at, m[3], next, tokens, out.data_ptr(), pool);
       }
       now = out.const_data_ptr();
     }
@@ -148,42 +149,42 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   return out;
 }
 
-// x times a matrix: `what` of a form, which writes numbers of `dtype`.
-template <typename F>
-Tensor times(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows, at::ScalarType dtype, const F& what) {
-  const int64_t n = rows_of(x);
-  const bool floats = wide(x);
+// x times a matrix, by one of two kernels, which writes numbers of `dtype`.
+Tensor times(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows, at::ScalarType dtype,
+             decltype(&Kernels::gemv) kernel) {
+  const int64_t n = n_rows(x);
+  const Kernels& kernels = kernels_for(is_float32(x));
   const Tensor from = x.contiguous();
   auto sizes = x.sizes().vec();
   sizes.back() = rows;
   Tensor out = at::empty(sizes, x.options().dtype(dtype));
   const Matrix m = matrix(w, rows, x.size(-1), bias, x);
-  with_team([&](const Form& form, Team team) { what(form)(from.const_data_ptr(), m, floats, n, out.data_ptr(), team); });
+  with_pool([&](Pool pool) { (kernels.*kernel)(from.const_data_ptr(), m, n, out.data_ptr(), pool); });
   return out;
 }
 
-Tensor project(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) {
-  return times(x, w, bias, rows, at::kFloat, [](const Form& form) { return form.project; });
+Tensor gemv(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) {
+  return times(x, w, bias, rows, at::kFloat, &Kernels::gemv);
 }
 
-Tensor product(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) {
-  return times(x, w, bias, rows, x.scalar_type(), [](const Form& form) { return form.product; });
+Tensor gemm(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) {
+  return times(x, w, bias, rows, x.scalar_type(), &Kernels::gemm);
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& gain, double eps, bool late) {
   TORCH_CHECK(gain.numel() > 0, "a gain for each number of a row");
-  const int64_t count = rows_of(x), n = x.size(-1);
-  const bool floats = wide(x);
+  const int64_t count = n_rows(x), n = x.size(-1);
+  const Kernels& kernels = kernels_for(is_float32(x));
   const Tensor from = x.contiguous();
-  const Norm norm = norm_of(gain, eps, late, x, n);
+  const Norm norm = norm_args(gain, eps, late, x, n);
   Tensor out = at::empty(x.sizes(), x.options());
-  with_team([&](const Form& form, Team team) {
-    form.rms_norm(from.const_data_ptr(), norm, floats, count, n, out.data_ptr(), team);
+  with_pool([&](Pool pool) {
+    kernels.rms_norm(from.const_data_ptr(), norm, count, n, out.data_ptr(), pool);
   }, threads_for(x.numel()));
   return out;
 }
 
-Tensor rows(TensorList w, const Tensor& at, int64_t columns, at::ScalarType dtype) {
+Tensor dequantize_rows(TensorList w, const Tensor& at, int64_t columns, at::ScalarType dtype) {
   TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && columns > 0, "codes of at least one column");
   TORCH_CHECK(at.scalar_type() == at::kLong, "rows by number, not ", at.scalar_type());
   const Tensor numbers = at.contiguous();
@@ -191,35 +192,35 @@ Tensor rows(TensorList w, const Tensor& at, int64_t columns, at::ScalarType dtyp
   auto sizes = at.sizes().vec();
   sizes.push_back(columns);
   Tensor out = at::empty(sizes, w[0].options().dtype(dtype));
-  const bool floats = wide(out);
+  const Kernels& kernels = kernels_for(is_float32(out));
   const Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, out.options()), out);
   for (int64_t i = 0; i < n; i++) TORCH_CHECK_INDEX(first[i] >= 0 && first[i] < m.rows, "row ", first[i], " of ", m.rows);
-  with_team([&](const Form& form, Team team) { form.rows(m, first, floats, n, out.data_ptr(), team); },
+  with_pool([&](Pool pool) { kernels.dequantize_rows(m, first, n, out.data_ptr(), pool); },
             threads_for(n * columns));
   return out;
 }
 
 // The blocks of a matrix of codes from `block` on, as many as n rows take.
 Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const Tensor& like) {
-  TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && n > 0 && columns > 0 && block >= 0 && block + up(n, 16) / 16 <= w[0].size(0),
+  TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && n > 0 && columns > 0 && block >= 0 && block + round_up(n, 16) / 16 <= w[0].size(0),
               "codes with room for ", n, " rows of ", columns, " from block ", block, " on");
   Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, like.options()), like);
-  const int64_t steps = up(columns, 32) / 32;
-  m.data = (const char*)m.data + block * steps * (m.kind == Kind::INT8 ? 512 : 256);
-  m.scale += block * steps * 16;
-  if (m.least != nullptr) m.least += block * steps * 16;
+  const int64_t groups = round_up(columns, 32) / 32;
+  m.data = (const char*)m.data + block * groups * (m.kind == Kind::INT8 ? 512 : 256);
+  m.scales += block * groups * 16;
+  if (m.mins != nullptr) m.mins += block * groups * 16;
   return m;
 }
 
 // Both give false where a number is none that a scale holds.
 bool quantize(const Tensor& x, TensorList w, int64_t block) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "rows in one piece, not ", x.sizes());
-  const bool floats = wide(x);
+  const Kernels& kernels = kernels_for(is_float32(x));
   const Matrix m = blocks_of(w, block, x.size(0), x.size(1), x);
-  bool sound = false;
-  with_team([&](const Form& form, Team team) { sound = form.quantize(x.const_data_ptr(), floats, x.size(0), m, team); },
+  bool finite = false;
+  with_pool([&](Pool pool) { finite = kernels.quantize(x.const_data_ptr(), x.size(0), m, pool); },
             threads_for(x.numel()));
-  return sound;
+  return finite;
 }
 
 bool repack(const Tensor& blocks, TensorList w, int64_t columns, int64_t block) {
@@ -229,36 +230,37 @@ bool repack(const Tensor& blocks, TensorList w, int64_t columns, int64_t block) 
   const int64_t bytes = blocks.size(1) / (columns / 32);
   TORCH_CHECK(bytes * (columns / 32) == blocks.size(1) && (m.kind == Kind::INT8 ? bytes == 34 : bytes == 18 || bytes == 20),
               "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, not ", blocks.size(1), " bytes for ", columns, " columns");
-  bool sound = false;
-  with_team([&](const Form& form, Team team) {
-    sound = form.repack(blocks.const_data_ptr<uint8_t>(), bytes, blocks.size(0), m, team);
+  bool finite = false;
+  const Kernels& kernels = kernels_for(true);  // of either dtype: blocks are bytes
+  with_pool([&](Pool pool) {
+    finite = kernels.repack(blocks.const_data_ptr<uint8_t>(), bytes, blocks.size(0), m, pool);
   }, threads_for(blocks.size(0) * columns));
-  return sound;
+  return finite;
 }
 
 }  // namespace
 
 TORCH_LIBRARY(llama_mini, m) {
-  m.def("forms() -> str[]", form_names);
-  m.def("use_form(str name) -> ()", use_form);
+  m.def("isa_variants() -> str[]", isa_variants);
+  m.def("use_isa(str name) -> ()", use_isa);
   m.def(
       "layers(Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, "
       "Tensor[] gains, float[] eps, int[] late, Tensor[] matrices, Tensor[] biases, int[] windows, int heads, "
       "int hidden) -> Tensor");
-  m.def("project(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
-  m.def("product(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
+  m.def("gemv(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
+  m.def("gemm(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor gain, float eps, bool late) -> Tensor");
-  m.def("rows(Tensor[] w, Tensor at, int columns, ScalarType dtype) -> Tensor");
+  m.def("dequantize_rows(Tensor[] w, Tensor at, int columns, ScalarType dtype) -> Tensor");
   m.def("quantize(Tensor x, Tensor(a!)[] w, int block) -> bool");
   m.def("repack(Tensor blocks, Tensor(a!)[] w, int columns, int block) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(llama_mini, CPU, m) {
   m.impl("layers", layers);
-  m.impl("project", project);
-  m.impl("product", product);
+  m.impl("gemv", gemv);
+  m.impl("gemm", gemm);
   m.impl("rms_norm", rms_norm);
-  m.impl("rows", rows);
+  m.impl("dequantize_rows", dequantize_rows);
   m.impl("quantize", quantize);
   m.impl("repack", repack);
 }

@@ -1,163 +1,134 @@
-// Attention of many new tokens of one row.
-//
-// Keys and values are first laid out in lanes. Then it is FlashAttention (Dao 2022): blocks of scores that never leave the
-// cache, a running largest score and sum.
+// The branches of a layer for the many tokens of a prompt.
 #pragma once
 
-#include "attention.h"
-#include "dense.h"
+#include "gemm_int.h"
+#include "flash_attention.h"
 
-namespace FORM {
+namespace ISA {
 
-constexpr int64_t BLOCK = 64;  // positions
+constexpr int64_t TOKENS_AT_ONCE = 768;  // tokens taken together: what stands between two matrices stays in the cache
+
+// Writes one token's row of x, normed where there is a norm.
 template <typename T>
-constexpr int64_t TURN = TILES<T> ? 32 : 48;  // queries a thread takes at a time
-constexpr float ROOM = 8;                     // how far a score may lie over the largest that is reckoned with
-
-// How many elements a head has for the sums over them, and how many as lanes.
-template <typename T>
-int64_t deep(int64_t dim) {
-  return whole(dim, TILES<T> ? 32 : PAIR<T>);
-}
-inline int64_t broad(int64_t dim) { return whole(dim, LANES); }
-
-template <typename T>
-struct Packed {  // one KV head
-  T *k, *v;      // (positions / LANES, deep / PAIR, LANES, PAIR) and (positions / PAIR, broad / LANES, LANES, PAIR)
-};
-
-// Elements of two rows side by side, PAIR<T> in each lane.
-inline u32 paired(const float* a, const float*, int n) { return (u32)load_first(a, n); }
-inline u32 paired(const bf16* a, const bf16* b, int n) {
-  return ((u32)load_first(a, n) >> 16) | (u32)load_first(b, n);
-}
-
-template <typename T>
-void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, Packed<T> to) {
-  const int64_t wide = broad(dim), dwords = deep<T>(dim) / PAIR<T>;
-  for (int64_t s = from; s < from + BLOCK; s += LANES)
-    for (int64_t i = 0; i < dwords; i += LANES) {
-      u32 rows[LANES];
-      for (int r = 0; r < LANES; r++) {
-        rows[r] = u32{};
-        const int64_t left = (dim - i * PAIR<T>) * sizeof(T), all = sizeof(u32);
-        if (s + r < n && left > 0) std::memcpy(&rows[r], k + (s + r) * dim + i * PAIR<T>, left < all ? left : all);
-      }
-      transpose(rows);
-      for (int64_t r = 0; r < LANES && i + r < dwords; r++)
-        std::memcpy(to.k + (s / LANES * dwords + i + r) * LANES * PAIR<T>, &rows[r], sizeof(u32));
-    }
-  Array<T> nothing(wide);
-  std::memset(nothing.data, 0, wide * sizeof(T));
-  auto row = [&](int64_t s) { return s < n ? v + s * dim : nothing.data; };
-  for (int64_t s = from; s < from + BLOCK; s += PAIR<T>)
-    for (int64_t i = 0; i < wide; i += LANES) {
-      u32 both = paired(row(s) + i, row(s + PAIR<T> - 1) + i, (int)(dim - i));
-      std::memcpy(to.v + s * wide + i * PAIR<T>, &both, sizeof both);
-    }
-}
-
-// Some queries (count, deep) of one head, which stand at `position` and after: out[q * out_next ...].
-template <typename T>
-void attend_turn(const T* queries, int64_t count, int64_t position, int64_t window, Packed<T> packed, int64_t dim,
-                 T* out, int64_t out_next) {
-  const int64_t wide = broad(dim), depth = deep<T>(dim), vectors = wide / LANES;
-  const float scale = 1.f / __builtin_sqrtf((float)dim);
-  Array<float> scores(TURN<T> * BLOCK), acc(TURN<T> * wide);
-  Array<T> weights(TURN<T> * BLOCK);
-  float most[TURN<T>], total[TURN<T>];
-  for (int64_t i = 0; i < TURN<T> * wide; i++) acc[i] = 0;
-  for (int64_t q = 0; q < count; q++) most[q] = START, total[q] = 0;
-  const int64_t seen = position + count, oldest = window > 0 && position + 1 > window ? position + 1 - window : 0;
-  for (int64_t s = oldest / BLOCK * BLOCK; s < seen; s += BLOCK) {
-    lane_products<BLOCK / LANES, false>(packed.k + s * depth, LANES * depth, LANES * PAIR<T>, queries, depth, count, depth,
-                                        (float*)scores, BLOCK);
-    for (int64_t q = 0; q < count; q++) {
-      float* row = scores + q * BLOCK;
-      const int64_t last = position + q - s, first = window > 0 ? last - window + 1 : 0;  // of this block
-      f32 top = splat(START), v[BLOCK / LANES], all = {};
-      for (int l = 0; l < BLOCK / LANES; l++) {
-        v[l] = load(row + l * LANES) * scale;
-        if (last < (l + 1) * LANES - 1 || first > l * LANES) {
-          const i32 lane = lane_numbers() + l * LANES;
-          v[l] = (lane > (int32_t)last) | (lane < (int32_t)first) ? splat(LEAST) : v[l];
-        }
-        top = max(v[l], top);
-      }
-      const float now = largest(top);
-      if (now > most[q] + ROOM) {  // rarely after the first block: e^ROOM is no large number
-        const float before = exp(splat(most[q] - now))[0];
-        total[q] *= before;
-        for (int64_t i = 0; i < wide; i += LANES) store(acc + q * wide + i, load(acc + q * wide + i) * before);
-        most[q] = now;
-      }
-      for (int l = 0; l < BLOCK / LANES; l++) {
-        f32 p = exp(v[l] - most[q]);
-        all += p;
-        store(weights + q * BLOCK + l * LANES, p);
-      }
-      total[q] += sum(all);
-    }
-    int64_t at = 0;
-    for (; at + 4 <= vectors; at += 4)
-      lane_products<4, true>(packed.v + s * wide + at * LANES * PAIR<T>, LANES * PAIR<T>, wide * PAIR<T>,
-                             (const T*)weights.data, BLOCK, count, BLOCK, acc + at * LANES, wide);
-    for (; at < vectors; at++)
-      lane_products<1, true>(packed.v + s * wide + at * LANES * PAIR<T>, LANES * PAIR<T>, wide * PAIR<T>,
-                             (const T*)weights.data, BLOCK, count, BLOCK, acc + at * LANES, wide);
-  }
-  for (int64_t q = 0; q < count; q++)
-    for (int64_t i = 0; i < dim; i += LANES)
-      store_first(out + q * out_next + i, load(acc + q * wide + i) / total[q], (int)(dim - i));
-}
-
-// out (length, heads, head_dim), rows `pitch` apart
-template <typename T>
-void attend_of(const T* qkv, int64_t width, const Attention& a, T* out, int64_t pitch, Team team) {
-  const int64_t dim = a.head_dim, depth = deep<T>(dim), group = a.heads / a.kv_heads, wide = broad(dim);
-  const int64_t start = a.positions[0], seen = start + a.length, blocks = (seen + BLOCK - 1) / BLOCK;
-  Array<T> queries((a.heads * a.length + TURN<T>) * depth), keys(a.kv_heads * blocks * BLOCK * depth);
-  Array<T> values(a.kv_heads * blocks * BLOCK * wide);
-  parallel(team, a.length, [&](int64_t first, int64_t last) {
-    Array<float> head(whole(depth, LANES));
-    for (int64_t i = 0; i < depth; i++) head[i] = 0;
-    for (int64_t t = first; t < last; t++) {
-      const T* row = qkv + t * width;
-      const float *cos = a.cos + t * dim / 2, *sin = a.sin + t * dim / 2;
-      for (int64_t h = 0; h < a.heads; h++) {
-        place<T>(row + h * dim, a.q, cos, sin, dim, head);
-        copy_row((const float*)head, depth, queries + (h * a.length + t) * depth);
-      }
-      for (int64_t h = 0; h < a.kv_heads; h++) {
-        const int64_t at = h * a.cache_head + (start + t) * dim;
-        place<T>(row + a.k_at + h * dim, a.k, cos, sin, dim, head);
-        copy_row((const float*)head, dim, (T*)a.k_cache + at);
-        std::memcpy((T*)a.v_cache + at, row + a.v_at + h * dim, dim * sizeof(T));
-      }
-    }
-  });
-  auto packed = [&](int64_t h) {
-    return Packed<T>{keys + h * blocks * BLOCK * depth, values + h * blocks * BLOCK * wide};
+auto row_of(const T* x, int64_t pitch, const Norm& norm, int64_t dim) {
+  return [=](int64_t token, float* to) {
+    if (norm.gain != nullptr)
+      rms_norm<T>(x + token * pitch, norm, dim, to);
+    else
+      copy_row(x + token * pitch, dim, to);
   };
-  parallel(team, a.kv_heads * blocks, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t h = i / blocks, at = h * a.cache_head;
-      pack_block((const T*)a.k_cache + at, (const T*)a.v_cache + at, seen, dim, i % blocks * BLOCK, packed(h));
+}
+
+template <typename T, typename F>
+void ready(QuantizedTokens& in, int64_t columns, int64_t count, const F& row, Pool pool) {
+  in.count = count, in.groups = (columns + GROUP - 1) / GROUP;
+  const int64_t tiles = token_tiles(count), all = tiles * in.groups * TILE_TOKENS;
+  in.first.resize(all * QUADS), in.second.resize(all * QUADS), in.wide16.resize(tiles * in.groups);
+  in.scales.resize(all), in.total.resize(all), in.start.resize(all);
+  parallel(pool, tiles, [&](int64_t first, int64_t last) { quantize_tiles<T>(in, columns, first, last, row); });
+}
+
+template <typename T>
+void take(QuantizedTokens& in, const PaddedRows<T>& lines, int64_t columns, int64_t from, int64_t count, Pool pool) {
+  ready<T>(in, columns, count, row_of((const T*)lines[from], lines.pitch, Norm{}, columns), pool);
+}
+
+// Calls f with tokens of the kind that suits a matrix: codes against codes, except where tiles multiply bfloat16 faster.
+template <typename T, typename F>
+void with_tokens(const Matrix& m, const F& f) {
+  if (m.kind < Kind::INT8 || AMX<T>) {
+    FloatTokens<T> in;
+    f(in);
+  } else {
+    QuantizedTokens in;
+    f(in);
+  }
+}
+
+// out (count, m.rows) = the tokens times the matrix, and x where there is one
+template <typename In, typename T>
+void multiply_tokens(const Matrix& m, const In& in, const T* x, T* out, Pool pool) {
+  constexpr int STRIPS = In::STRIPS;
+  auto strip = [&](int64_t panel, int i) { return Strip{&m, (STRIPS * panel + i) * LANES}; };
+  auto done = [&](int64_t panel, int64_t token, int64_t n, const float* y) {
+    for (int i = 0; i < STRIPS; i++) {
+      const int64_t row = (STRIPS * panel + i) * LANES;
+      const int rows = (int)(m.rows - row);
+      if (rows <= 0) continue;
+      const f32 bias = m.bias != nullptr ? load_first((const T*)m.bias + row, rows) : f32{};
+      for (int64_t b = 0; b < n; b++) {
+        const int64_t at = (token + b) * m.rows + row;
+        f32 v = load(y + (STRIPS * b + i) * LANES) + bias;
+        if (x != nullptr) v += load_first(x + at, rows);
+        store_first(out + at, v, rows);
+      }
     }
-  });
-  const int64_t turns = (a.length + TURN<T> - 1) / TURN<T>;
-  int64_t next = 0;
-  parallel(team, a.heads * turns, [&](int64_t, int64_t) {
-    [[maybe_unused]] const Tiles tiles;
-    for (;;) {  // the longest first, by whoever is free
-      const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (i >= a.heads * turns) return;
-      const int64_t h = i % a.heads, t = (turns - 1 - i / a.heads) * TURN<T>;
-      const int64_t count = a.length - t < TURN<T> ? a.length - t : TURN<T>;
-      attend_turn<T>(queries + (h * a.length + t) * depth, count, start + t, a.window, packed(h / group), dim,
-                     out + t * pitch + h * dim, pitch);
+  };
+  times_tokens((m.rows + STRIPS * LANES - 1) / (STRIPS * LANES), strip, in, pool, done);
+}
+
+// out (count, m.rows) = the tokens, made ready by `tokens(in, first, n)`, times the matrix, and `add` where there is one
+template <typename T, typename F>
+void gemm_tokens(const F& tokens, const Matrix& m, int64_t count, const T* add, T* out, Pool pool) {
+  with_tokens<T>(m, [&](auto& in) {
+    for (int64_t from = 0; from < count; from += TOKENS_AT_ONCE) {
+      tokens(in, from, count - from < TOKENS_AT_ONCE ? count - from : TOKENS_AT_ONCE);
+      multiply_tokens(m, in, add == nullptr ? nullptr : add + from * m.rows, out + from * m.rows, pool);
     }
   });
 }
 
-}  // namespace FORM
+// The rows of x (count, dim) as tokens, normed where there is a norm.
+template <typename T>
+auto tokens_of(const T* x, const Norm& norm, int64_t dim, Pool pool) {
+  return [=](auto& in, int64_t from, int64_t n) { ready<T>(in, dim, n, row_of(x + from * dim, dim, norm, dim), pool); };
+}
+
+template <typename T>
+auto tokens_of(const PaddedRows<T>& lines, int64_t columns, Pool pool) {
+  return [&lines, columns, pool](auto& in, int64_t from, int64_t n) { take(in, lines, columns, from, n, pool); };
+}
+
+template <typename T>
+void prefill_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o, void* out,
+                       Pool pool) {
+  Array<T> projected(a.length * qkv.rows);
+  PaddedRows<T> y(a.length, o.columns);
+  gemm_tokens<T>(tokens_of((const T*)x, norm, qkv.columns, pool), qkv, a.length, nullptr, projected, pool);
+  attend_prefill<T>(projected, qkv.rows, a, y.at, y.pitch, pool);
+  gemm_tokens<T>(tokens_of(y, o.columns, pool), o, a.length, (const T*)x, (T*)out, pool);
+}
+
+template <typename T>
+void prefill_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, const Matrix& down,
+                          int64_t count, void* out, Pool pool) {
+  const int64_t dim = gate_up.columns, hidden = down.columns;
+  const Matrix gate = slice_rows<T>(gate_up, 0, hidden), up = slice_rows<T>(gate_up, up_at, hidden);
+  PaddedRows<T> y(count < TOKENS_AT_ONCE ? count : TOKENS_AT_ONCE, hidden);
+  with_tokens<T>(gate, [&]<typename In>(In& in) {
+    constexpr int STRIPS = In::STRIPS, PAIRS = STRIPS / 2;
+    auto strip = [&](int64_t panel, int i) { return Strip{i % 2 == 0 ? &gate : &up, (panel * PAIRS + i / 2) * LANES}; };
+    for (int64_t from = 0; from < count; from += TOKENS_AT_ONCE) {
+      const int64_t n = count - from < TOKENS_AT_ONCE ? count - from : TOKENS_AT_ONCE;
+      const T* rows = (const T*)x + from * dim;
+      tokens_of(rows, norm, dim, pool)(in, 0, n);
+      times_tokens((hidden + PAIRS * LANES - 1) / (PAIRS * LANES), strip, in, pool,
+                   [&](int64_t panel, int64_t token, int64_t k, const float* v) {
+        for (int i = 0; i < PAIRS; i++) {
+          const int64_t column = (panel * PAIRS + i) * LANES;
+          const int left = (int)(hidden - column);
+          if (left <= 0) continue;
+          auto bias = [&](const Matrix& m) { return m.bias == nullptr ? f32{} : load_first((const T*)m.bias + column, left); };
+          const f32 of_gate = bias(gate), of_up = bias(up);
+          for (int64_t b = 0; b < k; b++) {
+            const float* sums = v + (STRIPS * b + 2 * i) * LANES;
+            store_first(y[token + b] + column, silu(load(sums) + of_gate) * (load(sums + LANES) + of_up), left);
+          }
+        }
+      });
+      gemm_tokens<T>(tokens_of(y, hidden, pool), down, n, rows, (T*)out + from * dim, pool);
+    }
+  });
+}
+
+}  // namespace ISA

@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-#include "crew.h"
+#include "thread_pool.h"
 
 #ifdef GUARDED
 // Memory that ends where a page begins that nobody may touch: no sanitizer sees what tiles load and store. The linker
@@ -54,12 +54,12 @@ using Vector = std::vector<T, Exact<T>>;
 
 // As operators.cpp has it, with threads in the place of PyTorch's.
 template <typename F>
-void with_team(const F& f) {
-  Crew crew(THREADS);
+void with_pool(const F& f) {
+  ThreadPool threads(THREADS);
   std::vector<std::thread> helpers;
-  for (int i = 1; i < THREADS; i++) helpers.emplace_back([&, i] { crew.help(i); });
-  f(Team{Crew::run, Crew::expect, &crew});
-  crew.finish();
+  for (int i = 1; i < THREADS; i++) helpers.emplace_back([&, i] { threads.work(i); });
+  f(Pool{ThreadPool::run, ThreadPool::prefetch_next, &threads});
+  threads.finish();
   for (auto& helper : helpers) helper.join();
 }
 
@@ -87,19 +87,19 @@ struct Weights {
   Matrix m{};
   Numbers numbers, bias;
   Vector<uint8_t> codes;
-  Vector<uint16_t> scale, least;
+  Vector<uint16_t> scale, mins;
   Weights(Kind kind, int64_t rows, int64_t columns, bool wide)
       : numbers(wide, kind < Kind::INT8 ? rows * columns : 0), bias(wide, rows) {
     m.kind = kind, m.rows = rows, m.columns = columns, m.bias = bias.data(), m.data = numbers.data();
     if (kind < Kind::INT8) return;
-    const int64_t blocks = (rows + 15) / 16, steps = (columns + 31) / 32;
-    codes.resize(blocks * steps * (kind == Kind::INT8 ? 512 : 256));
+    const int64_t blocks = (rows + 15) / 16, groups = (columns + 31) / 32;
+    codes.resize(blocks * groups * (kind == Kind::INT8 ? 512 : 256));
     for (auto& code : codes) code = (uint8_t)(draw() >> 24);
-    scale.assign(blocks * 16 * steps, 0x2400);  // 1/64
-    m.data = codes.data(), m.scale = scale.data();
+    scale.assign(blocks * 16 * groups, 0x2400);  // 1/64
+    m.data = codes.data(), m.scales = scales.data();
     if (kind == Kind::INT8) return;
-    least.assign(scale.size(), 0xa800);
-    m.least = least.data();
+    mins.assign(scale.size(), 0xa800);
+    m.mins = mins.data();
   }
 };
 
@@ -121,7 +121,7 @@ struct Heads {
     const int64_t start = below(c.longest - length + 1);
     for (int64_t i = 0; i < batch * length; i++)
       positions[i] = length > 1 ? start + i : i == 0 ? c.longest - 1 : below(c.longest);
-    a.wide = c.wide, a.batch = batch, a.length = length, a.kv_heads = c.kv_heads, a.heads = c.kv_heads * c.group;
+    a.batch = batch, a.length = length, a.kv_heads = c.kv_heads, a.heads = c.kv_heads * c.group;
     a.head_dim = c.dim, a.window = c.window, a.cos = cos.data(), a.sin = sin.data(), a.positions = positions.data();
     const int64_t block = c.kind < Kind::INT8 ? 1 : 16;
     a.k_at = (a.heads * c.dim + block - 1) / block * block;
@@ -138,7 +138,7 @@ void spoil(Numbers& x, int64_t fill) {  // with NaN and infinity, which must not
   if (fill == 3) x.set(0, 3e38f);
 }
 
-void run(const Form& form, const Case& c) {
+void run(const Kernels& kernels, const Case& c) {
   const int64_t block = c.kind < Kind::INT8 ? 1 : 16, q_dim = c.kv_heads * c.group * c.dim;
   const int64_t up_at = (c.hidden + block - 1) / block * block;
   Heads heads(c, c.batch, 1);
@@ -163,21 +163,21 @@ void run(const Form& form, const Case& c) {
   Vector<uint8_t> blocks(n * (q_dim / 32) * block_bytes);
   for (auto& byte : blocks) byte = (uint8_t)(draw() >> 24);
   spoil(stream, c.fill);
-  with_team([&](Team team) {
-    form.attention_step(x.data(), norm, qkv.m, heads.a, o.m, gate_up.m, y.data(), team);
-    form.feed_forward_step(y.data(), norm, gate_up.m, up_at, down.m, &qkv.m, c.wide, c.batch, z.data(), team);
-    form.project(x.data(), gate_up.m, c.wide, 1, gate_and_up.data(), team);
-    form.project(activated.data(), down.m, c.wide, c.batch, projected.data(), team);
-    form.attention_many(stream.data(), norm, qkv.m, prompt.a, o.m, between.data(), team);
-    form.feed_forward_many(between.data(), norm, gate_up.m, up_at, down.m, c.wide, length, after.data(), team);
-    form.product(stream.data(), qkv.m, c.wide, length, tokens.data(), team);
-    form.rms_norm(stream.data(), Norm{gain.data(), 1e-5f, c.norms}, c.wide, length, c.width, after.data(), team);
+  with_pool([&](Pool pool) {
+    kernels.decode_attention(x.data(), norm, qkv.m, heads.a, o.m, gate_up.m, y.data(), pool);
+    kernels.decode_feed_forward(y.data(), norm, gate_up.m, up_at, down.m, &qkv.m, c.batch, z.data(), pool);
+    kernels.gemv(x.data(), gate_up.m, 1, gate_and_up.data(), pool);
+    kernels.gemv(activated.data(), down.m, c.batch, projected.data(), pool);
+    kernels.prefill_attention(stream.data(), norm, qkv.m, prompt.a, o.m, between.data(), pool);
+    kernels.prefill_feed_forward(between.data(), norm, gate_up.m, up_at, down.m, length, after.data(), pool);
+    kernels.gemm(stream.data(), qkv.m, length, tokens.data(), pool);
+    kernels.rms_norm(stream.data(), Norm{gain.data(), 1e-5f, c.norms}, length, c.width, after.data(), pool);
     if (c.kind < Kind::INT8) return;
-    form.rows(o.m, rows.data(), c.wide, (int64_t)rows.size(), floats.data(), team);
-    form.quantize(new_rows.data(), c.wide, n, o.m, team);
+    kernels.dequantize_rows(o.m, rows.data(), (int64_t)rows.size(), floats.data(), pool);
+    kernels.quantize(new_rows.data(), n, o.m, pool);
     Matrix whole = o.m;
     whole.columns = q_dim / 32 * 32;
-    form.repack(blocks.data(), block_bytes, n, whole, team);
+    kernels.repack(blocks.data(), block_bytes, n, whole, pool);
   });
 }
 
@@ -195,7 +195,7 @@ void plant(const char* what) {
 }  // namespace
 
 #define JOIN(a, b) a##b
-#define NAME(form) JOIN(form_, form)
+#define NAME(isa) JOIN(kernels_, isa)
 
 int main(int argc, char** argv) {
   if (argc > 1) plant(argv[1]);
@@ -208,7 +208,7 @@ int main(int argc, char** argv) {
     for (int format = 0; format < 3; format++)
       for (int i = 0; i < 24; i++, cases++) {
         const Kind kinds[] = {wide ? Kind::FLOAT32 : Kind::BFLOAT16, Kind::INT8, Kind::INT4};
-        run(NAME(FORM), {wide == 1, below(4) != 0, kinds[format], 1 + below(17), 1 + below(3),
+        run(NAME(ISA)[wide ? 0 : 1], {wide == 1, below(4) != 0, kinds[format], 1 + below(17), 1 + below(3),
                          1 + below(5), 2 + 2 * below(35), 1 + below(90), 1 + below(90), 1 + below(i % 8 ? 70 : 1000),
                          below(3) * below(40), below(6)});
       }

@@ -7,22 +7,22 @@
 
 #include "norm.h"
 
-namespace FORM {
+namespace ISA {
 
 template <typename T>
 constexpr int64_t PAIR = 4 / sizeof(T);  // columns in a lane
 template <typename T>
-constexpr int64_t WHOLE = TILES<T> ? 32 : 1;  // rows are read and written in multiples of this, columns read
+constexpr int64_t ROW_MULTIPLE = AMX<T> ? 32 : 1;  // rows are read and written in multiples of this, columns read
 
-inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+inline int64_t round_up(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 
-struct Nothing {
+struct NoOp {
   void operator()() const {}
 };
 
 // PAIR elements in each lane times PAIR elements that all lanes share.
-inline f32 lanes_times(f32 acc, const float* w, const float* x) { return acc + load(w) * *x; }
-inline f32 lanes_times(f32 acc, const bf16* w, const bf16* x) {
+inline f32 multiply_lanes(f32 acc, const float* w, const float* x) { return acc + load(w) * *x; }
+inline f32 multiply_lanes(f32 acc, const bf16* w, const bf16* x) {
 #ifdef __AVX512BF16__
   int32_t pair;
   std::memcpy(&pair, x, 4);
@@ -40,14 +40,14 @@ inline f32 lanes_times(f32 acc, const bf16* w, const bf16* x) {
 // Rows of x in registers, with L sums each.
 #ifdef __AVX512F__
 template <int L>
-constexpr int AT_ONCE = 6;
+constexpr int ROWS_AT_ONCE = 6;
 #else
 template <int L>
-constexpr int AT_ONCE = L > 4 ? 1 : 3;
+constexpr int ROWS_AT_ONCE = L > 4 ? 1 : 3;
 #endif
 
 template <int Q, int L, bool ADD, typename T>
-inline void lane_products(const T* w, int64_t w_lanes, int64_t w_next, const T* x, int64_t x_next, int64_t n, float* out,
+inline void microkernel(const T* w, int64_t w_lanes, int64_t w_next, const T* x, int64_t x_next, int64_t n, float* out,
                           int64_t stride) {
   f32 acc[Q][L];
   for (int q = 0; q < Q; q++)
@@ -55,35 +55,35 @@ inline void lane_products(const T* w, int64_t w_lanes, int64_t w_next, const T* 
   for (int64_t i = 0; i < n; i += PAIR<T>)
     for (int q = 0; q < Q; q++)
       for (int l = 0; l < L; l++)
-        acc[q][l] = lanes_times(acc[q][l], w + i / PAIR<T> * w_next + l * w_lanes, x + q * x_next + i);
+        acc[q][l] = multiply_lanes(acc[q][l], w + i / PAIR<T> * w_next + l * w_lanes, x + q * x_next + i);
   for (int q = 0; q < Q; q++)
     for (int l = 0; l < L; l++) store(out + q * stride + l * LANES, acc[q][l]);
 }
 
 // out[q * stride + lane] (+)= the sum over n of w[n][lane] * x[q][n], for some rows x and L vectors of lanes.
-template <int L, bool ADD, typename T, typename F = Nothing>
-inline void lane_products(const T* w, int64_t w_lanes, int64_t w_next, const T* x, int64_t x_next, int64_t rows,
+template <int L, bool ADD, typename T, typename F = NoOp>
+inline void microkernel(const T* w, int64_t w_lanes, int64_t w_next, const T* x, int64_t x_next, int64_t rows,
                           int64_t n, float* out, int64_t stride, [[maybe_unused]] const F& meanwhile = F()) {
 #ifdef __AMX_BF16__
-  if constexpr (TILES<T>) {
+  if constexpr (AMX<T>) {
     for (int64_t q = 0; q < rows; q += 32)
       for (int l = 0; l < L; l += 2) {
         const T *w_at = w + l * w_lanes, *x_at = x + q * x_next;
         float* to = out + q * stride + l * LANES;
         constexpr int BOTH = L > 1 ? 2 : 1;
         if (rows - q > 16)
-          tile_products<2, BOTH, ADD>(w_at, w_lanes, w_next, x_at, x_next, n, to, stride, meanwhile);
+          amx_microkernel<2, BOTH, ADD>(w_at, w_lanes, w_next, x_at, x_next, n, to, stride, meanwhile);
         else
-          tile_products<1, BOTH, ADD>(w_at, w_lanes, w_next, x_at, x_next, n, to, stride, meanwhile);
+          amx_microkernel<1, BOTH, ADD>(w_at, w_lanes, w_next, x_at, x_next, n, to, stride, meanwhile);
       }
     return;
   }
 #endif
   int64_t q = 0;
-  for (; q + AT_ONCE<L> <= rows; q += AT_ONCE<L>)
-    lane_products<AT_ONCE<L>, L, ADD>(w, w_lanes, w_next, x + q * x_next, x_next, n, out + q * stride, stride);
+  for (; q + ROWS_AT_ONCE<L> <= rows; q += ROWS_AT_ONCE<L>)
+    microkernel<ROWS_AT_ONCE<L>, L, ADD>(w, w_lanes, w_next, x + q * x_next, x_next, n, out + q * stride, stride);
   for (; q < rows; q++)
-    lane_products<1, L, ADD>(w, w_lanes, w_next, x + q * x_next, x_next, n, out + q * stride, stride);
+    microkernel<1, L, ADD>(w, w_lanes, w_next, x + q * x_next, x_next, n, out + q * stride, stride);
 }
 
-}  // namespace FORM
+}  // namespace ISA

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <immintrin.h>
 
-namespace FORM {
+namespace ISA {
 
 #ifdef __AVX512F__
 constexpr int LANES = 16;
@@ -174,4 +174,4 @@ inline void transpose(u32* rows) {
   }
 }
 
-}  // namespace FORM
+}  // namespace ISA

@@ -6,14 +6,14 @@
 #include <cstdlib>
 #include <new>
 
-#include "forms.h"
-#include "lanes.h"
+#include "isa.h"
+#include "simd.h"
 
-namespace FORM {
+namespace ISA {
 
-constexpr int TILE = 16;  // rows of a matrix taken together
-constexpr int STEP = 32;  // columns summed as integers, or read at once as bfloat16
-constexpr int QUADS = STEP / 4;
+constexpr int BLOCK_ROWS = 16;  // rows of a matrix taken together
+constexpr int GROUP = 32;  // columns summed as integers, or read at once as bfloat16
+constexpr int QUADS = GROUP / 4;
 
 template <typename T>
 struct Array {
@@ -32,64 +32,67 @@ struct Array {
 };
 
 template <typename F>
-void parallel(Team team, int64_t n, const F& f) {
-  team.run(team.self, n, [](void* f, int64_t first, int64_t last) { (*(const F*)f)(first, last); }, (void*)&f);
+void parallel(Pool pool, int64_t n, const F& f) {
+  pool.run(pool.self, n, [](void* f, int64_t first, int64_t last) { (*(const F*)f)(first, last); }, (void*)&f);
 }
 
 struct Input {
-  int64_t batch, width;          // width: columns, padded with zeros to whole steps
+  int64_t batch, width;          // width: columns, padded with zeros to whole groups
   Array<float> floats;           // of float32; of bfloat16 without dot product: evens, then odds, of each step
   Array<uint16_t> halves;        // of bfloat16
   int64_t columns = 1;           // of tiles: rows of the batch that are multiplied at once
   Array<uint16_t> pairs;         // of bfloat16 with tiles: (batch / columns, width / 2, columns, 2)
   Array<int32_t> first, second;  // of codes, by quad: high and low bytes; without VNNI columns (0, 2) and (1, 3)
   Array<int32_t> sums;           // of the codes of a step
-  Array<float> scale;            // of a row's codes
+  Array<float> scales;            // of a row's codes
 };
 
-inline void pack_step(Input& in, const float* x, int n, float to_code, int64_t step) {
-  i32 all = {};
-#ifndef __AVX512VNNI__
-  int32_t q[STEP];
-#endif
-  for (int at = 0; at < STEP; at += LANES) {
-    f32 v = n > at && to_code != 0 ? load_first(x + at, n - at) : f32{};
-    i32 codes = (i32)(v * to_code + 12582912.f) - 0x4b400000;  // rounds to nearest: 1.5 * 2^23 leaves no fraction
-    all += codes;
+// The bytes of 32 columns of weights of 16 bits, or of 8 where `second` is not written; without VNNI pairs of columns.
+inline void store_quads(const i32* q, bool wide16, int32_t* first, int32_t* second) {
 #ifdef __AVX512VNNI__
-    i32 low = ((codes + 128) & 255) - 128;
-    _mm_storeu_si128((__m128i*)(in.first + step * QUADS + at / 4), _mm512_cvtepi32_epi8((__m512i)((codes - low) >> 8)));
-    _mm_storeu_si128((__m128i*)(in.second + step * QUADS + at / 4), _mm512_cvtepi32_epi8((__m512i)low));
+  for (int i = 0; i < GROUP / LANES; i++) {
+    const i32 low = wide16 ? ((q[i] + 128) & 255) - 128 : i32{};
+    _mm_storeu_si128((__m128i*)first + i, _mm512_cvtepi32_epi8((__m512i)(wide16 ? (q[i] - low) >> 8 : q[i])));
+    if (wide16) _mm_storeu_si128((__m128i*)second + i, _mm512_cvtepi32_epi8((__m512i)low));
+  }
 #else
-    std::memcpy(q + at, &codes, sizeof codes);
-#endif
-  }
-#ifndef __AVX512VNNI__
+  int32_t x[GROUP];
+  std::memcpy(x, q, sizeof x);
   for (int i = 0; i < QUADS; i++) {
-    in.first[step * QUADS + i] = (q[4 * i] & 0xffff) | (int32_t)((uint32_t)q[4 * i + 2] << 16);
-    in.second[step * QUADS + i] = (q[4 * i + 1] & 0xffff) | (int32_t)((uint32_t)q[4 * i + 3] << 16);
+    first[i] = (x[4 * i] & 0xffff) | (int32_t)((uint32_t)x[4 * i + 2] << 16);
+    second[i] = (x[4 * i + 1] & 0xffff) | (int32_t)((uint32_t)x[4 * i + 3] << 16);
   }
 #endif
+}
+
+inline void quantize_input_group(Input& in, const float* x, int n, float to_int, int64_t step) {
+  i32 q[GROUP / LANES], all = {};
+  for (int at = 0; at < GROUP; at += LANES) {
+    f32 v = n > at && to_int != 0 ? load_first(x + at, n - at) : f32{};
+    q[at / LANES] = (i32)(v * to_int + 12582912.f) - 0x4b400000;  // rounds to nearest: 1.5 * 2^23 leaves no fraction
+    all += q[at / LANES];
+  }
+  store_quads(q, true, in.first + step * QUADS, in.second + step * QUADS);
   in.sums[step] = (int32_t)sum(__builtin_convertvector(all, f32));  // below 2^24: exact
 }
 
-inline void pack_row(Input& in, const float* x, int64_t n, int64_t b) {
+inline void quantize_input_row(Input& in, const float* x, int64_t n, int64_t b) {
   f32 most = {}, zeros = {};
   for (int64_t i = 0; i < n; i += LANES) {
     f32 v = load_first(x + i, (int)(n - i));
     most = max(most, max(v, -v));
     zeros += v * 0.f;  // NaN where something is not finite, which no integer can hold: then the row becomes NaN
   }
-  float peak = largest(most), lost = sum(zeros);
-  float to_code = peak > 1e-30f && lost == 0 ? 32512.f / peak : 0.f;
-  in.scale[b] = peak / 32512.f + lost;
-  int64_t steps = in.width / STEP;
-  for (int64_t s = 0; s < steps; s++) pack_step(in, x + s * STEP, (int)(n - s * STEP), to_code, b * steps + s);
+  float peak = largest(most), nonfinite = sum(zeros);
+  float to_int = peak > 1e-30f && nonfinite == 0 ? 32512.f / peak : 0.f;
+  in.scales[b] = peak / 32512.f + nonfinite;
+  int64_t groups = in.width / GROUP;
+  for (int64_t s = 0; s < groups; s++) quantize_input_group(in, x + s * GROUP, (int)(n - s * GROUP), to_int, b * groups + s);
 }
 
 #ifdef __AMX_BF16__
 inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
-  const int64_t columns = in.columns = batch < TILE ? batch : TILE, groups = (batch + columns - 1) / columns;
+  const int64_t columns = in.columns = batch < BLOCK_ROWS ? batch : BLOCK_ROWS, groups = (batch + columns - 1) / columns;
   in.pairs.resize(groups * columns * in.width);
   std::memset(in.pairs.data, 0, groups * columns * in.width * sizeof(uint16_t));
   for (int64_t b = 0; b < batch; b++) {
@@ -107,13 +110,13 @@ inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
 // x: (batch, n), rounded already to what the model computes in, for dot products with rows of `kind`.
 inline void ready(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
   in.batch = batch;
-  int64_t w = in.width = (n + STEP - 1) / STEP * STEP;
+  int64_t w = in.width = (n + GROUP - 1) / GROUP * GROUP;
   if (kind == Kind::INT8 || kind == Kind::INT4) {
     in.first.resize(batch * w / 4);
     in.second.resize(batch * w / 4);
-    in.sums.resize(batch * w / STEP);
-    in.scale.resize(batch);
-    for (int64_t b = 0; b < batch; b++) pack_row(in, x + b * n, n, b);
+    in.sums.resize(batch * w / GROUP);
+    in.scales.resize(batch);
+    for (int64_t b = 0; b < batch; b++) quantize_input_row(in, x + b * n, n, b);
     return;
   }
 #ifdef __AVX512BF16__
@@ -128,9 +131,9 @@ inline void ready(Input& in, Kind kind, const float* x, int64_t batch, int64_t n
   in.floats.resize(batch * w);
   for (int64_t b = 0; b < batch; b++)
     for (int64_t i = 0; i < w; i++) {
-      int64_t at = kind == Kind::FLOAT32 ? i : i / STEP * STEP + i % 2 * (STEP / 2) + i % STEP / 2;
+      int64_t at = kind == Kind::FLOAT32 ? i : i / GROUP * GROUP + i % 2 * (GROUP / 2) + i % GROUP / 2;
       in.floats[b * w + at] = i < n ? x[b * n + i] : 0;
     }
 }
 
-}  // namespace FORM
+}  // namespace ISA

@@ -6,10 +6,10 @@
 
 #include "norm.h"
 
-namespace FORM {
+namespace ISA {
 
 constexpr int64_t CHUNK = 256;
-constexpr float LEAST = -3e38f, START = -1e30f;  // a masked score; the largest score before there is one
+constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;  // a masked score; the largest score before there is one
 
 // Turns the pairs (i, i + dim/2) of a head.
 inline void rotate(float* head, const float* cos, const float* sin, int64_t dim) {
@@ -25,7 +25,7 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t dim)
 
 // A head as attention sees it: normed where there is a norm, turned, rounded.
 template <typename T, typename X>
-inline void place(const X* from, const Norm& norm, const float* cos, const float* sin, int64_t dim, float* to) {
+inline void prepare_head(const X* from, const Norm& norm, const float* cos, const float* sin, int64_t dim, float* to) {
   if (norm.gain != nullptr)
     rms_norm<T>(from, norm, dim, to);
   else
@@ -36,9 +36,9 @@ inline void place(const X* from, const Norm& norm, const float* cos, const float
 }
 
 // scores[n] -> e^(score - their largest), their sum, and the largest.
-inline float soften(float* scores, int64_t n, float scale, float& most) {
-  for (int64_t i = n; i < (n + LANES - 1) / LANES * LANES; i++) scores[i] = LEAST;
-  f32 top = splat(START), total = {};
+inline float softmax_chunk(float* scores, int64_t n, float scale, float& most) {
+  for (int64_t i = n; i < (n + LANES - 1) / LANES * LANES; i++) scores[i] = MASKED;
+  f32 top = splat(NO_SCORE), total = {};
   for (int64_t i = 0; i < n; i += LANES) {
     f32 v = load(scores + i) * scale;
     top = max(v, top);
@@ -56,7 +56,7 @@ inline float soften(float* scores, int64_t n, float scale, float& most) {
 // out[g * stride ...] = sum over n positions of weights[g * CHUNK + s] * v[s], V vectors wide from `at` on. WHOLE: none of
 // them ends beyond a head.
 template <int G, int V, bool WHOLE, typename T>
-inline void mix(const float* weights, const T* v, int64_t n, int64_t dim, int64_t at, float* out, int64_t stride) {
+inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, int64_t at, float* out, int64_t stride) {
   f32 acc[G][V] = {};
   for (int64_t s = 0; s < n; s++)
     for (int i = 0; i < V; i++) {
@@ -69,11 +69,11 @@ inline void mix(const float* weights, const T* v, int64_t n, int64_t dim, int64_
 }
 
 template <int G, typename T>
-inline void mix(const float* weights, const T* v, int64_t n, int64_t dim, float* out, int64_t stride) {
+inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, float* out, int64_t stride) {
   int64_t at = 0;
   constexpr int V = LANES == 16 ? 4 : 2;  // sums in registers: G of each
-  for (; at + V * LANES <= dim; at += V * LANES) mix<G, V, true>(weights, v, n, dim, at, out, stride);
-  for (; at < dim; at += LANES) mix<G, 1, false>(weights, v, n, dim, at, out, stride);
+  for (; at + V * LANES <= dim; at += V * LANES) weighted_values<G, V, true>(weights, v, n, dim, at, out, stride);
+  for (; at < dim; at += LANES) weighted_values<G, 1, false>(weights, v, n, dim, at, out, stride);
 }
 
 // One chunk of one KV head of one row; the last one first appends the new key and value.
@@ -89,26 +89,26 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
   T* v = (T*)a.v_cache + b * a.cache_row + h * a.cache_head;
   Array<float> heads(group * dim), scores(group * CHUNK);
   if (to == seen) {
-    place<T>(row + a.k_at + h * dim, a.k, cos, sin, dim, heads);
+    prepare_head<T>(row + a.k_at + h * dim, a.k, cos, sin, dim, heads);
     copy_row((const float*)heads, dim, k + position * dim);
     copy_row(row + a.v_at + h * dim, dim, v + position * dim);
   }
-  for (int64_t g = 0; g < group; g++) place<T>(row + (h * group + g) * dim, a.q, cos, sin, dim, heads + g * dim);
+  for (int64_t g = 0; g < group; g++) prepare_head<T>(row + (h * group + g) * dim, a.q, cos, sin, dim, heads + g * dim);
   Input in;
-  ready(in, a.wide ? Kind::FLOAT32 : Kind::BFLOAT16, heads, group, dim);
+  ready(in, sizeof(T) == 4 ? Kind::FLOAT32 : Kind::BFLOAT16, heads, group, dim);
   dots(k + from * dim, to - from, dim, dim, in, scores, CHUNK);
   float* out = part + 2 * group;
   for (int64_t g = 0; g < group; g++)
-    part[g] = soften(scores + g * CHUNK, to - from, 1.f / __builtin_sqrtf((float)dim), part[group + g]);
+    part[g] = softmax_chunk(scores + g * CHUNK, to - from, 1.f / __builtin_sqrtf((float)dim), part[group + g]);
   int64_t g = 0;
-  for (; g + 4 <= group; g += 4) mix<4>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
-  for (; g + 3 <= group; g += 3) mix<3>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
-  for (; g < group; g++) mix<1>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
+  for (; g + 4 <= group; g += 4) weighted_values<4>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
+  for (; g + 3 <= group; g += 3) weighted_values<3>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
+  for (; g < group; g++) weighted_values<1>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
 }
 
 // out (batch, heads * head_dim)
 template <typename T>
-void attend_rows(const Attention& a, const float* qkv, int64_t width, float* out, Team team) {
+void attend_decode(const Attention& a, const float* qkv, int64_t width, float* out, Pool pool) {
   const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
   const int64_t size = group * (stride + 2), pairs = a.batch * a.kv_heads;
   int64_t chunks = 1;
@@ -119,7 +119,7 @@ void attend_rows(const Attention& a, const float* qkv, int64_t width, float* out
     return a.window > 0 && seen > a.window ? (seen - a.window) / CHUNK : 0;
   };
   int64_t next = 0;
-  parallel(team, pairs * chunks, [&](int64_t, int64_t) {
+  parallel(pool, pairs * chunks, [&](int64_t, int64_t) {
     for (;;) {  // by whoever is free: rows differ in length
       const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (i >= pairs * chunks) return;
@@ -132,7 +132,7 @@ void attend_rows(const Attention& a, const float* qkv, int64_t width, float* out
     for (int64_t g = 0; g < group; g++) {
       const int64_t b = pair / a.kv_heads, begin = first_chunk(b), end = a.positions[b] / CHUNK + 1;
       const float* part = parts + pair * chunks * size;
-      float most = START, total = 0;
+      float most = NO_SCORE, total = 0;
       for (int64_t c = begin; c < end; c++) most = part[c * size + group + g] > most ? part[c * size + group + g] : most;
       Array<float> acc(stride);
       for (int64_t i = 0; i < stride; i++) acc[i] = 0;
@@ -147,4 +147,4 @@ void attend_rows(const Attention& a, const float* qkv, int64_t width, float* out
     }
 }
 
-}  // namespace FORM
+}  // namespace ISA

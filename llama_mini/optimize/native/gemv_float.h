@@ -1,11 +1,11 @@
 // Matrices of floats, as PyTorch has them, times a few rows: read once, at the speed of memory.
 #pragma once
 
-#include "input.h"
+#include "pack_activations.h"
 
-namespace FORM {
+namespace ISA {
 
-constexpr int AHEAD = 14 * 1024;  // bytes: how far before their use weights are asked for, into the outer cache
+constexpr int PREFETCH_AHEAD = 14 * 1024;  // bytes: how far before their use weights are prefetched for, into the outer cache
 constexpr int ROWS = 4;           // of the matrix, multiplied at once
 #ifdef __AMX_BF16__
 constexpr bool IN_SEQUENCE = false;  // Intel's processors with AMX read four rows side by side 5 % faster than one
@@ -18,10 +18,10 @@ constexpr int BATCH = 4;  // rows of the batch: as many as the registers hold
 constexpr int BATCH = 1;
 #endif
 
-inline void ask_for(const void* p) { __builtin_prefetch((const char*)p + AHEAD, 0, 2); }
+inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + PREFETCH_AHEAD, 0, 2); }
 
 inline f32 times(f32 acc, const float* w, const Input& in, int64_t at) {
-  for (int i = 0; i < STEP; i += LANES) acc += load(w + i) * load(in.floats + at + i);
+  for (int i = 0; i < GROUP; i += LANES) acc += load(w + i) * load(in.floats + at + i);
   return acc;
 }
 
@@ -30,10 +30,10 @@ inline f32 times(f32 acc, const bf16* w, const Input& in, int64_t at) {
   return (f32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w),
                                (__m512bh)_mm512_loadu_si512(in.halves + at));
 #else
-  for (int i = 0; i < STEP / 2; i += LANES) {
+  for (int i = 0; i < GROUP / 2; i += LANES) {
     u32 pairs = load_as<u32>(w + 2 * i);
     acc += (f32)(pairs << 16) * load(in.floats + at + i);
-    acc += (f32)(pairs & 0xffff0000u) * load(in.floats + at + STEP / 2 + i);
+    acc += (f32)(pairs & 0xffff0000u) * load(in.floats + at + GROUP / 2 + i);
   }
   return acc;
 #endif
@@ -43,17 +43,17 @@ inline f32 times(f32 acc, const bf16* w, const Input& in, int64_t at) {
 template <int R, int B, typename T>
 inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, int64_t row, float* out, int64_t stride) {
   f32 acc[B][R] = {};
-  const int64_t whole = n / STEP * STEP, base = row * in.width;
-  for (int64_t i = 0; i < whole; i += STEP)
+  const int64_t whole = n / GROUP * GROUP, base = row * in.width;
+  for (int64_t i = 0; i < whole; i += GROUP)
     for (int r = 0; r < R; r++) {
       const T* at = w + r * pitch + i;
-      ask_for(at);
-      if (sizeof(T) == 4) ask_for(at + STEP / 2);
+      prefetch(at);
+      if (sizeof(T) == 4) prefetch(at + GROUP / 2);
       for (int b = 0; b < B; b++) acc[b][r] = times(acc[b][r], at, in, base + b * in.width + i);
     }
   if (whole < n)
     for (int r = 0; r < R; r++) {
-      T rest[STEP] = {};  // never beyond the end of a row: what lies there may be NaN, or nobody's
+      T rest[GROUP] = {};  // never beyond the end of a row: what lies there may be NaN, or nobody's
       std::memcpy(rest, w + r * pitch + whole, (n - whole) * sizeof(T));
       for (int b = 0; b < B; b++) acc[b][r] = times(acc[b][r], rest, in, base + b * in.width + whole);
     }
@@ -82,4 +82,4 @@ inline void dots(const T* w, int64_t rows, int64_t n, int64_t pitch, const Input
   for (; r < rows; r++) products<1>(w + r * pitch, n, pitch, in, out + r, stride);
 }
 
-}  // namespace FORM
+}  // namespace ISA

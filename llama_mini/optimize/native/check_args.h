@@ -3,64 +3,64 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "forms.h"
+#include "isa.h"
 
 using at::Tensor;
-using at::TensorList;  // as a matrix: {floats}, {codes, scale} of int8, or {codes, scale, least} of int4
+using at::TensorList;  // as a matrix: {floats}, {codes, scale} of int8, or {codes, scale, mins} of int4
 
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-inline bool wide(const Tensor& x) {
+inline bool is_float32(const Tensor& x) {
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "float32 or bfloat16, not ", x.scalar_type());
   return x.scalar_type() == at::kFloat;
 }
 
 // The numbers of a tensor as the stream has them; nullptr of an empty one.
-inline const void* like(const Tensor& t, const Tensor& x, int64_t n, const char* what) {
+inline const void* data_like(const Tensor& t, const Tensor& x, int64_t n, const char* what) {
   if (t.numel() == 0) return nullptr;
   TORCH_CHECK(t.is_contiguous() && t.numel() == n && t.scalar_type() == x.scalar_type(), what, ": ", n,
               " numbers of ", x.scalar_type(), " in a row, not ", t.sizes(), " of ", t.scalar_type());
   return t.const_data_ptr();
 }
 
-inline Norm norm_of(const Tensor& gain, double eps, bool late, const Tensor& x, int64_t dim) {
-  return {like(gain, x, dim, "gain"), (float)eps, late};
+inline Norm norm_args(const Tensor& gain, double eps, bool late, const Tensor& x, int64_t dim) {
+  return {data_like(gain, x, dim, "gain"), (float)eps, late};
 }
 
 // Where a part begins after `rows` others: parts of codes begin with a block.
-inline int64_t after(int64_t rows, bool codes) { return codes ? up(rows, 16) : rows; }
+inline int64_t next_part(int64_t rows, bool quantized) { return quantized ? round_up(rows, 16) : rows; }
 
 inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& bias, const Tensor& x) {
   TORCH_CHECK(w.size() >= 1 && w.size() <= 3, "a matrix is one to three tensors");
   for (const auto& t : w) TORCH_CHECK(t.is_contiguous() && t.device().is_cpu(), "a matrix lies in one piece, on the CPU");
   Matrix m{};
-  m.rows = rows, m.columns = columns, m.data = w[0].const_data_ptr(), m.bias = like(bias, x, rows, "bias");
+  m.rows = rows, m.columns = columns, m.data = w[0].const_data_ptr(), m.bias = data_like(bias, x, rows, "bias");
   if (w.size() == 1) {
-    m.kind = wide(w[0]) ? Kind::FLOAT32 : Kind::BFLOAT16;
+    m.kind = is_float32(w[0]) ? Kind::FLOAT32 : Kind::BFLOAT16;
     TORCH_CHECK(w[0].scalar_type() == x.scalar_type() && w[0].dim() == 2 && w[0].size(0) == rows && w[0].size(1) == columns,
                 "a matrix of ", rows, " x ", columns, " ", x.scalar_type(), ", not ", w[0].sizes(), " ", w[0].scalar_type());
     return m;
   }
-  const int64_t blocks = up(rows, 16) / 16, steps = up(columns, 32) / 32;
+  const int64_t blocks = round_up(rows, 16) / 16, groups = round_up(columns, 32) / 32;
   m.kind = w.size() == 2 ? Kind::INT8 : Kind::INT4;
-  m.scale = (const uint16_t*)w[1].const_data_ptr();
-  TORCH_CHECK(w[0].scalar_type() == at::kByte && w[0].numel() == blocks * steps * (m.kind == Kind::INT8 ? 512 : 256),
+  m.scales = (const uint16_t*)w[1].const_data_ptr();
+  TORCH_CHECK(w[0].scalar_type() == at::kByte && w[0].numel() == blocks * groups * (m.kind == Kind::INT8 ? 512 : 256),
               "codes of ", rows, " x ", columns, ", not ", w[0].sizes());
-  TORCH_CHECK(w[1].scalar_type() == at::kHalf && w[1].numel() == blocks * 16 * steps, "scales of ",
+  TORCH_CHECK(w[1].scalar_type() == at::kHalf && w[1].numel() == blocks * 16 * groups, "scales of ",
               rows, " x ", columns, ", not ", w[1].sizes());
   if (m.kind == Kind::INT4) {
-    TORCH_CHECK(w[2].scalar_type() == at::kHalf && w[2].numel() == w[1].numel(), "least values of ", rows, " x ", columns,
+    TORCH_CHECK(w[2].scalar_type() == at::kHalf && w[2].numel() == w[1].numel(), "minimums of ", rows, " x ", columns,
                 ", not ", w[2].sizes());
-    m.least = (const uint16_t*)w[2].const_data_ptr();
+    m.mins = (const uint16_t*)w[2].const_data_ptr();
   }
   return m;
 }
 
-inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool codes, const Norm& q, const Norm& k,
+inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool quantized, const Norm& q, const Norm& k,
                     const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache,
                     const Tensor& positions, int64_t heads, int64_t window) {
   Attention a{};
-  a.wide = wide(x), a.batch = batch, a.length = length, a.heads = heads, a.window = window, a.q = q, a.k = k;
+  a.batch = batch, a.length = length, a.heads = heads, a.window = window, a.q = q, a.k = k;
   TORCH_CHECK(k_cache.dim() == 4 && k_cache.size(0) == batch && k_cache.sizes() == v_cache.sizes() &&
                   k_cache.strides() == v_cache.strides() && k_cache.stride(3) == 1 && k_cache.stride(2) == k_cache.size(3) &&
                   k_cache.scalar_type() == x.scalar_type() && v_cache.scalar_type() == x.scalar_type(),
@@ -71,7 +71,7 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
                   heads % a.kv_heads == 0,
               "a token at least, and heads of an even width, a multiple of the KV heads; not ", heads, " for a cache of ",
               k_cache.sizes());
-  a.k_at = after(heads * a.head_dim, codes), a.v_at = a.k_at + after(a.kv_heads * a.head_dim, codes);
+  a.k_at = next_part(heads * a.head_dim, quantized), a.v_at = a.k_at + next_part(a.kv_heads * a.head_dim, quantized);
   const int64_t angles = batch * length * a.head_dim / 2;
   for (const auto* t : {&cos, &sin})
     TORCH_CHECK(t->is_contiguous() && t->scalar_type() == at::kFloat && t->numel() == angles, "cos and sin: ", angles,
@@ -92,7 +92,7 @@ inline void check_prompt(const Attention& a) {
     TORCH_CHECK(a.positions[i] == a.positions[i / a.length * a.length] + i % a.length, "the positions of a prompt follow one another");
 }
 
-inline int64_t rows_of(const Tensor& x) {
+inline int64_t n_rows(const Tensor& x) {
   TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "rows of at least one number, not ", x.sizes());
   return x.numel() / x.size(-1);
 }

@@ -3,25 +3,25 @@
 // Registers 0 to 3 hold sums, 4 and 5 the left factor, 6 and 7 the right one, whose rows are pairs of columns.
 #pragma once
 
-#include "input.h"
+#include "pack_activations.h"
 
-namespace FORM {
+namespace ISA {
 
 #ifdef __AMX_BF16__
 template <typename T>
-constexpr bool TILES = sizeof(T) == 2;
+constexpr bool AMX = sizeof(T) == 2;
 
 // The registers, set up while it lives; then as they were, for PyTorch's own operators. `columns`: of the right factor.
-class Tiles {
+class AmxRegisters {
  public:
-  explicit Tiles(int64_t columns = 16) {
+  explicit AmxRegisters(int64_t columns = 16) {
     asm volatile("sttilecfg (%0)" : : "r"(before_) : "memory");
     Config ours;
     for (int i = 0; i < 8; i++) ours.bytes[i] = (uint16_t)(i == 4 || i == 5 ? 64 : 4 * columns);
     asm volatile("ldtilecfg (%0)" : : "r"(&ours) : "memory");
   }
-  ~Tiles() { asm volatile("ldtilecfg (%0)" : : "r"(before_) : "memory"); }
-  Tiles(const Tiles&) = delete;
+  ~AmxRegisters() { asm volatile("ldtilecfg (%0)" : : "r"(before_) : "memory"); }
+  AmxRegisters(const AmxRegisters&) = delete;
 
  private:
   struct alignas(64) Config {
@@ -32,9 +32,9 @@ class Tiles {
   alignas(64) uint8_t before_[64];
 };
 
-// Of 16 * Q rows of x and L vectors of lanes; `meanwhile` is called once for every 32 columns. See lane_products.
+// Of 16 * Q rows of x and L vectors of lanes; `meanwhile` is called once for every 32 columns. See microkernel.
 template <int Q, int L, bool ADD, typename F>
-inline void tile_products(const bf16* w, int64_t w_lanes, int64_t w_next, const bf16* x, int64_t x_next, int64_t n,
+inline void amx_microkernel(const bf16* w, int64_t w_lanes, int64_t w_next, const bf16* x, int64_t x_next, int64_t n,
                           float* out, int64_t stride, const F& meanwhile) {
   const int64_t w_bytes = 2 * w_next, x_bytes = 2 * x_next, out_bytes = 4 * stride;
   float *right = out + LANES, *under = out + 16 * stride;
@@ -72,13 +72,13 @@ inline void tile_products(const bf16* w, int64_t w_lanes, int64_t w_next, const 
   if (Q == 2 && L == 2) _tile_stored(3, under + LANES, out_bytes);
 }
 
-// out (TILE, columns): sixteen rows of w times pairs (n / 2, columns, 2), where n is a multiple of STEP. One row or sixteen
+// out (BLOCK_ROWS, columns): sixteen rows of w times pairs (n / 2, columns, 2), where n is a multiple of GROUP. One row or sixteen
 // on the right cost the same: a tile of w.
-inline void tile_dots(const bf16* w, int64_t n, const bf16* pairs, int64_t columns, float* out) {
+inline void amx_dots(const bf16* w, int64_t n, const bf16* pairs, int64_t columns, float* out) {
   const int64_t w_bytes = 2 * n, right_bytes = 4 * columns;
   asm volatile("" : : : "memory");
   _tile_zero(0);
-  for (int64_t i = 0; i < n; i += STEP) {
+  for (int64_t i = 0; i < n; i += GROUP) {
     _tile_loadd(4, w + i, w_bytes);
     _tile_loadd(6, pairs + i * columns, right_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -87,10 +87,10 @@ inline void tile_dots(const bf16* w, int64_t n, const bf16* pairs, int64_t colum
 }
 #else
 template <typename T>
-constexpr bool TILES = false;
-struct Tiles {
-  explicit Tiles(int64_t = 16) {}
+constexpr bool AMX = false;
+struct AmxRegisters {
+  explicit AmxRegisters(int64_t = 16) {}
 };
 #endif
 
-}  // namespace FORM
+}  // namespace ISA

@@ -11,8 +11,8 @@ struct Matrix {
   Kind kind;
   int64_t rows, columns;
   const void* data;
-  const uint16_t* scale;  // float16
-  const uint16_t* least;  // float16, of INT4
+  const uint16_t* scales;  // float16
+  const uint16_t* mins;  // float16, of INT4
   const void* bias;       // as the stream; nullptr where there is none
 };
 
@@ -23,9 +23,7 @@ struct Norm {
   bool late;
 };
 
-// The stream, the cache and what is written are float32 if `wide`, else bfloat16.
 struct Attention {
-  bool wide;
   int64_t batch, length;  // length: new tokens of each row
   int64_t heads, kv_heads, head_dim;
   int64_t k_at, v_at;  // where k and v begin in a row of q, k and v
@@ -37,39 +35,40 @@ struct Attention {
   int64_t window;                 // positions that a token sees, its own included; 0: all
 };
 
-// Runs work(context, first, last) on shares of 0..n in several threads, and waits for all.
+// Runs work(context, first, last) on chunks of 0..n in several threads, and waits for all.
 using Work = void (*)(void* context, int64_t first, int64_t last);
-struct Team {
+struct Pool {
   void (*run)(void* self, int64_t n, Work work, void* context);
   // Says what the next run reads: parts of so many bytes, of each a stretch for each thread
-  void (*expect)(void* self, const void* data, int64_t bytes, int parts);
+  void (*prefetch_next)(void* self, const void* data, int64_t bytes, int parts);
   void* self;
 };
 
-struct Form {
+struct Kernels {
   // out (batch, dim) = x + o(attention(qkv(norm(x)))), for one new token a row; `next` is the gate_up that follows
-  void (*attention_step)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o,
-                         const Matrix& next, void* out, Team);
+  void (*decode_attention)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o,
+                         const Matrix& next, void* out, Pool);
   // out (batch, dim) = x + down(silu(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up; `next` follows
-  void (*feed_forward_step)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                            const Matrix* next, bool wide, int64_t batch, void* out, Team);
+  void (*decode_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
+                            const Matrix* next, int64_t batch, void* out, Pool);
   // The same for the tokens of one row, (length, dim)
-  void (*attention_many)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o, void* out,
-                         Team);
-  void (*feed_forward_many)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                            bool wide, int64_t count, void* out, Team);
+  void (*prefill_attention)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o, void* out,
+                         Pool);
+  void (*prefill_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
+                             int64_t count, void* out, Pool);
   // out (batch, rows) float32 = x (batch, columns) times the matrix
-  void (*project)(const void* x, const Matrix&, bool wide, int64_t batch, void* out, Team);
+  void (*gemv)(const void* x, const Matrix&, int64_t batch, void* out, Pool);
   // out (count, rows), as the stream, = x (count, columns) times the matrix
-  void (*product)(const void* x, const Matrix&, bool wide, int64_t count, void* out, Team);
+  void (*gemm)(const void* x, const Matrix&, int64_t count, void* out, Pool);
   // out (count, n), as the stream, = the norm of each row of x
-  void (*rms_norm)(const void* x, const Norm&, bool wide, int64_t count, int64_t n, void* out, Team);
+  void (*rms_norm)(const void* x, const Norm&, int64_t count, int64_t n, void* out, Pool);
   // out (n, columns), as the stream, = some rows of a matrix of codes
-  void (*rows)(const Matrix&, const int64_t* at, bool wide, int64_t n, void* out, Team);
+  void (*dequantize_rows)(const Matrix&, const int64_t* at, int64_t n, void* out, Pool);
   // Rows x (n, columns), as the stream, become the matrix's codes; false where one holds a number that no scale does
-  bool (*quantize)(const void* x, bool wide, int64_t n, const Matrix&, Team);
+  bool (*quantize)(const void* x, int64_t n, const Matrix&, Pool);
   // The same of n rows of GGUF's blocks, of 32 columns and so many bytes
-  bool (*repack)(const uint8_t* blocks, int64_t bytes, int64_t n, const Matrix&, Team);
+  bool (*repack)(const uint8_t* blocks, int64_t bytes, int64_t n, const Matrix&, Pool);
 };
 
-extern const Form form_avx2, form_avx512, form_avx512_bf16, form_amx;
+// Of a float32 model, and of a bfloat16 one.
+extern const Kernels kernels_avx2[2], kernels_avx512[2], kernels_avx512_bf16[2], kernels_amx[2];

@@ -1,0 +1,163 @@
+// Attention of many new tokens of one row.
+//
+// Keys and values are first laid out in lanes. Then it is FlashAttention (Dao 2022): blocks of scores that never leave the
+// cache, a running largest score and sum.
+#pragma once
+
+#include "decode_attention.h"
+#include "microkernel.h"
+
+namespace ISA {
+
+constexpr int64_t KEY_BLOCK = 64;  // positions
+template <typename T>
+constexpr int64_t QUERY_TILE = AMX<T> ? 32 : 48;  // queries a thread takes at a time
+constexpr float SCORE_SLACK = 8;                     // how far a score may lie over the largest that is reckoned with
+
+// How many elements a head has for the sums over them, and how many as lanes.
+template <typename T>
+int64_t padded_depth(int64_t dim) {
+  return round_up(dim, AMX<T> ? 32 : PAIR<T>);
+}
+inline int64_t padded_width(int64_t dim) { return round_up(dim, LANES); }
+
+template <typename T>
+struct PackedHead {  // one KV head
+  T *k, *v;      // (positions / LANES, padded_depth / PAIR, LANES, PAIR) and (positions / PAIR, padded_width / LANES, LANES, PAIR)
+};
+
+// Elements of two rows side by side, PAIR<T> in each lane.
+inline u32 paired(const float* a, const float*, int n) { return (u32)load_first(a, n); }
+inline u32 paired(const bf16* a, const bf16* b, int n) {
+  return ((u32)load_first(a, n) >> 16) | (u32)load_first(b, n);
+}
+
+template <typename T>
+void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, PackedHead<T> to) {
+  const int64_t wide = padded_width(dim), dwords = padded_depth<T>(dim) / PAIR<T>;
+  for (int64_t s = from; s < from + KEY_BLOCK; s += LANES)
+    for (int64_t i = 0; i < dwords; i += LANES) {
+      u32 rows[LANES];
+      for (int r = 0; r < LANES; r++) {
+        rows[r] = u32{};
+        const int64_t left = (dim - i * PAIR<T>) * sizeof(T), all = sizeof(u32);
+        if (s + r < n && left > 0) std::memcpy(&rows[r], k + (s + r) * dim + i * PAIR<T>, left < all ? left : all);
+      }
+      transpose(rows);
+      for (int64_t r = 0; r < LANES && i + r < dwords; r++)
+        std::memcpy(to.k + (s / LANES * dwords + i + r) * LANES * PAIR<T>, &rows[r], sizeof(u32));
+    }
+  Array<T> nothing(wide);
+  std::memset(nothing.data, 0, wide * sizeof(T));
+  auto row = [&](int64_t s) { return s < n ? v + s * dim : nothing.data; };
+  for (int64_t s = from; s < from + KEY_BLOCK; s += PAIR<T>)
+    for (int64_t i = 0; i < wide; i += LANES) {
+      u32 both = paired(row(s) + i, row(s + PAIR<T> - 1) + i, (int)(dim - i));
+      std::memcpy(to.v + s * wide + i * PAIR<T>, &both, sizeof both);
+    }
+}
+
+// Some queries (count, padded_depth) of one head, which stand at `position` and after: out[q * out_next ...].
+template <typename T>
+void attend_queries(const T* queries, int64_t count, int64_t position, int64_t window, PackedHead<T> packed, int64_t dim,
+                 T* out, int64_t out_next) {
+  const int64_t wide = padded_width(dim), depth = padded_depth<T>(dim), vectors = wide / LANES;
+  const float scale = 1.f / __builtin_sqrtf((float)dim);
+  Array<float> scores(QUERY_TILE<T> * KEY_BLOCK), acc(QUERY_TILE<T> * wide);
+  Array<T> weights(QUERY_TILE<T> * KEY_BLOCK);
+  float most[QUERY_TILE<T>], total[QUERY_TILE<T>];
+  for (int64_t i = 0; i < QUERY_TILE<T> * wide; i++) acc[i] = 0;
+  for (int64_t q = 0; q < count; q++) most[q] = NO_SCORE, total[q] = 0;
+  const int64_t seen = position + count, oldest = window > 0 && position + 1 > window ? position + 1 - window : 0;
+  for (int64_t s = oldest / KEY_BLOCK * KEY_BLOCK; s < seen; s += KEY_BLOCK) {
+    microkernel<KEY_BLOCK / LANES, false>(packed.k + s * depth, LANES * depth, LANES * PAIR<T>, queries, depth, count, depth,
+                                        (float*)scores, KEY_BLOCK);
+    for (int64_t q = 0; q < count; q++) {
+      float* row = scores + q * KEY_BLOCK;
+      const int64_t last = position + q - s, first = window > 0 ? last - window + 1 : 0;  // of this block
+      f32 top = splat(NO_SCORE), v[KEY_BLOCK / LANES], all = {};
+      for (int l = 0; l < KEY_BLOCK / LANES; l++) {
+        v[l] = load(row + l * LANES) * scale;
+        if (last < (l + 1) * LANES - 1 || first > l * LANES) {
+          const i32 lane = lane_numbers() + l * LANES;
+          v[l] = (lane > (int32_t)last) | (lane < (int32_t)first) ? splat(MASKED) : v[l];
+        }
+        top = max(v[l], top);
+      }
+      const float now = largest(top);
+      if (now > most[q] + SCORE_SLACK) {  // rarely after the first block: e^SCORE_SLACK is no large number
+        const float before = exp(splat(most[q] - now))[0];
+        total[q] *= before;
+        for (int64_t i = 0; i < wide; i += LANES) store(acc + q * wide + i, load(acc + q * wide + i) * before);
+        most[q] = now;
+      }
+      for (int l = 0; l < KEY_BLOCK / LANES; l++) {
+        f32 p = exp(v[l] - most[q]);
+        all += p;
+        store(weights + q * KEY_BLOCK + l * LANES, p);
+      }
+      total[q] += sum(all);
+    }
+    int64_t at = 0;
+    for (; at + 4 <= vectors; at += 4)
+      microkernel<4, true>(packed.v + s * wide + at * LANES * PAIR<T>, LANES * PAIR<T>, wide * PAIR<T>,
+                             (const T*)weights.data, KEY_BLOCK, count, KEY_BLOCK, acc + at * LANES, wide);
+    for (; at < vectors; at++)
+      microkernel<1, true>(packed.v + s * wide + at * LANES * PAIR<T>, LANES * PAIR<T>, wide * PAIR<T>,
+                             (const T*)weights.data, KEY_BLOCK, count, KEY_BLOCK, acc + at * LANES, wide);
+  }
+  for (int64_t q = 0; q < count; q++)
+    for (int64_t i = 0; i < dim; i += LANES)
+      store_first(out + q * out_next + i, load(acc + q * wide + i) / total[q], (int)(dim - i));
+}
+
+// out (length, heads, head_dim), rows `pitch` apart
+template <typename T>
+void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int64_t pitch, Pool pool) {
+  const int64_t dim = a.head_dim, depth = padded_depth<T>(dim), group = a.heads / a.kv_heads, wide = padded_width(dim);
+  const int64_t start = a.positions[0], seen = start + a.length, blocks = (seen + KEY_BLOCK - 1) / KEY_BLOCK;
+  Array<T> queries((a.heads * a.length + QUERY_TILE<T>) * depth), keys(a.kv_heads * blocks * KEY_BLOCK * depth);
+  Array<T> values(a.kv_heads * blocks * KEY_BLOCK * wide);
+  parallel(pool, a.length, [&](int64_t first, int64_t last) {
+    Array<float> head(round_up(depth, LANES));
+    for (int64_t i = 0; i < depth; i++) head[i] = 0;
+    for (int64_t t = first; t < last; t++) {
+      const T* row = qkv + t * width;
+      const float *cos = a.cos + t * dim / 2, *sin = a.sin + t * dim / 2;
+      for (int64_t h = 0; h < a.heads; h++) {
+        prepare_head<T>(row + h * dim, a.q, cos, sin, dim, head);
+        copy_row((const float*)head, depth, queries + (h * a.length + t) * depth);
+      }
+      for (int64_t h = 0; h < a.kv_heads; h++) {
+        const int64_t at = h * a.cache_head + (start + t) * dim;
+        prepare_head<T>(row + a.k_at + h * dim, a.k, cos, sin, dim, head);
+        copy_row((const float*)head, dim, (T*)a.k_cache + at);
+        std::memcpy((T*)a.v_cache + at, row + a.v_at + h * dim, dim * sizeof(T));
+      }
+    }
+  });
+  auto packed = [&](int64_t h) {
+    return PackedHead<T>{keys + h * blocks * KEY_BLOCK * depth, values + h * blocks * KEY_BLOCK * wide};
+  };
+  parallel(pool, a.kv_heads * blocks, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      const int64_t h = i / blocks, at = h * a.cache_head;
+      pack_block((const T*)a.k_cache + at, (const T*)a.v_cache + at, seen, dim, i % blocks * KEY_BLOCK, packed(h));
+    }
+  });
+  const int64_t turns = (a.length + QUERY_TILE<T> - 1) / QUERY_TILE<T>;
+  int64_t next = 0;
+  parallel(pool, a.heads * turns, [&](int64_t, int64_t) {
+    [[maybe_unused]] const AmxRegisters tiles;
+    for (;;) {  // the longest first, by whoever is free
+      const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (i >= a.heads * turns) return;
+      const int64_t h = i % a.heads, t = (turns - 1 - i / a.heads) * QUERY_TILE<T>;
+      const int64_t count = a.length - t < QUERY_TILE<T> ? a.length - t : QUERY_TILE<T>;
+      attend_queries<T>(queries + (h * a.length + t) * depth, count, start + t, a.window, packed(h / group), dim,
+                     out + t * pitch + h * dim, pitch);
+    }
+  });
+}
+
+}  // namespace ISA

@@ -1,0 +1,84 @@
+// Any matrix, sixteen rows at a time: a tile.
+//
+// Each result is summed in an order that depends on the matrix alone, so that a row's bits do not depend on who chunks
+// its batch.
+#pragma once
+
+#include "gemv_int.h"
+#include "amx.h"
+
+namespace ISA {
+
+// Some rows of a matrix as a matrix; of codes whole blocks.
+template <typename T>
+inline Matrix slice_rows(Matrix m, int64_t from, int64_t rows) {
+  const int64_t groups = (m.columns + GROUP - 1) / GROUP, scales = from * groups;
+  const int64_t bytes = m.kind == Kind::FLOAT32 ? 4 * m.columns : m.kind == Kind::BFLOAT16 ? 2 * m.columns
+                      : m.kind == Kind::INT8 ? GROUP * groups : GROUP / 2 * groups;
+  m.data = (const char*)m.data + from * bytes;
+  if (m.scales != nullptr) m.scales += scales;
+  if (m.mins != nullptr) m.mins += scales;
+  if (m.bias != nullptr) m.bias = (const T*)m.bias + from;
+  m.rows = rows;
+  return m;
+}
+
+inline int64_t n_blocks(const Matrix& m) { return (m.rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+
+inline int block_rows(const Matrix& m, int64_t t) { return (int)(m.rows - t * BLOCK_ROWS < BLOCK_ROWS ? m.rows - t * BLOCK_ROWS : BLOCK_ROWS); }
+
+// x (batch, m.columns), rounded already to what the model computes in, for `tile`.
+inline void ready(Input& in, const Matrix& m, const float* x, int64_t batch) {
+#ifdef __AMX_BF16__
+  if (m.kind == Kind::BFLOAT16) {
+    in.batch = batch, in.width = (m.columns + GROUP - 1) / GROUP * GROUP;
+    return pair(in, x, batch, m.columns);
+  }
+#endif
+  ready(in, m.kind, x, batch, m.columns);
+}
+
+#ifdef __AMX_BF16__
+// out (batch, BLOCK_ROWS): up to sixteen rows of w times the batch, sixteen of it at once.
+inline void gemv_block_amx(const bf16* w, int rows, int64_t n, const Input& in, float* out) {
+  Array<bf16> edge;  // where there are fewer rows, or no whole groups: with zeros around
+  if (rows < BLOCK_ROWS || n < in.width) {
+    edge.resize(BLOCK_ROWS * in.width);
+    std::memset(edge.data, 0, BLOCK_ROWS * in.width * sizeof(bf16));
+    for (int r = 0; r < rows; r++) std::memcpy(edge + r * in.width, w + r * n, n * sizeof(bf16));
+    w = edge;
+  }
+  alignas(64) float sums[BLOCK_ROWS * BLOCK_ROWS + LANES];
+  for (int64_t b = 0; b < in.batch; b += in.columns) {
+    const bf16* pairs = (const bf16*)(in.pairs + b * in.width);
+    amx_dots(w, in.width, pairs, in.columns, in.columns == 1 ? out + b * BLOCK_ROWS : sums);
+    if (in.columns == 1) continue;
+    u32 turned[BLOCK_ROWS];
+    for (int r = 0; r < BLOCK_ROWS; r++) turned[r] = (u32)load(sums + r * in.columns);
+    transpose(turned);
+    for (int64_t i = 0; i < in.columns && b + i < in.batch; i++) store(out + (b + i) * BLOCK_ROWS, (f32)turned[i]);
+  }
+}
+#endif
+
+// out (batch, BLOCK_ROWS): the rows of a tile, with their bias, times the batch. Tiles(in.columns) live meanwhile.
+template <typename T>
+inline void gemv_block(const Matrix& m, int64_t t, const Input& in, float* out) {
+  const int64_t n = m.columns, at = t * BLOCK_ROWS;
+  const int rows = block_rows(m, t);
+  if (m.kind == Kind::FLOAT32) dots((const float*)m.data + at * n, rows, n, n, in, out, BLOCK_ROWS);
+#ifdef __AMX_BF16__
+  if (m.kind == Kind::BFLOAT16) gemv_block_amx((const bf16*)m.data + at * n, rows, n, in, out);
+#else
+  if (m.kind == Kind::BFLOAT16) dots((const bf16*)m.data + at * n, rows, n, n, in, out, BLOCK_ROWS);
+#endif
+  if (m.kind == Kind::INT8) gemv_block_int<false>(m, t, in, out);
+  if (m.kind == Kind::INT4) gemv_block_int<true>(m, t, in, out);
+  if (m.bias == nullptr) return;
+  for (int i = 0; i < rows; i += LANES) {
+    const f32 bias = load_first((const T*)m.bias + at + i, rows - i);
+    for (int64_t b = 0; b < in.batch; b++) store(out + b * BLOCK_ROWS + i, load(out + b * BLOCK_ROWS + i) + bias);
+  }
+}
+
+}  // namespace ISA

@@ -1,0 +1,160 @@
+// The arithmetic in one form: compiled once for each instruction set, with ISA the name of its namespace.
+
+#include "prefill.h"
+#include "quantize.h"
+
+namespace ISA {
+
+// The floats of x (batch, n), normed where there is a norm.
+template <typename T>
+void load_rows(const void* x, const Norm& norm, int64_t batch, int64_t n, float* out) {
+  for (int64_t b = 0; b < batch; b++)
+    if (norm.gain != nullptr)
+      rms_norm<T>((const T*)x + b * n, norm, n, out + b * n);
+    else
+      copy_row((const T*)x + b * n, n, out + b * n);
+}
+
+// out (batch, stride) = x times the matrix
+template <typename T>
+void gemv_packed(const Matrix& m, const Input& in, float* out, int64_t stride, Pool pool) {
+  parallel(pool, n_blocks(m), [&](int64_t first, int64_t last) {
+    [[maybe_unused]] const AmxRegisters registers(in.columns);
+    Array<float> y(in.batch * BLOCK_ROWS);
+    for (int64_t t = first; t < last; t++) {
+      gemv_block<T>(m, t, in, y);
+      for (int64_t b = 0; b < in.batch; b++) copy_row(y + b * BLOCK_ROWS, block_rows(m, t), out + b * stride + t * BLOCK_ROWS);
+    }
+  });
+}
+
+// out (batch, rows) = x + y times the matrix
+template <typename T>
+void gemv_add(const Matrix& m, const float* y, int64_t batch, const T* x, T* out, Pool pool) {
+  Input in;
+  ready(in, m, y, batch);
+  parallel(pool, n_blocks(m), [&](int64_t first, int64_t last) {
+    [[maybe_unused]] const AmxRegisters registers(in.columns);
+    Array<float> part(batch * BLOCK_ROWS);
+    for (int64_t t = first; t < last; t++) {
+      gemv_block<T>(m, t, in, part);
+      for (int64_t b = 0; b < batch; b++)
+        for (int i = 0, n = block_rows(m, t); i < n; i += LANES) {
+          const int64_t at = b * m.rows + t * BLOCK_ROWS + i;
+          store_first(out + at, load_first(x + at, n - i) + load(part + b * BLOCK_ROWS + i), n - i);
+        }
+    }
+  });
+}
+
+// Lets threads that have nothing to do ask for the matrix that comes next, in equal parts.
+template <typename T>
+void prefetch_next(Pool pool, const Matrix& m, int parts = 1) {
+  const Matrix part = slice_rows<T>(m, m.rows / parts / BLOCK_ROWS * BLOCK_ROWS, 0);
+  pool.prefetch_next(pool.self, m.data, (const char*)part.data - (const char*)m.data, parts);
+}
+
+template <typename T>
+void decode_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
+                       const Matrix& next, void* out, Pool pool) {
+  Array<float> rows(a.batch * qkv.columns), projected(a.batch * qkv.rows), y(a.batch * o.columns);
+  load_rows<T>(x, norm, a.batch, qkv.columns, rows);
+  Input in;
+  ready(in, qkv, rows, a.batch);
+  prefetch_next<T>(pool, o);
+  gemv_packed<T>(qkv, in, projected, qkv.rows, pool);
+  attend_decode<T>(a, projected, qkv.rows, y, pool);
+  prefetch_next<T>(pool, next, 2);
+  gemv_add<T>(o, y, a.batch, (const T*)x, (T*)out, pool);
+}
+
+template <typename T>
+void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, const Matrix& down,
+                          const Matrix* next, int64_t batch, void* out, Pool pool) {
+  const int64_t dim = gate_up.columns, hidden = down.columns;
+  Array<float> rows(batch * dim), y(batch * hidden);
+  load_rows<T>(x, norm, batch, dim, rows);
+  Input in;
+  ready(in, gate_up, rows, batch);
+  const Matrix gate = slice_rows<T>(gate_up, 0, hidden), up = slice_rows<T>(gate_up, up_at, hidden);
+  prefetch_next<T>(pool, down);
+  parallel(pool, n_blocks(gate), [&](int64_t first, int64_t last) {
+    [[maybe_unused]] const AmxRegisters registers(in.columns);
+    Array<float> g(batch * BLOCK_ROWS), u(batch * BLOCK_ROWS);
+    for (int64_t t = first; t < last; t++) {
+      gemv_block<T>(gate, t, in, g);
+      gemv_block<T>(up, t, in, u);
+      for (int64_t b = 0; b < batch; b++)
+        for (int i = 0, n = block_rows(gate, t); i < n; i += LANES) {
+          f32 v = silu(load(g + b * BLOCK_ROWS + i)) * load(u + b * BLOCK_ROWS + i);
+          store_first(y + b * hidden + t * BLOCK_ROWS + i, v, n - i);
+        }
+    }
+  });
+  if (next != nullptr) prefetch_next<T>(pool, *next);
+  gemv_add<T>(down, y, batch, (const T*)x, (T*)out, pool);
+}
+
+template <typename T>
+void gemv(const void* x, const Matrix& m, int64_t batch, void* out, Pool pool) {
+  Array<float> rows(batch * m.columns);
+  load_rows<T>(x, Norm{}, batch, m.columns, rows);
+  Input in;
+  ready(in, m, rows, batch);
+  gemv_packed<T>(m, in, (float*)out, m.rows, pool);
+}
+
+template <typename T>
+void rms_norm_rows(const void* x, const Norm& norm, int64_t count, int64_t n, void* out, Pool pool) {
+  parallel(pool, count, [&](int64_t first, int64_t last) {
+    Array<float> row(n);
+    for (int64_t i = first; i < last; i++) {
+      rms_norm<T>((const T*)x + i * n, norm, n, row);
+      copy_row((const float*)row, n, (T*)out + i * n);
+    }
+  });
+}
+
+template <typename T>
+void dequantize_rows(const Matrix& m, const int64_t* at, int64_t n, void* out, Pool pool) {
+  const bool four = m.kind == Kind::INT4;
+  const int64_t groups = (m.columns + GROUP - 1) / GROUP, bytes = four ? 256 : 512;
+  parallel(pool, n, [&](int64_t first, int64_t last) {
+    Array<float> row(groups * GROUP);
+    for (int64_t i = first; i < last; i++) {
+      for (int64_t s = 0; s < groups; s++) {
+        const int64_t step = at[i] / BLOCK_ROWS * groups + s, lane = at[i] % BLOCK_ROWS;
+        const uint8_t* q = (const uint8_t*)m.data + step * bytes + 4 * lane;
+        const float scale = _cvtsh_ss(m.scales[step * BLOCK_ROWS + lane]);
+        const float min = four ? _cvtsh_ss(m.mins[step * BLOCK_ROWS + lane]) : -128 * scale;
+        for (int c = 0; c < GROUP; c++) {
+          const uint8_t code = q[(four ? c / 8 : c / 4) * 64 + c % 4];
+          row[s * GROUP + c] = scale * (four ? (c / 4 % 2 ? code >> 4 : code & 15) : code) + min;
+        }
+      }
+      copy_row((const float*)row, m.columns, (T*)out + i * m.columns);
+    }
+  });
+}
+
+template <typename T>
+void gemm(const void* x, const Matrix& m, int64_t count, void* out, Pool pool) {
+  gemm_tokens<T>(tokens_of((const T*)x, Norm{}, m.columns, pool), m, count, nullptr, (T*)out, pool);
+}
+
+template <typename T>
+bool quantize(const void* x, int64_t n, const Matrix& m, Pool pool) {
+  return (m.kind == Kind::INT4 ? quantize_rows<T, true> : quantize_rows<T, false>)((const T*)x, n, m, pool);
+}
+
+template <typename T>
+constexpr Kernels kernels_of() {
+  return {decode_attention<T>, decode_feed_forward<T>, prefill_attention<T>, prefill_feed_forward<T>, gemv<T>, gemm<T>,
+          rms_norm_rows<T>,    dequantize_rows<T>,     quantize<T>,          repack};
+}
+
+}  // namespace ISA
+
+#define JOIN(a, b) a##b
+#define NAME(isa) JOIN(kernels_, isa)
+const Kernels NAME(ISA)[2] = {ISA::kernels_of<float>(), ISA::kernels_of<ISA::bf16>()};

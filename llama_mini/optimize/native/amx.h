@@ -35,7 +35,7 @@ class AmxRegisters {
 // Of 16 * Q rows of x and L vectors of lanes; `meanwhile` is called once for every 32 columns. See microkernel.
 template <int Q, int L, bool ADD, typename F>
 inline void amx_microkernel(const bf16* w, int64_t w_lanes, int64_t w_next, const bf16* x, int64_t x_next, int64_t n,
-                          float* out, int64_t stride, const F& meanwhile) {
+                            float* out, int64_t stride, const F& meanwhile) {
   const int64_t w_bytes = 2 * w_next, x_bytes = 2 * x_next, out_bytes = 4 * stride;
   float *right = out + LANES, *under = out + 16 * stride;
   asm volatile("" : : : "memory");  // GCC 12 does not know that a tile is loaded from memory
@@ -72,8 +72,8 @@ inline void amx_microkernel(const bf16* w, int64_t w_lanes, int64_t w_next, cons
   if (Q == 2 && L == 2) _tile_stored(3, under + LANES, out_bytes);
 }
 
-// out (BLOCK_ROWS, columns): sixteen rows of w times pairs (n / 2, columns, 2), where n is a multiple of GROUP. One row or sixteen
-// on the right cost the same: a tile of w.
+// out (BLOCK_ROWS, columns): sixteen rows of w times pairs (n / 2, columns, 2), where n is a multiple of GROUP. One row
+// or sixteen on the right cost the same: a tile of w.
 inline void amx_dots(const bf16* w, int64_t n, const bf16* pairs, int64_t columns, float* out) {
   const int64_t w_bytes = 2 * n, right_bytes = 4 * columns;
   asm volatile("" : : : "memory");

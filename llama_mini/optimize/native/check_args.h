@@ -11,15 +11,16 @@ using at::TensorList;  // as a matrix: {floats}, {codes, scale} of int8, or {cod
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline bool is_float32(const Tensor& x) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "float32 or bfloat16, not ", x.scalar_type());
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "float32 or bfloat16, not ",
+              x.scalar_type());
   return x.scalar_type() == at::kFloat;
 }
 
 // The numbers of a tensor as the stream has them; nullptr of an empty one.
 inline const void* data_like(const Tensor& t, const Tensor& x, int64_t n, const char* what) {
   if (t.numel() == 0) return nullptr;
-  TORCH_CHECK(t.is_contiguous() && t.numel() == n && t.scalar_type() == x.scalar_type(), what, ": ", n,
-              " numbers of ", x.scalar_type(), " in a row, not ", t.sizes(), " of ", t.scalar_type());
+  TORCH_CHECK(t.is_contiguous() && t.numel() == n && t.scalar_type() == x.scalar_type(), what, ": ", n, " numbers of ",
+              x.scalar_type(), " in a row, not ", t.sizes(), " of ", t.scalar_type());
   return t.const_data_ptr();
 }
 
@@ -32,13 +33,15 @@ inline int64_t next_part(int64_t rows, bool quantized) { return quantized ? roun
 
 inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& bias, const Tensor& x) {
   TORCH_CHECK(w.size() >= 1 && w.size() <= 3, "a matrix is one to three tensors");
-  for (const auto& t : w) TORCH_CHECK(t.is_contiguous() && t.device().is_cpu(), "a matrix lies in one piece, on the CPU");
+  for (const auto& t : w)
+    TORCH_CHECK(t.is_contiguous() && t.device().is_cpu(), "a matrix lies in one piece, on the CPU");
   Matrix m{};
   m.rows = rows, m.columns = columns, m.data = w[0].const_data_ptr(), m.bias = data_like(bias, x, rows, "bias");
   if (w.size() == 1) {
     m.kind = is_float32(w[0]) ? Kind::FLOAT32 : Kind::BFLOAT16;
-    TORCH_CHECK(w[0].scalar_type() == x.scalar_type() && w[0].dim() == 2 && w[0].size(0) == rows && w[0].size(1) == columns,
-                "a matrix of ", rows, " x ", columns, " ", x.scalar_type(), ", not ", w[0].sizes(), " ", w[0].scalar_type());
+    TORCH_CHECK(
+        w[0].scalar_type() == x.scalar_type() && w[0].dim() == 2 && w[0].size(0) == rows && w[0].size(1) == columns,
+        "a matrix of ", rows, " x ", columns, " ", x.scalar_type(), ", not ", w[0].sizes(), " ", w[0].scalar_type());
     return m;
   }
   const int64_t blocks = round_up(rows, 16) / 16, groups = round_up(columns, 32) / 32;
@@ -46,8 +49,8 @@ inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& 
   m.scales = (const uint16_t*)w[1].const_data_ptr();
   TORCH_CHECK(w[0].scalar_type() == at::kByte && w[0].numel() == blocks * groups * (m.kind == Kind::INT8 ? 512 : 256),
               "codes of ", rows, " x ", columns, ", not ", w[0].sizes());
-  TORCH_CHECK(w[1].scalar_type() == at::kHalf && w[1].numel() == blocks * 16 * groups, "scales of ",
-              rows, " x ", columns, ", not ", w[1].sizes());
+  TORCH_CHECK(w[1].scalar_type() == at::kHalf && w[1].numel() == blocks * 16 * groups, "scales of ", rows, " x ",
+              columns, ", not ", w[1].sizes());
   if (m.kind == Kind::INT4) {
     TORCH_CHECK(w[2].scalar_type() == at::kHalf && w[2].numel() == w[1].numel(), "minimums of ", rows, " x ", columns,
                 ", not ", w[2].sizes());
@@ -57,20 +60,21 @@ inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& 
 }
 
 inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool quantized, const Norm& q, const Norm& k,
-                    const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache,
-                    const Tensor& positions, int64_t heads, int64_t window) {
+                           const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache,
+                           const Tensor& positions, int64_t heads, int64_t window) {
   Attention a{};
   a.batch = batch, a.length = length, a.heads = heads, a.window = window, a.q = q, a.k = k;
   TORCH_CHECK(k_cache.dim() == 4 && k_cache.size(0) == batch && k_cache.sizes() == v_cache.sizes() &&
-                  k_cache.strides() == v_cache.strides() && k_cache.stride(3) == 1 && k_cache.stride(2) == k_cache.size(3) &&
-                  k_cache.scalar_type() == x.scalar_type() && v_cache.scalar_type() == x.scalar_type(),
+                  k_cache.strides() == v_cache.strides() && k_cache.stride(3) == 1 &&
+                  k_cache.stride(2) == k_cache.size(3) && k_cache.scalar_type() == x.scalar_type() &&
+                  v_cache.scalar_type() == x.scalar_type(),
               "a cache of (", batch, ", KV heads, positions, head_dim) ", x.scalar_type(), ", not ", k_cache.sizes());
   a.kv_heads = k_cache.size(1), a.head_dim = k_cache.size(3);
   a.cache_row = k_cache.stride(0), a.cache_head = k_cache.stride(1);
   TORCH_CHECK(batch > 0 && length > 0 && heads > 0 && a.kv_heads > 0 && a.head_dim > 0 && a.head_dim % 2 == 0 &&
                   heads % a.kv_heads == 0,
-              "a token at least, and heads of an even width, a multiple of the KV heads; not ", heads, " for a cache of ",
-              k_cache.sizes());
+              "a token at least, and heads of an even width, a multiple of the KV heads; not ", heads,
+              " for a cache of ", k_cache.sizes());
   a.k_at = next_part(heads * a.head_dim, quantized), a.v_at = a.k_at + next_part(a.kv_heads * a.head_dim, quantized);
   const int64_t angles = batch * length * a.head_dim / 2;
   for (const auto* t : {&cos, &sin})
@@ -89,7 +93,8 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
 
 inline void check_prompt(const Attention& a) {
   for (int64_t i = 0; i < a.batch * a.length; i++)
-    TORCH_CHECK(a.positions[i] == a.positions[i / a.length * a.length] + i % a.length, "the positions of a prompt follow one another");
+    TORCH_CHECK(a.positions[i] == a.positions[i / a.length * a.length] + i % a.length,
+                "the positions of a prompt follow one another");
 }
 
 inline int64_t n_rows(const Tensor& x) {

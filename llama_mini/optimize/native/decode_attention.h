@@ -53,10 +53,11 @@ inline float softmax_chunk(float* scores, int64_t n, float scale, float& most) {
   return sum(total);
 }
 
-// out[g * stride ...] = sum over n positions of weights[g * CHUNK + s] * v[s], V vectors wide from `at` on. WHOLE: none of
-// them ends beyond a head.
+// out[g * stride ...] = sum over n positions of weights[g * CHUNK + s] * v[s], V vectors wide from `at` on. WHOLE: none
+// of them ends beyond a head.
 template <int G, int V, bool WHOLE, typename T>
-inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, int64_t at, float* out, int64_t stride) {
+inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, int64_t at, float* out,
+                            int64_t stride) {
   f32 acc[G][V] = {};
   for (int64_t s = 0; s < n; s++)
     for (int i = 0; i < V; i++) {
@@ -78,7 +79,8 @@ inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t
 
 // One chunk of one KV head of one row; the last one first appends the new key and value.
 template <typename T>
-void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b, int64_t h, int64_t chunk, float* part) {
+void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b, int64_t h, int64_t chunk,
+                  float* part) {
   const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
   const int64_t position = a.positions[b], seen = position + 1;
   const int64_t oldest = a.window > 0 && seen > a.window ? seen - a.window : 0;
@@ -101,9 +103,12 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
   for (int64_t g = 0; g < group; g++)
     part[g] = softmax_chunk(scores + g * CHUNK, to - from, 1.f / __builtin_sqrtf((float)dim), part[group + g]);
   int64_t g = 0;
-  for (; g + 4 <= group; g += 4) weighted_values<4>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
-  for (; g + 3 <= group; g += 3) weighted_values<3>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
-  for (; g < group; g++) weighted_values<1>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
+  for (; g + 4 <= group; g += 4)
+    weighted_values<4>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
+  for (; g + 3 <= group; g += 3)
+    weighted_values<3>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
+  for (; g < group; g++)
+    weighted_values<1>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
 }
 
 // out (batch, heads * head_dim)
@@ -112,7 +117,8 @@ void attend_decode(const Attention& a, const float* qkv, int64_t width, float* o
   const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
   const int64_t size = group * (stride + 2), pairs = a.batch * a.kv_heads;
   int64_t chunks = 1;
-  for (int64_t b = 0; b < a.batch; b++) chunks = a.positions[b] / CHUNK + 1 > chunks ? a.positions[b] / CHUNK + 1 : chunks;
+  for (int64_t b = 0; b < a.batch; b++)
+    chunks = a.positions[b] / CHUNK + 1 > chunks ? a.positions[b] / CHUNK + 1 : chunks;
   Array<float> parts(pairs * chunks * size);
   auto first_chunk = [&](int64_t b) {
     const int64_t seen = a.positions[b] + 1;
@@ -133,7 +139,8 @@ void attend_decode(const Attention& a, const float* qkv, int64_t width, float* o
       const int64_t b = pair / a.kv_heads, begin = first_chunk(b), end = a.positions[b] / CHUNK + 1;
       const float* part = parts + pair * chunks * size;
       float most = NO_SCORE, total = 0;
-      for (int64_t c = begin; c < end; c++) most = part[c * size + group + g] > most ? part[c * size + group + g] : most;
+      for (int64_t c = begin; c < end; c++)
+        most = part[c * size + group + g] > most ? part[c * size + group + g] : most;
       Array<float> acc(stride);
       for (int64_t i = 0; i < stride; i++) acc[i] = 0;
       for (int64_t c = begin; c < end; c++) {

@@ -1,7 +1,7 @@
 // Attention of many new tokens of one row.
 //
-// Keys and values are first laid out in lanes. Then it is FlashAttention (Dao 2022): blocks of scores that never leave the
-// cache, a running largest score and sum.
+// Keys and values are first laid out in lanes. Then it is FlashAttention (Dao 2022): blocks of scores that never leave
+// the cache, a running largest score and sum.
 #pragma once
 
 #include "decode_attention.h"
@@ -12,7 +12,7 @@ namespace ISA {
 constexpr int64_t KEY_BLOCK = 64;  // positions
 template <typename T>
 constexpr int64_t QUERY_TILE = AMX<T> ? 32 : 48;  // queries a thread takes at a time
-constexpr float SCORE_SLACK = 8;                     // how far a score may lie over the largest that is reckoned with
+constexpr float SCORE_SLACK = 8;                  // how far a score may lie over the largest that is reckoned with
 
 // How many elements a head has for the sums over them, and how many as lanes.
 template <typename T>
@@ -23,14 +23,13 @@ inline int64_t padded_width(int64_t dim) { return round_up(dim, LANES); }
 
 template <typename T>
 struct PackedHead {  // one KV head
-  T *k, *v;      // (positions / LANES, padded_depth / PAIR, LANES, PAIR) and (positions / PAIR, padded_width / LANES, LANES, PAIR)
+  T *k, *v;  // (positions / LANES, padded_depth / PAIR, LANES, PAIR) and (positions / PAIR, padded_width / LANES,
+             // LANES, PAIR)
 };
 
 // Elements of two rows side by side, PAIR<T> in each lane.
 inline u32 paired(const float* a, const float*, int n) { return (u32)load_first(a, n); }
-inline u32 paired(const bf16* a, const bf16* b, int n) {
-  return ((u32)load_first(a, n) >> 16) | (u32)load_first(b, n);
-}
+inline u32 paired(const bf16* a, const bf16* b, int n) { return ((u32)load_first(a, n) >> 16) | (u32)load_first(b, n); }
 
 template <typename T>
 void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, PackedHead<T> to) {
@@ -40,7 +39,7 @@ void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, Pa
       u32 rows[LANES];
       for (int r = 0; r < LANES; r++) {
         rows[r] = u32{};
-        const int64_t left = (dim - i * PAIR<T>) * sizeof(T), all = sizeof(u32);
+        const int64_t left = (dim - i * PAIR<T>)*sizeof(T), all = sizeof(u32);
         if (s + r < n && left > 0) std::memcpy(&rows[r], k + (s + r) * dim + i * PAIR<T>, left < all ? left : all);
       }
       transpose(rows);
@@ -59,8 +58,8 @@ void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, Pa
 
 // Some queries (count, padded_depth) of one head, which stand at `position` and after: out[q * out_next ...].
 template <typename T>
-void attend_queries(const T* queries, int64_t count, int64_t position, int64_t window, PackedHead<T> packed, int64_t dim,
-                 T* out, int64_t out_next) {
+void attend_queries(const T* queries, int64_t count, int64_t position, int64_t window, PackedHead<T> packed,
+                    int64_t dim, T* out, int64_t out_next) {
   const int64_t wide = padded_width(dim), depth = padded_depth<T>(dim), vectors = wide / LANES;
   const float scale = 1.f / __builtin_sqrtf((float)dim);
   Array<float> scores(QUERY_TILE<T> * KEY_BLOCK), acc(QUERY_TILE<T> * wide);
@@ -70,8 +69,8 @@ void attend_queries(const T* queries, int64_t count, int64_t position, int64_t w
   for (int64_t q = 0; q < count; q++) most[q] = NO_SCORE, total[q] = 0;
   const int64_t seen = position + count, oldest = window > 0 && position + 1 > window ? position + 1 - window : 0;
   for (int64_t s = oldest / KEY_BLOCK * KEY_BLOCK; s < seen; s += KEY_BLOCK) {
-    microkernel<KEY_BLOCK / LANES, false>(packed.k + s * depth, LANES * depth, LANES * PAIR<T>, queries, depth, count, depth,
-                                        (float*)scores, KEY_BLOCK);
+    microkernel<KEY_BLOCK / LANES, false>(packed.k + s * depth, LANES * depth, LANES * PAIR<T>, queries, depth, count,
+                                          depth, (float*)scores, KEY_BLOCK);
     for (int64_t q = 0; q < count; q++) {
       float* row = scores + q * KEY_BLOCK;
       const int64_t last = position + q - s, first = window > 0 ? last - window + 1 : 0;  // of this block
@@ -101,10 +100,10 @@ void attend_queries(const T* queries, int64_t count, int64_t position, int64_t w
     int64_t at = 0;
     for (; at + 4 <= vectors; at += 4)
       microkernel<4, true>(packed.v + s * wide + at * LANES * PAIR<T>, LANES * PAIR<T>, wide * PAIR<T>,
-                             (const T*)weights.data, KEY_BLOCK, count, KEY_BLOCK, acc + at * LANES, wide);
+                           (const T*)weights.data, KEY_BLOCK, count, KEY_BLOCK, acc + at * LANES, wide);
     for (; at < vectors; at++)
       microkernel<1, true>(packed.v + s * wide + at * LANES * PAIR<T>, LANES * PAIR<T>, wide * PAIR<T>,
-                             (const T*)weights.data, KEY_BLOCK, count, KEY_BLOCK, acc + at * LANES, wide);
+                           (const T*)weights.data, KEY_BLOCK, count, KEY_BLOCK, acc + at * LANES, wide);
   }
   for (int64_t q = 0; q < count; q++)
     for (int64_t i = 0; i < dim; i += LANES)
@@ -116,7 +115,7 @@ template <typename T>
 void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int64_t pitch, Pool pool) {
   const int64_t dim = a.head_dim, depth = padded_depth<T>(dim), group = a.heads / a.kv_heads, wide = padded_width(dim);
   const int64_t start = a.positions[0], seen = start + a.length, blocks = (seen + KEY_BLOCK - 1) / KEY_BLOCK;
-  Array<T> queries((a.heads * a.length + QUERY_TILE<T>) * depth), keys(a.kv_heads * blocks * KEY_BLOCK * depth);
+  Array<T> queries((a.heads * a.length + QUERY_TILE<T>)*depth), keys(a.kv_heads * blocks * KEY_BLOCK * depth);
   Array<T> values(a.kv_heads * blocks * KEY_BLOCK * wide);
   parallel(pool, a.length, [&](int64_t first, int64_t last) {
     Array<float> head(round_up(depth, LANES));
@@ -155,7 +154,7 @@ void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int
       const int64_t h = i % a.heads, t = (turns - 1 - i / a.heads) * QUERY_TILE<T>;
       const int64_t count = a.length - t < QUERY_TILE<T> ? a.length - t : QUERY_TILE<T>;
       attend_queries<T>(queries + (h * a.length + t) * depth, count, start + t, a.window, packed(h / group), dim,
-                     out + t * pitch + h * dim, pitch);
+                        out + t * pitch + h * dim, pitch);
     }
   });
 }

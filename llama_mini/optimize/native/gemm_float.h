@@ -1,4 +1,5 @@
-// A matrix times many tokens that stay floats: a panel of its rows, laid out in lanes once, times some tokens at a time.
+// A matrix times many tokens that stay floats: a panel of its rows, laid out in lanes once, times some tokens at a
+// time.
 #pragma once
 
 #include "microkernel.h"
@@ -20,7 +21,8 @@ struct PaddedRows {
   void resize(int64_t count, int64_t columns) {
     pitch = round_up(columns, GROUP);
     at.resize(round_up(count, ROW_MULTIPLE<T>) * pitch);
-    for (int64_t i = 0; columns < pitch && i < count; i++) std::memset((*this)[i] + columns, 0, (pitch - columns) * sizeof(T));
+    for (int64_t i = 0; columns < pitch && i < count; i++)
+      std::memset((*this)[i] + columns, 0, (pitch - columns) * sizeof(T));
   }
   T* operator[](int64_t row) const { return at.data + row * pitch; }
 };
@@ -112,10 +114,13 @@ struct Prefetcher {
   Prefetcher() = default;
   explicit Prefetcher(Strip from) {
     const Matrix& m = *from.of;
-    const int64_t rows = m.rows - from.row < LANES ? m.rows - from.row : LANES, groups = round_up(m.columns, GROUP) / GROUP;
+    const int64_t rows = m.rows - from.row < LANES ? m.rows - from.row : LANES,
+                  groups = round_up(m.columns, GROUP) / GROUP;
     if (rows <= 0) return;
-    const int64_t row = m.kind == Kind::FLOAT32 ? 4 * m.columns : m.kind == Kind::BFLOAT16 ? 2 * m.columns
-                      : m.kind == Kind::INT8 ? GROUP * groups : GROUP / 2 * groups;
+    const int64_t row = m.kind == Kind::FLOAT32    ? 4 * m.columns
+                        : m.kind == Kind::BFLOAT16 ? 2 * m.columns
+                        : m.kind == Kind::INT8     ? GROUP * groups
+                                                   : GROUP / 2 * groups;
     at = (const char*)m.data + from.row * row, end = at + rows * row;
   }
   void advance(int64_t lines) {
@@ -123,7 +128,8 @@ struct Prefetcher {
   }
 };
 
-// Calls done(panel, token, n, y) with y (n, STRIPS, LANES): a panel, whose strips `strip(panel, i)` says, times n tokens.
+// Calls done(panel, token, n, y) with y (n, STRIPS, LANES): a panel, whose strips `strip(panel, i)` says, times n
+// tokens.
 template <typename T, typename S, typename F>
 void times_tokens(int64_t panels, const S& strip, const FloatTokens<T>& in, Pool pool, const F& done) {
   constexpr int STRIPS = FloatTokens<T>::STRIPS;
@@ -151,11 +157,11 @@ void times_tokens(int64_t panels, const S& strip, const FloatTokens<T>& in, Pool
       }
       for (int64_t token = 0; token < in.count; token += TOKEN_TILE) {
         const int64_t count = in.count - token < TOKEN_TILE ? in.count - token : TOKEN_TILE;
-        microkernel<STRIPS, false>((const T*)panel, VECTOR, STRIPS * VECTOR, in.rows + token * in.pitch, in.pitch, count,
-                                     width, now, WIDTH, [&] {
-                                       finish(each);
-                                       for (auto& strip : prefetchers) strip.advance(lines);
-                                     });
+        microkernel<STRIPS, false>((const T*)panel, VECTOR, STRIPS * VECTOR, in.rows + token * in.pitch, in.pitch,
+                                   count, width, now, WIDTH, [&] {
+                                     finish(each);
+                                     for (auto& strip : prefetchers) strip.advance(lines);
+                                   });
         finish(TOKEN_TILE);
         of = p, from = token, n = count, at = 0;
         float* const done_with = before;

@@ -9,8 +9,8 @@ namespace ISA {
 constexpr int PANEL = 2 * LANES;
 
 struct IntPanel {
-  Array<uint8_t> q;        // (groups, QUADS, 2, LANES, 4)
-  Array<float> scales, mins;   // (groups, 2, LANES); mins of int4
+  Array<uint8_t> q;           // (groups, QUADS, 2, LANES, 4)
+  Array<float> scales, mins;  // (groups, 2, LANES); mins of int4
   explicit IntPanel(int64_t groups) : q(groups * GROUP * PANEL), scales(groups * PANEL), mins(groups * PANEL) {}
 };
 
@@ -53,7 +53,7 @@ inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
 }
 
 inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool wide16,
-                     const int32_t* start) {
+                      const int32_t* start) {
   for (int b = 0; b < TILE_TOKENS; b++) sums[b][0] = sums[b][1] = i32{} + (wide16 || start == nullptr ? 0 : start[b]);
   add_group(sums, q, first);
   if (!wide16) return;
@@ -63,7 +63,7 @@ inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* first, co
 }
 #else
 inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool,
-                     const int32_t* start) {
+                      const int32_t* start) {
   for (int b = 0; b < TILE_TOKENS; b++) sums[b][0] = sums[b][1] = i32{} + (start == nullptr ? 0 : start[b]);
   for (int i = 0; i < QUADS; i++)
     for (int strip = 0; strip < 2; strip++) {
@@ -85,7 +85,7 @@ void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile,
     const int64_t at = (tile * in.groups + s) * TILE_TOKENS;
     i32 sums[TILE_TOKENS][2];
     add_group(sums, panel.q + s * GROUP * PANEL, in.first + at * QUADS, in.second + at * QUADS,
-             in.wide16[tile * in.groups + s], FOUR ? nullptr : in.start + at);
+              in.wide16[tile * in.groups + s], FOUR ? nullptr : in.start + at);
     for (int i = 0; i < 2; i++) {
       const f32 scale = load(panel.scales + (2 * s + i) * LANES);
       for (int b = 0; b < TILE_TOKENS; b++)
@@ -99,7 +99,8 @@ void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile,
     for (int i = 0; i < 2; i++) store(out + (2 * b + i) * LANES, acc[b][i]);
 }
 
-// Calls done(panel, token, n, y) with y (n, 2, LANES): a panel, whose strips `strip(panel, 0 or 1)` says, times n tokens.
+// Calls done(panel, token, n, y) with y (n, 2, LANES): a panel, whose strips `strip(panel, 0 or 1)` says, times n
+// tokens.
 template <typename S, typename F>
 void times_tokens(int64_t panels, const S& strip, const QuantizedTokens& in, Pool pool, const F& done) {
   parallel(pool, panels, [&](int64_t first, int64_t last) {

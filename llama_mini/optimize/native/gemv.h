@@ -13,8 +13,10 @@ namespace ISA {
 template <typename T>
 inline Matrix slice_rows(Matrix m, int64_t from, int64_t rows) {
   const int64_t groups = (m.columns + GROUP - 1) / GROUP, scales = from * groups;
-  const int64_t bytes = m.kind == Kind::FLOAT32 ? 4 * m.columns : m.kind == Kind::BFLOAT16 ? 2 * m.columns
-                      : m.kind == Kind::INT8 ? GROUP * groups : GROUP / 2 * groups;
+  const int64_t bytes = m.kind == Kind::FLOAT32    ? 4 * m.columns
+                        : m.kind == Kind::BFLOAT16 ? 2 * m.columns
+                        : m.kind == Kind::INT8     ? GROUP * groups
+                                                   : GROUP / 2 * groups;
   m.data = (const char*)m.data + from * bytes;
   if (m.scales != nullptr) m.scales += scales;
   if (m.mins != nullptr) m.mins += scales;
@@ -25,7 +27,9 @@ inline Matrix slice_rows(Matrix m, int64_t from, int64_t rows) {
 
 inline int64_t n_blocks(const Matrix& m) { return (m.rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
 
-inline int block_rows(const Matrix& m, int64_t t) { return (int)(m.rows - t * BLOCK_ROWS < BLOCK_ROWS ? m.rows - t * BLOCK_ROWS : BLOCK_ROWS); }
+inline int block_rows(const Matrix& m, int64_t t) {
+  return (int)(m.rows - t * BLOCK_ROWS < BLOCK_ROWS ? m.rows - t * BLOCK_ROWS : BLOCK_ROWS);
+}
 
 // x (batch, m.columns), rounded already to what the model computes in, for `tile`.
 inline void ready(Input& in, const Matrix& m, const float* x, int64_t batch) {

@@ -5,8 +5,9 @@
 
 namespace ISA {
 
-constexpr int PREFETCH_AHEAD = 14 * 1024;  // bytes: how far before their use weights are prefetched for, into the outer cache
-constexpr int ROWS = 4;           // of the matrix, multiplied at once
+constexpr int PREFETCH_AHEAD =
+    14 * 1024;           // bytes: how far before their use weights are prefetched for, into the outer cache
+constexpr int ROWS = 4;  // of the matrix, multiplied at once
 #ifdef __AMX_BF16__
 constexpr bool IN_SEQUENCE = false;  // Intel's processors with AMX read four rows side by side 5 % faster than one
 #else

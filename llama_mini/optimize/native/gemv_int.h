@@ -1,7 +1,7 @@
 // Matrices of codes times a few rows.
 //
-// Codes lie in blocks of sixteen rows, four columns of a row side by side: that is what one VNNI instruction multiplies,
-// with one row in each lane. They stand for
+// Codes lie in blocks of sixteen rows, four columns of a row side by side: that is what one VNNI instruction
+// multiplies, with one row in each lane. They stand for
 //     int8: scale * (code - 128)
 //     int4: scale * code + mins       two codes a byte, the earlier quad low
 // with one scale, and one mins value, for 32 columns of a row.
@@ -31,7 +31,7 @@ struct QuadVector {
   QuadVector high() const {
     const __m256i mask = _mm256_set1_epi8(15);
     return QuadVector(_mm256_and_si256(_mm256_srli_epi16(half[0], 4), mask),
-                 _mm256_and_si256(_mm256_srli_epi16(half[1], 4), mask));
+                      _mm256_and_si256(_mm256_srli_epi16(half[1], 4), mask));
   }
 #endif
 };

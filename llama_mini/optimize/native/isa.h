@@ -12,8 +12,8 @@ struct Matrix {
   int64_t rows, columns;
   const void* data;
   const uint16_t* scales;  // float16
-  const uint16_t* mins;  // float16, of INT4
-  const void* bias;       // as the stream; nullptr where there is none
+  const uint16_t* mins;    // float16, of INT4
+  const void* bias;        // as the stream; nullptr where there is none
 };
 
 // RMSNorm with a gain as the stream; nullptr where there is no norm.
@@ -47,15 +47,15 @@ struct Pool {
 struct Kernels {
   // out (batch, dim) = x + o(attention(qkv(norm(x)))), for one new token a row; `next` is the gate_up that follows
   void (*decode_attention)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o,
-                         const Matrix& next, void* out, Pool);
+                           const Matrix& next, void* out, Pool);
   // out (batch, dim) = x + down(silu(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up; `next` follows
   void (*decode_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                            const Matrix* next, int64_t batch, void* out, Pool);
+                              const Matrix* next, int64_t batch, void* out, Pool);
   // The same for the tokens of one row, (length, dim)
   void (*prefill_attention)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o, void* out,
-                         Pool);
+                            Pool);
   void (*prefill_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                             int64_t count, void* out, Pool);
+                               int64_t count, void* out, Pool);
   // out (batch, rows) float32 = x (batch, columns) times the matrix
   void (*gemv)(const void* x, const Matrix&, int64_t batch, void* out, Pool);
   // out (count, rows), as the stream, = x (count, columns) times the matrix

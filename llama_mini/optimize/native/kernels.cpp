@@ -23,7 +23,8 @@ void gemv_packed(const Matrix& m, const Input& in, float* out, int64_t stride, P
     Array<float> y(in.batch * BLOCK_ROWS);
     for (int64_t t = first; t < last; t++) {
       gemv_block<T>(m, t, in, y);
-      for (int64_t b = 0; b < in.batch; b++) copy_row(y + b * BLOCK_ROWS, block_rows(m, t), out + b * stride + t * BLOCK_ROWS);
+      for (int64_t b = 0; b < in.batch; b++)
+        copy_row(y + b * BLOCK_ROWS, block_rows(m, t), out + b * stride + t * BLOCK_ROWS);
     }
   });
 }
@@ -56,7 +57,7 @@ void prefetch_next(Pool pool, const Matrix& m, int parts = 1) {
 
 template <typename T>
 void decode_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
-                       const Matrix& next, void* out, Pool pool) {
+                      const Matrix& next, void* out, Pool pool) {
   Array<float> rows(a.batch * qkv.columns), projected(a.batch * qkv.rows), y(a.batch * o.columns);
   load_rows<T>(x, norm, a.batch, qkv.columns, rows);
   Input in;
@@ -70,7 +71,7 @@ void decode_attention(const void* x, const Norm& norm, const Matrix& qkv, const 
 
 template <typename T>
 void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                          const Matrix* next, int64_t batch, void* out, Pool pool) {
+                         const Matrix* next, int64_t batch, void* out, Pool pool) {
   const int64_t dim = gate_up.columns, hidden = down.columns;
   Array<float> rows(batch * dim), y(batch * hidden);
   load_rows<T>(x, norm, batch, dim, rows);
@@ -149,8 +150,16 @@ bool quantize(const void* x, int64_t n, const Matrix& m, Pool pool) {
 
 template <typename T>
 constexpr Kernels kernels_of() {
-  return {decode_attention<T>, decode_feed_forward<T>, prefill_attention<T>, prefill_feed_forward<T>, gemv<T>, gemm<T>,
-          rms_norm_rows<T>,    dequantize_rows<T>,     quantize<T>,          repack};
+  return {decode_attention<T>,
+          decode_feed_forward<T>,
+          prefill_attention<T>,
+          prefill_feed_forward<T>,
+          gemv<T>,
+          gemm<T>,
+          rms_norm_rows<T>,
+          dequantize_rows<T>,
+          quantize<T>,
+          repack};
 }
 
 }  // namespace ISA

@@ -1,7 +1,7 @@
 // Floats laid out in lanes, times many rows of floats: what prompts are made of.
 //
-// As many rows of a matrix as a vector has lanes stand side by side, one dword of each in a lane: a column of float32, a
-// pair of columns of bfloat16. One instruction multiplies such a vector by a dword that all lanes share; with AMX one
+// As many rows of a matrix as a vector has lanes stand side by side, one dword of each in a lane: a column of float32,
+// a pair of columns of bfloat16. One instruction multiplies such a vector by a dword that all lanes share; with AMX one
 // multiplies sixteen such vectors by sixteen rows.
 #pragma once
 
@@ -48,7 +48,7 @@ constexpr int ROWS_AT_ONCE = L > 4 ? 1 : 3;
 
 template <int Q, int L, bool ADD, typename T>
 inline void microkernel(const T* w, int64_t w_lanes, int64_t w_next, const T* x, int64_t x_next, int64_t n, float* out,
-                          int64_t stride) {
+                        int64_t stride) {
   f32 acc[Q][L];
   for (int q = 0; q < Q; q++)
     for (int l = 0; l < L; l++) acc[q][l] = ADD ? load(out + q * stride + l * LANES) : f32{};
@@ -63,7 +63,7 @@ inline void microkernel(const T* w, int64_t w_lanes, int64_t w_next, const T* x,
 // out[q * stride + lane] (+)= the sum over n of w[n][lane] * x[q][n], for some rows x and L vectors of lanes.
 template <int L, bool ADD, typename T, typename F = NoOp>
 inline void microkernel(const T* w, int64_t w_lanes, int64_t w_next, const T* x, int64_t x_next, int64_t rows,
-                          int64_t n, float* out, int64_t stride, [[maybe_unused]] const F& meanwhile = F()) {
+                        int64_t n, float* out, int64_t stride, [[maybe_unused]] const F& meanwhile = F()) {
 #ifdef __AMX_BF16__
   if constexpr (AMX<T>) {
     for (int64_t q = 0; q < rows; q += 32)
@@ -82,8 +82,7 @@ inline void microkernel(const T* w, int64_t w_lanes, int64_t w_next, const T* x,
   int64_t q = 0;
   for (; q + ROWS_AT_ONCE<L> <= rows; q += ROWS_AT_ONCE<L>)
     microkernel<ROWS_AT_ONCE<L>, L, ADD>(w, w_lanes, w_next, x + q * x_next, x_next, n, out + q * stride, stride);
-  for (; q < rows; q++)
-    microkernel<1, L, ADD>(w, w_lanes, w_next, x + q * x_next, x_next, n, out + q * stride, stride);
+  for (; q < rows; q++) microkernel<1, L, ADD>(w, w_lanes, w_next, x + q * x_next, x_next, n, out + q * stride, stride);
 }
 
 }  // namespace ISA

@@ -86,24 +86,26 @@ void with_pool(const F& f, int64_t most = INT64_MAX) {
   });
 }
 
-// Threads for so many numbers of which each is touched once: waiting for a second one takes longer than two million, and
-// much longer on a busy machine.
+// Threads for so many numbers of which each is touched once: waiting for a second one takes longer than two million,
+// and much longer on a busy machine.
 int64_t threads_for(int64_t n) { return std::max<int64_t>(1, n >> 21); }
 
 // --- the operators ---
 
-// New tokens through some layers: one a row, or those of one row. A layer has four gains (attention, q, k, feed-forward;
-// empty where there is no norm), four matrices of as many tensors each (qkv, o, gate and up, down), and four biases
-// (empty where there is none; no list where no layer has any).
+// New tokens through some layers: one a row, or those of one row. A layer has four gains (attention, q, k,
+// feed-forward; empty where there is no norm), four matrices of as many tensors each (qkv, o, gate and up, down), and
+// four biases (empty where there is none; no list where no layer has any).
 Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions, TensorList k_caches,
-                   TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late,
-                   TensorList matrices, TensorList biases, at::IntArrayRef windows, int64_t heads, int64_t hidden) {
+              TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late,
+              TensorList matrices, TensorList biases, at::IntArrayRef windows, int64_t heads, int64_t hidden) {
   const size_t n = k_caches.size(), each = n > 0 ? matrices.size() / (4 * n) : 0;
   TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
-  TORCH_CHECK(each > 0 && hidden > 0 && v_caches.size() == n && gains.size() == 4 * n && eps.size() == 4 * n && late.size() == 4 * n &&
-                  matrices.size() == 4 * n * each && (biases.empty() || biases.size() == 4 * n) && windows.size() == n,
+  TORCH_CHECK(each > 0 && hidden > 0 && v_caches.size() == n && gains.size() == 4 * n && eps.size() == 4 * n &&
+                  late.size() == 4 * n && matrices.size() == 4 * n * each &&
+                  (biases.empty() || biases.size() == 4 * n) && windows.size() == n,
               "the lists of ", n, " layers differ in length");
-  TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1), "a token of each row, or those of one row, not ", x.sizes());
+  TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1), "a token of each row, or those of one row, not ",
+              x.sizes());
   const int64_t dim = x.size(-1), tokens = n_rows(x);
   const bool many = x.size(1) > 1;
   const Kernels& kernels = kernels_for(is_float32(x));
@@ -116,8 +118,8 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   for (size_t i = 0; i < n; i++) {  // what is wrong is found before a cache is written
     TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes(), "caches of one size, not ", k_caches[i].sizes());
     attentions.push_back(attention(x, x.size(0), x.size(1), each > 1, norm(4 * i + 1, k_caches[i].size(-1)),
-                                   norm(4 * i + 2, k_caches[i].size(-1)), cos, sin, k_caches[i],
-                                   v_caches[i], positions, heads, windows[i]));
+                                   norm(4 * i + 2, k_caches[i].size(-1)), cos, sin, k_caches[i], v_caches[i], positions,
+                                   heads, windows[i]));
   }
   const Attention& a = attentions[0];
   check_prompt(a);
@@ -178,9 +180,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& gain, double eps, bool late) {
   const Tensor from = x.contiguous();
   const Norm norm = norm_args(gain, eps, late, x, n);
   Tensor out = at::empty(x.sizes(), x.options());
-  with_pool([&](Pool pool) {
-    kernels.rms_norm(from.const_data_ptr(), norm, count, n, out.data_ptr(), pool);
-  }, threads_for(x.numel()));
+  with_pool([&](Pool pool) { kernels.rms_norm(from.const_data_ptr(), norm, count, n, out.data_ptr(), pool); },
+            threads_for(x.numel()));
   return out;
 }
 
@@ -194,15 +195,16 @@ Tensor dequantize_rows(TensorList w, const Tensor& at, int64_t columns, at::Scal
   Tensor out = at::empty(sizes, w[0].options().dtype(dtype));
   const Kernels& kernels = kernels_for(is_float32(out));
   const Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, out.options()), out);
-  for (int64_t i = 0; i < n; i++) TORCH_CHECK_INDEX(first[i] >= 0 && first[i] < m.rows, "row ", first[i], " of ", m.rows);
-  with_pool([&](Pool pool) { kernels.dequantize_rows(m, first, n, out.data_ptr(), pool); },
-            threads_for(n * columns));
+  for (int64_t i = 0; i < n; i++)
+    TORCH_CHECK_INDEX(first[i] >= 0 && first[i] < m.rows, "row ", first[i], " of ", m.rows);
+  with_pool([&](Pool pool) { kernels.dequantize_rows(m, first, n, out.data_ptr(), pool); }, threads_for(n * columns));
   return out;
 }
 
 // The blocks of a matrix of codes from `block` on, as many as n rows take.
 Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const Tensor& like) {
-  TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && n > 0 && columns > 0 && block >= 0 && block + round_up(n, 16) / 16 <= w[0].size(0),
+  TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && n > 0 && columns > 0 && block >= 0 &&
+                  block + round_up(n, 16) / 16 <= w[0].size(0),
               "codes with room for ", n, " rows of ", columns, " from block ", block, " on");
   Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, like.options()), like);
   const int64_t groups = round_up(columns, 32) / 32;
@@ -228,13 +230,14 @@ bool repack(const Tensor& blocks, TensorList w, int64_t columns, int64_t block) 
               "rows of blocks of 32 columns in one piece, not ", blocks.sizes(), " ", blocks.scalar_type());
   const Matrix m = blocks_of(w, block, blocks.size(0), columns, w[w.size() - 1]);
   const int64_t bytes = blocks.size(1) / (columns / 32);
-  TORCH_CHECK(bytes * (columns / 32) == blocks.size(1) && (m.kind == Kind::INT8 ? bytes == 34 : bytes == 18 || bytes == 20),
-              "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, not ", blocks.size(1), " bytes for ", columns, " columns");
+  TORCH_CHECK(
+      bytes * (columns / 32) == blocks.size(1) && (m.kind == Kind::INT8 ? bytes == 34 : bytes == 18 || bytes == 20),
+      "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, not ", blocks.size(1), " bytes for ", columns, " columns");
   bool finite = false;
   const Kernels& kernels = kernels_for(true);  // of either dtype: blocks are bytes
-  with_pool([&](Pool pool) {
-    finite = kernels.repack(blocks.const_data_ptr<uint8_t>(), bytes, blocks.size(0), m, pool);
-  }, threads_for(blocks.size(0) * columns));
+  with_pool(
+      [&](Pool pool) { finite = kernels.repack(blocks.const_data_ptr<uint8_t>(), bytes, blocks.size(0), m, pool); },
+      threads_for(blocks.size(0) * columns));
   return finite;
 }
 

@@ -12,7 +12,7 @@
 namespace ISA {
 
 constexpr int BLOCK_ROWS = 16;  // rows of a matrix taken together
-constexpr int GROUP = 32;  // columns summed as integers, or read at once as bfloat16
+constexpr int GROUP = 32;       // columns summed as integers, or read at once as bfloat16
 constexpr int QUADS = GROUP / 4;
 
 template <typename T>
@@ -44,7 +44,7 @@ struct Input {
   Array<uint16_t> pairs;         // of bfloat16 with tiles: (batch / columns, width / 2, columns, 2)
   Array<int32_t> first, second;  // of codes, by quad: high and low bytes; without VNNI columns (0, 2) and (1, 3)
   Array<int32_t> sums;           // of the codes of a step
-  Array<float> scales;            // of a row's codes
+  Array<float> scales;           // of a row's codes
 };
 
 // The bytes of 32 columns of weights of 16 bits, or of 8 where `second` is not written; without VNNI pairs of columns.
@@ -87,12 +87,14 @@ inline void quantize_input_row(Input& in, const float* x, int64_t n, int64_t b) 
   float to_int = peak > 1e-30f && nonfinite == 0 ? 32512.f / peak : 0.f;
   in.scales[b] = peak / 32512.f + nonfinite;
   int64_t groups = in.width / GROUP;
-  for (int64_t s = 0; s < groups; s++) quantize_input_group(in, x + s * GROUP, (int)(n - s * GROUP), to_int, b * groups + s);
+  for (int64_t s = 0; s < groups; s++)
+    quantize_input_group(in, x + s * GROUP, (int)(n - s * GROUP), to_int, b * groups + s);
 }
 
 #ifdef __AMX_BF16__
 inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
-  const int64_t columns = in.columns = batch < BLOCK_ROWS ? batch : BLOCK_ROWS, groups = (batch + columns - 1) / columns;
+  const int64_t columns = in.columns = batch < BLOCK_ROWS ? batch : BLOCK_ROWS,
+                groups = (batch + columns - 1) / columns;
   in.pairs.resize(groups * columns * in.width);
   std::memset(in.pairs.data, 0, groups * columns * in.width * sizeof(uint16_t));
   for (int64_t b = 0; b < batch; b++) {

@@ -33,7 +33,8 @@ void take(QuantizedTokens& in, const PaddedRows<T>& lines, int64_t columns, int6
   ready<T>(in, columns, count, row_of((const T*)lines[from], lines.pitch, Norm{}, columns), pool);
 }
 
-// Calls f with tokens of the kind that suits a matrix: codes against codes, except where tiles multiply bfloat16 faster.
+// Calls f with tokens of the kind that suits a matrix: codes against codes, except where tiles multiply bfloat16
+// faster.
 template <typename T, typename F>
 void with_tokens(const Matrix& m, const F& f) {
   if (m.kind < Kind::INT8 || AMX<T>) {
@@ -67,7 +68,8 @@ void multiply_tokens(const Matrix& m, const In& in, const T* x, T* out, Pool poo
   times_tokens((m.rows + STRIPS * LANES - 1) / (STRIPS * LANES), strip, in, pool, done);
 }
 
-// out (count, m.rows) = the tokens, made ready by `tokens(in, first, n)`, times the matrix, and `add` where there is one
+// out (count, m.rows) = the tokens, made ready by `tokens(in, first, n)`, times the matrix, and `add` where there is
+// one
 template <typename T, typename F>
 void gemm_tokens(const F& tokens, const Matrix& m, int64_t count, const T* add, T* out, Pool pool) {
   with_tokens<T>(m, [&](auto& in) {
@@ -90,8 +92,8 @@ auto tokens_of(const PaddedRows<T>& lines, int64_t columns, Pool pool) {
 }
 
 template <typename T>
-void prefill_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o, void* out,
-                       Pool pool) {
+void prefill_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
+                       void* out, Pool pool) {
   Array<T> projected(a.length * qkv.rows);
   PaddedRows<T> y(a.length, o.columns);
   gemm_tokens<T>(tokens_of((const T*)x, norm, qkv.columns, pool), qkv, a.length, nullptr, projected, pool);
@@ -114,18 +116,21 @@ void prefill_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up
       tokens_of(rows, norm, dim, pool)(in, 0, n);
       times_tokens((hidden + PAIRS * LANES - 1) / (PAIRS * LANES), strip, in, pool,
                    [&](int64_t panel, int64_t token, int64_t k, const float* v) {
-        for (int i = 0; i < PAIRS; i++) {
-          const int64_t column = (panel * PAIRS + i) * LANES;
-          const int left = (int)(hidden - column);
-          if (left <= 0) continue;
-          auto bias = [&](const Matrix& m) { return m.bias == nullptr ? f32{} : load_first((const T*)m.bias + column, left); };
-          const f32 of_gate = bias(gate), of_up = bias(up);
-          for (int64_t b = 0; b < k; b++) {
-            const float* sums = v + (STRIPS * b + 2 * i) * LANES;
-            store_first(y[token + b] + column, silu(load(sums) + of_gate) * (load(sums + LANES) + of_up), left);
-          }
-        }
-      });
+                     for (int i = 0; i < PAIRS; i++) {
+                       const int64_t column = (panel * PAIRS + i) * LANES;
+                       const int left = (int)(hidden - column);
+                       if (left <= 0) continue;
+                       auto bias = [&](const Matrix& m) {
+                         return m.bias == nullptr ? f32{} : load_first((const T*)m.bias + column, left);
+                       };
+                       const f32 of_gate = bias(gate), of_up = bias(up);
+                       for (int64_t b = 0; b < k; b++) {
+                         const float* sums = v + (STRIPS * b + 2 * i) * LANES;
+                         store_first(y[token + b] + column, silu(load(sums) + of_gate) * (load(sums + LANES) + of_up),
+                                     left);
+                       }
+                     }
+                   });
       gemm_tokens<T>(tokens_of(y, hidden, pool), down, n, rows, (T*)out + from * dim, pool);
     }
   });

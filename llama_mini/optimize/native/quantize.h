@@ -49,8 +49,8 @@ inline void quantize_group(const f32* x, uint8_t* q, uint16_t* scale, uint16_t* 
   }
 }
 
-// Calls f(row, step, codes, scale, min, finite) for n rows of a matrix, of which the last block may have fewer than BLOCK_ROWS:
-// zeros fill it. False where something was not finite.
+// Calls f(row, step, codes, scale, min, finite) for n rows of a matrix, of which the last block may have fewer than
+// BLOCK_ROWS: zeros fill it. False where something was not finite.
 template <typename F>
 inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
   const bool four = m.kind == Kind::INT4;
@@ -63,7 +63,8 @@ inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
       for (int64_t s = 0; s < groups; s++) {
         const int64_t at = block * groups + s;
         uint8_t* q = (uint8_t*)m.data + at * bytes;
-        uint16_t *scale = (uint16_t*)m.scales + at * BLOCK_ROWS, *min = four ? (uint16_t*)m.mins + at * BLOCK_ROWS : nullptr;
+        uint16_t *scale = (uint16_t*)m.scales + at * BLOCK_ROWS,
+                 *min = four ? (uint16_t*)m.mins + at * BLOCK_ROWS : nullptr;
         if (rows < BLOCK_ROWS) {
           std::memset(q, 0, bytes);
           std::memset(scale, 0, BLOCK_ROWS * sizeof *scale);
@@ -91,7 +92,8 @@ inline bool quantize_rows(const T* x, int64_t n, const Matrix& m, Pool pool) {
   });
 }
 
-// Rows (n, groups, bytes) of GGUF's blocks: scale, min value in Q4_1 alone, codes, of 4 bits two in a byte 16 columns apart.
+// Rows (n, groups, bytes) of GGUF's blocks: scale, min value in Q4_1 alone, codes, of 4 bits two in a byte 16 columns
+// apart.
 inline bool repack(const uint8_t* from, int64_t bytes, int64_t n, const Matrix& m, Pool pool) {
   const int64_t groups = m.columns / GROUP;
   return fill(m, n, pool, [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {

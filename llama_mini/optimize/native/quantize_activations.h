@@ -28,15 +28,16 @@ struct QuantizedTokens {
   static constexpr int STRIPS = 2;  // of a panel
   int64_t count, groups;
   Array<int32_t> first, second;  // (tiles, groups, TILE_TOKENS, QUADS), as Input has them
-  Array<uint8_t> wide16;           // (tiles, groups): whether any token of the tile has sixteen bits there
-  Array<float> scales, total;     // (tiles, groups, TILE_TOKENS): of the codes; and their sum, scaled
+  Array<uint8_t> wide16;         // (tiles, groups): whether any token of the tile has sixteen bits there
+  Array<float> scales, total;    // (tiles, groups, TILE_TOKENS): of the codes; and their sum, scaled
   Array<int32_t> start;          // as many: what takes away the 128 by which codes of int8 are too large
 };
 
 inline int64_t token_tiles(int64_t tokens) { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }
 
 // The codes of one step; returns their sum, which a float holds exactly.
-inline float quantize_activation_group(const float* x, float peak, bool outlier, bool wide16, int32_t* first, int32_t* second) {
+inline float quantize_activation_group(const float* x, float peak, bool outlier, bool wide16, int32_t* first,
+                                       int32_t* second) {
   const float to_int = peak > 1e-30f ? (outlier ? 32512.f : 127.f) / peak : 0.f;
   i32 q[GROUP / LANES], all = {};
   for (int i = 0; i < GROUP / LANES; i++) {
@@ -56,12 +57,14 @@ void quantize_tiles(QuantizedTokens& in, int64_t columns, int64_t first, int64_t
   Array<float> rows(TILE_TOKENS * width), peaks(TILE_TOKENS * groups);
   Array<uint8_t> outlier(TILE_TOKENS * groups);
   std::memset(rows.data, 0, TILE_TOKENS * width * sizeof(float));
-  float nonfinite[TILE_TOKENS];  // NaN where something is not finite, which no integer can hold: then the token becomes NaN
+  float nonfinite[TILE_TOKENS];  // NaN where something is not finite, which no integer can hold: then the token becomes
+                                 // NaN
   for (int64_t tile = first; tile < last; tile++) {
     std::memset(in.wide16 + tile * groups, 0, groups);
     for (int b = 0; b < TILE_TOKENS; b++) {
       float *x = rows + b * width, *peak = peaks + b * groups, squares = 0;
-      if (tile * TILE_TOKENS + b < in.count) row(tile * TILE_TOKENS + b, x);  // others repeat what was there: nobody reads them
+      if (tile * TILE_TOKENS + b < in.count)
+        row(tile * TILE_TOKENS + b, x);  // others repeat what was there: nobody reads them
       f32 zeros = {};
       for (int64_t s = 0; s < groups; s++) {
         f32 most = {};
@@ -85,8 +88,8 @@ void quantize_tiles(QuantizedTokens& in, int64_t columns, int64_t first, int64_t
         const int64_t at = (tile * groups + s) * TILE_TOKENS + b;
         const bool wide16 = in.wide16[tile * groups + s];
         const float peak = peaks[b * groups + s];
-        const float sum = quantize_activation_group(rows + b * width + s * GROUP, peak, outlier[b * groups + s], wide16, in.first + at * QUADS,
-                                   in.second + at * QUADS);
+        const float sum = quantize_activation_group(rows + b * width + s * GROUP, peak, outlier[b * groups + s], wide16,
+                                                    in.first + at * QUADS, in.second + at * QUADS);
         in.scales[at] = peak * (1 / 127.f) * (wide16 ? 1 / 256.f : 1.f) + nonfinite[b];
         in.total[at] = in.scales[at] * sum;
         in.start[at] = -128 * (int32_t)sum;

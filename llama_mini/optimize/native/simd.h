@@ -1,5 +1,5 @@
-// A vector of numbers, sixteen at a time with AVX-512 and eight with AVX2. Written with GCC's vector extensions, so that one
-// text serves both; only dot products and changes of width need instructions by name.
+// A vector of numbers, sixteen at a time with AVX-512 and eight with AVX2. Written with GCC's vector extensions, so
+// that one text serves both; only dot products and changes of width need instructions by name.
 #pragma once
 
 #include <cstdint>
@@ -117,10 +117,11 @@ inline float largest(f32 v) {
   return _mm_cvtss_f32(both(d, _mm_movehdup_ps(d)));
 }
 
-// e^x within 2 ULP up to x = 88, 0 below -87.3, where it would become subnormal, which Intel's take 150 cycles for. Cody and Waite's reduction, then a polynomial (Cephes).
+// e^x within 2 ULP up to x = 88, 0 below -87.3, where it would become subnormal, which Intel's take 150 cycles for.
+// Cody and Waite's reduction, then a polynomial (Cephes).
 inline f32 exp(f32 x) {
 #ifdef __AVX512F__
-  const __mmask16 over = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);  // or NaN
+  const __mmask16 over = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);        // or NaN
   x = (f32)_mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-87.3f), (__m512)x));  // NaN passes
   const f32 n = (f32)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else

@@ -1,8 +1,8 @@
 // Threads that work through one job after another without being called anew for each.
 //
-// A job is 0..n, a stretch of it for each thread, in chunks. A thread takes its own from the front, so that it reads memory
-// in one sequence; when it has none left it takes others' from the end. A thread that the system has put aside holds up
-// one share at most, not every job: on a busy machine that is the difference between a slow answer and none.
+// A job is 0..n, a stretch of it for each thread, in chunks. A thread takes its own from the front, so that it reads
+// memory in one sequence; when it has none left it takes others' from the end. A thread that the system has put aside
+// holds up one share at most, not every job: on a busy machine that is the difference between a slow answer and none.
 #pragma once
 
 #include <immintrin.h>
@@ -30,15 +30,16 @@ class ThreadPool {
 
   // What every thread but the leader, who is 0, does until `finish`.
   void work(int64_t thread) {
-    for (int idle = 0; !done_.load(std::memory_order_acquire);) idle = run_chunk(thread) || prefetch(thread) ? 0 : spin(idle);
+    for (int idle = 0; !done_.load(std::memory_order_acquire);)
+      idle = run_chunk(thread) || prefetch(thread) ? 0 : spin(idle);
   }
 
   void finish() { done_.store(true, std::memory_order_release); }
 
  private:
   struct alignas(64) Range {
-    std::atomic<uint64_t> open{0};  // the job, the first share that nobody took, and the end of those
-    const char* prefetched = nullptr;    // the thread's alone: what it prefetched for last, and so many bytes of it
+    std::atomic<uint64_t> open{0};     // the job, the first share that nobody took, and the end of those
+    const char* prefetched = nullptr;  // the thread's alone: what it prefetched for last, and so many bytes of it
     int64_t prefetched_bytes = 0;
   };
 
@@ -61,8 +62,8 @@ class ThreadPool {
     return begin < end ? (end - begin + size_ - 1) / size_ : 0;
   }
 
-  // Takes a share and does it; false where none is left. Who takes one knows that it is of the job whose work he reads: no
-  // job ends with a share undone.
+  // Takes a share and does it; false where none is left. Who takes one knows that it is of the job whose work he reads:
+  // no job ends with a share undone.
   bool run_chunk(int64_t thread) {
     for (int64_t i = 0; i < threads_; i++) {
       const int64_t of = (thread + i) % threads_;
@@ -71,7 +72,8 @@ class ThreadPool {
         const uint64_t first = open >> 16 & 0xffff, end = open & 0xffff;
         if (first == end) break;
         const uint64_t less = i == 0 ? open + (1 << 16) : open - 1;
-        if (!open_[of].open.compare_exchange_weak(open, less, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+        if (!open_[of].open.compare_exchange_weak(open, less, std::memory_order_acq_rel, std::memory_order_acquire))
+          continue;
         const int64_t begin = of * range_ + (i == 0 ? first : end - 1) * size_, stop = (of + 1) * range_;
         int64_t last = begin + size_ < stop ? begin + size_ : stop;
         work_(context_, begin, last < n_ ? last : n_);
@@ -88,7 +90,8 @@ class ThreadPool {
     const char* next = next_.load(std::memory_order_relaxed);
     const int64_t bytes = part_bytes_.load(std::memory_order_relaxed), parts = parts_.load(std::memory_order_relaxed);
     if (next != mine.prefetched) mine.prefetched = next, mine.prefetched_bytes = 0;
-    if (next == nullptr || mine.prefetched_bytes >= PREFETCH_BYTES / parts || mine.prefetched_bytes >= bytes / threads_) return false;
+    if (next == nullptr || mine.prefetched_bytes >= PREFETCH_BYTES / parts || mine.prefetched_bytes >= bytes / threads_)
+      return false;
     const char* at = next + bytes / threads_ * thread + mine.prefetched_bytes;
     for (int64_t part = 0; part < parts; part++)
       for (int64_t i = 0; i < PREFETCH_STEP; i += 64) __builtin_prefetch(at + part * bytes + i, 0, 2);
@@ -105,8 +108,9 @@ class ThreadPool {
     return idle;
   }
 
-  static constexpr int64_t CHUNKS = 2;   // of a stretch
-  static constexpr int64_t PREFETCH_STEP = 1024, PREFETCH_BYTES = 256 * 1024;  // bytes: between two looks for work, and in all
+  static constexpr int64_t CHUNKS = 2;  // of a stretch
+  static constexpr int64_t PREFETCH_STEP = 1024,
+                           PREFETCH_BYTES = 256 * 1024;  // bytes: between two looks for work, and in all
   static constexpr int SPIN_COUNT = 4096;  // pauses: some tens of microseconds, longer than a leader is ever alone
 
   std::atomic<const char*> next_{nullptr};

@@ -1,5 +1,5 @@
-// Every function of a form with odd shapes, in memory that is exactly as large as it must be, by several threads: for the
-// sanitizers. What comes out is held to float64 elsewhere.
+// Every function of a form with odd shapes, in memory that is exactly as large as it must be, by several threads: for
+// the sanitizers. What comes out is held to float64 elsewhere.
 
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
@@ -77,8 +77,10 @@ struct Numbers {  // of the stream, or float32
   void set(int64_t i, float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    if (wide) floats[i] = x;
-    else halves[i] = bits >> 16;
+    if (wide)
+      floats[i] = x;
+    else
+      halves[i] = bits >> 16;
   }
   void* data() { return wide ? (void*)floats.data() : (void*)halves.data(); }
 };
@@ -115,9 +117,13 @@ struct Heads {
   Vector<float> cos, sin;
   Vector<int64_t> positions;
   Heads(const Case& c, int64_t batch, int64_t length)
-      : q_gain(c.wide, c.dim), k_gain(c.wide, c.dim), k(c.wide, batch * c.kv_heads * c.longest * c.dim),
-        v(c.wide, batch * c.kv_heads * c.longest * c.dim), cos(batch * length * c.dim / 2, .6f),
-        sin(batch * length * c.dim / 2, .8f), positions(batch * length) {
+      : q_gain(c.wide, c.dim),
+        k_gain(c.wide, c.dim),
+        k(c.wide, batch * c.kv_heads * c.longest * c.dim),
+        v(c.wide, batch * c.kv_heads * c.longest * c.dim),
+        cos(batch * length * c.dim / 2, .6f),
+        sin(batch * length * c.dim / 2, .8f),
+        positions(batch * length) {
     const int64_t start = below(c.longest - length + 1);
     for (int64_t i = 0; i < batch * length; i++)
       positions[i] = length > 1 ? start + i : i == 0 ? c.longest - 1 : below(c.longest);
@@ -145,7 +151,8 @@ void run(const Kernels& kernels, const Case& c) {
   const int64_t qkv_rows = heads.a.v_at + (c.kv_heads * c.dim + block - 1) / block * block;
   Weights qkv(c.kind, qkv_rows, c.width, c.wide), o(c.kind, c.width, q_dim, c.wide);
   Weights gate_up(c.kind, 2 * up_at, c.width, c.wide), down(c.kind, c.width, c.hidden, c.wide);
-  Numbers gain(c.wide, c.width), x(c.wide, c.batch * c.width), y(c.wide, c.batch * c.width), z(c.wide, c.batch * c.width);
+  Numbers gain(c.wide, c.width), x(c.wide, c.batch * c.width), y(c.wide, c.batch * c.width),
+      z(c.wide, c.batch * c.width);
   spoil(x, c.fill);
   const Norm norm{c.norms ? gain.data() : nullptr, 1e-5f, c.batch % 2 == 0};
   Vector<float> projected(c.batch * c.width), gate_and_up(2 * up_at);
@@ -208,9 +215,9 @@ int main(int argc, char** argv) {
     for (int format = 0; format < 3; format++)
       for (int i = 0; i < 24; i++, cases++) {
         const Kind kinds[] = {wide ? Kind::FLOAT32 : Kind::BFLOAT16, Kind::INT8, Kind::INT4};
-        run(NAME(ISA)[wide ? 0 : 1], {wide == 1, below(4) != 0, kinds[format], 1 + below(17), 1 + below(3),
-                         1 + below(5), 2 + 2 * below(35), 1 + below(90), 1 + below(90), 1 + below(i % 8 ? 70 : 1000),
-                         below(3) * below(40), below(6)});
+        run(NAME(ISA)[wide ? 0 : 1],
+            {wide == 1, below(4) != 0, kinds[format], 1 + below(17), 1 + below(3), 1 + below(5), 2 + 2 * below(35),
+             1 + below(90), 1 + below(90), 1 + below(i % 8 ? 70 : 1000), below(3) * below(40), below(6)});
       }
   std::printf("%ld cases\n", (long)cases);
 }

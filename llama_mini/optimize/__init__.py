@@ -1,6 +1,6 @@
-"""Makes a model fast: fused projections, weight formats and operators in C++, in place of whole modules.
+"""Makes a model fast: replaces modules by ones with fused projections, quantized weights and operators in C++.
 
-The plain model stays the reference that every path here is held to; nothing here repeats its forward pass.
+The plain model is the reference that every fast path is tested against. README.md in this folder says where to begin.
 """
 
 from llama_mini.machine import set_threads

@@ -1,7 +1,7 @@
-"""The operators in C++ as torch.ops.llama_mini: built once on demand, with the compiler of the machine.
+"""Builds the C++ operators, torch.ops.llama_mini, on first use, with this machine's compiler.
 
-The library lies in the user's cache folder, mode 0700, named after a hash of torch, the processor, the compiler and the
-source. Where it cannot be built or loaded, stock PyTorch operators do the same work more slowly.
+The library is kept in the user's cache folder, mode 0700. Its name is a hash of the source, torch, the compiler and its
+flags. If it cannot be built or loaded, PyTorch's own operators do the same work more slowly.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ ISA_VARIANTS = {
     "avx512_bf16": (*_WIDE, "-mavx512bf16"),
     "amx": (*_WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-# GCC takes half of an intrinsic for uninitialised, and tells how vectors are passed, which no function here is.
+# GCC warns of half-initialised vectors inside its own intrinsics, and of how vectors would be passed between functions.
 _QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-Wall", *_QUIET)
 
 
 def load_kernels(kernels: str = "auto") -> bool:
-    """Whether torch.ops.llama_mini is there, after building it if need be. Warns, once a process, where it cannot be.
+    """Builds torch.ops.llama_mini if necessary and loads it. False, and one warning a process, if that fails.
 
     Raises RequestError for a setting other than `auto` and `off`.
     """
@@ -47,7 +47,7 @@ def load_kernels(kernels: str = "auto") -> bool:
     return kernels == "auto" and _loaded()
 
 
-@cached  # what failed would fail again, after the same seconds
+@cached  # a failed build would only fail again, after the same seconds
 def _loaded() -> bool:
     try:
         torch.ops.load_library(str(built()))
@@ -65,7 +65,7 @@ def _loaded() -> bool:
 
 
 def _register_fakes() -> None:
-    """Says what the operators return, by shape and dtype alone: with this they export and compile."""
+    """The shape and dtype that each operator returns, which torch.export and torch.compile need."""
     fakes = {
         "layers": lambda x, *_: x.new_empty(x.shape),
         "gemv": lambda x, w, bias, rows: x.new_empty(*x.shape[:-1], rows, dtype=torch.float32),
@@ -78,13 +78,13 @@ def _register_fakes() -> None:
 
 
 def built(cache: Path | None = None) -> Path:
-    """The library's path; compiles it first where it is not there. Raises OSError, SubprocessError."""
-    named = os.environ.get("CXX") or "g++"
-    compiler = shutil.which(named)
+    """The library's path; compiles it first if necessary. Raises OSError, SubprocessError."""
+    name = os.environ.get("CXX") or "g++"
+    compiler = shutil.which(name)
     if platform.machine() not in ("x86_64", "AMD64"):
         raise OSError(f"there are none for {platform.machine()}")
     if compiler is None:
-        raise OSError(f"no compiler {named} on the path")
+        raise OSError(f"no compiler {name} on the path")
     folder = _folder(cache)
     with as_file(files("llama_mini.optimize") / "native") as source:
         library = folder / f"operators-{_key(source, compiler)}.so"
@@ -96,7 +96,7 @@ def built(cache: Path | None = None) -> Path:
 
 
 def _folder(cache: Path | None) -> Path:
-    """A folder that only this user can write, and could before: what lies in it is run."""
+    """The cache folder, which no other user may have been able to write: the library in it is executed."""
     folder = user_cache() / "operators" if cache is None else cache
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.stat()
@@ -110,8 +110,8 @@ def _folder(cache: Path | None) -> Path:
 
 def _key(source: Path, compiler: str) -> str:
     version = _run([compiler, "-dumpfullversion"])
-    said = [torch.__version__, sys.platform, platform.machine(), compiler, version, repr((ISA_VARIANTS, _FLAGS))]
-    digest = hashlib.sha256("\0".join(said).encode())
+    inputs = [torch.__version__, sys.platform, platform.machine(), compiler, version, repr((ISA_VARIANTS, _FLAGS))]
+    digest = hashlib.sha256("\0".join(inputs).encode())
     for path in sorted(source.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -124,13 +124,12 @@ def _compile(source: Path, compiler: str, library: Path) -> None:
     with new_file(library) as made:
         folder = made.parent
         units = {isa: ["kernels.cpp", f"-DISA={isa}", *flags] for isa, flags in ISA_VARIANTS.items()}
-        # OpenMP is torch's own: the object asks for it, and nothing here links another.
+        # -fopenmp without linking OpenMP: the library must use torch's own.
         units["operators"] = ["operators.cpp", "-O1", "-fopenmp", *include]
 
         def compile_unit(unit: str) -> str:
             target = str(folder / f"{unit}.o")
-            words = [compiler, *_FLAGS, *units[unit][1:], "-c", str(source / units[unit][0]), "-o", target]
-            _run(words)
+            _run([compiler, *_FLAGS, *units[unit][1:], "-c", str(source / units[unit][0]), "-o", target])
             return target
 
         with ThreadPoolExecutor(len(units)) as pool:
@@ -139,9 +138,9 @@ def _compile(source: Path, compiler: str, library: Path) -> None:
         made.chmod(0o700)
 
 
-def _run(words: list[str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=600)
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
     if done.returncode:
         error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-        raise OSError(f"{Path(words[0]).name} ended with {done.returncode}: {error.strip()}")
+        raise OSError(f"{Path(command[0]).name} ended with {done.returncode}: {error.strip()}")
     return done.stdout

@@ -33,22 +33,19 @@ class FusedRMSNorm(RMSNorm):
     """An RMSNorm of a fast model: the same module and the same numbers, in one operator where that is possible."""
 
     def forward(self, x: Tensor) -> Tensor:
-        args = norm_args(self, x.dtype)
-        if args is None or needs_grad(args.gain) or needs_grad(x) or not supported(x.dtype, x.device):
+        args = norm_args(self, x.dtype) if supported(x.dtype, x.device) and x.shape[-1:] == (self.dim,) else None
+        if args is None or needs_grad(x) or needs_grad(args.gain):
             return super().forward(x)
-        return super().forward(x) if x.shape[-1:] != (self.dim,) else torch.ops.llama_mini.rms_norm.default(x, *args)
+        return torch.ops.llama_mini.rms_norm.default(x, *args)
 
 
 def norm_args(norm: nn.Module, dtype: torch.dtype) -> NormArgs | None:
     """None for a norm that the operators do not compute for an input of this dtype."""
     if isinstance(norm, nn.Identity):
         return NormArgs(torch.empty(0), 0.0, 0)
-    if (
-        not isinstance(norm, RMSNorm)
-        or type(norm) not in (RMSNorm, FusedRMSNorm)
-        or norm.gain != "w"
-        or norm.scale != 1
-    ):
+    if not isinstance(norm, RMSNorm) or type(norm) not in (RMSNorm, FusedRMSNorm):  # a subclass may compute anything
+        return None
+    if norm.gain != "w" or norm.scale != 1:
         return None
     weight = norm._parameters["weight"]
     if weight is None or weight.dtype != dtype:

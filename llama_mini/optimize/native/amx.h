@@ -1,6 +1,6 @@
-// The tile registers of AMX, of which one instruction multiplies two: bfloat16, sixteen rows of 64 bytes each.
+// AMX: multiplies tiles, registers of 16 rows of 64 bytes, in bfloat16.
 //
-// Registers 0 to 3 hold sums, 4 and 5 the left factor, 6 and 7 the right one, whose rows are pairs of columns.
+// Tiles 0 to 3 hold sums, 4 and 5 the left factor, 6 and 7 the right factor, whose rows are pairs of columns.
 #pragma once
 
 #include "pack_activations.h"
@@ -11,7 +11,8 @@ namespace ISA {
 template <typename T>
 constexpr bool AMX = sizeof(T) == 2;
 
-// The registers, set up while it lives; then as they were, for PyTorch's own operators. `columns`: of the right factor.
+// Configures the tile registers while it lives, and restores what PyTorch's own operators had set. `columns`: of the
+// right factor.
 class AmxRegisters {
  public:
   explicit AmxRegisters(int64_t columns = 16) {
@@ -32,13 +33,13 @@ class AmxRegisters {
   alignas(64) uint8_t before_[64];
 };
 
-// Of 16 * Q rows of x and L vectors of lanes; `meanwhile` is called once for every 32 columns. See microkernel.
+// See microkernel: 16 * Q rows of x, L vectors of lanes. Calls `meanwhile` once for every 32 columns.
 template <int Q, int L, bool ADD, typename F>
 inline void amx_microkernel(const bf16* w, int64_t w_lanes, int64_t w_next, const bf16* x, int64_t x_next, int64_t n,
                             float* out, int64_t stride, const F& meanwhile) {
   const int64_t w_bytes = 2 * w_next, x_bytes = 2 * x_next, out_bytes = 4 * stride;
   float *right = out + LANES, *under = out + 16 * stride;
-  asm volatile("" : : : "memory");  // GCC 12 does not know that a tile is loaded from memory
+  asm volatile("" : : : "memory");  // GCC 12 does not know that loading a tile reads memory
   if (ADD) {
     _tile_loadd(0, out, out_bytes);
     if (L == 2) _tile_loadd(1, right, out_bytes);
@@ -72,8 +73,8 @@ inline void amx_microkernel(const bf16* w, int64_t w_lanes, int64_t w_next, cons
   if (Q == 2 && L == 2) _tile_stored(3, under + LANES, out_bytes);
 }
 
-// out (BLOCK_ROWS, columns): sixteen rows of w times pairs (n / 2, columns, 2), where n is a multiple of GROUP. One row
-// or sixteen on the right cost the same: a tile of w.
+// out (BLOCK_ROWS, columns) = 16 rows of w times pairs (n / 2, columns, 2); n is a multiple of GROUP. One column on the
+// right costs as much as sixteen.
 inline void amx_dots(const bf16* w, int64_t n, const bf16* pairs, int64_t columns, float* out) {
   const int64_t w_bytes = 2 * n, right_bytes = 4 * columns;
   asm volatile("" : : : "memory");

@@ -1,4 +1,4 @@
-// From tensors to what the forms take; whatever a form would read beyond is an error here.
+// Turns the tensors of a call into the kernels' structs. Whatever would make a kernel read out of bounds is an error.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,7 +6,7 @@
 #include "isa.h"
 
 using at::Tensor;
-using at::TensorList;  // as a matrix: {floats}, {codes, scale} of int8, or {codes, scale, mins} of int4
+using at::TensorList;  // a matrix: {floats}, {weights, scales} for int8, or {weights, scales, mins} for int4
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -16,7 +16,7 @@ inline bool is_float32(const Tensor& x) {
   return x.scalar_type() == at::kFloat;
 }
 
-// The numbers of a tensor as the stream has them; nullptr of an empty one.
+// The data of a tensor of n elements, contiguous and of x's dtype; nullptr for an empty tensor.
 inline const void* data_like(const Tensor& t, const Tensor& x, int64_t n, const char* what) {
   if (t.numel() == 0) return nullptr;
   TORCH_CHECK(t.is_contiguous() && t.numel() == n && t.scalar_type() == x.scalar_type(), what, ": ", n, " numbers of ",
@@ -28,7 +28,7 @@ inline Norm norm_args(const Tensor& gain, double eps, bool late, const Tensor& x
   return {data_like(gain, x, dim, "gain"), (float)eps, late};
 }
 
-// Where a part begins after `rows` others: parts of codes begin with a block.
+// Where the next part of a matrix begins, after `rows` rows: quantized parts begin with a block.
 inline int64_t next_part(int64_t rows, bool quantized) { return quantized ? round_up(rows, 16) : rows; }
 
 inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& bias, const Tensor& x) {
@@ -48,7 +48,7 @@ inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& 
   m.kind = w.size() == 2 ? Kind::INT8 : Kind::INT4;
   m.scales = (const uint16_t*)w[1].const_data_ptr();
   TORCH_CHECK(w[0].scalar_type() == at::kByte && w[0].numel() == blocks * groups * (m.kind == Kind::INT8 ? 512 : 256),
-              "codes of ", rows, " x ", columns, ", not ", w[0].sizes());
+              "quantized weights of ", rows, " x ", columns, ", not ", w[0].sizes());
   TORCH_CHECK(w[1].scalar_type() == at::kHalf && w[1].numel() == blocks * 16 * groups, "scales of ", rows, " x ",
               columns, ", not ", w[1].sizes());
   if (m.kind == Kind::INT4) {

@@ -1,7 +1,8 @@
-// Attention of one new token a row over its own length of the cache; grouped queries read each key and value once.
+// Attention for decoding: one new token a row, over that row's own length of the cache. Query heads that share a KV
+// head read each key and value once.
 //
-// The positions are taken in chunks that count from 0, each by whichever thread is free, and put together in order: the
-// bits of a row depend on its own length alone.
+// Positions are split into chunks that count from 0. Any thread computes any chunk, and the results are added in order,
+// so the bits of a row depend on its own length alone.
 #pragma once
 
 #include "norm.h"
@@ -9,9 +10,9 @@
 namespace ISA {
 
 constexpr int64_t CHUNK = 256;
-constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;  // a masked score; the largest score before there is one
+constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;  // the score of a masked position; the maximum before there is one
 
-// Turns the pairs (i, i + dim/2) of a head.
+// Applies RoPE to the pairs (i, i + dim / 2) of a head.
 inline void rotate(float* head, const float* cos, const float* sin, int64_t dim) {
   const int64_t half = dim / 2;
   for (int64_t i = 0; i < half; i += LANES) {
@@ -23,7 +24,7 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t dim)
   }
 }
 
-// A head as attention sees it: normed where there is a norm, turned, rounded.
+// A head of q or k ready for attention: normalized if there is a norm, rotated, rounded.
 template <typename T, typename X>
 inline void prepare_head(const X* from, const Norm& norm, const float* cos, const float* sin, int64_t dim, float* to) {
   if (norm.gain != nullptr)
@@ -35,7 +36,7 @@ inline void prepare_head(const X* from, const Norm& norm, const float* cos, cons
     store_first(to + i, round_to<T>(load_first(to + i, (int)(dim - i))), (int)(dim - i));
 }
 
-// scores[n] -> e^(score - their largest), their sum, and the largest.
+// scores[n] -> e^(score - maximum); returns their sum, and the maximum in `most`.
 inline float softmax_chunk(float* scores, int64_t n, float scale, float& most) {
   for (int64_t i = n; i < (n + LANES - 1) / LANES * LANES; i++) scores[i] = MASKED;
   f32 top = splat(NO_SCORE), total = {};
@@ -53,8 +54,8 @@ inline float softmax_chunk(float* scores, int64_t n, float scale, float& most) {
   return sum(total);
 }
 
-// out[g * stride ...] = sum over n positions of weights[g * CHUNK + s] * v[s], V vectors wide from `at` on. WHOLE: none
-// of them ends beyond a head.
+// out[g * stride ...] = the sum over n positions of weights[g * CHUNK + s] * v[s]; V vectors from column `at` on.
+// WHOLE: all of them lie within a head.
 template <int G, int V, bool WHOLE, typename T>
 inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, int64_t at, float* out,
                             int64_t stride) {
@@ -72,12 +73,12 @@ inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t
 template <int G, typename T>
 inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, float* out, int64_t stride) {
   int64_t at = 0;
-  constexpr int V = LANES == 16 ? 4 : 2;  // sums in registers: G of each
+  constexpr int V = LANES == 16 ? 4 : 2;  // G sums of each stay in registers
   for (; at + V * LANES <= dim; at += V * LANES) weighted_values<G, V, true>(weights, v, n, dim, at, out, stride);
   for (; at < dim; at += LANES) weighted_values<G, 1, false>(weights, v, n, dim, at, out, stride);
 }
 
-// One chunk of one KV head of one row; the last one first appends the new key and value.
+// Computes one chunk of one KV head of one row. The last chunk first appends the new key and value.
 template <typename T>
 void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b, int64_t h, int64_t chunk,
                   float* part) {
@@ -97,7 +98,7 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
   }
   for (int64_t g = 0; g < group; g++) prepare_head<T>(row + (h * group + g) * dim, a.q, cos, sin, dim, heads + g * dim);
   Input in;
-  ready(in, sizeof(T) == 4 ? Kind::FLOAT32 : Kind::BFLOAT16, heads, group, dim);
+  pack(in, sizeof(T) == 4 ? Kind::FLOAT32 : Kind::BFLOAT16, heads, group, dim);
   dots(k + from * dim, to - from, dim, dim, in, scores, CHUNK);
   float* out = part + 2 * group;
   for (int64_t g = 0; g < group; g++)
@@ -111,7 +112,7 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
     weighted_values<1>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
 }
 
-// out (batch, heads * head_dim)
+// out (batch, heads * head_dim): attention of all rows.
 template <typename T>
 void attend_decode(const Attention& a, const float* qkv, int64_t width, float* out, Pool pool) {
   const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
@@ -126,7 +127,7 @@ void attend_decode(const Attention& a, const float* qkv, int64_t width, float* o
   };
   int64_t next = 0;
   parallel(pool, pairs * chunks, [&](int64_t, int64_t) {
-    for (;;) {  // by whoever is free: rows differ in length
+    for (;;) {  // rows differ in length, so each thread takes the next chunk when it is free
       const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (i >= pairs * chunks) return;
       const int64_t pair = i / chunks, chunk = i % chunks, b = pair / a.kv_heads;

@@ -1,7 +1,7 @@
-// Attention of many new tokens of one row.
+// Attention for prefill: many new tokens of one row.
 //
-// Keys and values are first laid out in lanes. Then it is FlashAttention (Dao 2022): blocks of scores that never leave
-// the cache, a running largest score and sum.
+// Keys and values are first laid out in lanes. Then FlashAttention (Dao 2022): scores are computed in blocks that stay
+// in the processor's cache, with a running maximum and sum.
 #pragma once
 
 #include "decode_attention.h"
@@ -11,10 +11,10 @@ namespace ISA {
 
 constexpr int64_t KEY_BLOCK = 64;  // positions
 template <typename T>
-constexpr int64_t QUERY_TILE = AMX<T> ? 32 : 48;  // queries a thread takes at a time
-constexpr float SCORE_SLACK = 8;                  // how far a score may lie over the largest that is reckoned with
+constexpr int64_t QUERY_TILE = AMX<T> ? 32 : 48;  // queries that a thread takes at a time
+constexpr float SCORE_SLACK = 8;  // a score may exceed the running maximum by so much before the sums are rescaled
 
-// How many elements a head has for the sums over them, and how many as lanes.
+// The width of a head, padded for sums over it, and padded to whole vectors.
 template <typename T>
 int64_t padded_depth(int64_t dim) {
   return round_up(dim, AMX<T> ? 32 : PAIR<T>);
@@ -56,7 +56,7 @@ void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, Pa
     }
 }
 
-// Some queries (count, padded_depth) of one head, which stand at `position` and after: out[q * out_next ...].
+// `count` queries (count, padded_depth) of one head, at `position` and after -> out[q * out_next ...].
 template <typename T>
 void attend_queries(const T* queries, int64_t count, int64_t position, int64_t window, PackedHead<T> packed,
                     int64_t dim, T* out, int64_t out_next) {
@@ -73,7 +73,7 @@ void attend_queries(const T* queries, int64_t count, int64_t position, int64_t w
                                           depth, (float*)scores, KEY_BLOCK);
     for (int64_t q = 0; q < count; q++) {
       float* row = scores + q * KEY_BLOCK;
-      const int64_t last = position + q - s, first = window > 0 ? last - window + 1 : 0;  // of this block
+      const int64_t last = position + q - s, first = window > 0 ? last - window + 1 : 0;  // in this block
       f32 top = splat(NO_SCORE), v[KEY_BLOCK / LANES], all = {};
       for (int l = 0; l < KEY_BLOCK / LANES; l++) {
         v[l] = load(row + l * LANES) * scale;
@@ -84,7 +84,7 @@ void attend_queries(const T* queries, int64_t count, int64_t position, int64_t w
         top = max(v[l], top);
       }
       const float now = largest(top);
-      if (now > most[q] + SCORE_SLACK) {  // rarely after the first block: e^SCORE_SLACK is no large number
+      if (now > most[q] + SCORE_SLACK) {  // rare after the first block; e^SCORE_SLACK is still small
         const float before = exp(splat(most[q] - now))[0];
         total[q] *= before;
         for (int64_t i = 0; i < wide; i += LANES) store(acc + q * wide + i, load(acc + q * wide + i) * before);
@@ -110,7 +110,7 @@ void attend_queries(const T* queries, int64_t count, int64_t position, int64_t w
       store_first(out + q * out_next + i, load(acc + q * wide + i) / total[q], (int)(dim - i));
 }
 
-// out (length, heads, head_dim), rows `pitch` apart
+// out (length, heads, head_dim): attention of all queries; rows are `pitch` elements apart.
 template <typename T>
 void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int64_t pitch, Pool pool) {
   const int64_t dim = a.head_dim, depth = padded_depth<T>(dim), group = a.heads / a.kv_heads, wide = padded_width(dim);
@@ -148,7 +148,7 @@ void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int
   int64_t next = 0;
   parallel(pool, a.heads * turns, [&](int64_t, int64_t) {
     [[maybe_unused]] const AmxRegisters tiles;
-    for (;;) {  // the longest first, by whoever is free
+    for (;;) {  // longest first; each thread takes the next when it is free
       const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (i >= a.heads * turns) return;
       const int64_t h = i % a.heads, t = (turns - 1 - i / a.heads) * QUERY_TILE<T>;

@@ -1,17 +1,17 @@
-// A matrix times many tokens that stay floats: a panel of its rows, laid out in lanes once, times some tokens at a
-// time.
+// gemm for tokens in float32 or bfloat16: a panel of rows of the matrix is laid out in lanes once, then multiplied by a
+// few tokens at a time.
 #pragma once
 
 #include "microkernel.h"
 
 namespace ISA {
 
-struct Strip {  // as many rows of a matrix as there are lanes; a panel is some of them, maybe of two matrices
+struct Strip {  // LANES rows of a matrix; a panel is some strips, maybe of two matrices
   const Matrix* of;
-  int64_t row;  // the first; a multiple of LANES
+  int64_t row;  // the first row; a multiple of LANES
 };
 
-// Rows of numbers, padded with zeros to whole groups, with storage for as many more as are read at once.
+// Rows padded with zeros to whole groups. There is memory for as many rows as are read at once.
 template <typename T>
 struct PaddedRows {
   int64_t pitch;
@@ -29,16 +29,16 @@ struct PaddedRows {
 
 template <typename T>
 struct FloatTokens {
-  static constexpr int STRIPS = AMX<T> ? 2 : 4;  // of a panel
+  static constexpr int STRIPS = AMX<T> ? 2 : 4;  // in a panel
   static constexpr int64_t TOKEN_TILE = AMX<T> ? 32 : ROWS_AT_ONCE<STRIPS>;
   int64_t count, columns, pitch;
   const T* rows;
   PaddedRows<T> storage;
 };
 
-// Makes ready the `count` tokens whose rows `row` writes.
+// Packs `count` tokens; `row(i, out)` writes the i-th.
 template <typename T, typename F>
-void ready(FloatTokens<T>& in, int64_t columns, int64_t count, const F& row, Pool pool) {
+void pack(FloatTokens<T>& in, int64_t columns, int64_t count, const F& row, Pool pool) {
   in.storage.resize(count, columns);
   in.count = count, in.columns = columns, in.pitch = in.storage.pitch, in.rows = in.storage.at;
   parallel(pool, count, [&](int64_t first, int64_t last) {
@@ -50,20 +50,20 @@ void ready(FloatTokens<T>& in, int64_t columns, int64_t count, const F& row, Poo
   });
 }
 
-// The same of tokens that are there.
+// The same for tokens that are stored already.
 template <typename T>
-void take(FloatTokens<T>& in, const PaddedRows<T>& lines, int64_t columns, int64_t from, int64_t count, Pool) {
+void pack_stored(FloatTokens<T>& in, const PaddedRows<T>& lines, int64_t columns, int64_t from, int64_t count, Pool) {
   in.count = count, in.columns = columns, in.pitch = lines.pitch, in.rows = lines[from];
 }
 
 #ifdef __AMX_BF16__
-// Pairs of columns of sixteen rows of codes: a step of a block, a vector for each pair, `next` apart.
-inline void widen_group(const Matrix& m, int64_t block, int64_t step, int64_t groups, bf16* out, int64_t next) {
+// Dequantizes one group of columns of a block of 16 rows into pairs of columns, a vector each, `next` apart.
+inline void widen_group(const Matrix& m, int64_t block, int64_t group, int64_t groups, bf16* out, int64_t next) {
   const bool four = m.kind == Kind::INT4;
-  const uint8_t* q = (const uint8_t*)m.data + (block * groups + step) * (four ? 256 : 512);
-  const int64_t at = (block * groups + step) * BLOCK_ROWS;
+  const uint8_t* q = (const uint8_t*)m.data + (block * groups + group) * (four ? 256 : 512);
+  const int64_t at = (block * groups + group) * BLOCK_ROWS;
   const f32 scale = half_to_float(m.scales + at), min = four ? half_to_float(m.mins + at) : scale * -128.f;
-  u16 order[2];  // of sixteen first columns and sixteen second ones, in turn
+  u16 order[2];  // interleaves sixteen first columns and sixteen second ones
   for (int i = 0; i < 2 * LANES; i++) order[i / LANES][i % LANES] = i % 2 * LANES + i / 2;
   const __m512i pairs = load_as<__m512i>(order);
   for (int quad = 0; quad < QUADS; quad++) {
@@ -79,7 +79,7 @@ inline void widen_group(const Matrix& m, int64_t block, int64_t step, int64_t gr
 }
 #endif
 
-// out (columns / PAIR, STRIPS, LANES, PAIR): one of the strips, with zeros beyond the ends of its matrix
+// One strip of a panel: out (columns / PAIR, STRIPS, LANES, PAIR), with zeros beyond the ends of its matrix.
 template <typename T>
 void fill_strip(T* out, Strip from, int64_t width) {
   constexpr int64_t NEXT = FloatTokens<T>::STRIPS * LANES * PAIR<T>;
@@ -108,7 +108,7 @@ void fill_strip(T* out, Strip from, int64_t width) {
   }
 }
 
-// What a strip is made of, prefetched for a line at a time before its turn comes.
+// Prefetches a strip line by line, before its turn comes.
 struct Prefetcher {
   const char *at = nullptr, *end = nullptr;
   Prefetcher() = default;
@@ -128,8 +128,8 @@ struct Prefetcher {
   }
 };
 
-// Calls done(panel, token, n, y) with y (n, STRIPS, LANES): a panel, whose strips `strip(panel, i)` says, times n
-// tokens.
+// Multiplies panels by tokens. Calls done(panel, token, n, y) with y (n, STRIPS, LANES), the products of n tokens;
+// `strip(panel, i)` names the strips of a panel.
 template <typename T, typename S, typename F>
 void times_tokens(int64_t panels, const S& strip, const FloatTokens<T>& in, Pool pool, const F& done) {
   constexpr int STRIPS = FloatTokens<T>::STRIPS;
@@ -140,7 +140,7 @@ void times_tokens(int64_t panels, const S& strip, const FloatTokens<T>& in, Pool
     [[maybe_unused]] const AmxRegisters tiles;
     Array<T> panel(width / PAIR<T> * STRIPS * VECTOR);
     Array<float> sums(2 * TOKEN_TILE * WIDTH);
-    // With tiles, what one turn gave is finished between the instructions of the next one.
+    // With AMX, the results of one turn are finished between the instructions of the next one.
     int64_t of = first, from = 0, n = 0, at = 0;
     float *now = sums, *before = now + TOKEN_TILE * WIDTH;
     auto finish = [&](int64_t most) {

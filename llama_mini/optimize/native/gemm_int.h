@@ -1,4 +1,5 @@
-// A matrix of codes times many tokens: a panel of its rows, made ready once, times tile after tile.
+// gemm for a quantized matrix and quantized tokens: a panel of rows is unpacked once, then multiplied by tiles of
+// tokens.
 #pragma once
 
 #include "quantize_activations.h"
@@ -14,7 +15,7 @@ struct IntPanel {
   explicit IntPanel(int64_t groups) : q(groups * GROUP * PANEL), scales(groups * PANEL), mins(groups * PANEL) {}
 };
 
-// Rows beyond the end of a matrix are zeros.
+// Rows beyond the end of the matrix are zeros.
 inline void fill_strip(IntPanel& panel, int strip, Strip from, int64_t groups) {
   const Matrix& m = *from.of;
   const bool four = m.kind == Kind::INT4, there = from.row < m.rows;
@@ -40,7 +41,7 @@ inline void add_quad(i32& sum, const i32& q, int32_t x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(q), "v"(i32{} + x));
 }
 
-// sums[b][strip] += a step of the panel times that of each token.
+// sums[b][strip] += one group of the panel times that of each token.
 inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
 #pragma GCC unroll 8
   for (int i = 0; i < QUADS; i++) {
@@ -52,11 +53,12 @@ inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
   }
 }
 
-inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool wide16,
+inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool sixteen_bits,
                       const int32_t* start) {
-  for (int b = 0; b < TILE_TOKENS; b++) sums[b][0] = sums[b][1] = i32{} + (wide16 || start == nullptr ? 0 : start[b]);
+  for (int b = 0; b < TILE_TOKENS; b++)
+    sums[b][0] = sums[b][1] = i32{} + (sixteen_bits || start == nullptr ? 0 : start[b]);
   add_group(sums, q, first);
-  if (!wide16) return;
+  if (!sixteen_bits) return;
   for (int b = 0; b < TILE_TOKENS; b++)
     for (int i = 0; i < 2; i++) sums[b][i] = (sums[b][i] << 8) + (start == nullptr ? 0 : start[b]);
   add_group(sums, q, second);
@@ -77,7 +79,7 @@ inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* first, co
 }
 #endif
 
-// out (TILE_TOKENS, 2, LANES)
+// out (TILE_TOKENS, 2, LANES): a panel times a tile of tokens.
 template <bool FOUR>
 void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile, float* out) {
   f32 acc[TILE_TOKENS][2] = {};
@@ -85,7 +87,7 @@ void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile,
     const int64_t at = (tile * in.groups + s) * TILE_TOKENS;
     i32 sums[TILE_TOKENS][2];
     add_group(sums, panel.q + s * GROUP * PANEL, in.first + at * QUADS, in.second + at * QUADS,
-              in.wide16[tile * in.groups + s], FOUR ? nullptr : in.start + at);
+              in.sixteen_bits[tile * in.groups + s], FOUR ? nullptr : in.start + at);
     for (int i = 0; i < 2; i++) {
       const f32 scale = load(panel.scales + (2 * s + i) * LANES);
       for (int b = 0; b < TILE_TOKENS; b++)
@@ -99,8 +101,8 @@ void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile,
     for (int i = 0; i < 2; i++) store(out + (2 * b + i) * LANES, acc[b][i]);
 }
 
-// Calls done(panel, token, n, y) with y (n, 2, LANES): a panel, whose strips `strip(panel, 0 or 1)` says, times n
-// tokens.
+// Multiplies panels by tokens. Calls done(panel, token, n, y) with y (n, 2, LANES), the products of n tokens;
+// `strip(panel, 0 or 1)` names the strips of a panel.
 template <typename S, typename F>
 void times_tokens(int64_t panels, const S& strip, const QuantizedTokens& in, Pool pool, const F& done) {
   parallel(pool, panels, [&](int64_t first, int64_t last) {

@@ -1,7 +1,6 @@
-// Any matrix, sixteen rows at a time: a tile.
+// gemv for any format, 16 rows of the matrix at a time.
 //
-// Each result is summed in an order that depends on the matrix alone, so that a row's bits do not depend on who chunks
-// its batch.
+// The order of each sum depends on the matrix alone, so the bits of a row do not depend on who shares its batch.
 #pragma once
 
 #include "gemv_int.h"
@@ -9,7 +8,7 @@
 
 namespace ISA {
 
-// Some rows of a matrix as a matrix; of codes whole blocks.
+// Rows of a matrix as a matrix; whole blocks of a quantized one.
 template <typename T>
 inline Matrix slice_rows(Matrix m, int64_t from, int64_t rows) {
   const int64_t groups = (m.columns + GROUP - 1) / GROUP, scales = from * groups;
@@ -31,21 +30,21 @@ inline int block_rows(const Matrix& m, int64_t t) {
   return (int)(m.rows - t * BLOCK_ROWS < BLOCK_ROWS ? m.rows - t * BLOCK_ROWS : BLOCK_ROWS);
 }
 
-// x (batch, m.columns), rounded already to what the model computes in, for `tile`.
-inline void ready(Input& in, const Matrix& m, const float* x, int64_t batch) {
+// Packs x (batch, m.columns), which is rounded already to what the model computes in, for `gemv_block`.
+inline void pack(Input& in, const Matrix& m, const float* x, int64_t batch) {
 #ifdef __AMX_BF16__
   if (m.kind == Kind::BFLOAT16) {
     in.batch = batch, in.width = (m.columns + GROUP - 1) / GROUP * GROUP;
     return pair(in, x, batch, m.columns);
   }
 #endif
-  ready(in, m.kind, x, batch, m.columns);
+  pack(in, m.kind, x, batch, m.columns);
 }
 
 #ifdef __AMX_BF16__
-// out (batch, BLOCK_ROWS): up to sixteen rows of w times the batch, sixteen of it at once.
+// out (batch, BLOCK_ROWS): up to 16 rows of w times the batch, 16 rows of which go at once.
 inline void gemv_block_amx(const bf16* w, int rows, int64_t n, const Input& in, float* out) {
-  Array<bf16> edge;  // where there are fewer rows, or no whole groups: with zeros around
+  Array<bf16> edge;  // a copy padded with zeros, where there are fewer rows or a part of a group
   if (rows < BLOCK_ROWS || n < in.width) {
     edge.resize(BLOCK_ROWS * in.width);
     std::memset(edge.data, 0, BLOCK_ROWS * in.width * sizeof(bf16));
@@ -65,7 +64,7 @@ inline void gemv_block_amx(const bf16* w, int rows, int64_t n, const Input& in, 
 }
 #endif
 
-// out (batch, BLOCK_ROWS): the rows of a tile, with their bias, times the batch. Tiles(in.columns) live meanwhile.
+// out (batch, BLOCK_ROWS): one block of rows, with their bias, times the batch. Needs AmxRegisters(in.columns).
 template <typename T>
 inline void gemv_block(const Matrix& m, int64_t t, const Input& in, float* out) {
   const int64_t n = m.columns, at = t * BLOCK_ROWS;

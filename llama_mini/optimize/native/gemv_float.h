@@ -1,20 +1,19 @@
-// Matrices of floats, as PyTorch has them, times a few rows: read once, at the speed of memory.
+// gemv for float weights, as PyTorch stores them: each weight is read once, at the speed of memory.
 #pragma once
 
 #include "pack_activations.h"
 
 namespace ISA {
 
-constexpr int PREFETCH_AHEAD =
-    14 * 1024;           // bytes: how far before their use weights are prefetched for, into the outer cache
-constexpr int ROWS = 4;  // of the matrix, multiplied at once
+constexpr int PREFETCH_AHEAD = 14 * 1024;  // bytes: how far ahead weights are prefetched, into the second-level cache
+constexpr int ROWS = 4;                    // of the matrix, multiplied at once
 #ifdef __AMX_BF16__
-constexpr bool IN_SEQUENCE = false;  // Intel's processors with AMX read four rows side by side 5 % faster than one
+constexpr bool IN_SEQUENCE = false;  // Intel processors with AMX read four rows side by side 5 % faster than one
 #else
 constexpr bool IN_SEQUENCE = true;  // AMD's read one row after another a fifth faster than four side by side
 #endif
 #ifdef __AVX512F__
-constexpr int BATCH = 4;  // rows of the batch: as many as the registers hold
+constexpr int BATCH = 4;  // rows of the batch: as many as fit in the registers
 #else
 constexpr int BATCH = 1;
 #endif
@@ -40,7 +39,7 @@ inline f32 times(f32 acc, const bf16* w, const Input& in, int64_t at) {
 #endif
 }
 
-// out[b * stride + r]: R rows of w, `pitch` apart, times B rows of the batch from `row` on.
+// out[b * stride + r] = R rows of w, `pitch` apart, times B rows of the batch from `row` on.
 template <int R, int B, typename T>
 inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, int64_t row, float* out, int64_t stride) {
   f32 acc[B][R] = {};
@@ -54,7 +53,7 @@ inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, int6
     }
   if (whole < n)
     for (int r = 0; r < R; r++) {
-      T rest[GROUP] = {};  // never beyond the end of a row: what lies there may be NaN, or nobody's
+      T rest[GROUP] = {};  // never read beyond the end of a row: it may be NaN, or not ours
       std::memcpy(rest, w + r * pitch + whole, (n - whole) * sizeof(T));
       for (int b = 0; b < B; b++) acc[b][r] = times(acc[b][r], rest, in, base + b * in.width + whole);
     }
@@ -74,7 +73,7 @@ inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, floa
   for (; b < in.batch; b++) products<R, 1>(w, n, pitch, in, b, out + b * stride, stride);
 }
 
-// `rows` rows of w against every row of the batch.
+// `rows` rows of w times every row of the batch.
 template <typename T>
 inline void dots(const T* w, int64_t rows, int64_t n, int64_t pitch, const Input& in, float* out, int64_t stride) {
   int64_t r = 0;

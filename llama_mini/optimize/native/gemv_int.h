@@ -1,17 +1,17 @@
-// Matrices of codes times a few rows.
+// gemv for quantized weights.
 //
-// Codes lie in blocks of sixteen rows, four columns of a row side by side: that is what one VNNI instruction
-// multiplies, with one row in each lane. They stand for
-//     int8: scale * (code - 128)
-//     int4: scale * code + mins       two codes a byte, the earlier quad low
-// with one scale, and one mins value, for 32 columns of a row.
+// Weights lie in blocks of 16 rows. Four columns of a row are adjacent, which is what one VNNI instruction multiplies,
+// with one row in each lane. A quantized weight q stands for
+//     int8: scale * (q - 128)
+//     int4: scale * q + min      two weights a byte, the earlier four columns in the low halves
+// with one scale, and one minimum, for each group of 32 columns.
 #pragma once
 
 #include "gemv_float.h"
 
 namespace ISA {
 
-// Four columns of sixteen rows: a byte each.
+// Four columns of sixteen rows, a byte each.
 struct QuadVector {
 #ifdef __AVX512VNNI__
   __m512i all;
@@ -36,7 +36,7 @@ struct QuadVector {
 #endif
 };
 
-// Sums of codes times activations, of sixteen rows, in exact integers.
+// Sums of weights times activations, of sixteen rows, in exact integers.
 struct IntSums {
 #ifdef __AVX512VNNI__
   __m512i high, low;
@@ -72,7 +72,7 @@ inline void add_quad(IntSums* sums, const QuadVector& q, const Input& in, int64_
   }
 }
 
-// out[b * BLOCK_ROWS ...]: block `block` of a matrix of codes times B rows of the batch from `row` on.
+// out[b * BLOCK_ROWS ...] = block `block` of a quantized matrix times B rows of the batch from `row` on.
 template <int B, bool FOUR>
 inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int64_t row, float* out) {
   constexpr int VECTORS = BLOCK_ROWS / LANES;

@@ -1,11 +1,11 @@
-// The arithmetic in one form: compiled once for each instruction set, with ISA the name of its namespace.
+// The kernels of one ISA variant. This file is compiled once for each; the macro ISA names its namespace.
 
 #include "prefill.h"
 #include "quantize.h"
 
 namespace ISA {
 
-// The floats of x (batch, n), normed where there is a norm.
+// The rows of x (batch, n) as floats, normalized if there is a norm.
 template <typename T>
 void load_rows(const void* x, const Norm& norm, int64_t batch, int64_t n, float* out) {
   for (int64_t b = 0; b < batch; b++)
@@ -15,7 +15,7 @@ void load_rows(const void* x, const Norm& norm, int64_t batch, int64_t n, float*
       copy_row((const T*)x + b * n, n, out + b * n);
 }
 
-// out (batch, stride) = x times the matrix
+// out (batch, stride) = packed rows times the matrix.
 template <typename T>
 void gemv_packed(const Matrix& m, const Input& in, float* out, int64_t stride, Pool pool) {
   parallel(pool, n_blocks(m), [&](int64_t first, int64_t last) {
@@ -29,11 +29,11 @@ void gemv_packed(const Matrix& m, const Input& in, float* out, int64_t stride, P
   });
 }
 
-// out (batch, rows) = x + y times the matrix
+// out (batch, rows) = x + y times the matrix.
 template <typename T>
 void gemv_add(const Matrix& m, const float* y, int64_t batch, const T* x, T* out, Pool pool) {
   Input in;
-  ready(in, m, y, batch);
+  pack(in, m, y, batch);
   parallel(pool, n_blocks(m), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const AmxRegisters registers(in.columns);
     Array<float> part(batch * BLOCK_ROWS);
@@ -48,7 +48,7 @@ void gemv_add(const Matrix& m, const float* y, int64_t batch, const T* x, T* out
   });
 }
 
-// Lets threads that have nothing to do ask for the matrix that comes next, in equal parts.
+// Lets waiting threads prefetch the next matrix, in equal parts.
 template <typename T>
 void prefetch_next(Pool pool, const Matrix& m, int parts = 1) {
   const Matrix part = slice_rows<T>(m, m.rows / parts / BLOCK_ROWS * BLOCK_ROWS, 0);
@@ -61,7 +61,7 @@ void decode_attention(const void* x, const Norm& norm, const Matrix& qkv, const 
   Array<float> rows(a.batch * qkv.columns), projected(a.batch * qkv.rows), y(a.batch * o.columns);
   load_rows<T>(x, norm, a.batch, qkv.columns, rows);
   Input in;
-  ready(in, qkv, rows, a.batch);
+  pack(in, qkv, rows, a.batch);
   prefetch_next<T>(pool, o);
   gemv_packed<T>(qkv, in, projected, qkv.rows, pool);
   attend_decode<T>(a, projected, qkv.rows, y, pool);
@@ -76,7 +76,7 @@ void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up,
   Array<float> rows(batch * dim), y(batch * hidden);
   load_rows<T>(x, norm, batch, dim, rows);
   Input in;
-  ready(in, gate_up, rows, batch);
+  pack(in, gate_up, rows, batch);
   const Matrix gate = slice_rows<T>(gate_up, 0, hidden), up = slice_rows<T>(gate_up, up_at, hidden);
   prefetch_next<T>(pool, down);
   parallel(pool, n_blocks(gate), [&](int64_t first, int64_t last) {
@@ -101,7 +101,7 @@ void gemv(const void* x, const Matrix& m, int64_t batch, void* out, Pool pool) {
   Array<float> rows(batch * m.columns);
   load_rows<T>(x, Norm{}, batch, m.columns, rows);
   Input in;
-  ready(in, m, rows, batch);
+  pack(in, m, rows, batch);
   gemv_packed<T>(m, in, (float*)out, m.rows, pool);
 }
 
@@ -124,10 +124,10 @@ void dequantize_rows(const Matrix& m, const int64_t* at, int64_t n, void* out, P
     Array<float> row(groups * GROUP);
     for (int64_t i = first; i < last; i++) {
       for (int64_t s = 0; s < groups; s++) {
-        const int64_t step = at[i] / BLOCK_ROWS * groups + s, lane = at[i] % BLOCK_ROWS;
-        const uint8_t* q = (const uint8_t*)m.data + step * bytes + 4 * lane;
-        const float scale = _cvtsh_ss(m.scales[step * BLOCK_ROWS + lane]);
-        const float min = four ? _cvtsh_ss(m.mins[step * BLOCK_ROWS + lane]) : -128 * scale;
+        const int64_t group = at[i] / BLOCK_ROWS * groups + s, lane = at[i] % BLOCK_ROWS;
+        const uint8_t* q = (const uint8_t*)m.data + group * bytes + 4 * lane;
+        const float scale = _cvtsh_ss(m.scales[group * BLOCK_ROWS + lane]);
+        const float min = four ? _cvtsh_ss(m.mins[group * BLOCK_ROWS + lane]) : -128 * scale;
         for (int c = 0; c < GROUP; c++) {
           const uint8_t code = q[(four ? c / 8 : c / 4) * 64 + c % 4];
           row[s * GROUP + c] = scale * (four ? (c / 4 % 2 ? code >> 4 : code & 15) : code) + min;

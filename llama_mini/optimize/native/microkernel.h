@@ -1,8 +1,8 @@
-// Floats laid out in lanes, times many rows of floats: what prompts are made of.
+// The inner loop of gemm and of flash attention: floats laid out in lanes, times many rows of floats.
 //
-// As many rows of a matrix as a vector has lanes stand side by side, one dword of each in a lane: a column of float32,
-// a pair of columns of bfloat16. One instruction multiplies such a vector by a dword that all lanes share; with AMX one
-// multiplies sixteen such vectors by sixteen rows.
+// A vector holds one dword of each of LANES rows of a matrix: a column of float32, or a pair of columns of bfloat16.
+// One instruction multiplies it by a dword that all lanes share; an AMX instruction multiplies 16 such vectors by 16
+// rows.
 #pragma once
 
 #include "norm.h"
@@ -12,7 +12,7 @@ namespace ISA {
 template <typename T>
 constexpr int64_t PAIR = 4 / sizeof(T);  // columns in a lane
 template <typename T>
-constexpr int64_t ROW_MULTIPLE = AMX<T> ? 32 : 1;  // rows are read and written in multiples of this, columns read
+constexpr int64_t ROW_MULTIPLE = AMX<T> ? 32 : 1;  // rows and columns are read, and rows written, in multiples of this
 
 inline int64_t round_up(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 
@@ -20,7 +20,7 @@ struct NoOp {
   void operator()() const {}
 };
 
-// PAIR elements in each lane times PAIR elements that all lanes share.
+// acc + PAIR elements in each lane times PAIR elements that all lanes share.
 inline f32 multiply_lanes(f32 acc, const float* w, const float* x) { return acc + load(w) * *x; }
 inline f32 multiply_lanes(f32 acc, const bf16* w, const bf16* x) {
 #ifdef __AVX512BF16__

@@ -1,4 +1,4 @@
-// RMSNorm in the roundings of a stream of T: early rounds before the gain, late after it.
+// RMSNorm with the rounding of a model of dtype T: early rounds before the gain, late after it.
 #pragma once
 
 #include "gemv.h"

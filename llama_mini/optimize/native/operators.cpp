@@ -1,4 +1,5 @@
-// The operators of torch.ops.llama_mini: they check what they are given and hand it to the form of this processor.
+// The operators of torch.ops.llama_mini: they check their arguments and call the kernels of this processor's ISA
+// variant.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -23,10 +24,10 @@ struct Variant {
   const Kernels* kernels;
 };
 
-// Whether the processor has tiles of bfloat16 and the system lets this process use them, which must be prefetched.
+// Whether the processor has AMX with bfloat16, and the system lets this process use it: the process must ask.
 bool amx_allowed() {
 #ifdef __linux__
-  constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // of asm/prctl.h and of the processor's manual
+  constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // from asm/prctl.h and the processor's manual
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 #else
@@ -51,7 +52,7 @@ std::vector<Variant> variants() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-// The chosen variant's kernels for a dtype; the processor's best one, until another is chosen.
+// The kernels of the chosen ISA variant for a dtype. The best variant is used until `use_isa` chooses another.
 const Kernels& kernels_for(bool float32) {
   const Kernels* now = chosen.load();
   if (now == nullptr) {
@@ -74,27 +75,28 @@ void use_isa(std::string name) {
   TORCH_CHECK(false, "no variant ", name, " on this processor");
 }
 
-// Calls f(pool) with as many threads as PyTorch has been given, `most` at most.
+// Calls f(pool) with as many threads as PyTorch uses, `most` at most.
 template <typename F>
 void with_pool(const F& f, int64_t most = INT64_MAX) {
   const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(most, at::get_num_threads());
   ThreadPool pool(threads);
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) noexcept {  // a thread that threw would be waited for
+  // noexcept: PyTorch would wait forever for a thread that threw.
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) noexcept {
     if (first != 0) return pool.work(first);
     f(Pool{ThreadPool::run, ThreadPool::prefetch_next, &pool});
     pool.finish();
   });
 }
 
-// Threads for so many numbers of which each is touched once: waiting for a second one takes longer than two million,
-// and much longer on a busy machine.
+// Threads for n numbers that are touched once each. Starting a second thread takes longer than two million of them, and
+// much longer on a busy machine.
 int64_t threads_for(int64_t n) { return std::max<int64_t>(1, n >> 21); }
 
 // --- the operators ---
 
-// New tokens through some layers: one a row, or those of one row. A layer has four gains (attention, q, k,
-// feed-forward; empty where there is no norm), four matrices of as many tensors each (qkv, o, gate and up, down), and
-// four biases (empty where there is none; no list where no layer has any).
+// New tokens through neighbouring layers: one of each row, or those of one row. A layer has four gains (attention, q,
+// k, feed-forward; empty if there is no norm), four matrices of as many tensors each (qkv, o, gate_up, down) and four
+// biases (empty if there is none; no list if no layer has any).
 Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions, TensorList k_caches,
               TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late,
               TensorList matrices, TensorList biases, at::IntArrayRef windows, int64_t heads, int64_t hidden) {
@@ -115,7 +117,7 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
     return matrix(matrices.slice(i * each, each), rows, columns, biases.empty() ? no_bias : biases[i], x);
   };
   std::vector<Attention> attentions;
-  for (size_t i = 0; i < n; i++) {  // what is wrong is found before a cache is written
+  for (size_t i = 0; i < n; i++) {  // all is checked before a cache is written
     TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes(), "caches of one size, not ", k_caches[i].sizes());
     attentions.push_back(attention(x, x.size(0), x.size(1), each > 1, norm(4 * i + 1, k_caches[i].size(-1)),
                                    norm(4 * i + 2, k_caches[i].size(-1)), cos, sin, k_caches[i], v_caches[i], positions,
@@ -151,7 +153,7 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   return out;
 }
 
-// x times a matrix, by one of two kernels, which writes numbers of `dtype`.
+// x times a matrix by one of two kernels, whose output has this dtype.
 Tensor times(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows, at::ScalarType dtype,
              decltype(&Kernels::gemv) kernel) {
   const int64_t n = n_rows(x);
@@ -186,7 +188,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& gain, double eps, bool late) {
 }
 
 Tensor dequantize_rows(TensorList w, const Tensor& at, int64_t columns, at::ScalarType dtype) {
-  TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && columns > 0, "codes of at least one column");
+  TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && columns > 0, "quantized weights of at least one column");
   TORCH_CHECK(at.scalar_type() == at::kLong, "rows by number, not ", at.scalar_type());
   const Tensor numbers = at.contiguous();
   const int64_t n = at.numel(), *first = numbers.const_data_ptr<int64_t>();
@@ -201,11 +203,11 @@ Tensor dequantize_rows(TensorList w, const Tensor& at, int64_t columns, at::Scal
   return out;
 }
 
-// The blocks of a matrix of codes from `block` on, as many as n rows take.
+// The blocks of a quantized matrix from `block` on, for n rows.
 Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const Tensor& like) {
   TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && n > 0 && columns > 0 && block >= 0 &&
                   block + round_up(n, 16) / 16 <= w[0].size(0),
-              "codes with room for ", n, " rows of ", columns, " from block ", block, " on");
+              "quantized weights with memory for ", n, " rows of ", columns, " from block ", block, " on");
   Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, like.options()), like);
   const int64_t groups = round_up(columns, 32) / 32;
   m.data = (const char*)m.data + block * groups * (m.kind == Kind::INT8 ? 512 : 256);
@@ -214,7 +216,7 @@ Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const 
   return m;
 }
 
-// Both give false where a number is none that a scale holds.
+// quantize and repack return false if a number fits no scale.
 bool quantize(const Tensor& x, TensorList w, int64_t block) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "rows in one piece, not ", x.sizes());
   const Kernels& kernels = kernels_for(is_float32(x));
@@ -234,7 +236,7 @@ bool repack(const Tensor& blocks, TensorList w, int64_t columns, int64_t block) 
       bytes * (columns / 32) == blocks.size(1) && (m.kind == Kind::INT8 ? bytes == 34 : bytes == 18 || bytes == 20),
       "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, not ", blocks.size(1), " bytes for ", columns, " columns");
   bool finite = false;
-  const Kernels& kernels = kernels_for(true);  // of either dtype: blocks are bytes
+  const Kernels& kernels = kernels_for(true);  // the same for both dtypes: blocks are bytes
   with_pool(
       [&](Pool pool) { finite = kernels.repack(blocks.const_data_ptr<uint8_t>(), bytes, blocks.size(0), m, pool); },
       threads_for(blocks.size(0) * columns));

@@ -1,6 +1,6 @@
-// The rows of a batch, made ready once for every tile of a matrix that multiplies them.
+// Packs the rows of a batch, once for all blocks of a matrix that gemv multiplies them by.
 //
-// Against codes, activations are codes too, of 16 bits: round(x * 32512 / max|x|), as two signed bytes.
+// For a quantized matrix, activations are quantized to 16 bits, round(x * 32512 / max|x|), stored as two signed bytes.
 #pragma once
 
 #include <cstdlib>
@@ -11,8 +11,8 @@
 
 namespace ISA {
 
-constexpr int BLOCK_ROWS = 16;  // rows of a matrix taken together
-constexpr int GROUP = 32;       // columns summed as integers, or read at once as bfloat16
+constexpr int BLOCK_ROWS = 16;  // rows of a matrix that are multiplied together
+constexpr int GROUP = 32;       // columns that share a scale, or that are read at once in bfloat16
 constexpr int QUADS = GROUP / 4;
 
 template <typename T>
@@ -22,7 +22,7 @@ struct Array {
   explicit Array(int64_t n) { resize(n); }
   Array(const Array&) = delete;
   ~Array() { free(data); }
-  void resize(int64_t n) {  // not filled
+  void resize(int64_t n) {  // not initialized
     free(data);
     data = (T*)aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64);
     if (data == nullptr) throw std::bad_alloc();
@@ -38,22 +38,23 @@ void parallel(Pool pool, int64_t n, const F& f) {
 
 struct Input {
   int64_t batch, width;          // width: columns, padded with zeros to whole groups
-  Array<float> floats;           // of float32; of bfloat16 without dot product: evens, then odds, of each step
-  Array<uint16_t> halves;        // of bfloat16
-  int64_t columns = 1;           // of tiles: rows of the batch that are multiplied at once
-  Array<uint16_t> pairs;         // of bfloat16 with tiles: (batch / columns, width / 2, columns, 2)
-  Array<int32_t> first, second;  // of codes, by quad: high and low bytes; without VNNI columns (0, 2) and (1, 3)
-  Array<int32_t> sums;           // of the codes of a step
-  Array<float> scales;           // of a row's codes
+  Array<float> floats;           // float32; for bfloat16 without dot products: evens, then odds, of each group
+  Array<uint16_t> halves;        // bfloat16
+  int64_t columns = 1;           // with AMX: rows of the batch that are multiplied at once
+  Array<uint16_t> pairs;         // bfloat16 with AMX: (batch / columns, width / 2, columns, 2)
+  Array<int32_t> first, second;  // quantized, in quads: high and low bytes; without VNNI: columns (0, 2) and (1, 3)
+  Array<int32_t> sums;           // of each quantized group
+  Array<float> scales;           // of each quantized row
 };
 
-// The bytes of 32 columns of weights of 16 bits, or of 8 where `second` is not written; without VNNI pairs of columns.
-inline void store_quads(const i32* q, bool wide16, int32_t* first, int32_t* second) {
+// Stores 32 quantized columns: high and low bytes of 16 bits, or only `first` of 8 bits. Without VNNI: pairs of
+// columns.
+inline void store_quads(const i32* q, bool sixteen_bits, int32_t* first, int32_t* second) {
 #ifdef __AVX512VNNI__
   for (int i = 0; i < GROUP / LANES; i++) {
-    const i32 low = wide16 ? ((q[i] + 128) & 255) - 128 : i32{};
-    _mm_storeu_si128((__m128i*)first + i, _mm512_cvtepi32_epi8((__m512i)(wide16 ? (q[i] - low) >> 8 : q[i])));
-    if (wide16) _mm_storeu_si128((__m128i*)second + i, _mm512_cvtepi32_epi8((__m512i)low));
+    const i32 low = sixteen_bits ? ((q[i] + 128) & 255) - 128 : i32{};
+    _mm_storeu_si128((__m128i*)first + i, _mm512_cvtepi32_epi8((__m512i)(sixteen_bits ? (q[i] - low) >> 8 : q[i])));
+    if (sixteen_bits) _mm_storeu_si128((__m128i*)second + i, _mm512_cvtepi32_epi8((__m512i)low));
   }
 #else
   int32_t x[GROUP];
@@ -65,15 +66,15 @@ inline void store_quads(const i32* q, bool wide16, int32_t* first, int32_t* seco
 #endif
 }
 
-inline void quantize_input_group(Input& in, const float* x, int n, float to_int, int64_t step) {
+inline void quantize_input_group(Input& in, const float* x, int n, float to_int, int64_t group) {
   i32 q[GROUP / LANES], all = {};
   for (int at = 0; at < GROUP; at += LANES) {
     f32 v = n > at && to_int != 0 ? load_first(x + at, n - at) : f32{};
     q[at / LANES] = (i32)(v * to_int + 12582912.f) - 0x4b400000;  // rounds to nearest: 1.5 * 2^23 leaves no fraction
     all += q[at / LANES];
   }
-  store_quads(q, true, in.first + step * QUADS, in.second + step * QUADS);
-  in.sums[step] = (int32_t)sum(__builtin_convertvector(all, f32));  // below 2^24: exact
+  store_quads(q, true, in.first + group * QUADS, in.second + group * QUADS);
+  in.sums[group] = (int32_t)sum(__builtin_convertvector(all, f32));  // below 2^24, so exact
 }
 
 inline void quantize_input_row(Input& in, const float* x, int64_t n, int64_t b) {
@@ -81,7 +82,7 @@ inline void quantize_input_row(Input& in, const float* x, int64_t n, int64_t b) 
   for (int64_t i = 0; i < n; i += LANES) {
     f32 v = load_first(x + i, (int)(n - i));
     most = max(most, max(v, -v));
-    zeros += v * 0.f;  // NaN where something is not finite, which no integer can hold: then the row becomes NaN
+    zeros += v * 0.f;  // NaN if anything is not finite, which no integer holds: the row becomes NaN
   }
   float peak = largest(most), nonfinite = sum(zeros);
   float to_int = peak > 1e-30f && nonfinite == 0 ? 32512.f / peak : 0.f;
@@ -109,8 +110,8 @@ inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
 }
 #endif
 
-// x: (batch, n), rounded already to what the model computes in, for dot products with rows of `kind`.
-inline void ready(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
+// Packs x (batch, n), which is rounded already to what the model computes in, for dot products with rows of `kind`.
+inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
   in.batch = batch;
   int64_t w = in.width = (n + GROUP - 1) / GROUP * GROUP;
   if (kind == Kind::INT8 || kind == Kind::INT4) {

@@ -1,4 +1,4 @@
-// The branches of a layer for the many tokens of a prompt.
+// The branches of a layer for prefill: many tokens of one row.
 #pragma once
 
 #include "gemm_int.h"
@@ -6,9 +6,9 @@
 
 namespace ISA {
 
-constexpr int64_t TOKENS_AT_ONCE = 768;  // tokens taken together: what stands between two matrices stays in the cache
+constexpr int64_t TOKENS_AT_ONCE = 768;  // so few that the activations between two matrices stay in the cache
 
-// Writes one token's row of x, normed where there is a norm.
+// A function that writes one token's row of x, normalized if there is a norm.
 template <typename T>
 auto row_of(const T* x, int64_t pitch, const Norm& norm, int64_t dim) {
   return [=](int64_t token, float* to) {
@@ -20,21 +20,21 @@ auto row_of(const T* x, int64_t pitch, const Norm& norm, int64_t dim) {
 }
 
 template <typename T, typename F>
-void ready(QuantizedTokens& in, int64_t columns, int64_t count, const F& row, Pool pool) {
+void pack(QuantizedTokens& in, int64_t columns, int64_t count, const F& row, Pool pool) {
   in.count = count, in.groups = (columns + GROUP - 1) / GROUP;
   const int64_t tiles = token_tiles(count), all = tiles * in.groups * TILE_TOKENS;
-  in.first.resize(all * QUADS), in.second.resize(all * QUADS), in.wide16.resize(tiles * in.groups);
+  in.first.resize(all * QUADS), in.second.resize(all * QUADS), in.sixteen_bits.resize(tiles * in.groups);
   in.scales.resize(all), in.total.resize(all), in.start.resize(all);
   parallel(pool, tiles, [&](int64_t first, int64_t last) { quantize_tiles<T>(in, columns, first, last, row); });
 }
 
 template <typename T>
-void take(QuantizedTokens& in, const PaddedRows<T>& lines, int64_t columns, int64_t from, int64_t count, Pool pool) {
-  ready<T>(in, columns, count, row_of((const T*)lines[from], lines.pitch, Norm{}, columns), pool);
+void pack_stored(QuantizedTokens& in, const PaddedRows<T>& lines, int64_t columns, int64_t from, int64_t count,
+                 Pool pool) {
+  pack<T>(in, columns, count, row_of((const T*)lines[from], lines.pitch, Norm{}, columns), pool);
 }
 
-// Calls f with tokens of the kind that suits a matrix: codes against codes, except where tiles multiply bfloat16
-// faster.
+// Calls f with tokens packed for a matrix: quantized for a quantized one, but floats if AMX multiplies bfloat16 faster.
 template <typename T, typename F>
 void with_tokens(const Matrix& m, const F& f) {
   if (m.kind < Kind::INT8 || AMX<T>) {
@@ -46,7 +46,7 @@ void with_tokens(const Matrix& m, const F& f) {
   }
 }
 
-// out (count, m.rows) = the tokens times the matrix, and x where there is one
+// out (count, m.rows) = tokens times the matrix, plus x unless it is nullptr.
 template <typename In, typename T>
 void multiply_tokens(const Matrix& m, const In& in, const T* x, T* out, Pool pool) {
   constexpr int STRIPS = In::STRIPS;
@@ -68,8 +68,7 @@ void multiply_tokens(const Matrix& m, const In& in, const T* x, T* out, Pool poo
   times_tokens((m.rows + STRIPS * LANES - 1) / (STRIPS * LANES), strip, in, pool, done);
 }
 
-// out (count, m.rows) = the tokens, made ready by `tokens(in, first, n)`, times the matrix, and `add` where there is
-// one
+// out (count, m.rows) = tokens times the matrix, plus `add` unless it is nullptr; `tokens(in, first, n)` packs them.
 template <typename T, typename F>
 void gemm_tokens(const F& tokens, const Matrix& m, int64_t count, const T* add, T* out, Pool pool) {
   with_tokens<T>(m, [&](auto& in) {
@@ -80,15 +79,15 @@ void gemm_tokens(const F& tokens, const Matrix& m, int64_t count, const T* add, 
   });
 }
 
-// The rows of x (count, dim) as tokens, normed where there is a norm.
+// Packs the rows of x (count, dim), normalized if there is a norm.
 template <typename T>
 auto tokens_of(const T* x, const Norm& norm, int64_t dim, Pool pool) {
-  return [=](auto& in, int64_t from, int64_t n) { ready<T>(in, dim, n, row_of(x + from * dim, dim, norm, dim), pool); };
+  return [=](auto& in, int64_t from, int64_t n) { pack<T>(in, dim, n, row_of(x + from * dim, dim, norm, dim), pool); };
 }
 
 template <typename T>
 auto tokens_of(const PaddedRows<T>& lines, int64_t columns, Pool pool) {
-  return [&lines, columns, pool](auto& in, int64_t from, int64_t n) { take(in, lines, columns, from, n, pool); };
+  return [&lines, columns, pool](auto& in, int64_t from, int64_t n) { pack_stored(in, lines, columns, from, n, pool); };
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// Floats, and GGUF's blocks, into codes, with the bits that matrix.py gives them by PyTorch's own operators.
+// Quantizes floats and repacks GGUF blocks. The bits are those of packed_linear.py with PyTorch's own operators.
 #pragma once
 
 #include "gemv_int.h"
@@ -7,24 +7,25 @@ namespace ISA {
 
 typedef uint8_t u8 __attribute__((vector_size(LANES)));
 
-// A float16 that is neither infinite nor NaN is finite.
+// Rounds to float16; `finite` becomes false if the result is infinite or NaN.
 inline uint16_t to_half(float x, bool& finite) {
   const uint16_t half = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
   finite &= (half & 0x7c00) != 0x7c00;
   return half;
 }
 
-// One row of a step: its codes stand 64 bytes apart, four or twice four of them at a place.
+// Quantizes one group of a row; each four columns (of int4 eight) are stored 64 bytes apart.
 template <bool FOUR>
 inline void quantize_group(const f32* x, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
   constexpr int VECTORS = GROUP / LANES;
-  f32 high = FOUR ? x[0] : (f32)((u32)x[0] & 0x7fffffffu), low = x[0], strange = {};  // the last: NaN where x is
+  f32 high = FOUR ? x[0] : (f32)((u32)x[0] & 0x7fffffffu), low = x[0],
+      nonfinite = {};  // NaN where x is infinite or NaN
   for (int i = 0; i < VECTORS; i++) {
     high = max(high, FOUR ? x[i] : (f32)((u32)x[i] & 0x7fffffffu));
     low = -max(-low, -x[i]);
-    strange += x[i] - x[i];
+    nonfinite += x[i] - x[i];
   }
-  finite &= sum(strange) == 0;
+  finite &= sum(nonfinite) == 0;
   float from = 0;
   if (FOUR) {
     *min = to_half(-largest(-low), finite);
@@ -34,10 +35,10 @@ inline void quantize_group(const f32* x, uint8_t* q, uint16_t* scale, uint16_t* 
   const float step = _cvtsh_ss(*scale);
   uint8_t bytes[GROUP];
   for (int i = 0; i < VECTORS; i++) {
-    f32 v = step == 0 ? f32{} : (x[i] - from) / step;  // equal numbers: code 0
+    f32 v = step == 0 ? f32{} : (x[i] - from) / step;  // equal numbers become 0
     v = FOUR ? max(v, f32{}) : max(v, splat(-127));
     v = -max(-v, splat(FOUR ? -15 : -127));
-    const u32 code = (u32)(v + 12582912.f) + (FOUR ? 0 : 128);  // 1.5 * 2^23: the integer stands in the low bits
+    const u32 code = (u32)(v + 12582912.f) + (FOUR ? 0 : 128);  // 1.5 * 2^23: the integer is in the low bits
     const u8 narrow = __builtin_convertvector(code, u8);
     std::memcpy(bytes + i * LANES, &narrow, LANES);
   }
@@ -49,8 +50,8 @@ inline void quantize_group(const f32* x, uint8_t* q, uint16_t* scale, uint16_t* 
   }
 }
 
-// Calls f(row, step, codes, scale, min, finite) for n rows of a matrix, of which the last block may have fewer than
-// BLOCK_ROWS: zeros fill it. False where something was not finite.
+// Calls f(row, group, q, scale, min, finite) for n rows of a matrix; the last block is filled up with zeros. Returns
+// whether everything was finite.
 template <typename F>
 inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
   const bool four = m.kind == Kind::INT4;
@@ -79,7 +80,7 @@ inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
   return faults == 0;
 }
 
-// Rows x (n, m.columns) into the blocks of m.
+// Quantizes rows x (n, m.columns) into the blocks of m.
 template <typename T, bool FOUR>
 inline bool quantize_rows(const T* x, int64_t n, const Matrix& m, Pool pool) {
   return fill(m, n, pool, [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
@@ -92,8 +93,7 @@ inline bool quantize_rows(const T* x, int64_t n, const Matrix& m, Pool pool) {
   });
 }
 
-// Rows (n, groups, bytes) of GGUF's blocks: scale, min value in Q4_1 alone, codes, of 4 bits two in a byte 16 columns
-// apart.
+// Repacks n rows of GGUF blocks: a scale, a minimum (in Q4_1 alone), weights; of 4 bits, columns 16 apart share a byte.
 inline bool repack(const uint8_t* from, int64_t bytes, int64_t n, const Matrix& m, Pool pool) {
   const int64_t groups = m.columns / GROUP;
   return fill(m, n, pool, [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {

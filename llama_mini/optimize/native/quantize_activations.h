@@ -1,8 +1,8 @@
-// Many tokens made ready for a matrix of codes: in tiles of a few, 32 columns (a step) of each at a time.
+// Quantizes the tokens of a prompt for gemm_int.h, in tiles of a few tokens, 32 columns (a group) at a time.
 //
-// They become codes themselves, of eight bits with a scale for each step. A step that is among the loudest of its token
-// gets eight bits more, for that is where rounding would show (LLM.int8, Dettmers 2022, keeps outliers apart likewise).
-// In a float32 stream, and without VNNI, every step gets sixteen. What a token becomes depends on itself alone.
+// A group has eight bits and a scale. A group with an outlier of its token has sixteen bits, because rounding shows
+// there (LLM.int8, Dettmers 2022, also treats outliers apart). In a float32 model, and without VNNI, every group has
+// sixteen. How a token is quantized depends on that token alone.
 #pragma once
 
 #include "norm.h"
@@ -10,11 +10,11 @@
 namespace ISA {
 
 #ifdef __AVX512VNNI__
-constexpr int TILE_TOKENS = 5;  // of a tile: as many sums as the registers hold, with two vectors of a panel
+constexpr int TILE_TOKENS = 5;  // in a tile: as many sums as fit in the registers, beside two vectors of a panel
 #else
 constexpr int TILE_TOKENS = 3;
 #endif
-constexpr float OUTLIER = 3;  // how far the square of a outlier step's peak lies over the mean of them
+constexpr float OUTLIER = 3;  // an outlier's squared maximum, over the mean of those of its token's groups
 
 #ifdef __AVX512VNNI__
 template <typename T>
@@ -25,46 +25,45 @@ constexpr bool ALWAYS_16_BITS = true;
 #endif
 
 struct QuantizedTokens {
-  static constexpr int STRIPS = 2;  // of a panel
+  static constexpr int STRIPS = 2;  // in a panel
   int64_t count, groups;
-  Array<int32_t> first, second;  // (tiles, groups, TILE_TOKENS, QUADS), as Input has them
-  Array<uint8_t> wide16;         // (tiles, groups): whether any token of the tile has sixteen bits there
-  Array<float> scales, total;    // (tiles, groups, TILE_TOKENS): of the codes; and their sum, scaled
-  Array<int32_t> start;          // as many: what takes away the 128 by which codes of int8 are too large
+  Array<int32_t> first, second;  // (tiles, groups, TILE_TOKENS, QUADS), as in Input
+  Array<uint8_t> sixteen_bits;   // (tiles, groups): whether any token of the tile has sixteen bits there
+  Array<float> scales, total;    // (tiles, groups, TILE_TOKENS): scale; sum of the group, scaled
+  Array<int32_t> start;          // the same shape: takes away the 128 that is added to weights of int8
 };
 
 inline int64_t token_tiles(int64_t tokens) { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }
 
-// The codes of one step; returns their sum, which a float holds exactly.
-inline float quantize_activation_group(const float* x, float peak, bool outlier, bool wide16, int32_t* first,
+// Quantizes one group; returns the sum, which a float holds exactly.
+inline float quantize_activation_group(const float* x, float peak, bool outlier, bool sixteen_bits, int32_t* first,
                                        int32_t* second) {
   const float to_int = peak > 1e-30f ? (outlier ? 32512.f : 127.f) / peak : 0.f;
   i32 q[GROUP / LANES], all = {};
   for (int i = 0; i < GROUP / LANES; i++) {
     const f32 v = to_int != 0 ? load(x + i * LANES) * to_int : f32{};
-    q[i] = (i32)(v + 12582912.f) - 0x4b400000;  // rounds to nearest, as quantize_input_group does
-    if (wide16 && !outlier) q[i] <<= 8;
+    q[i] = (i32)(v + 12582912.f) - 0x4b400000;  // rounds to nearest, as in quantize_input_group
+    if (sixteen_bits && !outlier) q[i] <<= 8;
     all += q[i];
   }
-  store_quads(q, wide16, first, second);
+  store_quads(q, sixteen_bits, first, second);
   return sum(__builtin_convertvector(all, f32));
 }
 
-// Some of the rows that `row` writes, (count, columns), as the tiles first..last.
+// Quantizes tiles first..last of the rows that `row` writes, (count, columns).
 template <typename T, typename F>
 void quantize_tiles(QuantizedTokens& in, int64_t columns, int64_t first, int64_t last, const F& row) {
   const int64_t groups = in.groups, width = groups * GROUP;
   Array<float> rows(TILE_TOKENS * width), peaks(TILE_TOKENS * groups);
   Array<uint8_t> outlier(TILE_TOKENS * groups);
   std::memset(rows.data, 0, TILE_TOKENS * width * sizeof(float));
-  float nonfinite[TILE_TOKENS];  // NaN where something is not finite, which no integer can hold: then the token becomes
-                                 // NaN
+  float nonfinite[TILE_TOKENS];  // NaN if anything is not finite, which no integer holds: the token becomes NaN
   for (int64_t tile = first; tile < last; tile++) {
-    std::memset(in.wide16 + tile * groups, 0, groups);
+    std::memset(in.sixteen_bits + tile * groups, 0, groups);
     for (int b = 0; b < TILE_TOKENS; b++) {
       float *x = rows + b * width, *peak = peaks + b * groups, squares = 0;
       if (tile * TILE_TOKENS + b < in.count)
-        row(tile * TILE_TOKENS + b, x);  // others repeat what was there: nobody reads them
+        row(tile * TILE_TOKENS + b, x);  // other rows repeat old data, which nobody reads
       f32 zeros = {};
       for (int64_t s = 0; s < groups; s++) {
         f32 most = {};
@@ -80,17 +79,17 @@ void quantize_tiles(QuantizedTokens& in, int64_t columns, int64_t first, int64_t
       for (int64_t s = 0; s < groups; s++) {
         if (nonfinite[b] != 0) peak[s] = 0;
         outlier[b * groups + s] = ALWAYS_16_BITS<T> || peak[s] * peak[s] * groups > OUTLIER * squares;
-        in.wide16[tile * groups + s] |= outlier[b * groups + s];
+        in.sixteen_bits[tile * groups + s] |= outlier[b * groups + s];
       }
     }
     for (int64_t s = 0; s < groups; s++)
       for (int b = 0; b < TILE_TOKENS; b++) {
         const int64_t at = (tile * groups + s) * TILE_TOKENS + b;
-        const bool wide16 = in.wide16[tile * groups + s];
+        const bool sixteen_bits = in.sixteen_bits[tile * groups + s];
         const float peak = peaks[b * groups + s];
-        const float sum = quantize_activation_group(rows + b * width + s * GROUP, peak, outlier[b * groups + s], wide16,
-                                                    in.first + at * QUADS, in.second + at * QUADS);
-        in.scales[at] = peak * (1 / 127.f) * (wide16 ? 1 / 256.f : 1.f) + nonfinite[b];
+        const float sum = quantize_activation_group(rows + b * width + s * GROUP, peak, outlier[b * groups + s],
+                                                    sixteen_bits, in.first + at * QUADS, in.second + at * QUADS);
+        in.scales[at] = peak * (1 / 127.f) * (sixteen_bits ? 1 / 256.f : 1.f) + nonfinite[b];
         in.total[at] = in.scales[at] * sum;
         in.start[at] = -128 * (int32_t)sum;
       }

@@ -1,5 +1,5 @@
-// A vector of numbers, sixteen at a time with AVX-512 and eight with AVX2. Written with GCC's vector extensions, so
-// that one text serves both; only dot products and changes of width need instructions by name.
+// Vectors of 16 numbers with AVX-512, of 8 with AVX2. GCC's vector extensions let one source serve both; only dot
+// products and conversions need intrinsics.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ inline f32 half_to_float(const uint16_t* x) { return (f32)_mm256_cvtph_ps(load_a
 inline f32 load(const float* x) { return load_as<f32>(x); }
 inline f32 load(const bf16* x) { return (f32)(widened(load_as<u16>(x)) << 16); }
 
-// Rounds to the nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline u16 rounded(f32 v) {
 #ifdef __AVX512BF16__
   return (u16)_mm512_cvtneps_pbh((__m512)v);
@@ -66,7 +66,7 @@ inline void store(bf16* to, f32 v) {
   std::memcpy(to, &bits, sizeof bits);
 }
 
-// The first n; the others are zero.
+// The first n elements; the others are zero.
 template <typename T>
 inline f32 load_first(const T* x, int n) {
   if (n >= LANES) return load(x);
@@ -85,7 +85,7 @@ inline void store_first(T* to, f32 v, int n) {
 inline f32 round_to(f32 v, const float*) { return v; }
 inline f32 round_to(f32 v, const bf16*) { return (f32)(widened(rounded(v)) << 16); }
 
-// Two halves into one, until four lanes are left.
+// Combines halves until four lanes are left.
 template <typename F>
 inline __m128 quarter(f32 v, F both) {
 #ifdef __AVX512F__
@@ -117,7 +117,7 @@ inline float largest(f32 v) {
   return _mm_cvtss_f32(both(d, _mm_movehdup_ps(d)));
 }
 
-// e^x within 2 ULP up to x = 88, 0 below -87.3, where it would become subnormal, which Intel's take 150 cycles for.
+// e^x within 2 ULP up to x = 88; 0 below -87.3, where it would be subnormal, which costs Intel processors 150 cycles.
 // Cody and Waite's reduction, then a polynomial (Cephes).
 inline f32 exp(f32 x) {
 #ifdef __AVX512F__
@@ -128,7 +128,7 @@ inline f32 exp(f32 x) {
   const i32 under = x < -87.3f, number = x == x;
   const f32 given = x;
   x = x > 88.3f ? splat(88.3f) : x;
-  const f32 shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer stands in the low bits
+  const f32 shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer is in the low bits
   const f32 n = shifted - 12582912.f;
 #endif
   const f32 r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -146,7 +146,7 @@ inline f32 exp(f32 x) {
   return number ? (f32)(result & ~(u32)under) : given;
 #endif
 }
-// 1 / x within an ULP, of a positive x that is no more than 2^127: an estimate and one step of Newton's.
+// 1 / x within an ULP, for positive x up to 2^127: an estimate and one Newton step.
 inline f32 reciprocal(f32 x) {
 #ifdef __AVX512F__
   const f32 r = (f32)_mm512_rcp14_ps((__m512)x);
@@ -157,11 +157,11 @@ inline f32 reciprocal(f32 x) {
 }
 inline f32 silu(f32 x) { return x * reciprocal(1.f + exp(-x)); }
 
-// Turns LANES rows of dwords into their columns.
+// Transposes LANES rows of LANES dwords.
 inline void transpose(u32* rows) {
 #pragma GCC unroll 4
   for (int by = 1; by < LANES; by *= 2) {
-    u32 upper, lower;  // of one row, and of the row `by` after it; lanes of the second count from LANES on
+    u32 upper, lower;  // of a row, and of the row `by` after it; lanes of the second count from LANES on
     for (int i = 0; i < LANES; i++) {
       upper[i] = i & by ? LANES + i - by : i;
       lower[i] = i & by ? LANES + i : i + by;

@@ -1,5 +1,5 @@
-// Every function of a form with odd shapes, in memory that is exactly as large as it must be, by several threads: for
-// the sanitizers. What comes out is held to float64 elsewhere.
+// Calls every kernel of an ISA variant with odd shapes, in memory of the exact size, from several threads, under the
+// sanitizers. Other tests check the results.
 
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
@@ -19,8 +19,8 @@
 #include "thread_pool.h"
 
 #ifdef GUARDED
-// Memory that ends where a page begins that nobody may touch: no sanitizer sees what tiles load and store. The linker
-// puts these in the place of aligned_alloc and free. A page before it holds its length.
+// Memory that ends where an inaccessible page begins, because no sanitizer sees what AMX loads and stores. The linker
+// substitutes these for aligned_alloc and free. A page before the memory holds its length.
 constexpr size_t PAGE = 4096;
 extern "C" void* __wrap_aligned_alloc(size_t, size_t n) noexcept {
   const size_t whole = (n + PAGE - 1) / PAGE * PAGE;
@@ -52,7 +52,7 @@ constexpr int THREADS = 3;
 template <typename T>
 using Vector = std::vector<T, Exact<T>>;
 
-// As operators.cpp has it, with threads in the place of PyTorch's.
+// As in operators.cpp, with plain threads in place of PyTorch's.
 template <typename F>
 void with_pool(const F& f) {
   ThreadPool threads(THREADS);
@@ -67,7 +67,7 @@ uint32_t state = 1;
 uint32_t draw() { return state = state * 1664525u + 1013904223u; }
 int64_t below(int64_t n) { return draw() / 65536 % n; }
 
-struct Numbers {  // of the stream, or float32
+struct Numbers {  // of the model's dtype
   bool wide;
   Vector<float> floats;
   Vector<uint16_t> halves;
@@ -138,7 +138,7 @@ struct Heads {
   }
 };
 
-void spoil(Numbers& x, int64_t fill) {  // with NaN and infinity, which must not become whole numbers
+void spoil(Numbers& x, int64_t fill) {  // NaN and infinity must not become integers
   if (fill == 1) x.set(0, __builtin_nanf(""));
   if (fill == 2) x.set(0, -__builtin_inff());
   if (fill == 3) x.set(0, 3e38f);
@@ -188,7 +188,7 @@ void run(const Kernels& kernels, const Case& c) {
   });
 }
 
-// Shows that a report would be seen: reads beyond an end, or counts in two threads.
+// Shows that a report would be seen: reads out of bounds, or counts in two threads.
 void plant(const char* what) {
   Vector<float> numbers(4);
   volatile int64_t at = 4, count = 0;

@@ -16,7 +16,7 @@ constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;  // the score of a masked po
 inline void rotate(float* head, const float* cos, const float* sin, int64_t dim) {
   const int64_t half = dim / 2;
   for (int64_t i = 0; i < half; i += LANES) {
-    const int n = (int)(half - i);
+    const int64_t n = half - i;
     f32 a = load_first(head + i, n), b = load_first(head + half + i, n);
     f32 c = load_first(cos + i, n), s = load_first(sin + i, n);
     store_first(head + i, a * c - b * s, n);
@@ -27,13 +27,9 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t dim)
 // A head of q or k ready for attention: normalized if there is a norm, rotated, rounded.
 template <typename T, typename X>
 inline void prepare_head(const X* from, const Norm& norm, const float* cos, const float* sin, int64_t dim, float* to) {
-  if (norm.gain != nullptr)
-    rms_norm<T>(from, norm, dim, to);
-  else
-    copy_row(from, dim, to);
+  norm_row<T>(from, norm, dim, to);
   rotate(to, cos, sin, dim);
-  for (int64_t i = 0; i < dim; i += LANES)
-    store_first(to + i, round_to<T>(load_first(to + i, (int)(dim - i))), (int)(dim - i));
+  for (int64_t i = 0; i < dim; i += LANES) store_first(to + i, round_to<T>(load_first(to + i, dim - i)), dim - i);
 }
 
 // scores[n] -> e^(score - maximum); returns their sum, and the maximum in `most`.
@@ -63,7 +59,7 @@ inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t
   for (int64_t s = 0; s < n; s++)
     for (int i = 0; i < V; i++) {
       const T* from = v + s * dim + at + i * LANES;
-      const f32 x = WHOLE ? load(from) : load_first(from, (int)(dim - at));
+      const f32 x = WHOLE ? load(from) : load_first(from, dim - at);
       for (int g = 0; g < G; g++) acc[g][i] += weights[g * CHUNK + s] * x;
     }
   for (int g = 0; g < G; g++)
@@ -85,8 +81,7 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
   const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
   const int64_t position = a.positions[b], seen = position + 1;
   const int64_t oldest = a.window > 0 && seen > a.window ? seen - a.window : 0;
-  const int64_t from = chunk * CHUNK > oldest ? chunk * CHUNK : oldest;
-  const int64_t to = (chunk + 1) * CHUNK < seen ? (chunk + 1) * CHUNK : seen;
+  const int64_t from = max(chunk * CHUNK, oldest), to = min((chunk + 1) * CHUNK, seen);
   const float *row = qkv + b * width, *cos = a.cos + b * dim / 2, *sin = a.sin + b * dim / 2;
   T* k = (T*)a.k_cache + b * a.cache_row + h * a.cache_head;
   T* v = (T*)a.v_cache + b * a.cache_row + h * a.cache_head;
@@ -118,8 +113,7 @@ void attend_decode(const Attention& a, const float* qkv, int64_t width, float* o
   const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
   const int64_t size = group * (stride + 2), pairs = a.batch * a.kv_heads;
   int64_t chunks = 1;
-  for (int64_t b = 0; b < a.batch; b++)
-    chunks = a.positions[b] / CHUNK + 1 > chunks ? a.positions[b] / CHUNK + 1 : chunks;
+  for (int64_t b = 0; b < a.batch; b++) chunks = max(chunks, a.positions[b] / CHUNK + 1);
   Array<float> parts(pairs * chunks * size);
   auto first_chunk = [&](int64_t b) {
     const int64_t seen = a.positions[b] + 1;
@@ -151,7 +145,7 @@ void attend_decode(const Attention& a, const float* qkv, int64_t width, float* o
           store(acc + i, load(acc + i) + share * load(part + c * size + 2 * group + g * stride + i));
       }
       float* to = out + (b * a.heads + pair % a.kv_heads * group + g) * dim;
-      for (int64_t i = 0; i < dim; i += LANES) store_first(to + i, load(acc + i) / total, (int)(dim - i));
+      for (int64_t i = 0; i < dim; i += LANES) store_first(to + i, load(acc + i) / total, dim - i);
     }
 }
 

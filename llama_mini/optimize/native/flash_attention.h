@@ -28,8 +28,10 @@ struct PackedHead {  // one KV head
 };
 
 // Elements of two rows side by side, PAIR<T> in each lane.
-inline u32 paired(const float* a, const float*, int n) { return (u32)load_first(a, n); }
-inline u32 paired(const bf16* a, const bf16* b, int n) { return ((u32)load_first(a, n) >> 16) | (u32)load_first(b, n); }
+inline u32 paired(const float* a, const float*, int64_t n) { return (u32)load_first(a, n); }
+inline u32 paired(const bf16* a, const bf16* b, int64_t n) {
+  return ((u32)load_first(a, n) >> 16) | (u32)load_first(b, n);
+}
 
 template <typename T>
 void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, PackedHead<T> to) {
@@ -51,7 +53,7 @@ void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, Pa
   auto row = [&](int64_t s) { return s < n ? v + s * dim : nothing.data; };
   for (int64_t s = from; s < from + KEY_BLOCK; s += PAIR<T>)
     for (int64_t i = 0; i < wide; i += LANES) {
-      u32 both = paired(row(s) + i, row(s + PAIR<T> - 1) + i, (int)(dim - i));
+      u32 both = paired(row(s) + i, row(s + PAIR<T> - 1) + i, dim - i);
       std::memcpy(to.v + s * wide + i * PAIR<T>, &both, sizeof both);
     }
 }
@@ -107,7 +109,7 @@ void attend_queries(const T* queries, int64_t count, int64_t position, int64_t w
   }
   for (int64_t q = 0; q < count; q++)
     for (int64_t i = 0; i < dim; i += LANES)
-      store_first(out + q * out_next + i, load(acc + q * wide + i) / total[q], (int)(dim - i));
+      store_first(out + q * out_next + i, load(acc + q * wide + i) / total[q], dim - i);
 }
 
 // out (length, heads, head_dim): attention of all queries; rows are `pitch` elements apart.
@@ -152,7 +154,7 @@ void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int
       const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (i >= a.heads * turns) return;
       const int64_t h = i % a.heads, t = (turns - 1 - i / a.heads) * QUERY_TILE<T>;
-      const int64_t count = a.length - t < QUERY_TILE<T> ? a.length - t : QUERY_TILE<T>;
+      const int64_t count = min(a.length - t, QUERY_TILE<T>);
       attend_queries<T>(queries + (h * a.length + t) * depth, count, start + t, a.window, packed(h / group), dim,
                         out + t * pitch + h * dim, pitch);
     }

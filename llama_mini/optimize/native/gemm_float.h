@@ -93,7 +93,7 @@ void fill_strip(T* out, Strip from, int64_t width) {
 #endif
   for (int64_t column = 0; column < width; column += LANES * PAIR<T>) {
     u32 rows[LANES];
-    const int64_t n = m.columns - column < LANES * PAIR<T> ? m.columns - column : LANES * PAIR<T>;
+    const int64_t n = min(m.columns - column, LANES * PAIR<T>);
     for (int i = 0; i < LANES; i++) {
       rows[i] = u32{};
       if (from.row + i >= m.rows || n <= 0) continue;
@@ -114,14 +114,8 @@ struct Prefetcher {
   Prefetcher() = default;
   explicit Prefetcher(Strip from) {
     const Matrix& m = *from.of;
-    const int64_t rows = m.rows - from.row < LANES ? m.rows - from.row : LANES,
-                  groups = round_up(m.columns, GROUP) / GROUP;
-    if (rows <= 0) return;
-    const int64_t row = m.kind == Kind::FLOAT32    ? 4 * m.columns
-                        : m.kind == Kind::BFLOAT16 ? 2 * m.columns
-                        : m.kind == Kind::INT8     ? GROUP * groups
-                                                   : GROUP / 2 * groups;
-    at = (const char*)m.data + from.row * row, end = at + rows * row;
+    const int64_t rows = min(m.rows - from.row, LANES), bytes = row_bytes(m);
+    if (rows > 0) at = (const char*)m.data + from.row * bytes, end = at + rows * bytes;
   }
   void advance(int64_t lines) {
     for (; lines > 0 && at < end; lines--, at += 64) __builtin_prefetch(at, 0, 2);
@@ -144,7 +138,7 @@ void times_tokens(int64_t panels, const S& strip, const FloatTokens<T>& in, Pool
     int64_t of = first, from = 0, n = 0, at = 0;
     float *now = sums, *before = now + TOKEN_TILE * WIDTH;
     auto finish = [&](int64_t most) {
-      const int64_t some = n - at < most ? n - at : most;
+      const int64_t some = min(n - at, most);
       if (some <= 0) return;
       done(of, from + at, some, (const float*)before + at * WIDTH);
       at += some;
@@ -156,7 +150,7 @@ void times_tokens(int64_t panels, const S& strip, const FloatTokens<T>& in, Pool
         if (p + 1 < last) prefetchers[i] = Prefetcher(strip(p + 1, i));
       }
       for (int64_t token = 0; token < in.count; token += TOKEN_TILE) {
-        const int64_t count = in.count - token < TOKEN_TILE ? in.count - token : TOKEN_TILE;
+        const int64_t count = min(in.count - token, TOKEN_TILE);
         microkernel<STRIPS, false>((const T*)panel, VECTOR, STRIPS * VECTOR, in.rows + token * in.pitch, in.pitch,
                                    count, width, now, WIDTH, [&] {
                                      finish(each);

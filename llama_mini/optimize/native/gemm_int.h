@@ -114,7 +114,7 @@ void times_tokens(int64_t panels, const S& strip, const QuantizedTokens& in, Poo
       for (int64_t tile = 0; tile < token_tiles(in.count); tile++) {
         (four ? panel_times<true> : panel_times<false>)(panel, in, tile, y);
         const int64_t left = in.count - tile * TILE_TOKENS;
-        done(p, tile * TILE_TOKENS, left < TILE_TOKENS ? left : TILE_TOKENS, (const float*)y);
+        done(p, tile * TILE_TOKENS, min(left, TILE_TOKENS), (const float*)y);
       }
     }
   });

@@ -11,12 +11,8 @@ namespace ISA {
 // Rows of a matrix as a matrix; whole blocks of a quantized one.
 template <typename T>
 inline Matrix slice_rows(Matrix m, int64_t from, int64_t rows) {
-  const int64_t groups = (m.columns + GROUP - 1) / GROUP, scales = from * groups;
-  const int64_t bytes = m.kind == Kind::FLOAT32    ? 4 * m.columns
-                        : m.kind == Kind::BFLOAT16 ? 2 * m.columns
-                        : m.kind == Kind::INT8     ? GROUP * groups
-                                                   : GROUP / 2 * groups;
-  m.data = (const char*)m.data + from * bytes;
+  const int64_t scales = from * groups_of(m.columns);
+  m.data = (const char*)m.data + from * row_bytes(m);
   if (m.scales != nullptr) m.scales += scales;
   if (m.mins != nullptr) m.mins += scales;
   if (m.bias != nullptr) m.bias = (const T*)m.bias + from;
@@ -26,15 +22,13 @@ inline Matrix slice_rows(Matrix m, int64_t from, int64_t rows) {
 
 inline int64_t n_blocks(const Matrix& m) { return (m.rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
 
-inline int block_rows(const Matrix& m, int64_t t) {
-  return (int)(m.rows - t * BLOCK_ROWS < BLOCK_ROWS ? m.rows - t * BLOCK_ROWS : BLOCK_ROWS);
-}
+inline int64_t block_rows(const Matrix& m, int64_t t) { return min(m.rows - t * BLOCK_ROWS, BLOCK_ROWS); }
 
 // Packs x (batch, m.columns), which is rounded already to what the model computes in, for `gemv_block`.
 inline void pack(Input& in, const Matrix& m, const float* x, int64_t batch) {
 #ifdef __AMX_BF16__
   if (m.kind == Kind::BFLOAT16) {
-    in.batch = batch, in.width = (m.columns + GROUP - 1) / GROUP * GROUP;
+    in.batch = batch, in.width = groups_of(m.columns) * GROUP;
     return pair(in, x, batch, m.columns);
   }
 #endif
@@ -43,7 +37,7 @@ inline void pack(Input& in, const Matrix& m, const float* x, int64_t batch) {
 
 #ifdef __AMX_BF16__
 // out (batch, BLOCK_ROWS): up to 16 rows of w times the batch, 16 rows of which go at once.
-inline void gemv_block_amx(const bf16* w, int rows, int64_t n, const Input& in, float* out) {
+inline void gemv_block_amx(const bf16* w, int64_t rows, int64_t n, const Input& in, float* out) {
   Array<bf16> edge;  // a copy padded with zeros, where there are fewer rows or a part of a group
   if (rows < BLOCK_ROWS || n < in.width) {
     edge.resize(BLOCK_ROWS * in.width);
@@ -68,7 +62,7 @@ inline void gemv_block_amx(const bf16* w, int rows, int64_t n, const Input& in, 
 template <typename T>
 inline void gemv_block(const Matrix& m, int64_t t, const Input& in, float* out) {
   const int64_t n = m.columns, at = t * BLOCK_ROWS;
-  const int rows = block_rows(m, t);
+  const int64_t rows = block_rows(m, t);
   if (m.kind == Kind::FLOAT32) dots((const float*)m.data + at * n, rows, n, n, in, out, BLOCK_ROWS);
 #ifdef __AMX_BF16__
   if (m.kind == Kind::BFLOAT16) gemv_block_amx((const bf16*)m.data + at * n, rows, n, in, out);

@@ -5,14 +5,13 @@
 
 namespace ISA {
 
-// The rows of x (batch, n) as floats, normalized if there is a norm.
+// Packs the rows of x (batch, m.columns), normalized if there is a norm, for `gemv_block`.
 template <typename T>
-void load_rows(const void* x, const Norm& norm, int64_t batch, int64_t n, float* out) {
-  for (int64_t b = 0; b < batch; b++)
-    if (norm.gain != nullptr)
-      rms_norm<T>((const T*)x + b * n, norm, n, out + b * n);
-    else
-      copy_row((const T*)x + b * n, n, out + b * n);
+void pack_rows(Input& in, const Matrix& m, const void* x, const Norm& norm, int64_t batch) {
+  const int64_t n = m.columns;
+  Array<float> rows(batch * n);
+  for (int64_t b = 0; b < batch; b++) norm_row<T>((const T*)x + b * n, norm, n, rows + b * n);
+  pack(in, m, rows, batch);
 }
 
 // out (batch, stride) = packed rows times the matrix.
@@ -40,7 +39,7 @@ void gemv_add(const Matrix& m, const float* y, int64_t batch, const T* x, T* out
     for (int64_t t = first; t < last; t++) {
       gemv_block<T>(m, t, in, part);
       for (int64_t b = 0; b < batch; b++)
-        for (int i = 0, n = block_rows(m, t); i < n; i += LANES) {
+        for (int64_t i = 0, n = block_rows(m, t); i < n; i += LANES) {
           const int64_t at = b * m.rows + t * BLOCK_ROWS + i;
           store_first(out + at, load_first(x + at, n - i) + load(part + b * BLOCK_ROWS + i), n - i);
         }
@@ -58,10 +57,9 @@ void prefetch_next(Pool pool, const Matrix& m, int parts = 1) {
 template <typename T>
 void decode_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
                       const Matrix& next, void* out, Pool pool) {
-  Array<float> rows(a.batch * qkv.columns), projected(a.batch * qkv.rows), y(a.batch * o.columns);
-  load_rows<T>(x, norm, a.batch, qkv.columns, rows);
+  Array<float> projected(a.batch * qkv.rows), y(a.batch * o.columns);
   Input in;
-  pack(in, qkv, rows, a.batch);
+  pack_rows<T>(in, qkv, x, norm, a.batch);
   prefetch_next<T>(pool, o);
   gemv_packed<T>(qkv, in, projected, qkv.rows, pool);
   attend_decode<T>(a, projected, qkv.rows, y, pool);
@@ -72,11 +70,10 @@ void decode_attention(const void* x, const Norm& norm, const Matrix& qkv, const 
 template <typename T>
 void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, const Matrix& down,
                          const Matrix* next, int64_t batch, void* out, Pool pool) {
-  const int64_t dim = gate_up.columns, hidden = down.columns;
-  Array<float> rows(batch * dim), y(batch * hidden);
-  load_rows<T>(x, norm, batch, dim, rows);
+  const int64_t hidden = down.columns;
+  Array<float> y(batch * hidden);
   Input in;
-  pack(in, gate_up, rows, batch);
+  pack_rows<T>(in, gate_up, x, norm, batch);
   const Matrix gate = slice_rows<T>(gate_up, 0, hidden), up = slice_rows<T>(gate_up, up_at, hidden);
   prefetch_next<T>(pool, down);
   parallel(pool, n_blocks(gate), [&](int64_t first, int64_t last) {
@@ -86,7 +83,7 @@ void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up,
       gemv_block<T>(gate, t, in, g);
       gemv_block<T>(up, t, in, u);
       for (int64_t b = 0; b < batch; b++)
-        for (int i = 0, n = block_rows(gate, t); i < n; i += LANES) {
+        for (int64_t i = 0, n = block_rows(gate, t); i < n; i += LANES) {
           f32 v = silu(load(g + b * BLOCK_ROWS + i)) * load(u + b * BLOCK_ROWS + i);
           store_first(y + b * hidden + t * BLOCK_ROWS + i, v, n - i);
         }
@@ -98,10 +95,8 @@ void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up,
 
 template <typename T>
 void gemv(const void* x, const Matrix& m, int64_t batch, void* out, Pool pool) {
-  Array<float> rows(batch * m.columns);
-  load_rows<T>(x, Norm{}, batch, m.columns, rows);
   Input in;
-  pack(in, m, rows, batch);
+  pack_rows<T>(in, m, x, Norm{}, batch);
   gemv_packed<T>(m, in, (float*)out, m.rows, pool);
 }
 
@@ -119,7 +114,7 @@ void rms_norm_rows(const void* x, const Norm& norm, int64_t count, int64_t n, vo
 template <typename T>
 void dequantize_rows(const Matrix& m, const int64_t* at, int64_t n, void* out, Pool pool) {
   const bool four = m.kind == Kind::INT4;
-  const int64_t groups = (m.columns + GROUP - 1) / GROUP, bytes = four ? 256 : 512;
+  const int64_t groups = groups_of(m.columns), bytes = four ? 256 : 512;
   parallel(pool, n, [&](int64_t first, int64_t last) {
     Array<float> row(groups * GROUP);
     for (int64_t i = first; i < last; i++) {

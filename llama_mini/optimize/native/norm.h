@@ -14,20 +14,26 @@ template <typename T, typename X>
 inline void rms_norm(const X* x, const Norm& norm, int64_t n, float* out) {
   f32 squares = {};
   for (int64_t i = 0; i < n; i += LANES) {
-    f32 v = load_first(x + i, (int)(n - i));
+    f32 v = load_first(x + i, n - i);
     squares += v * v;
   }
   const float root = 1.f / __builtin_sqrtf(sum(squares) / n + norm.eps);
   for (int64_t i = 0; i < n; i += LANES) {
-    f32 v = load_first(x + i, (int)(n - i)) * root, gain = load_first((const T*)norm.gain + i, (int)(n - i));
+    f32 v = load_first(x + i, n - i) * root, gain = load_first((const T*)norm.gain + i, n - i);
     if (!norm.late) v = round_to<T>(v);
-    store_first(out + i, round_to<T>(v * gain), (int)(n - i));
+    store_first(out + i, round_to<T>(v * gain), n - i);
   }
 }
 
 template <typename From, typename To>
 inline void copy_row(const From* from, int64_t n, To* to) {
-  for (int64_t i = 0; i < n; i += LANES) store_first(to + i, load_first(from + i, (int)(n - i)), (int)(n - i));
+  for (int64_t i = 0; i < n; i += LANES) store_first(to + i, load_first(from + i, n - i), n - i);
+}
+
+// The row as floats, normalized if there is a norm.
+template <typename T, typename X>
+inline void norm_row(const X* x, const Norm& norm, int64_t n, float* out) {
+  norm.gain != nullptr ? rms_norm<T>(x, norm, n, out) : copy_row(x, n, out);
 }
 
 }  // namespace ISA

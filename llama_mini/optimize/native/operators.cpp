@@ -246,26 +246,18 @@ bool repack(const Tensor& blocks, TensorList w, int64_t columns, int64_t block) 
 }  // namespace
 
 TORCH_LIBRARY(llama_mini, m) {
+  auto cpu = [](auto* f) { return torch::dispatch(at::kCPU, f); };
   m.def("isa_variants() -> str[]", isa_variants);
   m.def("use_isa(str name) -> ()", use_isa);
   m.def(
       "layers(Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, "
       "Tensor[] gains, float[] eps, int[] late, Tensor[] matrices, Tensor[] biases, int[] windows, int heads, "
-      "int hidden) -> Tensor");
-  m.def("gemv(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
-  m.def("gemm(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor");
-  m.def("rms_norm(Tensor x, Tensor gain, float eps, bool late) -> Tensor");
-  m.def("dequantize_rows(Tensor[] w, Tensor at, int columns, ScalarType dtype) -> Tensor");
-  m.def("quantize(Tensor x, Tensor(a!)[] w, int block) -> bool");
-  m.def("repack(Tensor blocks, Tensor(a!)[] w, int columns, int block) -> bool");
-}
-
-TORCH_LIBRARY_IMPL(llama_mini, CPU, m) {
-  m.impl("layers", layers);
-  m.impl("gemv", gemv);
-  m.impl("gemm", gemm);
-  m.impl("rms_norm", rms_norm);
-  m.impl("dequantize_rows", dequantize_rows);
-  m.impl("quantize", quantize);
-  m.impl("repack", repack);
+      "int hidden) -> Tensor",
+      cpu(layers));
+  m.def("gemv(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor", cpu(gemv));
+  m.def("gemm(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor", cpu(gemm));
+  m.def("rms_norm(Tensor x, Tensor gain, float eps, bool late) -> Tensor", cpu(rms_norm));
+  m.def("dequantize_rows(Tensor[] w, Tensor at, int columns, ScalarType dtype) -> Tensor", cpu(dequantize_rows));
+  m.def("quantize(Tensor x, Tensor(a!)[] w, int block) -> bool", cpu(quantize));
+  m.def("repack(Tensor blocks, Tensor(a!)[] w, int columns, int block) -> bool", cpu(repack));
 }

@@ -15,6 +15,14 @@ constexpr int BLOCK_ROWS = 16;  // rows of a matrix that are multiplied together
 constexpr int GROUP = 32;       // columns that share a scale, or that are read at once in bfloat16
 constexpr int QUADS = GROUP / 4;
 
+inline int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP; }
+
+// Of a matrix's row, on average over a block of quantized rows.
+inline int64_t row_bytes(const Matrix& m) {
+  if (m.kind < Kind::INT8) return (m.kind == Kind::FLOAT32 ? 4 : 2) * m.columns;
+  return groups_of(m.columns) * (m.kind == Kind::INT8 ? GROUP : GROUP / 2);
+}
+
 template <typename T>
 struct Array {
   T* data = nullptr;
@@ -66,7 +74,7 @@ inline void store_quads(const i32* q, bool sixteen_bits, int32_t* first, int32_t
 #endif
 }
 
-inline void quantize_input_group(Input& in, const float* x, int n, float to_int, int64_t group) {
+inline void quantize_input_group(Input& in, const float* x, int64_t n, float to_int, int64_t group) {
   i32 q[GROUP / LANES], all = {};
   for (int at = 0; at < GROUP; at += LANES) {
     f32 v = n > at && to_int != 0 ? load_first(x + at, n - at) : f32{};
@@ -80,7 +88,7 @@ inline void quantize_input_group(Input& in, const float* x, int n, float to_int,
 inline void quantize_input_row(Input& in, const float* x, int64_t n, int64_t b) {
   f32 most = {}, zeros = {};
   for (int64_t i = 0; i < n; i += LANES) {
-    f32 v = load_first(x + i, (int)(n - i));
+    f32 v = load_first(x + i, n - i);
     most = max(most, max(v, -v));
     zeros += v * 0.f;  // NaN if anything is not finite, which no integer holds: the row becomes NaN
   }
@@ -88,20 +96,18 @@ inline void quantize_input_row(Input& in, const float* x, int64_t n, int64_t b) 
   float to_int = peak > 1e-30f && nonfinite == 0 ? 32512.f / peak : 0.f;
   in.scales[b] = peak / 32512.f + nonfinite;
   int64_t groups = in.width / GROUP;
-  for (int64_t s = 0; s < groups; s++)
-    quantize_input_group(in, x + s * GROUP, (int)(n - s * GROUP), to_int, b * groups + s);
+  for (int64_t s = 0; s < groups; s++) quantize_input_group(in, x + s * GROUP, n - s * GROUP, to_int, b * groups + s);
 }
 
 #ifdef __AMX_BF16__
 inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
-  const int64_t columns = in.columns = batch < BLOCK_ROWS ? batch : BLOCK_ROWS,
-                groups = (batch + columns - 1) / columns;
+  const int64_t columns = in.columns = min(batch, BLOCK_ROWS), groups = (batch + columns - 1) / columns;
   in.pairs.resize(groups * columns * in.width);
   std::memset(in.pairs.data, 0, groups * columns * in.width * sizeof(uint16_t));
   for (int64_t b = 0; b < batch; b++) {
     uint32_t* to = (uint32_t*)(in.pairs + b / columns * columns * in.width) + b % columns;
     for (int64_t i = 0; i < n; i += LANES) {
-      const u16 v = rounded(load_first(x + b * n + i, (int)(n - i)));
+      const u16 v = rounded(load_first(x + b * n + i, n - i));
       uint32_t both[LANES / 2];
       std::memcpy(both, &v, sizeof v);
       for (int64_t k = 0; k < LANES / 2 && i + 2 * k < n; k++) to[(i / 2 + k) * columns] = both[k];
@@ -113,7 +119,7 @@ inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
 // Packs x (batch, n), which is rounded already to what the model computes in, for dot products with rows of `kind`.
 inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
   in.batch = batch;
-  int64_t w = in.width = (n + GROUP - 1) / GROUP * GROUP;
+  int64_t w = in.width = groups_of(n) * GROUP;
   if (kind == Kind::INT8 || kind == Kind::INT4) {
     in.first.resize(batch * w / 4);
     in.second.resize(batch * w / 4);
@@ -127,7 +133,7 @@ inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n)
     in.halves.resize(batch * w);
     for (int64_t b = 0; b < batch; b++)
       for (int64_t i = 0; i < w; i += LANES)
-        store((bf16*)(in.halves + b * w + i), i < n ? load_first(x + b * n + i, (int)(n - i)) : f32{});
+        store((bf16*)(in.halves + b * w + i), i < n ? load_first(x + b * n + i, n - i) : f32{});
     return;
   }
 #endif

@@ -11,17 +11,12 @@ constexpr int64_t TOKENS_AT_ONCE = 768;  // so few that the activations between 
 // A function that writes one token's row of x, normalized if there is a norm.
 template <typename T>
 auto row_of(const T* x, int64_t pitch, const Norm& norm, int64_t dim) {
-  return [=](int64_t token, float* to) {
-    if (norm.gain != nullptr)
-      rms_norm<T>(x + token * pitch, norm, dim, to);
-    else
-      copy_row(x + token * pitch, dim, to);
-  };
+  return [=](int64_t token, float* to) { norm_row<T>(x + token * pitch, norm, dim, to); };
 }
 
 template <typename T, typename F>
 void pack(QuantizedTokens& in, int64_t columns, int64_t count, const F& row, Pool pool) {
-  in.count = count, in.groups = (columns + GROUP - 1) / GROUP;
+  in.count = count, in.groups = groups_of(columns);
   const int64_t tiles = token_tiles(count), all = tiles * in.groups * TILE_TOKENS;
   in.first.resize(all * QUADS), in.second.resize(all * QUADS), in.sixteen_bits.resize(tiles * in.groups);
   in.scales.resize(all), in.total.resize(all), in.start.resize(all);
@@ -54,7 +49,7 @@ void multiply_tokens(const Matrix& m, const In& in, const T* x, T* out, Pool poo
   auto done = [&](int64_t panel, int64_t token, int64_t n, const float* y) {
     for (int i = 0; i < STRIPS; i++) {
       const int64_t row = (STRIPS * panel + i) * LANES;
-      const int rows = (int)(m.rows - row);
+      const int64_t rows = m.rows - row;
       if (rows <= 0) continue;
       const f32 bias = m.bias != nullptr ? load_first((const T*)m.bias + row, rows) : f32{};
       for (int64_t b = 0; b < n; b++) {
@@ -73,7 +68,7 @@ template <typename T, typename F>
 void gemm_tokens(const F& tokens, const Matrix& m, int64_t count, const T* add, T* out, Pool pool) {
   with_tokens<T>(m, [&](auto& in) {
     for (int64_t from = 0; from < count; from += TOKENS_AT_ONCE) {
-      tokens(in, from, count - from < TOKENS_AT_ONCE ? count - from : TOKENS_AT_ONCE);
+      tokens(in, from, min(count - from, TOKENS_AT_ONCE));
       multiply_tokens(m, in, add == nullptr ? nullptr : add + from * m.rows, out + from * m.rows, pool);
     }
   });
@@ -105,19 +100,19 @@ void prefill_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up
                           int64_t count, void* out, Pool pool) {
   const int64_t dim = gate_up.columns, hidden = down.columns;
   const Matrix gate = slice_rows<T>(gate_up, 0, hidden), up = slice_rows<T>(gate_up, up_at, hidden);
-  PaddedRows<T> y(count < TOKENS_AT_ONCE ? count : TOKENS_AT_ONCE, hidden);
+  PaddedRows<T> y(min(count, TOKENS_AT_ONCE), hidden);
   with_tokens<T>(gate, [&]<typename In>(In& in) {
     constexpr int STRIPS = In::STRIPS, PAIRS = STRIPS / 2;
     auto strip = [&](int64_t panel, int i) { return Strip{i % 2 == 0 ? &gate : &up, (panel * PAIRS + i / 2) * LANES}; };
     for (int64_t from = 0; from < count; from += TOKENS_AT_ONCE) {
-      const int64_t n = count - from < TOKENS_AT_ONCE ? count - from : TOKENS_AT_ONCE;
+      const int64_t n = min(count - from, TOKENS_AT_ONCE);
       const T* rows = (const T*)x + from * dim;
       tokens_of(rows, norm, dim, pool)(in, 0, n);
       times_tokens((hidden + PAIRS * LANES - 1) / (PAIRS * LANES), strip, in, pool,
                    [&](int64_t panel, int64_t token, int64_t k, const float* v) {
                      for (int i = 0; i < PAIRS; i++) {
                        const int64_t column = (panel * PAIRS + i) * LANES;
-                       const int left = (int)(hidden - column);
+                       const int64_t left = hidden - column;
                        if (left <= 0) continue;
                        auto bias = [&](const Matrix& m) {
                          return m.bias == nullptr ? f32{} : load_first((const T*)m.bias + column, left);

@@ -55,12 +55,12 @@ inline void quantize_group(const f32* x, uint8_t* q, uint16_t* scale, uint16_t* 
 template <typename F>
 inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
   const bool four = m.kind == Kind::INT4;
-  const int64_t groups = (m.columns + GROUP - 1) / GROUP, bytes = four ? 256 : 512;
+  const int64_t groups = groups_of(m.columns), bytes = four ? 256 : 512;
   int faults = 0;
   parallel(pool, (n + BLOCK_ROWS - 1) / BLOCK_ROWS, [&](int64_t first, int64_t last) {
     bool finite = true;
     for (int64_t block = first; block < last; block++) {
-      const int rows = (int)(n - block * BLOCK_ROWS < BLOCK_ROWS ? n - block * BLOCK_ROWS : BLOCK_ROWS);
+      const int64_t rows = min(n - block * BLOCK_ROWS, BLOCK_ROWS);
       for (int64_t s = 0; s < groups; s++) {
         const int64_t at = block * groups + s;
         uint8_t* q = (uint8_t*)m.data + at * bytes;
@@ -87,7 +87,7 @@ inline bool quantize_rows(const T* x, int64_t n, const Matrix& m, Pool pool) {
     f32 v[GROUP / LANES];
     for (int i = 0; i < GROUP; i += LANES) {
       const int64_t left = m.columns - s * GROUP - i;
-      v[i / LANES] = left > 0 ? load_first(x + row * m.columns + s * GROUP + i, (int)left) : f32{};
+      v[i / LANES] = left > 0 ? load_first(x + row * m.columns + s * GROUP + i, left) : f32{};
     }
     quantize_group<FOUR>(v, q, scale, min, finite);
   });

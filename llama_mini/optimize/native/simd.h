@@ -36,6 +36,8 @@ inline i32 lane_numbers() {
 }
 inline f32 splat(float x) { return x - f32{}; }
 inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #ifdef __AVX512F__
 inline u32 widened(u16 v) { return (u32)_mm512_cvtepu16_epi32((__m256i)v); }
@@ -68,14 +70,14 @@ inline void store(bf16* to, f32 v) {
 
 // The first n elements; the others are zero.
 template <typename T>
-inline f32 load_first(const T* x, int n) {
+inline f32 load_first(const T* x, int64_t n) {
   if (n >= LANES) return load(x);
   T buffer[LANES] = {};
   std::memcpy(buffer, x, n * sizeof(T));
   return load(buffer);
 }
 template <typename T>
-inline void store_first(T* to, f32 v, int n) {
+inline void store_first(T* to, f32 v, int64_t n) {
   if (n >= LANES) return store(to, v);
   T buffer[LANES];
   store(buffer, v);

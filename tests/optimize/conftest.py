@@ -34,7 +34,7 @@ def fast_of(plain: Llama, quantize: str | None = None, kernels: str = "auto") ->
 
 
 def plain_of(fast: Llama, plain: Llama) -> Llama:
-    """`plain` with the weights that `fast` holds, widened: between the two stands arithmetic, not quantisation."""
+    """`plain` with the dequantized weights of `fast`: the two differ in arithmetic, not in quantization."""
     twin = copy.deepcopy(plain)
     for ours, theirs in zip(fast.layers, twin.layers, strict=True):
         attention, feed_forward = ours.attention, ours.feed_forward

@@ -95,7 +95,7 @@ def as_long(t: Tensor) -> Tensor:
     return t.long()
 
 
-def codes() -> PackedLinear:
+def quantized() -> PackedLinear:
     return random_matrix("int8", [HIDDEN], DIM, torch.float32, generator(0))
 
 
@@ -158,15 +158,15 @@ WRONG = {
     "gemv: x wider": wrong("gemv", x=longer),
     "gemv: x without width": wrong("gemv", x=lambda x: x[:, :0], w=lambda w: [w[0][:, :0]]),
     "gemv: integers": wrong("gemv", x=as_long, w=lambda w: [as_long(w[0])], bias=as_long),
-    "gemv: x of integers, codes": wrong("gemv", x=as_long, w=lambda _: codes().tensors, bias=as_long),
+    "gemv: x of integers, codes": wrong("gemv", x=as_long, w=lambda _: quantized().tensors, bias=as_long),
     "gemm: rows": wrong("gemm", rows=HIDDEN + 1),
     "gemm: rows below zero": wrong("gemm", rows=-1),
     "gemm: no tensor": wrong("gemm", w=[]),
-    "gemm: rows of codes": wrong("gemm", rows=HIDDEN + 16, w=lambda _: codes().tensors, bias=torch.empty(0)),
+    "gemm: rows of codes": wrong("gemm", rows=HIDDEN + 16, w=lambda _: quantized().tensors, bias=torch.empty(0)),
     "gemm: bias too short": wrong("gemm", bias=lambda t: t[:-1]),
     "gemm: x wider": wrong("gemm", x=lambda x: torch.cat((x, x), -1)),
     "gemm: integers": wrong("gemm", x=as_long, w=lambda w: [as_long(w[0])], bias=as_long),
-    "gemm: x of integers, codes": wrong("gemm", x=as_long, w=lambda _: codes().tensors, bias=as_long),
+    "gemm: x of integers, codes": wrong("gemm", x=as_long, w=lambda _: quantized().tensors, bias=as_long),
     "dequantize_rows: past the end": wrong("dequantize_rows", at=torch.tensor([0, 48])),
     "dequantize_rows: before the start": wrong("dequantize_rows", at=torch.tensor([-1])),
     "dequantize_rows: far past the end": wrong("dequantize_rows", at=torch.tensor([2**63 - 1])),

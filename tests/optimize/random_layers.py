@@ -1,4 +1,4 @@
-"""Random layers with tokens to go through them, and how near what comes out is to its twin."""
+"""Random layers and tokens for them, and how near the output is to that of its twin in float64."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def random_step(
     late: int = 0,
     windows: Sequence[int] = (0, 9),
 ) -> Step:
-    """A token of each row, which stand anywhere; a layer for each window. late: a bit for each norm of a layer."""
+    """A token of each row, at random positions; a layer for each window. late: a bit for each norm of a layer."""
     rng, head_dim = generator(seed), 2 * half
     heads = kv_heads * group
     positions = torch.randint(longest, (batch, 1), generator=rng)
@@ -62,7 +62,7 @@ def random_prompt(
     late: int = 0,
     windows: Sequence[int] = (0, 9),
 ) -> Step:
-    """Tokens of one row after `old` others. What lies beyond them in the cache is NaN."""
+    """Tokens of one row after `old` others. The cache is NaN beyond them."""
     step = random_step(
         seed, format_, dtype, 1, kv_heads, group, half, dim, hidden, old + new, bias, late=late, windows=windows
     )
@@ -81,7 +81,7 @@ def random_prompt(
 
 
 def assert_near(found: Tensor, expected: Tensor, share: float) -> None:
-    """Apart by no more than a share of the largest element of a row, or of one."""
+    """Differ by no more than a share of the largest element of a row, or of one."""
     size = expected.abs().amax(-1, keepdim=True).clamp_min(1)
     assert ((found - expected).abs() <= share * size).all(), ((found - expected).abs() / size).max()
 

@@ -1,15 +1,18 @@
 """Fast models against the plain model on logits, for every format, dtype, batch and context.
 
-Codes are compared with a plain model of the same weights widened. The tolerances are relative, of each token's logits:
-float32 sums in another order; activations of 16 bits against codes; and in bfloat16 the rounding of every layer, which
-differs wherever sums differ.
+Quantized models are compared with a plain model of the same weights, dequantized. The tolerances are relative, of each
+token's logits: float32 sums in another order; activations of 16 bits for quantized weights; and in bfloat16 the
+rounding of every layer, which differs wherever sums differ.
 """
 
 import copy
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from llama_mini import LLM, Llama, NormPlan, SamplingParams, Tokenizer
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
@@ -48,12 +51,12 @@ CHUNKS = (100, 16, 300)
 
 
 def tolerance(dtype: torch.dtype, quantize: str | None, kernels: str) -> float:
-    """Against codes, activations are codes of 16 bits; in a bfloat16 prompt without tiles mostly of 8, thrice its own
-    rounding."""
-    codes = bool(quantize) and kernels == "auto"
+    """With quantized weights, activations have 16 bits; in a bfloat16 prompt without AMX mostly 8, three times the
+    rounding of bfloat16 itself."""
+    quantized = bool(quantize) and kernels == "auto"
     if dtype == torch.bfloat16:
-        return 0.06 if codes else 0.03
-    return 3e-4 if codes else 2e-5
+        return 0.06 if quantized else 0.03
+    return 3e-4 if quantized else 2e-5
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -63,18 +66,24 @@ def tolerance(dtype: torch.dtype, quantize: str | None, kernels: str) -> float:
 def test_prompts_and_steps_of_any_length_are_the_plain_models(
     shape: str, dtype: torch.dtype, quantize: str | None, kernels: str
 ) -> None:
-    settings = {"max_seq_len": 1024} | SHAPES[shape]
-    plain = tiny_model(1, dtype, **settings)
-    fast = fast_of(plain, quantize, kernels)
-    plain = plain_of(fast, plain)
-    most = tolerance(dtype, quantize, kernels)
-    caches = [model.new_cache(len(LENGTHS), 610) for model in (fast, plain)]
-    found, expected = (prompts(model, cache, LENGTHS) for model, cache in zip((fast, plain), caches, strict=True))
+    plain, expected = plain_run(shape, dtype, quantize)
+    found = run(fast_of(plain, quantize, kernels), LENGTHS, 4)
     for ours, theirs in zip(found, expected, strict=True):
-        assert error(ours, theirs) < most
-    found, expected = (steps(model, cache, 4) for model, cache in zip((fast, plain), caches, strict=True))
-    assert found.dtype == torch.float32
-    assert error(found, expected) < most
+        assert ours.dtype == torch.float32
+        assert error(ours, theirs) < tolerance(dtype, quantize, kernels)
+
+
+@cache
+def plain_run(shape: str, dtype: torch.dtype, quantize: str | None) -> tuple[Llama, list[Tensor]]:
+    """A plain model, and what it gives of the weights that a format keeps of it: those of either setting of kernels."""
+    plain = tiny_model(1, dtype, **{"max_seq_len": 1024} | SHAPES[shape])
+    return plain, run(plain_of(fast_of(plain, quantize), plain), LENGTHS, 4)
+
+
+def run(model: Llama, lengths: Sequence[int], n: int, chunks: Sequence[int] = (10**6,)) -> list[Tensor]:
+    """Logits of a prompt of each length, (T, V), and last of n steps of them all."""
+    cache = model.new_cache(len(lengths), max(lengths) + n)
+    return [*prompts(model, cache, lengths, chunks), steps(model, cache, n)]
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -84,16 +93,20 @@ def test_prompts_and_steps_of_any_length_are_the_plain_models(
 def test_every_batch_after_prompts_in_chunks(
     batch: int, dtype: torch.dtype, quantize: str | None, kernels: str
 ) -> None:
-    plain = tiny_model(2, dtype, max_seq_len=1024, norm_plan="pre+qk")
-    fast = fast_of(plain, quantize, kernels)
-    plain = plain_of(fast, plain)
-    lengths = [(250 + 97 * row) % 430 + 1 for row in range(batch)]
-    caches = [model.new_cache(batch, 450) for model in (fast, plain)]
-    found, expected = (prompts(model, c, lengths, CHUNKS) for model, c in zip((fast, plain), caches, strict=True))
+    plain, expected = plain_batch(batch, dtype, quantize)
+    found = run(fast_of(plain, quantize, kernels), batch_lengths(batch), 3, CHUNKS)
     for ours, theirs in zip(found, expected, strict=True):
         assert error(ours, theirs) < tolerance(dtype, quantize, kernels)
-    found, expected = (steps(model, cache, 3) for model, cache in zip((fast, plain), caches, strict=True))
-    assert error(found, expected) < tolerance(dtype, quantize, kernels)
+
+
+def batch_lengths(batch: int) -> list[int]:
+    return [(250 + 97 * row) % 430 + 1 for row in range(batch)]
+
+
+@cache
+def plain_batch(batch: int, dtype: torch.dtype, quantize: str | None) -> tuple[Llama, list[Tensor]]:
+    plain = tiny_model(2, dtype, max_seq_len=1024, norm_plan="pre+qk")
+    return plain, run(plain_of(fast_of(plain, quantize), plain), batch_lengths(batch), 3, CHUNKS)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -112,30 +125,27 @@ def test_a_plan_that_no_operator_knows_runs_module_by_module(plan: str, quantize
     plain = tiny_model(4, norm_plan=plan, n_layers=4)
     fast = fast_of(plain, quantize)
     plain, most = plain_of(fast, plain), tolerance(torch.float32, quantize, "auto")
-    caches = [model.new_cache(3, 64) for model in (fast, plain)]
-    found, expected = (prompts(model, c, (30, 1, 19)) for model, c in zip((fast, plain), caches, strict=True))
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(*(run(model, (30, 1, 19), 3) for model in (fast, plain)), strict=True):
         assert error(ours, theirs) < most
-    assert error(steps(fast, caches[0], 3), steps(plain, caches[1], 3)) < most
 
 
 @pytest.mark.parametrize("quantize", FORMATS)
 @pytest.mark.parametrize(
-    ("plan", "supported"), [("pre", 1), ("pre+qk", 1), ("pre+qk:full", 0), ("peri", 0), ("lns", 1), ("mix(.5)", 1)]
+    ("plan", "n_operators"), [("pre", 1), ("pre+qk", 1), ("pre+qk:full", 0), ("peri", 0), ("lns", 1), ("mix(.5)", 1)]
 )
-def test_step_and_prompt_are_one_operator_for_each_run_of_layers_that_it_serves(
-    plan: str, supported: int, quantize: str | None
+def test_step_and_prompt_are_one_operator_for_each_run_of_layers_that_it_supports(
+    plan: str, n_operators: int, quantize: str | None
 ) -> None:
     """`lns` scales every norm but the first layer's; the second half of `mix(.5)` is the plain plan."""
     fast = fast_of(tiny_model(5, norm_plan=plan, n_layers=4), quantize)
     cache = fast.new_cache(2, 16)
     with Seen() as seen:
         steps(fast, cache, 1)
-    assert seen.names.count("layers") == supported
+    assert seen.names.count("layers") == n_operators
     assert seen.names[-1] == "gemv"
     with Seen() as seen:
         fast(random_tokens(1, 20), fast.new_cache(1, 32))
-    assert seen.names.count("layers") == supported
+    assert seen.names.count("layers") == n_operators
     assert seen.names[-1] == "gemm"
 
 

@@ -1,6 +1,7 @@
-"""A fast model stays open: a norm that is watched, swapped or edited is supported, and the lab sees what it should."""
+"""A fast model stays open: hooks, swaps and edits of norms count, and the lab finds what it finds in a plain model."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,14 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def pair(quantize: str | None = None, seed: int = 0, **changes: Any) -> tuple[Llama, Llama]:
-    """A fast model and the plain one of its weights."""
-    plain = tiny_model(seed, **({"norm_plan": PLAN} | changes))
+def pair(quantize: str | None = None) -> tuple[Llama, Llama]:
+    """A fast model and the plain one of its weights, for a test to change."""
+    return copy.deepcopy(_pair(quantize))
+
+
+@functools.cache
+def _pair(quantize: str | None) -> tuple[Llama, Llama]:
+    plain = tiny_model(norm_plan=PLAN)
     fast = fast_of(plain, quantize)
     return fast, plain_of(fast, plain)
 

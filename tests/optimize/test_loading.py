@@ -66,8 +66,8 @@ def floats_of(matrix: PackedLinear, part: int) -> Tensor:
     return matrix.lookup(torch.arange(begin, begin + matrix.parts[part]))
 
 
-def codes_of(matrix: Int4Linear, part: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (rows, columns), scale and least (rows, columns / 32), of blocks of sixteen rows."""
+def quantized_of(matrix: Int4Linear, part: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (rows, columns), scales and mins (rows, columns / 32), from blocks of sixteen rows."""
     begin, rows, steps = matrix.offsets[part], matrix.parts[part], matrix.n_groups
     quads = torch.stack((matrix.qweight & 15, matrix.qweight >> 4), 2)  # (blocks, vectors, 2, 16, 4)
     codes = quads.permute(0, 3, 1, 2, 4).reshape(-1, 32 * steps)
@@ -128,9 +128,9 @@ def test_a_weight_that_no_scale_can_hold_is_one_sentence(tmp_path: Path, quantiz
 
 def test_an_unknown_format_is_named_before_anything_is_read(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama_mini.engine.llm.load_model", None)
-    with pytest.raises(RequestError, match=r"^quantize must be int8, int4 or None, not 'int3'$"):
+    with pytest.raises(RequestError, match=r"^unknown quantize 'int3'; known: int8, int4$"):
         LLM(tiny_dir, quantize="int3", threads=1)
-    with pytest.raises(RequestError, match=r"^kernels must be one of auto, off, not 'on'$"):
+    with pytest.raises(RequestError, match=r"^unknown kernels 'on'; known: auto, off$"):
         LLM(tiny_dir, kernels="on", threads=1)
 
 
@@ -139,7 +139,7 @@ def test_an_unknown_format_is_named_before_anything_is_read(tiny_dir: Path, monk
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # with rotary pairs side by side, and in halves
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1], ids=lambda kind: kind.name)
-def test_four_bit_blocks_keep_their_codes(tmp_path: Path, kind: Kind, family: str) -> None:
+def test_four_bit_blocks_are_not_requantized(tmp_path: Path, kind: Kind, family: str) -> None:
     theirs = random_model(family, 0, **SIZES)
     model = loaded(write_family(tmp_path / "model", theirs, kind), "int4")
     state = theirs.state_dict()
@@ -147,14 +147,14 @@ def test_four_bit_blocks_keep_their_codes(tmp_path: Path, kind: Kind, family: st
         assert isinstance(matrix, Int4Linear)
         key = f"model.{name}.weight".replace("attention", "self_attn").replace("feed_forward", "mlp")
         blocks = quants.quantize(state[key].numpy(), kind).reshape(matrix.parts[part], matrix.columns // 32, -1)
-        for found, expected in zip(codes_of(matrix, part), stored_codes(blocks, kind), strict=True):
+        for found, expected in zip(quantized_of(matrix, part), stored_codes(blocks, kind), strict=True):
             assert np.array_equal(found.numpy(), expected), name
         widened = quants.dequantize(blocks.reshape(matrix.parts[part], -1), kind)
         assert np.array_equal(floats_of(matrix, part).numpy(), widened), name
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_eight_bit_blocks_keep_their_codes(tmp_path: Path, family: str) -> None:
+def test_eight_bit_blocks_are_not_requantized(tmp_path: Path, family: str) -> None:
     """The lowest, −128, too, which nothing here makes; of the head too, which has 8 bits beside matrices of 4."""
     path = write_family(tmp_path / "model", random_model(family, 0, **SIZES), Kind.Q8_0)
     data = np.memmap(path, np.uint8, mode="r+")
@@ -172,7 +172,7 @@ def test_eight_bit_blocks_keep_their_codes(tmp_path: Path, family: str) -> None:
     assert torch.equal(floats_of(head, 0), weights["lm_head.weight"])
     tokens = random_tokens(1, 40)
     assert error(model(tokens), plain(tokens)) < 2e-2
-    assert error(model(tokens[:, :1]), plain(tokens[:, :1])) < 2e-2  # as codes, not widened
+    assert error(model(tokens[:, :1]), plain(tokens[:, :1])) < 2e-2  # quantized, not dequantized
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -210,7 +210,7 @@ def test_a_scale_of_a_file_that_float16_cannot_hold_is_one_sentence(tmp_path: Pa
         loaded(path, "int4")
 
 
-def test_the_codes_of_the_default_checkpoints_file_are_kept(smollm2_dir: Path) -> None:
+def test_the_default_checkpoints_file_is_not_requantized(smollm2_dir: Path) -> None:
     path = smollm2_dir.parent / GGUF
     model, header, data = loaded(path, "int4", dtype="bfloat16"), read_header(path), np.memmap(path, np.uint8)
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
@@ -220,7 +220,7 @@ def test_the_codes_of_the_default_checkpoints_file_are_kept(smollm2_dir: Path) -
         info = header.tensors[f"blk.{layer}.{names[projection]}.weight"]
         blocks = np.asarray(data[info.offset : info.offset + info.n_bytes]).reshape(*info.shape[:1], -1, 20)
         assert isinstance(matrix, Int4Linear)
-        for found, expected in zip(codes_of(matrix, part), stored_codes(blocks, Kind.Q4_1), strict=True):
+        for found, expected in zip(quantized_of(matrix, part), stored_codes(blocks, Kind.Q4_1), strict=True):
             ours = found.numpy()
             if heads := {"q_proj": 9, "k_proj": 3}.get(projection):
                 ours = interleaved(ours, heads)
@@ -236,7 +236,7 @@ def test_the_codes_of_the_default_checkpoints_file_are_kept(smollm2_dir: Path) -
 def test_the_bytes_that_are_counted_are_those_that_are_held(
     quantize: str | None, tied: bool, dtype: torch.dtype
 ) -> None:
-    """Of dims that are multiples of a block of codes; others are padded."""
+    """For dims that are multiples of a block of quantized weights; others are padded."""
     sizes = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 128}
     plain = tiny_model(0, dtype, tie_word_embeddings=tied, **sizes)
     fast = fast_of(plain, quantize)
@@ -255,8 +255,8 @@ def test_what_fits_only_in_fewer_bits_is_let_in() -> None:
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["", GGUF])
-def test_quantising_never_holds_the_whole_model_widened(smollm2_dir: Path, name: str, quantize: str) -> None:
-    """Beside the codes stands one tensor, at most the embedding, and what quantises 4,096 rows of it in float32."""
+def test_quantizing_never_holds_the_whole_model_as_floats(smollm2_dir: Path, name: str, quantize: str) -> None:
+    """Beside the quantized weights: one tensor, at most the embedding, and 4,096 rows of it in float32."""
     path = smollm2_dir.parent / name if name else smollm2_dir
     config = open_checkpoint(path).config
     embedding = 2 * config.vocab_size * config.dim
@@ -270,6 +270,7 @@ def test_quantising_never_holds_the_whole_model_widened(smollm2_dir: Path, name:
 # --- quality ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "quantize", "most"), [("", "int8", 0.006), (GGUF, "int4", 0.01)])
 def test_a_format_costs_few_nats(smollm2_dir: Path, name: str, quantize: str, most: float) -> None:
     ids = Tokenizer.from_pretrained(smollm2_dir).encode(TEXT.read_text(encoding="utf-8"))[:2048]

@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.optimize.packed_linear import DECODE_ROWS, FloatLinear, Int4Linear, Int8Linear, PackedLinear, supported
+from tests.optimize.twins import examples
 
 KINDS: list[type[PackedLinear]] = [FloatLinear, Int8Linear, Int4Linear]
 shapes = st.tuples(st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 130))
@@ -43,7 +44,7 @@ def floats(matrix: PackedLinear, part: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @given(shape=shapes)
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_rows_are_near_what_was_put_in_by_half_a_step_of_their_scale(
     kind: type[PackedLinear], shape: tuple[list[int], int]
 ) -> None:
@@ -77,7 +78,7 @@ def test_rows_are_found_in_any_order_by_numbers_that_lie_apart(kind: type[Packed
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @given(shape=shapes, n=st.integers(1, 40))
-@settings(max_examples=12, deadline=None)
+@examples(12)
 def test_products_are_those_of_its_rows_for_few_and_many(
     kind: type[PackedLinear], kernels: bool, bias: bool, shape: tuple[list[int], int], n: int
 ) -> None:
@@ -108,7 +109,7 @@ def test_bfloat16_rounds_its_output_once(kind: type[PackedLinear]) -> None:
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("kind", [Int8Linear, Int4Linear], ids=lambda kind: kind.name)
-def test_a_large_matrix_of_codes_is_widened_in_pieces(
+def test_a_large_quantized_matrix_is_dequantized_in_pieces(
     kind: type[PackedLinear], kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrix, _, biases = random_matrix(kind, [300, 290], 33, kernels=kernels, bias=True)
@@ -128,7 +129,7 @@ def test_a_large_matrix_of_codes_is_widened_in_pieces(
     torch.testing.assert_close(torch.cat(matrix.split(y), 1), expected, rtol=0, atol=1e-4)
 
 
-def test_codes_are_where_the_operators_read_them() -> None:
+def test_weights_are_stored_where_the_operators_read_them() -> None:
     """Blocks of 16 rows; in a block each vector holds four columns of every row; of 4 bits two vectors in one."""
     rng = np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(0, 256, (20, 64), dtype=np.uint8))

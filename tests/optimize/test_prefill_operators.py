@@ -1,8 +1,8 @@
-"""Layers for the tokens of a prompt, in every isa that the processor has, against float64 from the formulas."""
+"""Prefill: layers for the tokens of a prompt, in every ISA variant of this processor, against float64."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,21 +16,20 @@ from tests.optimize.random_layers import (
     random_step,
     same_caches,
 )
-from tests.optimize.twins import FORMATS, Step, each_isa, generator, same_bits
+from tests.optimize.twins import FORMATS, Step, each_isa, examples, generator, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**32)
-few = settings(max_examples=25, deadline=None, derandomize=True)
 
 isa = pytest.fixture(scope="module", params=ISA_VARIANTS)(each_isa)
 
 
 def assert_follows(step: Step, y: Tensor, twin: Step, expected: Tensor, format_: str, isa: str) -> None:
-    """Each number to float32 sums, or activations of 16 bits against codes.
+    """Each element to float32 sums, or to activations of 16 bits for quantized weights.
 
-    Where the stream is bfloat16, a number that falls to the other side of a rounding moves some others by a few of its
-    steps; of eight bits where tokens are codes. All together are apart by what seven roundings a layer make.
+    In bfloat16 an element that is rounded the other way moves others by a few roundings; by those of eight bits where
+    tokens are quantized. All elements together differ by what seven roundings a layer make.
     """
     if y.dtype == torch.float32:
         share = 2e-5 if format_ == "float" else 1e-3
@@ -60,7 +59,7 @@ def in_parts(step: Step, *ends: int) -> Tensor:
     bias=st.booleans(),
     late=st.integers(0, 15),
 )
-@settings(few, max_examples=16)
+@examples(16)
 def test_a_prompt_through_layers(
     isa: str,
     format_: str,
@@ -101,7 +100,7 @@ def test_more_tokens_than_are_taken_together(isa: str, format_: str, dtype: torc
 
 
 def only_attention(step: Step, norms: bool) -> Step:
-    """With nothing after it, and q, k and v that any isa sums exactly: sums of some eighths."""
+    """Nothing follows attention, and q, k and v are sums of eighths, exact in every ISA variant."""
     rng = generator(6)
     step.x.copy_(torch.randint(-3, 4, step.x.shape, generator=rng))
     layers = []
@@ -115,7 +114,7 @@ def only_attention(step: Step, norms: bool) -> Step:
 
 
 def assert_attends(step: Step, isa: str) -> None:
-    """To float32 sums; in bfloat16 to the roundings of a head, its weights, what it sees and the stream."""
+    """To float32 sums; in bfloat16 to the roundings of a head, its weights, the cache and the residual stream."""
     share = 4e-6 if step.x.dtype == torch.float32 else 0.012
     twin = step.copy()
     y, expected = step.run(), twin.twin(isa)
@@ -138,7 +137,7 @@ def assert_attends(step: Step, isa: str) -> None:
     norms=st.booleans(),
     late=st.sampled_from([0, 15]),
 )
-@few
+@examples(25)
 def test_attention(
     isa: str,
     seed: int,
@@ -191,7 +190,7 @@ def test_what_is_not_finite_shows_and_leaves_earlier_blocks_alone(
 @pytest.mark.parametrize("slot", range(4))
 @pytest.mark.parametrize("late", [0, 15])
 def test_each_norm_of_a_layer_rounds_where_it_says(isa: str, slot: int, late: int) -> None:
-    """Seen where no other rounding hides it: in the cache, in large scores, after attention that adds nothing."""
+    """Looks where no other rounding hides it: in the cache, in large scores, after attention that adds nothing."""
     step = random_prompt(5, "float", torch.bfloat16, 0, 40, 2, 2, 16, 128, 128, False, late, [0])
     norms = list(step.layers[0].norms)
     if slot == 1:
@@ -220,7 +219,7 @@ def test_a_token_of_zeros(isa: str, format_: str, dtype: torch.dtype) -> None:
 
 
 def silu(gate: Tensor, prompt: bool) -> Tensor:
-    """By a layer that gives (gate, silu(gate)) for (gate, 0), of many tokens or of many rows."""
+    """From a layer that turns (gate, 0) into (gate, silu(gate)), for many tokens of a row or many rows."""
     n, dtype = len(gate), gate.dtype
     step = random_step(1, "float", dtype, 1, 1, 1, 1, 2, 1, bias=True, norms=False, windows=[1])
     (layer,) = step.layers

@@ -1,20 +1,19 @@
-"""Numbers and GGUF's blocks into codes: in every isa the bits of PyTorch's own operators."""
+"""Quantizing floats and repacking GGUF blocks: in every ISA variant the bits of PyTorch's own operators."""
 
 import gguf
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.optimize.build import ISA_VARIANTS
 from llama_mini.optimize.packed_linear import QuantizedLinear
-from tests.optimize.twins import each_isa, generator, random_matrix, same_bits
+from tests.optimize.twins import each_isa, examples, generator, random_matrix, same_bits
 
 CODED = ["int8", "int4"]
 seeds = st.integers(0, 2**32)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
-few = settings(max_examples=30, deadline=None, derandomize=True)
 op = torch.ops.llama_mini
 
 
@@ -23,16 +22,16 @@ isa = pytest.fixture(scope="module", params=ISA_VARIANTS)(each_isa)
 
 @pytest.mark.parametrize("format_", CODED)
 @given(seed=seeds, dtype=dtypes, first=st.integers(0, 2), rows=st.integers(1, 40), columns=st.integers(1, 170))
-@few
+@examples(30)
 def test_quantize_gives_the_bits_of_its_twin(
     isa: str, format_: str, seed: int, dtype: torch.dtype, first: int, rows: int, columns: int
 ) -> None:
-    """Of numbers large and small, equal ones, and halves that are rounded to the even code."""
+    """For large, small and equal numbers, and for halves, which are rounded to even."""
     rng = generator(seed)
     weight = torch.randn(rows, columns, generator=rng) * 10.0 ** torch.randint(-9, 4, (rows, 1), generator=rng)
     weight[rng.initial_seed() % 3 :: 3] = torch.randint(-254, 255, (columns,), generator=rng) / 2
     weight[:, columns // 2 :] *= torch.randint(2, (rows, 1), generator=rng)
-    weight += 0.0  # of -0 and 0 either may be the least
+    weight += 0.0  # no -0: either of -0 and 0 may be the minimum
     found, twin = (random_matrix(format_, [70, 90], columns, dtype, generator(0)) for _ in range(2))
     twin.kernels = False
     for matrix in (found, twin):
@@ -42,7 +41,7 @@ def test_quantize_gives_the_bits_of_its_twin(
 
 @pytest.mark.parametrize("number_format", ["Q4_0", "Q4_1", "Q8_0"])
 @given(seed=seeds, first=st.integers(0, 2), rows=st.integers(1, 40), steps=st.integers(1, 5))
-@few
+@examples(30)
 def test_repack_gives_the_bits_of_its_twin(
     isa: str, number_format: str, seed: int, first: int, rows: int, steps: int
 ) -> None:

@@ -1,20 +1,22 @@
-"""The operators again, in float64 and from the formulas: what the native ones are held to.
+"""The operators in float64, written from the formulas: the native ones are compared with these.
 
-Each rounds to the stream's dtype where the native operator does, so that early and late casts tell apart. A prompt is
-more than one token of a row; `isa` is the instruction set that the native operators use.
+Each rounds to the model's dtype where the native operator does, so that early and late casts differ. A prompt is more
+than one token of a row; `isa` is the ISA variant that the native operators use.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
+from hypothesis import seed, settings
 from torch import Tensor
 
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.fusable import NormArgs
 from llama_mini.optimize.packed_linear import FloatLinear, Int4Linear, Int8Linear, PackedLinear
 
+Test = TypeVar("Test", bound=Callable[..., Any])
 FORMATS: dict[str, type[PackedLinear]] = {
     "float": FloatLinear,
     "int8": Int8Linear,
@@ -23,7 +25,7 @@ FORMATS: dict[str, type[PackedLinear]] = {
 
 
 def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """For a fixture with the names of ISA variants as parameters: uses one, and then the first again."""
+    """For a fixture whose parameters are ISA variants: uses one, and then the best one again."""
     assert load_kernels()
     known = torch.ops.llama_mini.isa_variants()
     if request.param not in known:
@@ -31,6 +33,11 @@ def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.ops.llama_mini.use_isa(request.param)
     yield request.param
     torch.ops.llama_mini.use_isa(known[0])
+
+
+def examples(n: int) -> Callable[[Test], Test]:
+    """So many examples of a property, the same ones whatever the test is called and however it is written."""
+    return lambda test: seed(0)(settings(max_examples=n, deadline=None, database=None)(test))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -43,6 +50,11 @@ def generator(seed: int) -> torch.Generator:
 
 def random(shape: Sequence[int], dtype: torch.dtype, rng: torch.Generator, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, generator=rng, dtype=torch.float64) * scale).to(dtype)
+
+
+def some(n: int, rng: torch.Generator) -> list[int]:
+    """Three of n rows at random, or fewer: what holds for each of them is checked of these."""
+    return torch.randperm(n, generator=rng)[:3].tolist()
 
 
 def random_gain(width: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
@@ -61,7 +73,7 @@ def random_matrix(
 
 
 def dense(matrix: PackedLinear) -> Tensor:
-    """What a matrix stands for, (rows, columns) float64, from the layout that codes.h describes."""
+    """The dequantized matrix, (rows, columns) float64, from the layout that gemv_int.h describes."""
     tensors = matrix.tensors
     if len(tensors) == 1:
         return tensors[0].double()
@@ -92,24 +104,24 @@ def _with_bias(y: Tensor, matrix: PackedLinear) -> Tensor:
 
 
 def multiplied(x: Tensor, matrix: PackedLinear, isa: str) -> tuple[Tensor, Tensor]:
-    """What the product of many tokens multiplies, in float64: them, and the weights."""
+    """What gemm multiplies, in float64: the tokens, quantized or not, and the weights."""
     weight = dense(matrix)[: matrix.width]
     if len(matrix.tensors) == 1:
         return x.double(), weight
     if isa == "amx" and x.dtype == torch.bfloat16:
         return x.double(), weight.float().bfloat16().double()
-    return as_codes(x, isa), weight
+    return quantized(x, isa), weight
 
 
-def as_codes(x: Tensor, isa: str) -> Tensor:
-    """Tokens (..., columns) as codes: eight bits for 32 columns, sixteen where they are loud."""
+def quantized(x: Tensor, isa: str) -> Tensor:
+    """Tokens (..., columns) as gemm quantizes them: eight bits for 32 columns, sixteen if they hold an outlier."""
     columns = x.shape[-1]
     steps = torch.nn.functional.pad(x.float(), (0, -columns % 32)).unflatten(-1, (-1, 32))
     peak = steps.abs().amax(-1, keepdim=True)
-    loud = peak.square() > 3 * peak.square().mean(-2, keepdim=True)
+    outlier = peak.square() > 3 * peak.square().mean(-2, keepdim=True)
     if x.dtype == torch.float32 or isa == "avx2":
-        loud = torch.ones_like(loud)
-    levels = torch.where(loud, 32512.0, 127.0)
+        outlier = torch.ones_like(outlier)
+    levels = torch.where(outlier, 32512.0, 127.0)
     codes = torch.where(peak == 0, 0, steps.double() * (levels / peak).double()).round()
     return (codes * peak.double() / levels.double()).flatten(-2)[..., :columns]
 
@@ -182,7 +194,7 @@ def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer
     """x (B, T, C), cos and sin (B, T, D / 2), positions (B, T), through one layer; fills the cache."""
     qkv, o, gate_up, down = layer.matrices
     dtype, dim, many = x.dtype, layer.k.shape[3], x.shape[1] > 1
-    # A dot product of bfloat16 rounds what is multiplied; others need not, but a prompt is kept as the stream is.
+    # A dot product of bfloat16 rounds its factors; the others need not, but a prompt's activations are bfloat16.
     rounds = many or (len(o.tensors) == 1 and isa in ("avx512_bf16", "amx"))
 
     def times(x: Tensor, matrix: PackedLinear) -> list[Tensor]:

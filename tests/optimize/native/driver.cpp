@@ -55,11 +55,11 @@ using Vector = std::vector<T, Exact<T>>;
 // As in operators.cpp, with plain threads in place of PyTorch's.
 template <typename F>
 void with_pool(const F& f) {
-  ThreadPool threads(THREADS);
+  ThreadPool pool(THREADS);
   std::vector<std::thread> helpers;
-  for (int i = 1; i < THREADS; i++) helpers.emplace_back([&, i] { threads.work(i); });
-  f(Pool{ThreadPool::run, ThreadPool::prefetch_next, &threads});
-  threads.finish();
+  for (int i = 1; i < THREADS; i++) helpers.emplace_back([&, i] { pool.work(i); });
+  f(Pool{ThreadPool::run, ThreadPool::prefetch_next, &pool});
+  pool.finish();
   for (auto& helper : helpers) helper.join();
 }
 
@@ -88,19 +88,19 @@ struct Numbers {  // of the model's dtype
 struct Weights {
   Matrix m{};
   Numbers numbers, bias;
-  Vector<uint8_t> codes;
-  Vector<uint16_t> scale, mins;
+  Vector<uint8_t> quantized;
+  Vector<uint16_t> scales, mins;
   Weights(Kind kind, int64_t rows, int64_t columns, bool wide)
       : numbers(wide, kind < Kind::INT8 ? rows * columns : 0), bias(wide, rows) {
     m.kind = kind, m.rows = rows, m.columns = columns, m.bias = bias.data(), m.data = numbers.data();
     if (kind < Kind::INT8) return;
     const int64_t blocks = (rows + 15) / 16, groups = (columns + 31) / 32;
-    codes.resize(blocks * groups * (kind == Kind::INT8 ? 512 : 256));
-    for (auto& code : codes) code = (uint8_t)(draw() >> 24);
-    scale.assign(blocks * 16 * groups, 0x2400);  // 1/64
-    m.data = codes.data(), m.scales = scales.data();
+    quantized.resize(blocks * groups * (kind == Kind::INT8 ? 512 : 256));
+    for (auto& code : quantized) code = (uint8_t)(draw() >> 24);
+    scales.assign(blocks * 16 * groups, 0x2400);  // 1/64
+    m.data = quantized.data(), m.scales = scales.data();
     if (kind == Kind::INT8) return;
-    mins.assign(scale.size(), 0xa800);
+    mins.assign(scales.size(), 0xa800);
     m.mins = mins.data();
   }
 };

@@ -22,7 +22,7 @@ from filelock import FileLock
 from llama_mini.checkpoint.io.atomic import new_file
 from llama_mini.errors import LlamaMiniWarning, RequestError
 from llama_mini.machine import user_cache
-from llama_mini.validate import short_repr
+from llama_mini.validate import check_choice
 
 KERNELS = ("auto", "off")
 _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
@@ -42,8 +42,7 @@ def load_kernels(kernels: str = "auto") -> bool:
 
     Raises RequestError for a setting other than `auto` and `off`.
     """
-    if kernels not in KERNELS:
-        raise RequestError(f"kernels must be one of {', '.join(KERNELS)}, not {short_repr(kernels)}")
+    check_choice("kernels", kernels, KERNELS, RequestError)
     return kernels == "auto" and _loaded()
 
 

@@ -45,10 +45,8 @@ def norm_args(norm: nn.Module, dtype: torch.dtype) -> NormArgs | None:
         return NormArgs(torch.empty(0), 0.0, 0)
     if not isinstance(norm, RMSNorm) or type(norm) not in (RMSNorm, FusedRMSNorm):  # a subclass may compute anything
         return None
-    if norm.gain != "w" or norm.scale != 1:
-        return None
     weight = norm._parameters["weight"]
-    if weight is None or weight.dtype != dtype:
+    if norm.gain != "w" or norm.scale != 1 or weight is None or weight.dtype != dtype:
         return None
     return NormArgs(weight, norm.eps, int(norm.cast == "late"))
 
@@ -56,11 +54,8 @@ def norm_args(norm: nn.Module, dtype: torch.dtype) -> NormArgs | None:
 class FusableNorms:
     """The norms of some layers as operator arguments, read again when a setting or a weight has changed.
 
+    layers: what an operator replaces; what is inside them now must stay. norms: of them, in the operator's order.
     Each decoding step asks, so `args` compares whole lists: asking every norm by itself takes several times as long.
-
-    Args:
-        layers: the modules that an operator replaces. What is inside them now must stay.
-        norms: RMSNorm or Identity each, in the operator's order.
     """
 
     def __init__(self, layers: Iterable[nn.Module], norms: Sequence[nn.Module]) -> None:
@@ -96,11 +91,8 @@ class FusableNorms:
 
     def _read(self, dtype: torch.dtype) -> NormLists | None:
         self._settings, self._read_weights = list(map(_SETTINGS, self._norms)), self._weights()
-        found = []
-        for norm in self._all:
-            args = norm_args(norm, dtype)
-            if args is None:
-                return None
-            found.append(args)
-        gains, eps, late = map(list, zip(*found, strict=True))
+        args = [each for norm in self._all if (each := norm_args(norm, dtype)) is not None]
+        if len(args) < len(self._all):
+            return None
+        gains, eps, late = map(list, zip(*args, strict=True))
         return gains, eps, late

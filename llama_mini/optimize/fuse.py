@@ -22,7 +22,7 @@ from llama_mini.optimize.packed_linear import (
     QuantizedLinear,
     supported,
 )
-from llama_mini.validate import short_repr
+from llama_mini.validate import check_choice
 
 # For each setting of `quantize`: the linear layers' format, and the head's.
 FORMATS: dict[str | None, tuple[type[PackedLinear], type[PackedLinear]]] = {
@@ -127,9 +127,8 @@ def fuser(quantize: str | None, kernels: str) -> Callable[[Llama, torch.dtype, t
 
 
 def check_format(quantize: str | None) -> None:
-    if quantize not in FORMATS:
-        known = ", ".join(name for name in FORMATS if name)
-        raise RequestError(f"quantize must be {known} or None, not {short_repr(quantize)}")
+    if quantize is not None:
+        check_choice("quantize", quantize, [name for name in FORMATS if name], RequestError)
 
 
 def is_fused(model: Llama) -> bool:

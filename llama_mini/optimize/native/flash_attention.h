@@ -22,9 +22,9 @@ int64_t padded_depth(int64_t dim) {
 inline int64_t padded_width(int64_t dim) { return round_up(dim, LANES); }
 
 template <typename T>
-struct PackedHead {  // one KV head
-  T *k, *v;  // (positions / LANES, padded_depth / PAIR, LANES, PAIR) and (positions / PAIR, padded_width / LANES,
-             // LANES, PAIR)
+struct PackedHead {  // one KV head, laid out in lanes
+  T* k;              // (positions / LANES, padded_depth / PAIR, LANES, PAIR)
+  T* v;              // (positions / PAIR, padded_width / LANES, LANES, PAIR)
 };
 
 // Elements of two rows side by side, PAIR<T> in each lane.
@@ -33,6 +33,7 @@ inline u32 paired(const bf16* a, const bf16* b, int64_t n) {
   return ((u32)load_first(a, n) >> 16) | (u32)load_first(b, n);
 }
 
+// Packs a block of positions from `from` on; those from n on are zeros.
 template <typename T>
 void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, PackedHead<T> to) {
   const int64_t wide = padded_width(dim), dwords = padded_depth<T>(dim) / PAIR<T>;

@@ -20,8 +20,7 @@ class ThreadPool {
   // The Pool interface: `self` is a ThreadPool.
   static void run(void* self, int64_t n, Work work, void* context) { ((ThreadPool*)self)->run_job(n, work, context); }
 
-  // The Pool interface. Matrices are short, and the first reads of each are slow, so waiting threads prefetch the next
-  // one.
+  // The Pool interface. Matrices are short and the first reads of each are slow: waiting threads prefetch the next one.
   static void prefetch_next(void* self, const void* data, int64_t bytes, int parts) {
     ThreadPool& pool = *(ThreadPool*)self;
     pool.part_bytes_.store(bytes, std::memory_order_relaxed);

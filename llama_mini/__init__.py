@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_mini.engine.llm import LLM, Chunk, Completion
+    from llama_mini.engine.llm import LLM
+    from llama_mini.engine.request import Chunk, Completion
     from llama_mini.engine.sampling_params import SamplingParams
     from llama_mini.model.config import LlamaConfig
     from llama_mini.model.kv_cache import KVCache

@@ -50,7 +50,7 @@ def _run(command: str, argv: list[str], prog: str) -> int:
         case "info":
             return _run_mode("--info", options.info_parser(prog), argv)
         case "convert":
-            return convert(argv, prog)
+            return run_convert(argv, prog)
         case "generate" | "score":
             return import_module(f"llama_mini.{command}").main(argv, prog)
         case "lab":
@@ -72,7 +72,7 @@ def _run_mode(mode: str, parser: ArgumentParser, argv: list[str]) -> int:
     return exit_code_of(lambda: generate.run(args))
 
 
-def convert(argv: Sequence[str], prog: str) -> int:
+def run_convert(argv: Sequence[str], prog: str) -> int:
     """The command `convert`; scripts/convert.py runs it too."""
     args = options.convert_parser(prog).parse_args(argv)
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from llama_mini.__main__ import convert
+from llama_mini.__main__ import run_convert
 
 if __name__ == "__main__":
-    sys.exit(convert(sys.argv[1:], "python scripts/convert.py"))
+    sys.exit(run_convert(sys.argv[1:], "python scripts/convert.py"))

@@ -1,6 +1,6 @@
 """The state of a chat: its turns and settings, and how the next answer is made. No input or output happens here."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import NoneType, UnionType
@@ -112,8 +112,8 @@ class Conversation:
             params = replace(params, seed=(params.seed + draw) % 2**64)
         texts: list[str] = []
         n_tokens = 0
+        # Until it ends or is closed, the stream holds the model's lock.
         chunks = self._llm.stream(self._ids(self._messages(turns, question)), params)
-        assert isinstance(chunks, Generator)  # unfinished, it holds the model's lock until it is closed
         try:
             for chunk in chunks:
                 n_tokens += chunk.token_id is not None

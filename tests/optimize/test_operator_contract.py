@@ -22,6 +22,7 @@ from llama_mini.optimize import optimize
 from llama_mini.optimize.build import load_kernels
 from tests.optimize.operator_calls import WRONG, Arguments, called, valid
 from tests.optimize.twins import FORMATS, same_bits
+from tests.processes import child
 from tests.tiny_models import random_tokens, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +52,10 @@ def refuses(name: str, change: Callable[[Arguments], Arguments]) -> bool:
 
 @pytest.fixture(scope="module")
 def refused() -> list[str]:
-    with subprocess.Popen([sys.executable, "-m", __name__], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        killer = threading.Timer(60, child.kill)  # a call that never ends
+    with child(sys.executable, "-m", __name__, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        killer = threading.Timer(60, process.kill)  # a call that never ends
         killer.start()
-        names = child.stdout.read().splitlines()
+        names = process.stdout.read().splitlines()
         killer.cancel()
     return names
 

@@ -12,6 +12,7 @@ import pytest
 from llama_mini.checkpoint.io.atomic import new_directory, new_file
 from llama_mini.checkpoint.io.lock import one_writer
 from llama_mini.errors import CheckpointError, CheckpointPathError
+from tests.processes import child
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -83,11 +84,10 @@ with one_writer(target), new_directory(target) as directory:
     sys.stdin.read()
 """
     target = tmp_path / "model"
-    command = [sys.executable, "-c", script, str(target)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        child.kill()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with child(sys.executable, "-c", script, target, **pipes) as writer:
+        assert writer.stdout.readline() == b"ready\n"
+        writer.kill()
     assert not target.exists()
     assert len(list(tmp_path.glob(".model.partial-*/half"))) == 1
     with one_writer(target), new_directory(target) as directory:

@@ -1,1 +1,1 @@
-"""Reading, converting and writing checkpoints. Foreign names of tensors and settings are translated here."""
+"""Reads and writes checkpoints. Each format's names of tensors and settings are translated here."""

@@ -1,4 +1,4 @@
-"""The Hugging Face families that are supported: for each, its table of names and what its configuration means.
+"""The supported Hugging Face families: the tensor names of each, and what its configuration means.
 
 Source of the defaults: the configuration classes of transformers 5.23.
 """
@@ -15,9 +15,11 @@ from llama_mini.model.norm_plan import NormPlan
 class Family:
     """One `model_type`.
 
-    plan, late: the preset of its norms, and whether they are rounded last, after the gain.
-    biases: `attention`: of q, k, v and o, if `attention_bias` says so; `attention+mlp`: `mlp_bias` too; `qkv`: always.
-    window: which layers may have a sliding window: none, every, or those that the configuration lists.
+    plan: the preset of its norms.
+    late: its norms round to the model's dtype after the gain, not before it.
+    biases: `attention`: q, k, v and o, if `attention_bias` is true; `attention+mlp`: also the MLP, if `mlp_bias` is
+        true; `qkv`: q, k and v, always.
+    window: the layers that may have a sliding window: none, every layer, or those that the configuration lists.
     defaults: the values of absent keys.
     """
 
@@ -96,7 +98,7 @@ _ALL = (
     ),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
-OWN = "llama_mini"  # the model_type of a plan that no family has: our own names and our own configuration
+OWN = "llama_mini"  # the model_type of a model that no family describes; it is saved under our own names
 KNOWN = (*FAMILIES, OWN)
 
 

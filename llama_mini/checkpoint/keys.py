@@ -1,6 +1,6 @@
-"""Names of tensors by family and format: name in the file <-> ours. `{}` stands for the layer's number.
+"""Tensor names of each family and format: name in the file <-> ours. `{}` stands for the layer's number.
 
-The same Hugging Face key means different slots in different families: a table belongs to a `model_type`.
+One Hugging Face name can mean different norm slots in different families, so each family has its own table.
 """
 
 import re
@@ -9,7 +9,7 @@ KeyTable = dict[str, str]
 
 
 def _with_biases(table: KeyTable) -> KeyTable:
-    """The table, and a `.bias` for every projection's `.weight`."""
+    """Adds a `.bias` for every projection's `.weight`."""
     biased = {k: v for k, v in table.items() if v.endswith("_proj.weight")}
     return table | {k.removesuffix("weight") + "bias": v.removesuffix("weight") + "bias" for k, v in biased.items()}
 
@@ -82,7 +82,7 @@ GGUF_KEYS: KeyTable = _with_biases(
     }
 )
 
-# Rotary tables that old checkpoints store, and the one of a GGUF file, which is read as its configuration.
+# Rotary tables in old checkpoints, and the one in a GGUF file, which gguf/rope.py reads as a setting.
 IGNORED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_freqs\.weight$")
 
 

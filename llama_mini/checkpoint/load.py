@@ -24,23 +24,23 @@ from llama_mini.model.config import LlamaConfig
 
 
 class WeightSink(Protocol):
-    """What takes a tensor of the model in place of a parameter: a packed weight of optimize/, say."""
+    """Takes the rows of a weight in place of a parameter, for example a packed weight of optimize/."""
 
     @property
     def accepts_quantized(self) -> Collection[str]:
-        """The number formats (Q4_1, ...) whose blocks `load` takes as the file stores them."""
+        """The number formats (Q4_1, ...) whose blocks `load` accepts as the file stores them."""
         ...
 
     def destination(self, first: int, n: int) -> Tensor | None:
-        """The memory of rows `first` to `first + n`; None if they are not kept as floats."""
+        """The memory for `n` rows from `first` on; None if they are not kept as floats."""
         ...
 
     def load(self, tensor: Tensor | Blocks, first: int) -> None:
-        """Stores some rows, from `first` on; those that were read into `destination` are there already."""
+        """Stores rows from `first` on. Rows that were read into `destination` are already in place."""
         ...
 
 
-# (the empty model, dtype, device) -> the sinks, by the names of the parameters whose place they take
+# (empty model, dtype, device) -> sinks, each under the name of the parameter that it replaces
 Fuse = Callable[[Any, torch.dtype, torch.device], Mapping[str, WeightSink]]
 
 
@@ -54,8 +54,8 @@ def load_model(
 ) -> Model:
     """An opened checkpoint as a model in eval mode without gradients; see `Llama.from_pretrained`.
 
-    `fuse` replaces modules of the empty model by faster ones, whose weights are in the format `quantize`. A matrix is
-    read and packed in chunks of rows, so that memory holds the model and a few MB, never a tensor twice.
+    `fuse` replaces modules of the empty model with faster ones, whose weights are in the format `quantize`. A matrix is
+    read and packed in chunks of rows, so memory holds the model and a few MB, never a tensor twice.
     """
     dtype, device = source.dtype if dtype is None else as_dtype(dtype, device), torch.device(device)
     model = empty_model(cls, source)
@@ -64,7 +64,7 @@ def load_model(
     check_fits(source.config, n_parameters, dtype, 1, device, quantize=quantize)
 
     sinks = {} if fuse is None else fuse(model, dtype, device)
-    # Allocated at once and first: between chunks that come and go they would leave holes in memory.
+    # Allocated before anything is read: allocated between short-lived chunks, they would fragment memory.
     state = {
         name: torch.empty(p.shape, dtype=dtype, device=device)
         for name, p in model.named_parameters()
@@ -81,7 +81,7 @@ def load_model(
         name = names[file_name]
         return sinks[name].destination(first, shape[0]) if name in sinks else state[name][first : first + shape[0]]
 
-    what = "loading" if quantize is None else f"quantising to {quantize}"
+    what = "loading" if quantize is None else f"quantizing to {quantize}"
     as_stored = [
         file_name
         for file_name, name in names.items()
@@ -107,8 +107,8 @@ def save_model(model: nn.Module, path: Path) -> None:
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     if replaced := {name for name, _ in plain.named_parameters()} - parameters.keys():
         raise RequestError(
-            f"{min(replaced)} was replaced, so the model cannot be saved: load the checkpoint plain, with "
-            "Llama.from_pretrained, and save that"
+            f"{min(replaced)} was replaced, so the model cannot be saved: load the checkpoint with "
+            "Llama.from_pretrained and save that model"
         )
     raw = to_hf(config, dtype_name(next(iter(parameters.values())).dtype))
     table = key_table(raw["model_type"])

@@ -1,4 +1,4 @@
-"""The tensors of an opened checkpoint against the parameters of its model, and reading those that match."""
+"""Compares the tensors of a checkpoint with the parameters of its model, and reads those that match."""
 
 import math
 import warnings
@@ -21,7 +21,7 @@ HEAD, EMBEDDING = "lm_head.weight", "tok_embeddings.weight"
 def empty_model(cls: type[Model], source: Source) -> Model:
     """The model on the meta device: shapes without memory. Raises CheckpointMismatchError, ConfigError."""
     config = source.config
-    if config.n_layers > len(source.tensors):  # before a model of a billion layers is built
+    if config.n_layers > len(source.tensors):  # refused before a model of a billion layers is built
         raise CheckpointMismatchError(
             f"{source.path} asks for {config.n_layers} layers, but holds {len(source.tensors)} tensors in all"
         )
@@ -29,7 +29,7 @@ def empty_model(cls: type[Model], source: Source) -> Model:
         with torch.device("meta"):
             return cls(config)
     except RuntimeError as error:  # a size beyond 64 bits
-        raise ConfigError(f"{source.path}: no model of these sizes can be made: {error}") from None
+        raise ConfigError(f"{source.path}: no model of these sizes can be built: {error}") from None
 
 
 def n_parameters(source: Source) -> int:
@@ -57,9 +57,7 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
         both = [f"{name} is {shapes[name]}, not {expected[name][1]}" for name in misshaped]
         faults.append(f"{len(misshaped)} misshaped: {join_names(both)}")
     if faults:
-        raise CheckpointMismatchError(
-            f"{source.path}: the tensors are not those of its configuration: {'; '.join(faults)}"
-        )
+        raise CheckpointMismatchError(f"{source.path}: the tensors do not match the configuration: {'; '.join(faults)}")
     return {name: expected[name][0] for name in source.tensors if name in expected}
 
 
@@ -95,7 +93,7 @@ def with_progress(rows: Iterator[Rows[Values]], total: int, what: str, delay: fl
 
 
 def warn_of_other_head(source: Source, dtype: torch.dtype) -> None:
-    """Warns where embedding and head are tied, but the file has a head with other values. It is ignored."""
+    """Warns if embedding and head are tied, but the file has a head with other values. That head is ignored."""
     for head in _redundant_head(source):
         both = (source.read([name], dtype) for name in (head, to_file_name(EMBEDDING, source.keys)))
         if not all(torch.equal(a, b) for (*_, a), (*_, b) in zip(*both, strict=True)):
@@ -104,7 +102,7 @@ def warn_of_other_head(source: Source, dtype: torch.dtype) -> None:
 
 
 def _redundant_head(source: Source) -> list[str]:
-    """The head's name in the file, if the model has none and the file has the embedding too."""
+    """The head's name in the file, if the file has it but the model uses the embedding in its place; else []."""
     head, embedding = to_file_name(HEAD, source.keys), to_file_name(EMBEDDING, source.keys)
     both = head in source.tensors and embedding in source.tensors
     return [head] if source.config.tie_word_embeddings and both else []

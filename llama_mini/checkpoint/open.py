@@ -7,18 +7,15 @@ from torch import nn
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.hf.directory import open_hf_directory
 from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
-from llama_mini.checkpoint.io.files import exists, inside
+from llama_mini.checkpoint.io.files import CONFIG, PARAMS, exists, inside
 from llama_mini.checkpoint.meta.directory import open_meta_directory
-from llama_mini.checkpoint.meta.params import PARAMS
 from llama_mini.checkpoint.source import Source
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 from llama_mini.validate import join_names
 
-CONFIG = "config.json"
-
 
 def resolve(name: str | Path) -> Path:
-    """A path on disk if there is one, else the snapshot of a hub name in the standard cache. Raises CheckpointError."""
+    """The path if it exists on disk, else the snapshot of a hub name in the standard cache. Raises CheckpointError."""
     path = Path(name)
     if name == "":
         raise CheckpointPathError("the model's name is empty; give a directory, a file or a hub name, org/name")
@@ -30,12 +27,12 @@ def resolve(name: str | Path) -> Path:
 
 
 def open_checkpoint(path: Path, pickles: type[nn.Module] | None = None) -> Source:
-    """Opens what `resolve` found; reads headers and no data.
+    """Opens a path that `resolve` returned. Reads the headers, no data.
 
-    Pickles are opened only for conversion: `pickles` is the class of the model, whose shapes tell how Meta's shards are
-    joined. Where there are safetensors, these are read instead.
+    Pickles are opened only for conversion: `pickles` is then the model's class, whose shapes tell how to join Meta's
+    shards. A directory that also has safetensors is read from these.
 
-    Raises CheckpointError, ConfigError: one sentence for whatever is wrong with it.
+    Raises CheckpointError, ConfigError: one sentence, whatever is wrong.
     """
     if not exists(path):
         raise CheckpointPathError(
@@ -48,7 +45,7 @@ def _open_directory(path: Path, pickles: type[nn.Module] | None) -> Source:
     is_hf = inside(path, CONFIG).exists()
     if is_hf or inside(path, PARAMS).exists():
         if pickles is not None and not any(path.glob("*.safetensors")):
-            from llama_mini.checkpoint.meta.pickles import open_hf_pickles, open_meta_pickles  # only conversion does
+            from llama_mini.checkpoint.meta.pickles import open_hf_pickles, open_meta_pickles  # for conversion only
 
             return open_hf_pickles(path) if is_hf else open_meta_pickles(path, pickles)
         return open_hf_directory(path) if is_hf else open_meta_directory(path)
@@ -59,7 +56,7 @@ def _open_directory(path: Path, pickles: type[nn.Module] | None) -> Source:
         raise CheckpointPathError(
             f"{path} holds {len(ggufs)} GGUF files; give one of them: {join_names(file.name for file in ggufs)}"
         )
-    raise CheckpointFormatError(f"{path} is no checkpoint: it has no {CONFIG}, no {PARAMS} and no GGUF file")
+    raise CheckpointFormatError(f"{path} is not a checkpoint: it has no {CONFIG}, no {PARAMS} and no GGUF file")
 
 
 def _open_file(path: Path) -> Source:
@@ -68,6 +65,6 @@ def _open_file(path: Path) -> Source:
         return open_gguf(path)
     if kind is FileKind.SAFETENSORS:
         if not inside(path.parent, CONFIG).is_file():
-            raise CheckpointFormatError(f"{path} holds weights alone; a {CONFIG} that describes them belongs beside it")
+            raise CheckpointFormatError(f"{path} holds only weights; put the {CONFIG} that describes them beside it")
         return open_hf_directory(path.parent, path)
-    raise CheckpointFormatError(f"{path} is no checkpoint: it is {describe(kind)}")
+    raise CheckpointFormatError(f"{path} is not a checkpoint: it is {describe(kind)}")

@@ -15,11 +15,11 @@ from llama_mini.errors import CheckpointMismatchError
 from llama_mini.model.config import LlamaConfig
 
 Values = TypeVar("Values", Tensor, Blocks)
-Rows = tuple[str, int, Values]  # some rows of a tensor: its name in the file, the index of the first, the rows
-# Name in the file, first row, shape -> the memory that these rows go to; None where the reader may allocate it.
+Rows = tuple[str, int, Values]  # the tensor's name in the file, the index of the first row, the rows
+# Name in the file, first row, shape -> the memory for these rows; None lets the reader allocate it.
 Destination = Callable[[str, int, tuple[int, ...]], Tensor | None]
-# (names, dtype, destination, whole) -> each row once, those of a tensor in order, in `dtype` or that of the file,
-# perhaps in `destination` already. A matrix comes in chunks of `rows_per_chunk`, with `whole` every tensor in one.
+# (names, dtype, destination, whole) -> every row once, in order within a tensor. Rows are in `dtype` or in the file's
+# dtype, and may already lie in `destination`. A matrix comes in chunks of `rows_per_chunk` rows, with `whole` in one.
 ReadRows = Callable[[Collection[str], torch.dtype, Destination, bool], Iterator[Rows[Tensor]]]
 _CHUNK = 1 << 20  # elements of a matrix that are read at once: a whole embedding would be a second model
 _BLOCK = 16  # rows that the packed formats of optimize/ store together
@@ -37,17 +37,17 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What every format comes down to.
+    """An opened checkpoint, in one form for every format.
 
     path: the directory or file.
-    format: a phrase for people, such as "Hugging Face directory, 2 safetensors files".
-    model_type: the family, in Hugging Face's words.
-    dtype: what the model gets if the caller names none.
-    keys: names in the file -> ours.
+    format: a description for people, such as "Hugging Face directory, 2 safetensors files".
+    model_type: the family's name in Hugging Face's config.json.
+    dtype: the model's dtype unless the caller names one.
+    keys: tensor names in the file -> ours.
     tensors: by name in the file, in the order of their data.
     read_rows: reads tensors as floats, with rotary pairs in the model's order.
-    read_quantized: reads tensors of four or eight bits as they are stored, for formats that have them.
-    gguf: the header of a GGUF file, which holds the tokenizer too.
+    read_quantized: reads four- and eight-bit tensors as they are stored; yields nothing where a format has none.
+    gguf: the header of a GGUF file, which also holds the tokenizer.
     """
 
     path: Path
@@ -63,13 +63,13 @@ class Source:
 
     @property
     def directory(self) -> Path:
-        """Where the files that belong to it lie."""
+        """The directory that holds the checkpoint's files."""
         return self.path if self.path.is_dir() else self.path.parent
 
     def read(
         self, names: Collection[str], dtype: torch.dtype, destination: Destination | None = None, whole: bool = False
     ) -> Iterator[Rows[Tensor]]:
-        """Rows of tensors in `dtype`, in `destination` where it gives memory. Raises CheckpointError."""
+        """Rows in `dtype`, written to `destination` where it returns memory. Raises CheckpointError."""
         destination = destination or no_destination
         for name, first, rows in self.read_rows(names, dtype, destination, whole):
             target = destination(name, first, tuple(rows.shape))
@@ -83,7 +83,7 @@ class Source:
 
 
 def no_destination(name: str, first: int, shape: tuple[int, ...]) -> None:
-    """Leaves the memory to the reader."""
+    """The `Destination` that always lets the reader allocate."""
 
 
 def rows_per_chunk(columns: int) -> int:
@@ -92,11 +92,11 @@ def rows_per_chunk(columns: int) -> int:
 
 
 def to_split_half_rope(rows: Tensor, n_heads: int, name: str) -> Tensor:
-    """All rows of a q or k projection, or of its bias: rotary pairs side by side -> the two halves of each head.
+    """Reorders the rows of a whole q or k weight or bias: rotary pairs side by side -> the two halves of each head.
 
-    Meta's files and llama.cpp's `llama` architecture interleave the pairs; this model, as transformers, splits halves.
+    Meta's files and llama.cpp's `llama` architecture interleave the pairs; this model splits them, like transformers.
 
-    Raises CheckpointMismatchError where the rows are not `n_heads` heads of an even width.
+    Raises CheckpointMismatchError if the rows are not `n_heads` heads of an even width.
     """
     if rows.shape[0] % (2 * n_heads):
         raise CheckpointMismatchError(

@@ -1,9 +1,9 @@
-"""The ids of a checkpoint's special tokens, BOS, EOS and PAD: where each file states them.
+"""The ids of BOS, EOS and PAD, and where each format states them.
 
 - config.json and generation_config.json: `bos_token_id`, `eos_token_id`, `pad_token_id`, each an id or a list of ids.
-  The model's configuration has those of config.json. A text ends where generation_config.json says, if it says so.
-- GGUF: `tokenizer.ggml.bos_token_id` and so on, one id each. Most files state one EOS and have more, see END_TOKENS.
-- tokenizer_config.json names tokens, not ids; `Tokenizer` adds its eos_token to the others.
+  LlamaConfig takes those of config.json. A text ends at the EOS of generation_config.json, if that file states one.
+- GGUF: `tokenizer.ggml.bos_token_id` and so on, one id each. Most files state one EOS but have more: see END_TOKENS.
+- tokenizer_config.json names tokens, not ids; `Tokenizer` adds its eos_token to the EOS ids.
 - Meta's tokenizer.model has them in its vocabulary.
 """
 
@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 from llama_mini.errors import ConfigError, LlamaMiniWarning
 from llama_mini.validate import is_whole, short_repr
 
-if TYPE_CHECKING:  # it imports torch, which a tokenizer does without
+if TYPE_CHECKING:  # it imports torch, which a tokenizer does not need
     from llama_mini.model.config import LlamaConfig
 
-END_TOKENS = (  # control tokens that are known by name to end a text or a turn
+END_TOKENS = (  # control tokens with a name that is known to end a text or a turn
     *("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),  # LLaMA 3's
-    *("<|im_end|>", "<|endoftext|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"),  # those of chat formats
+    *("<|im_end|>", "<|endoftext|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"),  # of chat formats
 )
 
 
 def stated_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """What a JSON file states; ConfigError unless it is an id or a list of ids. Some files write -1 for none."""
+    """The ids under `key` in a JSON file; some files write -1 for none. Raises ConfigError for any other value."""
     value = raw.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(map(is_whole, ids)):
@@ -49,7 +49,7 @@ def special_ids(config: "LlamaConfig") -> dict[str, Any]:
 
 
 def with_missing_ids(config: "LlamaConfig", raw: Mapping[str, Any]) -> "LlamaConfig":
-    """The configuration; what it does not state comes from another file's JSON."""
+    """The configuration, with the ids that it lacks taken from another file's JSON."""
     ids = read_special_ids(raw)
     return replace(config, **{name: value for name, value in ids.items() if getattr(config, name) in (None, ())})
 
@@ -57,8 +57,8 @@ def with_missing_ids(config: "LlamaConfig", raw: Mapping[str, Any]) -> "LlamaCon
 def gguf_special_ids(metadata: Mapping[str, Any], vocab_size: int, path: Path) -> dict[str, Any]:
     """The fields of a LlamaConfig, from a GGUF file's metadata. Raises ConfigError."""
     bos, eos, pad = (_gguf_id(metadata, name) for name in ("bos", "eos", "padding"))
-    if pad is not None and not 0 <= pad < vocab_size:  # llama.cpp does without, too
-        message = f"{path}: padding_token_id is {pad} of {vocab_size} tokens; ignored"
+    if pad is not None and not 0 <= pad < vocab_size:  # llama.cpp ignores it too
+        message = f"{path}: padding_token_id is {pad}, but the vocabulary has {vocab_size} tokens; ignored"
         warnings.warn(message, LlamaMiniWarning, stacklevel=4)
         pad = None
     return {"bos_id": bos, "eos_ids": () if eos is None else (eos,), "pad_id": pad}

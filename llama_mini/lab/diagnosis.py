@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from llama_mini.checkpoint.families import OWN
 from llama_mini.checkpoint.gguf.model import shortest
-from llama_mini.checkpoint.io.files import inside, read_json
+from llama_mini.checkpoint.io.files import CONFIG, PARAMS, inside, read_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.match import empty_model
-from llama_mini.checkpoint.meta.params import PARAMS
-from llama_mini.checkpoint.open import CONFIG, open_checkpoint, resolve
+from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.errors import ConfigError, LlamaMiniWarning
 from llama_mini.lab.cost import as_tokens

@@ -167,7 +167,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path, message in [
         (tmp_path / "absent", "absent does not exist"),
-        (tmp_path / "file", "file is no checkpoint: it is empty"),
+        (tmp_path / "file", "file is not a checkpoint: it is empty"),
         (tmp_path, "it has no config.json, no params.json and no GGUF file"),
     ]:
         with pytest.raises(CheckpointError, match=message):

@@ -62,7 +62,7 @@ def test_a_safetensors_file_beside_its_config(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "of any name")
     expect_the_same(tmp_path / "of any name")
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointFormatError, match=r"holds weights alone; a config\.json .* belongs beside it"):
+    with pytest.raises(CheckpointFormatError, match=r"holds only weights; put the config\.json .* beside it"):
         open_checkpoint(tmp_path / "of any name")
 
 
@@ -91,7 +91,7 @@ def test_a_gguf_file_of_any_name_and_a_directory_that_holds_one(tmp_path: Path) 
         (b"PK\x03\x04" + b"\0" * 60, "it is a zip archive"),
         (b"\x80\x02}q\x00.", "it is a PyTorch pickle: convert it with"),
         (b"{}", "it is JSON text"),
-        (b"\x7fELF" + b"\0" * 60, "it is of a kind that the engine does not know"),
+        (b"\x7fELF" + b"\0" * 60, "it is of an unknown kind"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, what: str) -> None:

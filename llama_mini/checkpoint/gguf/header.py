@@ -1,7 +1,7 @@
 """The header of a GGUF file. Every count, length and offset in it is checked against the file's size before use.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` library's own reader maps the whole file
-into memory, takes two seconds, and trusts the counts that the header claims.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` library's reader maps the whole file
+into memory, takes two seconds, and trusts the counts in the header.
 """
 
 import math
@@ -22,7 +22,7 @@ _SCALARS = dict(enumerate(map(np.dtype, ("u1", "i1", "<u2", "<i2", "<u4", "<i4",
 _SCALARS |= {10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8")}
 _MAX_ARRAY_DEPTH = 4
 _MAX_DIMENSIONS = 4
-_USUAL_TYPES = {  # a part of `_ggml_types` that needs no import of `gguf`
+_USUAL_TYPES = {  # the common part of `_ggml_types`, which saves the import of `gguf`
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
     2: ("Q4_0", 32, 18),
@@ -47,7 +47,7 @@ class GGUFTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """All of a GGUF file but its tensors' data.
+    """Everything in a GGUF file except the tensors' data.
 
     `metadata` holds Python scalars and strings, NumPy arrays of numbers, and lists of strings or arrays.
     """
@@ -70,7 +70,7 @@ def read_header(path: Path) -> GGUFHeader:
 
 
 class _Bytes:
-    """The bytes of a file in order. The caller says what it reads, for the message where the file has less."""
+    """Reads a file from front to back. `what` names the part that is read, for the message if the file is too short."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.path = path
@@ -81,7 +81,7 @@ class _Bytes:
     def take(self, n: int, what: str) -> bytes:
         self.check(n, what)
         data = self._read(n)
-        if len(data) != n:  # the file shrank meanwhile
+        if len(data) != n:  # the file has shrunk meanwhile
             raise self.fault(f"the file ends inside {what}; download it again")
         self.position += n
         return data
@@ -95,7 +95,7 @@ class _Bytes:
         return int.from_bytes(self.take(width, what), "little")
 
     def count(self, min_bytes: int, what: str) -> int:
-        """A count of things that take at least `min_bytes` each: no more than the file can hold."""
+        """A count of items of at least `min_bytes` each. Refuses more than the file can hold."""
         n = self.number(8, f"the count of {what}")
         self.check(n * min_bytes, f"{n} {what}")
         return n
@@ -107,7 +107,7 @@ class _Bytes:
             raise self.fault(f"{what} is not UTF-8") from None
 
     def texts(self, n: int, what: str) -> list[str]:
-        """The next n strings. A vocabulary has a hundred thousand, so this loop does without calls of `text`."""
+        """The next n strings. A vocabulary has a hundred thousand, so this loop avoids calls of `text`."""
         strings, read, remaining = list[str](), self._read, self.size - self.position
         for _ in range(n):
             length = int.from_bytes(read(8), "little")
@@ -212,7 +212,7 @@ def _read_tensor_info(file: _Bytes, i: int, alignment: int) -> GGUFTensor:
         raise file.fault(f"{what} has {n_dimensions} dimensions; 1 to {_MAX_DIMENSIONS} are possible")
     shape = tuple(file.number(8, f"the shape of {what}") for _ in range(n_dimensions))[::-1]
     if 0 in shape:
-        raise file.fault(f"{what} has the shape {shape}, which holds nothing")
+        raise file.fault(f"{what} has the shape {shape}, which has no elements")
 
     number = file.number(4, f"the type of {what}")
     types = _USUAL_TYPES if number in _USUAL_TYPES else _ggml_types()
@@ -222,7 +222,7 @@ def _read_tensor_info(file: _Bytes, i: int, alignment: int) -> GGUFTensor:
         )
     kind, block, block_bytes = types[number]
     if shape[-1] % block:
-        raise file.fault(f"{what} has rows of {shape[-1]}, which {kind} blocks of {block} do not divide")
+        raise file.fault(f"{what} has rows of {shape[-1]}, which is not a multiple of {kind}'s block of {block}")
 
     offset = file.number(8, f"the offset of {what}")
     if offset % alignment:
@@ -231,7 +231,7 @@ def _read_tensor_info(file: _Bytes, i: int, alignment: int) -> GGUFTensor:
 
 
 def _check_layout(file: _Bytes, tensors: dict[str, GGUFTensor]) -> None:
-    """Refuses tensors that overlap or end behind the end of the file."""
+    """Refuses tensors that overlap or end beyond the end of the file."""
     end, before = 0, ""
     for info in sorted(tensors.values(), key=lambda info: info.offset):
         if info.offset < end:
@@ -246,7 +246,7 @@ def _check_layout(file: _Bytes, tensors: dict[str, GGUFTensor]) -> None:
 
 @cache
 def _ggml_types() -> dict[int, tuple[str, int, int]]:
-    """Number of a type -> its name, the elements in a block, the bytes of a block."""
+    """Number of a type -> its name, elements in a block, bytes in a block."""
     from gguf import GGML_QUANT_SIZES  # 100 ms
 
     return {kind.value: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}

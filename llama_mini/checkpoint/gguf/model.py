@@ -1,4 +1,4 @@
-"""The model in a GGUF file: its metadata as a LlamaConfig, its tensors as the model has them.
+"""The model in a GGUF file: its metadata as a LlamaConfig, its tensors in the model's layout.
 
 A setting in the metadata is honoured, ignored because it changes nothing, or refused by name.
 """
@@ -29,7 +29,7 @@ from llama_mini.errors import CheckpointFormatError, ConfigError
 from llama_mini.model.config import LlamaConfig
 from llama_mini.validate import check_choice, short_repr
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2")  # which are names of families too
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2")  # these are also names of families
 HEAD = "output.weight"
 SIZES = {  # metadata key, after `llama.` -> our name
     "embedding_length": "dim",
@@ -40,7 +40,7 @@ SIZES = {  # metadata key, after `llama.` -> our name
 }
 READ_KEYS = {*SIZES, "attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"}
 READ_KEYS |= {"attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", *ROPE_KEYS}
-FIXED_KEYS = {  # each is implemented with this value alone
+FIXED_KEYS = {  # only this value is implemented
     "attention.causal": True,
     "attention.clamp_kqv": 0,
     "attention.max_alibi_bias": 0,
@@ -52,11 +52,11 @@ FIXED_KEYS = {  # each is implemented with this value alone
     "pooling_type": 0,
     "use_parallel_residual": False,
 }
-IGNORED_KEYS = {"tensor_data_layout"}  # names the layout of the file that this one was made from
+IGNORED_KEYS = {"tensor_data_layout"}  # names the layout of the file that this one was converted from
 
 
 def open_gguf(path: Path) -> Source:
-    """Raises CheckpointError, ConfigError."""
+    """Opens a GGUF file. Raises CheckpointError, ConfigError."""
     header = read_header(path)
     config = gguf_config(header)
     matrix_types = {tensor.type for tensor in header.tensors.values() if len(tensor.shape) > 1}
@@ -105,7 +105,7 @@ def gguf_config(header: GGUFHeader) -> LlamaConfig:
     """The configuration that the metadata describe.
 
     Raises:
-        CheckpointFormatError: the file is a part of a model, or none.
+        CheckpointFormatError: the file is not a whole model.
         ConfigError: names a setting that is absent, impossible or not implemented, or an unknown architecture.
     """
     try:
@@ -115,7 +115,7 @@ def gguf_config(header: GGUFHeader) -> LlamaConfig:
 
 
 def _interleaved_heads(header: GGUFHeader, name: str, config: LlamaConfig) -> int | None:
-    """The heads of a tensor whose rotary pairs lie side by side: q and k of the architecture `llama` alone."""
+    """The number of heads of q or k if their rotary pairs lie side by side, as in architecture `llama`; else None."""
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
     is_llama = header.metadata["general.architecture"] == "llama"
     return heads.get(name.split(".")[-2]) if is_llama and "." in name else None
@@ -159,7 +159,7 @@ def _config(metadata: "_Metadata", header: GGUFHeader) -> LlamaConfig:
 
 
 class _Metadata:
-    """The metadata, asked for one key at a time."""
+    """The metadata, read one key at a time."""
 
     def __init__(self, header: GGUFHeader) -> None:
         self.path = header.path
@@ -169,7 +169,7 @@ class _Metadata:
     def check_kind(self) -> None:
         """Refuses an unknown architecture, a part of a model, and settings that are not implemented."""
         check_choice("general.architecture", self.architecture, ARCHITECTURES, ConfigError)
-        merge = "merge the parts first, with llama.cpp's llama-gguf-split --merge"  # which leaves a split.count of 0
+        merge = "merge the parts first, with llama.cpp's llama-gguf-split --merge"  # its result has split.count 0
         model = "give the file of the model itself"
         for key, known, do in (("general.type", ("model",), model), ("split.count", (1, 0), merge)):
             value = self.values.get(key, known[0])
@@ -193,7 +193,7 @@ class _Metadata:
             raise ConfigError(f"{self.architecture}.{name} is missing from the metadata")
         if isinstance(value, np.ndarray | list):
             raise ConfigError(
-                f"{self.architecture}.{name} holds a value for each layer; one for all layers is implemented"
+                f"{self.architecture}.{name} holds a value for each layer; only one value for all layers is implemented"
             )
         return value
 

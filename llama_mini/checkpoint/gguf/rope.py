@@ -1,4 +1,4 @@
-"""Rotary scaling in a GGUF file: `rope.scaling.*` in the metadata, or for LLaMA 3.1 a tensor of divisors."""
+"""Rotary scaling in a GGUF file: `rope.scaling.*` in the metadata or, for LLaMA 3.1, a tensor of divisors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,19 +22,19 @@ from llama_mini.validate import check_choice, short_repr
 DIVISORS = "rope_freqs.weight"
 _SCALING = ("type", "factor", "original_context_length", "attn_factor", "finetuned", "yarn_beta_fast", "yarn_beta_slow")
 ROPE_KEYS = {*(f"rope.scaling.{name}" for name in _SCALING), "rope.scale_linear"}
-_LLAMA_3 = [  # what Meta published: LLaMA 3.1 and 3.3, LLaMA 3.2
+_LLAMA_3 = [  # as Meta published them: factor 8 for LLaMA 3.1 and 3.3, factor 32 for LLaMA 3.2
     Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
     for factor in (8.0, 32.0)
 ]
 
 
 def gguf_scaling(get: Callable[..., Any], header: GGUFHeader, max_seq_len: Any, theta: Any) -> RopeScaling | None:
-    """The scaling of a file; `get(key, default)` asks its metadata. Raises ConfigError, CheckpointFormatError."""
+    """The file's scaling; `get(key, default)` reads its metadata. Raises ConfigError, CheckpointFormatError."""
     divisors = _divisors(header, theta)
     kind = get("rope.scaling.type", None)
     factor = get("rope.scaling.factor", None)
     older = get("rope.scale_linear", None)
-    if kind is None and (factor or older) not in (None, 0.0, 1.0):  # llama.cpp takes a bare factor as linear
+    if kind is None and (factor or older) not in (None, 0.0, 1.0):  # llama.cpp takes a factor without a type as linear
         kind, factor = "linear", factor or older
     if kind is not None:
         check_choice("rope.scaling.type", kind, ("none", "linear", "yarn"), ConfigError)
@@ -45,7 +45,7 @@ def gguf_scaling(get: Callable[..., Any], header: GGUFHeader, max_seq_len: Any, 
     if kind in (None, "none") or factor in (None, 0.0, 1.0):
         return divisors
     if divisors is not None:
-        raise ConfigError(f"rope.scaling.type is {kind}, and {DIVISORS} scales the frequencies too; one is implemented")
+        raise ConfigError(f"rope.scaling.type is {kind}, and {DIVISORS} scales the frequencies too; only one may")
     if kind == "linear":
         return LinearScaling(factor=factor)
     return YarnScaling(
@@ -57,12 +57,12 @@ def gguf_scaling(get: Callable[..., Any], header: GGUFHeader, max_seq_len: Any, 
 
 
 def _divisors(header: GGUFHeader, theta: Any) -> RopeScaling | None:
-    """`rope_freqs.weight`: the divisors of the frequencies, as LLaMA 3.1's rule where they follow it."""
+    """`rope_freqs.weight`, the divisors of the frequencies, as a scaling: LLaMA 3.1's rule if they follow it."""
     tensor = header.tensors.get(DIVISORS)
     if tensor is None:
         return None
     if len(tensor.shape) != 1 or tensor.shape[0] > 4096:
-        raise CheckpointFormatError(f"{header.path}: {DIVISORS} has the shape {tensor.shape}, which is not half a head")
+        raise CheckpointFormatError(f"{header.path}: {DIVISORS} has the shape {tensor.shape}, not half of head_dim")
     with header.path.open("rb") as file:
         divisors = read_tensor(file, tensor)
     if isinstance(theta, float | int) and theta > 0:

@@ -12,10 +12,10 @@ from llama_mini.checkpoint.gguf.header import GGUFTensor
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.validate import short_repr
 
-_CHUNK = 1 << 20  # elements that are in memory as float32 at once, beside the tensor that is made
+_CHUNK = 1 << 20  # elements that are in memory as float32 at once, besides the tensor that they go to
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SCALE_BYTES = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}  # of float16, before the codes of a block of 32 columns
+_SCALE_BYTES = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}  # bytes of float16 before the codes in a block of 32 columns
 
 
 class QuantizedWeights(NamedTuple):
@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
     number_format: str
 
     def codes(self) -> QuantizedWeights:
-        n_codes = 32 if self.number_format == "Q8_0" else 16  # bytes in a block; the others are float16
+        n_codes = 32 if self.number_format == "Q8_0" else 16  # bytes of codes in a block; the others are float16
         n_bytes = _SCALE_BYTES[self.number_format] + n_codes
         blocks = self.rows.view(len(self.rows), -1, n_bytes)
         floats = blocks[..., :-n_codes].contiguous().view(torch.float16)
@@ -64,22 +64,22 @@ def read_rows(file: BinaryIO, tensor: GGUFTensor, dtype: torch.dtype, at_once: i
     """A tensor as floats, (rows, columns), `at_once` rows at a time, with the index of the first.
 
     Raises:
-        CheckpointFormatError: the type is one that cannot be turned into numbers, or the data end early.
+        CheckpointFormatError: the type cannot be dequantized, or the data end early.
     """
     if tensor.type in FLOATS:
         yield from (
             (first, rows.view(FLOATS[tensor.type]).to(dtype)) for first, rows in _stored_rows(file, tensor, at_once)
         )
         return
-    from gguf import GGMLQuantizationType, quants  # 100 ms, which the formats above do without
+    from gguf import GGMLQuantizationType, quants  # 100 ms, which the formats above do not need
 
     for first, rows in _stored_rows(file, tensor, at_once):
         try:
             wide = quants.dequantize(rows.numpy(), GGMLQuantizationType[tensor.type])
         except NotImplementedError:
             raise CheckpointFormatError(
-                f"{file.name}: tensor {short_repr(tensor.name)} is {tensor.type}, which cannot be turned into numbers "
-                "here; use a file with another quantisation"
+                f"{file.name}: tensor {short_repr(tensor.name)} is {tensor.type}, which cannot be dequantized; "
+                "use a file with another quantization"
             ) from None
         yield first, torch.from_numpy(np.require(wide, requirements=["C", "W"])).to(dtype)
 

@@ -1,4 +1,4 @@
-"""config.json <-> LlamaConfig. A key is read, refused by name, or known to change nothing; any other is a warning."""
+"""config.json <-> LlamaConfig. Each key is read, refused by name, ignored, or unknown, which is a warning."""
 
 import re
 import warnings
@@ -28,7 +28,7 @@ SIZES = {  # Hugging Face's name -> ours
     "max_position_embeddings": "max_seq_len",
 }
 REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-FIXED_KEYS: dict[str, Any] = {  # each is implemented with this value alone, unless the family reads it
+FIXED_KEYS: dict[str, Any] = {  # only this value is implemented, unless the family reads the key
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -47,7 +47,7 @@ FIXED_KEYS: dict[str, Any] = {  # each is implemented with this value alone, unl
     "logits_scaling": 1.0,
 }
 REFUSED_KEYS = {
-    "quantization_config": "quantised checkpoints of this kind are not read; known are the block types of GGUF files",
+    "quantization_config": "of quantized checkpoints, only GGUF files are read",
     "auto_map": "code that comes with a checkpoint is never run",
 }
 READ_KEYS = {"model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
@@ -109,9 +109,10 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
 
 
 def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dict[str, Any]:
-    """config.json in the spelling that transformers v4 and v5 both read.
+    """A config.json that transformers v4 and v5 both read.
 
-    It is that of the first family with all the settings, `model_type` before the others; else this project's own.
+    Its family is the first that has all the settings, and `model_type` is tried first. Without one, it is this
+    project's own format.
     """
     preferred = [FAMILIES[model_type]] if model_type in FAMILIES else []
     for family in [*preferred, *FAMILIES.values()]:
@@ -186,14 +187,14 @@ def _window(raw: Mapping[str, Any], settings: Mapping[str, Any], family: Family)
         sliding = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
         if sliding != layers and (family.window != "listed" or window is None):
             raise ConfigError(
-                f"layer_types has {len(sliding)} layers of {SLIDING}, but by the other keys {len(layers)} have a window"
+                f"layer_types has {len(sliding)} layers of {SLIDING}, but the other keys give a window to {len(layers)}"
             )
         layers = sliding
     return (window, layers) if layers else (None, None)
 
 
 def _family_settings(config: LlamaConfig, family: Family) -> dict[str, Any] | None:
-    """The keys of this family's config.json beside sizes and ids; None if the family has no such configuration."""
+    """The other keys of the family's config.json, without sizes and ids; None if the family cannot express `config`."""
     biases = (config.qkv_bias, config.o_bias, config.mlp_bias)
     possible = {
         "attention": [(False, False, False), (True, True, False)],
@@ -226,12 +227,13 @@ def _family_settings(config: LlamaConfig, family: Family) -> dict[str, Any] | No
 
 def _translate_keys(message: str) -> str:
     """A message about the fields of LlamaConfig -> one about the keys of config.json."""
-    theirs = {ours: key for key, ours in SIZES.items()} | {"norm_eps": "rms_norm_eps"}
-    theirs |= {"original_max_seq_len": "original_max_position_embeddings"}
-    return re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), message)
+    keys = {ours: key for key, ours in SIZES.items()} | {"norm_eps": "rms_norm_eps"}
+    keys |= {"original_max_seq_len": "original_max_position_embeddings"}
+    return re.sub(r"\w+", lambda word: keys.get(word[0], word[0]), message)
 
 
 def _from_own(raw: Mapping[str, Any]) -> LlamaConfig:
+    """Reads the config.json of this project's own format."""
     values = {key: value for key, value in raw.items() if key not in ("model_type", "dtype")}
     known = {f.name for f in fields(LlamaConfig)}
     if unknown := set(values) - known:

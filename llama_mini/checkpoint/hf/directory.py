@@ -21,21 +21,21 @@ from llama_mini.machine import DTYPES
 from llama_mini.validate import join_names
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-CONVERT = "python scripts/convert.py {source} NEW_DIRECTORY"
+CONVERT = "llama-mini convert {source} NEW_DIRECTORY"
 
 
 def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
-    """Opens a directory, or of its weights just `file`. Raises CheckpointError, ConfigError."""
+    """Opens a directory; with `file`, only that weights file. Raises CheckpointError, ConfigError."""
     config, raw = read_config(directory)
-    files, promised = ([file], set[str]()) if file is not None else _files(directory)
+    files, indexed = ([file], set[str]()) if file is not None else _files(directory)
     tensors = read_headers(files)
-    if absent := sorted(promised - set(tensors)):
+    if absent := sorted(indexed - set(tensors)):
         raise CheckpointIncompleteError(f"{directory / INDEX} names tensors that no shard holds: {join_names(absent)}")
     dtypes = [weight_dtype(tensor) for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)]
 
     def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
-        wanted = (tensors[name] for name in names)
-        for tensor, first, rows in read_rows(wanted, None if whole else rows_per_chunk, destination):
+        selected = (tensors[name] for name in names)
+        for tensor, first, rows in read_rows(selected, None if whole else rows_per_chunk, destination):
             yield tensor.name, first, rows
             del rows  # before the next ones are read
 
@@ -52,11 +52,11 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
 
 
 def common_dtype(dtypes: Collection[torch.dtype], stated: object) -> torch.dtype:
-    """The one dtype a model gets: that of its tensors; where they differ, the config's, else the widest of them."""
-    different = set(dtypes)
-    if len(different) > 1 and isinstance(stated, str) and stated in DTYPES:
+    """The model's dtype: that of its tensors. If they differ, the config's, or else one that holds all of them."""
+    distinct = set(dtypes)
+    if len(distinct) > 1 and isinstance(stated, str) and stated in DTYPES:
         return DTYPES[stated]
-    return functools.reduce(torch.promote_types, different) if different else torch.float32
+    return functools.reduce(torch.promote_types, distinct) if distinct else torch.float32
 
 
 def keys_of(model_type: str, names: Mapping[str, object]) -> KeyTable:
@@ -68,11 +68,11 @@ def keys_of(model_type: str, names: Mapping[str, object]) -> KeyTable:
 
 
 def _files(directory: Path) -> tuple[list[Path], set[str]]:
-    """The files to read, and the tensor names that the index promises."""
+    """The files to read, and the tensor names that the index lists."""
     single, index = inside(directory, SINGLE), inside(directory, INDEX)
     if single.exists():  # wins over an index, as in transformers
         if index.exists():
-            message = f"{directory} has both {SINGLE} and {INDEX}: the former is read, the shards are not"
+            message = f"{directory} has both {SINGLE} and {INDEX}: only the former is read, not the shards"
             warnings.warn(message, LlamaMiniWarning, stacklevel=4)
         return [single], set()
     if index.exists():
@@ -82,7 +82,7 @@ def _files(directory: Path) -> tuple[list[Path], set[str]]:
     if weights := [name for name in names if not name.startswith("adapter_")]:
         return complete_shards(directory, weights), set()
     if names:
-        raise CheckpointFormatError(f"{directory} holds an adapter alone, {names[0]}; merge it into its model first")
+        raise CheckpointFormatError(f"{directory} holds only an adapter, {names[0]}; merge it into its model first")
     if pickles := [name for name in PICKLES if (directory / name).is_file()]:
         raise CheckpointFormatError(
             f"{directory} holds its weights as a pickle, {pickles[0]}, which can run code when it is opened; "

@@ -1,8 +1,8 @@
 """A checkpoint from the Hugging Face hub: only the files that are needed, in the hub library's own cache.
 
 The library downloads, resumes, caches, draws progress bars and honours HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and
-HF_TOKEN. Here: which files, whether the cache has them all, and a sentence for each error. The library is slow to
-import, so that happens late.
+HF_TOKEN. This file chooses the files, checks whether the cache has all of them, and turns each error into a sentence.
+The library is slow to import, so it is imported late.
 """
 
 import errno
@@ -12,22 +12,20 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from llama_mini.checkpoint.io.files import INDEX, SINGLE, read_weight_map
+from llama_mini.checkpoint.io.files import CONFIG, INDEX, PARAMS, SINGLE, VOCABULARIES, read_weight_map
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, CheckpointPathError
-from llama_mini.validate import short_repr
+from llama_mini.validate import join_names, short_repr
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model")
-CONFIG, PARAMS = "config.json", "params.json"  # Hugging Face's and Meta's: the second only where there is no first
 SMALL = [CONFIG, "generation_config.json", *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json"]
 SMALL += ["added_tokens.json", "chat_template.jinja"]
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# What git allows as a name of a branch or tag, as far as it is ASCII; no part of it begins with a dot.
+# A branch or tag name that git allows, in ASCII only. No part of it begins with a dot.
 REVISION = re.compile(r"(?![/-])(?!.*(//|/\.|\.\.|@\{))(?!\.)[^\x00-\x20~^:?*\[\\\x7f-\U0010ffff]{1,200}(?<![/.])")
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether `text` is `org/name` or `org/name@revision` by the hub's rules; nothing is asked or opened."""
+    """Whether `text` is `org/name` or `org/name@revision` by the hub's rules. Uses neither network nor disk."""
     repo, at, revision = text.partition("@")
     if repo.count("/") != 1 or (at and not REVISION.fullmatch(revision)):
         return False
@@ -42,25 +40,24 @@ def is_hub_name(text: str) -> bool:
 
 
 def fetch_from_hub(name: str, tokenizer_only: bool = False) -> Path:
-    """The snapshot's directory in the cache, or its file where a repository holds its weights as one GGUF file.
+    """Downloads what the cache lacks. Returns the snapshot's directory, or its file if the weights are one GGUF file.
 
-    What the cache lacks is downloaded. Without a network a complete cache is enough; the hub is not asked about a full
-    commit hash that the cache has.
+    A complete cache needs no network. For a full commit hash that the cache has, the hub is not even asked.
 
     Raises:
-        CheckpointPathError: not a hub's name, no such repository or revision, no access, no network, no space.
+        CheckpointPathError: not a hub name, no such repository or revision, no access, no network, no space.
         CheckpointIncompleteError: the repository lacks a file that it needs.
         CheckpointFormatError: its index is broken, or its weights are in a format that the engine does not read.
     """
     if not is_hub_name(name):
-        raise CheckpointPathError(f"{short_repr(name)} is no name on the hub; those are org/name or org/name@revision")
+        raise CheckpointPathError(f"{short_repr(name)} is not a hub name; give org/name or org/name@revision")
     repo, _, revision = name.partition("@")
     revision = revision or "main"
-    cached, lacks = None, ""
+    cached, cache_state = None, ""
     try:
         cached = _cached(repo, revision, tokenizer_only)
     except CheckpointError as error:
-        lacks = str(error)
+        cache_state = str(error)
     if cached is not None and COMMIT.fullmatch(revision):
         return cached
     try:
@@ -70,7 +67,7 @@ def fetch_from_hub(name: str, tokenizer_only: bool = False) -> Path:
     except Exception as error:  # the library's, its HTTP client's, the file system's: they share no class
         if cached is not None:
             return cached
-        raise CheckpointPathError(_sentence(error, repo, revision, lacks)) from None
+        raise CheckpointPathError(_sentence(error, repo, revision, cache_state)) from None
 
 
 def _cached(repo: str, revision: str, tokenizer_only: bool) -> Path:
@@ -89,7 +86,7 @@ def _cached(repo: str, revision: str, tokenizer_only: bool) -> Path:
 def _download(repo: str, revision: str, tokenizer_only: bool, cached: Path | None) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    # The library's own calls wait for a silent server for ever; this one goes first and does not.
+    # The library's other calls wait forever for a silent server. This one comes first and has a timeout.
     info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     if cached is not None and info.sha in cached.parts:
         return cached
@@ -101,14 +98,14 @@ def _download(repo: str, revision: str, tokenizer_only: bool, cached: Path | Non
 
 
 def _collect(where: str, names: Collection[str], tokenizer_only: bool, fetch: Callable[..., Path]) -> Path:
-    """Of `names` fetches what is needed. Raises CheckpointError that says what `where` lacks."""
+    """Fetches the needed files of `names`. Raises CheckpointError that says what `where` lacks."""
     needed = _needed(where, names, tokenizer_only)
     folder = fetch(needed)
     if INDEX in needed:
         shards = _shards(folder / INDEX)
         if absent := [name for name in shards if name not in names]:
             raise CheckpointIncompleteError(
-                f"{where} lacks {len(absent)} of the {len(shards)} shards that its {INDEX} names: {_some(absent)}"
+                f"{where} lacks {len(absent)} of the {len(shards)} shards that its {INDEX} names: {_quoted(absent)}"
             )
         fetch(shards, folder.name)  # of the same commit, even if the branch has moved
     gguf = needed[-1]
@@ -123,7 +120,7 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
     if tokenizer_only and top.intersection(VOCABULARIES):
         return small
     weights = sorted(n for n in top if n.endswith(".safetensors") and n.startswith("consolidated") == is_meta)
-    if not is_meta:  # one file before an index, as the reader and transformers have it
+    if not is_meta:  # one file wins over an index, as in hf/directory.py and in transformers
         weights = next(([name] for name in (SINGLE, INDEX) if name in top), weights)
     if weights and not tokenizer_only:
         if not top.intersection((CONFIG, PARAMS)):
@@ -135,61 +132,59 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
     if ggufs:
         raise CheckpointPathError(
             f"{where} holds {len(ggufs)} GGUF files: download one with `hf download {where} FILE` and give the path "
-            f"that it prints; they are {_some(ggufs)}"
+            f"that it prints; they are {_quoted(ggufs)}"
         )
     if tokenizer_only:
         raise CheckpointIncompleteError(f"{where} holds no tokenizer: neither {' nor '.join(VOCABULARIES)}")
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         raise CheckpointFormatError(
-            f"{where} holds its weights as pickles ({_some(pickles)}), which can run code, so the engine reads none: "
-            f"run `hf download {where} --local-dir SRC`, then `python scripts/convert.py SRC DST`"
+            f"{where} holds its weights as pickles ({_quoted(pickles)}), which can run code, so the engine reads none: "
+            f"run `hf download {where} --local-dir SRC`, then `llama-mini convert SRC DST`"
         )
     raise CheckpointIncompleteError(f"{where} holds no weights: neither {INDEX} nor {SINGLE} nor a GGUF file")
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names. They may be hostile: only files of the same folder are taken."""
+    """The files that an index names. An index may be hostile: only files of the same folder are allowed."""
     shards = sorted(set(read_weight_map(index).values()))
     if outside := [name for name in shards if "/" in name or "\\" in name or not name.endswith(".safetensors")]:
         raise CheckpointPathError(
-            f"{index} names {_some(outside)}; only safetensors files of the same folder are taken, so nothing was read"
+            f"{index} names {_quoted(outside)}; only safetensors files of the same folder are read, so none was"
         )
     return shards
 
 
-def _sentence(error: BaseException, repo: str, revision: str, lacks: str) -> str:
-    """What went wrong, and what to do about it."""
+def _sentence(error: BaseException, repo: str, revision: str, cache_state: str) -> str:
+    """What went wrong, and what to do about it. `cache_state` says what the cache lacks."""
     from huggingface_hub import constants, errors
 
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # the library looked into its cache after this had gone wrong
+        error = error.__cause__  # the library tried its cache after the download had failed with this
     cache, log_in = constants.HF_HUB_CACHE, "log in with `hf auth login`"
     what = short_repr(f"{type(error).__name__}: {error}".splitlines()[0])
     match error:
         case errors.GatedRepoError():
             return f"{repo} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then {log_in} or set HF_TOKEN"
         case errors.RepositoryNotFoundError():
-            hub = f"the hub has no repository {repo}, or a private one"
-            return f"{hub}, and no such path is here: check the name, or {log_in}"
+            hub = f"the hub has no repository {repo}, or it is private"
+            return f"{hub}, and there is no such path here: check the name, or {log_in}"
         case errors.RevisionNotFoundError():
             return f"{repo} has no revision {revision!r}: name one of its branches, tags or commits after the @"
         case errors.OfflineModeIsEnabled():
             variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
             hub = f"there is no path {repo} here, it cannot be downloaded from the hub while {variable} is set"
-            return f"{hub}, and {lacks}: unset that, or fetch it beforehand"
+            return f"{hub}, and {cache_state}: unset {variable}, or download the model first"
         case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
             return f"the hub refuses {repo} (HTTP {response.status_code}): {log_in}, or correct HF_TOKEN"
         case errors.HfHubHTTPError(response=response):
-            return f"the hub could not serve {repo} (HTTP {response.status_code}), and {lacks}: try again later"
+            return f"the hub could not serve {repo} (HTTP {response.status_code}), and {cache_state}: try again later"
         case OSError(errno=errno.ENOSPC):
-            return f"the disk is full before {repo} is whole: free space for {cache}, or let HF_HOME name another disk"
+            return f"the disk is full and {repo} incomplete: free space for {cache}, or set HF_HOME to another disk"
         case OSError(strerror=str(reason)):
-            return f"{repo} cannot be stored in {cache}: {reason}; let HF_HOME name another folder"
+            return f"{repo} cannot be stored in {cache}: {reason}; set HF_HOME to another folder"
     hub = f"{repo} cannot be fetched from {constants.ENDPOINT} ({what})"
-    return f"{hub}, and {lacks}: check the network and HF_ENDPOINT"
+    return f"{hub}, and {cache_state}: check the network and HF_ENDPOINT"
 
 
-def _some(names: Collection[str]) -> str:
-    """The first few names, for a message."""
-    few = ", ".join(short_repr(name) for name in list(names)[:4])
-    return few if len(names) <= 4 else f"{few} and {len(names) - 4} more"
+def _quoted(names: Iterable[str]) -> str:
+    return join_names(map(repr, names))  # a foreign name may hold line breaks

@@ -13,7 +13,7 @@ _CONTEXT = "original_max_position_embeddings"
 
 
 def read_rope(raw: Mapping[str, Any], max_seq_len: Any) -> tuple[Any, RopeScaling | None]:
-    """The base and the scaling. Raises ConfigError that names the key, its value, and what is known."""
+    """The base and the scaling. Raises ConfigError that names the key, its value and what is known."""
     keys = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None] or ["rope_scaling"]
     settings = [_read(raw, key, max_seq_len) for key in keys]
     if settings[0] != settings[-1]:
@@ -28,7 +28,7 @@ def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, Rope
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{key} must be an object or null, not {short_repr(settings)}")
     rest = dict(settings)
-    rest.pop("finetuned", None)  # tells whether a model was trained with it, which changes no number
+    rest.pop("finetuned", None)  # whether the model was trained with the scaling, which changes no number
     bases = [base for base in (rest.pop("rope_theta", None), raw.get("rope_theta")) if base is not None]
     if len(bases) == 2 and bases[0] != bases[1]:
         raise ConfigError(f"rope_theta is {short_repr(bases[1])}, but {key} says {short_repr(bases[0])}")
@@ -44,7 +44,7 @@ def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, Rope
         raise ConfigError(f"{key}: partial_rotary_factor is {short_repr(partial)}; only 1 is implemented")
     context = rest.pop(_CONTEXT, None)
     if raw.get(_CONTEXT) is not None:
-        context = raw[_CONTEXT]  # the outer one wins over that in the rope settings, as in transformers
+        context = raw[_CONTEXT]  # the top-level key wins over the rope settings, as in transformers
     if kind == "dynamic" and context not in (None, max_seq_len):
         raise ConfigError(f"{key}: {_CONTEXT} is {short_repr(context)}, but dynamic scaling starts from {max_seq_len}")
     if kind in ("llama3", "yarn"):
@@ -62,7 +62,7 @@ def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, Rope
 
 
 def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """Both in the spelling of transformers v4, which v5 reads too; None where neither knows the scaling."""
+    """The keys of transformers v4, which v5 reads too; None for a scaling that neither has."""
     if isinstance(scaling, FactorScaling):
         return None
     data = scaling and {_CONTEXT if k == "original_max_seq_len" else k: v for k, v in scaling.to_dict().items()}
@@ -70,7 +70,7 @@ def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any] | No
 
 
 def _resolve_yarn(key: str, rest: dict[Any, Any], max_seq_len: Any) -> None:
-    """Computes what transformers infers: an absent factor, and the attention factor that `mscale` stands for."""
+    """Computes what transformers infers: an absent factor, and the attention factor from both `mscale` values."""
     for name in [name for name in ("factor", "attention_factor", "beta_fast", "beta_slow") if rest.get(name) is None]:
         rest.pop(name, None)
     context = rest["original_max_seq_len"]

@@ -1,7 +1,7 @@
-"""Reading safetensors by rows, straight into the memory where they stay, and writing them one tensor at a time.
+"""Reads safetensors in chunks of rows, straight into their final memory, and writes them one tensor at a time.
 
-The library does neither: it allocates each tensor that it reads, so that a model would be in memory twice while it
-loads, and to save it wants all tensors in memory at once. Two threads read as fast as the page cache gives.
+The library does neither. It allocates each tensor that it reads, so a model would be in memory twice while it loads.
+To save, it needs all tensors in memory at once. Two threads read as fast as the page cache delivers.
 """
 
 import json
@@ -27,7 +27,7 @@ from llama_mini.checkpoint.hf.safetensors_header import (
 from llama_mini.checkpoint.source import Destination, no_destination
 from llama_mini.errors import CheckpointPathError
 
-_AHEAD = 2  # chunks of rows that are read while the caller uses the one before; of whole tensors one
+_AHEAD = 2  # chunks of rows that are read while the caller uses the one before; only one if they are whole tensors
 Item = TypeVar("Item")
 _NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
 
@@ -37,18 +37,18 @@ def read_rows(
     rows_per_chunk: Callable[[int], int] | None = None,
     destination: Destination = no_destination,
 ) -> Iterator[tuple[SafetensorsTensor, int, Tensor]]:
-    """The weights that `read_header` found, each once, file after file in the order of the data.
+    """Yields (tensor, first row, rows): each tensor once, file by file, in the order of the data.
 
-    rows_per_chunk: how many rows of a matrix of so many columns come at once; None gives whole tensors.
-    destination: rows are read into the memory that it gives where that has the file's dtype and is contiguous.
+    rows_per_chunk: columns of a matrix -> rows to read at once; None reads whole tensors.
+    destination: rows are read into the memory that it returns, if that is contiguous and has the file's dtype.
 
-    Raises CheckpointFormatError if a file is not what it was when its header was read, or holds other than weights.
+    Raises CheckpointFormatError if a file changed since its header was read, or a tensor is not of a weight dtype.
     """
     by_file: dict[Path, list[SafetensorsTensor]] = {}
     for tensor in tensors:
         by_file.setdefault(tensor.file, []).append(tensor)
-    for path, wanted in by_file.items():
-        dtypes = {tensor: weight_dtype(tensor) for tensor in sorted(wanted, key=position)}
+    for path, in_file in by_file.items():
+        dtypes = {tensor: weight_dtype(tensor) for tensor in sorted(in_file, key=position)}
         ahead = 1 if rows_per_chunk is None else _AHEAD
         try:
             with ThreadPoolExecutor(ahead) as pool:
@@ -69,7 +69,7 @@ def _chunks(
     rows_per_chunk: Callable[[int], int] | None,
     destination: Destination,
 ) -> Iterator[tuple[SafetensorsTensor, int, Tensor, int]]:
-    """Tensor, index of the first row, memory for the rows, and the byte of the file where they begin."""
+    """Yields tensor, index of the first row, memory for the rows, and the byte of the file where they begin."""
     for tensor, dtype in dtypes.items():
         shape, begin = tensor.shape, tensor.begin
         n_rows = shape[0] if shape else 1
@@ -85,7 +85,7 @@ def _chunks(
 
 
 def _look_ahead(items: Iterator[Item], n: int) -> Iterator[Item]:
-    """The same items, each after the next n have been made: they are read meanwhile."""
+    """The same items, each yielded after the next n were made: those are read meanwhile."""
     pending = deque[Item]()
     for item in items:
         pending.append(item)
@@ -97,9 +97,9 @@ def _look_ahead(items: Iterator[Item], n: int) -> Iterator[Item]:
 
 
 def _fill(path: Path, rows: Tensor, begin: int) -> None:
-    """Reads rows that begin at a byte of the file. Raises OSError where it ends."""
+    """Fills `rows` from byte `begin` of the file. Raises OSError if the file ends before that."""
     memory = rows.view(-1).view(torch.uint8).numpy().data
-    # Not mapped into memory: a file that is cut later would kill the process, and an edit change weights.
+    # No memory map: if the file were cut later, the process would be killed; if edited, the weights would change.
     with path.open("rb", 0) as file:
         file.seek(begin)
         while memory:
@@ -114,13 +114,13 @@ def write_file(
     tensors: Iterator[Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes the header, then one tensor at a time, so that memory holds no more than one; `tensors` in their order.
+    """Writes the header, then `tensors` in the order of `entries`, with only one in memory at a time.
 
-    Write within `new_directory`: what is left after a fault is half a file.
+    Call it within `new_directory`: an error leaves half a file.
 
     Raises:
-        CheckpointPathError: the disk does not take it.
-        ValueError: `tensors` are not those of `entries`.
+        CheckpointPathError: the file cannot be written.
+        ValueError: `tensors` do not match `entries`.
     """
     entries = list(entries)
     header = _header_bytes(entries, metadata)
@@ -141,7 +141,7 @@ def write_file(
                 raise ValueError(f"there are more tensors than the {len(entries)} that were announced")
     except OSError as error:
         raise CheckpointPathError(
-            f"cannot write {path}: {error.strerror}; make room for {n_bytes} bytes or name another place"
+            f"cannot write {path}: {error.strerror}; make room for {n_bytes} bytes or give another path"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""The header of a safetensors file. The `safetensors` library checks it; where each tensor lies is read here.
+"""The header of a safetensors file. The `safetensors` library checks it, then this file reads where each tensor lies.
 
-The library does not tell at which byte a tensor begins, which reading some rows of it needs, and of two tensors with
-one name it silently keeps the last.
+To read some rows of a tensor, one needs the byte where it begins, and the library does not tell it. Of two tensors with
+one name, the library silently keeps the last; here they are an error.
 """
 
 import json
@@ -25,7 +25,7 @@ Stamp = tuple[int, ...]
 class SafetensorsTensor(NamedTuple):
     """One tensor of a file: `dtype` as the file names it ("BF16"), `begin` and `end` in bytes from the file's start.
 
-    `stamp` is that of the file when its header was read.
+    `stamp` is the file's `stamp_of` when the header was read.
     """
 
     name: str
@@ -38,11 +38,11 @@ class SafetensorsTensor(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, SafetensorsTensor]:
-    """Every tensor by name, in the order of the data, which is checked against the file's size but not read.
+    """Every tensor by name, in the order of the data. The data are not read, but checked to fill the file exactly.
 
     Raises:
         CheckpointPathError: there is no such file, or it cannot be read.
-        CheckpointFormatError: the file is no safetensors file or is broken; names the file and the fault.
+        CheckpointFormatError: the file is not a safetensors file or is broken; names the file and the fault.
     """
     with open_file(path) as file:
         stamp = stamp_of(os.fstat(file.fileno()))
@@ -50,9 +50,8 @@ def read_header(path: Path) -> dict[str, SafetensorsTensor]:
         if kind not in (FileKind.SAFETENSORS, FileKind.OTHER):
             raise CheckpointFormatError(f"{path} is not a safetensors file but {describe(kind)}")
         try:
-            with safe_open(
-                path, framework="pt", backend="pread"
-            ):  # allocates what the file has, maps and reads no data
+            # Reads no data, maps nothing, and allocates no more than the file's size.
+            with safe_open(path, framework="pt", backend="pread"):
                 pass
         except SafetensorError as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
@@ -75,22 +74,22 @@ def position(tensor: SafetensorsTensor) -> tuple[int, int]:
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """Differs once a file has been written to or replaced."""
+    """Changes when the file is written to or replaced."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def weight_dtype(tensor: SafetensorsTensor) -> torch.dtype:
-    """The dtype that it is read in. Raises CheckpointFormatError for one that weights do not have, by name."""
+    """The torch dtype. Raises CheckpointFormatError, which names the tensor, for a dtype that weights cannot have."""
     if tensor.dtype in WEIGHTS:
         return WEIGHTS[tensor.dtype]
     if tensor.dtype.startswith("F"):
-        what = f"is quantised to {tensor.dtype[1]} bits"
+        what = f"is quantized to {tensor.dtype[1]} bits"
     else:
         what = {"BOOL": "holds truth values", "C64": "holds complex numbers"}.get(tensor.dtype, "holds integers")
     raise _fault(
         tensor.file,
-        f"tensor {short_repr(tensor.name)} {what} ({tensor.dtype}), but weights are read from {', '.join(WEIGHTS)}; "
-        "give a checkpoint that has them so",
+        f"tensor {short_repr(tensor.name)} {what} ({tensor.dtype}), but weights must be {', '.join(WEIGHTS)}; "
+        "give a checkpoint in one of these",
     )
 
 
@@ -109,7 +108,7 @@ def _unique_names(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _tensor(path: Path, stamp: Stamp, start: int, name: str, entry: Any) -> SafetensorsTensor:
-    if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):  # the library takes a list and a map
+    if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):  # the library accepts a list and a map
         what = f"tensor {short_repr(name)} must have dtype, shape and data_offsets, but is {short_repr(entry)}"
         raise _fault(path, f"{what}; download it again")
     begin, end = entry["data_offsets"]

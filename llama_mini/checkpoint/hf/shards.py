@@ -1,4 +1,4 @@
-"""Weights in several safetensors files: whether all are there, and their headers as one."""
+"""Weights in several safetensors files: checks that all are present and merges their headers."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,9 +14,9 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.sa
 
 
 def complete_shards(directory: Path, names: list[str]) -> list[Path]:
-    """The files of a checkpoint without an index: `names`, or if these are numbered shards, each of the series.
+    """The files of a checkpoint without an index: `names`, or the whole series if they are numbered shards.
 
-    Raises CheckpointIncompleteError where one is missing, CheckpointFormatError where there are two series.
+    Raises CheckpointIncompleteError if one is missing, CheckpointFormatError if there are two series.
     """
     shards = [match for match in map(_SHARD.fullmatch, names) if match]
     if not shards:
@@ -32,7 +32,7 @@ def complete_shards(directory: Path, names: list[str]) -> list[Path]:
 
 
 def all_present(directory: Path, names: list[str]) -> list[Path]:
-    """Their paths. Raises CheckpointIncompleteError that names those that are missing, CheckpointPathError."""
+    """The paths of these files. Raises CheckpointIncompleteError that lists missing ones, CheckpointPathError."""
     files = [inside(directory, name) for name in names]
     if missing := [file.name for file in files if not file.exists()]:
         raise CheckpointIncompleteError(
@@ -42,7 +42,7 @@ def all_present(directory: Path, names: list[str]) -> list[Path]:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, SafetensorsTensor]:
-    """The tensors of all files. Raises CheckpointFormatError where two files hold one of the same name."""
+    """The tensors of all files. Raises CheckpointFormatError if two files hold a tensor of the same name."""
     tensors: dict[str, SafetensorsTensor] = {}
     for file in files:
         for name, tensor in read_header(file).items():

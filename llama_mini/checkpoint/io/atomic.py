@@ -1,4 +1,4 @@
-"""Writing files and directories that are whole, synced to disk, or not there at all: written aside, then renamed."""
+"""Atomic writes: a file or directory is complete and synced to disk, or absent. It is written aside, then renamed."""
 
 import os
 import shutil
@@ -11,51 +11,51 @@ from llama_mini.errors import CheckpointPathError
 
 
 def partial_prefix(target: Path) -> str:
-    """How the name of the folder beside `target` begins in which it is made. A killed process leaves that folder."""
+    """The prefix of the temporary folder beside `target`. A killed process leaves that folder behind."""
     return f".{target.name}.partial-"
 
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A path to write a file to, which replaces `target` at the end; what else lies in its folder goes.
+    """Yields a temporary path. The file written there replaces `target` at the end; other files in its folder go.
 
-    Raises OSError, which leaves `target` as it was.
+    Raises OSError and leaves `target` as it was.
     """
     with tempfile.TemporaryDirectory(prefix=partial_prefix(target), dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        yield made
-        _sync(made)
-        made.replace(target)
+        temporary = Path(folder) / target.name
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
         _sync(target.parent)
 
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` at the end.
+    """Yields a temporary folder to fill. It becomes `target` at the end.
 
-    Raises CheckpointPathError if `target` is a file or a folder that holds something, or cannot be written.
+    Raises CheckpointPathError if `target` is a file or a folder that is not empty, or cannot be written.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointPathError(f"{target} exists already; name a new or an empty directory")
-    made = None
+        raise CheckpointPathError(f"{target} exists already; give a new or an empty directory")
+    temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=partial_prefix(target), dir=target.parent))
-        made.chmod(0o777 & ~_umask())
-        yield made
-        for file in [*made.rglob("*"), made]:
+        temporary = Path(tempfile.mkdtemp(prefix=partial_prefix(target), dir=target.parent))
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
             _sync(file)
-        made.rename(target)
+        temporary.rename(target)
         _sync(target.parent)
     except OSError as error:
         raise CheckpointPathError(f"cannot write {target}: {error.strerror}") from None
     finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:
-    """The permissions that new files of this process go without."""
+    """The permission bits that this process withholds from new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

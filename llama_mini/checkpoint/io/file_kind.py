@@ -23,21 +23,21 @@ _NOT_FILES = {
 
 
 class FileKind(Enum):
-    """The value is what a message says of such a file."""
+    """The value is what an error message says about such a file."""
 
     SAFETENSORS = "a safetensors file"
     GGUF = "a GGUF file: give its path as the model"
-    PICKLE = "a PyTorch pickle: convert it with `python scripts/convert.py SRC DST`, since the engine reads no pickle"
+    PICKLE = "a PyTorch pickle: convert it with `llama-mini convert SRC DST`, since the engine reads no pickles"
     ZIP = "a zip archive: unpack it"
     JSON = "JSON text: give the directory that it lies in"
     LFS_POINTER = "a Git LFS pointer: run `git lfs pull`"
     HTML = "an HTML page, probably an error page of a download: download the file again"
     EMPTY = "empty: download it again"
-    OTHER = "of a kind that the engine does not know: give a directory, a GGUF file or a safetensors file"
+    OTHER = "of an unknown kind: give a directory, a GGUF file or a safetensors file"
 
 
 def describe(kind: FileKind) -> str:
-    """What a file of this kind is, to follow "it is", and what to do about it."""
+    """What such a file is, to follow "it is", and what to do about it."""
     return kind.value
 
 

@@ -1,4 +1,4 @@
-"""Strict JSON, and paths that stay inside a checkpoint's directory. A fault is one sentence that names the file."""
+"""Strict JSON, and paths that stay inside a checkpoint's directory. An error is one sentence that names the file."""
 
 import codecs
 import json
@@ -13,19 +13,21 @@ from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, describe, kind_of
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 from llama_mini.validate import short_repr
 
+CONFIG, PARAMS = "config.json", "params.json"  # of a Hugging Face and of a Meta directory
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights; the index of weights in shards
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")  # the first that exists is read
 MAX_JSON_BYTES = 256 * 2**20
-_MAX_DEPTH = 127  # of objects and lists within each other, as in Rust's serde_json, which other readers use
+_MAX_DEPTH = 127  # of nested objects and lists: the limit of Rust's serde_json, which other readers use
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONTAINERS = {dict, list}
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointPathError if it cannot be read, CheckpointFormatError if broken."""
+    """A JSON object from a file. Raises CheckpointPathError if unreadable, CheckpointFormatError if broken."""
     with open_file(path) as file:
         if (size := size_of(file)) > MAX_JSON_BYTES:
-            raise CheckpointFormatError(f"{path} has {size} bytes, and JSON is read up to {MAX_JSON_BYTES}; restore it")
+            raise CheckpointFormatError(f"{path} has {size} bytes, but JSON is read up to {MAX_JSON_BYTES}; restore it")
         data = file.read(size)
     kind = kind_of(data[:HEAD], len(data))
     if kind not in (FileKind.JSON, FileKind.OTHER):
@@ -44,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def decode_json(text: str) -> Any:
-    """JSON by its standard, which Python's reader alone extends. Raises ValueError, to follow the name of the file."""
+    """Strict JSON: json.loads accepts more than the standard. Raises ValueError, whose text follows a file's name."""
     try:
         value = json.loads(text, parse_int=_int, parse_float=_float, parse_constant=_constant)
         depth = _depth(value)
@@ -53,17 +55,17 @@ def decode_json(text: str) -> Any:
     except RecursionError:
         depth = _MAX_DEPTH + 1
     if depth > _MAX_DEPTH:
-        raise ValueError(f"is nested too deeply; {_MAX_DEPTH} objects and lists within each other are read")
+        raise ValueError(f"is nested too deeply; up to {_MAX_DEPTH} levels are read")
     if _SURROGATE.search(text):  # perhaps a whole pair, which is a character
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("holds half of a surrogate pair, which is no character") from None
+            raise ValueError("holds half of a surrogate pair, which is not a character") from None
     return value
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """An index's map of tensor names to file names, which may still be hostile. Raises CheckpointError."""
+    """The map of tensor names to file names in an index. The names may be hostile paths. Raises CheckpointError."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointFormatError(f"{index} has no weight_map of tensor names to file names")
@@ -75,7 +77,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything at a path. (pathlib raises where a name is too long to be one.)"""
+    """Whether a path exists. (pathlib raises for a name that is too long.)"""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -83,14 +85,14 @@ def exists(path: Path) -> bool:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The path of a file in a checkpoint's directory, which may be absent.
+    """The path of a file in a checkpoint's directory. The file itself may be absent.
 
     Raises CheckpointPathError if `name` is not a plain file name, or is a symbolic link out of the directory; the links
     that make up the Hugging Face hub's cache are allowed.
     """
     if not _is_plain(name):
         raise CheckpointPathError(
-            f"{directory}: {short_repr(name)} is no plain file name, so it may lie outside; correct it"
+            f"{directory}: {short_repr(name)} is not a plain file name, so it may lead out of the directory; correct it"
         )
     path = directory / name
     try:
@@ -116,7 +118,7 @@ def _is_plain(name: str) -> bool:
 
 def _is_hub_link(home: Path, path: Path, target: Path) -> bool:
     """Whether CACHE/models--ORG--NAME/snapshots/REVISION/FILE links to blobs/ETAG of the same model, which is a file
-    or links on to CACHE/blobs/AB/ABCD..., where huggingface_hub 2 keeps what several models share."""
+    or a link to CACHE/blobs/AB/ABCD..., where huggingface_hub 2 keeps what several models share."""
     snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
     if snapshots is None or not snapshots.parent.name.startswith("models--"):
         return False
@@ -130,7 +132,7 @@ def _is_hub_link(home: Path, path: Path, target: Path) -> bool:
 
 
 def _int(text: str) -> int:
-    if len(text) > 300:  # Python is slow at thousands of digits, or refuses them in words of its own
+    if len(text) > 300:  # Python is slow at thousands of digits, or refuses them with its own message
         _float(text)
     return int(text)
 
@@ -143,7 +145,7 @@ def _float(text: str) -> float:
 
 
 def _constant(text: str) -> None:
-    raise ValueError(f"holds {text}, which is no number in JSON")
+    raise ValueError(f"holds {text}, which is not a number in JSON")
 
 
 def _depth(value: Any) -> int:

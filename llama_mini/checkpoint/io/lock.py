@@ -1,4 +1,4 @@
-"""One writer at a time for a file or directory, which clears up what killed writers left."""
+"""A lock for one writer at a time of a file or directory. Each writer first removes what killed ones left behind."""
 
 import shutil
 import sys
@@ -14,7 +14,7 @@ from llama_mini.errors import CheckpointPathError
 
 @contextmanager
 def one_writer(target: Path) -> Iterator[None]:
-    """Waits for any other writer of `target`, then clears what killed ones left. The lock is a hidden file beside it.
+    """Waits for any other writer of `target`, then removes what killed ones left. The lock is a hidden file beside it.
 
     Raises CheckpointPathError if the folder of `target` cannot be written.
     """
@@ -22,11 +22,11 @@ def one_writer(target: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()  # where this fails, filelock would retry for ever
+        path.touch()  # if this fails, filelock would retry forever
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            print(f"waiting for another run that writes {target}", file=sys.stderr)
+            print(f"waiting for another process that writes {target}", file=sys.stderr)
             lock.acquire()
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         reason = getattr(error, "strerror", None) or error

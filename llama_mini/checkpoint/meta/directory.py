@@ -1,4 +1,4 @@
-"""A Meta directory: params.json and `consolidated.safetensors`. One with pickles has to be converted first."""
+"""A Meta directory: params.json and `consolidated.safetensors`. Pickles must be converted first."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from llama_mini.model.config import LlamaConfig
 
 
 def open_meta_directory(directory: Path) -> Source:
-    """Raises CheckpointError, ConfigError."""
+    """Opens a Meta directory. Raises CheckpointError, ConfigError."""
     names = sorted(path.name for path in directory.glob("consolidated*.safetensors"))
     if not names:
         if pickles := sorted(path.name for path in directory.glob("consolidated.*.pth")):
@@ -30,10 +30,10 @@ def open_meta_directory(directory: Path) -> Source:
     tensors = read_headers(files)
     config = read_params(directory, {name: tensor.shape for name, tensor in tensors.items()})
 
-    def read(wanted: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
-        for tensor, _first, stored_values in read_rows(tensors[name] for name in wanted):
+    def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
+        for tensor, _first, stored_values in read_rows(tensors[name] for name in names):
             values = split_half_rope(tensor.name, stored_values, config)
-            del stored_values  # which may be a copy
+            del stored_values  # `values` may be a copy
             yield tensor.name, 0, values
             del values  # before the next one is read
 
@@ -50,7 +50,7 @@ def open_meta_directory(directory: Path) -> Source:
 
 
 def split_half_rope(name: str, values: Tensor, config: LlamaConfig) -> Tensor:
-    """A tensor as the model has it: Meta's q and k have their rotary pairs side by side."""
+    """A tensor in the model's layout. Only q and k differ: in Meta's files, rotary pairs lie side by side."""
     if name.endswith(("attention.wq.weight", "attention.wk.weight")):
         return to_split_half_rope(values, config.n_heads if ".wq." in name else config.n_kv_heads, name)
     return values

@@ -5,19 +5,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint.io.files import inside, read_json
+from llama_mini.checkpoint.io.files import PARAMS, inside, read_json
 from llama_mini.errors import ConfigError, LlamaMiniWarning
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.rope_scaling import Llama3Scaling
 from llama_mini.validate import check_flag, is_finite, is_whole, join_names, short_repr
 
-PARAMS = "params.json"
 READ_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "ffn_dim_multiplier"}
 READ_KEYS |= {"vocab_size", "norm_eps", "max_seq_len", "sliding_window", "rope_theta"}
 READ_KEYS |= {"use_scaled_rope", "rope_scaling_factor"}
 IGNORED_KEYS = {"max_batch_size", "model_parallel_size", "use_biases"}
 REFUSED_KEYS = {"quantization_args", "quantization", "lora_args", "moe", "vision_encoder", "vision_chunk_size"}
-LLAMA_3_2 = {(2048, 16), (3072, 28)}  # dim and layers of its text models; params.json does not state their scaling
+LLAMA_3_2 = {
+    (2048, 16),
+    (3072, 28),
+}  # dim and layers of its text models; params.json does not state their factor
 
 
 def read_params(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
@@ -31,7 +33,7 @@ def read_params(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> Llama
 
 
 def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
-    """A params.json as a LlamaConfig; `shapes` of the tensors tell what it leaves open. Raises ConfigError."""
+    """A params.json as a LlamaConfig; the tensors' `shapes` supply what it does not state. Raises ConfigError."""
     settings = {key: value for key, value in raw.items() if value is not None}
     if refused := sorted(key for key in settings if key in REFUSED_KEYS or key.startswith("vision_")):
         raise ConfigError(f"{refused[0]} is {short_repr(settings[refused[0]])}; this is not implemented")
@@ -70,7 +72,7 @@ def _hidden_dim(settings: Mapping[str, Any]) -> Any:
     dim, multiple, factor = settings["dim"], settings.get("multiple_of", 256), settings.get("ffn_dim_multiplier", 1)
     if not is_whole(dim) or not is_whole(multiple) or multiple < 1 or not is_finite(factor):
         raise ConfigError(
-            f"hidden_dim cannot be made of dim {short_repr(dim)}, multiple_of {short_repr(multiple)} "
+            f"hidden_dim cannot be computed from dim {short_repr(dim)}, multiple_of {short_repr(multiple)} "
             f"and ffn_dim_multiplier {short_repr(factor)}"
         )
     hidden = int(factor * int(2 * (4 * dim) / 3))
@@ -78,17 +80,17 @@ def _hidden_dim(settings: Mapping[str, Any]) -> Any:
 
 
 def _vocab_size(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """Meta writes -1 and leaves it to the tokenizer; the head has a row for each token."""
+    """Meta writes -1 and leaves the size to the tokenizer. The head has a row for each token."""
     if settings.get("vocab_size", -1) != -1:
         return settings["vocab_size"]
     for name in ("output.weight", "tok_embeddings.weight"):
         if shapes.get(name):
             return shapes[name][0]
-    raise ConfigError("vocab_size is -1, and there is no output.weight whose rows tell it")
+    raise ConfigError("vocab_size is -1, and there is no output.weight with a row for each token")
 
 
 def _context(settings: Mapping[str, Any]) -> int:
-    """Meta's file does not state the context that a model was trained on; other settings tell which release it is."""
+    """params.json does not state the context length. The other settings tell which release the model is."""
     theta, eps = settings.get("rope_theta", 10_000.0), settings.get("norm_eps", 1e-5)
     if "head_dim" in settings and "hidden_dim" in settings:
         length, release = 32_768, "Mistral 7B"

@@ -1,7 +1,7 @@
-"""Checkpoints stored as pickles, for conversion only: opening one can run code, so the engine itself never does.
+"""Pickled checkpoints, opened only for conversion: opening a pickle can run code, so the engine never does.
 
-`torch.load(weights_only=True)` refuses all but tensors and plain containers. It maps the file into memory, so that a
-conversion holds one tensor at a time.
+`torch.load(weights_only=True)` refuses all but tensors and plain containers. `mmap=True` maps the file, so a conversion
+holds one tensor at a time.
 """
 
 import re
@@ -65,7 +65,7 @@ def open_hf_pickles(directory: Path) -> Source:
 
 
 def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
-    """Meta's consolidated.NN.pth, one for each rank that it was trained on, joined to the shapes of `builder`'s model.
+    """Meta's consolidated.NN.pth, one for each model-parallel rank, joined to the shapes of `builder`'s model.
 
     Raises CheckpointError, ConfigError.
     """
@@ -73,7 +73,7 @@ def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
     shards = [_load(file) for file in files]
     for file, shard in zip(files[1:], shards[1:], strict=True):
         if other := set(shard) ^ set(shards[0]):
-            raise CheckpointFormatError(f"{file} and {files[0].name} hold other tensors: {sorted(other)[0]}")
+            raise CheckpointFormatError(f"{file} and {files[0].name} hold different tensors: {sorted(other)[0]}")
     full_vocabulary = {name: (t.shape[0] * len(shards), *t.shape[1:]) for name, t in shards[0].items() if t.ndim}
     config = read_params(directory, full_vocabulary)
     stored = {name: _stored(files[0], tensor, tuple(tensor.shape)) for name, tensor in shards[0].items()}
@@ -115,12 +115,12 @@ def _meta_files(directory: Path) -> list[Path]:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle by name. Raises CheckpointFormatError where it holds anything else."""
+    """The tensors of a pickle by name. Raises CheckpointFormatError if it holds anything else."""
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:
         raise CheckpointFormatError(
-            f"{file} holds more than plain tensors, and what else a pickle holds could run; it is not opened"
+            f"{file} holds more than plain tensors, which could run code; it is not opened"
         ) from None
     except Exception as error:  # torch's unpickler raises whatever its input makes Python raise
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -143,8 +143,8 @@ def _stored(file: Path, tensor: Tensor, shape: Shape) -> StoredTensor:
 
 
 def _merge_of(shapes: list[Shape], joined: Shape | None) -> tuple[int, int] | None:
-    """How shards make a tensor of the shape `joined`: along which dimension, and how many shards hold the same part
-    (-1: all of them). None where they do not."""
+    """How shards form a tensor of shape `joined`: along which dimension, and how many shards hold the same part
+    (-1: all of them). None if they cannot."""
     first, n = shapes[0], len(shapes)
     if joined is None or any(shape != first for shape in shapes) or len(first) != len(joined):
         return None
@@ -152,8 +152,8 @@ def _merge_of(shapes: list[Shape], joined: Shape | None) -> tuple[int, int] | No
         return 0, -1
     for axis in range(len(joined)):
         others_fit = all(a == b for i, (a, b) in enumerate(zip(first, joined, strict=True)) if i != axis)
-        copies, rest = divmod(first[axis] * n, joined[axis])  # k and v repeat where there are more ranks than KV heads
-        if others_fit and rest == 0 and copies >= 1 and n % copies == 0:
+        copies, remainder = divmod(first[axis] * n, joined[axis])  # k and v repeat if ranks outnumber KV heads
+        if others_fit and remainder == 0 and copies >= 1 and n % copies == 0:
             return axis, copies
     return None
 

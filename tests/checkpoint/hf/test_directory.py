@@ -166,7 +166,7 @@ def test_missing_shards_are_named_before_anything_is_read(sharded: Path) -> None
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "..", ".", "", "sub/x.safetensors"])
 def test_a_shard_outside_its_directory_is_refused(sharded: Path, name: str) -> None:
     write_index(sharded, weight_map(sharded) | {NORM: name})
-    assert f"{name!r} is no plain file name" in refusal(sharded, CheckpointPathError)
+    assert f"{name!r} is not a plain file name" in refusal(sharded, CheckpointPathError)
 
 
 @pytest.mark.parametrize(

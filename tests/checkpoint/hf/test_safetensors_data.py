@@ -203,7 +203,7 @@ def test_a_name_is_announced_once(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("n", [1, 10**6])
 def test_a_full_disk_is_one_sentence(n: int) -> None:
-    message = r"cannot write /dev/full: No space left on device; make room for \d+ bytes or name another place"
+    message = r"cannot write /dev/full: No space left on device; make room for \d+ bytes or give another path"
     with pytest.raises(CheckpointPathError, match=message):
         write(Path("/dev/full"), {"a": torch.zeros(n)})
 

@@ -279,8 +279,8 @@ def test_the_library_agrees_on_every_verdict(tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize(
     ("dtype", "what"),
     [
-        ("F8_E4M3", r"is quantised to 8 bits \(F8_E4M3\)"),
-        ("F4", r"is quantised to 4 bits \(F4\)"),
+        ("F8_E4M3", r"is quantized to 8 bits \(F8_E4M3\)"),
+        ("F4", r"is quantized to 4 bits \(F4\)"),
         ("I64", r"holds integers \(I64\)"),
         ("U8", r"holds integers \(U8\)"),
         ("BOOL", r"holds truth values \(BOOL\)"),
@@ -291,7 +291,7 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path: Path, dtype: str, what: 
     path = tmp_path / "model.safetensors"
     path.write_bytes(one(bytes(BITS[dtype]), dtype=dtype, shape=[8], data_offsets=[0, BITS[dtype]]))
     (info,) = read_header(path).values()
-    message = f"{path}: tensor 'a' {what}, but weights are read from F64, F32, F16, BF16"
+    message = f"{path}: tensor 'a' {what}, but weights must be F64, F32, F16, BF16"
     with pytest.raises(CheckpointFormatError, match=message):
         weight_dtype(info)
     with pytest.raises(CheckpointFormatError, match=message):

@@ -100,7 +100,7 @@ def test_the_phrases_say_what_to_do() -> None:
     phrases = [describe(kind) for kind in FileKind]
     assert len(set(phrases)) == len(FileKind)
     assert "git lfs pull" in describe(FileKind.LFS_POINTER)
-    assert "scripts/convert.py" in describe(FileKind.PICKLE)
+    assert "llama-mini convert SRC DST" in describe(FileKind.PICKLE)
 
 
 def pipe(path: Path) -> None:

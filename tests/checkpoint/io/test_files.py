@@ -35,8 +35,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (b'{"hidden_size": ' + b"1" * 5000 + b"}", "holds a number of 5000 digits"),
         (b'{"hidden_size": -' + b"1" * 2_000_000 + b"}", "holds a number of 2000001 digits"),
         (b'{"rope_theta": 1e999}', "holds a number of 5 digits, which is too large"),
-        (b'{"eps": NaN}', "holds NaN, which is no number in JSON"),
-        (b'{"eps": [1, -Infinity]}', "holds -Infinity, which is no number in JSON"),
+        (b'{"eps": NaN}', "holds NaN, which is not a number in JSON"),
+        (b'{"eps": [1, -Infinity]}', "holds -Infinity, which is not a number in JSON"),
         (b'{"name": "\\ud800"}', "holds half of a surrogate pair"),
     ],
 )
@@ -58,7 +58,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     with file.open("wb") as writable:
         writable.write(b"{")
         writable.truncate(2**40)  # a hole: it takes no room on the disk
-    with pytest.raises(CheckpointFormatError, match="has 1099511627776 bytes, and JSON is read up to 268435456"):
+    with pytest.raises(CheckpointFormatError, match="has 1099511627776 bytes, but JSON is read up to 268435456"):
         read_json(file)
 
 

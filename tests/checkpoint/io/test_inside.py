@@ -13,7 +13,7 @@ from llama_mini.errors import CheckpointPathError
     ["../x", "/etc/passwd", "a/b", "a/", "./a", "a/../b", "", ".", "..", "a\0b", "\0", "\ud800", "x/" * 10**6],
 )
 def test_a_name_that_is_not_plain_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointPathError, match="is no plain file name") as caught:
+    with pytest.raises(CheckpointPathError, match="is not a plain file name") as caught:
         inside(tmp_path, name)
     assert str(caught.value).startswith(str(tmp_path))
     assert len(str(caught.value).encode()) < len(str(tmp_path)) + 200

@@ -114,21 +114,24 @@ def test_safetensors_are_read_as_they_are(tmp_path: Path) -> None:
 
 def test_the_engine_reads_no_pickle_and_names_the_command(tmp_path: Path) -> None:
     directory = write_meta(tmp_path / "meta", model(), 2)
-    with pytest.raises(CheckpointFormatError, match=rf"python scripts/convert\.py {directory} NEW_DIRECTORY"):
+    with pytest.raises(CheckpointFormatError, match=rf"llama-mini convert {directory} NEW_DIRECTORY"):
         Llama.from_pretrained(directory)
-    with pytest.raises(CheckpointFormatError, match=r"it is a PyTorch pickle: convert it with .*scripts/convert\.py"):
+    with pytest.raises(CheckpointFormatError, match="a PyTorch pickle: convert it with `llama-mini convert SRC DST`"):
         Llama.from_pretrained(directory / "consolidated.00.pth")
 
 
 def test_the_command_is_as_it_is_named(tmp_path: Path) -> None:
     directory = write_meta(tmp_path / "meta", model(), 2)
-    command = [sys.executable, "scripts/convert.py", str(directory), str(tmp_path / "hf")]
+    arguments = [str(directory), str(tmp_path / "hf")]
+    command = [sys.executable, "-m", "llama_mini", "convert", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'hf'}\n")
     assert done.stderr == f"warning: {directory} has no tokenizer; none is written\n"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "scripts/convert.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 3
-    assert done.stderr.endswith(f"error: {tmp_path / 'hf'} exists already; name a new or an empty directory\n")
+    assert done.stderr.endswith(f"error: {tmp_path / 'hf'} exists already; give a new or an empty directory\n")
 
 
 class Hostile:
@@ -210,7 +213,7 @@ def test_hugging_face_pickles_are_converted(tmp_path: Path) -> None:
     (tmp_path / "theirs" / "model.safetensors").unlink()
     state = theirs.state_dict()
     torch.save(state, tmp_path / "theirs" / "pytorch_model.bin")
-    with pytest.raises(CheckpointFormatError, match=r"as a pickle, pytorch_model\.bin, .*scripts/convert\.py"):
+    with pytest.raises(CheckpointFormatError, match=r"as a pickle, pytorch_model\.bin, .*llama-mini convert"):
         Llama.from_pretrained(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "one")
     names = sorted(state)

@@ -63,7 +63,7 @@ def test_scaled_rope_has_the_factor_of_its_release(sizes: tuple[int, int], facto
     ("changes", "sentence"),
     [
         ({"dim": None}, "dim missing"),
-        ({"dim": "4096"}, "hidden_dim cannot be made of dim '4096'"),
+        ({"dim": "4096"}, "hidden_dim cannot be computed from dim '4096'"),
         ({"multiple_of": 0}, "multiple_of 0"),
         ({"moe": {"num_experts": 8}}, "moe is .*not implemented"),
         ({"vision_chunk_size": 5}, "vision_chunk_size is 5; this is not implemented"),

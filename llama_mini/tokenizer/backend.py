@@ -14,11 +14,11 @@ class Backend(Protocol):
     """A vocabulary. Its `encode` makes control tokens only of pieces that are ids, never of text."""
 
     vocab_size: int  # the highest id plus one
-    control_ids: Mapping[str, int]  # content -> id: a chat template may write them, text may not
+    control_ids: Mapping[str, int]  # content -> id; a chat template may write these tokens, a text may not
     special_ids: frozenset[int]  # decoding leaves them out
     frame: tuple[list[int], list[int]]  # the ids that the checkpoint's rule puts before and after a text
     names: Mapping[str, str]  # named special tokens that the vocabulary itself knows: "bos_token" -> "<s>"
-    eos_ids: frozenset[int]  # those that the vocabulary itself knows
+    eos_ids: frozenset[int]  # ids that end a text, as far as the vocabulary itself knows them
     strips_space: bool  # decoding drops the space at the start that encoding added
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]: ...
@@ -44,14 +44,14 @@ def is_control(content: str, special: bool) -> bool:
 
 
 def any_of(contents: Iterable[str], conditions: Mapping[str, str] = MappingProxyType({})) -> str:
-    """A pattern for any of the contents, the longest first; matches nothing when there are none."""
+    """A pattern for any of the contents, the longest first, each after its condition; no contents match nothing."""
     longest_first = sorted(contents, key=len, reverse=True)
     return "|".join(conditions.get(content, "") + re.escape(content) for content in longest_first) or "(?!)"
 
 
 @contextmanager
 def native_failures_as(error: type[Exception], doing: str) -> Iterator[None]:
-    """Turn what a native library raises into `error`. Rust's PanicException is not an Exception."""
+    """Turns what a native library raises into `error`. Rust's PanicException is not an Exception."""
     try:
         yield
     except BaseException as failure:

@@ -1,6 +1,6 @@
-"""Byte-level BPE, as GPT-2 has it: how a text is split into words, and how a vocabulary writes bytes.
+"""Byte-level BPE, as in GPT-2: how a text is split into words, and how a vocabulary writes bytes.
 
-The splits are those of llama.cpp (src/llama-vocab.cpp), by the names that GGUF files have in tokenizer.ggml.pre.
+The splits are those of llama.cpp (src/llama-vocab.cpp), under the names that GGUF files give in tokenizer.ggml.pre.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from llama_mini.tokenizer.tokenizer_json import bpe_model, sequence, split
 
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = map(chr, range(0x100, 0x144))
-BYTE_LETTERS = [chr(byte) if byte in _PRINTABLE else next(_OTHERS) for byte in range(256)]  # GPT-2's, of each byte
+BYTE_LETTERS = [chr(byte) if byte in _PRINTABLE else next(_OTHERS) for byte in range(256)]  # byte -> GPT-2's letter
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -21,13 +21,13 @@ def _gpt_4_words(number: str) -> str:
 
 
 def _splits(*patterns: str) -> dict[str, Any]:
-    """Each pattern splits what the ones before left; the split that byte-level BPE has itself is off."""
+    """Each pattern splits the pieces that the ones before it made. ByteLevel's own split is off."""
     return sequence("pretokenizers", [*map(split, patterns), _BYTE_LEVEL | {"use_regex": False}])
 
 
 LLAMA_3_WORDS = _gpt_4_words(r"\p{N}{1,3}")
 _UP_TO_3_DIGITS, _ONE_DIGIT = _splits(LLAMA_3_WORDS), _splits(_gpt_4_words(r"\p{N}"))
-LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")  # these put BOS before a text, and keep a word whole that is a token
+LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")  # they put BOS before a text and do not split a word that is a token
 PRE_TOKENIZERS: dict[str, dict[str, Any]] = {  # tokenizer.ggml.pre -> the pre-tokenizer of tokenizer.json
     "smollm": sequence("pretokenizers", [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]),
     **dict.fromkeys(LLAMA_3, _UP_TO_3_DIGITS),

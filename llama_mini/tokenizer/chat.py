@@ -1,8 +1,8 @@
 """Chats as pieces of text and control tokens: by the checkpoint's template, or in LLaMA 3's dialogue format.
 
-Only what a template itself writes becomes a control token. Before rendering, the control strings inside the messages
-are broken with a mark, a character that occurs nowhere else; afterwards they are still broken, and the marks are
-removed. (A template that makes a control string of a message's parts, like `'<|' + message.role + '|>'`, wrote it.)
+Only what a template itself writes becomes a control token. Before rendering, each control string inside the messages is
+broken with a mark, a character that occurs nowhere else. After rendering, the unbroken ones become control tokens, then
+the marks are removed. (What a template assembles, like `'<|' + message.role + '|>'`, counts as its own.)
 """
 
 import json
@@ -20,7 +20,7 @@ MAX_MESSAGES_CHARS = 8_000_000
 
 
 def checked_messages(messages: object) -> list[Message]:
-    """Messages as plain JSON data, as transformers gives them to a template. RequestError when they are malformed."""
+    """Messages as plain JSON data, as transformers gives them to a template. Raises RequestError for malformed ones."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise RequestError(f"messages is {_describe(messages)}, expected a list of at least one message")
     checked = []
@@ -45,21 +45,21 @@ def checked_messages(messages: object) -> list[Message]:
 def template_pieces(
     template: str, messages: list[Message], names: Mapping[str, str], backend: Backend, prompt: bool
 ) -> list[Piece]:
-    """Render a template. Its own control strings become ids, those inside the messages stay text."""
+    """Renders a template. Its own control strings become ids, those inside the messages stay text."""
     control_ids = backend.control_ids
     try:
-        written = json.dumps([messages, dict(names)], ensure_ascii=False)
-        if len(written) > MAX_MESSAGES_CHARS:
+        as_json = json.dumps([messages, dict(names)], ensure_ascii=False)
+        if len(as_json) > MAX_MESSAGES_CHARS:
             raise RequestError(
-                f"messages hold {len(written):,} characters as JSON, more than the {MAX_MESSAGES_CHARS:,} that a chat "
+                f"messages hold {len(as_json):,} characters as JSON, more than the {MAX_MESSAGES_CHARS:,} that a chat "
                 "template may get; shorten them"
             )
-        marks = _Marks(backend, _unused_char(template + written))
+        marks = _Marks(backend, _unused_char(template + as_json))
         variables = {**names, "messages": marks.put(messages), "tools": None, "documents": None}
     except (RecursionError, ValueError) as error:  # nested too deeply; an integer of 5,000 digits
         raise RequestError(f"messages cannot be written as JSON ({error}); expected plain, flat data") from error
     rendered = render(template, variables | {"add_generation_prompt": prompt})
-    rendered = rendered.replace(_escaped(marks.mark), marks.mark)  # by tojson(ensure_ascii=true)
+    rendered = rendered.replace(_escaped(marks.mark), marks.mark)  # as tojson(ensure_ascii=true) writes it
     return [
         control_ids[part] if index % 2 else part.replace(marks.mark, "")
         for index, part in enumerate(marks.unmarked.split(rendered))
@@ -92,10 +92,10 @@ def _describe(value: object) -> str:
 
 
 class _Marks:
-    """Breaks the control strings inside messages: every one that starts anywhere, overlapping ones too, and in keys.
+    """Breaks every control string inside messages, overlapping ones and those in keys too.
 
-    Special ones get the mark after their first character, and stay broken however a template cuts the text. Others,
-    such as `</think>`, get it before, since templates search for them in what the model said earlier.
+    Special tokens get the mark after their first character, so they stay broken however a template cuts the text. Other
+    control tokens, such as `</think>`, get it in front, since templates search for them in the model's earlier turns.
     """
 
     def __init__(self, backend: Backend, mark: str) -> None:
@@ -117,7 +117,7 @@ class _Marks:
 
 
 def _unused_char(text: str) -> str:
-    """A character for private use that is not in the text, and whose JSON escape is not either."""
+    """A private-use character that is not in the text, not even as a JSON escape."""
     used = set(text).union(chr(int(digits, 16)) for digits in re.findall(r"\\u([ef][0-9a-f]{3})", text))
     for char in map(chr, range(0xE000, 0xF900)):
         if char not in used:

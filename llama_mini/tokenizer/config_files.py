@@ -18,7 +18,7 @@ NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "c
 
 @dataclass(frozen=True, kw_only=True)
 class AddedToken:
-    """A token beside the model's own vocabulary, with the matching rules that `tokenizer.json` gives it."""
+    """A token added to the model's own vocabulary, with the matching rules that `tokenizer.json` gives it."""
 
     content: str
     id: int | None = None
@@ -39,13 +39,13 @@ class ConfigFiles:
     add_bos: bool | None = None
     add_eos: bool | None = None
     chat_template: str | None = None
-    bos_id: int | None = None  # by generation_config.json or config.json
-    eos_ids: tuple[int, ...] = ()  # by generation_config.json, or by config.json when that names none
-    model_vocab_size: int = 0  # by config.json; 0 when unknown
+    bos_id: int | None = None  # from generation_config.json or config.json
+    eos_ids: tuple[int, ...] = ()  # from generation_config.json, or config.json if that names none
+    model_vocab_size: int = 0  # from config.json; 0 if unknown
 
 
 def read_config_files(directory: Path) -> ConfigFiles:
-    """A broken tokenizer_config.json is a TokenizerError; config.json and generation_config.json only warn."""
+    """Raises TokenizerError for a broken tokenizer_config.json; broken model configurations only warn."""
     settings = _read_settings(directory)
     model = _read_model_facts(directory)
     return ConfigFiles(
@@ -60,7 +60,7 @@ def read_config_files(directory: Path) -> ConfigFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; TokenizerError when it is not one."""
+    """A JSON object from a file. Raises TokenizerError if it is not one."""
     try:
         return files.read_json(path)
     except CheckpointError as error:
@@ -68,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file, as large as a JSON file may be; TokenizerError when it cannot be read."""
+    """A whole file of up to MAX_JSON_BYTES. Raises TokenizerError if it cannot be read."""
     try:
         with open_file(path) as file:
             data = file.read(files.MAX_JSON_BYTES + 1)
@@ -80,7 +80,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file; TokenizerError when it is not one."""
+    """A UTF-8 text file. Raises TokenizerError if it is not one."""
     data = read_bytes(path)
     kind = kind_of(data[:HEAD], len(data))
     if kind in (FileKind.LFS_POINTER, FileKind.HTML):
@@ -92,7 +92,7 @@ def read_text(path: Path) -> str:
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json. The older special_tokens_map.json goes over it, in the same cases as in transformers."""
+    """tokenizer_config.json. The older special_tokens_map.json overrides it in the same cases as in transformers."""
     path, older = inside(directory, "tokenizer_config.json"), inside(directory, "special_tokens_map.json")
     settings = read_json(path) if path.is_file() else {}
     if "added_tokens_decoder" not in settings and older.is_file():
@@ -139,7 +139,7 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _read_model_facts(directory: Path) -> dict[str, Any]:
-    """BOS, EOS and size. Where both files state an id, generation_config.json decides, as in transformers' generate."""
+    """BOS, EOS and vocabulary size. If both files state an id, generation_config.json wins, as in transformers."""
     config = _read_or_warn(inside(directory, "config.json"))
     generation_path = inside(directory, "generation_config.json")
     if config and not generation_path.is_file():

@@ -1,7 +1,7 @@
 """The vocabulary inside a GGUF file, as the content of tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-Two kinds are read: byte-level BPE (gpt2) and SentencePiece (llama). A key means what it means to llama.cpp
-(src/llama-vocab.cpp), and so does its absence.
+Two kinds are read: byte-level BPE (gpt2) and SentencePiece (llama). A key, or its absence, means what
+it means to llama.cpp (src/llama-vocab.cpp).
 """
 
 import warnings
@@ -20,18 +20,11 @@ from llama_mini.tokenizer.sentencepiece_bpe import BYTE_TOKENS, PieceType, merge
 from llama_mini.tokenizer.tokenizer_json import Token, added_token, tokenizer_config, tokenizer_json
 from llama_mini.validate import check_flag, short_repr
 
-_ADDED = (
-    PieceType.UNKNOWN,
-    PieceType.CONTROL,
-    PieceType.USER_DEFINED,
-    PieceType.UNUSED,
-)  # matched before the model, or never by text
+# Types that become added tokens: matched before the BPE model sees the text, or never matched by text.
+_ADDED = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNUSED)
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_USUAL_IDS = {
-    "unknown": (0, PieceType.UNKNOWN),
-    "bos": (1, PieceType.CONTROL),
-    "eos": (2, PieceType.CONTROL),
-}  # SentencePiece, where not stated
+# SentencePiece's ids of tokens for which the file states none.
+_USUAL_IDS = {"unknown": (0, PieceType.UNKNOWN), "bos": (1, PieceType.CONTROL), "eos": (2, PieceType.CONTROL)}
 
 
 class GGUFVocabulary:
@@ -49,11 +42,11 @@ class GGUFVocabulary:
             raise self._fault("model", f"is {short_repr(model)}; only {known}, can be read")
         self.is_sentencepiece = model == "llama"
         if self.is_sentencepiece and np.size(self._get("precompiled_charsmap", ())):
-            raise self._fault("precompiled_charsmap", "changes characters before they are looked up; it is not known")
+            raise self._fault("precompiled_charsmap", "changes characters before the lookup; this is not supported")
 
     @property
     def kind(self) -> str:
-        """A phrase for people, such as "GGUF byte-level BPE (llama-bpe)"."""
+        """A description for people, such as "GGUF byte-level BPE (llama-bpe)"."""
         return "GGUF SentencePiece" if self.is_sentencepiece else f"GGUF byte-level BPE ({self._pre})"
 
     @property
@@ -96,7 +89,7 @@ class GGUFVocabulary:
         )
 
     def config_files(self, n_rows: int) -> ConfigFiles:
-        """What the files of a checkpoint's directory say; `n_rows` of the embedding."""
+        """The same facts as `read_config_files` gives; the embedding has `n_rows` rows."""
         return ConfigFiles(
             hugging_face=True,
             names=self._names(),
@@ -112,7 +105,7 @@ class GGUFVocabulary:
     def _byte_level_parts(self) -> dict[str, Any]:
         if self._get("pre") is None:
             message = (
-                f"{self.path} has no tokenizer.ggml.pre: its text is split by llama.cpp's default, which may not be "
+                f"{self.path} has no tokenizer.ggml.pre: text is split by llama.cpp's default, which may not be "
                 "what the model was trained with; convert the model again"
             )
             warnings.warn(message, LlamaMiniWarning, stacklevel=4)
@@ -139,10 +132,10 @@ class GGUFVocabulary:
         scores = self._scores()
         ordinary = [id for id, type_ in enumerate(self._types) if type_ == PieceType.NORMAL]
         ranks = [scores[id] for id in ordinary if len(self._tokens[id]) > 1]
-        if equal := len(ranks) - len(set(ranks)):  # llama.cpp joins the leftmost first, which no list of merges can say
+        if n_equal := len(ranks) - len(set(ranks)):  # llama.cpp joins the leftmost first; a list of merges cannot
             message = (
-                f"{self.path}: tokenizer.ggml.scores gives {equal} pieces a score that another has too; where the two "
-                "compete, the first in the vocabulary is joined first; convert the model again"
+                f"{self.path}: tokenizer.ggml.scores has {n_equal} repeated scores; of pieces with equal "
+                "scores, the first in the vocabulary is joined first; convert the model again"
             )
             warnings.warn(message, LlamaMiniWarning, stacklevel=4)
         return sentencepiece_parts(
@@ -178,7 +171,7 @@ class GGUFVocabulary:
 
     def _texts(self, key: str) -> list[str]:
         value = self._get(key)
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value[:1]):  # all have one type
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value[:1]):  # an array has one type
             raise self._fault(key, "is missing" if value is None else "must be an array of strings")
         return value
 
@@ -187,7 +180,7 @@ class GGUFVocabulary:
         tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(self._texts("tokens"))]
         if not tokens:
             raise self._fault("tokens", "is empty")
-        if self.is_sentencepiece:  # user-defined pieces are looked for in the text, before its spaces are written as ▁
+        if self.is_sentencepiece:  # user-defined pieces are matched before spaces become ▁
             for id in (id for id, type_ in enumerate(self._types) if type_ == PieceType.USER_DEFINED):
                 tokens[id] = tokens[id].replace("▁", " ")
         return tokens
@@ -195,21 +188,21 @@ class GGUFVocabulary:
     @cached_property
     def _types(self) -> list[int]:
         types = self._numbers("token_type", "iu", np.full(len(self._texts("tokens")), PieceType.NORMAL))
-        if strange := set(types.tolist()) - set(range(PieceType.NORMAL, PieceType.BYTE + 1)):
-            raise self._fault("token_type", f"holds {min(strange)}; {PieceType.NORMAL} to {PieceType.BYTE} are known")
+        if unknown := set(types.tolist()) - set(range(PieceType.NORMAL, PieceType.BYTE + 1)):
+            raise self._fault("token_type", f"holds {min(unknown)}; {PieceType.NORMAL} to {PieceType.BYTE} are known")
         return types.tolist()
 
     @cached_property
     def _vocab(self) -> dict[str, int]:
         vocab = dict(zip(self._tokens, range(len(self._tokens)), strict=True))
         if len(vocab) != len(self._tokens):
-            twice = next(token for id, token in enumerate(self._tokens) if vocab[token] != id)
-            raise self._fault("tokens", f"holds {short_repr(twice)} twice")
+            repeated = next(token for id, token in enumerate(self._tokens) if vocab[token] != id)
+            raise self._fault("tokens", f"holds {short_repr(repeated)} twice")
         return vocab
 
     def _scores(self) -> list[float]:
         if self._get("scores") is None:
-            raise self._fault("scores", "is missing; SentencePiece joins pieces by them")
+            raise self._fault("scores", "is missing; SentencePiece joins pieces by score")
         scores = self._numbers("scores", "fiu")
         if not np.isfinite(scores).all():
             raise self._fault("scores", f"holds {scores[~np.isfinite(scores)][0]}; every score must be finite")

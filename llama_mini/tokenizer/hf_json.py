@@ -1,7 +1,7 @@
 """tokenizer.json, through the `tokenizers` library.
 
-The file is used as it is, as by transformers' PreTrainedTokenizerFast. (transformers' LlamaTokenizer replaces parts of
-the file by its own; no other reader does.)
+The file is used as it is, as in transformers' PreTrainedTokenizerFast. (transformers' LlamaTokenizer replaces parts of
+the file with its own; no other reader does.)
 """
 
 import json
@@ -22,7 +22,7 @@ from llama_mini.tokenizer.byte_level import BYTE_LETTERS
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 
 _BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
-# Of a BPE model, besides its vocabulary and merges.
+# Settings of a BPE model besides its vocabulary and merges.
 _BPE_SETTINGS = (
     *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
     *("fuse_unk", "byte_fallback", "ignore_merges"),
@@ -30,24 +30,24 @@ _BPE_SETTINGS = (
 
 
 class HuggingFaceJson:
-    """A tokenizer.json whose control tokens are masked: they have random names, which no text can hold.
+    """A tokenizer.json whose control tokens are masked: they have random names, which no text can contain.
 
-    Raw text and chats use the same encoder. So a control token from a template keeps its rules (rstrip, Metaspace's
-    "first" and so on) exactly.
+    Raw text and chats use one encoder, so a control token in a template keeps its exact rules (rstrip, Metaspace's
+    "first" and so on).
     """
 
     names: Mapping[str, str] = MappingProxyType({})  # tokenizer_config.json has the names
     eos_ids: frozenset[int] = frozenset()
 
     def __init__(self, spec: dict[str, Any], where: Path | str, files: ConfigFiles) -> None:
-        """`spec` is the content of the file, `where` its name in messages. TokenizerError for an unknown format."""
+        """`spec`: content of the file; `where`: its name in messages. Raises TokenizerError for an unknown format."""
         try:
-            own = _own_ids(spec)
-            added = _added_tokens(spec, own, files)
+            vocab = _model_vocab(spec)
+            added = _added_tokens(spec, vocab, files)
             masks = _masks(added)
             self._bytes_of, self.strips_space = _reader(spec.get("decoder"))
             _check_frame(spec.get("post_processor"))
-            masked = _masked(spec, own, added, masks)
+            masked = _masked(spec, vocab, added, masks)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise TokenizerError(f"{where} is not a known form of tokenizer.json ({error!r}); restore it") from error
         except TokenizerError as error:
@@ -58,9 +58,9 @@ class HuggingFaceJson:
         self._encoder.no_padding()
         names = {token.content: masks.get(token.content, token.content) for token in added}
         ids = {content: id for content, name in names.items() if (id := self._encoder.token_to_id(name)) is not None}
-        self._contents = {id: content for content, id in ids.items()}  # the library has those of the other tokens
-        self._added_ids = {id for content, id in ids.items() if content not in own}
-        self.vocab_size = max([*own.values(), *self._contents], default=-1) + 1
+        self._contents = {id: content for content, id in ids.items()}  # of added tokens; the library has the others
+        self._added_ids = {id for content, id in ids.items() if content not in vocab}
+        self.vocab_size = max([*vocab.values(), *self._contents], default=-1) + 1
         self.control_ids: Mapping[str, int] = {content: ids[content] for content in masks}
         self._mask_of = {ids[content]: mask for content, mask in masks.items()}
         self.special_ids = frozenset(ids[token.content] for token in added if token.special)
@@ -89,7 +89,7 @@ class HuggingFaceJson:
 
 
 def _encoder(spec: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The library's tokenizer. The vocabulary and merges do not pass through JSON: that takes four times as long."""
+    """The library's tokenizer. Vocabulary and merges do not pass through JSON, which would take four times as long."""
     model = spec["model"]
     if model.get("type") != "BPE":
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -105,57 +105,57 @@ def _encoder(spec: dict[str, Any]) -> tokenizers.Tokenizer:
     return encoder
 
 
-def _added_tokens(spec: dict[str, Any], own: Mapping[str, int], files: ConfigFiles) -> list[AddedToken]:
-    """The file's added tokens, those that only tokenizer_config.json has, and those that it names as special."""
+def _added_tokens(spec: dict[str, Any], vocab: Mapping[str, int], files: ConfigFiles) -> list[AddedToken]:
+    """The file's added tokens, and those that only tokenizer_config.json adds or names as special."""
     added = {token["content"]: AddedToken(**token) for token in spec.get("added_tokens") or []}
     for token in files.added_tokens:
         added.setdefault(token.content, token)
     for content in files.names.values():
-        if (content in added or content in own) and is_control(content, special=False):
+        if (content in added or content in vocab) and is_control(content, special=False):
             added[content] = AddedToken(**(asdict(added.get(content, AddedToken(content=content))) | {"special": True}))
     return list(added.values())
 
 
-def _own_ids(spec: dict[str, Any]) -> dict[str, int]:
+def _model_vocab(spec: dict[str, Any]) -> dict[str, int]:
     """The tokens of the model itself. Unigram models list pairs of piece and score; the position is the id."""
     vocab = spec["model"]["vocab"]
     ids = vocab if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
-    if strange := set(map(type, ids.values())) - {int}:
-        raise TokenizerError(f"its vocabulary has an id that is a {strange.pop().__name__}, not a whole number")
+    if wrong := set(map(type, ids.values())) - {int}:
+        raise TokenizerError(f"its vocabulary has an id that is a {wrong.pop().__name__}, not a whole number")
     return ids
 
 
 def _masks(added: list[AddedToken]) -> dict[str, str]:
-    """Control token -> a name that nobody can guess. It is drawn when the file is loaded, and never shown."""
+    """Control token -> a name that nobody can guess. It is drawn at random for each load, and never shown."""
     key = secrets.token_hex(16)
     contents = [token.content for token in added if is_control(token.content, token.special)]
     return {content: f"\ue000{key}.{index}\ue000" for index, content in enumerate(contents)}
 
 
 def _masked(
-    spec: dict[str, Any], own: Mapping[str, int], added: list[AddedToken], masks: dict[str, str]
+    spec: dict[str, Any], vocab: Mapping[str, int], added: list[AddedToken], masks: dict[str, str]
 ) -> dict[str, Any]:
-    """The same tokenizer, its control tokens renamed wherever the library compares text with them."""
+    """The same tokenizer, with its control tokens renamed wherever the library matches text."""
     model = dict(spec["model"])
-    inside = masks.keys() & own.keys()
+    in_vocab = masks.keys() & vocab.keys()
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {**own, **{masks[content]: own[content] for content in inside}}
-        for content in inside:
+        model["vocab"] = {**vocab, **{masks[content]: vocab[content] for content in in_vocab}}
+        for content in in_vocab:
             del model["vocab"][content]
     else:
         model["vocab"] = [[masks.get(content, content), score] for content, score in model["vocab"]]
     if "merges" in model:
-        model["merges"] = _without(inside, _pairs(model["merges"]))
+        model["merges"] = _without(in_vocab, _pairs(model["merges"]))
     if model.get("unk_token") is not None:
         model["unk_token"] = masks.get(model["unk_token"], model["unk_token"])
     tokens = [asdict(token) | {"content": masks.get(token.content, token.content)} for token in added]
-    for token in tokens:  # the library needs a number here, but then numbers tokens by their position
+    for token in tokens:  # the library requires a number, but numbers tokens by their position
         token["id"] = 0 if token["id"] is None else token["id"]
     return spec | {"model": model, "added_tokens": tokens}
 
 
 def _check_frame(processor: Any) -> None:
-    """Refuse a template with special tokens that the file does not list: the library would panic."""
+    """Refuses a template with special tokens that the file does not list: the library would panic."""
     for step in [processor, *((processor or {}).get("processors") or ())]:
         if step and step["type"] == "TemplateProcessing":
             named = {item["SpecialToken"]["id"] for item in [*step["single"], *step["pair"]] if "SpecialToken" in item}
@@ -173,11 +173,11 @@ def _pairs(merges: list[Any]) -> list[tuple[str, ...]]:
     raise TokenizerError("its merges are neither pairs of tokens nor lines of two")
 
 
-def _without(inside: Collection[str], merges: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The merges without those that spell a control token: `</s>` may otherwise be made from its letters."""
-    if not inside:
+def _without(tokens: Collection[str], merges: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The merges without those of a control token: otherwise `</s>` could be merged from its letters."""
+    if not tokens:
         return merges
-    unsafe = set(inside)
+    unsafe = set(tokens)
     if unsafe.isdisjoint(map("".join, merges)) and unsafe.isdisjoint(chain.from_iterable(merges)):
         return merges
     return [merge for merge in merges if unsafe.isdisjoint((*merge, "".join(merge)))]

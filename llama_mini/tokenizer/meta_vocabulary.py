@@ -18,8 +18,8 @@ from llama_mini.tokenizer.tokenizer_json import added_token, split, tokenizer_co
 
 Files = dict[str, dict[str, Any] | str | Path]
 
-# Meta's code encodes the content of a message apart from the line breaks before it, which no template can do. Where a
-# content begins with a line break, the ids differ; the text is the same.
+# Meta's code encodes a message's content separately from the line breaks before it, which no template can do. If a
+# content begins with a line break, the ids differ, but the text is the same.
 LLAMA_3_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -34,9 +34,9 @@ _BPE = 2  # TrainerSpec.ModelType
 
 
 def meta_tokenizer_files(path: Path) -> Files:
-    """Name of a file -> its content, a JSON object or a text, or the path of a file to copy.
+    """File name -> its content: a JSON object, a text, or the path of a file to copy.
 
-    The content of `path` decides its kind. Raises TokenizerError when it is neither kind, or a SentencePiece model that
+    The content of `path` decides its kind. Raises TokenizerError if it is neither kind, or a SentencePiece model that
     tokenizer.json cannot express.
     """
     kind = Tokenizer.from_pretrained(path).kind
@@ -44,7 +44,7 @@ def meta_tokenizer_files(path: Path) -> Files:
         return _tiktoken_files(TiktokenFile(path, path.read_bytes()))
     if kind == "SentencePiece":
         return _sentencepiece_files(path, path.read_bytes())
-    raise TokenizerError(f"{path} is a {kind}, expected tiktoken's or SentencePiece's format; give it its own name")
+    raise TokenizerError(f"{path} is a {kind}, expected tiktoken's or SentencePiece's format; rename the file")
 
 
 def _tiktoken_files(vocabulary: TiktokenFile) -> Files:
@@ -66,8 +66,8 @@ def _tiktoken_files(vocabulary: TiktokenFile) -> Files:
 def _merges_by_rank(tokens: Sequence[bytes]) -> Iterator[tuple[int, int]]:
     """Every way to cut a token into two others, as ranks, in the order of the token's rank.
 
-    tiktoken joins any two neighbours that make a token, even one of a higher rank than the token it becomes a part of.
-    So one pair for each token is not enough.
+    tiktoken joins any two neighbours that make a token, even one of a higher rank than the token it becomes a part of,
+    so one pair for each token is not enough.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     for token in tqdm(tokens, "ranks to merges", unit="token", delay=1, leave=False, disable=None):
@@ -90,7 +90,7 @@ def _sentencepiece_files(path: Path, data: bytes) -> Files:
     defined = ids_of(PieceType.USER_DEFINED)
     markers = {id for id in defined if is_control(pieces[id], special=False)}
     words = [pieces[id] for id in defined if id not in markers]
-    # The library looks for added tokens in the text before its spaces are written as ▁.
+    # The library matches added tokens before spaces become ▁.
     contents = [piece.replace("▁", " ") if id in markers else piece for id, piece in enumerate(pieces)]
     parts = sentencepiece_parts(
         {content: id for id, content in enumerate(contents)},
@@ -113,7 +113,7 @@ def _sentencepiece_files(path: Path, data: bytes) -> Files:
 
 
 def _inexpressible(model: Model) -> str | None:
-    """What the model does and merges by score do not. (transformers loads such a tokenizer.model, with other ids.)"""
+    """What the model does that merges by score cannot do. (transformers loads such a file, but gives other ids.)"""
     if model.trainer.get(3) != _BPE:
         return "is a SentencePiece model of another type than BPE"
     if model.normalizer.get(2):

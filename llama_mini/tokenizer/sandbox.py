@@ -37,7 +37,7 @@ MAX_SECONDS = 10.0
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """The text of a Jinja template, as transformers renders it; plain data in, TokenizerError for all that fails."""
+    """The text of a Jinja template, as transformers renders it. Raises TokenizerError for any failure."""
     if len(template) > MAX_TEMPLATE_CHARS:
         raise _stopped(f"it has {len(template):,} characters, the limit is {MAX_TEMPLATE_CHARS:,}")
     match _SANDBOX.answer({"template": template, "variables": dict(variables), "max_chars": MAX_TEXT_CHARS}):
@@ -63,13 +63,13 @@ class _Sandbox:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
-        self._not_pythons: set[str] = set()  # values of sys.executable that were warned of
+        self._not_pythons: set[str] = set()  # values of sys.executable that a warning has named
         atexit.register(self._close)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget_worker)
 
     def answer(self, request: dict[str, Any]) -> Any:
-        """What the worker answers, or this process where no worker can be started."""
+        """The worker's answer, or this process's own if no worker can be started."""
         with self._lock:
             if sys.executable not in self._not_pythons:
                 try:
@@ -116,7 +116,7 @@ class _Sandbox:
             self._worker = None
 
     def _forget_worker(self) -> None:
-        """In a forked child, the worker is the parent's, and a thread that is not here may hold the lock."""
+        """In a forked child, the worker is the parent's, and the lock may belong to a thread of the parent."""
         self._lock = threading.Lock()
         if self._worker is not None:
             self._worker.forget()
@@ -176,7 +176,7 @@ class _Worker:
             pass
 
     def forget(self) -> None:
-        """Close this process's copies of the pipes, and nothing more."""
+        """Closes this process's copies of the pipes, and nothing more."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -184,12 +184,12 @@ class _Worker:
 
     def _write(self, data: bytes) -> None:
         assert self._process.stdin is not None
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._process.stdin.write(rest) :]
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[self._process.stdin.write(remaining) :]
 
     def _read(self, n_bytes: int) -> bytes:
-        """So many bytes, or fewer if the worker ends."""
+        """The next `n_bytes` bytes, or fewer if the worker ends."""
         assert self._process.stdout is not None
         data = bytearray()
         while part := self._process.stdout.read(min(n_bytes - len(data), 1 << 20)):

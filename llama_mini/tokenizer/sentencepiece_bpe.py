@@ -1,8 +1,8 @@
-"""A SentencePiece vocabulary as byte-pair merges, the form that tokenizer.json has for it.
+"""A SentencePiece vocabulary as byte-pair merges, which tokenizer.json needs.
 
-SentencePiece has no list of merges. Of all neighbours that together are a piece, it joins those of the highest score
-first. So every way to cut a piece into two others is a merge, ranked by the score of the piece. llama.cpp does the same
-for all SentencePiece models, whichever algorithm trained their scores.
+SentencePiece has no list of merges. Among neighbours that together form a piece, it first joins those whose piece has
+the highest score. So every way to cut a piece into two others is a merge, ranked by the piece's score. llama.cpp does
+the same for all SentencePiece models, whichever algorithm trained their scores.
 """
 
 from bisect import bisect_left
@@ -20,7 +20,7 @@ PieceType = IntEnum("PieceType", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYT
 def merges_by_score(pieces: Sequence[str], scores: Sequence[float], ordinary: Collection[int]) -> list[list[str]]:
     """Every pair of ordinary pieces that makes a third, the highest score first. `ordinary` are ids."""
     known = {pieces[id] for id in ordinary}
-    lengths = sorted(set(map(len, known)))  # other cuts cannot make two pieces, and a hostile piece may be very long
+    lengths = sorted(set(map(len, known)))  # only these cuts can give two pieces; a hostile piece may be very long
     return [
         [piece[:cut], piece[cut:]]
         for piece in (pieces[id] for id in sorted(ordinary, key=lambda id: (-scores[id], id)))

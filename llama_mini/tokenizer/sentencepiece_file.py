@@ -20,10 +20,10 @@ class SentencePieceFile:
     """A SentencePiece vocabulary, with the control tokens that a Hugging Face directory adds to it."""
 
     def __init__(self, path: Path, data: bytes, files: ConfigFiles) -> None:
-        """ValueError when `data` is not such a file; TokenizerError when an added token is not supported."""
+        """Raises ValueError if `data` is not such a file, TokenizerError if an added token is not supported."""
         model = read_model(data)
         pieces = model.pieces
-        # It puts a space before a text (add_dummy_prefix), or drops those that are there (remove_extra_whitespaces).
+        # Encoding adds a space before a text (add_dummy_prefix) or drops spaces there (remove_extra_whitespaces).
         self.strips_space = bool(model.normalizer.get(3, True) or model.normalizer.get(4, True))
         added = {token.id: token for token in files.added_tokens if token.id is not None}
         self._contents = dict(enumerate(piece.content for piece in pieces))
@@ -48,15 +48,15 @@ class SentencePieceFile:
         self.vocab_size = max(self._contents) + 1
         self.control_ids: Mapping[str, int] = {self._contents[id]: id for id in control}
         self.special_ids = frozenset(special)
-        own = {"bos_token": self._processor.bos_id(), "eos_token": self._processor.eos_id()}
-        own = {key: id for key, id in own.items() if id >= 0}
-        self.names: Mapping[str, str] = {key: self._contents[id] for key, id in own.items()}
-        self.eos_ids = frozenset(id for key, id in own.items() if key == "eos_token")
-        before = [own["bos_token"]] if "bos_token" in own and files.add_bos is not False else []
+        ids = {"bos_token": self._processor.bos_id(), "eos_token": self._processor.eos_id()}
+        ids = {key: id for key, id in ids.items() if id >= 0}
+        self.names: Mapping[str, str] = {key: self._contents[id] for key, id in ids.items()}
+        self.eos_ids = frozenset(id for key, id in ids.items() if key == "eos_token")
+        before = [ids["bos_token"]] if "bos_token" in ids and files.add_bos is not False else []
         self.frame = (before, list(self.eos_ids) if files.add_eos else [])
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Each text gets the leading space of the model, also after a control token, as in Meta's dialogues."""
+        """Each text gets the model's leading space, also after a control token, as in Meta's dialogues."""
         ids: list[int] = []
         for piece in pieces:
             if isinstance(piece, int):
@@ -83,7 +83,7 @@ class ModelPiece:
 
 @dataclass(frozen=True)
 class Model:
-    """A ModelProto. `trainer` and `normalizer` are the fields of its specs, by number; `rest`: the other bytes."""
+    """A ModelProto. `trainer` and `normalizer` are the fields of its specs, by number; `rest` is all but the pieces."""
 
     pieces: list[ModelPiece]
     trainer: dict[int, int | bytes]
@@ -92,7 +92,7 @@ class Model:
 
 
 def read_model(data: bytes) -> Model:
-    """ValueError when `data` is not a SentencePiece model, or one that is not supported."""
+    """Raises ValueError if `data` is not a SentencePiece model, or one that is not supported."""
     pieces: list[ModelPiece] = []
     rest = bytearray()
     specs: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}}
@@ -116,7 +116,7 @@ def read_model(data: bytes) -> Model:
 
 
 def _write_model(model: Model, control: set[int]) -> bytes:
-    """The model, with the type `control` for some pieces: of a field that occurs twice, the last counts."""
+    """The file, with some pieces made control tokens: a type is appended, and of two equal fields the last counts."""
     messages = (
         piece.message
         + (bytes([3 << 3, PieceType.CONTROL]) if id in control and piece.kind != PieceType.UNKNOWN else b"")

@@ -7,10 +7,10 @@ from llama_mini.tokenizer.tokenizer import Tokenizer
 
 
 class DecodeStream:
-    """Joined, the pieces are `tokenizer.decode` of all ids, up to the first stop string.
+    """Joined, the returned texts equal `tokenizer.decode` of all ids, up to the first stop string.
 
-    Held back are the bytes of a character that is not complete, and text that may be the beginning of a stop string.
-    `stopped` is true after a stop string; push then gives "".
+    It holds back the bytes of an incomplete character, and text that may be the beginning of a stop string.
+    `stopped` is true after a stop string; push then returns "".
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -22,7 +22,7 @@ class DecodeStream:
         self._held = ""
 
     def push(self, token_id: int) -> str:
-        """The text that is certain with this token, often "". Special tokens add nothing."""
+        """The text that this token makes certain, often "". Special tokens add nothing."""
         return self._release(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
 
     def flush(self) -> str:
@@ -48,5 +48,5 @@ class DecodeStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -88,21 +88,21 @@ def rendered(source: str, variables: dict[str, Any], max_chars: int) -> str:
 
 
 def _address_space() -> int:
-    """Bytes that RLIMIT_AS counts; 0 on platforms that do not tell, which do not limit them either."""
+    """The bytes that RLIMIT_AS counts; 0 on platforms that do not report them, which do not limit them either."""
     with suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     return 0
 
 
 def _limit_processor_time(seconds: float) -> None:
-    """SIGPROF will end this process after so many seconds; 0 calls that off."""
+    """SIGPROF ends this process after `seconds` of processor time; 0 cancels that."""
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _limit(name: str, soft: int, hard: int) -> None:
-    """Lower a limit where the platform can: a process may not raise one, and macOS refuses RLIMIT_AS."""
+    """Lowers a limit where the platform can: a process may not raise one, and macOS refuses RLIMIT_AS."""
     kind = getattr(resource, name, None)
     if kind is None:
         return

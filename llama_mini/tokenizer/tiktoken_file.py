@@ -16,9 +16,9 @@ from llama_mini.tokenizer.backend import Piece, native_failures_as
 from llama_mini.tokenizer.byte_level import LLAMA_3_WORDS
 
 MAX_CHARS = 400_000  # tiktoken panics on much more at once
-MAX_RUN = 25_000  # characters in a row with, or without, white space: its merging is quadratic within a word
+MAX_RUN = 25_000  # characters in a row, all white space or none: tiktoken's merging is quadratic within a word
 N_SPECIAL = 256
-LLAMA_3_SPECIAL = (  # LLaMA 3.1's names; in 3.0, the fifth, sixth, ninth and last two are reserved ones
+LLAMA_3_SPECIAL = (  # LLaMA 3.1's names; in 3.0, the fifth, sixth, ninth and last two have reserved names
     "<|begin_of_text|>",
     "<|end_of_text|>",
     "<|reserved_special_token_0|>",
@@ -42,7 +42,7 @@ class TiktokenFile:
     strips_space = False
 
     def __init__(self, path: Path, data: bytes) -> None:
-        """ValueError when `data` is not such a file."""
+        """Raises ValueError if `data` is not such a file."""
         ranks = _read_ranks(data)
         reserved = (f"<|reserved_special_token_{2 + i}|>" for i in range(N_SPECIAL - len(LLAMA_3_SPECIAL)))
         special = [*LLAMA_3_SPECIAL, *reserved]
@@ -76,8 +76,8 @@ class TiktokenFile:
 
 
 def bounded_parts(text: str) -> Iterator[str]:
-    """Cut a text where Meta's tokenizer cuts it, so that the ids are the same: only in extremely long runs."""
-    # Match only at the start of a run: from each of its characters, runs just under the limit take quadratic time.
+    """Cuts a text where Meta's tokenizer does, so the ids are the same: only in very long texts and runs."""
+    # Match only at the start of a run: tried at each character, runs just under the limit take quadratic time.
     long_run = re.compile(rf"(?<!\s)\s{{{MAX_RUN + 1},}}|(?<!\S)\S{{{MAX_RUN + 1},}}")
     for start in range(0, len(text), MAX_CHARS):
         chunk = text[start : start + MAX_CHARS]

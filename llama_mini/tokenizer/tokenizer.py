@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
 from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
 from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
-from llama_mini.checkpoint.io.files import exists, inside
+from llama_mini.checkpoint.io.files import VOCABULARIES, exists, inside
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.tokenizer import chat
 from llama_mini.tokenizer.backend import Backend, Piece, any_of
@@ -20,24 +20,22 @@ from llama_mini.tokenizer.hf_json import HuggingFaceJson
 from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
 from llama_mini.tokenizer.tiktoken_file import TiktokenFile
 
-if TYPE_CHECKING:  # it imports torch, which a tokenizer does without
+if TYPE_CHECKING:  # it imports torch, which a tokenizer does not need
     from llama_mini.checkpoint.source import Source
-
-VOCABULARIES = ("tokenizer.json", "tokenizer.model")  # the first that exists
 
 
 class Tokenizer:
-    """One tokenizer for tokenizer.json, LLaMA 3's tiktoken file, SentencePiece and GGUF. Made by `from_pretrained`.
+    """One tokenizer for tokenizer.json, LLaMA 3's tiktoken file, SentencePiece and GGUF. Use `from_pretrained`.
 
     Text never becomes a control token, neither in `encode` nor in chats, unless `parse_special` asks for it.
 
-    bos_id: the id that begins a text, or None: by tokenizer_config.json, else the vocabulary, else
+    bos_id: the id that begins a text, or None: from tokenizer_config.json, else the vocabulary, else
         generation_config.json, else config.json.
     eos_ids: all ids that end a text: those where transformers' generate stops (generation_config.json, or else
         config.json), the eos_token of tokenizer_config.json (in many chat models the end of a turn), and those of the
         vocabulary (LLaMA 3's end_of_text, eom and eot).
     vocab_size: the highest id of the vocabulary plus one; a model may have more rows.
-    kind: a phrase for people: "tokenizer.json", "tiktoken", "SentencePiece", "GGUF byte-level BPE (llama-bpe)".
+    kind: a description for people: "tokenizer.json", "tiktoken", "SentencePiece", "GGUF byte-level BPE (llama-bpe)".
     """
 
     def __init__(self, backend: Backend, files: ConfigFiles, kind: str) -> None:
@@ -59,7 +57,7 @@ class Tokenizer:
         """Open a directory (Hugging Face's or Meta's), a vocabulary file in one, a GGUF file or a hub name.
 
         The content of a vocabulary decides its kind. In a directory, tokenizer.json comes before tokenizer.model.
-        TokenizerError when there is none or it is broken; CheckpointError when a file or repository cannot be read.
+        Raises TokenizerError if there is none or it is broken, CheckpointError if a file or repository is unreadable.
         """
         path = _fetched(path)
         candidates = [inside(path, name) for name in VOCABULARIES] if path.is_dir() else [path]
@@ -82,7 +80,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, header: GGUFHeader) -> "Tokenizer":
-        """The tokenizer in a GGUF file, from its header. TokenizerError when the metadata are wrong."""
+        """The tokenizer in a GGUF file, from its header. Raises TokenizerError for wrong metadata."""
         vocabulary, embedding = GGUFVocabulary(header), header.tensors.get("token_embd.weight")
         files = vocabulary.config_files(embedding.shape[0] if embedding else 0)
         backend = HuggingFaceJson(vocabulary.tokenizer_json(), f"the tokenizer in {header.path}", files)
@@ -93,7 +91,7 @@ class Tokenizer:
 
         The rule is the post-processor of tokenizer.json; for tokenizer.model it is BOS, or what add_bos_token and
         add_eos_token say. With `parse_special`, control strings in the text become control tokens: only for text that a
-        chat template made, never for a user's. RequestError when `text` is not a string or holds half a surrogate pair.
+        chat template made, never for a user's. Raises RequestError for no string or half a surrogate pair.
         """
         _check_text(text)
         pieces: list[Piece] = [text]
@@ -117,7 +115,7 @@ class Tokenizer:
         """The bytes that one token adds to a text, perhaps a part of a character.
 
         Empty for an id of the model that the vocabulary does not have: vocabularies are padded to round sizes, and a
-        model may sample such an id. RequestError for an id beyond those.
+        model may sample such an id. Raises RequestError for an id that the model does not have.
         """
         try:
             id = operator.index(token_id)
@@ -160,7 +158,7 @@ class Tokenizer:
         """Ids of a chat, by the checkpoint's template, or in LLaMA 3's dialogue format for a Meta directory.
 
         If the checkpoint's rule adds a BOS, there is exactly one, whether the template writes it or not.
-        RequestError for malformed messages; TokenizerError when there is no template or it fails.
+        Raises RequestError for malformed messages, TokenizerError if there is no template or it fails.
         """
         checked = chat.checked_messages(messages)
         if self._chat_template is not None:
@@ -230,13 +228,13 @@ def _check_text(text: object) -> None:
 
 
 def open_tokenizer(source: "Source") -> Tokenizer:
-    """The tokenizer of an opened checkpoint. TokenizerError also when the model has no row for an ordinary token."""
-    found = Tokenizer.from_pretrained(source.directory) if source.gguf is None else Tokenizer.from_gguf(source.gguf)
+    """The tokenizer of a checkpoint. Raises TokenizerError also if the embedding has no row for an ordinary token."""
+    tokenizer = Tokenizer.from_gguf(source.gguf) if source.gguf else Tokenizer.from_pretrained(source.directory)
     rows = source.config.vocab_size
-    if found.vocab_size > rows:
-        problem = f"{source.path}: the tokenizer has {found.vocab_size} tokens, but the embedding has {rows} rows"
-        special = found.control_ids
-        if found.vocab_size - rows > len(special) or not special.issuperset(range(rows, found.vocab_size)):
-            raise TokenizerError(f"{problem}; they belong to two checkpoints")
+    if tokenizer.vocab_size > rows:
+        problem = f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the embedding has {rows} rows"
+        special = tokenizer.control_ids
+        if tokenizer.vocab_size - rows > len(special) or not special.issuperset(range(rows, tokenizer.vocab_size)):
+            raise TokenizerError(f"{problem}; they belong to different checkpoints")
         warnings.warn(f"{problem}: the special tokens from {rows} on cannot be used", LlamaMiniWarning, stacklevel=3)
-    return found
+    return tokenizer

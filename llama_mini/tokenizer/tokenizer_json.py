@@ -21,7 +21,7 @@ def tokenizer_json(
 
 
 def tokenizer_config(**settings: Any) -> dict[str, Any]:
-    """With the class that takes tokenizer.json as it is: LlamaTokenizer and GPT2Tokenizer put in parts of their own."""
+    """Names the class that uses tokenizer.json as it is: LlamaTokenizer and GPT2Tokenizer replace parts of it."""
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
 
 
@@ -32,7 +32,7 @@ def added_token(id: int, content: str, special: bool) -> dict[str, Any]:
 
 
 def bpe_model(vocab: dict[str, int], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
-    """A byte-pair encoding; `settings` go over the library's defaults."""
+    """A byte-pair encoding; `settings` override the library's defaults."""
     return {
         "type": "BPE",
         "dropout": None,
@@ -48,7 +48,7 @@ def bpe_model(vocab: dict[str, int], merges: list[list[str]], **settings: Any) -
 
 
 def split(pattern: str) -> dict[str, Any]:
-    """A pre-tokenizer: what the regular expression matches is a word, and so is what lies between."""
+    """A pre-tokenizer: each match of the regular expression is a word, and so is the text between matches."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 

@@ -133,7 +133,7 @@ def test_bytes_or_an_unknown_token() -> None:
 
 
 def test_equal_scores_warn() -> None:
-    with pytest.warns(LlamaMiniWarning, match="scores gives 1 pieces a score that another has too"):
+    with pytest.warns(LlamaMiniWarning, match="scores has 1 repeated scores"):
         vocabulary(**with_token("bca", 1, score=-9.0)).tokenizer_json()
 
 

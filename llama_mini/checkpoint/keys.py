@@ -90,9 +90,5 @@ def to_file_name(name: str, table: KeyTable) -> str:
     """Our name of a parameter -> the name in the file."""
     layer = re.search(r"\.(\d+)\.", name)
     pattern = name.replace(layer[0], ".{}.", 1) if layer else name
-    theirs = _reversed(table).get(pattern, pattern)
-    return theirs.replace("{}", layer[1]) if layer else theirs
-
-
-def _reversed(table: KeyTable) -> KeyTable:
-    return {ours: theirs for theirs, ours in table.items()}
+    file_pattern = {ours: theirs for theirs, ours in table.items()}.get(pattern, pattern)
+    return file_pattern.replace("{}", layer[1]) if layer else file_pattern

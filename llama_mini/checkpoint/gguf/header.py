@@ -89,7 +89,7 @@ class _Bytes:
     def check(self, n: int, what: str) -> None:
         remaining = self.size - self.position
         if n > remaining:
-            raise self.fault(f"{what} needs {n} bytes where the file has {remaining} left; it is cut short or broken")
+            raise self.fault(f"{what} needs {n} bytes, but the file has {remaining} left; it is cut short or broken")
 
     def number(self, width: int, what: str) -> int:
         return int.from_bytes(self.take(width, what), "little")
@@ -239,8 +239,8 @@ def _check_layout(file: _Bytes, tensors: dict[str, GGUFTensor]) -> None:
         end, before = info.offset + info.n_bytes, info.name
         if end > file.size:
             raise file.fault(
-                f"tensor {short_repr(info.name)}, {info.type} of shape {info.shape}, ends at byte {end} "
-                f"where the file has {file.size}; it is cut short or broken"
+                f"tensor {short_repr(info.name)}, {info.type} of shape {info.shape}, ends at byte {end}, "
+                f"but the file has {file.size}; it is cut short or broken"
             )
 
 

@@ -27,36 +27,36 @@ def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, Rope
     settings = {} if raw.get(key) is None else raw[key]
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{key} must be an object or null, not {short_repr(settings)}")
-    rest = dict(settings)
-    rest.pop("finetuned", None)  # whether the model was trained with the scaling, which changes no number
-    bases = [base for base in (rest.pop("rope_theta", None), raw.get("rope_theta")) if base is not None]
+    fields = dict(settings)
+    fields.pop("finetuned", None)  # whether the model was trained with the scaling, which changes no number
+    bases = [base for base in (fields.pop("rope_theta", None), raw.get("rope_theta")) if base is not None]
     if len(bases) == 2 and bases[0] != bases[1]:
         raise ConfigError(f"rope_theta is {short_repr(bases[1])}, but {key} says {short_repr(bases[0])}")
     theta = bases[0] if bases else DEFAULT_THETA
-    kinds = [rest.pop(name) for name in ("rope_type", "type") if name in rest] or ["default"]
+    kinds = [fields.pop(name) for name in ("rope_type", "type") if name in fields] or ["default"]
     kind = kinds[0]
     if not isinstance(kind, str) or kind not in _KNOWN or kinds[-1] != kind:
         raise ConfigError(
             f"{key}: unknown rope type {' and '.join(map(short_repr, kinds))}; known: {', '.join(_KNOWN)}"
         )
-    partial = rest.pop("partial_rotary_factor", 1)
+    partial = fields.pop("partial_rotary_factor", 1)
     if partial not in (None, 1):
         raise ConfigError(f"{key}: partial_rotary_factor is {short_repr(partial)}; only 1 is implemented")
-    context = rest.pop(_CONTEXT, None)
+    context = fields.pop(_CONTEXT, None)
     if raw.get(_CONTEXT) is not None:
         context = raw[_CONTEXT]  # the top-level key wins over the rope settings, as in transformers
     if kind == "dynamic" and context not in (None, max_seq_len):
         raise ConfigError(f"{key}: {_CONTEXT} is {short_repr(context)}, but dynamic scaling starts from {max_seq_len}")
     if kind in ("llama3", "yarn"):
-        rest["original_max_seq_len"] = max_seq_len if context is None else context
+        fields["original_max_seq_len"] = max_seq_len if context is None else context
     if kind == "yarn":
-        _resolve_yarn(key, rest, max_seq_len)
+        _resolve_yarn(key, fields, max_seq_len)
     if kind == "default":
-        if rest:
-            raise ConfigError(f"{key}: unknown {join_names(sorted(map(str, rest)))}")
+        if fields:
+            raise ConfigError(f"{key}: unknown {join_names(sorted(map(str, fields)))}")
         return theta, None
     try:
-        return theta, RopeScaling.from_dict({"rope_type": kind} | rest)
+        return theta, RopeScaling.from_dict({"rope_type": kind} | fields)
     except ConfigError as error:
         raise ConfigError(str(error).replace("rope_scaling", key, 1)) from None
 
@@ -69,18 +69,18 @@ def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any] | No
     return {"rope_theta": theta, "rope_scaling": data}
 
 
-def _resolve_yarn(key: str, rest: dict[Any, Any], max_seq_len: Any) -> None:
+def _resolve_yarn(key: str, fields: dict[Any, Any], max_seq_len: Any) -> None:
     """Computes what transformers infers: an absent factor, and the attention factor from both `mscale` values."""
-    for name in [name for name in ("factor", "attention_factor", "beta_fast", "beta_slow") if rest.get(name) is None]:
-        rest.pop(name, None)
-    context = rest["original_max_seq_len"]
-    numbers = {name: rest.pop(name, None) for name in ("mscale", "mscale_all_dim")}
-    if "factor" not in rest and is_finite(context) and context > 0 and is_finite(max_seq_len):
-        rest["factor"] = max_seq_len / context
+    for name in [name for name in ("factor", "attention_factor", "beta_fast", "beta_slow") if fields.get(name) is None]:
+        fields.pop(name, None)
+    context = fields["original_max_seq_len"]
+    numbers = {name: fields.pop(name, None) for name in ("mscale", "mscale_all_dim")}
+    if "factor" not in fields and is_finite(context) and context > 0 and is_finite(max_seq_len):
+        fields["factor"] = max_seq_len / context
     for name, value in numbers.items():
         if value is not None and (not is_finite(value) or value < 0):
             raise ConfigError(f"{key}.{name} must be a finite number of at least 0, not {short_repr(value)}")
-    if all(numbers.values()) and "attention_factor" not in rest and is_finite(rest.get("factor")):
-        rest["attention_factor"] = yarn_magnitude(rest["factor"], numbers["mscale"]) / yarn_magnitude(
-            rest["factor"], numbers["mscale_all_dim"]
+    if all(numbers.values()) and "attention_factor" not in fields and is_finite(fields.get("factor")):
+        fields["attention_factor"] = yarn_magnitude(fields["factor"], numbers["mscale"]) / yarn_magnitude(
+            fields["factor"], numbers["mscale_all_dim"]
         )

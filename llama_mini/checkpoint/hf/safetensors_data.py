@@ -133,8 +133,8 @@ def write_file(
                 if tensor is None:
                     raise ValueError(f"{name} was announced, but there is no further tensor to write")
                 if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
-                    found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                    raise ValueError(f"{name} was announced as {dtype} of shape {tuple(shape)}, but is {found}")
+                    actual = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                    raise ValueError(f"{name} was announced as {dtype} of shape {tuple(shape)}, but is {actual}")
                 file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
                 del tensor  # before the next one is made
             if next(tensors, None) is not None:

@@ -1,7 +1,7 @@
 """The header of a safetensors file. The `safetensors` library checks it, then this file reads where each tensor lies.
 
-To read some rows of a tensor, one needs the byte where it begins, and the library does not tell it. Of two tensors with
-one name, the library silently keeps the last; here they are an error.
+Reading some rows of a tensor needs the byte where it begins, which the library does not tell. Of two tensors with one
+name, the library silently keeps the last; here they are an error.
 """
 
 import json

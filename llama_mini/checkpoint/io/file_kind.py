@@ -42,7 +42,7 @@ def describe(kind: FileKind) -> str:
 
 
 def file_kind(path: Path) -> FileKind:
-    """Raises CheckpointPathError if there is no file, or it cannot be read."""
+    """The kind of a file. Raises CheckpointPathError if there is no file, or it cannot be read."""
     with open_file(path) as file:
         return kind_of(file.read(HEAD), size_of(file))
 

@@ -210,7 +210,7 @@ FAULTS = {
     "offset": (_file([], [_tensor("t", [4], 0, 2**63)]), "tensor 't', F32 .* ends at byte"),
     "overlap": (_file([], [_tensor("t", [16], 0, 0), _tensor("u", [4], 0, 32)]), "tensors 't' and 'u' overlap"),
     "name twice": (_file([], [_tensor("t", [4], 0, 0), _tensor("t", [4], 0, 32)]), "tensor 't' occurs twice"),
-    "cut short": (_file([], [_tensor("t", [65], 0, 0)]), "tensor 't', F32 .* where the file has"),
+    "cut short": (_file([], [_tensor("t", [65], 0, 0)]), "tensor 't', F32 .* but the file has"),
 }
 
 

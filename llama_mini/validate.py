@@ -14,26 +14,24 @@ _MAX_NAMES = 12
 
 
 def check_whole(
-    name: str, value: Any, error: type[LlamaMiniError], least: int = 1, most: float = math.inf, why: str = ""
+    name: str, value: Any, error: type[LlamaMiniError], minimum: int = 1, maximum: float = math.inf, why: str = ""
 ) -> None:
-    """Takes a whole number from `least` to `most`, both included; `why` says where a limit comes from."""
-    if not is_whole(value) or not least <= value <= most:
-        raise error(f"{name} must be a whole number {_range(least, most)}{why}, not {short_repr(value)}")
+    """Refuses anything but a whole number from `minimum` to `maximum`, both included; `why` explains a limit."""
+    if not is_whole(value) or not minimum <= value <= maximum:
+        raise error(f"{name} must be a whole number{_range(minimum, maximum)}{why}, not {short_repr(value)}")
 
 
 def check_number(
     name: str,
     value: Any,
     error: type[LlamaMiniError],
-    least: float = -math.inf,
-    most: float = math.inf,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
     above: float = -math.inf,
 ) -> None:
-    """Takes a finite number from `least` to `most`, both included, and greater than `above`."""
-    if not is_finite(value) or not (least <= value <= most and value > above):
-        limits = (
-            f" above {above:g}" if math.isfinite(above) else f" {_range(least, most)}" if math.isfinite(least) else ""
-        )
+    """Refuses anything but a finite number from `minimum` to `maximum`, both included, and greater than `above`."""
+    if not is_finite(value) or not (minimum <= value <= maximum and value > above):
+        limits = _range(minimum, maximum) if above == -math.inf else f" above {above:g}"
         raise error(f"{name} must be a finite number{limits}, not {short_repr(value)}")
 
 
@@ -48,7 +46,7 @@ def check_choice(name: str, value: Any, known: Collection[str], error: type[Llam
 
 
 def check_token_ids(ids: Iterable[int], vocab_size: int, error: type[LlamaMiniError]) -> None:
-    """Takes ids that are rows of the embedding."""
+    """Refuses ids that are no rows of the embedding."""
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
             raise error(f"token id {short_repr(token_id)} is outside the vocabulary of {vocab_size}")
@@ -69,7 +67,7 @@ def short_repr(value: Any) -> str:
     if is_whole(value) and abs(value) >= 10**60:
         return f"a number of {value.bit_length()} bits"
     try:
-        text = repr(value)
+        text = repr(value[:100] if isinstance(value, str | bytes) else value)
     except ValueError:  # one of those numbers inside a list
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
@@ -83,5 +81,7 @@ def join_names(names: Iterable[Any]) -> str:
     return ", ".join(short) + (f" and {more} more" if more else "")
 
 
-def _range(least: float, most: float) -> str:
-    return f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+def _range(minimum: float, maximum: float) -> str:
+    if minimum == -math.inf:
+        return ""
+    return f" of at least {minimum}" if maximum == math.inf else f" from {minimum} to {maximum}"

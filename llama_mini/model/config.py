@@ -78,7 +78,7 @@ class LlamaConfig:
         check_whole("head_dim", self.head_dim, ConfigError, 1, _LARGEST_SIZE)
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even, since rotary embedding rotates pairs; found {self.head_dim}")
-        check_number("norm_eps", self.norm_eps, ConfigError, least=0)
+        check_number("norm_eps", self.norm_eps, ConfigError, minimum=0)
         check_number("rope_theta", self.rope_theta, ConfigError, above=0)
         for name in ("norm_eps", "rope_theta"):  # JSON may hold an integer, and torch takes none beyond 64 bits
             fill(name, float(getattr(self, name)))

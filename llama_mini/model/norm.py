@@ -50,7 +50,7 @@ class Norm(nn.Module):
         super().__init__()
         name = type(self).__name__
         check_whole(f"{name}: dim", dim, ConfigError)
-        check_number(f"{name}: eps", eps, ConfigError, least=0)
+        check_number(f"{name}: eps", eps, ConfigError, minimum=0)
         check_choice(f"{name} gain", gain, get_args(Gain), ConfigError)
         check_choice(f"{name} cast", cast, get_args(Cast), ConfigError)
         check_number(f"{name}: scale", scale, ConfigError)

@@ -1,6 +1,6 @@
-"""Makes a model fast: replaces modules by ones with fused projections, quantized weights and operators in C++.
+"""Makes a model fast: replaces its modules by ones with fused projections, quantized weights and C++ operators.
 
-The plain model is the reference that every fast path is tested against. README.md in this folder says where to begin.
+The plain model is the reference that every fast path is tested against. Start with README.md in this folder.
 """
 
 from llama_mini.machine import set_threads

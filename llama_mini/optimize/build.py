@@ -32,13 +32,13 @@ ISA_VARIANTS = {
     "avx512_bf16": (*_WIDE, "-mavx512bf16"),
     "amx": (*_WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
-# GCC warns of half-initialised vectors inside its own intrinsics, and of how vectors would be passed between functions.
+# GCC warns about partly initialized vectors in its own intrinsics, and about the ABI of vector arguments.
 _QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-Wall", *_QUIET)
 
 
 def load_kernels(kernels: str = "auto") -> bool:
-    """Builds torch.ops.llama_mini if necessary and loads it. False, and one warning a process, if that fails.
+    """Loads torch.ops.llama_mini, built first if necessary. False for `off` or, with one warning a process, on failure.
 
     Raises RequestError for a setting other than `auto` and `off`.
     """
@@ -54,7 +54,7 @@ def _loaded() -> bool:
         reason = str(error).strip().splitlines()
         warnings.warn(
             f"the fast operators could not be built or loaded ({reason[0] if reason else type(error).__name__:.300}): "
-            "stock PyTorch operators run instead; a C++ compiler (g++) for this processor makes them fast",
+            "PyTorch's own operators run instead, more slowly; install a C++ compiler (g++) to build the fast ones",
             LlamaMiniWarning,
             stacklevel=3,
         )
@@ -81,9 +81,9 @@ def built(cache: Path | None = None) -> Path:
     name = os.environ.get("CXX") or "g++"
     compiler = shutil.which(name)
     if platform.machine() not in ("x86_64", "AMD64"):
-        raise OSError(f"there are none for {platform.machine()}")
+        raise OSError(f"they need x86-64; this processor is {platform.machine()}")
     if compiler is None:
-        raise OSError(f"no compiler {name} on the path")
+        raise OSError(f"no compiler {name} on PATH")
     folder = _folder(cache)
     with as_file(files("llama_mini.optimize") / "native") as source:
         library = folder / f"operators-{_key(source, compiler)}.so"
@@ -95,14 +95,14 @@ def built(cache: Path | None = None) -> Path:
 
 
 def _folder(cache: Path | None) -> Path:
-    """The cache folder, which no other user may have been able to write: the library in it is executed."""
+    """The cache folder. Its library is executed, so no other user may own the folder or write to it."""
     folder = user_cache() / "operators" if cache is None else cache
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.stat()
     if hasattr(os, "getuid") and state.st_uid != os.getuid():
         raise OSError(f"{folder} belongs to another user")
     if state.st_mode & 0o022:
-        raise OSError(f"{folder} can be written by other users: remove it, and it is made anew")
+        raise OSError(f"{folder} is writable by other users: remove it, and it is created again")
     folder.chmod(0o700)
     return folder
 
@@ -117,7 +117,7 @@ def _key(source: Path, compiler: str) -> str:
 
 
 def _compile(source: Path, compiler: str, library: Path) -> None:
-    """Compiles every ISA variant and the operators at once, links them aside, syncs the file and renames it."""
+    """Compiles all ISA variants and the operators in parallel, links them aside, syncs the library and renames it."""
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     with new_file(library) as made:
@@ -132,7 +132,7 @@ def _compile(source: Path, compiler: str, library: Path) -> None:
             return target
 
         with ThreadPoolExecutor(len(units)) as pool:
-            objects = list(pool.map(compile_unit, sorted(units, reverse=True)))  # the longest first
+            objects = list(pool.map(compile_unit, sorted(units, reverse=True)))  # the slowest first
         _run([compiler, "-shared", *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made)])
         made.chmod(0o700)
 
@@ -141,5 +141,5 @@ def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
     if done.returncode:
         error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-        raise OSError(f"{Path(command[0]).name} ended with {done.returncode}: {error.strip()}")
+        raise OSError(f"{Path(command[0]).name} exited with {done.returncode}: {error.strip()}")
     return done.stdout

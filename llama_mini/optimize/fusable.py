@@ -1,6 +1,6 @@
-"""May an operator stand in for a norm? The one place that answers, for a norm by itself and for whole layers.
+"""Decides whether an operator may compute a norm: a norm by itself, or all the norms of whole layers.
 
-It may for an RMSNorm with settings that the operators compute exactly, in a layer that is still the one that was fused:
+It may for an RMSNorm whose settings the operators support, in a layer that has not changed since it was fused:
 nothing inside it is hooked, swapped or being trained. Otherwise the modules run one by one, as in the plain model.
 """
 
@@ -19,18 +19,18 @@ _WEIGHT, _DTYPE = methodcaller("get", "weight"), attrgetter("dtype")
 
 
 class NormArgs(NamedTuple):
-    """A norm as the operators take it; an empty gain stands for no norm."""
+    """A norm as operator arguments. An empty gain means no norm."""
 
     gain: Tensor
     eps: float
     late: int
 
 
-NormLists = tuple[list[Tensor], list[float], list[int]]  # the gains, eps and late of some norms
+NormLists = tuple[list[Tensor], list[float], list[int]]  # gains, eps and late casts, one for each norm
 
 
 class FusedRMSNorm(RMSNorm):
-    """An RMSNorm of a fast model: the same module and the same numbers, in one operator where that is possible."""
+    """An RMSNorm of a fast model: the same module and the same numbers, by one operator where possible."""
 
     def forward(self, x: Tensor) -> Tensor:
         args = norm_args(self, x.dtype) if supported(x.dtype, x.device) and x.shape[-1:] == (self.dim,) else None
@@ -40,7 +40,7 @@ class FusedRMSNorm(RMSNorm):
 
 
 def norm_args(norm: nn.Module, dtype: torch.dtype) -> NormArgs | None:
-    """None for a norm that the operators do not compute for an input of this dtype."""
+    """A norm as operator arguments; None if the operators cannot compute it for an input of this dtype."""
     if isinstance(norm, nn.Identity):
         return NormArgs(torch.empty(0), 0.0, 0)
     if not isinstance(norm, RMSNorm) or type(norm) not in (RMSNorm, FusedRMSNorm):  # a subclass may compute anything
@@ -54,8 +54,8 @@ def norm_args(norm: nn.Module, dtype: torch.dtype) -> NormArgs | None:
 class FusableNorms:
     """The norms of some layers as operator arguments, read again when a setting or a weight has changed.
 
-    layers: what an operator replaces; what is inside them now must stay. norms: of them, in the operator's order.
-    Each decoding step asks, so `args` compares whole lists: asking every norm by itself takes several times as long.
+    layers: those that the operator computes, with the modules that they hold now. norms: theirs, in its order.
+    Every decoding step calls `args`, which compares whole lists: norm by norm it would take several times as long.
     """
 
     def __init__(self, layers: Iterable[nn.Module], norms: Sequence[nn.Module]) -> None:
@@ -69,7 +69,7 @@ class FusableNorms:
         self._args: NormLists | None = None
 
     def args(self, x: Tensor) -> NormLists | None:
-        """Gains, eps and late casts of the norms; None where an operator may not stand in for the layers, given x."""
+        """Gains, eps and late casts of the norms; None if the layers must run module by module for this x."""
         if any(self._hooks) or self._children != self._fused_children or not x.is_contiguous():
             return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self._weights()) if t is not None):
@@ -82,7 +82,7 @@ class FusableNorms:
         return list(map(_WEIGHT, self._parameters))
 
     def _still_valid(self, dtype: torch.dtype) -> bool:
-        """Whether the norms are set as they were read: the same settings and weights, all of this dtype."""
+        """Whether settings and weights are still those of the last `_read`, and all weights have this dtype."""
         return (
             list(map(_SETTINGS, self._norms)) == self._settings
             and all(map(is_, self._weights(), self._read_weights))

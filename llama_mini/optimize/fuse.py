@@ -1,4 +1,4 @@
-"""Replaces the modules of a model by fast ones, and says where each of its tensors now goes."""
+"""Replaces the modules of a model by fast ones, and says where to load each tensor of the plain model."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -44,15 +44,15 @@ class PackedPart:
 
     @property
     def accepts_quantized(self) -> Collection[str]:
-        """GGUF formats that `load` takes as blocks."""
+        """GGUF formats whose blocks `load` takes as they are."""
         return _GGUF_FORMATS.get(type(self.linear), ())
 
     def destination(self, first: int, n: int) -> Tensor | None:
-        """The memory of n rows from row `first` on, if they are stored as floats."""
+        """The memory of n rows from row `first` on; None if they are not stored as floats."""
         return self.linear.bias_destination(self.part) if self.bias else self.linear.destination(self.part, first, n)
 
     def load(self, tensor: Tensor | Blocks, first: int = 0) -> None:
-        """Stores rows from row `first` on, a multiple of BLOCK_ROWS; a bias whole."""
+        """Stores rows from row `first` on, a multiple of BLOCK_ROWS. A bias is stored in one call."""
         if isinstance(tensor, Blocks):
             assert isinstance(self.linear, QuantizedLinear)
             self.linear.load_blocks(self.part, tensor, first)
@@ -67,7 +67,7 @@ def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -
 
     quantize: None keeps the weights' dtype; `int8` or `int4`. kernels: `auto` or `off`.
 
-    Raises RequestError for another setting, or if the model is fast already.
+    Raises RequestError for an unknown setting, or if the model is optimized already.
     """
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     for name, part in fuse(model, model.dtype, model.device, quantize, kernels).items():
@@ -78,13 +78,13 @@ def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -
 def fuse(
     model: Llama, dtype: torch.dtype, device: torch.device, quantize: str | None = None, kernels: str = "auto"
 ) -> dict[str, PackedPart]:
-    """Replaces the modules of a model, which may be on the meta device, by fast ones without weights on `device`.
+    """Replaces modules by fast ones on `device`, with uninitialized weights. The model may be on the meta device.
 
-    Returns where each tensor of the plain model that they replace must be loaded, by its name in the plain model.
+    Returns where to load each tensor of the replaced modules, by its name in the plain model.
     """
     check_format(quantize)
     if is_fused(model):
-        raise RequestError("the model is fast already: load it plain to make it so in another way")
+        raise RequestError("the model is optimized already: load the plain model to optimize it with other settings")
     native = load_kernels(kernels) and supported(dtype, device)
     layer_format, head_format = FORMATS[quantize]
     parts: dict[str, PackedPart] = {}

@@ -16,9 +16,9 @@ _UNSUPPORTED = ("out_norm", "post_norm", "mid_norm", "v_norm")  # slots whose no
 
 
 class FusedBranch(Residual):
-    """What both branches share: they adopt the plain branch's norms, the very same modules."""
+    """The base of both branches. It keeps the plain branch's norms: the same modules, not copies."""
 
-    norm_slots: ClassVar[tuple[str, ...]]  # norms that the operator computes, in its order
+    norm_slots: ClassVar[tuple[str, ...]]  # of the norms that the operator computes, in its order
 
     def adopt(self, plain: Residual, linears: dict[str, PackedLinear]) -> None:
         """Becomes `plain` with `linears` in place of its projections."""
@@ -42,7 +42,7 @@ class FusedBranch(Residual):
 
     @property
     def supported(self) -> bool:
-        """Whether an operator computes a branch of this kind."""
+        """Whether the operator can compute this branch, apart from the settings of its norms."""
         others = [self.get_submodule(slot) for slot in _UNSUPPORTED if slot in self._modules]
         kernels = all(linear.kernels for linear in self.linears)
         return kernels and self.alpha == self.beta == 1 and all(isinstance(norm, nn.Identity) for norm in others)

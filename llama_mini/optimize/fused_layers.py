@@ -1,7 +1,7 @@
-"""Layers in one operator, for a decoding step and for a prompt; and the head, with the embedding that is tied to it.
+"""Layers in one operator, for a decoding step or a prompt; the head; and the tied embedding.
 
-A step of a small model takes two milliseconds, and a call from Python ten microseconds. So one call computes all
-neighbouring layers that the operator may stand in for; the layers between them run module by module.
+A step of a small model takes two milliseconds, and a call from Python ten microseconds. So one call computes
+as many consecutive layers as the operator may; the layers between such runs go module by module.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,15 +31,15 @@ class FusedLayers(Layers):
             return super().forward(x, rope, masks, kv)
         if (norms := self._whole.norms(x)) is not None:
             return _run([self._whole], [norms], x, rope, kv)
-        begin, waiting = 0, list[NormLists]()  # layers from `begin` on that the next call computes
+        begin, pending = 0, list[NormLists]()  # norms of the layers from `begin` on, which the next call computes
         for i, layer in enumerate(self._each):
             if (norms := layer.norms(x)) is not None:
-                waiting.append(norms)
+                pending.append(norms)
                 continue
-            x = _run(self._each[begin:i], waiting, x, rope, kv[begin:i])
+            x = _run(self._each[begin:i], pending, x, rope, kv[begin:i])
             x = self[i](x, rope, masks[i], kv[i])
-            begin, waiting = i + 1, []
-        return _run(self._each[begin:], waiting, x, rope, kv[begin:])
+            begin, pending = i + 1, []
+        return _run(self._each[begin:], pending, x, rope, kv[begin:])
 
     def _gather(self) -> None:
         self._fused_children = dict(self._modules)
@@ -53,7 +53,7 @@ class FusedLayers(Layers):
 
 
 class _Operands:
-    """What the operator needs of neighbouring layers, gathered once: building the lists takes as long as a layer."""
+    """The operator's arguments for consecutive layers, gathered once: building the lists takes as long as a layer."""
 
     def __init__(self, blocks: Sequence[nn.Module], bias: bool) -> None:
         attentions, feed_forwards = list[FusedAttention](), list[FusedFeedForward]()
@@ -68,19 +68,19 @@ class _Operands:
         self._supported = all(branch.supported for branch in branches)
         self._norms = FusableNorms(blocks, [norm for branch in branches for norm in branch.norms])
         self.weights = [tensor for linear in linears for tensor in linear.tensors]
-        self.biases = [linear.bias_or_empty for linear in linears] if bias else []  # passing a tensor takes time
+        self.biases = [linear.bias_or_empty for linear in linears] if bias else []  # empty tensors take time too
         self.windows = [attention.window for attention in attentions]
         self.heads, self.hidden_dim = attentions[0].n_heads, feed_forwards[0].down_proj.columns
 
     def norms(self, x: Tensor) -> NormLists | None:
-        """The norms' arguments; None where the operator may not stand in for these layers."""
+        """The norms' arguments; None if these layers must run module by module."""
         return self._norms.args(x) if self._supported else None
 
 
 def _run(
     layers: Sequence[_Operands], norms: Sequence[NormLists], x: Tensor, rope: Rope, caches: Sequence[LayerCache]
 ) -> Tensor:
-    """x (B, T, C) through neighbouring layers; of none, x itself."""
+    """x (B, T, C) through consecutive layers; x itself if there are none."""
     if not layers:
         return x
     return torch.ops.llama_mini.layers.default(
@@ -103,7 +103,7 @@ def _joined(lists: Sequence[list[Any]]) -> list[Any]:
 
 
 class FusedHead(nn.Module):
-    """Hidden states (..., C) -> logits (..., V); in float32 for few rows, where nothing needs to round them."""
+    """Hidden states (..., C) -> logits (..., V). For at most DECODE_ROWS rows they are gemv's float32."""
 
     def __init__(self, linear: PackedLinear) -> None:
         super().__init__()

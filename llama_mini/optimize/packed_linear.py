@@ -1,7 +1,7 @@
-"""Linear layers in float, int8 or int4: one stored copy of a matrix, or of several that read the same input.
+"""Linear layers in float, int8 or int4. Each stores one matrix, or several that read the same input, once.
 
-Quantized weights lie in blocks of 16 rows. In a block, four neighbouring columns of a row are adjacent bytes, as one
-VNNI instruction multiplies them (native/gemv_int.h). Each part begins at a block; unused rows and columns are zero.
+Quantized weights lie in blocks of 16 rows. In a block, four neighbouring columns of a row are adjacent, since one VNNI
+instruction multiplies them (native/gemv_int.h). Each part begins with a new block; unused rows and columns are zero.
 """
 
 import math
@@ -17,8 +17,8 @@ from llama_mini.errors import CheckpointFormatError
 
 BLOCK_ROWS = 16  # rows of a block of quantized weights
 GROUP = 32  # columns that share a scale (and a minimum)
-DECODE_ROWS = 16  # up to so many input rows, the order of each sum does not depend on who shares the batch
-_QUANTIZE_ROWS = 512  # rows quantized at a time: a whole embedding in float32 would be a second model
+DECODE_ROWS = 16  # the most input rows that gemv takes; gemm takes more
+_QUANTIZE_ROWS = 512  # rows quantized at a time: a whole embedding in float32 may take as much memory as the model
 _DEQUANTIZE_ROWS = 16384  # rows dequantized at a time where there are no operators
 
 
@@ -280,5 +280,5 @@ def needs_grad(x: Tensor) -> bool:
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """A group of zeros, or of equal numbers, has scale 0; divided by infinity, its weights become 0."""
+    """A group of zeros, or in int4 of equal numbers, has scale 0. Divided by infinity, its weights become 0."""
     return torch.where(scales == 0, math.inf, scales.float())[..., None]

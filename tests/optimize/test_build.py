@@ -92,7 +92,7 @@ def test_nobody_else_can_enter_the_folder(tmp_path: Path, compiler: Path) -> Non
 def test_a_folder_that_others_could_write_is_not_trusted(tmp_path: Path, compiler: Path, bits: int) -> None:
     library = built(tmp_path / "cache")
     library.parent.chmod(bits)
-    with pytest.raises(OSError, match="can be written by other users: remove it"):
+    with pytest.raises(OSError, match="is writable by other users: remove it"):
         built(library.parent)
 
 
@@ -169,11 +169,11 @@ def test_a_build_that_was_killed_is_done_again(tmp_path: Path, compiler: Path, l
 
 FAIL = 'case "$1" in -O3) echo note >&2; echo "kernels.cpp:1: error: no such instruction" >&2; exit 1;; esac'
 WITHOUT = {
-    "failing compiler": ({}, FAIL, r"c\+\+ ended with 1: kernels.cpp:1: error: no such instruction"),
-    "silent compiler": ({}, 'case "$1" in -O3) exit 3;; esac', r"c\+\+ ended with 3:"),
-    "compiler without a version": ({}, "exit 2", r"c\+\+ ended with 2:"),
-    "no such compiler": ({"CXX": "nonexistent"}, "", "no compiler nonexistent on the path"),
-    "empty path": ({"CXX": "", "PATH": ""}, "", r"no compiler g\+\+ on the path"),
+    "failing compiler": ({}, FAIL, r"c\+\+ exited with 1: kernels.cpp:1: error: no such instruction"),
+    "silent compiler": ({}, 'case "$1" in -O3) exit 3;; esac', r"c\+\+ exited with 3:"),
+    "compiler without a version": ({}, "exit 2", r"c\+\+ exited with 2:"),
+    "no such compiler": ({"CXX": "nonexistent"}, "", "no compiler nonexistent on PATH"),
+    "empty path": ({"CXX": "", "PATH": ""}, "", r"no compiler g\+\+ on PATH"),
     "no place for a cache": ({"XDG_CACHE_HOME": "", "HOME": "/dev/null"}, "", "Not a directory"),
     "broken library": ({}, "", "Could not load this library: .*operators-"),
 }

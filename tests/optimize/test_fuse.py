@@ -68,7 +68,7 @@ def test_a_model_is_made_fast_on_the_meta_device_without_its_numbers() -> None:
 
 
 def test_a_fast_model_is_not_made_fast_twice() -> None:
-    with pytest.raises(RequestError, match="fast already: load it plain"):
+    with pytest.raises(RequestError, match="optimized already: load the plain model"):
         optimize(fast_of(tiny_model()), "int8")
 
 

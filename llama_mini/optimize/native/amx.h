@@ -11,8 +11,8 @@ namespace ISA {
 template <typename T>
 constexpr bool AMX = sizeof(T) == 2;
 
-// Configures the tile registers while it lives, and restores what PyTorch's own operators had set. `columns`: of the
-// right factor.
+// Configures the tile registers for its lifetime, then restores the configuration of PyTorch's own operators.
+// `columns`: of the right factor.
 class AmxRegisters {
  public:
   explicit AmxRegisters(int64_t columns = 16) {
@@ -33,7 +33,7 @@ class AmxRegisters {
   alignas(64) uint8_t before_[64];
 };
 
-// See microkernel: 16 * Q rows of x, L vectors of lanes. Calls `meanwhile` once for every 32 columns.
+// As microkernel, for 16 * Q rows of x and L vectors of lanes. Calls `meanwhile` once for every 32 columns.
 template <int Q, int L, bool ADD, typename F>
 inline void amx_microkernel(const bf16* w, int64_t w_lanes, int64_t w_next, const bf16* x, int64_t x_next, int64_t n,
                             float* out, int64_t stride, const F& meanwhile) {
@@ -73,8 +73,8 @@ inline void amx_microkernel(const bf16* w, int64_t w_lanes, int64_t w_next, cons
   if (Q == 2 && L == 2) _tile_stored(3, under + LANES, out_bytes);
 }
 
-// out (BLOCK_ROWS, columns) = 16 rows of w times pairs (n / 2, columns, 2); n is a multiple of GROUP. One column on the
-// right costs as much as sixteen.
+// out (BLOCK_ROWS, columns) = 16 rows of w times pairs (n / 2, columns, 2); n is a multiple of GROUP. One column of
+// pairs takes as long as sixteen.
 inline void amx_dots(const bf16* w, int64_t n, const bf16* pairs, int64_t columns, float* out) {
   const int64_t w_bytes = 2 * n, right_bytes = 4 * columns;
   asm volatile("" : : : "memory");

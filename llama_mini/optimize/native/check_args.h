@@ -1,4 +1,4 @@
-// Turns the tensors of a call into the kernels' structs. Whatever would make a kernel read out of bounds is an error.
+// Converts the tensors of a call to the kernels' structs. Refuses any that would make a kernel read out of bounds.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,11 +16,11 @@ inline bool is_float32(const Tensor& x) {
   return x.scalar_type() == at::kFloat;
 }
 
-// The data of a tensor of n elements, contiguous and of x's dtype; nullptr for an empty tensor.
+// The data of a contiguous tensor of n elements of x's dtype; nullptr for an empty tensor.
 inline const void* data_like(const Tensor& t, const Tensor& x, int64_t n, const char* what) {
   if (t.numel() == 0) return nullptr;
-  TORCH_CHECK(t.is_contiguous() && t.numel() == n && t.scalar_type() == x.scalar_type(), what, ": ", n, " numbers of ",
-              x.scalar_type(), " in a row, not ", t.sizes(), " of ", t.scalar_type());
+  TORCH_CHECK(t.is_contiguous() && t.numel() == n && t.scalar_type() == x.scalar_type(), what, ": expected ", n,
+              " contiguous elements of ", x.scalar_type(), ", not ", t.sizes(), " of ", t.scalar_type());
   return t.const_data_ptr();
 }
 
@@ -28,13 +28,13 @@ inline Norm norm_args(const Tensor& gain, double eps, bool late, const Tensor& x
   return {data_like(gain, x, dim, "gain"), (float)eps, late};
 }
 
-// Where the next part of a matrix begins, after `rows` rows: quantized parts begin with a block.
+// The row where the next part of a matrix begins, after `rows` rows: a quantized part begins with a new block.
 inline int64_t next_part(int64_t rows, bool quantized) { return quantized ? round_up(rows, 16) : rows; }
 
 inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& bias, const Tensor& x) {
   TORCH_CHECK(w.size() >= 1 && w.size() <= 3, "a matrix is one to three tensors");
   for (const auto& t : w)
-    TORCH_CHECK(t.is_contiguous() && t.device().is_cpu(), "a matrix lies in one piece, on the CPU");
+    TORCH_CHECK(t.is_contiguous() && t.device().is_cpu(), "a matrix must be contiguous and on the CPU");
   Matrix m{};
   m.rows = rows, m.columns = columns, m.data = w[0].const_data_ptr(), m.bias = data_like(bias, x, rows, "bias");
   if (w.size() == 1) {
@@ -73,8 +73,8 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
   a.cache_row = k_cache.stride(0), a.cache_head = k_cache.stride(1);
   TORCH_CHECK(batch > 0 && length > 0 && heads > 0 && a.kv_heads > 0 && a.head_dim > 0 && a.head_dim % 2 == 0 &&
                   heads % a.kv_heads == 0,
-              "a token at least, and heads of an even width, a multiple of the KV heads; not ", heads,
-              " for a cache of ", k_cache.sizes());
+              "needs a token, an even head_dim, and heads that are a multiple of the KV heads; not ", heads,
+              " heads for a cache of ", k_cache.sizes());
   a.k_at = next_part(heads * a.head_dim, quantized), a.v_at = a.k_at + next_part(a.kv_heads * a.head_dim, quantized);
   const int64_t angles = batch * length * a.head_dim / 2;
   for (const auto* t : {&cos, &sin})
@@ -94,7 +94,7 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
 inline void check_prompt(const Attention& a) {
   for (int64_t i = 0; i < a.batch * a.length; i++)
     TORCH_CHECK(a.positions[i] == a.positions[i / a.length * a.length] + i % a.length,
-                "the positions of a prompt follow one another");
+                "the positions of a prompt must be consecutive");
 }
 
 inline int64_t n_rows(const Tensor& x) {

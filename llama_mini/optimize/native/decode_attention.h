@@ -1,16 +1,16 @@
-// Attention for decoding: one new token a row, over that row's own length of the cache. Query heads that share a KV
-// head read each key and value once.
+// Attention for decoding: the one new token of each row attends to that row's own positions of the cache. Query heads
+// that share a KV head read each key and value once.
 //
-// Positions are split into chunks that count from 0. Any thread computes any chunk, and the results are added in order,
-// so the bits of a row depend on its own length alone.
+// Positions are split into chunks, counted from position 0. Any thread may compute a chunk, but the results are added
+// in the order of the chunks, so the bits of a row depend on its own length alone.
 #pragma once
 
 #include "norm.h"
 
 namespace ISA {
 
-constexpr int64_t CHUNK = 256;
-constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;  // the score of a masked position; the maximum before there is one
+constexpr int64_t CHUNK = 256;                       // positions
+constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;  // the score of a masked position; the initial maximum
 
 // Applies RoPE to the pairs (i, i + dim / 2) of a head.
 inline void rotate(float* head, const float* cos, const float* sin, int64_t dim) {
@@ -24,7 +24,7 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t dim)
   }
 }
 
-// A head of q or k ready for attention: normalized if there is a norm, rotated, rounded.
+// Prepares a head of q or k: normalizes it if there is a norm, applies RoPE, rounds to T.
 template <typename T, typename X>
 inline void prepare_head(const X* from, const Norm& norm, const float* cos, const float* sin, int64_t dim, float* to) {
   norm_row<T>(from, norm, dim, to);
@@ -50,8 +50,8 @@ inline float softmax_chunk(float* scores, int64_t n, float scale, float& most) {
   return sum(total);
 }
 
-// out[g * stride ...] = the sum over n positions of weights[g * CHUNK + s] * v[s]; V vectors from column `at` on.
-// WHOLE: all of them lie within a head.
+// out[g * stride ...] = the sum over n positions s of weights[g * CHUNK + s] * v[s], for V vectors of columns from
+// column `at` on. WHOLE: all these columns lie within the head.
 template <int G, int V, bool WHOLE, typename T>
 inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, int64_t at, float* out,
                             int64_t stride) {
@@ -69,12 +69,13 @@ inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t
 template <int G, typename T>
 inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, float* out, int64_t stride) {
   int64_t at = 0;
-  constexpr int V = LANES == 16 ? 4 : 2;  // G sums of each stay in registers
+  constexpr int V = LANES == 16 ? 4 : 2;  // so many that the G sums of each stay in registers
   for (; at + V * LANES <= dim; at += V * LANES) weighted_values<G, V, true>(weights, v, n, dim, at, out, stride);
   for (; at < dim; at += LANES) weighted_values<G, 1, false>(weights, v, n, dim, at, out, stride);
 }
 
-// Computes one chunk of one KV head of one row. The last chunk first appends the new key and value.
+// Computes one chunk of one KV head of one row. `part` holds, for its query heads, the sums of the weights, the maxima,
+// and the weighted values (group, stride). The last chunk first appends the new key and value to the cache.
 template <typename T>
 void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b, int64_t h, int64_t chunk,
                   float* part) {
@@ -121,7 +122,7 @@ void attend_decode(const Attention& a, const float* qkv, int64_t width, float* o
   };
   int64_t next = 0;
   parallel(pool, pairs * chunks, [&](int64_t, int64_t) {
-    for (;;) {  // rows differ in length, so each thread takes the next chunk when it is free
+    for (;;) {  // rows differ in length, so a thread that is free takes the next chunk
       const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (i >= pairs * chunks) return;
       const int64_t pair = i / chunks, chunk = i % chunks, b = pair / a.kv_heads;

@@ -1,7 +1,7 @@
 // Attention for prefill: many new tokens of one row.
 //
-// Keys and values are first laid out in lanes. Then FlashAttention (Dao 2022): scores are computed in blocks that stay
-// in the processor's cache, with a running maximum and sum.
+// Keys and values are first packed for the microkernel. Then FlashAttention (Dao 2022): scores are computed in blocks
+// that stay in the processor's cache, with a running maximum and sum.
 #pragma once
 
 #include "decode_attention.h"
@@ -12,9 +12,9 @@ namespace ISA {
 constexpr int64_t KEY_BLOCK = 64;  // positions
 template <typename T>
 constexpr int64_t QUERY_TILE = AMX<T> ? 32 : 48;  // queries that a thread takes at a time
-constexpr float SCORE_SLACK = 8;  // a score may exceed the running maximum by so much before the sums are rescaled
+constexpr float SCORE_SLACK = 8;  // sums are rescaled once a score exceeds the maximum by more than this
 
-// The width of a head, padded for sums over it, and padded to whole vectors.
+// head_dim, padded for dot products over it; below, padded to whole vectors.
 template <typename T>
 int64_t padded_depth(int64_t dim) {
   return round_up(dim, AMX<T> ? 32 : PAIR<T>);
@@ -27,13 +27,13 @@ struct PackedHead {  // one KV head, laid out in lanes
   T* v;              // (positions / PAIR, padded_width / LANES, LANES, PAIR)
 };
 
-// Elements of two rows side by side, PAIR<T> in each lane.
+// One dword in each lane: an element of a in float32, or an element of a and one of b in bfloat16.
 inline u32 paired(const float* a, const float*, int64_t n) { return (u32)load_first(a, n); }
 inline u32 paired(const bf16* a, const bf16* b, int64_t n) {
   return ((u32)load_first(a, n) >> 16) | (u32)load_first(b, n);
 }
 
-// Packs a block of positions from `from` on; those from n on are zeros.
+// Packs KEY_BLOCK positions from `from` on. Positions from n on become zeros.
 template <typename T>
 void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, PackedHead<T> to) {
   const int64_t wide = padded_width(dim), dwords = padded_depth<T>(dim) / PAIR<T>;
@@ -49,9 +49,9 @@ void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, Pa
       for (int64_t r = 0; r < LANES && i + r < dwords; r++)
         std::memcpy(to.k + (s / LANES * dwords + i + r) * LANES * PAIR<T>, &rows[r], sizeof(u32));
     }
-  Array<T> nothing(wide);
-  std::memset(nothing.data, 0, wide * sizeof(T));
-  auto row = [&](int64_t s) { return s < n ? v + s * dim : nothing.data; };
+  Array<T> zero_row(wide);
+  std::memset(zero_row.data, 0, wide * sizeof(T));
+  auto row = [&](int64_t s) { return s < n ? v + s * dim : zero_row.data; };
   for (int64_t s = from; s < from + KEY_BLOCK; s += PAIR<T>)
     for (int64_t i = 0; i < wide; i += LANES) {
       u32 both = paired(row(s) + i, row(s + PAIR<T> - 1) + i, dim - i);
@@ -59,7 +59,8 @@ void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, Pa
     }
 }
 
-// `count` queries (count, padded_depth) of one head, at `position` and after -> out[q * out_next ...].
+// Attention of `count` queries (count, padded_depth) of one head, at positions from `position` on, into
+// out[q * out_next ...].
 template <typename T>
 void attend_queries(const T* queries, int64_t count, int64_t position, int64_t window, PackedHead<T> packed,
                     int64_t dim, T* out, int64_t out_next) {
@@ -151,7 +152,7 @@ void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int
   int64_t next = 0;
   parallel(pool, a.heads * turns, [&](int64_t, int64_t) {
     [[maybe_unused]] const AmxRegisters tiles;
-    for (;;) {  // longest first; each thread takes the next when it is free
+    for (;;) {  // the longest first; a thread that is free takes the next
       const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (i >= a.heads * turns) return;
       const int64_t h = i % a.heads, t = (turns - 1 - i / a.heads) * QUERY_TILE<T>;

@@ -1,17 +1,18 @@
-// gemm for tokens in float32 or bfloat16: a panel of rows of the matrix is laid out in lanes once, then multiplied by a
-// few tokens at a time.
+// gemm for tokens in float32 or bfloat16: a panel of rows of the matrix is packed for the microkernel once, then
+// multiplied by a few tokens at a time.
 #pragma once
 
 #include "microkernel.h"
 
 namespace ISA {
 
-struct Strip {  // LANES rows of a matrix; a panel is some strips, maybe of two matrices
+struct Strip {  // LANES rows of a matrix; a panel is several strips, which may be of two matrices (gate and up)
   const Matrix* of;
   int64_t row;  // the first row; a multiple of LANES
 };
 
-// Rows padded with zeros to whole groups. There is memory for as many rows as are read at once.
+// Rows padded with zeros to whole groups. Memory is allocated for a multiple of ROW_MULTIPLE rows, since the
+// microkernel reads that many at once.
 template <typename T>
 struct PaddedRows {
   int64_t pitch;
@@ -50,7 +51,7 @@ void pack(FloatTokens<T>& in, int64_t columns, int64_t count, const F& row, Pool
   });
 }
 
-// The same for tokens that are stored already.
+// The same for tokens that are stored as padded rows already: they are not copied.
 template <typename T>
 void pack_stored(FloatTokens<T>& in, const PaddedRows<T>& lines, int64_t columns, int64_t from, int64_t count, Pool) {
   in.count = count, in.columns = columns, in.pitch = lines.pitch, in.rows = lines[from];
@@ -79,7 +80,7 @@ inline void widen_group(const Matrix& m, int64_t block, int64_t group, int64_t g
 }
 #endif
 
-// One strip of a panel: out (columns / PAIR, STRIPS, LANES, PAIR), with zeros beyond the ends of its matrix.
+// Fills one strip of a panel: out (columns / PAIR, STRIPS, LANES, PAIR), with zeros beyond the ends of its matrix.
 template <typename T>
 void fill_strip(T* out, Strip from, int64_t width) {
   constexpr int64_t NEXT = FloatTokens<T>::STRIPS * LANES * PAIR<T>;
@@ -108,7 +109,7 @@ void fill_strip(T* out, Strip from, int64_t width) {
   }
 }
 
-// Prefetches a strip line by line, before its turn comes.
+// Prefetches a strip, some cache lines at a time, before it is packed.
 struct Prefetcher {
   const char *at = nullptr, *end = nullptr;
   Prefetcher() = default;
@@ -134,14 +135,14 @@ void times_tokens(int64_t panels, const S& strip, const FloatTokens<T>& in, Pool
     [[maybe_unused]] const AmxRegisters tiles;
     Array<T> panel(width / PAIR<T> * STRIPS * VECTOR);
     Array<float> sums(2 * TOKEN_TILE * WIDTH);
-    // With AMX, the results of one turn are finished between the instructions of the next one.
-    int64_t of = first, from = 0, n = 0, at = 0;
+    // With AMX, the results of one tile of tokens are finished between the instructions of the next.
+    int64_t panel_before = first, token_before = 0, n_before = 0, finished = 0;
     float *now = sums, *before = now + TOKEN_TILE * WIDTH;
-    auto finish = [&](int64_t most) {
-      const int64_t some = min(n - at, most);
-      if (some <= 0) return;
-      done(of, from + at, some, (const float*)before + at * WIDTH);
-      at += some;
+    auto finish = [&](int64_t at_most) {
+      const int64_t count = min(n_before - finished, at_most);
+      if (count <= 0) return;
+      done(panel_before, token_before + finished, count, (const float*)before + finished * WIDTH);
+      finished += count;
     };
     for (int64_t p = first; p < last; p++) {
       Prefetcher prefetchers[STRIPS];
@@ -157,9 +158,9 @@ void times_tokens(int64_t panels, const S& strip, const FloatTokens<T>& in, Pool
                                      for (auto& strip : prefetchers) strip.advance(lines);
                                    });
         finish(TOKEN_TILE);
-        of = p, from = token, n = count, at = 0;
-        float* const done_with = before;
-        before = now, now = done_with;
+        panel_before = p, token_before = token, n_before = count, finished = 0;
+        float* const unused = before;
+        before = now, now = unused;
       }
     }
     finish(TOKEN_TILE);

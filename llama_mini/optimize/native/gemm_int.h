@@ -18,20 +18,20 @@ struct IntPanel {
 // Rows beyond the end of the matrix are zeros.
 inline void fill_strip(IntPanel& panel, int strip, Strip from, int64_t groups) {
   const Matrix& m = *from.of;
-  const bool four = m.kind == Kind::INT4, there = from.row < m.rows;
+  const bool four = m.kind == Kind::INT4, in_matrix = from.row < m.rows;
   const int64_t block = from.row / BLOCK_ROWS, lane = from.row % BLOCK_ROWS, bytes = four ? 256 : 512;
   for (int64_t s = 0; s < groups; s++) {
     uint8_t* q = panel.q + (s * QUADS * 2 + strip) * 4 * LANES;
     const uint8_t* source = (const uint8_t*)m.data + (block * groups + s) * bytes + 4 * lane;
     for (int quad = 0; quad < QUADS; quad++) {
       u32 v = {};
-      if (there) v = load_as<u32>(source + (four ? quad / 2 : quad) * 64);
+      if (in_matrix) v = load_as<u32>(source + (four ? quad / 2 : quad) * 64);
       if (four) v = (quad % 2 ? v >> 4 : v) & 0x0f0f0f0f;
       std::memcpy(q + quad * 8 * LANES, &v, sizeof v);
     }
     const int64_t at = (block * groups + s) * BLOCK_ROWS + lane, to = (2 * s + strip) * LANES;
-    store(panel.scales + to, there ? half_to_float(m.scales + at) : f32{});
-    if (four) store(panel.mins + to, there ? half_to_float(m.mins + at) : f32{});
+    store(panel.scales + to, in_matrix ? half_to_float(m.scales + at) : f32{});
+    if (four) store(panel.mins + to, in_matrix ? half_to_float(m.mins + at) : f32{});
   }
 }
 
@@ -41,7 +41,7 @@ inline void add_quad(i32& sum, const i32& q, int32_t x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(q), "v"(i32{} + x));
 }
 
-// sums[b][strip] += one group of the panel times that of each token.
+// sums[b][strip] += one group of the panel times the same group of each token.
 inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
 #pragma GCC unroll 8
   for (int i = 0; i < QUADS; i++) {
@@ -113,8 +113,8 @@ void times_tokens(int64_t panels, const S& strip, const QuantizedTokens& in, Poo
       const bool four = strip(p, 0).of->kind == Kind::INT4;
       for (int64_t tile = 0; tile < token_tiles(in.count); tile++) {
         (four ? panel_times<true> : panel_times<false>)(panel, in, tile, y);
-        const int64_t left = in.count - tile * TILE_TOKENS;
-        done(p, tile * TILE_TOKENS, min(left, TILE_TOKENS), (const float*)y);
+        const int64_t remaining = in.count - tile * TILE_TOKENS;
+        done(p, tile * TILE_TOKENS, min(remaining, TILE_TOKENS), (const float*)y);
       }
     }
   });

@@ -1,6 +1,6 @@
 // gemv for any format, 16 rows of the matrix at a time.
 //
-// The order of each sum depends on the matrix alone, so the bits of a row do not depend on who shares its batch.
+// The order of each sum depends on the matrix alone, so the bits of a row do not depend on the other rows of its batch.
 #pragma once
 
 #include "gemv_int.h"
@@ -8,7 +8,7 @@
 
 namespace ISA {
 
-// Rows of a matrix as a matrix; whole blocks of a quantized one.
+// Some rows of a matrix as a matrix. A quantized matrix is cut at whole blocks.
 template <typename T>
 inline Matrix slice_rows(Matrix m, int64_t from, int64_t rows) {
   const int64_t scales = from * groups_of(m.columns);
@@ -24,7 +24,7 @@ inline int64_t n_blocks(const Matrix& m) { return (m.rows + BLOCK_ROWS - 1) / BL
 
 inline int64_t block_rows(const Matrix& m, int64_t t) { return min(m.rows - t * BLOCK_ROWS, BLOCK_ROWS); }
 
-// Packs x (batch, m.columns), which is rounded already to what the model computes in, for `gemv_block`.
+// Packs x (batch, m.columns) for `gemv_block`. Only bfloat16 dot products, with AMX or without, round it to bfloat16.
 inline void pack(Input& in, const Matrix& m, const float* x, int64_t batch) {
 #ifdef __AMX_BF16__
   if (m.kind == Kind::BFLOAT16) {
@@ -36,9 +36,9 @@ inline void pack(Input& in, const Matrix& m, const float* x, int64_t batch) {
 }
 
 #ifdef __AMX_BF16__
-// out (batch, BLOCK_ROWS): up to 16 rows of w times the batch, 16 rows of which go at once.
+// out (batch, BLOCK_ROWS) = up to 16 rows of w times the batch, of which in.columns rows are multiplied at once.
 inline void gemv_block_amx(const bf16* w, int64_t rows, int64_t n, const Input& in, float* out) {
-  Array<bf16> edge;  // a copy padded with zeros, where there are fewer rows or a part of a group
+  Array<bf16> edge;  // a copy padded with zeros, for fewer than 16 rows or an incomplete group
   if (rows < BLOCK_ROWS || n < in.width) {
     edge.resize(BLOCK_ROWS * in.width);
     std::memset(edge.data, 0, BLOCK_ROWS * in.width * sizeof(bf16));
@@ -58,7 +58,7 @@ inline void gemv_block_amx(const bf16* w, int64_t rows, int64_t n, const Input& 
 }
 #endif
 
-// out (batch, BLOCK_ROWS): one block of rows, with their bias, times the batch. Needs AmxRegisters(in.columns).
+// out (batch, BLOCK_ROWS) = one block of rows times the batch, plus their bias. Needs AmxRegisters(in.columns).
 template <typename T>
 inline void gemv_block(const Matrix& m, int64_t t, const Input& in, float* out) {
   const int64_t n = m.columns, at = t * BLOCK_ROWS;

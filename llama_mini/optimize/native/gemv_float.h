@@ -1,4 +1,4 @@
-// gemv for float weights, as PyTorch stores them: each weight is read once, at the speed of memory.
+// gemv for float weights, as PyTorch stores them. Each weight is read once, so memory bandwidth limits the speed.
 #pragma once
 
 #include "pack_activations.h"
@@ -53,9 +53,9 @@ inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, int6
     }
   if (whole < n)
     for (int r = 0; r < R; r++) {
-      T rest[GROUP] = {};  // never read beyond the end of a row: it may be NaN, or not ours
-      std::memcpy(rest, w + r * pitch + whole, (n - whole) * sizeof(T));
-      for (int b = 0; b < B; b++) acc[b][r] = times(acc[b][r], rest, in, base + b * in.width + whole);
+      T tail[GROUP] = {};  // never read beyond the end of a row: NaN may follow, or memory that is not ours
+      std::memcpy(tail, w + r * pitch + whole, (n - whole) * sizeof(T));
+      for (int b = 0; b < B; b++) acc[b][r] = times(acc[b][r], tail, in, base + b * in.width + whole);
     }
   for (int b = 0; b < B; b++) {
     if (R == 4)

@@ -1,9 +1,9 @@
 // gemv for quantized weights.
 //
-// Weights lie in blocks of 16 rows. Four columns of a row are adjacent, which is what one VNNI instruction multiplies,
-// with one row in each lane. A quantized weight q stands for
+// Weights lie in blocks of 16 rows. Four columns of a row are adjacent, because one VNNI instruction multiplies four
+// columns of sixteen rows, a row in each lane. A quantized weight q stands for
 //     int8: scale * (q - 128)
-//     int4: scale * q + min      two weights a byte, the earlier four columns in the low halves
+//     int4: scale * q + min      two weights a byte, the earlier four columns in the low nibbles
 // with one scale, and one minimum, for each group of 32 columns.
 #pragma once
 
@@ -36,7 +36,7 @@ struct QuadVector {
 #endif
 };
 
-// Sums of weights times activations, of sixteen rows, in exact integers.
+// For each of sixteen rows, the sum of weights times activations, in exact integers.
 struct IntSums {
 #ifdef __AVX512VNNI__
   __m512i high, low;
@@ -72,7 +72,7 @@ inline void add_quad(IntSums* sums, const QuadVector& q, const Input& in, int64_
   }
 }
 
-// out[b * BLOCK_ROWS ...] = block `block` of a quantized matrix times B rows of the batch from `row` on.
+// out[b * BLOCK_ROWS ...] = one block of a quantized matrix times B rows of the batch from `row` on.
 template <int B, bool FOUR>
 inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int64_t row, float* out) {
   constexpr int VECTORS = BLOCK_ROWS / LANES;
@@ -97,11 +97,11 @@ inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int6
       if (FOUR) add_quad<B>(sums, v.high(), in, quad + i + 1);
     }
     for (int v = 0; v < VECTORS; v++) {
-      const f32 by = half_to_float(scales + s * BLOCK_ROWS + v * LANES);
-      for (int b = 0; b < B; b++) acc[b][v] += by * sums[b].total(v);
+      const f32 scale = half_to_float(scales + s * BLOCK_ROWS + v * LANES);
+      for (int b = 0; b < B; b++) acc[b][v] += scale * sums[b].total(v);
       if (!FOUR) continue;
-      const f32 plus = half_to_float(mins + s * BLOCK_ROWS + v * LANES);
-      for (int b = 0; b < B; b++) acc[b][v] += plus * (float)total[b * groups];
+      const f32 min = half_to_float(mins + s * BLOCK_ROWS + v * LANES);
+      for (int b = 0; b < B; b++) acc[b][v] += min * (float)total[b * groups];
     }
   }
   for (int v = 0; v < VECTORS; v++)

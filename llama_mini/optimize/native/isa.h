@@ -1,6 +1,6 @@
-// The kernels, compiled once for each ISA variant (avx2, avx512, avx512_bf16, amx), and what they are given.
+// The kernels, compiled once for each ISA variant (avx2, avx512, avx512_bf16, amx), and their arguments.
 //
-// Nothing here comes from a library: an inline function compiled for AVX-512 must not be linked into another variant.
+// No inline function of a library may be used: the linker keeps one copy for all variants, maybe compiled for AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,7 @@ struct Attention {
 using Work = void (*)(void* context, int64_t first, int64_t last);
 struct Pool {
   void (*run)(void* self, int64_t n, Work work, void* context);
-  // Announces what the next run reads: `parts` of so many bytes each, of which each thread reads its range.
+  // Announces what the next run reads: `parts` parts of `bytes` bytes each. A thread reads its own range of each part.
   void (*prefetch_next)(void* self, const void* data, int64_t bytes, int parts);
   void* self;
 };
@@ -58,7 +58,7 @@ struct Kernels {
                             Pool);
   void (*prefill_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
                                int64_t count, void* out, Pool);
-  // out (batch, rows) float32 = x (batch, columns) times the matrix. Below, out has the model's dtype.
+  // out (batch, rows) float32 = x (batch, columns) times the matrix. The other kernels' out has the model's dtype.
   void (*gemv)(const void* x, const Matrix&, int64_t batch, void* out, Pool);
   // out (count, rows) = x (count, columns) times the matrix.
   void (*gemm)(const void* x, const Matrix&, int64_t count, void* out, Pool);
@@ -66,9 +66,9 @@ struct Kernels {
   void (*rms_norm)(const void* x, const Norm&, int64_t count, int64_t n, void* out, Pool);
   // out (n, columns) = rows of a quantized matrix.
   void (*dequantize_rows)(const Matrix&, const int64_t* at, int64_t n, void* out, Pool);
-  // Quantizes rows x (n, columns) into the matrix. False if a number fits no scale.
+  // Quantizes rows x (n, columns) into the matrix. False if x is not finite, or a scale or minimum exceeds float16.
   bool (*quantize)(const void* x, int64_t n, const Matrix&, Pool);
-  // The same from n rows of GGUF blocks, of 32 columns and so many bytes each.
+  // The same from n rows of GGUF blocks, each of 32 columns and `bytes` bytes.
   bool (*repack)(const uint8_t* blocks, int64_t bytes, int64_t n, const Matrix&, Pool);
 };
 

@@ -47,7 +47,7 @@ void gemv_add(const Matrix& m, const float* y, int64_t batch, const T* x, T* out
   });
 }
 
-// Lets waiting threads prefetch the next matrix, in equal parts.
+// Lets waiting threads prefetch the next matrix, which has `parts` equal parts (gate and up).
 template <typename T>
 void prefetch_next(Pool pool, const Matrix& m, int parts = 1) {
   const Matrix part = slice_rows<T>(m, m.rows / parts / BLOCK_ROWS * BLOCK_ROWS, 0);

@@ -1,8 +1,8 @@
-// The inner loop of gemm and of flash attention: floats laid out in lanes, times many rows of floats.
+// The inner loop of gemm and of flash attention: a packed matrix times many rows of floats.
 //
-// A vector holds one dword of each of LANES rows of a matrix: a column of float32, or a pair of columns of bfloat16.
-// One instruction multiplies it by a dword that all lanes share; an AMX instruction multiplies 16 such vectors by 16
-// rows.
+// A packed vector holds one dword of each of LANES rows of the matrix: a column of float32, or a pair of columns of
+// bfloat16. One instruction multiplies it by a dword that all lanes share; an AMX instruction multiplies 16 such
+// vectors by 16 rows.
 #pragma once
 
 #include "norm.h"
@@ -12,7 +12,7 @@ namespace ISA {
 template <typename T>
 constexpr int64_t PAIR = 4 / sizeof(T);  // columns in a lane
 template <typename T>
-constexpr int64_t ROW_MULTIPLE = AMX<T> ? 32 : 1;  // rows and columns are read, and rows written, in multiples of this
+constexpr int64_t ROW_MULTIPLE = AMX<T> ? 32 : 1;  // for rows read, columns read and rows written
 
 inline int64_t round_up(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 
@@ -37,7 +37,7 @@ inline f32 multiply_lanes(f32 acc, const bf16* w, const bf16* x) {
 #endif
 }
 
-// Rows of x in registers, with L sums each.
+// The rows of x whose L sums each fit in the registers.
 #ifdef __AVX512F__
 template <int L>
 constexpr int ROWS_AT_ONCE = 6;

@@ -24,7 +24,7 @@ struct Variant {
   const Kernels* kernels;
 };
 
-// Whether the processor has AMX with bfloat16, and the system lets this process use it: the process must ask.
+// Whether the processor has AMX with bfloat16 and Linux grants it to this process, which must request it.
 bool amx_allowed() {
 #ifdef __linux__
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // from asm/prctl.h and the processor's manual
@@ -36,18 +36,18 @@ bool amx_allowed() {
 }
 
 std::vector<Variant> variants() {
-  std::vector<Variant> found;
+  std::vector<Variant> supported;
   __builtin_cpu_init();
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                    __builtin_cpu_supports("avx512vnni");
-  const bool dots = wide && __builtin_cpu_supports("avx512bf16");
-  if (dots && amx_allowed()) found.push_back({"amx", kernels_amx});
-  if (dots) found.push_back({"avx512_bf16", kernels_avx512_bf16});
-  if (wide) found.push_back({"avx512", kernels_avx512});
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512vnni");
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16 && amx_allowed()) supported.push_back({"amx", kernels_amx});
+  if (has_bf16) supported.push_back({"avx512_bf16", kernels_avx512_bf16});
+  if (has_avx512) supported.push_back({"avx512", kernels_avx512});
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    found.push_back({"avx2", kernels_avx2});
-  return found;
+    supported.push_back({"avx2", kernels_avx2});
+  return supported;
 }
 
 std::atomic<const Kernels*> chosen{nullptr};
@@ -56,9 +56,9 @@ std::atomic<const Kernels*> chosen{nullptr};
 const Kernels& kernels_for(bool float32) {
   const Kernels* now = chosen.load();
   if (now == nullptr) {
-    const auto found = variants();
-    TORCH_CHECK(!found.empty(), "this processor has neither AVX-512 nor AVX2");
-    chosen.store(now = found[0].kernels);
+    const auto supported = variants();
+    TORCH_CHECK(!supported.empty(), "this processor has neither AVX-512 nor AVX2");
+    chosen.store(now = supported[0].kernels);
   }
   return now[float32 ? 0 : 1];
 }
@@ -72,10 +72,10 @@ std::vector<std::string> isa_variants() {
 void use_isa(std::string name) {
   for (const auto& each : variants())
     if (name == each.name) return chosen.store(each.kernels);
-  TORCH_CHECK(false, "no variant ", name, " on this processor");
+  TORCH_CHECK(false, "this processor has no ISA variant ", name);
 }
 
-// Calls f(pool) with as many threads as PyTorch uses, `most` at most.
+// Calls f(pool) with as many threads as PyTorch uses, but at most `most`.
 template <typename F>
 void with_pool(const F& f, int64_t most = INT64_MAX) {
   const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(most, at::get_num_threads());
@@ -88,15 +88,15 @@ void with_pool(const F& f, int64_t most = INT64_MAX) {
   });
 }
 
-// Threads for n numbers that are touched once each. Starting a second thread takes longer than two million of them, and
-// much longer on a busy machine.
+// Threads for an operator that touches each of n numbers once. Starting a second thread takes longer than two million
+// numbers, and much longer on a busy machine.
 int64_t threads_for(int64_t n) { return std::max<int64_t>(1, n >> 21); }
 
 // --- the operators ---
 
-// New tokens through neighbouring layers: one of each row, or those of one row. A layer has four gains (attention, q,
-// k, feed-forward; empty if there is no norm), four matrices of as many tensors each (qkv, o, gate_up, down) and four
-// biases (empty if there is none; no list if no layer has any).
+// Takes new tokens through consecutive layers: one token of each row, or several of one row. A layer has four gains
+// (attention, q, k, feed-forward; empty if there is no norm), four matrices (qkv, o, gate_up, down), all of the same
+// number of tensors, and four biases (empty if there is none; the whole list is empty if no layer has any).
 Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions, TensorList k_caches,
               TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late,
               TensorList matrices, TensorList biases, at::IntArrayRef windows, int64_t heads, int64_t hidden) {
@@ -106,8 +106,8 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
                   late.size() == 4 * n && matrices.size() == 4 * n * each &&
                   (biases.empty() || biases.size() == 4 * n) && windows.size() == n,
               "the lists of ", n, " layers differ in length");
-  TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1), "a token of each row, or those of one row, not ",
-              x.sizes());
+  TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1),
+              "x must hold one token of each row, or the tokens of one row, not ", x.sizes());
   const int64_t dim = x.size(-1), tokens = n_rows(x);
   const bool many = x.size(1) > 1;
   const Kernels& kernels = kernels_for(is_float32(x));
@@ -117,8 +117,8 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
     return matrix(matrices.slice(i * each, each), rows, columns, biases.empty() ? no_bias : biases[i], x);
   };
   std::vector<Attention> attentions;
-  for (size_t i = 0; i < n; i++) {  // all is checked before a cache is written
-    TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes(), "caches of one size, not ", k_caches[i].sizes());
+  for (size_t i = 0; i < n; i++) {  // check everything before a cache is written
+    TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes(), "the caches differ in size: ", k_caches[i].sizes());
     attentions.push_back(attention(x, x.size(0), x.size(1), each > 1, norm(4 * i + 1, k_caches[i].size(-1)),
                                    norm(4 * i + 2, k_caches[i].size(-1)), cos, sin, k_caches[i], v_caches[i], positions,
                                    heads, windows[i]));
@@ -153,7 +153,7 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   return out;
 }
 
-// x times a matrix by one of two kernels, whose output has this dtype.
+// x times a matrix by gemv or gemm, whose output has this dtype.
 Tensor times(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows, at::ScalarType dtype,
              decltype(&Kernels::gemv) kernel) {
   const int64_t n = n_rows(x);
@@ -176,7 +176,7 @@ Tensor gemm(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) {
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& gain, double eps, bool late) {
-  TORCH_CHECK(gain.numel() > 0, "a gain for each number of a row");
+  TORCH_CHECK(gain.numel() > 0, "the gain is empty");
   const int64_t count = n_rows(x), n = x.size(-1);
   const Kernels& kernels = kernels_for(is_float32(x));
   const Tensor from = x.contiguous();
@@ -189,7 +189,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& gain, double eps, bool late) {
 
 Tensor dequantize_rows(TensorList w, const Tensor& at, int64_t columns, at::ScalarType dtype) {
   TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && columns > 0, "quantized weights of at least one column");
-  TORCH_CHECK(at.scalar_type() == at::kLong, "rows by number, not ", at.scalar_type());
+  TORCH_CHECK(at.scalar_type() == at::kLong, "row numbers must be int64, not ", at.scalar_type());
   const Tensor numbers = at.contiguous();
   const int64_t n = at.numel(), *first = numbers.const_data_ptr<int64_t>();
   auto sizes = at.sizes().vec();
@@ -203,7 +203,7 @@ Tensor dequantize_rows(TensorList w, const Tensor& at, int64_t columns, at::Scal
   return out;
 }
 
-// The blocks of a quantized matrix from `block` on, for n rows.
+// The blocks of a quantized matrix that hold n rows, from block `block` on.
 Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const Tensor& like) {
   TORCH_CHECK(w.size() > 1 && w[0].dim() > 0 && n > 0 && columns > 0 && block >= 0 &&
                   block + round_up(n, 16) / 16 <= w[0].size(0),
@@ -216,9 +216,9 @@ Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const 
   return m;
 }
 
-// quantize and repack return false if a number fits no scale.
+// quantize and repack return false if x is not finite, or a scale or minimum exceeds float16.
 bool quantize(const Tensor& x, TensorList w, int64_t block) {
-  TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "rows in one piece, not ", x.sizes());
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be two-dimensional and contiguous, not ", x.sizes());
   const Kernels& kernels = kernels_for(is_float32(x));
   const Matrix m = blocks_of(w, block, x.size(0), x.size(1), x);
   bool finite = false;

@@ -1,4 +1,4 @@
-// Packs the rows of a batch, once for all blocks of a matrix that gemv multiplies them by.
+// Packs the rows of a batch once; gemv then multiplies all blocks of a matrix by them.
 //
 // For a quantized matrix, activations are quantized to 16 bits, round(x * 32512 / max|x|), stored as two signed bytes.
 #pragma once
@@ -12,12 +12,12 @@
 namespace ISA {
 
 constexpr int BLOCK_ROWS = 16;  // rows of a matrix that are multiplied together
-constexpr int GROUP = 32;       // columns that share a scale, or that are read at once in bfloat16
+constexpr int GROUP = 32;       // columns that share a scale, or that a bfloat16 kernel reads at once
 constexpr int QUADS = GROUP / 4;
 
 inline int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP; }
 
-// Of a matrix's row, on average over a block of quantized rows.
+// The bytes of a row; of a quantized matrix, the average over a block.
 inline int64_t row_bytes(const Matrix& m) {
   if (m.kind < Kind::INT8) return (m.kind == Kind::FLOAT32 ? 4 : 2) * m.columns;
   return groups_of(m.columns) * (m.kind == Kind::INT8 ? GROUP : GROUP / 2);
@@ -55,8 +55,8 @@ struct Input {
   Array<float> scales;           // of each quantized row
 };
 
-// Stores 32 quantized columns: high and low bytes of 16 bits, or only `first` of 8 bits. Without VNNI: pairs of
-// columns.
+// Stores 32 quantized columns. With VNNI, 16 bits are stored as high bytes (`first`) and low bytes (`second`), and 8
+// bits in `first` alone. Without VNNI, pairs of columns are stored.
 inline void store_quads(const i32* q, bool sixteen_bits, int32_t* first, int32_t* second) {
 #ifdef __AVX512VNNI__
   for (int i = 0; i < GROUP / LANES; i++) {
@@ -90,7 +90,7 @@ inline void quantize_input_row(Input& in, const float* x, int64_t n, int64_t b) 
   for (int64_t i = 0; i < n; i += LANES) {
     f32 v = load_first(x + i, n - i);
     most = max(most, max(v, -v));
-    zeros += v * 0.f;  // NaN if anything is not finite, which no integer holds: the row becomes NaN
+    zeros += v * 0.f;  // NaN if anything is not finite: no integer holds that, so the scale becomes NaN
   }
   float peak = largest(most), nonfinite = sum(zeros);
   float to_int = peak > 1e-30f && nonfinite == 0 ? 32512.f / peak : 0.f;
@@ -116,7 +116,7 @@ inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
 }
 #endif
 
-// Packs x (batch, n), which is rounded already to what the model computes in, for dot products with rows of `kind`.
+// Packs x (batch, n) for dot products with rows of `kind`. Only bfloat16 dot products round it to bfloat16.
 inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
   in.batch = batch;
   int64_t w = in.width = groups_of(n) * GROUP;

@@ -6,7 +6,7 @@
 
 namespace ISA {
 
-constexpr int64_t TOKENS_AT_ONCE = 768;  // so few that the activations between two matrices stay in the cache
+constexpr int64_t TOKENS_AT_ONCE = 768;  // few enough that the activations between two matrices stay in the cache
 
 // A function that writes one token's row of x, normalized if there is a norm.
 template <typename T>
@@ -29,7 +29,7 @@ void pack_stored(QuantizedTokens& in, const PaddedRows<T>& lines, int64_t column
   pack<T>(in, columns, count, row_of((const T*)lines[from], lines.pitch, Norm{}, columns), pool);
 }
 
-// Calls f with tokens packed for a matrix: quantized for a quantized one, but floats if AMX multiplies bfloat16 faster.
+// Calls f with empty storage for tokens: QuantizedTokens for a quantized matrix, unless AMX multiplies bfloat16 faster.
 template <typename T, typename F>
 void with_tokens(const Matrix& m, const F& f) {
   if (m.kind < Kind::INT8 || AMX<T>) {
@@ -112,16 +112,16 @@ void prefill_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up
                    [&](int64_t panel, int64_t token, int64_t k, const float* v) {
                      for (int i = 0; i < PAIRS; i++) {
                        const int64_t column = (panel * PAIRS + i) * LANES;
-                       const int64_t left = hidden - column;
-                       if (left <= 0) continue;
+                       const int64_t remaining = hidden - column;
+                       if (remaining <= 0) continue;
                        auto bias = [&](const Matrix& m) {
-                         return m.bias == nullptr ? f32{} : load_first((const T*)m.bias + column, left);
+                         return m.bias == nullptr ? f32{} : load_first((const T*)m.bias + column, remaining);
                        };
                        const f32 of_gate = bias(gate), of_up = bias(up);
                        for (int64_t b = 0; b < k; b++) {
                          const float* sums = v + (STRIPS * b + 2 * i) * LANES;
                          store_first(y[token + b] + column, silu(load(sums) + of_gate) * (load(sums + LANES) + of_up),
-                                     left);
+                                     remaining);
                        }
                      }
                    });

@@ -14,7 +14,7 @@ inline uint16_t to_half(float x, bool& finite) {
   return half;
 }
 
-// Quantizes one group of a row; each four columns (of int4 eight) are stored 64 bytes apart.
+// Quantizes one group of a row. Four columns (eight of int4) are stored together, the next four 64 bytes further on.
 template <bool FOUR>
 inline void quantize_group(const f32* x, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
   constexpr int VECTORS = GROUP / LANES;
@@ -26,16 +26,16 @@ inline void quantize_group(const f32* x, uint8_t* q, uint16_t* scale, uint16_t* 
     nonfinite += x[i] - x[i];
   }
   finite &= sum(nonfinite) == 0;
-  float from = 0;
+  float minimum = 0;
   if (FOUR) {
     *min = to_half(-largest(-low), finite);
-    from = _cvtsh_ss(*min);
+    minimum = _cvtsh_ss(*min);
   }
-  *scale = to_half((largest(high) - from) / (FOUR ? 15 : 127), finite);
+  *scale = to_half((largest(high) - minimum) / (FOUR ? 15 : 127), finite);
   const float step = _cvtsh_ss(*scale);
   uint8_t bytes[GROUP];
   for (int i = 0; i < VECTORS; i++) {
-    f32 v = step == 0 ? f32{} : (x[i] - from) / step;  // equal numbers become 0
+    f32 v = step == 0 ? f32{} : (x[i] - minimum) / step;  // equal numbers become 0
     v = FOUR ? max(v, f32{}) : max(v, splat(-127));
     v = -max(-v, splat(FOUR ? -15 : -127));
     const u32 code = (u32)(v + 12582912.f) + (FOUR ? 0 : 128);  // 1.5 * 2^23: the integer is in the low bits
@@ -50,7 +50,7 @@ inline void quantize_group(const f32* x, uint8_t* q, uint16_t* scale, uint16_t* 
   }
 }
 
-// Calls f(row, group, q, scale, min, finite) for n rows of a matrix; the last block is filled up with zeros. Returns
+// Calls f(row, group, q, scale, min, finite) for n rows of a matrix, and fills the last block up with zeros. Returns
 // whether everything was finite.
 template <typename F>
 inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {

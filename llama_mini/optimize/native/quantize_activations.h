@@ -1,7 +1,7 @@
 // Quantizes the tokens of a prompt for gemm_int.h, in tiles of a few tokens, 32 columns (a group) at a time.
 //
-// A group has eight bits and a scale. A group with an outlier of its token has sixteen bits, because rounding shows
-// there (LLM.int8, Dettmers 2022, also treats outliers apart). In a float32 model, and without VNNI, every group has
+// A group has eight bits and a scale. A group that holds an outlier has sixteen bits, because its rounding errors would
+// be large (LLM.int8, Dettmers 2022, also treats outliers apart). In a float32 model, and without VNNI, every group has
 // sixteen. How a token is quantized depends on that token alone.
 #pragma once
 
@@ -14,7 +14,7 @@ constexpr int TILE_TOKENS = 5;  // in a tile: as many sums as fit in the registe
 #else
 constexpr int TILE_TOKENS = 3;
 #endif
-constexpr float OUTLIER = 3;  // an outlier's squared maximum, over the mean of those of its token's groups
+constexpr float OUTLIER = 3;  // a group holds an outlier if its squared maximum exceeds so many means over the groups
 
 #ifdef __AVX512VNNI__
 template <typename T>
@@ -30,7 +30,7 @@ struct QuantizedTokens {
   Array<int32_t> first, second;  // (tiles, groups, TILE_TOKENS, QUADS), as in Input
   Array<uint8_t> sixteen_bits;   // (tiles, groups): whether any token of the tile has sixteen bits there
   Array<float> scales, total;    // (tiles, groups, TILE_TOKENS): scale; sum of the group, scaled
-  Array<int32_t> start;          // the same shape: takes away the 128 that is added to weights of int8
+  Array<int32_t> start;          // the same shape: cancels the 128 that is added to weights of int8
 };
 
 inline int64_t token_tiles(int64_t tokens) { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }
@@ -57,13 +57,13 @@ void quantize_tiles(QuantizedTokens& in, int64_t columns, int64_t first, int64_t
   Array<float> rows(TILE_TOKENS * width), peaks(TILE_TOKENS * groups);
   Array<uint8_t> outlier(TILE_TOKENS * groups);
   std::memset(rows.data, 0, TILE_TOKENS * width * sizeof(float));
-  float nonfinite[TILE_TOKENS];  // NaN if anything is not finite, which no integer holds: the token becomes NaN
+  float nonfinite[TILE_TOKENS];  // NaN if anything is not finite: no integer holds that, so the scale becomes NaN
   for (int64_t tile = first; tile < last; tile++) {
     std::memset(in.sixteen_bits + tile * groups, 0, groups);
     for (int b = 0; b < TILE_TOKENS; b++) {
       float *x = rows + b * width, *peak = peaks + b * groups, squares = 0;
       if (tile * TILE_TOKENS + b < in.count)
-        row(tile * TILE_TOKENS + b, x);  // other rows repeat old data, which nobody reads
+        row(tile * TILE_TOKENS + b, x);  // rows past the last token keep old data, which nobody reads
       f32 zeros = {};
       for (int64_t s = 0; s < groups; s++) {
         f32 most = {};

@@ -128,7 +128,7 @@ inline f32 exp(f32 x) {
   const f32 n = (f32)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const i32 under = x < -87.3f, number = x == x;
-  const f32 given = x;
+  const f32 original = x;
   x = x > 88.3f ? splat(88.3f) : x;
   const f32 shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer is in the low bits
   const f32 n = shifted - 12582912.f;
@@ -145,7 +145,7 @@ inline f32 exp(f32 x) {
   return (f32)_mm512_maskz_scalef_ps(over, (__m512)p, (__m512)n);
 #else
   const u32 result = (u32)p + (((u32)shifted - 0x4b400000u) << 23);
-  return number ? (f32)(result & ~(u32)under) : given;
+  return number ? (f32)(result & ~(u32)under) : original;
 #endif
 }
 // 1 / x within an ULP, for positive x up to 2^127: an estimate and one Newton step.
@@ -163,7 +163,7 @@ inline f32 silu(f32 x) { return x * reciprocal(1.f + exp(-x)); }
 inline void transpose(u32* rows) {
 #pragma GCC unroll 4
   for (int by = 1; by < LANES; by *= 2) {
-    u32 upper, lower;  // of a row, and of the row `by` after it; lanes of the second count from LANES on
+    u32 upper, lower;  // lanes for rows[i] and rows[i + by]; from LANES on they are those of the second
     for (int i = 0; i < LANES; i++) {
       upper[i] = i & by ? LANES + i - by : i;
       lower[i] = i & by ? LANES + i : i + by;

@@ -1,8 +1,8 @@
-// A pool of threads that works through jobs without being started anew for each.
+// A pool of threads that are started once for many jobs.
 //
-// A job is the numbers 0..n: a range for each thread, split into chunks. A thread takes the chunks of its own range
-// from the front, so that it reads memory in sequence, and then those of others from the end. So a thread that the
-// system has suspended delays one chunk, not every job, which matters much on a busy machine.
+// A job is the numbers 0..n. Each thread has a range of them, split into chunks. It takes the chunks of its own range
+// from the front, so that it reads memory in sequence, and then those of other threads from the end. So a thread that
+// the system has suspended delays one chunk, not the whole job, which matters on a busy machine.
 #pragma once
 
 #include <immintrin.h>
@@ -20,7 +20,7 @@ class ThreadPool {
   // The Pool interface: `self` is a ThreadPool.
   static void run(void* self, int64_t n, Work work, void* context) { ((ThreadPool*)self)->run_job(n, work, context); }
 
-  // The Pool interface. Matrices are short and the first reads of each are slow: waiting threads prefetch the next one.
+  // The Pool interface. A matrix is soon read, and its first reads are slow, so waiting threads prefetch the next one.
   static void prefetch_next(void* self, const void* data, int64_t bytes, int parts) {
     ThreadPool& pool = *(ThreadPool*)self;
     pool.part_bytes_.store(bytes, std::memory_order_relaxed);
@@ -39,7 +39,7 @@ class ThreadPool {
  private:
   struct alignas(64) Range {
     std::atomic<uint64_t> unclaimed{0};  // job number, first unclaimed chunk, end of the unclaimed chunks
-    const char* prefetched = nullptr;    // used by this thread alone: what it prefetches, and how many bytes so far
+    const char* prefetched = nullptr;    // used by this thread alone: what it prefetches, and the bytes so far
     int64_t prefetched_bytes = 0;
   };
 
@@ -63,8 +63,8 @@ class ThreadPool {
     return begin < end ? (end - begin + chunk_size_ - 1) / chunk_size_ : 0;
   }
 
-  // Claims a chunk and computes it; false if none is left. A claimed chunk belongs to the current job, because no job
-  // ends before all its chunks are done.
+  // Claims a chunk and computes it; false if none is unclaimed. A claimed chunk belongs to the current job, because no
+  // job ends before all its chunks are done.
   bool run_chunk(int64_t thread) {
     for (int64_t i = 0; i < threads_; i++) {
       const int64_t of = (thread + i) % threads_;
@@ -72,8 +72,8 @@ class ThreadPool {
       for (;;) {
         const uint64_t first = unclaimed >> 16 & 0xffff, end = unclaimed & 0xffff;
         if (first == end) break;
-        const uint64_t rest = i == 0 ? unclaimed + (1 << 16) : unclaimed - 1;
-        if (!ranges_[of].unclaimed.compare_exchange_weak(unclaimed, rest, std::memory_order_acq_rel,
+        const uint64_t claimed = i == 0 ? unclaimed + (1 << 16) : unclaimed - 1;
+        if (!ranges_[of].unclaimed.compare_exchange_weak(unclaimed, claimed, std::memory_order_acq_rel,
                                                          std::memory_order_acquire))
           continue;
         const int64_t begin = of * range_size_ + (i == 0 ? first : end - 1) * chunk_size_,
@@ -87,7 +87,7 @@ class ThreadPool {
     return false;
   }
 
-  // Prefetches some lines of this thread's range of the next matrix; false if that is enough.
+  // Prefetches some lines of this thread's range of the next matrix; false if enough of it is prefetched.
   bool prefetch(int64_t thread) {
     Range& mine = ranges_[thread];
     const char* next = next_.load(std::memory_order_relaxed);

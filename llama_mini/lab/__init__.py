@@ -1,12 +1,12 @@
-"""The study of norms in a full model: what each one sees, what it costs to change, and what theory says beforehand.
+"""The study of norms in a full model: what each one sees, what a change to it costs, and what theory predicts.
 
-The model holds no code of this; capture is hooks, and an edit swaps a module in its slot and puts it back.
+The model contains no code of the lab: capture uses hooks, and an edit replaces a module and puts the original back.
 """
 
 from importlib import import_module
 from typing import Any
 
-_HOME = {  # no module has the name of a function: importing it would hide the function
+_HOME = {  # no module has a function's name: importing the module would hide the function
     "norms": "norm_table",
     "capture": "recording",
     "massive_activation": "recording",

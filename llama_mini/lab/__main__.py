@@ -1,7 +1,7 @@
 """The command line of the norm lab: python -m llama_mini.lab COMMAND.
 
 A table, JSON or CSV goes to standard output, a picture to a file, all else to standard error. torch is imported only
-once there is something to run.
+when a command runs.
 """
 
 import argparse
@@ -16,7 +16,7 @@ PLANS = ("pre", "post", "peri", "out+qk", "deep")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """Runs the command line and returns its exit code, as that of llama_mini.generate."""
+    """Runs the command line and returns its exit code; the codes are those of llama_mini.generate."""
     args = parser(prog).parse_args(argv)
     from llama_mini.lab import commands
 
@@ -38,12 +38,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=description, parents=[*parents, output])
 
     add("norms", "list every norm with its settings and gains", model, picture)
-    add("doctor", "look for what is likely wrong with the norms", model, text)
-    capture = add("capture", "show what each norm reads on a text, and the residual stream", model, text, picture)
+    add("doctor", "look for likely problems of the norms", model, text)
+    capture = add("capture", "show what each norm reads, and the residual stream, on a text", model, text, picture)
     capture.add_argument("--at", metavar="PATTERN", action="append", help="norms to show; default: all")
     ablate = add("ablate", "measure the cost of freezing each norm's statistic", model, text, picture)
-    edit = add("edit", "measure the cost of an edit of norms", model, text)
-    add("skip", "measure the cost of leaving out each layer", model, text, picture)
+    edit = add("edit", "measure the cost of editing norms", model, text)
+    add("skip", "measure the cost of skipping each layer", model, text, picture)
     move = add("move", "measure the cost of moving norms to another slot", model, text)
     fold = add("fold", "fold gains into the weights that read them, and compare", model, text)
     for command, pattern in (
@@ -61,8 +61,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     for command in (move, fold):
         command.add_argument("--save", type=Path, metavar="DIR", help="write the new model to this folder")
 
-    predict = add("predict", "compute second moments, gradients and angles of a plan by theory", picture)
-    init = add("init", "measure the same on random models", picture)
+    predict = add("predict", "predict second moments, gradients and angles of a plan at random init", picture)
+    init = add("init", "measure what predict computes, on random models", picture)
     for command in (predict, init):
         command.add_argument("plan", nargs="?", default="pre", help="a preset such as out+qk; default: %(default)s")
         command.add_argument("--depth", type=int, default=16, metavar="N", help="layers; default: %(default)s")
@@ -76,7 +76,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--depths", type=int, nargs="+", default=[2, 4, 8, 16], metavar="N", help="layers; default: 2 4 8 16"
     )
     race.add_argument("--steps", type=int, default=150, metavar="N", help="default: %(default)s")
-    report = add("report", "write all of this as one HTML page", model, text)
+    report = add("report", "write a report on the checkpoint's norms as one HTML page", model, text)
     report.add_argument("target", nargs="?", type=Path, default=Path("norms.html"), help="file; default: %(default)s")
     tour = add("tour", "explain what RMSNorm computes, step by step, on real activations", model)
     tour.add_argument("--lang", choices=["en", "ko"], default="en", help="default: %(default)s")
@@ -84,7 +84,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 
 def _shared() -> list[argparse.ArgumentParser]:
-    """Options that several commands share: of the output, the model, the text and the picture."""
+    """Options that several commands share: output, model, text and picture."""
     output, model, text, picture = parsers = [argparse.ArgumentParser(add_help=False) for _ in range(4)]
     form = output.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")

@@ -1,4 +1,4 @@
-"""What each norm and each layer is worth: the cost of changing or leaving out one at a time."""
+"""What each norm and each layer contributes: the cost of changing one norm, or skipping one layer, at a time."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class AblatedNorm:
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """The cost of leaving out one layer; the angle between its input and output in the full model, in units of π."""
+    """The cost of skipping one layer, and the angle between its input and output in the full model, in units of π."""
 
     layer: int
     dloss: float
@@ -43,7 +43,7 @@ def ablate(
 ) -> Table[AblatedNorm]:
     """The cost in nats of editing norms one by one, in the order of the forward pass.
 
-    pattern: one or several; None: every norm.
+    pattern: one pattern of norms or several; None: every norm.
     settings: those of `edit`, by default freeze="mean", keep_first=True. The statistic for `freeze` is measured once,
         on the same ids, in the unchanged model.
 
@@ -62,7 +62,7 @@ def ablate(
 
 
 def skip_layers(model: Llama, ids: Tensor | Sequence[int]) -> Table[SkippedLayer]:
-    """The cost of leaving out each layer, one by one, and the angle by which each turns the residual stream."""
+    """The cost of skipping each layer, one by one, and the angle by which each turns the residual stream."""
     base = score(model, ids)
     angles = _angles(model, ids)
     rows = []
@@ -91,12 +91,12 @@ def _angles(model: Llama, ids: Tensor | Sequence[int]) -> list[float]:
     """By layer, the mean over tokens of the angle between input and output, in units of π."""
     angles: dict[str, float] = {}
 
-    def see(name: str, x: Tensor, y: Tensor) -> None:
+    def record(name: str, x: Tensor, y: Tensor) -> None:
         u, v = (nn.functional.normalize(z.double(), dim=-1) for z in (x, y))
         half = torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))  # arccos loses small angles
         angles[name] = float(half.mean()) * 2 / math.pi
 
     layers = {str(i): layer for i, layer in enumerate(model.layers)}
-    with torch.inference_mode(), watched(layers, see):
+    with torch.inference_mode(), watched(layers, record):
         model(as_tokens(model, ids))
     return [angles[name] for name in layers]

@@ -1,4 +1,4 @@
-"""What the lab's commands read and print: the checkpoint, the text and the settings of an edit; tables and pictures."""
+"""Input and output of the lab's commands: checkpoint, text and settings of an edit; tables and pictures."""
 
 import argparse
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a change to a model costs: the loss on a text, and how far the predictions moved from those before it."""
+"""The cost of a change to a model: its loss on a text, and how far its predictions differ from those before."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ _NO_INTEGER = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """The loss of a model on a text, and its change against a base. NaN logits make loss and KL NaN.
+    """The loss of a model on a text, and the differences from a base. NaN logits make loss and KL NaN.
 
     Attributes:
         tokens: the text, (B, T) int64.
-        loss: mean negative log-likelihood in nats of all tokens but the first of each sequence.
+        loss: mean negative log-likelihood in nats, over all tokens but the first of each sequence.
         logits: (B, T, V) float32, float64 for a float64 model.
         dloss: loss minus that of the base; None without a base.
         kl: KL(base ‖ this), the mean over positions, in nats; None without a base.
@@ -44,9 +44,9 @@ class Score:
 
 
 def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = None) -> Score:
-    """Scores token ids, (T,), (B, T) or a list; with `against`, an earlier score of the same ids, the change too.
+    """Scores token ids, (T,), (B, T) or a list. `against`: a base, an earlier score of the same ids to compare with.
 
-    Raises RequestError if there is no token to predict, or if the base has another text or vocabulary.
+    Raises RequestError if there is no token to predict, or if text or vocabulary differ from the base's.
     """
     tokens = as_tokens(model, ids)
     if against is not None and not torch.equal(against.tokens.cpu(), tokens.cpu()):
@@ -91,7 +91,7 @@ def _loss(logits: Tensor, tokens: Tensor) -> float:
 
 
 def _in_parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Parts whose log-softmax takes little memory; that of all logits at once would double their memory."""
+    """The rows in parts: a log-softmax of all logits at once would take as much memory again."""
     return x.split(LOGITS_AT_ONCE)
 
 

@@ -1,4 +1,4 @@
-"""The doctor: looks for what is likely wrong with the norms of a checkpoint or a model."""
+"""The doctor: looks for likely problems of the norms of a checkpoint or a model."""
 
 import math
 import statistics
@@ -31,10 +31,10 @@ from llama_mini.validate import join_names
 
 Severity = Literal["error", "warning", "note"]
 _USUAL_EPS = (1e-5, 1e-6)
-_USUAL_EPS_OF = {"qwen3": (1e-6,)}  # every other family has published files with either
-_LARGEST, _SMALLEST = 65504.0, 2.0**-14  # of float16's normal numbers
-_MARGIN = 2  # a factor between what is seen and these limits, since another text has other extremes
-_JUDGED = ("pre_norm", "mid_norm", "out_norm", "post_norm")  # final, q, k and v norms have gains above one
+_USUAL_EPS_OF = {"qwen3": (1e-6,)}  # every other family has published checkpoints with both
+_LARGEST, _SMALLEST = 65504.0, 2.0**-14  # float16's largest and smallest normal numbers
+_MARGIN = 2  # values this factor from the limits are reported too: another text has other extremes
+_JUDGED = ("pre_norm", "mid_norm", "out_norm", "post_norm")  # not final, q, k and v norms: their gains exceed one
 
 # Limits for the median over the norms of one slot, since a single norm may be nearly dead. Training starts at a gain of
 # one and seldom crosses zero. In the default checkpoint the median share of gains below zero is 0 (0.47 in one norm),
@@ -46,7 +46,7 @@ _LOWEST_HUNDREDTH, _LEAST_MEAN = 0.95, 1.1
 @dataclass(frozen=True)
 class Finding:
     """severity: error (the answers are wrong), warning (they probably are, or will be in float16) or note.
-    path: that of a norm, a slot, a tensor or a file."""
+    path: of a norm, a slot, a tensor or a file."""
 
     severity: Severity
     path: str
@@ -55,12 +55,12 @@ class Finding:
 
 
 def doctor(subject: str | Path | Llama, ids: Tensor | Sequence[int] | None = None) -> Table[Finding]:
-    """What is wrong with the norms of a checkpoint (a path or hub name) or a model. An empty table: nothing found.
+    """Likely problems of the norms of a checkpoint (a path or hub name) or a model. An empty table means none.
 
-    It looks for an eps that is absent, zero or unusual for the family, for norm tensors that are missing or that no
-    norm reads, for gains that are NaN, infinite, huge, all zero or never trained, and for `1+w` gains read as `w` and
-    the reverse. With the token ids of a text, (T,) or (B, T), it also looks for inputs of norms that eps dominates or
-    that float16 cannot hold. Without a text, only the headers and norms of a checkpoint are read.
+    It looks for an eps that is absent, zero or unusual for the family; for norm tensors that are missing, or that no
+    norm reads; for gains that are NaN, infinite, huge, all zero or never trained; and for `1+w` gains read as `w`, or
+    the reverse. With the token ids of a text, (T,) or (B, T), it also looks for inputs of norms that are small beside
+    eps, or that float16 cannot hold. Without a text, only the headers and norms of a checkpoint are read.
 
     Raises CheckpointError if there is no checkpoint; RequestError for ids that the model cannot read.
     """
@@ -97,7 +97,7 @@ def _of_source(source: Source) -> list[Finding]:
     findings = []
     if unread := sorted(name for name in source.tensors if "norm" in name.lower() and name not in names):
         what = f"no norm of model_type {source.model_type} reads it"
-        advice = "model_type or the file is that of another model: compare both with the origin"
+        advice = "model_type or the file belongs to another model: compare both with the origin"
         findings += [Finding("error", join_names(unread), what, advice)]
     if missing := sorted(set(of_norms) - set(read)):
         what = f"a norm of model_type {source.model_type} needs it, and the file lacks it or has another shape"
@@ -179,7 +179,7 @@ def _extreme(path: str, norm: Norm, gain: Tensor) -> Iterator[Finding]:
 
 
 def _conventions(norms: Mapping[str, Norm], gains: Mapping[str, Tensor]) -> Iterator[Finding]:
-    """Gains read as `w` and stored as `1+w`, or the reverse: one finding a slot, since a single norm says little."""
+    """Gains read as `w` but stored as `1+w`, or the reverse: one finding per slot, since a single norm says little."""
     by_slot: dict[tuple[str, str], list[str]] = {}
     for path in gains:
         slot = ".".join(path.split(".")[2:])
@@ -203,9 +203,9 @@ def _conventions(norms: Mapping[str, Norm], gains: Mapping[str, Tensor]) -> Iter
 
 @dataclass
 class _Seen:
-    """The extremes of one norm over a text."""
+    """The extremes of one norm's input and output over a text."""
 
-    moment: float = math.inf  # the smallest that eps is added to
+    moment: float = math.inf  # the smallest number that eps is added to
     smallest: float = math.inf  # RMS of a row
     largest: float = 0.0  # element
     finite: bool = True
@@ -215,14 +215,14 @@ def _measured(model: Llama, tokens: Tensor) -> list[Finding]:
     norms = _norms(model)
     seen = {path: _Seen() for path in norms}
 
-    def see(path: str, x: Tensor, y: Tensor) -> None:
+    def record(path: str, x: Tensor, y: Tensor) -> None:
         norm, wide = seen[path], x.to(torch.promote_types(x.dtype, torch.float32))
         norm.moment = min(norm.moment, float(_moment(norms[path], wide).min()))
         norm.smallest = min(norm.smallest, float(wide.pow(2).mean(-1).sqrt().min()))
         norm.largest = max(norm.largest, float(x.abs().max()), float(y.abs().max()))
         norm.finite &= bool(x.isfinite().all() and y.isfinite().all())
 
-    with watched(norms, see), torch.inference_mode():
+    with watched(norms, record), torch.inference_mode():
         model(tokens)
     return [finding for path, norm in norms.items() for finding in _risks(path, norm, seen[path])]
 

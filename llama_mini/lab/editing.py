@@ -1,7 +1,7 @@
 """Changes to the norms of a model that last as long as a `with` block.
 
-An edit puts another module into a norm's slot, and afterwards puts the same norm object back. Parameters that the edit
-does not change are shared, not copied.
+An edit puts another module into a norm's slot, and the original module back when the block ends. Parameters that the
+edit does not change are shared, not copied.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,16 +29,16 @@ def edit(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) 
     """Changes norms inside a `with` block: {pattern: settings}. Two patterns may not match the same norm: nest edits.
 
     eps: a finite number of at least 0.
-    kind: a kind of norm.py. The gain stays, except that `scale`, which has one number, takes the mean of the gains; the
-        α of `dyt` starts at 0.5. With a kind, empty slots that the pattern matches are filled too: with unit gain, the
-        model's norm_eps and early cast.
+    kind: a kind of norm.py. The gain stays, but `scale` has a single one and takes the mean; the α of `dyt` starts at
+        0.5. With a kind, empty slots that the pattern matches are filled too, with a norm of unit gain, the model's
+        norm_eps and early cast.
     gain: 2.0 sets the effective gain, ("scale", 2.0) multiplies it, "mean" replaces it by its mean, "one" by 1.
     cast: "early" or "late".
-    freeze: compute g·x/c with a constant c, measured on `ids` in the model as it is before this edit. Kinds rms and
-        scale only. "mean": one number a norm, c² = mean(x²) + eps over the whole text, in q and k norms over the heads
-        too. "token": the c of each position, so that this setting alone changes no bit on the same text.
+    freeze: compute g·x/c with a constant c, measured on `ids` in the model before this edit. Kinds rms and scale only.
+        "mean": one c per norm, c² = mean(x²) + eps over the whole text, in q and k norms over the heads too. "token":
+        one c per position, so that this setting alone changes no bit on the same text.
     keep_first: with freeze, token 0 keeps its own statistic and is left out of the mean.
-    skip: True leaves the norm out, its scale too.
+    skip: True removes the norm, and its scale with it.
     ids: the text for `freeze`; no other setting needs it.
 
     `freeze="token"` and `keep_first` depend on positions. So inside the block the model must read each text from its
@@ -52,7 +52,7 @@ def edit(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) 
 
 
 def edited_norms(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) -> dict[str, nn.Module]:
-    """The modules that an edit puts into its slots, by path; the model is not changed. Arguments and errors: `edit`."""
+    """The modules that an edit puts into the slots, by path. The model is not changed. Arguments and errors: `edit`."""
     if not isinstance(edits, Mapping):
         raise RequestError(f"edits must be a mapping of patterns to settings, not {short_repr(edits)}")
     chosen: dict[str, tuple[str, Mapping[str, Any]]] = {}
@@ -95,7 +95,7 @@ def swapped(model: Llama, modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 class Frozen(RMSNorm):
-    """RMSNorm with a constant reciprocal root, 1/c: one number for all rows, or (B, T, ..., 1), by position."""
+    """RMSNorm whose reciprocal root is a constant, 1/c: one number for all rows, or (B, T, ..., 1), by position."""
 
     kind = "frozen"
     inverse_root: Tensor
@@ -148,7 +148,7 @@ def _check(settings: Any) -> None:
         raise RequestError("keep_first needs freeze: give both, or leave it out")
     for one, others in {"skip": set(_SETTINGS) - {"skip"}, "freeze": {"eps", "kind"}}.items():
         if one in settings and (clash := [key for key in settings if key in others]):
-            raise RequestError(f"{one} leaves nothing for {', '.join(clash)} to change; give one or the other")
+            raise RequestError(f"with {one}, {', '.join(clash)} would change nothing; give one or the other")
 
 
 def _check_against(module: nn.Module, path: str, pattern: str, settings: Mapping[str, Any]) -> None:
@@ -173,11 +173,11 @@ def _energies(model: Llama, paths: Sequence[str], ids: Tensor | Sequence[int] | 
     """mean(x²) of each vector that the norms see on a text: (B, T, ..., 1), computed as RMSNorm does."""
     energies: dict[str, Tensor] = {}
 
-    def see(path: str, x: Tensor, _: Tensor) -> None:
+    def record(path: str, x: Tensor, _: Tensor) -> None:
         energies[path] = x.to(torch.promote_types(x.dtype, torch.float32)).pow(2).mean(-1, keepdim=True)
 
     tokens = as_tokens(model, ids)  # type: ignore[arg-type]  # the caller has refused None
-    with torch.no_grad(), watched({path: model.get_submodule(path) for path in paths}, see):
+    with torch.no_grad(), watched({path: model.get_submodule(path) for path in paths}, record):
         model(tokens)
     return energies
 
@@ -222,7 +222,7 @@ def _changed(old: Norm, settings: Mapping[str, Any]) -> Norm:
 
 
 def _new_gain(old: Norm, cls: type[Norm], change: Any) -> Tensor:
-    """The effective gain after a change, in float32 or wider: stored as `1+w` in bfloat16 it would be rounded again."""
+    """The effective gain after a change, in float32 or wider: as a bfloat16 `1+w` it would be rounded again."""
     gain = effective_gain(old)
     gain = torch.ones(old.dim) if gain is None else gain
     if change == "mean":

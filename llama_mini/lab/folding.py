@@ -1,5 +1,5 @@
-"""Moves the work of norms into the weights around them: gains into the matrices that read a norm's output, and
-LayerNorm's subtraction of the mean into those that write its input."""
+"""Moves what norms do into the matrices around them: gains into those that read a norm's output, and LayerNorm's
+subtraction of the mean into those that write its input."""
 
 from dataclasses import replace
 
@@ -23,18 +23,19 @@ _WHY_NOT = {
 
 
 def fold(model: Llama, pattern: str | None = None) -> Llama:
-    """A new model whose pre, mid and final norms (or those at `pattern`) have gains of one: the weights hold them.
+    """A new model whose pre, mid and final norms (or those at `pattern`) have gains of one: their readers absorb them.
 
-    The logits stay the same: within 5e-6 of the largest in float32, bit for bit where the gains are powers of two. In
-    bfloat16 each product is rounded once more. In the default checkpoint the largest error of a logit against float32
-    is 0.03 of the largest logit before, and 0.04 to 0.08 after, also when the fold is done in float32.
+    The logits stay the same: within 5e-6 of the largest in float32, and bit for bit if the gains are powers of two. In
+    bfloat16 each product of gain and weight is rounded once more. In the default checkpoint the largest error of a
+    logit against float32 is 0.03 of the largest logit before, and 0.04 to 0.08 after, even if the fold is done in
+    float32.
 
     A tied head is untied first. The norms keep their weights, set to one, so that the model stays in its family and
     other programs can open it. Scale factors stay in the norms, and biases need no change. The other parameters are
     shared with `model`, which does not change.
 
     Raises RequestError, naming the path: for an out, post, embed, q, k or v norm, whose gain cannot be folded, for a
-    norm without a gain, for a model that has nothing to fold, and for one that is edited or optimised.
+    norm without a gain, for a model that has nothing to fold, and for one that is edited or optimized.
     """
     check_plain(model)
     paths = _foldable(model) if pattern is None else select(model, pattern)
@@ -61,13 +62,13 @@ def fold(model: Llama, pattern: str | None = None) -> Llama:
 def center(model: Llama) -> Llama:
     """A new model with RMSNorm instead of LayerNorm and the same logits: within 5e-6 of the largest in float32.
 
-    LayerNorm is RMSNorm of an input whose mean is zero. So the mean is taken out of everything that writes the residual
+    LayerNorm equals RMSNorm if its input has mean zero. So the mean is subtracted from all that writes the residual
     stream: the rows of the embedding, and the outputs of o_proj and down_proj, biases included. A tied head is untied
-    first, since its own rows keep their mean. The other parameters are shared with `model`, which does not change.
+    first, since its rows keep their mean. The other parameters are shared with `model`, which does not change.
     Source: Gupta et al. 2024.
 
-    Raises RequestError, naming the path: for a norm that reads the stream and is absent or no LayerNorm, for a norm
-    that writes the stream, and for a model that is edited or optimised.
+    Raises RequestError, naming the path: for a norm that reads the stream and is absent or not LayerNorm, for a norm
+    that writes the stream, and for a model that is edited or optimized.
     """
     check_plain(model)
     for path, norm in slots(model).items():

@@ -1,4 +1,4 @@
-"""The profile that theory.py predicts, measured on random models; and the random models that the lab studies."""
+"""Measures on random models the profile that theory.py predicts; and makes the lab's random models."""
 
 from itertools import pairwise
 
@@ -18,11 +18,11 @@ _TOKENS = 64  # sequences of one token each
 
 
 def init(plan: Plan, depth: int, dim: int = 256, seeds: int = 3) -> Profile:
-    """What `plan` does to one token in a random model: the mean over `seeds` models, and their spread.
+    """What `plan` does to one token in a random model: the mean over `seeds` models, and the spread.
 
     Each model has width `dim`, a multiple of 8, four heads and hidden_dim 4·dim, and reads 64 sequences of one token.
     The gradient is that of a random direction at x_L, by autograd in float32. A stream that overflows float32 gives inf
-    or NaN, which `none` does within eight layers.
+    or NaN; that of `none` overflows within eight layers.
 
     Raises RequestError or ConfigError.
     """
@@ -43,7 +43,7 @@ def spread_over_seeds(values: Floats) -> Floats:
 
 
 def random_llama(plan: Plan, depth: int, dim: int, vocab_size: int, seed: int) -> Llama:
-    """A model as theory.py assumes it: four heads, hidden_dim 4·dim. The caller's random state does not change."""
+    """A random model as theory.py assumes: four heads, hidden_dim 4·dim. The caller's random state does not change."""
     check_whole("dim", dim, RequestError, 8, 16384)
     if dim % 8:
         raise RequestError(f"dim must be a multiple of 8, for four heads of even width, not {dim}")
@@ -64,10 +64,10 @@ def residual_stream(model: Llama, tokens: Tensor) -> list[Tensor]:
     """x_0 to x_L, each (B, T, C), with their graph: the input of the first layer, then the output of each layer."""
     stream: list[Tensor] = []
 
-    def see(_: str, x: Tensor, y: Tensor) -> None:
+    def record(_: str, x: Tensor, y: Tensor) -> None:
         stream.extend((y,) if stream else (x, y))
 
-    with watched({str(i): layer for i, layer in enumerate(model.layers)}, see):
+    with watched({str(i): layer for i, layer in enumerate(model.layers)}, record):
         model.hidden(tokens)
     return stream
 

@@ -18,10 +18,10 @@ def move(model: Llama, pattern: str, to: str) -> Llama:
 
     The norms keep their gains. The new model shares every parameter with `model`, which does not change. It has its own
     modules and config, and the config's plan describes the new places, so it can be saved and loaded. Moving the norms
-    back gives the first logits again, bit for bit.
+    back gives the original logits, bit for bit.
 
     Raises RequestError, naming the path: for a slot that is taken or has another width, for a q, k or v norm, for a
-    norm outside the layers, and for a model that is edited or optimised.
+    norm outside the layers, and for a model that is edited or optimized.
     """
     check_choice("slot to move to", to, _TARGETS, RequestError)
     check_plain(model)
@@ -38,7 +38,7 @@ def move(model: Llama, pattern: str, to: str) -> Llama:
         if at not in branches:
             raise RequestError(f"{path} is outside the layers and cannot be moved; give norms of layers.*")
         if slot in HEAD_SLOTS:
-            raise RequestError(f"{path} belongs to the heads and cannot be moved; leave q, k and v norms out")
+            raise RequestError(f"{path} acts on heads and cannot be moved; leave q, k and v norms out")
         if slot == to:
             raise RequestError(f"{path} is already in the slot {to}; leave it out")
         if getattr(branches[at], to) is not None:

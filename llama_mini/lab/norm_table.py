@@ -15,7 +15,7 @@ from llama_mini.model.norm import Norm
 class NormRow:
     """One norm: its path, the slot (the last part of the path), its settings, and the range of its effective gain.
 
-    min, mean and max include the one of `1+w`. They are None for a norm without a weight.
+    min, mean and max are those of 1 + w for a `1+w` norm. They are None for a norm without a weight.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Addresses of norm slots, patterns that pick them, and what each slot is connected to.
+"""Paths of norm slots, patterns that select them, and the matrices that read each slot.
 
 A pattern is a module path split at its dots, such as `layers.0-3.*.pre_norm`. Each part is a name, an fnmatch pattern
 (`*`, `?`, `[..]`) or a range `a-b`. `*` does not match across dots.
@@ -40,7 +40,7 @@ def slots(model: Llama) -> dict[str, nn.Module]:
 
 
 def slot_width(config: LlamaConfig, path: str) -> int:
-    """How many elements a norm at `path` sees. A q, k or v norm is taken to see each head by itself."""
+    """The width of a norm at `path`. A q, k or v norm is assumed to see each head by itself."""
     branch, _, slot = path.rpartition(".")
     if slot.removesuffix("_norm") in HEAD_SLOTS:
         return config.head_dim
@@ -76,11 +76,11 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
 
 
 def _matches(path: str, pattern: str) -> bool:
-    parts, wanted = path.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(_segment_matches, parts, wanted))
+    names, patterns = path.split("."), pattern.split(".")
+    return len(names) == len(patterns) and all(map(_segment_matches, names, patterns))
 
 
-def _segment_matches(part: str, wanted: str) -> bool:
-    if span := _RANGE.fullmatch(wanted):
-        return part.isdigit() and int(span[1]) <= int(part) <= int(span[2])
-    return fnmatchcase(part, wanted)
+def _segment_matches(name: str, pattern: str) -> bool:
+    if span := _RANGE.fullmatch(pattern):
+        return name.isdigit() and int(span[1]) <= int(name) <= int(span[2])
+    return fnmatchcase(name, pattern)

@@ -1,4 +1,4 @@
-"""What each norm reads and returns on a text, and the residual stream around it. Recorded by hooks, for one pass."""
+"""What each norm reads and returns on a text, and the residual stream, recorded by hooks during one forward pass."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ from llama_mini.model.llama import Llama
 from llama_mini.validate import check_choice
 
 MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
-_JUMP = 10  # the ratio grows at least so many times in the layer where a massive activation is born
+_JUMP = 10  # the layer where a massive activation is born raises the ratio by at least this factor
 
 
 class Peak(NamedTuple):
@@ -30,13 +30,14 @@ class Peak(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What one norm, or one point of the residual stream, held on a text.
+    """The values of one norm, or of one point of the residual stream, on a text.
 
     x, y: a norm's input and output, (B, T, C), in q, k and v norms also (B, T, H, D). A point of the residual stream
         has no y. Both are None where only statistics are kept.
     rms: √(mean x²) over the last dimension, x.shape[:-1], float32.
-    mean_energy: the share of the energy that lies in the mean, (mean x)² / mean x², averaged over all positions.
-    max_over_median: the largest |x| over the (lower) median of all |x|. peak: the position of the largest.
+    mean_energy: the mean's share of the energy, (mean x)² / mean x², averaged over all positions.
+    max_over_median: the largest |x| over the (lower) median of all |x|.
+    peak: the largest element and its position.
     """
 
     x: Tensor | None
@@ -49,7 +50,7 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class ResidualStream:
-    """By layer: its input, the stream after attention, its output. resid_pre[l + 1] is resid_post[l]."""
+    """For each layer: its input, the stream after attention, and its output. resid_pre[l + 1] is resid_post[l]."""
 
     resid_pre: tuple[Record, ...]
     resid_mid: tuple[Record, ...]
@@ -80,8 +81,8 @@ def capture(
 ) -> Recording:
     """Runs the model once on token ids, (T,), (B, T) or a list, and records the norms and the residual stream.
 
-    at: one pattern or several: the norms to record; None: all. The statistics of the stream are always kept. Its
-        tensors are kept only if all norms are recorded, so that `at` limits the memory.
+    at: one pattern or several of the norms to record; None: all. The stream's statistics are always kept. Its tensors
+        are kept only if `at` is None, so that `at` limits the memory.
     keep: "stats" drops each tensor as soon as its statistics are computed.
 
     Raises RequestError for a pattern that matches no norm, and for ids that the model cannot read.
@@ -110,7 +111,7 @@ def capture(
 
 @contextmanager
 def watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Calls see(name, first input, output) each time one of the modules has run, until the block ends."""
+    """Calls see(name, first input, output) whenever one of the modules has run, until the block ends."""
 
     def hook(name: str, _: nn.Module, args: Any, output: Tensor) -> None:
         see(name, args[0], output)
@@ -125,7 +126,7 @@ class MassiveActivation(NamedTuple):
     """One element of a layer's output that is far larger than the rest.
 
     layer: the layer where it is born. row, token, dim: its position. times_median: its magnitude over the median of
-    that output. growth: that ratio over the same ratio in the layer's input.
+    the layer's output. growth: that ratio over the ratio of maximum to median in the layer's input.
     """
 
     layer: int
@@ -138,7 +139,7 @@ class MassiveActivation(NamedTuple):
 
 
 def massive_activation(recording: Recording) -> MassiveActivation | None:
-    """The largest massive activation, in the layer where it is born: where max/median grows most from input to output.
+    """The massive activation of the layer where max/median grows most from input to output: there it is born.
 
     None if no layer raises that ratio at least tenfold, to 100 or more. `keep="stats"` is enough for it.
     Source: Sun et al. 2024, "Massive Activations in Large Language Models".

@@ -19,7 +19,7 @@ Plan = NormPlan | str
 Floats = NDArray[np.float64]
 DEEPEST, MOST_SEEDS = 1000, 1000
 
-progress = partial(tqdm, delay=1, leave=False, disable=None)  # shown on a terminal, once a second has passed
+progress = partial(tqdm, delay=1, leave=False, disable=None)  # shown on a terminal only, after a second
 
 
 def as_plan(plan: Plan, depth: int) -> NormPlan:
@@ -33,7 +33,7 @@ def as_plan(plan: Plan, depth: int) -> NormPlan:
 
 
 def as_plans(plans: Plan | Sequence[Plan], depths: Sequence[int]) -> list[Plan]:
-    """A list of plans without repeats, each checked at every depth: before the work, not after hours of it."""
+    """A list of plans without repeats, each checked at every depth before the work starts."""
     several = [plans] if isinstance(plans, NormPlan | str) else list(plans)
     if not several:
         raise RequestError("the list of plans is empty: give at least one, such as 'pre'")

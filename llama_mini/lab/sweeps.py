@@ -19,7 +19,7 @@ _BATCH, _LENGTH, _VOCAB = 4, 16, 256
 
 @dataclass(frozen=True)
 class Slopes:
-    """How each gradient of a plan grows: the exponent of the depth. NaN where a gradient is zero or not finite."""
+    """How gradient norms of a plan grow with depth: the exponents. NaN if a norm is zero or not finite."""
 
     plan: str
     last_down: float
@@ -66,8 +66,8 @@ def sweep(
 
     With the defaults the slopes of the last down projection are −0.49 for `pre` and −0.01 for `post` (theory: −1/2 and
     0, Xiong et al. 2020) and −0.24 for `deep` (theory: −1/4); those of the first layer are 2.2 for `out` and 0.24 for
-    `out+qk`. The 2.2 is a mean of heavy tails: with other seeds and widths from 64 to 256 it is 2.15 to 2.35. The
-    others move by 0.04.
+    `out+qk`. The 2.2 is the mean of a heavy-tailed distribution: with other seeds and widths from 64 to 256 it is
+    2.15 to 2.35. The others vary by 0.04.
 
     Raises RequestError or ConfigError.
     """

@@ -34,7 +34,7 @@ class Table(Sequence[Row], Generic[Row]):
         return json.dumps(rows, indent=2, allow_nan=False)
 
     def to_csv(self) -> str:
-        """A header, then one line a row; None is empty. A table without rows gives no text, since it has no names."""
+        """A header, then a line for each row; None is empty. Without rows there are no column names, and so no text."""
         names = self._names()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

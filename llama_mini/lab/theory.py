@@ -7,7 +7,7 @@ which the squared gradient grows on its way back through the branch:
     G = α² + β²·g·b        the growth of the squared gradient, where b is that of the pre norm
 
 A norm multiplies the second moment m by s²/(m + eps), and the squared gradient by the same factor. It also removes the
-gradient along x, but that is one of d directions and vanishes as d grows.
+gradient along x, but that is one of d directions: its share vanishes as d grows.
 """
 
 import math
@@ -24,7 +24,7 @@ from llama_mini.model.norm_plan import BRANCHES
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from llama_mini.validate import short_repr
 
-COVERED = ("rms", "layer", "scale")  # equal at init as d grows: the mean holds 1/d of the energy, a scalar gain is 1
+COVERED = ("rms", "layer", "scale")  # equal at init for large d: the mean has 1/d of the energy, a scalar gain is 1
 TOLERANCES = (0.05, 0.06)  # forward and backward
 
 
@@ -103,7 +103,7 @@ def predict(plan: Plan, depth: int) -> Profile:
     second moments; ConfigError for a text that is no plan.
     """
     norms = as_plan(plan, depth)
-    moments: list[float] = [np.float64(1)]  # NumPy's, since its division by zero gives inf
+    moments: list[float] = [np.float64(1)]  # a NumPy float, whose division by zero gives inf
     growth: list[float] = []
     cosines: list[float] = []
     with np.errstate(all="ignore"):

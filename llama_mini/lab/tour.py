@@ -29,13 +29,13 @@ class Step:
 def tour(model: Llama, tokens: list[int], language: str = "en") -> Iterator[Step]:
     """The steps one by one, so that each can be printed as it comes. `tokens` are those of a short text.
 
-    Raises RequestError if the norm that the tour looks at is no RMSNorm with a gain.
+    Raises RequestError if the norm that the tour looks at is not an RMSNorm with a gain.
     """
     texts = tomllib.loads(Path(__file__).with_name("tour.toml").read_text(encoding="utf-8"))[language]
     path = f"layers.{len(model.layers) // 2}.feed_forward.pre_norm"
     norm = model.get_submodule(path)
     if not isinstance(norm, RMSNorm) or norm.weight is None:
-        raise RequestError(f"the tour looks at {path}, which is no RMSNorm with a gain; use a LLaMA checkpoint")
+        raise RequestError(f"the tour looks at {path}, which is not an RMSNorm with a gain; use a LLaMA checkpoint")
     with torch.inference_mode():
         recorded = capture(model, tokens, at=path)[path].x
         assert recorded is not None

@@ -22,8 +22,8 @@ _LAST = 20
 
 @dataclass(frozen=True)
 class RaceRow:
-    """final: mean loss of the last 20 steps of all seeds; spread: its standard deviation over seeds.
-    diverged: the number of seeds that did."""
+    """final: mean loss over the last 20 steps and all seeds; spread: its standard deviation over seeds.
+    diverged: the number of seeds that diverged."""
 
     plan: str
     final: float
@@ -36,7 +36,7 @@ class Race:
     """The losses of short trainings.
 
     loss: per plan, (seeds, steps): the loss of each step's batch before its update, in nats per byte. A training whose
-        loss is no longer finite has diverged and ends: the rest is NaN.
+        loss is not finite has diverged and stops: its later losses are NaN.
     unigram: the entropy of the text's bytes, in nats: the best loss of a model that looks at no earlier byte.
     """
 

@@ -19,12 +19,12 @@ def check_plain(model: Llama) -> None:
         if path and _settings(module) != _settings(planned):
             raise RequestError(
                 f"{path} is {_describe(module)}, but the model's config describes {_describe(planned)}: "
-                "leave the edit, or load the checkpoint without optimisation, and try again"
+                "leave the edit, or load the checkpoint without optimization, and try again"
             )
 
 
 def rebuilt(model: Llama, config: LlamaConfig, parameters: Mapping[str, nn.Parameter]) -> Llama:
-    """The model that `config` describes, holding these parameters, not copies. Mode and rotary table are `model`'s."""
+    """The model that `config` describes, with these parameters, not copies; mode and rotary table are `model`'s."""
     tree = _on_meta(config)
     for name in [name for name, _ in tree.named_parameters()]:
         parent, _, leaf = name.rpartition(".")

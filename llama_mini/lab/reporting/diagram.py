@@ -1,4 +1,4 @@
-"""A norm plan as columns of boxes, from top to bottom: the whole model, and each kind of layer that it has."""
+"""A norm plan as columns of boxes, read from top to bottom: the whole model, and each kind of layer."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -25,7 +25,7 @@ class Box(NamedTuple):
 
 
 class Column(NamedTuple):
-    """`rows` of boxes side by side. In a branch the residual goes around all rows up to the sum."""
+    """`rows` of boxes side by side. In a branch's column the residual bypasses all rows above the sum."""
 
     title: str
     rows: list[list[Box]]
@@ -56,7 +56,7 @@ def diagram(plan: NormPlan, n_layers: int) -> list[Column]:
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """`layer 3`, or `layers 0–2, 5`, no more than six parts."""
+    """`layer 3`, or `layers 0–2, 5`, with at most six parts."""
     runs = [[i for _, i in run] for _, run in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])]
     parts = [f"{run[0]}" if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
     more = " …" if len(parts) > _MOST_RUNS else ""
@@ -89,7 +89,7 @@ def _branch(name: str, plans: list[BranchPlan]) -> list[list[Box]]:
 
 
 def _norm(name: str, specs: Sequence[NormSpec | None]) -> Box:
-    """The norm of one slot in all layers of a kind. They differ in eps and scale only."""
+    """The norm of one slot in all layers of a kind. The norms differ in eps and scale only."""
     present = [spec for spec in specs if spec is not None]
     if not present:
         return Box(name, look="empty")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _BRANCH = {"attention": (BLUE, "o"), "feed_forward": (VERMILION, "s"), "": (GREEN, "D")}
 _HEADS = ("q_norm", "k_norm", "v_norm")
-_Branches = dict[str, tuple[list[float], list[str]]]  # by branch, places on the x axis and paths of its norms
+_Branches = dict[str, tuple[list[float], list[str]]]  # by branch, x positions and paths of its norms
 
 
 class _Address(NamedTuple):
@@ -131,7 +131,7 @@ def massive_picture(recording: Recording) -> "Figure":
 
 @styled
 def skip_picture(rows: Sequence[SkippedLayer]) -> "Figure":
-    """The cost of leaving out each layer, and the angle by which it turns the stream."""
+    """The cost of skipping each layer, and the angle by which the layer turns the stream."""
     figure, (cost, angle) = new_figure(2, 2.3)
     layers = [row.layer for row in rows]
     cost.bar(layers, [row.dloss for row in rows], color=BLUE)
@@ -156,7 +156,7 @@ def _depth(paths: Iterable[str]) -> int:
 
 
 def _slot_panels(paths: Collection[str]) -> "tuple[Figure, list[tuple[Axes, str, _Branches]]]":
-    """A figure with a panel for each slot. Norms outside the layers are in the first, left and right of the layers."""
+    """A figure with a panel for each slot. Norms outside the layers are in the first panel, left and right of them."""
     depth = _depth(paths)
     norms = {path: _address(path, depth) for path in paths}
     slots = list(dict.fromkeys(norm.slot for norm in norms.values() if norm.branch)) or ["norms"]
@@ -183,7 +183,7 @@ def _position(norm: _Address) -> float:
 
 
 def besides_first(rms: Tensor) -> Tensor:
-    """The RMS of all tokens but the first of each sequence, which is often massive. If it is the only one, it stays."""
+    """The RMS of all tokens but the first of a sequence, which is often massive. A sequence of one token keeps it."""
     return (rms[:, 1:] if rms.shape[1] > 1 else rms).flatten().double()
 
 

@@ -1,4 +1,4 @@
-"""The report: everything the lab finds out about one model and one text, as one HTML file."""
+"""The report: the lab's results for one model and one text, as one HTML file."""
 
 import re
 import shlex
@@ -41,7 +41,7 @@ _DIM, _SEEDS = 256, 3  # of the random models
 
 @dataclass(frozen=True)
 class Shell:
-    """The options that name a model, and a text, on the lab's command line."""
+    """The options that name the model and the text on the lab's command line."""
 
     model: str
     text: str
@@ -59,12 +59,12 @@ def report(
 ) -> Path:
     """Writes one HTML file that needs no network and no script, and returns its path.
 
-    ids: the text, (T,), (B, T) or a list. Each norm and each layer costs a forward pass over it, and every activation
-        of one pass is held at once.
+    ids: the text, (T,), (B, T) or a list. Each norm and each layer costs a forward pass over it, and all activations
+        of one pass are held at once.
     tokenizer: to show tokens as text.
-    name: the checkpoint's, for the title.
-    race: trainings whose curves are added.
-    shell: the options of the command line. With them a caption shows the command that made a picture, without them
+    name: of the checkpoint, for the title.
+    race: short trainings, whose curves are added.
+    shell: the options of the command line. With it each caption shows the command that made the picture, without it
         the Python call.
 
     Raises RequestError for ids that the model cannot read, a file that cannot be written, or without matplotlib.
@@ -135,7 +135,7 @@ def _plan(model: Llama) -> dict[str, Any]:
 
 
 def _activations(recording: Recording, tokens: Tensor, tokenizer: Tokenizer | None) -> tuple[Any, Any]:
-    """Of the residual stream, and of its massive elements."""
+    """The data on the residual stream, and on its massive elements."""
     ends = recording.resid.resid_pre[0], recording.resid.resid_post[-1]
     first, last = (float(figures.besides_first(point.rms).quantile(0.5)) for point in ends)
     stream = {"svg": svg(figures.residual_rms_picture(recording), "rms"), "first": first, "last": last}
@@ -151,7 +151,7 @@ def _activations(recording: Recording, tokens: Tensor, tokenizer: Tokenizer | No
 
 
 def _massive_elements(recording: Recording, tokens: Tensor, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
-    """The elements of the layers' outputs that are massive anywhere: since which layer, and how large they get."""
+    """The elements that are massive in any layer's output: the first such layer, and their largest value."""
     rows: dict[tuple[int, ...], dict[str, Any]] = {}
     for layer, record in enumerate(recording.resid.resid_post):
         assert record.x is not None
@@ -216,7 +216,7 @@ def _init(model: Llama) -> dict[str, Any]:
     try:
         NormPlan.parse(preset, depth)
         command = f"{_COMMAND} init {shlex.quote(preset)} {sizes} --picture init.svg"
-    except ConfigError:  # a plan without a name, which the command line has no word for
+    except ConfigError:  # a plan that is no preset: the command line cannot name it
         command = f"lab.predict(plan, {depth}), lab.init(plan, {depth}, dim={_DIM}, seeds={_SEEDS})"
     return {
         "why_not": "",

@@ -1,4 +1,4 @@
-"""How the lab's pictures look, and how they become files. matplotlib (the extra `lab`) is imported with the first one.
+"""How the lab's pictures look, and how they become files. The first one imports matplotlib (the extra `lab`).
 
 In an SVG the ink is currentColor, so that one picture fits a light and a dark page. The other colours are close to
 those of Okabe and Ito, which people who cannot see red or green can tell apart. Their contrast is 3:1 on both pages.
@@ -40,7 +40,7 @@ _STYLE: Any = {
 }
 _PAGE = f"svg{{color:{INK};background:{LIGHT}}}"
 _PAGE += f"@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK};background:{DARK}}}}}"
-_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # a date changes the bytes
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # a date would change the bytes each time
 
 
 def styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
@@ -65,7 +65,7 @@ def check_matplotlib() -> None:
 
 
 def check_drawable(path: Path) -> None:
-    """Checked before the long work: raises RequestError without matplotlib, or if the file's folder does not exist."""
+    """For a check before long work: raises RequestError without matplotlib, or if the file's folder does not exist."""
     check_matplotlib()
     if not path.parent.is_dir():
         raise RequestError(f"cannot write {path}: there is no folder {path.parent}; make it first")
@@ -79,7 +79,7 @@ def check_picture(path: Path) -> None:
 
 
 def new_figure(rows: int, row_height: float) -> "tuple[Figure, list[Axes]]":
-    """A figure of panels above each other that share the x axis; heights are in inches."""
+    """A figure of stacked panels that share the x axis; heights are in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, rows * row_height + 0.4), layout="constrained")
@@ -126,7 +126,7 @@ def svg(figure: "Figure", name: str) -> str:
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Writes a PNG on white, or an SVG that is light or dark as its viewer is. The same figure gives the same bytes.
+    """Writes a PNG on white, or an SVG that follows the viewer's light or dark mode. Equal figures give equal bytes.
 
     Raises RequestError for another suffix, or if the file cannot be written.
     """
@@ -146,9 +146,9 @@ def save(figure: "Figure", path: str | Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is whole or as it was. Raises RequestError where it cannot be written."""
+    """Writes a file completely or not at all. Raises RequestError if it cannot be written."""
     try:
         with new_file(path) as made:
             made.write_bytes(data)
     except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror}; name a file in a folder that is there") from None
+        raise RequestError(f"cannot write {path}: {error.strerror}; name a file in a folder that exists") from None

@@ -94,6 +94,25 @@ def assert_near_caches(found: Step, expected: Step, share: float) -> None:
             assert_near(k.nan_to_num(), twin.nan_to_num(), share)
 
 
+def follow(step: Step, isa: str, share: float, norm_share: float = torch.inf) -> Tensor:
+    """Runs the layers, and compares each with its twin for the same input: each element, and the norm of all.
+
+    So an error does not enter a later layer, where it has no bound: the norm of a head divides it by the head's RMS,
+    which may be near zero if the head has two elements.
+    """
+    alone, x, y = step.copy(), step.x, step.run()
+    for layer in alone.layers:
+        one = alone._replace(x=x, layers=[layer])
+        twin = one.copy()
+        x, expected = one.run(), twin.twin(isa)
+        assert_near(x, expected, share)
+        assert_near_caches(one, twin, share)
+        assert (x - expected).norm() <= norm_share * expected.norm()
+    assert same_bits(x, y)
+    assert same_caches(step, alone)
+    return y
+
+
 def same_caches(a: Step, b: Step) -> bool:
     """To the bit."""
     return all(

@@ -26,9 +26,8 @@ def fold(model: Llama, pattern: str | None = None) -> Llama:
     """A new model whose pre, mid and final norms (or those at `pattern`) have gains of one: their readers absorb them.
 
     The logits stay the same: within 5e-6 of the largest in float32, and bit for bit if the gains are powers of two. In
-    bfloat16 each product of gain and weight is rounded once more. In the default checkpoint the largest error of a
-    logit against float32 is 0.03 of the largest logit before, and 0.04 to 0.08 after, even if the fold is done in
-    float32.
+    bfloat16 each product of gain and weight is rounded once more. In the default checkpoint the largest error
+    against float32 is 0.03 of the largest logit before, and 0.04 to 0.08 after, even if folded in float32.
 
     A tied head is untied first. The norms keep their weights, set to one, so that the model stays in its family and
     other programs can open it. Scale factors stay in the norms, and biases need no change. The other parameters are

@@ -36,8 +36,7 @@ class Record:
         has no y. Both are None where only statistics are kept.
     rms: √(mean x²) over the last dimension, x.shape[:-1], float32.
     mean_energy: the mean's share of the energy, (mean x)² / mean x², averaged over all positions.
-    max_over_median: the largest |x| over the (lower) median of all |x|.
-    peak: the largest element and its position.
+    max_over_median: the largest |x| over the (lower) median of all |x|. peak: that element, and its position.
     """
 
     x: Tensor | None

@@ -107,8 +107,8 @@ def save_model(model: nn.Module, path: Path) -> None:
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     if replaced := {name for name, _ in plain.named_parameters()} - parameters.keys():
         raise RequestError(
-            f"{min(replaced)} was replaced, so the model cannot be saved: load the checkpoint with "
-            "Llama.from_pretrained and save that model"
+            f"{min(replaced)} was replaced, so the model cannot be saved: load the checkpoint plain, with "
+            "Llama.from_pretrained, and save that model"
         )
     raw = to_hf(config, dtype_name(next(iter(parameters.values())).dtype))
     table = key_table(raw["model_type"])

@@ -27,8 +27,10 @@ from llama_mini.checkpoint.hf.safetensors_header import (
 from llama_mini.checkpoint.source import Destination, no_destination
 from llama_mini.errors import CheckpointPathError
 
-_AHEAD = 2  # chunks of rows that are read while the caller uses the one before; only one if they are whole tensors
+_AHEAD = 2  # batches that are read while the caller uses the one before; only one if they hold whole tensors
+_BATCH = 1 << 21  # bytes that a thread reads at once: handing it each small tensor takes as long as reading that
 Item = TypeVar("Item")
+Chunk = tuple[SafetensorsTensor, int, Tensor, int]  # a tensor, its first row here, memory for the rows, their byte
 _NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
 
 
@@ -52,14 +54,17 @@ def read_rows(
         ahead = 1 if rows_per_chunk is None else _AHEAD
         try:
             with ThreadPoolExecutor(ahead) as pool:
-                chunks = _chunks(dtypes, rows_per_chunk, destination)
-                reads = ((*chunk, pool.submit(_fill, path, *chunk[2:])) for chunk in chunks)
-                for tensor, first, rows, _, reading in _look_ahead(reads, ahead):
+                batches = _batches(_chunks(dtypes, rows_per_chunk, destination))
+                reads = ((batch, pool.submit(_fill, path, list(batch))) for batch in batches)
+                for batch, reading in _look_ahead(reads, ahead):
                     reading.result()
-                    if stamp_of(path.stat()) != tensor.stamp:
-                        raise changed(path)
-                    yield tensor, first, rows
-                    del rows, reading  # before the next ones are made
+                    del reading
+                    while batch:
+                        tensor, first, rows, _ = batch.popleft()
+                        if stamp_of(path.stat()) != tensor.stamp:
+                            raise changed(path)
+                        yield tensor, first, rows
+                        del rows  # before the next ones are made
         except OSError:
             raise changed(path) from None
 
@@ -68,8 +73,8 @@ def _chunks(
     dtypes: Mapping[SafetensorsTensor, torch.dtype],
     rows_per_chunk: Callable[[int], int] | None,
     destination: Destination,
-) -> Iterator[tuple[SafetensorsTensor, int, Tensor, int]]:
-    """Yields tensor, index of the first row, memory for the rows, and the byte of the file where they begin."""
+) -> Iterator[Chunk]:
+    """Every chunk of rows, in the order of the file."""
     for tensor, dtype in dtypes.items():
         shape, begin = tensor.shape, tensor.begin
         n_rows = shape[0] if shape else 1
@@ -84,6 +89,20 @@ def _chunks(
             del rows
 
 
+def _batches(chunks: Iterator[Chunk]) -> Iterator[deque[Chunk]]:
+    """The chunks in groups of `_BATCH` bytes or more."""
+    batch, n_bytes = deque[Chunk](), 0
+    for chunk in chunks:
+        batch.append(chunk)
+        n_bytes += chunk[2].nbytes
+        del chunk
+        if n_bytes >= _BATCH:
+            yield batch
+            batch, n_bytes = deque(), 0
+    if batch:
+        yield batch
+
+
 def _look_ahead(items: Iterator[Item], n: int) -> Iterator[Item]:
     """The same items, each yielded after the next n were made: those are read meanwhile."""
     pending = deque[Item]()
@@ -96,16 +115,18 @@ def _look_ahead(items: Iterator[Item], n: int) -> Iterator[Item]:
         yield pending.popleft()
 
 
-def _fill(path: Path, rows: Tensor, begin: int) -> None:
-    """Fills `rows` from byte `begin` of the file. Raises OSError if the file ends before that."""
-    memory = rows.view(-1).view(torch.uint8).numpy().data
+def _fill(path: Path, chunks: list[Chunk]) -> None:
+    """Reads the rows of each chunk. Raises OSError if the file ends before that."""
     # No memory map: if the file were cut later, the process would be killed; if edited, the weights would change.
     with path.open("rb", 0) as file:
-        file.seek(begin)
-        while memory:
-            if not (n := file.readinto(memory)):
-                raise OSError("the file is cut")
-            memory = memory[n:]
+        while chunks:
+            _, _, rows, begin = chunks.pop(0)
+            memory = rows.view(-1).view(torch.uint8).numpy().data
+            file.seek(begin)
+            while memory:
+                if not (n := file.readinto(memory)):
+                    raise OSError("the file is cut")
+                memory = memory[n:]
 
 
 def write_file(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
 SECONDS = 60
-ENTER, CTRL_C, CTRL_D, CTRL_J, ALT_ENTER, UP, TAB = "\r", "\x03", "\x04", "\n", "\x1b\r", "\x1b[A", "\t"
+ENTER, CTRL_C, CTRL_D, CTRL_J, CTRL_L, ALT_ENTER, UP, TAB = "\r", "\x03", "\x04", "\n", "\x0c", "\x1b\r", "\x1b[A", "\t"
 
 
 def own_terminal() -> None:
@@ -108,11 +108,22 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def until(self, text: str) -> str:
+    def interrupt(self, text: str) -> None:
+        """Presses Ctrl-C and waits for `text`; presses again, since input() misses a signal just before it waits."""
+        self.type(CTRL_C)
+        with suppress(AssertionError):
+            self.until(text, 3)
+            return
+        self.type(CTRL_C)
+        self.until(text)
+
+    def until(self, text: str, seconds: float = SECONDS) -> str:
         """What was shown since the last time, up to and with `text`."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         while (found := self.screen.find(text, self._seen)) < 0:
-            assert select.select([self._master], [], [], deadline - time.monotonic())[0], self.screen[self._seen :]
+            assert select.select([self._master], [], [], max(deadline - time.monotonic(), 0))[0], self.screen[
+                self._seen :
+            ]
             part = self._read()
             assert part, f"it ended without {text!r}: {self.screen[self._seen :]!r}"
             self.screen += part.decode("utf-8", "replace")

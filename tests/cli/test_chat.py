@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama_mini.cli.chat import COMMANDS, ESCAPED
-from tests.cli.chat_terminal import CODE, CTRL_C, CTRL_D, ENTER, SECONDS, Terminal, piped, terminals
+from tests.cli.chat_terminal import CODE, CTRL_C, CTRL_D, CTRL_L, ENTER, SECONDS, Terminal, piped, terminals
 from tests.processes import child
 
 
@@ -97,16 +97,16 @@ def test_a_second_ctrl_c_does_not_wait_for_the_first_token(either: Terminal) -> 
 
 
 def test_ctrl_c_twice_or_ctrl_d_leaves(either: Terminal) -> None:
-    either.type(CTRL_C)
-    either.until("Press Ctrl-C again")
+    either.interrupt("Press Ctrl-C again")
     either.until(">>>")
-    either.type("typed")
+    either.type("typed" + CTRL_L)
+    either.until("\x1b[2J")  # the editor has read the line: the echo of the terminal itself would not say so
     either.until("typed")
-    either.type(CTRL_C)  # drops the line, and does not count
+    either.interrupt(">>>")  # drops the line, and does not count
+    either.interrupt("Press Ctrl-C again")
     either.until(">>>")
-    either.type(CTRL_C)
-    either.until("Press Ctrl-C again")
-    either.until(">>>")
+    either.type(CTRL_L)
+    either.until("\x1b[2J")
     either.type(CTRL_C)
     assert either.ended() == 0
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +108,12 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def interrupt(self, text: str) -> None:
-        """Presses Ctrl-C and waits for `text`; presses again, since input() misses a signal just before it waits."""
+    def press_ctrl_c(self) -> None:
+        """Presses it once the process waits for input: input() misses a signal that comes just before."""
+        state = Path(f"/proc/{self.child.pid}/stat")
+        while state.exists() and state.read_text().rpartition(")")[2].split()[0] == "R":
+            os.sched_yield()
         self.type(CTRL_C)
-        with suppress(AssertionError):
-            self.until(text, 3)
-            return
-        self.type(CTRL_C)
-        self.until(text)
 
     def until(self, text: str, seconds: float = SECONDS) -> str:
         """What was shown since the last time, up to and with `text`."""

@@ -97,17 +97,20 @@ def test_a_second_ctrl_c_does_not_wait_for_the_first_token(either: Terminal) -> 
 
 
 def test_ctrl_c_twice_or_ctrl_d_leaves(either: Terminal) -> None:
-    either.interrupt("Press Ctrl-C again")
+    either.press_ctrl_c()
+    either.until("Press Ctrl-C again")
     either.until(">>>")
     either.type("typed" + CTRL_L)
     either.until("\x1b[2J")  # the editor has read the line: the echo of the terminal itself would not say so
     either.until("typed")
-    either.interrupt(">>>")  # drops the line, and does not count
-    either.interrupt("Press Ctrl-C again")
+    either.press_ctrl_c()  # drops the line, and does not count
+    either.until(">>>")
+    either.press_ctrl_c()
+    either.until("Press Ctrl-C again")
     either.until(">>>")
     either.type(CTRL_L)
     either.until("\x1b[2J")
-    either.type(CTRL_C)
+    either.press_ctrl_c()
     assert either.ended() == 0
 
 
@@ -134,7 +137,7 @@ def test_endings_are_told(either: Terminal) -> None:
     either.type("too long" + ENTER)
     either.until("error: 90 prompt tokens and 20 new ones exceed the context of 100; the chat is as before, and /undo")
     either.until(">>>")
-    either.type(CTRL_C)  # the editor holds the question again
+    either.press_ctrl_c()  # the editor holds the question again
     either.until(">>>")
     assert "[5 " in either.say("more")
 

@@ -82,8 +82,8 @@ GGUF_KEYS: KeyTable = _with_biases(
     }
 )
 
-# Rotary tables in old checkpoints, and the one in a GGUF file, which gguf/rope.py reads as a setting.
-IGNORED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_freqs\.weight$")
+# Rotary tables in old checkpoints, and those in a GGUF file, which gguf/rope.py reads as settings.
+IGNORED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_(freqs|factors_(long|short))\.weight$")
 
 
 def to_file_name(name: str, table: KeyTable) -> str:

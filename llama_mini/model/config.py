@@ -5,7 +5,7 @@ from typing import Any
 
 from llama_mini.errors import ConfigError
 from llama_mini.model.norm_plan import NormPlan
-from llama_mini.model.rope_scaling import DynamicScaling, RopeScaling
+from llama_mini.model.rope_scaling import DynamicScaling, LongRopeScaling, RopeScaling
 from llama_mini.validate import check_flag, check_number, check_whole, is_whole, short_repr
 
 _LARGEST_SIZE = 2**31 - 1
@@ -86,6 +86,10 @@ class LlamaConfig:
             raise ConfigError(f"rope_scaling must be a RopeScaling or None, not {short_repr(self.rope_scaling)}")
         if isinstance(self.rope_scaling, DynamicScaling) and self.head_dim < 4:
             raise ConfigError(f"rope_scaling of type dynamic needs a head_dim of at least 4, not {self.head_dim}")
+        if isinstance(self.rope_scaling, LongRopeScaling):
+            n, pairs = len(self.rope_scaling.short_factor), self.head_dim // 2
+            if n != pairs:
+                raise ConfigError(f"rope_scaling.short_factor has {n} numbers; a head_dim of {2 * pairs} needs {pairs}")
         self._check_window()
         for name in ("qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings"):
             check_flag(name, getattr(self, name), ConfigError)

@@ -58,7 +58,7 @@ class Llama(nn.Module):
     def trunk(self, tokens: Tensor, positions: Tensor, mask: Tensor, kv: list[LayerCache] | None) -> Tensor:
         """Tensors in, tensors out: the one function that is run eagerly, captured or exported."""
         x = self.embed_norm(self.tok_embeddings(tokens))  # (B, T, C)
-        rope = self.rope(positions)
+        rope = self.rope(positions, cached=kv is not None)
         window, sliding = self.config.sliding_window, self.config.sliding_layers
         near = mask if window is None else within_window(mask, positions, window)
         masks = [near if i in sliding else mask for i in range(self.config.n_layers)]

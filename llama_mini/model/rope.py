@@ -10,30 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.model.config import LlamaConfig
-from llama_mini.model.rope_scaling import DynamicScaling, RopeScaling, exponents
+from llama_mini.model.rope_scaling import LengthScaling, RopeScaling, exponents
 
 Rope = tuple[Tensor, Tensor]
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians per position of each pair: (D/2,) float32, rounded as in transformers."""
+    """Radians per position of each pair: (D/2,) float32, rounded as in transformers; with longrope two such rows."""
     plain = 1.0 / theta ** exponents(head_dim)
     return plain if scaling is None else scaling.frequencies(plain, theta)
 
 
 class RotaryEmbedding(nn.Module):
-    """positions (B, T) int64 -> cosines and sines, each (B, T, 1, D/2) float32 whatever the model's dtype."""
+    """positions (B, T) int64 -> cosines and sines, each (B, T, 1, D/2) float32 whatever the model's dtype.
+
+    `cached`: a KVCache keeps what is rotated here; LengthScaling says why that matters.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
-    def forward(self, positions: Tensor) -> Rope:
-        config, scaling, inv_freq = self.config, self.config.rope_scaling, self.inv_freq
-        if isinstance(scaling, DynamicScaling):
-            length = positions.max() + 1
-            inv_freq = scaling.stretched(length, config.max_seq_len, config.head_dim, config.rope_theta)
+    def forward(self, positions: Tensor, cached: bool = False) -> Rope:
+        scaling, inv_freq, context = self.config.rope_scaling, self.inv_freq, self.config.max_seq_len
+        if isinstance(scaling, LengthScaling):
+            length = positions.new_full((), context) if cached else positions.max() + 1
+            inv_freq = scaling.for_length(inv_freq, length, context, self.config.rope_theta)
         angles = (positions[..., None].float() * inv_freq)[:, :, None]
         if scaling is None or scaling.magnitude == 1:
             return angles.cos(), angles.sin()

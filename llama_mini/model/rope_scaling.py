@@ -6,7 +6,7 @@ The names are those of `rope_type` in config.json; the arithmetic is that of tra
     dynamic   a larger base, once the text is longer than the context               (NTK-aware, emozilla 2023)
     llama3    slow frequencies ÷ factor, fast ones kept, those between interpolated (LLaMA 3.1's released code)
     yarn      the same with a ramp over pairs, and cosines and sines scaled          (Peng et al. 2023)
-    factors   each frequency ÷ a number of its own                                  (GGUF's rope_freqs.weight)
+    longrope  each frequency ÷ a number of its own: one list for short texts, one for long ones  (Ding et al. 2024)
 """
 
 import math
@@ -74,10 +74,22 @@ class LinearScaling(RopeScaling):
         return plain / self.factor
 
 
+class LengthScaling(RopeScaling):
+    """Base class of the rules whose frequencies depend on the length of the whole text.
+
+    `model(tokens)` without a cache knows the length and follows it, as transformers does. With a cache the text may
+    still grow, and cached keys keep the angles that they were written with. So there the length counts as
+    `max_seq_len` from the first token on, as vLLM's `max_model_len` does, and no cache ever mixes two tables.
+    """
+
+    def for_length(self, frequencies: Tensor, length: Tensor, max_seq_len: int, theta: float) -> Tensor:
+        """The (D/2,) frequencies of a text of `length` tokens; a tensor, so that nothing waits for the device."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
-class DynamicScaling(RopeScaling):
-    """Scales nothing up to the model's `max_seq_len`. Beyond it every angle depends on the length of the whole text, so
-    cached keys would be wrong. The engine stays within the context; `model(tokens)` without a cache may exceed it."""
+class DynamicScaling(LengthScaling):
+    """Scales nothing up to the model's `max_seq_len`, and increases the base with the length beyond it."""
 
     rope_type: ClassVar[str] = "dynamic"
     factor: float
@@ -88,8 +100,8 @@ class DynamicScaling(RopeScaling):
     def frequencies(self, plain: Tensor, theta: float) -> Tensor:
         return plain
 
-    def stretched(self, length: Tensor, max_seq_len: int, head_dim: int, theta: float) -> Tensor:
-        """The frequencies for a text of `length` tokens; a tensor, so that nothing waits for the device."""
+    def for_length(self, frequencies: Tensor, length: Tensor, max_seq_len: int, theta: float) -> Tensor:
+        head_dim = 2 * len(frequencies)
         longer = torch.clamp(length, min=max_seq_len)
         growth = (self.factor * longer / max_seq_len) - (self.factor - 1)
         base = theta * growth ** (head_dim / (head_dim - 2))
@@ -178,26 +190,44 @@ class YarnScaling(RopeScaling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorScaling(RopeScaling):
-    """One divisor for each of the D/2 frequencies."""
+class LongRopeScaling(LengthScaling):
+    """`short_factor` divides the D/2 frequencies of texts up to `original_max_seq_len`, `long_factor` those of longer
+    ones; `attention_factor` scales cosines and sines of both. A model with a `max_seq_len` beyond the original one
+    uses `long_factor` whenever it has a cache."""
 
-    rope_type: ClassVar[str] = "factors"
-    factors: tuple[float, ...]
+    rope_type: ClassVar[str] = "longrope"
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_seq_len: int
+    attention_factor: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", tuple(self.factors) if isinstance(self.factors, list) else self.factors)
-        if not isinstance(self.factors, tuple) or not self.factors:
-            raise ConfigError(f"rope_scaling.factors must be a list of numbers, not {short_repr(self.factors)}")
-        for i, factor in enumerate(self.factors):
-            _check_positive(f"factors[{i}]", factor)
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if not isinstance(factors, list | tuple) or not factors:
+                raise ConfigError(f"rope_scaling.{name} must be a list of numbers, not {short_repr(factors)}")
+            for i, factor in enumerate(factors):
+                _check_positive(f"{name}[{i}]", factor)
+            object.__setattr__(self, name, tuple(factors))
+        if (n := len(self.long_factor)) != len(self.short_factor):
+            raise ConfigError(f"rope_scaling.short_factor has {len(self.short_factor)} numbers, but long_factor {n}")
+        _check_length(self.original_max_seq_len)
+        _check_positive("attention_factor", self.attention_factor)
 
     def frequencies(self, plain: Tensor, theta: float) -> Tensor:
-        if len(self.factors) != len(plain):
-            raise ConfigError(f"rope_scaling.factors has {len(self.factors)} numbers for {len(plain)} frequencies")
-        return plain / torch.tensor(self.factors, dtype=torch.float32, device="cpu")
+        """Both tables, short and long: (2, D/2)."""
+        factors = torch.tensor([self.short_factor, self.long_factor], dtype=torch.float32, device="cpu")
+        return 1.0 / (factors * theta ** exponents(2 * len(plain)))
+
+    def for_length(self, frequencies: Tensor, length: Tensor, max_seq_len: int, theta: float) -> Tensor:
+        return torch.where(length > self.original_max_seq_len, frequencies[1], frequencies[0])
+
+    @property
+    def magnitude(self) -> float:
+        return self.attention_factor
 
 
-RULES: tuple[type[RopeScaling], ...] = (LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling, FactorScaling)
+RULES: tuple[type[RopeScaling], ...] = (LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling, LongRopeScaling)
 
 
 def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:

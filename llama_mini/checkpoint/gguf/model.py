@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
-from llama_mini.checkpoint.gguf.rope import ROPE_KEYS, gguf_scaling
+from llama_mini.checkpoint.gguf.rope import ROPE_KEYS, gguf_scaling, name_tensors
 from llama_mini.checkpoint.gguf.tensors import FLOATS, Blocks, read_blocks, read_rows, read_tensor
 from llama_mini.checkpoint.keys import GGUF_KEYS
 from llama_mini.checkpoint.source import (
@@ -111,7 +111,7 @@ def gguf_config(header: GGUFHeader) -> LlamaConfig:
     try:
         return _config(_Metadata(header), header)
     except ConfigError as error:
-        raise ConfigError(f"{header.path}: {error}") from None
+        raise ConfigError(f"{header.path}: {name_tensors(str(error), header)}") from None
 
 
 def _interleaved_heads(header: GGUFHeader, name: str, config: LlamaConfig) -> int | None:

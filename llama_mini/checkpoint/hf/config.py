@@ -204,15 +204,13 @@ def _family_settings(config: LlamaConfig, family: Family) -> dict[str, Any] | No
     }[family.biases]
     every = config.sliding_layers == tuple(range(config.n_layers))
     windowed = config.sliding_window is not None
-    rope = rope_to_hf(config.rope_theta, config.rope_scaling)
     if (
-        rope is None
-        or config.norm_plan != family.norm_plan(config.n_layers)
+        config.norm_plan != family.norm_plan(config.n_layers)
         or biases not in possible
         or (windowed and (family.window == "none" or (family.window == "every" and not every)))
     ):
         return None
-    settings: dict[str, Any] = dict(rope)
+    settings = rope_to_hf(config.rope_theta, config.rope_scaling)
     if family.biases.startswith("attention"):
         settings["attention_bias"] = config.qkv_bias
     if family.biases == "attention+mlp":

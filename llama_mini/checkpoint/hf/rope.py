@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_mini.errors import ConfigError
-from llama_mini.model.rope_scaling import FactorScaling, RopeScaling, yarn_magnitude
+from llama_mini.model.rope_scaling import RopeScaling, yarn_magnitude
 from llama_mini.validate import is_finite, join_names, short_repr
 
 DEFAULT_THETA = 10_000.0
@@ -61,10 +61,8 @@ def _read(raw: Mapping[str, Any], key: str, max_seq_len: Any) -> tuple[Any, Rope
         raise ConfigError(str(error).replace("rope_scaling", key, 1)) from None
 
 
-def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The keys of transformers v4, which v5 reads too; None for a scaling that neither has."""
-    if isinstance(scaling, FactorScaling):
-        return None
+def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The keys of transformers v4, which v5 reads too."""
     data = scaling and {_CONTEXT if k == "original_max_seq_len" else k: v for k, v in scaling.to_dict().items()}
     return {"rope_theta": theta, "rope_scaling": data}
 

@@ -38,8 +38,12 @@ def write_family(path: Path, model: PreTrainedModel, kind: Kind = Kind.F32, **mo
         name = f"{gguf.MODEL_ARCH_NAMES[architecture]}.{key.replace('__', '.')}"
         if isinstance(value, np.ndarray):
             writer.add_tensor(key.replace("__", "."), value)
+        elif isinstance(value, list):
+            writer.add_array(name, value)
         elif isinstance(value, str):
             writer.add_string(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
         elif isinstance(value, int):
             writer.add_uint32(name, value)
         else:

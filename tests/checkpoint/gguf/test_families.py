@@ -13,9 +13,7 @@ from gguf import quants
 from llama_mini.checkpoint.gguf.header import GGUFTensor
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.gguf.tensors import read_tensor
-from llama_mini.errors import ConfigError
 from llama_mini.model.llama import Llama
-from llama_mini.model.rope_scaling import FactorScaling, Llama3Scaling
 from tests.checkpoint.gguf.gguf_files import write_family
 from tests.tiny_families import logits, random_model, random_settings
 from tests.tiny_models import random_tokens
@@ -45,67 +43,6 @@ def test_logits_are_those_of_the_model_it_was_written_from(tmp_path: Path, model
     path = write_family(tmp_path / "model", theirs, **scaling)  # no .gguf: the name does not matter
     tokens = random_tokens(1, 80)
     torch.testing.assert_close(Llama.from_pretrained(path)(tokens), logits(theirs, tokens), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama_3_1_scaling_is_read_off_its_tensor(tmp_path: Path, factor: float) -> None:
-    """With the arithmetic of llama.cpp's converter, which divides float32 frequencies, written anew."""
-    theirs = random_model("llama", 3)
-    theta, head_dim = theirs.config.rope_parameters["rope_theta"], theirs.config.head_dim
-    plain = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    turns = 8192 * plain / (2 * np.pi)
-    kept = np.clip((turns - 1) / 3, 0, 1)
-    divisors = (1 / (kept + (1 - kept) / factor)).astype(np.float32)
-    path = write_family(tmp_path / "model", theirs, rope_freqs__weight=divisors)
-    expected = Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
-    assert open_gguf(path).config.rope_scaling == expected
-
-
-def test_divisors_of_no_known_rule_are_honoured(tmp_path: Path) -> None:
-    seed = 3  # llama3, with an original context of its own
-    theirs = random_model("llama", seed)
-    assert theirs.config.rope_parameters["rope_type"] == "llama3"
-    theta, head_dim = theirs.config.rope_parameters["rope_theta"], theirs.config.head_dim
-    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    divisors = (plain / theirs.model.rotary_emb.inv_freq).numpy()
-    path = write_family(tmp_path / "model", theirs, rope_freqs__weight=divisors)
-    model = Llama.from_pretrained(path)
-    assert isinstance(model.config.rope_scaling, FactorScaling)
-    tokens = random_tokens(1, 150)
-    torch.testing.assert_close(model(tokens), logits(theirs, tokens), rtol=0, atol=2e-5)
-    model.save_pretrained(tmp_path / "ours")  # no Hugging Face family has a word for it
-    torch.testing.assert_close(Llama.from_pretrained(tmp_path / "ours")(tokens), model(tokens), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "sentence"),
-    [
-        ({"rope__scaling__type": "longrope"}, "unknown rope.scaling.type 'longrope'; known: none, linear, yarn"),
-        ({"rope__scaling__attn_factor": 0.5}, "rope.scaling.attn_factor is 0.5; only 1"),
-        ({"rope__scaling__yarn_log_multiplier": 0.1}, "yarn_log_multiplier is 0.1.*not implemented"),
-        ({"attention__sliding_window": 4096}, "attention.sliding_window is 4096; only 0"),
-        (
-            {
-                "rope__scaling__type": "linear",
-                "rope__scaling__factor": 2.0,
-                "rope_freqs__weight": np.full(4, 2.0, "f4"),
-            },
-            "rope.scaling.type is linear, and rope_freqs.weight scales",
-        ),
-    ],
-)
-def test_scaling_that_is_not_implemented_is_refused(tmp_path: Path, metadata: dict[str, Any], sentence: str) -> None:
-    path = write_family(tmp_path / "model", random_model("qwen3", 0), **metadata)
-    with pytest.raises(ConfigError, match=sentence):
-        open_gguf(path)
-
-
-def test_a_bare_factor_is_linear(tmp_path: Path) -> None:
-    theirs = random_model("llama", 1)
-    tokens = random_tokens(1, 60)
-    for key in ("rope__scaling__factor", "rope__scale_linear"):
-        path = write_family(tmp_path / key, theirs, **{key: float(theirs.config.rope_parameters["factor"])})
-        torch.testing.assert_close(Llama.from_pretrained(path)(tokens), logits(theirs, tokens), rtol=0, atol=2e-5)
 
 
 def block_types() -> list[str]:

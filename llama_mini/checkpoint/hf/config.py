@@ -36,7 +36,6 @@ FIXED_KEYS: dict[str, Any] = {  # only this value is implemented, unless the fam
     "use_sliding_window": False,
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
-    "use_mrope": False,
     "use_qk_norm": False,
     "qk_layernorm": False,
     "final_logit_softcapping": None,
@@ -51,7 +50,7 @@ REFUSED_KEYS = {
     "auto_map": "code that comes with a checkpoint is never run",
 }
 READ_KEYS = {"model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
-READ_KEYS |= {"original_max_position_embeddings", "max_window_layers", "layer_types"}
+READ_KEYS |= {"use_mrope", "original_max_position_embeddings", "max_window_layers", "layer_types"}
 READ_KEYS |= {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
 IGNORED_KEYS = {"architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout"}
 IGNORED_KEYS |= {"pretraining_tp", "_name_or_path", "is_llama_config", "transformers.js_config", "unsloth_fixed"}

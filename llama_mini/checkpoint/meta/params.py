@@ -16,6 +16,7 @@ READ_KEYS |= {"vocab_size", "norm_eps", "max_seq_len", "sliding_window", "rope_t
 READ_KEYS |= {"use_scaled_rope", "rope_scaling_factor"}
 IGNORED_KEYS = {"max_batch_size", "model_parallel_size", "use_biases"}
 REFUSED_KEYS = {"quantization_args", "quantization", "lora_args", "moe", "vision_encoder", "vision_chunk_size"}
+REFUSED_KEYS |= {"yarn", "llama_4_scaling"}  # of Mistral's own params.json
 LLAMA_3_2 = {
     (2048, 16),
     (3072, 28),

@@ -68,6 +68,8 @@ def test_scaled_rope_has_the_factor_of_its_release(sizes: tuple[int, int], facto
         ({"moe": {"num_experts": 8}}, "moe is .*not implemented"),
         ({"vision_chunk_size": 5}, "vision_chunk_size is 5; this is not implemented"),
         ({"quantization_args": {"scheme": "int8"}}, "quantization_args is"),
+        ({"yarn": {"factor": 4, "apply_scale": False}}, "yarn is .*not implemented"),
+        ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling is .*not implemented"),
         ({"use_biases": True}, "use_biases is True; only False"),
         ({"use_scaled_rope": "false"}, "use_scaled_rope must be true or false, not 'false'"),
         ({"qk_norm": True}, "unknown qk_norm, which may change a norm; known: norm_eps"),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,11 +40,18 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
     """Samples one token from logits (V,), each finite or -inf, at least one of them finite."""
     if params.temperature == 0:
         return int(logits.numpy(force=True).argmax())  # 20 times faster than PyTorch's; on a tie, the lowest id
+    # Gumbel noise: logit - log(q), with q from Exp(1), is largest for token i with probability softmax(logits)[i]. Each
+    # token of the vocabulary has its own random number, so that a rounding or a filter seldom changes the token drawn.
+    # u is in float64, where q = -log(u) goes down to 1e-16. The steps of float32, 6e-8, are too coarse for rare tokens.
+    noise = torch.rand(len(logits), dtype=torch.float64, generator=generator).numpy()
     ids, logits = candidates(logits.float().cpu(), params)
-    # Draws one random number; torch.multinomial would draw V. In float64 u stays below 1, and the sum over V is exact.
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    u = torch.rand((), dtype=torch.float64, generator=generator)
-    return int(ids[torch.searchsorted(cumulative, u * cumulative[-1], right=True)])
+    if len(ids) < len(noise):
+        noise = noise[ids.numpy()]
+    np.maximum(noise, 2.0**-54, out=noise)  # u may be 0; in place, since new memory takes longer than a logarithm
+    np.log(noise, out=noise)
+    np.negative(noise, out=noise)
+    np.log(noise, out=noise)
+    return int(ids[int(np.subtract(logits.numpy(), noise, out=noise).argmax())])
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -52,9 +52,18 @@ def check_token_ids(ids: Iterable[int], vocab_size: int, error: type[LlamaMiniEr
             raise error(f"token id {short_repr(token_id)} is outside the vocabulary of {vocab_size}")
 
 
+def as_plain(value: Any) -> Any:
+    """A number or an array of NumPy, PyTorch or pandas as Python's numbers and lists; any other value as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number. True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_token(value: Any) -> bool:
+    return is_whole(value) and value >= 0
 
 
 def is_finite(value: Any) -> bool:

@@ -1,24 +1,129 @@
 """SamplingParams: how one request samples and when it stops. The constructor checks every value."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_mini.errors import RequestError
-from llama_mini.validate import check_flag, check_number, check_token_ids, check_whole, is_finite, is_whole, short_repr
+from llama_mini.engine.logit_bias import LogitBias
+from llama_mini.errors import LlamaMiniWarning, RequestError
+from llama_mini.validate import (
+    as_plain,
+    check_flag,
+    check_number,
+    check_token_ids,
+    check_whole,
+    is_token,
+    is_whole,
+    short_repr,
+)
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
-MAX_BIAS = 1e30  # larger than any logit, and the sum of both is finite in float32
-MAX_SEQUENCES = 16384
-MAX_LOGPROBS = 1000
+MAX_SEQUENCES = 16384  # vLLM's limit: all answers to a prompt are held in memory before the first one runs
+MINUS_ONE_IS_UNSET = ("top_k", "seed", "max_tokens")  # as vLLM, llama.cpp and LM Studio write it
+
+ALIASES = {  # names in transformers, OpenAI, llama.cpp, Ollama, lm-eval and Meta's llama3 -> the field here
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "max_gen_toks": "max_tokens",
+    "max_gen_len": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "temp": "temperature",
+    "random_seed": "seed",
+    "repeat_penalty": "repetition_penalty",
+    "num_return_sequences": "n",
+    "eos_token_id": "stop_token_ids",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "until": "stop",
+    "logprobs": "top_logprobs",
+}
+ELSEWHERE = {  # settings of others that have no field here -> what to do
+    "max_length": "give max_tokens, which counts new tokens alone",
+    "min_length": "give min_tokens, which counts new tokens alone",
+    "stream": "call llm.stream",
+    "num_beams": "there is no beam search; give n for several answers",
+}
 
 
+def sampling_params(base: "SamplingParams | Mapping[str, Any] | None" = None, /, **keywords: Any) -> "SamplingParams":
+    """`base`, or the defaults, with the settings that keywords give; None is "not given", so that base's value stays.
+
+    The names of ALIASES work as well, and `do_sample`: False is temperature 0; True keeps a temperature, else it is 1.
+
+    Raises RequestError for an unknown name, with the nearest one, and for one setting with two values.
+    """
+    if base is None or isinstance(base, Mapping):
+        base = SamplingParams(**{str(name): value for name, value in (base or {}).items()})
+    if not isinstance(base, SamplingParams):
+        raise RequestError(f"params must be SamplingParams or a dict of its settings, not {short_repr(base)}")
+    return replace(base, **_settings(keywords, base.temperature)) if keywords else base
+
+
+def is_setting(name: str) -> bool:
+    """Whether a keyword belongs to the sampling rather than to a chat template."""
+    return name in SamplingParams.__dataclass_fields__ or name in {*ALIASES, *ELSEWHERE, "do_sample"}
+
+
+def unknown_setting(name: str) -> RequestError:
+    """The error for a name that is no setting."""
+    known = list(SamplingParams.__dataclass_fields__)
+    near = get_close_matches(name, [*known, *ALIASES, "do_sample"], 1)
+    known_names = f"known: {', '.join(known)}"
+    advice = ELSEWHERE.get(name, f"did you mean {near[0]}?" if near else known_names)
+    return RequestError(f"unknown setting {short_repr(name)}; {advice}")
+
+
+def _settings(keywords: Mapping[str, Any], temperature: float = 0.0) -> dict[str, Any]:
+    """Keywords as fields of SamplingParams; `temperature` is the one that holds if they name none."""
+    settings: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for name, value in keywords.items():
+        field, value = ALIASES.get(name, name), as_plain(value)
+        if field not in SamplingParams.__dataclass_fields__ and name != "do_sample":
+            raise unknown_setting(name)
+        if value is None or (name == "logprobs" and isinstance(value, bool)):  # the one of each token always comes
+            continue
+        if field in settings and settings[field] != value:
+            both = f"{short_repr(settings[field])} and {short_repr(value)}"
+            raise RequestError(f"{names[field]} and {name} are one setting and have two values, {both}: give one")
+        settings[field], names[field] = value, name
+    if "do_sample" in settings:
+        check_flag("do_sample", do_sample := settings.pop("do_sample"), RequestError)
+        given = settings.get("temperature")
+        if do_sample and given == 0:
+            raise RequestError("do_sample=True needs a temperature above 0, not 0: leave one of them out")
+        if not do_sample and given:
+            warnings.warn(
+                f"do_sample=False is greedy: the temperature of {short_repr(given)} has no effect",
+                LlamaMiniWarning,
+                stacklevel=3,
+            )
+        settings["temperature"] = (given or temperature or 1.0) if do_sample else 0.0
+    return settings
+
+
+def _with_aliases(cls: "type[SamplingParams]") -> "type[SamplingParams]":
+    """Lets the constructor take the names of ALIASES too; `wraps` keeps its signature for editors and `help`."""
+    constructor = cls.__init__
+
+    @wraps(constructor)
+    def __init__(self: "SamplingParams", **keywords: Any) -> None:
+        constructor(self, **_settings(keywords))
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_with_aliases
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to sample and when to stop. The default is greedy, to the end of the text or of the context.
@@ -27,9 +132,12 @@ class SamplingParams:
     frequency_penalty, min_tokens, logits_processors, then temperature, top_k, top_p, min_p. Greedy sampling takes the
     likeliest token after the processors.
 
+    None is "not given", for every setting. The names that transformers, OpenAI, vLLM and llama.cpp have for a setting
+    work too: `max_new_tokens`, `stop_strings`, `do_sample` and the others of ALIASES.
+
     Args:
         temperature: divides the logits; 0 is greedy sampling, where top_k, top_p and min_p have no effect.
-        top_k: keeps the k likeliest tokens; 0 keeps all.
+        top_k: keeps the k likeliest tokens; 0 or -1 keeps all.
         top_p: keeps the likeliest tokens that together reach this probability; 1 keeps all.
         min_p: keeps tokens at least min_p times as likely as the likeliest; 0 keeps all.
         repetition_penalty: for tokens of prompt and answer, divides positive logits and multiplies negative ones.
@@ -39,11 +147,13 @@ class SamplingParams:
         logits_processors: functions (token_ids, logits) -> logits. The ids include the prompt; the logits are (V,)
             float32, -inf for a banned token.
         n: number of answers to each prompt.
-        seed: seeds the random generator of this request; None chooses a seed at random.
-        min_tokens: number of new tokens before which end-of-text tokens and stop_token_ids are banned.
-        max_tokens: maximum number of new tokens; None: as many as fit in the context.
+        seed: seeds the random numbers of this request; None or -1 chooses a seed at random.
+        min_tokens: number of new tokens before which nothing ends the answer but max_time: end-of-text tokens and
+            stop_token_ids are banned, and a stop string that is complete by then is text.
+        max_tokens: maximum number of new tokens; None or -1: as many as fit in the context.
         max_time: seconds after which the answer is cut off; None means no limit.
-        stop: strings that end the answer. They are not part of it.
+        stop: a string, or several, that end the answer. They are not part of it. The text of a control token, such as
+            `<|im_end|>`, also ends it at that token.
         stop_token_ids: tokens that end the answer like an end-of-text token.
         ignore_eos: do not stop at end-of-text tokens.
         top_logprobs: number of likeliest tokens to return for each token, with their log-probabilities.
@@ -67,13 +177,16 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = None
     max_time: float | None = None
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Collection[str] = ()
+    stop_token_ids: Collection[int] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
+        for name in MINUS_ONE_IS_UNSET:
+            if is_whole(getattr(self, name)) and getattr(self, name) == -1:
+                object.__setattr__(self, name, getattr(type(self), name))  # the default
         check_number("temperature", self.temperature, RequestError, 0)
         for name in ("top_p", "min_p"):
             check_number(name, getattr(self, name), RequestError, 0, 1)
@@ -83,7 +196,7 @@ class SamplingParams:
         for name in ("top_k", "min_tokens"):
             check_whole(name, getattr(self, name), RequestError, 0)
         check_whole("n", self.n, RequestError, 1, MAX_SEQUENCES)
-        check_whole("top_logprobs", self.top_logprobs, RequestError, 0, MAX_LOGPROBS)
+        check_whole("top_logprobs", self.top_logprobs, RequestError, 0)
         for name in ("ignore_eos", "prompt_logprobs"):
             check_flag(name, getattr(self, name), RequestError)
         if self.seed is not None:
@@ -97,16 +210,20 @@ class SamplingParams:
                 raise RequestError(f"min_tokens must be at most max_tokens, {limits}")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        self._to_tuple("stop", lambda text: isinstance(text, str) and text != "", "non-empty strings")
-        self._to_tuple("stop_token_ids", _is_token, "a list of token ids, whole numbers from 0 up")
+        if is_whole(self.stop_token_ids):
+            object.__setattr__(self, "stop_token_ids", (self.stop_token_ids,))
+        self._to_tuple("stop", lambda text: isinstance(text, str) and text != "", "non-empty strings", unordered=True)
+        self._to_tuple("stop_token_ids", is_token, "a list of token ids, whole numbers from 0 up", unordered=True)
         self._to_tuple("logits_processors", callable, "a list of functions (token_ids, logits) -> logits")
-        object.__setattr__(self, "logit_bias", None if self.logit_bias is None else _Biases(self.logit_bias))
+        object.__setattr__(self, "logit_bias", None if self.logit_bias is None else LogitBias(self.logit_bias))
 
-    def _to_tuple(self, name: str, accept: Callable[[Any], bool], expected: str) -> None:
-        values = getattr(self, name)
-        if not isinstance(values, list | tuple) or not all(map(accept, values)):
+    def _to_tuple(self, name: str, accept: Callable[[Any], bool], expected: str, unordered: bool = False) -> None:
+        values: Any = getattr(self, name)
+        as_set = unordered and isinstance(values, set | frozenset)
+        if not (as_set or isinstance(values, list | tuple)) or not all(accept(as_plain(value)) for value in values):
             raise RequestError(f"{name} must be {expected}, not {short_repr(values)}")
-        object.__setattr__(self, name, tuple(values))
+        plain = map(as_plain, values)
+        object.__setattr__(self, name, tuple(sorted(plain) if as_set else plain))  # equal sets make equal params
 
     def generator(self) -> torch.Generator:
         """A new random generator, seeded with `seed` or at random."""
@@ -137,43 +254,3 @@ def check_vocab(params: SamplingParams, vocab_size: int) -> None:
             check_token_ids(ids, vocab_size, RequestError)
         except RequestError as error:
             raise RequestError(f"{name}: {error}") from None
-
-
-class _Biases(Mapping[int, float]):
-    """A checked, immutable copy of `logit_bias`; unlike MappingProxyType it can be hashed, copied and pickled."""
-
-    def __init__(self, biases: Mapping[int, float]) -> None:
-        if not isinstance(biases, Mapping):
-            raise RequestError(f"logit_bias must be a dict of token id to number, not {short_repr(biases)}")
-        for token, bias in biases.items():
-            if not _is_token(token):
-                raise RequestError(f"logit_bias must have token ids, whole numbers from 0 up, not {short_repr(token)}")
-            if not _is_bias(bias):
-                raise RequestError(
-                    f"logit_bias of token {short_repr(token)} must be a number from {-MAX_BIAS:.0e} to "
-                    f"{MAX_BIAS:.0e}, or -inf to ban it, not {short_repr(bias)}"
-                )
-        self._biases = dict(biases)
-
-    def __getitem__(self, token: int) -> float:
-        return self._biases[token]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._biases)
-
-    def __len__(self) -> int:
-        return len(self._biases)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._biases.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._biases)
-
-
-def _is_token(value: Any) -> bool:
-    return is_whole(value) and value >= 0
-
-
-def _is_bias(value: Any) -> bool:
-    return (is_finite(value) and abs(value) <= MAX_BIAS) or (isinstance(value, float) and value == -math.inf)

@@ -111,7 +111,7 @@ class Request:
         self._stop_ids = frozenset(self.params.stop_token_ids)
         if not self.params.ignore_eos:
             self._stop_ids |= self.tokenizer.eos_ids
-        self._stream = DecodeStream(self.tokenizer, self.params.stop)
+        self._stream = DecodeStream(self.tokenizer, self.params.stop, self.params.min_tokens)
         self._texts: list[str] = []
         self._created_at = time.perf_counter()
         self._started_at = self._first_token_at = self._last_token_at = 0.0

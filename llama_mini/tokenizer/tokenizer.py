@@ -4,6 +4,7 @@ import operator
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,12 @@ class Tokenizer:
     def control_ids(self) -> frozenset[int]:
         """The ids that a chat template may write and text never becomes."""
         return frozenset(self._backend.control_ids.values())
+
+    @cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Text -> id of the tokens that decoding leaves out, the longest text first."""
+        ids = {text: id for text, id in self._backend.control_ids.items() if text and id in self._backend.special_ids}
+        return {text: ids[text] for text in sorted(ids, key=len, reverse=True)}
 
     @property
     def strips_space(self) -> bool:

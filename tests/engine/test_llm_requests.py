@@ -1,7 +1,10 @@
 """What a request may ask of the engine beside plain sampling."""
 
 import asyncio
+import json
 import math
+import shutil
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -58,6 +61,45 @@ def test_no_end_before_min_tokens(llm: LLM) -> None:
     stop = llm.generate("hello", GREEDY)[0].token_ids[0]
     params = SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=[stop], min_tokens=6)
     assert stop not in llm.generate("hello", params)[0].token_ids[:6]
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_no_stop_string_before_min_tokens(llm: LLM, ignore_eos: bool) -> None:
+    """vllm#21987: the answer ended at a stop string in its first min_tokens tokens."""
+    m = llm.tokenizer.encode("m", add_special_tokens=False)[0]
+    params = SamplingParams(max_tokens=8, min_tokens=5, logit_bias={m: 1e6}, stop="m", ignore_eos=ignore_eos)
+    completion = llm.generate("x", params)[0]
+    assert (completion.token_ids, completion.text, completion.finish_reason) == ([m] * 6, "mmmmm", "stop")
+    all_early = llm.generate("x", replace(params, max_tokens=5))[0]
+    assert (all_early.text, all_early.finish_reason) == ("mmmmm", "length")
+    two = llm.generate("x", replace(params, stop="mm"))[0]  # one that begins early and ends later counts
+    assert (len(two.token_ids), two.text) == (6, "mmmm")
+    assert "".join(chunk.text for chunk in llm.stream("x", params)) == completion.text
+
+
+def test_time_cuts_a_text_before_min_tokens_too(llm: LLM) -> None:
+    completion = llm.generate("x", SamplingParams(min_tokens=50, max_tokens=50, max_time=1e-9))[0]
+    assert (len(completion.token_ids), completion.finish_reason) == (1, "length")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_stop_string_may_be_the_text_of_a_control_token(tiny_dir, tmp_path, special: bool) -> None:
+    """llama.cpp#6770, vllm#3672: such a string never stopped, since the text does not hold control tokens."""
+    folder = shutil.copytree(tiny_dir, tmp_path / "tiny")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    token = next(each for each in spec["added_tokens"] if each["content"] == "<|im_start|>")
+    token["special"] = special
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    llm, start = LLM(folder, dtype="float32"), token["id"]
+    forced = SamplingParams(max_tokens=6, logit_bias={start: 1e6})
+    assert llm.generate("x", forced)[0].token_ids == [start] * 6
+    for how in ({"stop": "<|im_start|>"}, {"stop_token_ids": [start]}):
+        completion = llm.generate("x", replace(forced, **how))[0]
+        assert (completion.token_ids, completion.text, completion.finish_reason) == ([start], "", "stop")
+    late = llm.generate("x", replace(forced, stop="<|im_start|>", min_tokens=3))[0]
+    assert (len(late.token_ids), late.finish_reason) == (4, "stop")
+    twice = llm.generate("x", replace(forced, stop="<|im_start|><|im_start|>"))[0]
+    assert (len(twice.token_ids), twice.text, twice.finish_reason) == (2, "", "stop")
 
 
 def test_time_cuts_a_text(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

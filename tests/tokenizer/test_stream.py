@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from collections.abc import Sequence
 
@@ -80,3 +81,65 @@ def test_the_time_grows_with_the_length_alone(tokenizer: Tokenizer) -> None:
     started = time.process_time()
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
     assert time.process_time() - started < 10  # measured: .3 s; decoding from the start each time takes an hour
+
+
+def whole_search(tokenizer: Tokenizer, ids: list[int], stop: list[str], min_tokens: int) -> tuple[str, int | None]:
+    """The slow twin: the text up to the first stop string that a token after the first `min_tokens` completes.
+
+    The whole text is searched after each token. A control token of a stop string is its own text here, between two
+    characters that occur nowhere else. Returns the text, and after how many tokens it stopped, or None.
+    """
+    texts = {text: f"\0{text}\1" for text in tokenizer.special_tokens if text in "".join(stop)}
+    marked = list(stop)
+    for text, mark in texts.items():
+        marked = [re.sub(f"(?<!\0){re.escape(text)}", mark, each) for each in marked]
+
+    name = {id: tokenizer.decode([id], skip_special_tokens=False) for id in ids}
+
+    def text_of(ids: list[int]) -> str:
+        return "".join(texts.get(name[id]) or tokenizer.decode([id]) for id in ids)
+
+    def shown(text: str) -> str:
+        return re.sub("\0[^\1]*\1", "", text)
+
+    for n in range(min_tokens + 1, len(ids) + 1):
+        before, text = len(text_of(ids[: n - 1])), text_of(ids[:n])
+        found = [text.find(each, max(0, before - len(each) + 1)) for each in {*stop, *marked}]
+        if starts := [start for start in found if start >= 0]:
+            return shown(text[: min(starts)]), n
+    return shown(text_of(ids)), None
+
+
+def test_stop_strings_with_control_tokens_and_min_tokens_equal_a_whole_search(tokenizer: Tokenizer) -> None:
+    draw = random.Random(1)
+    control = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get)[-2:]
+    letters = [next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == c) for c in (b"X", b"Y")]
+    ids_of = [*letters, *letters, *(tokenizer.special_tokens[text] for text in control)]
+    stopped = cut_inside = 0
+    for _ in range(400):
+        ids = draw.choices(ids_of, k=draw.randrange(1, 20))
+        parts = ["X", "Y", *control]
+        stop = ["".join(draw.choices(parts, k=draw.randrange(1, 4))) for _ in range(draw.randrange(1, 4))]
+        min_tokens = draw.choice([0, 0, 1, 3, 6])
+        stream, pieces, at = DecodeStream(tokenizer, stop, min_tokens), [], None
+        for n, id in enumerate(ids, 1):
+            pieces.append(stream.push(id))
+            if stream.stopped:
+                at = n
+                break
+        pieces.append(stream.flush())
+        text, expected_at = whole_search(tokenizer, ids, stop, min_tokens)
+        assert ("".join(pieces), at) == (text, expected_at), (ids, stop, min_tokens)
+        stopped += at is not None
+        cut_inside += any(text in each and text != each for each in stop for text in control)
+    assert 100 < stopped < 390
+    assert cut_inside > 100
+
+
+def test_the_text_of_a_control_token_stops_as_letters_too(tokenizer: Tokenizer) -> None:
+    text = next(iter(tokenizer.special_tokens))
+    stream = DecodeStream(tokenizer, [text])
+    ids = tokenizer.encode(f" x{text}y", add_special_tokens=False)  # a user's text: no control token in it
+    assert not tokenizer.control_ids & set(ids)
+    assert "".join(map(stream.push, ids)) == " x"
+    assert stream.stopped

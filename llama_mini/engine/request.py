@@ -107,7 +107,6 @@ class Request:
     completion: Completion | None = None
 
     def __post_init__(self) -> None:
-        self.generator = self.params.generator()
         self._stop_ids = frozenset(self.params.stop_token_ids)
         if not self.params.ignore_eos:
             self._stop_ids |= self.tokenizer.eos_ids
@@ -117,8 +116,9 @@ class Request:
         self._started_at = self._first_token_at = self._last_token_at = 0.0
 
     def start(self) -> None:
-        """Records the time at which the prefill begins."""
+        """Records the time at which the prefill begins, and makes the random generator, 5 KB each."""
         self._started_at = time.perf_counter()
+        self.generator = self.params.generator()
 
     @property
     def positions(self) -> int:

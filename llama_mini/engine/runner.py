@@ -16,7 +16,7 @@ from llama_mini.memory import check_cache_fits
 from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
 
-DECODE_BATCH = 16  # sequences that decode together
+DECODE_BATCH = 16  # sequences that decode together: the fast operators give each the bits it has alone up to this
 
 
 class Runner:
@@ -32,20 +32,24 @@ class Runner:
         ordered = sorted(requests, key=lambda request: -request.positions)
         groups = [ordered[start : start + DECODE_BATCH] for start in range(0, len(ordered), DECODE_BATCH)]
         for group in groups:
-            self._check_fits(group)
+            longest = max(len(request.prompt) for request in group)
+            self.check_fits(len(group), max(request.positions for request in group), longest)
+        # The first and the last in alphabetical order differ no later than any other two.
+        prompts = [request.prompt for request in requests]
+        n_common = common_prefix_length(min(prompts), max(prompts)) if len(requests) > 1 else 0
         last, self.last_prefix = self.last_prefix, None  # after an exception nothing half-written is reused
         for group in groups:
-            last = yield from self._run_group(group, requests, last)
+            last = yield from self._run_group(group, last, n_common, single=len(requests) == 1)
         self.last_prefix = last
 
     def _run_group(
-        self, group: list[Request], requests: list[Request], last: Prefix | None
+        self, group: list[Request], last: Prefix | None, n_common: int, single: bool
     ) -> Generator[Request, None, Prefix | None]:
         """Prefills each prompt alone, then decodes all sequences together; one that ends leaves the batch.
 
+        n_common: number of tokens with which all prompts of the call begin.
         Returns the prefix for later prompts: the whole sequence of a single request, or what all prompts share.
         """
-        single = len(requests) == 1
         cache = self.model.new_cache(len(group), max(request.positions for request in group))
         active, prefixes = list(group), [] if last is None else [last]
         try:
@@ -53,10 +57,8 @@ class Runner:
                 request.start()
                 self._sample(request, self._prefill(request, cache.row(row), prefixes))
                 prefixes.append(Prefix(request.prompt, cache.row(row)))
-                if row == 0 and not single:
-                    n_common = min(common_prefix_length(request.prompt, other.prompt) for other in requests)
-                    if n_common >= MIN_PREFIX and request.failure is None:
-                        last = prefixes[-1].head(n_common)
+                if row == 0 and n_common >= MIN_PREFIX and request.failure is None:
+                    last = prefixes[-1].head(n_common)
                 yield request
             while any(request.finish_reason is None for request in active):
                 _remove_finished(active, cache)
@@ -101,17 +103,19 @@ class Runner:
             return request.fail(RequestError(f"a logits processor raised {error!r}"))
         return request.append_token(token, logits)
 
-    def _check_fits(self, group: list[Request]) -> None:
-        """Raises CapacityError if the cache of a group does not fit even after the last prefix is freed."""
-        longest, model = max(len(request.prompt) for request in group), self.model
-        positions = max(request.positions for request in group)
+    def check_fits(self, rows: int, positions: int, longest: int) -> None:
+        """Raises CapacityError if a cache does not fit even after the last prefix is freed.
+
+        longest: tokens of the longest prompt.
+        """
+        model = self.model
         try:
-            check_cache_fits(model.config, len(group), model.dtype, positions, longest, model.device)
+            check_cache_fits(model.config, rows, model.dtype, positions, longest, model.device)
         except CapacityError:
             if self.last_prefix is None:
                 raise
             self.last_prefix = None
-            self._check_fits(group)
+            self.check_fits(rows, positions, longest)
 
 
 def first_nonfinite_layer(model: Llama, ids: list[int]) -> str | None:

@@ -1,5 +1,6 @@
 """Prefix reuse: what is reused, that it changes nothing, and that a failed request is never reused."""
 
+import random
 import weakref
 
 import pytest
@@ -29,6 +30,31 @@ def test_how_much_two_prompts_share() -> None:
     assert common_prefix_length([1, 2], [1, 2, 3]) == 2
     assert common_prefix_length([], [1]) == 0
     assert common_prefix_length([5], [1]) == 0
+
+
+def test_common_prefixes_of_random_lists() -> None:
+    draw = random.Random(0)
+    for _ in range(500):
+        a = draw.choices(range(2), k=draw.randrange(40))
+        b = [*a[: draw.randrange(len(a) + 1)], *draw.choices(range(300, 302), k=draw.randrange(5))]
+        pairs = enumerate(zip(a, b, strict=False))
+        expected = next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+        assert common_prefix_length(a, b) == common_prefix_length(b, a) == expected
+
+
+def test_prompts_that_begin_alike_are_compared_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm#9985: each group of 16 was compared with all prompts of the call, which takes hours for 100,000."""
+    compared = []
+
+    def counted(a: list[int], b: list[int]) -> int:
+        compared.append((a, b))
+        return common_prefix_length(a, b)
+
+    monkeypatch.setattr(runner_module, "common_prefix_length", counted)
+    prompts = [[*SYSTEM[:40], 50 + (7 * i) % 64] for i in range(64)]
+    completions = llm.generate(prompts, SamplingParams(max_tokens=1))
+    assert compared == [([*SYSTEM[:40], 50], [*SYSTEM[:40], 113])]
+    assert [c.stats.cached_tokens for c in completions] == [0] + [40] * 63
 
 
 def test_a_turn_prefills_only_what_is_new(llm: LLM) -> None:

@@ -13,12 +13,12 @@ from llama_mini import errors as errors_module
 from llama_mini.generate import parser
 
 SIGNATURES = {
-    LLM: "(path, dtype='auto', device='cpu', quantize=None, kernels='auto', threads=None)",
-    LLM.generate: "(self, prompts, params=None)",
-    LLM.chat: "(self, messages, params=None)",
-    LLM.completions: "(self, prompts, params=None)",
-    LLM.stream: "(self, prompt, params=None)",
-    LLM.astream: "(self, prompt, params=None)",
+    LLM: "(model, dtype='auto', device='cpu', quantize=None, kernels='auto', threads=None)",
+    LLM.generate: "(self, prompts, params=None, **settings)",
+    LLM.chat: "(self, messages, params=None, **settings)",
+    LLM.completions: "(self, prompts, params=None, **settings)",
+    LLM.stream: "(self, prompt, params=None, **settings)",
+    LLM.astream: "(self, prompt, params=None, **settings)",
     LLM.forget: "(self)",
     LLM.score: "(self, ids)",
     Llama: "(config)",

@@ -3,38 +3,65 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.engine.logprobs import predictions, token_logprobs
+from llama_mini.engine.prompts import is_messages, one_prompt, params_argument, text_or_ids, with_params
 from llama_mini.engine.request import Chunk, Completion, Request
-from llama_mini.engine.runner import Runner
-from llama_mini.engine.sampling_params import SamplingParams, check_vocab
+from llama_mini.engine.runner import DECODE_BATCH, Runner
+from llama_mini.engine.sampling_params import SamplingParams, check_vocab, is_setting, sampling_params
 from llama_mini.errors import RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, set_threads
 from llama_mini.tokenizer.tokenizer import open_tokenizer
-from llama_mini.validate import check_token_ids, is_whole, short_repr
+from llama_mini.validate import as_plain, check_token_ids
 
-Prompt = str | list[int]
-Params = SamplingParams | Sequence[SamplingParams] | None
+Prompt = str | Sequence[int] | torch.Tensor | np.ndarray[Any, Any] | Mapping[str, Any]
+Params = SamplingParams | Mapping[str, Any]
+
+MOST_AT_ONCE = 64 * DECODE_BATCH  # prompts that `completions` takes and sorts by length: few rows of a batch stay idle
+
+_ELSEWHERE = {  # methods of transformers, llama-cpp-python and vLLM -> what does it here
+    "from_pretrained": "LLM(path) opens a checkpoint",
+    "complete": "llm.generate(prompts) completes texts",
+    "create_completion": "llm.generate(prompts) completes texts",
+    "create_chat_completion": "llm.chat(messages) answers a chat",
+    "stream_generate": "llm.stream(prompt) streams",
+    "encode": "llm.tokenizer.encode(text) gives token ids",
+    "tokenize": "llm.tokenizer.encode(text) gives token ids",
+    "decode": "llm.tokenizer.decode(ids) gives the text",
+    "detokenize": "llm.tokenizer.decode(ids) gives the text",
+    "get_tokenizer": "llm.tokenizer is the tokenizer",
+    "apply_chat_template": "llm.tokenizer.apply_chat_template(messages) gives token ids",
+}
 
 
-class LLM:
+class _SaysWhatToCall(type):
+    if not TYPE_CHECKING:  # a type checker shall still find misspelled names
+
+        def __getattr__(cls, name: str) -> NoReturn:
+            advice = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+            raise AttributeError(f"LLM has no attribute {name!r}{advice}", name=name, obj=cls)
+
+
+class LLM(metaclass=_SaysWhatToCall):
     """A model with its tokenizer. It runs one call at a time: a second call, from any thread, raises RequestError.
 
     Args:
-        path: a checkpoint: a directory, a GGUF or safetensors file, a hub name (org/name, org/name@revision), or the
+        model: a checkpoint: a directory, a GGUF or safetensors file, a hub name (org/name, org/name@revision), or the
             result of `open_checkpoint`.
         dtype: `auto` (bfloat16 if the device computes in it, else float32), a name or a torch dtype.
         device: `cpu`, `cuda`, ...
@@ -49,17 +76,20 @@ class LLM:
 
     def __init__(
         self,
-        path: str | Path | Source,
+        model: str | Path | Source,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         quantize: str | None = None,
         kernels: str = "auto",
         threads: int | None = None,
     ) -> None:
-        set_threads(threads)
+        if not isinstance(model, str | Path | Source):
+            expected = "model must be a path or a hub name, org/name"
+            raise RequestError(f"{expected}, not a {type(model).__name__}; save_pretrained writes a model to a path")
+        set_threads(as_plain(threads))
         started = time.perf_counter()
         device = as_device(device)
-        source = path if isinstance(path, Source) else open_checkpoint(resolve(path))
+        source = model if isinstance(model, Source) else open_checkpoint(resolve(model))
         with gc_paused():
             self.tokenizer = open_tokenizer(source)
             fuse = fuser(quantize, kernels)
@@ -69,14 +99,17 @@ class LLM:
         self._lock = threading.Lock()
         self._runner = Runner(self.model, self.tokenizer.eos_ids)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[Completion]:
+    def generate(
+        self, prompts: Prompt | Iterable[Prompt], params: Params | Iterable[Params] | None = None, **settings: Any
+    ) -> list[Completion]:
         """Completes prompts, each a text or token ids. Returns one completion for each, in order, always as a list.
 
         Args:
-            prompts: one prompt or a list of them. A prefix that they share, with each other or with the call before, is
-                prefilled once.
-            params: one for all prompts, or a list with one for each. With n > 1 a prompt has n completions in a row,
-                and completion i uses seed + i.
+            prompts: one prompt or any number of them; ids in a list, an array, a tensor or a tokenizer's dict. A prefix
+                that they share, with each other or with the call before, is prefilled once.
+            params: one for all prompts, or one for each. With n > 1 a prompt has n completions in a row, and completion
+                i uses seed + i.
+            settings: fields of SamplingParams, or other names for them (`max_new_tokens`), which win over `params`.
 
         With the fast operators results have the same bits in a batch as alone, unless a prefix is reused. A prefill in
         two parts rounds differently, and so do PyTorch's operators in a batch: by 1e-6 relative in float32, in bfloat16
@@ -86,41 +119,63 @@ class LLM:
             RequestError, CapacityError: before anything runs. A request that fails later, because its logits are not
                 finite or its logits processor raises, ends with `finish_reason="error"`; the others go on.
         """
-        requests = [r for pair in self._pairs(prompts, params) for r in self._requests(*pair)]
+        requests = [r for pair in with_params(prompts, params, settings) for r in self._requests(*pair)]
         for _ in self._run(requests):
             pass
         return [request.completion for request in requests if request.completion is not None]
 
-    def completions(self, prompts: Sequence[Prompt], params: Params = None) -> Iterator[tuple[int, Completion]]:
+    def completions(
+        self, prompts: Prompt | Iterable[Prompt], params: Params | Iterable[Params] | None = None, **settings: Any
+    ) -> Iterator[tuple[int, Completion]]:
         """Yields the completions of `generate` as they finish, in any order, each with the index of its prompt.
 
-        A refused prompt gets a completion with `finish_reason="error"`; the others run.
+        Prompts, and params for each, are taken when they are needed, so that a generator of them may be endless. A
+        refused prompt gets a completion with `finish_reason="error"`; the others run.
         """
-        requests = []
-        for index, (prompt, sampling) in enumerate(self._pairs(list(prompts), params)):
-            try:
-                requests += [replace(request, index=index) for request in self._requests(prompt, sampling)]
-            except RequestError as error:
-                refused = Request([], sampling, 0, self.tokenizer, self.load_seconds)
-                refused.fail(error)
-                assert refused.completion is not None
-                yield index, refused.completion
-        for request in self._run(requests):
-            if request.completion is not None:
-                yield request.index, request.completion
+        pairs = enumerate(with_params(prompts, params, settings))
+        size = DECODE_BATCH  # then twice as many each time: the first answers come soon
+        with self.exclusive():
+            while taken := list(islice(pairs, size)):
+                requests = []
+                for index, pair in taken:
+                    try:
+                        requests += self._requests(*pair, index)
+                    except RequestError as error:
+                        refused = Request([], SamplingParams(), 0, self.tokenizer, self.load_seconds)
+                        refused.fail(error)
+                        assert refused.completion is not None
+                        yield index, refused.completion
+                for request in self._runner.run(requests):
+                    if request.completion is not None:
+                        yield request.index, request.completion
+                size = min(2 * size, MOST_AT_ONCE)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
-        """Answers a chat: messages with `role` and `content`, formatted with the checkpoint's chat template."""
-        return self.generate(self.tokenizer.apply_chat_template(messages), _for_one_answer(params))[0]
+    def chat(self, messages: Sequence[Mapping[str, Any]], params: Params | None = None, **settings: Any) -> Completion:
+        """Answers a chat: messages with `role` and `content`, formatted with the checkpoint's chat template.
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
-        """Yields a chunk for each token; their texts joined are the text of `generate`. Raises if the request fails."""
-        (request,) = self._requests(prompt, _for_one_answer(params))
-        return self._stream(request)
+        settings: fields of SamplingParams, which win over `params`; all others are variables of the chat template, such
+            as `tools` and `enable_thinking`.
+        """
+        request = self._one_request(messages, params, settings, chat=True)
+        for _ in self._run([request]):
+            pass
+        assert request.completion is not None
+        return request.completion
 
-    async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Chunk]:
+    def stream(
+        self, prompt: Prompt | Sequence[Mapping[str, Any]], params: Params | None = None, **settings: Any
+    ) -> Generator[Chunk, None, None]:
+        """Yields a chunk for each token; their texts joined are the text of `generate`. Raises if the request fails.
+
+        prompt: as for `generate`, or messages as for `chat`. settings: as there.
+        """
+        return self._stream(self._one_request(prompt, params, settings, chat=is_messages(prompt)))
+
+    async def astream(
+        self, prompt: Prompt | Sequence[Mapping[str, Any]], params: Params | None = None, **settings: Any
+    ) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: the model runs in a thread, so that the event loop is not blocked."""
-        chunks = self.stream(prompt, params)
+        chunks = self.stream(prompt, params, **settings)
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1) as thread:
             try:
@@ -129,10 +184,14 @@ class LLM:
             finally:
                 await loop.run_in_executor(thread, chunks.close)
 
-    def score(self, ids: list[int]) -> list[float | None]:
-        """The log-probability of each token given those before it, in nats; None for the first."""
-        ids = self._ids(ids, 0)
+    def score(self, ids: Prompt) -> list[float | None]:
+        """The log-probability of each token given those before it, in nats; None for the first.
+
+        Raises RequestError for what `generate` refuses as a prompt; CapacityError if the cache does not fit in memory.
+        """
+        ids = self._ids(one_prompt(ids), 0)
         with self.exclusive():
+            self._runner.check_fits(1, len(ids), len(ids))
             pairs = predictions(self.model, ids, 1, self.model.new_cache(1, len(ids)))
             return [None, *(value for pair in pairs for value in token_logprobs(*pair).tolist())]
 
@@ -140,6 +199,15 @@ class LLM:
         """Frees the cache that the last call kept for prefix reuse."""
         with self.exclusive():
             self._runner.last_prefix = None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            getattr(type(self), name)  # raises
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """Says what to call, since callers know this from llama-cpp-python."""
+        raise RequestError("an LLM is no function: call llm.generate(prompts) or llm.chat(messages)")
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -157,31 +225,33 @@ class LLM:
         if request.failure is not None:
             raise request.failure
 
-    def _pairs(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[tuple[Prompt, SamplingParams]]:
-        """Each prompt with its parameters."""
-        single = isinstance(prompts, str) or (bool(prompts) and all(is_whole(p) for p in prompts))
-        batch: list[Any] = [prompts] if single else list(prompts)
-        if params is None or isinstance(params, SamplingParams):
-            return [(prompt, params or SamplingParams()) for prompt in batch]
-        if len(params) != len(batch):
-            raise RequestError(f"there are {len(params)} params for {len(batch)} prompts: give one, or one for each")
-        return list(zip(batch, params, strict=True))
+    def _one_request(self, prompt: Any, params: Params | None, settings: dict[str, Any], chat: bool) -> Request:
+        """The request for one answer, to one prompt or to the messages of a chat."""
+        params = params_argument(params, settings)
+        variables = {name: settings.pop(name) for name in list(settings) if chat and not is_setting(name)}
+        sampling = sampling_params(params, **settings)
+        if sampling.n != 1:
+            raise RequestError(f"n must be 1 where one answer is returned, not {sampling.n}: use generate")
+        ids = self.tokenizer.apply_chat_template(prompt, **variables) if chat else one_prompt(prompt)
+        (request,) = self._requests(ids, sampling)
+        return request
 
-    def _requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
+    def _requests(self, prompt: Any, params: SamplingParams | RequestError, index: int = 0) -> list[Request]:
         """One request for each of the `n` answers."""
+        if isinstance(params, RequestError):
+            raise params
         ids = self._ids(prompt, params.max_tokens or 1)
         check_vocab(params, self.config.vocab_size)
         max_tokens = params.max_tokens or self.config.max_seq_len - len(ids)
         each = [
             params if params.seed is None else replace(params, seed=(params.seed + i) % 2**64) for i in range(params.n)
         ]
-        return [Request(ids, sampling, max_tokens, self.tokenizer, self.load_seconds) for sampling in each]
+        return [Request(ids, sampling, max_tokens, self.tokenizer, self.load_seconds, index) for sampling in each]
 
-    def _ids(self, prompt: Prompt, n_new: int) -> list[int]:
+    def _ids(self, prompt: Any, n_new: int) -> list[int]:
         """A prompt as token ids; raises RequestError unless they and `n_new` more tokens fit in the context."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if not isinstance(ids, list) or not all(is_whole(i) for i in ids):
-            raise RequestError(f"a prompt is text or a list of token ids, not {short_repr(prompt)}")
+        given = text_or_ids(prompt)
+        ids = self.tokenizer.encode(given) if isinstance(given, str) else given
         if not ids:
             raise RequestError("the prompt is empty: there is no token to start from")
         check_token_ids(ids, self.config.vocab_size, RequestError)
@@ -193,10 +263,3 @@ class LLM:
     def _run(self, requests: list[Request]) -> Generator[Request, None, None]:
         with self.exclusive():
             yield from self._runner.run(requests)
-
-
-def _for_one_answer(params: SamplingParams | None) -> SamplingParams:
-    params = SamplingParams() if params is None else params
-    if params.n != 1:
-        raise RequestError(f"n must be 1 where one answer is returned, not {params.n}: use generate")
-    return params

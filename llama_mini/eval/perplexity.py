@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from llama_mini.engine.llm import LLM
 from llama_mini.engine.logprobs import kl_divergence, predictions, token_logprobs
+from llama_mini.engine.prompts import split_prompts, text_or_ids
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.memory import check_cache_fits
-from llama_mini.validate import check_token_ids, check_whole, is_whole, short_repr
+from llama_mini.validate import as_plain, check_token_ids, check_whole, short_repr
 
 DEFAULT_CONTEXT = 2048  # the usual one for comparing quantized models
 
@@ -178,7 +179,8 @@ def _task(
     stride: int | None,
     bos: int | None,
 ) -> _Task:
-    texts = [_as_list(text) for text in ([ids] if all(is_whole(i) for i in ids) else ids)]
+    context, stride, bos = map(as_plain, (context, stride, bos))
+    texts = [_as_ids(text) for text in split_prompts(ids)] or [[]]
     for text in [*texts, [] if bos is None else [bos]]:
         check_token_ids(text, llms[0].config.vocab_size, RequestError)
     least = 2 if bos is None else 1
@@ -196,10 +198,11 @@ def _task(
     return _Task(texts, context, stride, bos)
 
 
-def _as_list(text: object) -> list[int]:
-    if not isinstance(text, Sequence) or isinstance(text, str) or not all(is_whole(i) for i in text):
+def _as_ids(text: object) -> list[int]:
+    ids = text_or_ids(text)
+    if isinstance(ids, str):
         raise RequestError(f"a text is a list of token ids, not {short_repr(text)}")
-    return list(text)
+    return ids
 
 
 def _scored(llms: list[LLM], task: _Task) -> Iterator[tuple[tuple[Tensor, Tensor], ...]]:

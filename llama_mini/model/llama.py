@@ -1,7 +1,7 @@
 """The whole model: tokens to logits on one screen, helpers below."""
 
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,10 @@ class Llama(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The last hidden states, (B, T, C). The bookkeeping is here, the arithmetic in `trunk`."""
-        if tokens.ndim != 2 or tokens.dtype != torch.int64:
-            raise RequestError(f"tokens must be (batch, length) int64, not {tuple(tokens.shape)} {tokens.dtype}")
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64:
+            is_tensor = isinstance(tokens, Tensor)
+            found = f"{tuple(tokens.shape)} {tokens.dtype}" if is_tensor else f"a {type(tokens).__name__}"
+            raise RequestError(f"tokens must be (batch, length) int64, not {found}")
         n_new = tokens.shape[1]
         if cache is None:
             positions = torch.arange(n_new, device=tokens.device)[None]
@@ -96,6 +98,10 @@ class Llama(nn.Module):
         from llama_mini.checkpoint.open import open_checkpoint, resolve
 
         return load_model(cls, open_checkpoint(resolve(path)), dtype, device)
+
+    def generate(self, *_: object, **__: object) -> NoReturn:
+        """Says that `LLM` generates, since callers know this method from transformers."""
+        raise RequestError("a Llama maps tokens to logits; llama_mini.LLM(path).generate(prompts) generates text")
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a directory that `from_pretrained` reads; it is complete or not there at all.

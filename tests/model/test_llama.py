@@ -184,11 +184,18 @@ def test_shapes_and_dtypes(dtype: torch.dtype) -> None:
         (torch.zeros(1, 5, dtype=torch.int32), "int32"),
         (torch.zeros(1, 5), "float32"),
         (torch.zeros(1, 1, 5, dtype=torch.int64), r"\(1, 1, 5\)"),
+        ([1, 2, 3], "a list"),
+        (None, "a NoneType"),
     ],
 )
 def test_tokens_of_another_shape_or_dtype_are_refused(tokens: Tensor, found: str) -> None:
     with pytest.raises(RequestError, match=rf"tokens must be \(batch, length\) int64, not .*{found}"):
         tiny_model()(tokens)
+
+
+def test_generate_says_what_generates() -> None:
+    with pytest.raises(RequestError, match=r"llama_mini\.LLM\(path\)\.generate\(prompts\)"):
+        tiny_model().generate(random_tokens(1, 4), max_new_tokens=3)
 
 
 def test_a_cache_of_another_batch_is_refused_and_left_as_it_was() -> None:

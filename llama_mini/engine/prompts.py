@@ -1,0 +1,119 @@
+"""The prompts of a call and their parameters, in all the forms that callers have them in."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import islice, repeat, zip_longest
+from typing import Any
+
+from llama_mini.engine.sampling_params import SamplingParams, sampling_params
+from llama_mini.errors import RequestError
+from llama_mini.validate import as_plain, is_whole, short_repr
+
+_ID_KEYS = ("input_ids", "prompt_token_ids", "prompt")  # of transformers' tokenizers and of vLLM's prompts
+_MASK_KEYS = {"attention_mask", "token_type_ids", "special_tokens_mask"}
+_EXPECTED = "a prompt is a text or a list of token ids, whole numbers"
+_MISSING = object()
+
+
+def split_prompts(prompts: Any) -> Iterable[Any]:
+    """Each prompt of a call, as it was given. A generator stays one, so that its prompts are made when they are needed.
+
+    One prompt: a text, or ids in a list, tuple, range, array or tensor (1-D). Several: any iterable of these, or an
+    array or tensor (2-D). The dict of a transformers tokenizer is either. Raises RequestError for anything else.
+    """
+    prompts = as_plain(_without_padding(prompts) if isinstance(prompts, Mapping) else prompts)
+    if isinstance(prompts, str):
+        return [prompts]
+    no_order = isinstance(prompts, bytes | bytearray | set | frozenset)
+    if no_order or not isinstance(prompts, Iterable) or is_messages(prompts):
+        raise RequestError(f"{_EXPECTED}, or a list of these, not {short_repr(prompts)}{_advice(prompts)}")
+    is_one = isinstance(prompts, list | tuple | range) and prompts and all(is_whole(as_plain(i)) for i in prompts)
+    return [prompts] if is_one else prompts
+
+
+def one_prompt(prompt: Any) -> Any:
+    """The prompt where only one is possible: a list or a batch of one will do. Raises RequestError for several."""
+    prompts = list(islice(split_prompts(prompt), 2))
+    if len(prompts) == 2:
+        text_or_ids(prompts[0])  # what is wrong with a prompt comes first
+        raise RequestError(f"one prompt is expected here, not {short_repr(prompt)}: several are for llm.generate")
+    return prompts[0] if prompts else []
+
+
+def params_argument(params: Any, settings: dict[str, Any]) -> Any:
+    """`params`, or the keyword `sampling_params`, its name in vLLM, which is taken out of the settings."""
+    if "sampling_params" in settings:
+        if params is not None:
+            raise RequestError("params and sampling_params are the same argument: give one of them")
+        return settings.pop("sampling_params")
+    return params
+
+
+def with_params(prompts: Any, params: Any, settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Each prompt of a call with its SamplingParams, or with the RequestError for its wrong ones."""
+    batch, params = split_prompts(prompts), params_argument(params, settings)
+    is_many = isinstance(params, Iterable) and not isinstance(params, SamplingParams | Mapping | str)
+    if not is_many:
+        return zip(batch, repeat(sampling_params(params, **settings)), strict=False)
+    if isinstance(params, Sized) and isinstance(batch, Sized) and len(params) != len(batch):
+        raise RequestError(f"there are {len(params)} params for {len(batch)} prompts: give one, or one for each")
+    return _with_each(batch, params, settings)
+
+
+def text_or_ids(prompt: Any) -> str | list[int]:
+    """One prompt as a text or a list of ids. Raises RequestError for anything else."""
+    prompt = as_plain(_without_padding(prompt) if isinstance(prompt, Mapping) else prompt)
+    if isinstance(prompt, str):
+        return prompt
+    is_list = isinstance(prompt, list | tuple | range)
+    if is_list and set(map(type, prompt)) <= {int}:  # the usual case, ten times faster
+        return list(prompt)
+    ids = [as_plain(i) for i in prompt] if is_list else []
+    if wrong := [i for i in ids if not is_whole(i)] if is_list else [prompt]:
+        raise RequestError(f"{_EXPECTED}, not {short_repr(wrong[0])}{_advice(prompt)}")
+    return ids
+
+
+def is_messages(prompt: Any) -> bool:
+    """Whether a prompt is the messages of a chat: a list of dicts with a role."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
+
+
+def _with_each(batch: Iterable[Any], params: Any, settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    pairs: Iterable[Any] = zip_longest(batch, params, fillvalue=_MISSING)
+    for count, (prompt, given) in enumerate(pairs):
+        if prompt is _MISSING or given is _MISSING:
+            fewer, more = ("params", "prompts") if given is _MISSING else ("prompts", "params")
+            raise RequestError(f"there are only {count} {fewer}, but more {more}: give one for each")
+        try:
+            sampling: SamplingParams | RequestError = sampling_params(given, **settings)
+        except RequestError as error:
+            sampling = error
+        yield prompt, sampling
+
+
+def _without_padding(prompt: Mapping[str, Any]) -> Any:
+    """The ids or the text in a dict, without the positions that its attention mask leaves out."""
+    keys = [key for key in _ID_KEYS if key in prompt]
+    if len(keys) != 1 or prompt.keys() - {*keys, *_MASK_KEYS}:
+        raise RequestError(
+            f"a prompt in a dict has one of {', '.join(_ID_KEYS)}, not {short_repr(list(prompt))}{_advice([prompt])}"
+        )
+    ids, mask = as_plain(prompt[keys[0]]), as_plain(prompt.get("attention_mask"))
+    if mask is None:
+        return ids
+    is_batch = bool(ids) and isinstance(ids[0], list | tuple)
+    rows, masks = (ids, mask) if is_batch else ([ids], [mask])
+    try:
+        kept = [[i for i, keep in zip(*row, strict=True) if keep] for row in zip(rows, masks, strict=True)]
+    except (TypeError, ValueError):
+        raise RequestError(f"attention_mask must have the shape of {keys[0]}, not {short_repr(mask)}") from None
+    return kept if is_batch else kept[0]
+
+
+def _advice(value: Any) -> str:
+    """What to do about a value that callers often have in place of a prompt."""
+    if is_messages(value):
+        return ": llm.chat answers messages"
+    if isinstance(value, bytes | bytearray):
+        return ": decode it first"
+    return ": a set has no order" if isinstance(value, set | frozenset) else ""

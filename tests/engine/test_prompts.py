@@ -1,0 +1,286 @@
+"""Every form in which callers have prompts and parameters, and what is said about the others."""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from itertools import count, repeat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from llama_mini import LLM, SamplingParams
+from llama_mini.engine import llm as llm_module
+from llama_mini.errors import CapacityError, RequestError
+
+IDS = [256, 104, 101, 108, 108, 111]
+OTHER = [256, 120]
+GREEDY = SamplingParams(max_tokens=4, ignore_eos=True)
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_dir: Path) -> LLM:
+    return LLM(model=tiny_dir, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> list[list[int]]:
+    return [llm.generate(ids, GREEDY)[0].token_ids for ids in (IDS, OTHER)]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        tuple(IDS),
+        torch.tensor(IDS),
+        torch.tensor([IDS], dtype=torch.int32),
+        np.array(IDS),
+        np.array([IDS], dtype=np.uint16),
+        [np.int64(i) for i in IDS],
+        list(torch.tensor(IDS)),
+        [IDS],
+        {"input_ids": IDS, "attention_mask": [1] * len(IDS)},
+        {"input_ids": torch.tensor([[3, 3, *IDS]]), "attention_mask": torch.tensor([[0, 0, *[1] * len(IDS)]])},
+        {"prompt_token_ids": IDS},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_prompt_in_other_forms(llm: LLM, prompt: Any, expected: list[list[int]]) -> None:
+    assert [c.token_ids for c in llm.generate(prompt, GREEDY)] == expected[:1]
+    assert [chunk.token_id for chunk in llm.stream(prompt, GREEDY)] == expected[0]
+    assert llm.score(prompt) == llm.score(IDS)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        (IDS, OTHER),
+        [torch.tensor(IDS), np.array(OTHER)],
+        [{"input_ids": IDS}, {"prompt_token_ids": OTHER}],
+        deque([IDS, OTHER]),
+        {IDS[0]: IDS, 1: OTHER}.values(),
+        torch.tensor([OTHER, OTHER]),
+        np.array([OTHER, OTHER]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_several_prompts_in_other_forms(llm: LLM, prompts: Any, expected: list[list[int]]) -> None:
+    twice = isinstance(prompts, torch.Tensor | np.ndarray)
+    assert [c.token_ids for c in llm.generate(prompts, GREEDY)] == ([expected[1]] * 2 if twice else expected)
+
+
+def test_texts_in_other_forms(llm: LLM) -> None:
+    texts = ["hello", "x", ""]  # the tiny tokenizer adds a BOS, so that even no text is a prompt
+    expected = [c.token_ids for c in llm.generate(texts, GREEDY)]
+    forms = [
+        tuple(texts),
+        np.array(texts),
+        (text for text in texts),
+        dict.fromkeys(texts),
+        [{"prompt": t} for t in texts],
+    ]
+    for prompts in (form if not isinstance(form, dict) else form.keys() for form in forms):
+        assert [c.token_ids for c in llm.generate(prompts, GREEDY)] == expected
+    assert llm.generate(range(97, 100), GREEDY)[0].token_ids == llm.generate([97, 98, 99], GREEDY)[0].token_ids
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_of_transformers_has_no_padding_here(llm: LLM, tiny_dir: Path, side: str) -> None:
+    theirs = PreTrainedTokenizerFast.from_pretrained(tiny_dir, padding_side=side, pad_token="<|im_end|>")
+    texts = ["a", "the quick brown fox", "hello"]
+    for tensors in (None, "pt", "np"):
+        batch = theirs(texts, padding=True, return_tensors=tensors)
+        assert [c.token_ids for c in llm.generate(batch, GREEDY)] == [c.token_ids for c in llm.generate(texts, GREEDY)]
+    one = theirs("hello", return_tensors="pt")
+    assert [c.token_id for c in llm.stream(one, GREEDY)] == llm.generate("hello", GREEDY)[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "a prompt is a text or a list of token ids, whole numbers, or a list of these, not None"),
+        (5, "not 5"),
+        (torch.tensor(5), "not 5"),
+        (b"text", "not b'text': decode it first"),
+        ({"a", "b"}, "a set has no order"),
+        (Path("x"), "not PosixPath"),
+        ([1.5, 2.0], "not 1.5"),
+        (torch.tensor([1.0, 2.0]), "not 1.0"),
+        (np.array([True, False]), "not True"),
+        ([[1, True]], "not True"),
+        ([[1, 2.0]], "not 2.0"),
+        ([None], "not None"),
+        ([b"x"], "decode it first"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), r"not \[0, 0, 0\]"),
+        ([[1, 10**9]], "token id 1000000000 is outside the vocabulary of 260"),
+        (np.array([-1]), "token id -1 is outside"),
+        ([[]], "the prompt is empty"),
+        (CHAT, "llm.chat answers messages"),
+        (CHAT[0], "llm.chat answers messages"),
+        ([CHAT], "llm.chat answers messages"),
+        ({"text": "x"}, "a prompt in a dict has one of input_ids, prompt_token_ids, prompt, not"),
+        ({"prompt": "x", "multi_modal_data": 1}, "multi_modal_data"),
+        ({"input_ids": IDS, "attention_mask": [1]}, "attention_mask must have the shape of input_ids"),
+        ({"input_ids": IDS, "attention_mask": 1}, "attention_mask must have the shape of input_ids"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_no_prompt_is_said(llm: LLM, prompts: Any, message: str) -> None:
+    stream = [] if prompts is CHAT else [llm.stream]  # which takes messages
+    for call in (llm.generate, llm.score, *stream):
+        with pytest.raises(RequestError, match=message):
+            call(prompts)
+
+
+def test_one_prompt_where_one_is_possible(llm: LLM) -> None:
+    for call in (llm.score, llm.stream):
+        with pytest.raises(RequestError, match=r"one prompt is expected here, not .*: several are for llm.generate"):
+            call([IDS, OTHER])
+        with pytest.raises(RequestError, match="the prompt is empty"):
+            call([])
+
+
+@pytest.mark.parametrize(
+    ("params", "settings"),
+    [
+        (None, {"max_tokens": 4, "ignore_eos": True}),
+        (None, {"max_new_tokens": np.int64(4), "ignore_eos": True, "do_sample": False}),
+        ({"max_tokens": 4, "ignore_eos": True}, {}),
+        ({"max_tokens": 9, "ignore_eos": True, "temperature": None}, {"max_completion_tokens": 4}),
+        (SamplingParams(max_tokens=9, ignore_eos=True), {"max_tokens": 4}),
+        (None, {"sampling_params": GREEDY}),
+        (None, {"sampling_params": {"ignore_eos": True}, "n_predict": 4}),
+    ],
+    ids=str,
+)
+def test_settings_in_all_forms_and_calls(llm: LLM, expected: list[list[int]], params: Any, settings: Any) -> None:
+    assert [c.token_ids for c in llm.generate([IDS, OTHER], params, **settings)] == expected
+    assert [c.token_id for c in llm.stream(IDS, params, **settings)] == expected[0]
+    assert {i: c.token_ids for i, c in llm.completions([IDS, OTHER], params, **settings)} == dict(enumerate(expected))
+    ids = llm.tokenizer.apply_chat_template(CHAT)
+    answer = llm.generate(ids, GREEDY)[0].token_ids
+    assert llm.chat(CHAT, params, **settings).token_ids == answer
+    assert [c.token_id for c in llm.stream(CHAT, params, **settings)] == answer
+
+    async def collected() -> list[int | None]:
+        return [chunk.token_id async for chunk in llm.astream(IDS, params, **settings)]
+
+    assert asyncio.run(collected()) == expected[0]
+
+
+def test_settings_of_each_prompt(llm: LLM) -> None:
+    each = [GREEDY, {"max_tokens": 2, "ignore_eos": True}, None]
+    lengths = [len(c.token_ids) for c in llm.generate([IDS] * 3, each, max_time=1e9)]
+    assert lengths[:2] == [4, 2]
+    assert [len(c.token_ids) for c in llm.generate([IDS] * 2, iter(each[:2]))] == [4, 2]
+    for given, words in (
+        (repeat(GREEDY, 1), "1 params, but more prompts"),
+        (repeat(GREEDY), "2 prompts, but more params"),
+    ):
+        with pytest.raises(RequestError, match=f"there are only {words}"):
+            llm.generate([IDS, OTHER], given)
+
+
+@pytest.mark.parametrize(
+    ("params", "settings", "message"),
+    [
+        ("greedy", {}, "params must be SamplingParams or a dict of its settings, not 'greedy'"),
+        (5, {}, "params must be SamplingParams or a dict"),
+        ([5], {}, "params must be SamplingParams or a dict"),
+        (None, {"max_tokns": 5}, "unknown setting 'max_tokns'; did you mean max_tokens"),
+        ({"tempature": 5}, {}, "did you mean temperature"),
+        (None, {"enable_thinking": False}, "unknown setting 'enable_thinking'"),
+        (None, {"stream": True}, "call llm.stream"),
+        (GREEDY, {"sampling_params": GREEDY}, "params and sampling_params are the same argument"),
+        (None, {"max_tokens": 3, "max_new_tokens": 4}, "two values, 3 and 4"),
+    ],
+    ids=str,
+)
+def test_what_is_no_setting_is_said(llm: LLM, params: Any, settings: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate([IDS], params, **settings)
+
+
+def test_other_settings_of_a_chat_are_variables_of_its_template(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def template(messages: Any, **variables: Any) -> list[int]:
+        seen.append({"messages": messages} | variables)
+        return IDS
+
+    fake = SimpleNamespace(apply_chat_template=template)
+    monkeypatch.setattr(llm, "tokenizer", _Both(fake, llm.tokenizer))
+    for call in (llm.chat, lambda *args, **kwargs: list(llm.stream(*args, **kwargs))):
+        call(CHAT, GREEDY, tools=[{"name": "f"}], enable_thinking=False, temp=0, documents=None)
+        assert seen.pop() == {"messages": CHAT, "tools": [{"name": "f"}], "enable_thinking": False, "documents": None}
+        with pytest.raises(RequestError, match=r"call llm\.stream"):
+            call(CHAT, stream=True)
+
+
+class _Both:
+    """Attributes of the first object that has them."""
+
+    def __init__(self, *objects: Any) -> None:
+        self.objects = objects
+
+    def __getattr__(self, name: str) -> Any:
+        return next(getattr(each, name) for each in self.objects if hasattr(each, name))
+
+
+def test_completions_take_prompts_as_they_need_them(llm: LLM, expected: list[list[int]]) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Any]:
+        nonlocal taken
+        for taken in count(1):
+            yield [1.5] if taken % 5 == 0 else IDS
+
+    completions = llm.completions(endless(), repeat(GREEDY))
+    first = next(completions)
+    assert taken <= 16
+    found = dict([first, *(next(completions) for _ in range(99))])
+    assert taken <= 16 + 32 + 64
+    completions.close()
+    assert all("not 1.5" in c.error if index % 5 == 4 else c.token_ids == expected[0] for index, c in found.items())
+    assert llm.generate(IDS, GREEDY)  # the model is free again
+    wrong = dict(llm.completions([IDS, IDS], [GREEDY, {"max_tokns": 3}]))
+    assert (wrong[0].error, wrong[1].finish_reason) == (None, "error")
+    assert "max_tokens" in wrong[1].error
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("create_chat_completion", "llm.chat"),
+        ("complete", "llm.generate"),
+        ("tokenize", "llm.tokenizer.encode"),
+        ("no_such_name", "LLM has no attribute 'no_such_name'$"),
+    ],
+)
+def test_methods_of_others_are_told_where_theirs_is(llm: LLM, name: str, advice: str) -> None:
+    assert not hasattr(llm, name)
+    for owner in (llm, LLM):
+        with pytest.raises(AttributeError, match=advice):
+            getattr(owner, name)
+
+
+def test_what_is_called_by_habit_says_what_to_call(llm: LLM, tiny_dir: Path) -> None:
+    with pytest.raises(AttributeError, match=r"LLM\(path\) opens a checkpoint"):
+        LLM.from_pretrained(tiny_dir)
+    with pytest.raises(RequestError, match=r"llm\.generate\(prompts\)"):
+        llm("text")
+    for model in (llm.model, 5, None):
+        with pytest.raises(RequestError, match="model must be a path or a hub name"):
+            LLM(model)
+
+
+def test_a_score_that_does_not_fit_is_refused_before_it_runs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_mini.memory.available_memory", lambda device: 1000)
+    monkeypatch.setattr(llm_module, "predictions", None)
+    with pytest.raises(CapacityError, match=f"a prompt with {len(IDS)} positions"):
+        llm.score(IDS)

@@ -36,6 +36,7 @@ MOST_AT_ONCE = 64 * DECODE_BATCH  # prompts that `completions` takes and sorts b
 
 _ELSEWHERE = {  # methods of transformers, llama-cpp-python and vLLM -> what does it here
     "from_pretrained": "LLM(path) opens a checkpoint",
+    "to": "LLM(path, device=...) chooses the device",
     "complete": "llm.generate(prompts) completes texts",
     "create_completion": "llm.generate(prompts) completes texts",
     "create_chat_completion": "llm.chat(messages) answers a chat",

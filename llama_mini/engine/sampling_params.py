@@ -116,7 +116,9 @@ def _with_aliases(cls: "type[SamplingParams]") -> "type[SamplingParams]":
     constructor = cls.__init__
 
     @wraps(constructor)
-    def __init__(self: "SamplingParams", **keywords: Any) -> None:
+    def __init__(self: "SamplingParams", *unnamed: object, **keywords: Any) -> None:
+        if unnamed:
+            raise RequestError(f"give settings by name, as in temperature=0.7, not {short_repr(unnamed[0])}")
         constructor(self, **_settings(keywords))
 
     cls.__init__ = __init__  # type: ignore[method-assign]

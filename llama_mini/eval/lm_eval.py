@@ -24,7 +24,7 @@ from llama_mini.errors import NumericalError, RequestError
 from llama_mini.memory import check_cache_fits
 from llama_mini.validate import check_whole, join_names, short_repr
 
-DEFAULT_NEW_TOKENS = 256
+DEFAULT_NEW_TOKENS = 256  # as lm-eval's hf model
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 Encoded = tuple[Any, list[int], list[int]]  # lm-eval's key of the request, context, continuation
 

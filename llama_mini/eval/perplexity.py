@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from llama_mini.engine.llm import LLM
+from llama_mini.engine.llm import LLM, Prompt
 from llama_mini.engine.logprobs import kl_divergence, predictions, token_logprobs
 from llama_mini.engine.prompts import split_prompts, text_or_ids
 from llama_mini.errors import NumericalError, RequestError
@@ -72,7 +72,7 @@ class Comparison:
 
 def perplexity(
     llm: LLM,
-    ids: Sequence[int] | Sequence[Sequence[int]],
+    ids: Prompt | Iterable[Prompt],
     context: int | None = None,
     stride: int | None = None,
     bos: int | None = None,
@@ -83,6 +83,7 @@ def perplexity(
     scored twice. The first token of a window is not scored, since nothing predicts it. No window spans two texts.
 
     Args:
+        ids: one text or several, in lists, arrays or tensors.
         context: tokens per window; default: the model's context, at most 2,048.
         stride: with a smaller one each token has more context, and scoring takes longer; default: the whole window.
         bos: an id to put before every window, which counts in `context`; None adds nothing.
@@ -98,7 +99,7 @@ def perplexity(
 def compare(
     llm: LLM,
     reference: LLM,
-    ids: Sequence[int] | Sequence[Sequence[int]],
+    ids: Prompt | Iterable[Prompt],
     context: int | None = None,
     stride: int | None = None,
     bos: int | None = None,
@@ -174,7 +175,7 @@ class _Task:
 
 def _task(
     llms: list[LLM],
-    ids: Sequence[int] | Sequence[Sequence[int]],
+    ids: Prompt | Iterable[Prompt],
     context: int | None,
     stride: int | None,
     bos: int | None,

@@ -236,7 +236,9 @@ def test_settings_over_params() -> None:
         sampling_params({1: 2})
 
 
-def test_the_constructor_shows_its_fields() -> None:
+def test_the_constructor_takes_and_shows_its_fields_by_name() -> None:
+    with pytest.raises(RequestError, match=r"give settings by name, as in temperature=0\.7, not {'top_k': 1}"):
+        SamplingParams({"top_k": 1})
     assert [p.name for p in signature(SamplingParams).parameters.values()] == [f.name for f in fields(SamplingParams)]
 
 

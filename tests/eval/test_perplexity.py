@@ -125,6 +125,14 @@ def test_texts_share_no_window(tiny: LLM) -> None:
     assert found.nll * found.tokens == pytest.approx(sum(part.nll * part.tokens for part in parts), abs=1e-3)
 
 
+def test_ids_and_numbers_of_numpy_and_torch(tiny: LLM) -> None:
+    ids = [[256, 5, 9, 100], [256, 7, 7, 30]]
+    expected = perplexity(tiny, ids, context=4, stride=2, bos=256)
+    for given in (np.array(ids), torch.tensor(ids), map(torch.tensor, ids), {"input_ids": ids}):
+        assert perplexity(tiny, given, context=np.int64(4), stride=np.int32(2), bos=torch.tensor(256)) == expected
+    assert perplexity(tiny, torch.tensor(ids[0])) == perplexity(tiny, ids[0])
+
+
 def test_every_token_is_scored_once() -> None:
     for context, stride, first in [(8, 8, 1), (8, 3, 1), (8, 8, 0), (8, 1, 0), (2, 1, 1)]:
         for length in range(2, 40):
@@ -180,6 +188,8 @@ def test_other_vocabularies_are_refused(tiny: LLM, tiny_dir: Path, tmp_path: Pat
         ([1, 260], {}, "token id 260 is outside the vocabulary of 260"),
         ([1, 2], {"bos": -1}, "token id -1 is outside"),
         ("text", {}, "a text is a list of token ids"),
+        (None, {}, "not None"),
+        ([1.0, 2.0], {}, "not 1.0"),
         ([1, 2], {"context": 513}, "context must be a whole number from 2 to 512, the model's context, not 513"),
         ([1, 2], {"context": 1}, "context must be a whole number from 2"),
         ([1, 2], {"stride": 0}, "stride must be a whole number from 1 to 512, the context of 512, not 0"),

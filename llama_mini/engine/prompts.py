@@ -74,8 +74,10 @@ def text_or_ids(prompt: Any) -> str | list[int]:
 
 
 def is_messages(prompt: Any) -> bool:
-    """Whether a prompt is the messages of a chat: a list of dicts with a role."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
+    """Whether a prompt is the messages of a chat: a list of dicts, or of objects, with a role."""
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return False
+    return "role" in prompt[0] if isinstance(prompt[0], Mapping) else hasattr(prompt[0], "role")
 
 
 def _with_each(batch: Iterable[Any], params: Any, settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_mini import LLM, SamplingParams
 from llama_mini.engine import llm as llm_module
+from llama_mini.engine.prompts import is_messages
 from llama_mini.errors import CapacityError, RequestError
 
 IDS = [256, 104, 101, 108, 108, 111]
@@ -123,6 +124,7 @@ def test_a_padded_batch_of_transformers_has_no_padding_here(llm: LLM, tiny_dir: 
         (CHAT, "llm.chat answers messages"),
         (CHAT[0], "llm.chat answers messages"),
         ([CHAT], "llm.chat answers messages"),
+        ([SimpleNamespace(role="user", content="Hi")], "llm.chat answers messages"),
         ({"text": "x"}, "a prompt in a dict has one of input_ids, prompt_token_ids, prompt, not"),
         ({"prompt": "x", "multi_modal_data": 1}, "multi_modal_data"),
         ({"input_ids": IDS, "attention_mask": [1]}, "attention_mask must have the shape of input_ids"),
@@ -131,7 +133,7 @@ def test_a_padded_batch_of_transformers_has_no_padding_here(llm: LLM, tiny_dir: 
     ids=lambda value: str(value)[:30],
 )
 def test_what_is_no_prompt_is_said(llm: LLM, prompts: Any, message: str) -> None:
-    stream = [] if prompts is CHAT else [llm.stream]  # which takes messages
+    stream = [] if is_messages(prompts) else [llm.stream]  # which takes messages
     for call in (llm.generate, llm.score, *stream):
         with pytest.raises(RequestError, match=message):
             call(prompts)

@@ -3,10 +3,13 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from llama_mini.errors import ConfigError, LlamaMiniError, RequestError
 from llama_mini.validate import (
+    as_plain,
     check_choice,
     check_flag,
     check_number,
@@ -79,6 +82,14 @@ def test_other_checks(check: Any, message: str) -> None:
     with pytest.raises(LlamaMiniError) as caught:
         check()
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.array(3), torch.tensor(3), np.float32(0.5), np.True_, np.str_("a")])
+def test_a_number_of_a_library_becomes_a_plain_one(value: Any) -> None:
+    assert as_plain(value) == value.tolist()
+    assert type(as_plain(value)) in (int, float, bool, str)
+    assert as_plain([value]) == [value]
+    assert as_plain(np.array([[1, 2]])) == [[1, 2]]
 
 
 def test_values_and_names_are_cut_short() -> None:

@@ -43,7 +43,7 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
     # Gumbel noise: logit - log(q), with q from Exp(1), is largest for token i with probability softmax(logits)[i]. Each
     # token of the vocabulary has its own random number, so that a rounding or a filter seldom changes the token drawn.
     # u is in float64, where q = -log(u) goes down to 1e-16. The steps of float32, 6e-8, are too coarse for rare tokens.
-    noise = torch.rand(len(logits), dtype=torch.float64, generator=generator).numpy()
+    noise = torch.rand(len(logits), dtype=torch.float64, device="cpu", generator=generator).numpy()
     ids, logits = candidates(logits.float().cpu(), params)
     if len(ids) < len(noise):
         noise = noise[ids.numpy()]

@@ -1,6 +1,7 @@
 """LLM, the public interface: a checkpoint with its tokenizer, ready to generate, chat, stream and score."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,9 +21,9 @@ from llama_mini.checkpoint.source import Source
 from llama_mini.engine.logprobs import predictions, token_logprobs
 from llama_mini.engine.prompts import is_messages, one_prompt, params_argument, text_or_ids, with_params
 from llama_mini.engine.request import Chunk, Completion, Request
-from llama_mini.engine.runner import DECODE_BATCH, Runner
+from llama_mini.engine.runner import DECODE_BATCH, Runner, non_finite_message
 from llama_mini.engine.sampling_params import SamplingParams, check_vocab, is_setting, sampling_params
-from llama_mini.errors import RequestError
+from llama_mini.errors import NumericalError, RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, set_threads
@@ -188,13 +189,17 @@ class LLM(metaclass=_SaysWhatToCall):
     def score(self, ids: Prompt) -> list[float | None]:
         """The log-probability of each token given those before it, in nats; None for the first.
 
-        Raises RequestError for what `generate` refuses as a prompt; CapacityError if the cache does not fit in memory.
+        Raises RequestError for what `generate` refuses as a prompt; CapacityError if the cache does not fit in memory;
+        NumericalError for NaN or infinite logits.
         """
         ids = self._ids(one_prompt(ids), 0)
         with self.exclusive():
             self._runner.check_fits(1, len(ids), len(ids))
             pairs = predictions(self.model, ids, 1, self.model.new_cache(1, len(ids)))
-            return [None, *(value for pair in pairs for value in token_logprobs(*pair).tolist())]
+            values = [value for pair in pairs for value in token_logprobs(*pair).tolist()]
+            if bad := [n for n, value in enumerate(values, 1) if not math.isfinite(value)]:
+                raise NumericalError(non_finite_message(self.model, ids[: bad[0]]))
+        return [None, *values]
 
     def forget(self) -> None:
         """Frees the cache that the last call kept for prefix reuse."""

@@ -93,7 +93,7 @@ class Runner:
     def _sample(self, request: Request, logits: Tensor) -> None:
         """Appends the next token of a sequence, sampled from logits (V,), or ends it with an error."""
         if not _all_finite(logits):  # sampling would silently return some token
-            return request.fail(NumericalError(_non_finite_message(self.model, request.prompt + request.token_ids)))
+            return request.fail(NumericalError(non_finite_message(self.model, request.prompt + request.token_ids)))
         try:
             final = processed(logits, request.params, request.prompt, request.token_ids, self.eos_ids)
             token = sample(final, request.params, request.generator)
@@ -136,7 +136,8 @@ def first_nonfinite_layer(model: Llama, ids: list[int]) -> str | None:
     return bad[0] if bad else None
 
 
-def _non_finite_message(model: Llama, ids: list[int]) -> str:
+def non_finite_message(model: Llama, ids: list[int]) -> str:
+    """What is wrong with the logits after these tokens."""
     name = first_nonfinite_layer(model, ids)
     where = "the output of every layer is finite" if name is None else f"they first appear in the output of {name}"
     return f"the logits after position {len(ids) - 1} hold NaN or infinity; {where}"

@@ -73,7 +73,7 @@ def is_setting(name: str) -> bool:
     return name in SamplingParams.__dataclass_fields__ or name in {*ALIASES, *ELSEWHERE, "do_sample"}
 
 
-def unknown_setting(name: str) -> RequestError:
+def _unknown_setting(name: str) -> RequestError:
     """The error for a name that is no setting."""
     known = list(SamplingParams.__dataclass_fields__)
     near = get_close_matches(name, [*known, *ALIASES, "do_sample"], 1)
@@ -89,7 +89,7 @@ def _settings(keywords: Mapping[str, Any], temperature: float = 0.0) -> dict[str
     for name, value in keywords.items():
         field, value = ALIASES.get(name, name), as_plain(value)
         if field not in SamplingParams.__dataclass_fields__ and name != "do_sample":
-            raise unknown_setting(name)
+            raise _unknown_setting(name)
         if value is None or (name == "logprobs" and isinstance(value, bool)):  # the one of each token always comes
             continue
         if field in settings and settings[field] != value:

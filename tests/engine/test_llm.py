@@ -236,6 +236,8 @@ def test_numbers_that_fail_end_their_row_alone_and_name_the_layer(tiny_dir) -> N
     assert "layers.1" in rows[1].error
     with pytest.raises(NumericalError, match=r"layers\.1"):
         list(llm.stream(bad_prompt))
+    with pytest.raises(NumericalError, match=rf"position {position} .*layers\.1"):
+        llm.score(llm.tokenizer.encode(bad_prompt + "cd"))
 
 
 def test_logits_whose_sum_overflows_are_no_failure(llm: LLM) -> None:

@@ -15,9 +15,10 @@ from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.io.files import SINGLE, write_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import Model, empty_model, match, read_all, warn_of_other_head, with_progress
+from llama_mini.checkpoint.plain import check_plain
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.special_ids import special_ids
-from llama_mini.errors import CheckpointFormatError, RequestError
+from llama_mini.errors import CheckpointFormatError
 from llama_mini.machine import as_dtype, dtype_name
 from llama_mini.memory import check_fits
 from llama_mini.model.config import LlamaConfig
@@ -102,14 +103,8 @@ def save_model(model: nn.Module, path: Path) -> None:
     """Writes config.json, generation_config.json and model.safetensors; see `Llama.save_pretrained`."""
     config = model.config
     assert isinstance(config, LlamaConfig)
-    with torch.device("meta"):
-        plain = type(model)(config)
+    check_plain(model)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    if replaced := {name for name, _ in plain.named_parameters()} - parameters.keys():
-        raise RequestError(
-            f"{min(replaced)} was replaced, so the model cannot be saved: load the checkpoint plain, with "
-            "Llama.from_pretrained, and save that model"
-        )
     raw = to_hf(config, dtype_name(next(iter(parameters.values())).dtype))
     table = key_table(raw["model_type"])
     parameters = {to_file_name(name, table): p for name, p in parameters.items()}

@@ -88,6 +88,8 @@ def swapped(model: Llama, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for path, module in modules.items():
             stack.callback(_put, model, path, model.get_submodule(path))
+            if module is not model.get_submodule(path):
+                module.edited = True  # type: ignore[assignment]  # so that the model is not saved as if it were plain
             _put(model, path, module)
         if any(isinstance(module, Frozen) and module.knows_positions for module in modules.values()):
             stack.callback(model.rope.register_forward_pre_hook(_refuse_continuation).remove)

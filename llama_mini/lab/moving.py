@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+from llama_mini.checkpoint.plain import check_plain
 from llama_mini.errors import RequestError
 from llama_mini.lab.paths import select, slot_width
-from llama_mini.lab.trees import check_plain, rebuilt
+from llama_mini.lab.trees import rebuilt
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import BRANCHES
 from llama_mini.model.norm_slots import HEAD_SLOTS

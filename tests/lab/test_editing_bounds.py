@@ -1,5 +1,8 @@
 """Edits are undone whatever happens, and refuse what they cannot do."""
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +77,56 @@ def test_nested_edits_undo_in_order() -> None:
         with lab.edit(model, {PATH: {"skip": True}}):
             assert type(model.get_submodule(PATH)) is nn.Identity
     assert model.get_submodule(PATH) is own
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eps": 0.5},
+        {"kind": "layer"},
+        {"cast": "late"},
+        {"gain": ("scale", 2.0)},
+        {"gain": "mean"},
+        {"skip": True},
+        {"freeze": "mean"},
+        {"freeze": "token"},
+    ],
+    ids=str,
+)
+def test_an_edited_model_is_not_saved_as_if_it_were_plain(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model()
+    ways: list[Callable[[Llama], Any]] = [
+        lambda model: model.save_pretrained(tmp_path / "edited"),
+        lambda model: lab.move(model, "layers.0.attention.pre_norm", "out"),
+        lambda model: lab.fold(model),
+        lambda model: lab.center(model),
+    ]
+
+    def assert_refused(model: Llama) -> None:
+        for way in ways:
+            with pytest.raises(RequestError, match=rf"^{PATH} is not what .* describes .*: leave the edit") as refused:
+                way(model)
+            assert "\n" not in str(refused.value)
+
+    with lab.edit(model, {PATH: settings}, TEXT):
+        assert_refused(model)
+        with lab.edit(model, {"norm": {"skip": True}}):
+            assert_refused(model)
+        assert_refused(model)
+        copied = copy.deepcopy(model)
+        logits = model(TEXT)
+    assert torch.equal(copied(TEXT), logits)  # the copy keeps the edit
+    assert_refused(copied)
+    model.save_pretrained(tmp_path / "plain")
+    assert torch.equal(Llama.from_pretrained(tmp_path / "plain")(TEXT), model(TEXT))
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+def test_an_edit_that_changes_nothing_is_no_reason_not_to_save(tmp_path: Path) -> None:
+    model = tiny_model()
+    with lab.edit(model, {PATH: {"skip": False}}):
+        model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(Llama.from_pretrained(tmp_path / "saved")(TEXT), model(TEXT))
 
 
 def test_inside_inference_mode_and_while_training() -> None:

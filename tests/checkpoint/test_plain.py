@@ -1,0 +1,119 @@
+"""A model that is more than its config and parameters is neither saved nor rebuilt; any other is."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llama_mini import Llama, lab
+from llama_mini.errors import RequestError
+from llama_mini.model.linear import Linear
+from llama_mini.model.norm_slots import NormSpec
+from tests.tiny_models import random_tokens, tiny_model
+
+TEXT = random_tokens(2, 9)
+
+
+def eps(model: Llama) -> None:
+    model.layers[1].attention.pre_norm.eps = 0.5
+
+
+def alpha(model: Llama) -> None:
+    model.layers[1].feed_forward.alpha = 0.5
+
+
+def n_heads(model: Llama) -> None:
+    model.layers[0].attention.n_kv_heads = 1
+
+
+def swap_norm(model: Llama) -> None:
+    model.norm = nn.Identity()
+
+
+def add_norm(model: Llama) -> None:
+    model.layers[0].feed_forward.out_norm = NormSpec().build(48, 1e-5)
+
+
+def subclass(model: Llama) -> None:
+    class Int8(Linear):
+        pass
+
+    model.layers[2].attention.k_proj.__class__ = Int8
+
+
+def add_module(model: Llama) -> None:
+    model.layers[2].attention.o_proj.lora = Linear(48, 48)
+
+
+def add_bias(model: Llama) -> None:
+    model.layers[2].attention.o_proj.bias = nn.Parameter(torch.ones(48))
+
+
+def reshape(model: Llama) -> None:
+    model.lm_head.weight = nn.Parameter(torch.ones(101, 48))
+
+
+def hook(model: Llama) -> None:
+    model.layers[1].register_forward_hook(lambda _m, _x, y: 2 * y)
+
+
+def pre_hook(model: Llama) -> None:
+    model.layers[1].register_forward_pre_hook(lambda _m, x: (2 * x[0], *x[1:]))
+
+
+def hook_of_the_model(model: Llama) -> None:
+    model.register_forward_hook(lambda _m, _x, y: 2 * y)
+
+
+def own_forward(model: Llama) -> None:
+    model.layers[0].attention.q_proj.forward = lambda x: torch.zeros_like(x)  # type: ignore[method-assign]
+
+
+CHANGES: dict[Callable[[Llama], None], str] = {
+    eps: r"layers\.1\.attention\.pre_norm .*\(eps: 0\.5, not 1e-05\)",
+    alpha: r"layers\.1\.feed_forward .*\(alpha: 0\.5, not 1\.0\)",
+    n_heads: r"layers\.0\.attention .*\(n_kv_heads: 1, not 2\)",
+    swap_norm: r"norm .*\(class: Identity, not RMSNorm\)",
+    add_norm: r"layers\.0\.feed_forward\.out_norm .*\(class: RMSNorm, not Identity\)",
+    subclass: r"layers\.2\.attention\.k_proj .*\(class: Int8, not Linear\)",
+    add_module: r"layers\.2\.attention\.o_proj\.lora .*\(class: Linear, not 'nothing'\)",
+    add_bias: r"layers\.2\.attention\.o_proj .*\(parameters: .*'bias': \(48,\).*, not .*\)",
+    reshape: r"lm_head .*\(parameters: \{'weight': \(101, 48\)\}, not \{'weight': \(97, 48\)\}\)",
+    hook: r"layers\.1 .*\(hooked: True, not False\)",
+    pre_hook: r"layers\.1 .*\(hooked: True, not False\)",
+    hook_of_the_model: r"the model .*\(hooked: True, not False\)",
+    own_forward: r"layers\.0\.attention\.q_proj .*\(hooked: True, not False\)",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_its_config_does_not_describe_is_refused(change: Callable[[Llama], None], tmp_path: Path) -> None:
+    model = tiny_model()
+    change(model)
+    ways: list[Callable[[], Any]] = [
+        lambda: model.save_pretrained(tmp_path / "saved"),
+        lambda: lab.move(model, "layers.0.attention.pre_norm", "out"),
+        lambda: lab.fold(model),
+        lambda: lab.center(model),
+    ]
+    for way in ways:
+        with pytest.raises(RequestError, match=f"^{CHANGES[change]}: leave the edit, remove the hook") as refused:
+            way()
+        assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_checkpoint_can_hold_is_saved(tmp_path: Path) -> None:
+    """Other weights, gradients and modes, names that a caller puts on the model, and plans of no family."""
+    model = tiny_model(norm_plan="sub+qk", tie_word_embeddings=True).requires_grad_(True).train()
+    model.name_or_path = "mine"
+    model.layers[0].attention.pre_norm.note = 3
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    removed = model.layers[0].register_forward_hook(lambda _m, _x, y: 2 * y)
+    removed.remove()
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(Llama.from_pretrained(tmp_path / "saved")(TEXT), model(TEXT))

@@ -36,7 +36,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return float(torch.tensor(self.loss, dtype=torch.float64).exp())
+        return float(torch.tensor(self.loss, dtype=torch.float64, device="cpu").exp())
 
     def __repr__(self) -> str:
         moved = "" if self.dloss is None else f", dloss={self.dloss:+.4f}, kl={self.kl:.4g}, top1={self.top1:.4f}"
@@ -70,7 +70,7 @@ def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = Non
 def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> Tensor:
     """Token ids as (B, T) int64 on the model's device; raises RequestError if T < `at_least` or an id is unknown."""
     try:
-        tokens = torch.as_tensor(ids)
+        tokens = torch.as_tensor(ids, device=model.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RequestError(f"token ids must be a tensor or list of whole numbers: {error}") from None
     if tokens.is_floating_point() or tokens.dtype in _NO_INTEGER:
@@ -79,7 +79,7 @@ def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> T
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < at_least:
         raise RequestError(f"token ids must be (T,) or (B, T), T at least {at_least}, not {tuple(tokens.shape)}")
     check_token_ids((int(tokens.min()), int(tokens.max())), model.config.vocab_size, RequestError)
-    return tokens.to(device=model.device, dtype=torch.int64)
+    return tokens.to(torch.int64)
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> float:

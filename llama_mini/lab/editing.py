@@ -192,7 +192,7 @@ def _edited(
         return nn.Identity()
     if "skip" in settings:
         return module
-    norm = _changed(module if isinstance(module, Norm) else _unit_norm(model, path), settings)
+    norm = _changed(module if isinstance(module, Norm) else _unit_norm(model, path), settings, model.device)
     if energy is None:
         return norm
     keep_first = settings.get("keep_first", False)
@@ -207,14 +207,13 @@ def _unit_norm(model: Llama, path: str) -> Norm:
     return RMSNorm(width, model.config.norm_eps, device=model.device, dtype=model.dtype)
 
 
-def _changed(old: Norm, settings: Mapping[str, Any]) -> Norm:
+def _changed(old: Norm, settings: Mapping[str, Any], device: torch.device) -> Norm:
     """A norm with other eps, kind, cast and gain. It shares the old one's weight unless the gain changes."""
     cls = NORMS[settings["kind"]] if settings.get("kind", old.kind) != old.kind else type(old)
     weight, gain = old.weight, old.gain
     resized = weight is not None and weight.numel() != (1 if cls.kind == "scale" else old.dim)
     if "gain" in settings or resized:
-        weight, gain = nn.Parameter(_new_gain(old, cls, settings.get("gain")), requires_grad=False), "w"
-    device = next((p.device for p in old.parameters()), None)
+        weight, gain = nn.Parameter(_new_gain(old, cls, settings.get("gain")).to(device), requires_grad=False), "w"
     eps, cast = settings.get("eps", old.eps), settings.get("cast", old.cast)
     new = cls(old.dim, eps, gain=gain, cast=cast, scale=old.scale, device=device).requires_grad_(False)
     new.weight = weight
@@ -226,7 +225,7 @@ def _changed(old: Norm, settings: Mapping[str, Any]) -> Norm:
 def _new_gain(old: Norm, cls: type[Norm], change: Any) -> Tensor:
     """The effective gain after a change, in float32 or wider: as a bfloat16 `1+w` it would be rounded again."""
     gain = effective_gain(old)
-    gain = torch.ones(old.dim) if gain is None else gain
+    gain = torch.ones(old.dim, device="cpu", dtype=torch.float32) if gain is None else gain
     if change == "mean":
         gain = gain.mean(0, keepdim=True).expand_as(gain)
     elif isinstance(change, list | tuple):

@@ -23,6 +23,7 @@ _WHY_NOT = {
 }
 
 
+@torch.inference_mode(False)  # the new parameters can be trained even if the caller only infers
 def fold(model: Llama, pattern: str | None = None) -> Llama:
     """A new model whose pre, mid and final norms (or those at `pattern`) have gains of one: their readers absorb them.
 
@@ -59,6 +60,7 @@ def fold(model: Llama, pattern: str | None = None) -> Llama:
     return rebuilt(model, config, parameters)
 
 
+@torch.inference_mode(False)
 def center(model: Llama) -> Llama:
     """A new model with RMSNorm instead of LayerNorm and the same logits: within 5e-6 of the largest in float32.
 

@@ -1,5 +1,7 @@
 """Measures on random models the profile that theory.py predicts; and makes the lab's random models."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +19,24 @@ from llama_mini.validate import check_whole
 _TOKENS = 64  # sequences of one token each
 
 
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Gradients, and new tensors in float32 on the CPU, whatever modes of torch the caller has set; they come back."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.device("cpu"),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@own_modes()
 def init(plan: Plan, depth: int, dim: int = 256, seeds: int = 3) -> Profile:
     """What `plan` does to one token in a random model: the mean over `seeds` models, and the spread.
 

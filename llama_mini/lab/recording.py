@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -157,7 +158,7 @@ def _record(x: Tensor, y: Tensor | None, keep: bool) -> Record:
     energy, size = wide.pow(2).mean(-1), wide.abs()
     in_mean = torch.where(energy > 0, wide.mean(-1).pow(2) / energy, energy)  # zeros give 0; NaN stays
     largest = int(size.argmax())
-    row, token, dim = (int(i) for i in torch.unravel_index(torch.tensor(largest), x.flatten(2).shape))
+    row, token, dim = (int(i) for i in np.unravel_index(largest, x.flatten(2).shape))
     return Record(
         x=x if keep else None,
         y=y if keep else None,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from llama_mini.engine.logprobs import token_logprobs
 from llama_mini.errors import RequestError
-from llama_mini.lab.measurement import random_llama
+from llama_mini.lab.measurement import own_modes, random_llama
 from llama_mini.lab.study import MOST_SEEDS, Floats, Plan, as_json, as_plans, label, progress
 from llama_mini.lab.table import Table
 from llama_mini.validate import check_whole, short_repr
@@ -55,6 +55,7 @@ class Sweep:
         return f"Sweep over {depths} layers, slopes of the gradient against depth:\n{self.table()}"
 
 
+@own_modes()
 def sweep(
     plans: Plan | Sequence[Plan], depths: Sequence[int] = (2, 4, 8, 16, 32), dim: int = 64, seeds: int = 3
 ) -> Sweep:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_mini.engine.logprobs import token_logprobs
 from llama_mini.errors import RequestError
-from llama_mini.lab.measurement import random_llama, spread_over_seeds
+from llama_mini.lab.measurement import own_modes, random_llama, spread_over_seeds
 from llama_mini.lab.study import MOST_SEEDS, Floats, Plan, as_json, as_plans, label, progress
 from llama_mini.lab.table import Table
 from llama_mini.model.llama import Llama
@@ -63,6 +63,7 @@ class Race:
         return f"Race of {steps} steps, {seeds} seeds; unigram loss {self.unigram:.4g} nats per byte:\n{self.table()}"
 
 
+@own_modes()
 def race(
     plans: Plan | Sequence[Plan],
     steps: int = 150,

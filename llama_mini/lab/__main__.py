@@ -12,12 +12,15 @@ from pathlib import Path
 from llama_mini.cli.common import checkpoint_of, exit_code_of
 
 PROG = "python -m llama_mini.lab"
+PRE_NORMS = "layers.*.*.pre_norm"
 PLANS = ("pre", "post", "peri", "out+qk", "deep")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Runs the command line and returns its exit code; the codes are those of llama_mini.generate."""
     args = parser(prog).parse_args(argv)
+    if "settings" in args and "=" in args.pattern:  # a setting, in a command line without a pattern
+        args.settings, args.pattern = [args.pattern, *args.settings], PRE_NORMS
     from llama_mini.lab import commands
 
     if "model" in args:
@@ -47,16 +50,15 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     move = add("move", "measure the cost of moving norms to another slot", model, text)
     fold = add("fold", "fold gains into the weights that read them, and compare", model, text)
     for command, pattern in (
-        (ablate, "layers.*.*.pre_norm"),
-        (edit, "layers.*.*.pre_norm"),
+        (ablate, PRE_NORMS),
+        (edit, PRE_NORMS),
         (move, "layers.*.feed_forward.pre_norm"),
     ):
         command.add_argument("pattern", nargs="?", default=pattern, help="norms; default: %(default)s")
     fold.add_argument("pattern", nargs="?", help="norms; default: all whose gain can be folded")
     for command, default in ((ablate, "freeze=mean"), (edit, "eps=1e-3")):
-        what = f"settings, such as eps=1e-3 kind=layer; default: {default}"
+        what = f"settings, such as eps=1e-3 kind=layer or freeze=mean keep=none; default: {default}"
         command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=what)
-    ablate.add_argument("--drop-first", action="store_true", help="freeze token 0 too")
     move.add_argument("--to", default="out", metavar="SLOT", help="pre, mid, out or post; default: %(default)s")
     for command in (move, fold):
         command.add_argument("--save", type=Path, metavar="DIR", help="write the new model to this folder")

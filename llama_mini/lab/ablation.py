@@ -44,13 +44,13 @@ def ablate(
     """The cost in nats of editing norms one by one, in the order of the forward pass.
 
     pattern: one pattern of norms or several; None: every norm.
-    settings: those of `edit`, by default freeze="mean", keep_first=True. The statistic for `freeze` is measured once,
-        on the same ids, in the unchanged model.
+    settings: those of `edit`, by default freeze="mean". The statistic for `freeze` is measured once, on the same ids,
+        in the unchanged model.
 
     Raises RequestError as `edit` does.
     """
-    if settings.keys() <= {"keep_first"}:
-        settings = {"freeze": "mean", "keep_first": True} | settings
+    if settings.keys() <= {"keep"}:
+        settings = {"freeze": "mean"} | settings
     paths = select(model, pattern, empty="kind" in settings)
     modules = edited_norms(model, dict.fromkeys(paths, settings), ids)
     base = score(model, ids)

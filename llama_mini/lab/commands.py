@@ -59,10 +59,7 @@ def _capture(args: argparse.Namespace) -> None:
 
 def _ablate(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
-    settings = read_settings(args.settings) or {"freeze": "mean"}
-    if "freeze" in settings:
-        settings.setdefault("keep_first", not args.drop_first)
-    costs = lab.ablate(model, read_ids(tokenizer, args), args.pattern.split(","), **settings)
+    costs = lab.ablate(model, read_ids(tokenizer, args), args.pattern, **read_settings(args.settings))
     show(args, costs, lambda: figures.norm_cost_picture(costs))
 
 

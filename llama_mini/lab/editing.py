@@ -21,7 +21,8 @@ from llama_mini.model.norm import NORMS, Cast, Norm, RMSNorm
 from llama_mini.validate import check_choice, check_flag, check_number, is_finite, join_names, short_repr
 
 Edits = Mapping[str, Mapping[str, Any]]
-_SETTINGS = ("eps", "kind", "gain", "cast", "freeze", "keep_first", "skip")
+_SETTINGS = ("eps", "kind", "gain", "cast", "freeze", "keep", "skip")
+KEEP = ("first", "none")  # the default first
 
 
 @contextmanager
@@ -37,12 +38,13 @@ def edit(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) 
     freeze: compute g·x/c with a constant c, measured on `ids` in the model before this edit. Kinds rms and scale only.
         "mean": one c per norm, c² = mean(x²) + eps over the whole text, in q and k norms over the heads too. "token":
         one c per position, so that this setting alone changes no bit on the same text.
-    keep_first: with freeze, token 0 keeps its own statistic and is left out of the mean.
+    keep: with freeze, which tokens keep their own statistic and are left out of the mean: "first", token 0 of each
+        text, which is often massive (the default), or "none".
     skip: True removes the norm, and its scale with it.
     ids: the text for `freeze`; no other setting needs it.
 
-    `freeze="token"` and `keep_first` depend on positions. So inside the block the model must read each text from its
-    first token: it refuses to continue from a cache.
+    `freeze="token"` and `keep="first"` depend on positions. So inside the block the model must read each text from its
+    first token: it refuses to continue from a cache. An edited model is neither saved, moved, folded nor centred.
 
     Raises RequestError, naming the pattern: for settings, kinds and values that are unknown, contradict each other or
     would do nothing, and for a text that a frozen norm was not measured on.
@@ -102,21 +104,21 @@ class Frozen(RMSNorm):
     kind = "frozen"
     inverse_root: Tensor
 
-    def __init__(self, norm: Norm, inverse_root: Tensor, keep_first: bool) -> None:
+    def __init__(self, norm: Norm, inverse_root: Tensor, keep: str) -> None:
         super().__init__(norm.dim, norm.eps, gain=norm.gain, cast=norm.cast, scale=norm.scale, device="meta")
         self.weight = norm.weight
         self.register_buffer("inverse_root", inverse_root, persistent=False)
-        self.keep_first = keep_first
+        self.keep = keep
 
     @property
     def knows_positions(self) -> bool:
-        return self.keep_first or self.inverse_root.ndim > 0
+        return self.keep != "none" or self.inverse_root.ndim > 0
 
     def normalise(self, wide: Tensor) -> Tensor:
         normed = wide * self._inverse_root_for(wide)
-        if not self.keep_first:
-            return normed
-        return torch.cat([super().normalise(wide[:, :1]), normed[:, 1:]], dim=1)
+        kept = kept_tokens(self.keep, wide)
+        normed[:, kept] = super().normalise(wide[:, kept])
+        return normed
 
     def _inverse_root_for(self, wide: Tensor) -> Tensor:
         root = self.inverse_root
@@ -128,6 +130,11 @@ class Frozen(RMSNorm):
                 f"{wide.shape[0]} of {wide.shape[1]}: score the text it was measured on"
             )
         return root[:, : wide.shape[1]]
+
+
+def kept_tokens(keep: str, x: Tensor) -> Tensor:
+    """Which positions of x (B, T, ...) keep their own statistic when a norm is frozen: (T,) bool."""
+    return (torch.arange(x.shape[1], device=x.device) == 0) & (keep == "first")
 
 
 def _check(settings: Any) -> None:
@@ -144,10 +151,10 @@ def _check(settings: Any) -> None:
         raise RequestError(f"gain must be a number, ('scale', number), 'mean' or 'one', not {short_repr(gain)}")
     check_choice("cast", settings.get("cast", "early"), get_args(Cast), RequestError)
     check_choice("freeze", settings.get("freeze", "mean"), ("mean", "token"), RequestError)
-    for key in ("keep_first", "skip"):
-        check_flag(key, settings.get(key, False), RequestError)
-    if "keep_first" in settings and "freeze" not in settings:
-        raise RequestError("keep_first needs freeze: give both, or leave it out")
+    check_choice("keep", settings.get("keep", KEEP[0]), KEEP, RequestError)
+    check_flag("skip", settings.get("skip", False), RequestError)
+    if "keep" in settings and "freeze" not in settings:
+        raise RequestError("keep needs freeze: give both, or leave it out")
     for one, others in {"skip": set(_SETTINGS) - {"skip"}, "freeze": {"eps", "kind"}}.items():
         if one in settings and (clash := [key for key in settings if key in others]):
             raise RequestError(f"with {one}, {', '.join(clash)} would change nothing; give one or the other")
@@ -195,10 +202,10 @@ def _edited(
     norm = _changed(module if isinstance(module, Norm) else _unit_norm(model, path), settings, model.device)
     if energy is None:
         return norm
-    keep_first = settings.get("keep_first", False)
+    keep = settings.get("keep", KEEP[0])
     if settings["freeze"] == "mean":
-        energy = (energy[:, 1:] if keep_first else energy).mean()
-    return Frozen(norm, torch.rsqrt(energy + norm.eps), keep_first)
+        energy = energy[:, ~kept_tokens(keep, energy)].mean()
+    return Frozen(norm, torch.rsqrt(energy + norm.eps), keep)
 
 
 def _unit_norm(model: Llama, path: str) -> Norm:
@@ -243,5 +250,6 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 def _refuse_continuation(_: nn.Module, args: tuple[Tensor]) -> None:
     if args[0][..., 0].any():
         raise RequestError(
-            "a norm is frozen by position, but the cache already holds tokens: read the whole text at once"
+            "a norm is frozen by position, but the cache already holds tokens: read the whole text at once, or freeze "
+            "the mean with keep='none'"
         )

@@ -1,7 +1,7 @@
 """Paths of norm slots, patterns that select them, and the matrices that read each slot.
 
 A pattern is a module path split at its dots, such as `layers.0-3.*.pre_norm`. Each part is a name, an fnmatch pattern
-(`*`, `?`, `[..]`) or a range `a-b`. `*` does not match across dots.
+(`*`, `?`, `[..]`) or a range `a-b`. `*` does not match across dots. A comma separates patterns: `layers.0.*.*,norm`.
 """
 
 import re
@@ -24,6 +24,7 @@ READERS = {  # the only matrices that read the output of a norm inside a layer
     "feed_forward.pre_norm": ("gate_proj", "up_proj"),
     "feed_forward.mid_norm": ("down_proj",),
 }
+_COMMA = re.compile(r",(?![^\[]*\])")  # but those inside [..]
 _RANGE = re.compile(r"(\d{1,6})-(\d{1,6})")
 
 
@@ -62,7 +63,7 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
     if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
         raise RequestError(f"a pattern of norms must be text or a list of texts, not {short_repr(pattern)}")
     selected: set[str] = set()
-    for one in patterns:
+    for one in (part.strip() for several in patterns for part in _COMMA.split(several)):
         matched = [path for path in known if _matches(path, one)]
         if not matched:
             raise RequestError(f"{short_repr(one)} matches no norm; the norms are {join_names(filled) or 'none'}")

@@ -12,11 +12,13 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from llama_mini import Llama, Tokenizer, lab
 from llama_mini.errors import RequestError
+from llama_mini.lab.editing import edited_norms
 from tests.tiny_families import random_model
 from tests.tiny_models import hf_llama, random_tokens, tiny_model
 
 TEXT = random_tokens(2, 40)
 KEYS = {"attention": "input_layernorm", "feed_forward": "post_attention_layernorm"}
+EPS = {"eps": 0.3}
 ALICE = Path(__file__).parents[1] / "golden" / "alice.txt"
 
 
@@ -67,8 +69,9 @@ def frozen(norm: nn.Module, theirs: LlamaForCausalLM, keep_first: bool) -> Calla
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "mean, token 0 apart": {},
-    "mean": {"keep_first": False},
-    "mean, said": {"freeze": "mean"},
+    "mean": {"keep": "none"},
+    "mean, said, token 0 apart": {"freeze": "mean"},
+    "mean, said": {"freeze": "mean", "keep": "none"},
     "gain": {"gain": ("scale", 2.0)},
     "eps": {"eps": 0.3},
     "skip": {"skip": True},
@@ -104,14 +107,18 @@ def test_ablate_against_transformers(
         assert row.top1 == pytest.approx(top1, abs=1 / TEXT.numel()), row.path
 
 
-def test_ablate_takes_patterns_and_leaves_the_model_as_it_was(ours: Llama) -> None:
+@pytest.mark.parametrize("settings", [{"gain": "one"}, {"freeze": "mean"}, {"freeze": "mean", "keep": "none"}], ids=str)
+@pytest.mark.parametrize("pattern", [["norm", "layers.1-2.feed_forward.pre_norm"], "norm,layers.1-2.feed*.pre_norm"])
+def test_ablate_is_edit_norm_by_norm_and_leaves_the_model_as_it_was(
+    pattern: str | list[str], settings: dict[str, Any], ours: Llama
+) -> None:
     before, expected = dict(ours.named_modules()), ours(TEXT)
-    table = lab.ablate(ours, TEXT, ["norm", "layers.1-2.feed_forward.pre_norm"], gain="one")
+    table = lab.ablate(ours, TEXT, pattern, **settings)
     paths = ["layers.1.feed_forward.pre_norm", "layers.2.feed_forward.pre_norm", "norm"]
     assert table.column("path") == paths
     base = lab.score(ours, TEXT)
     for row in table:
-        with lab.edit(ours, {row.path: {"gain": "one"}}):
+        with lab.edit(ours, {row.path: settings}, TEXT):
             alone = lab.score(ours, TEXT, against=base)
         assert (row.dloss, row.kl, row.top1) == (alone.dloss, alone.kl, alone.top1)
     assert {name: module for name, module in ours.named_modules() if module is not before[name]} == {}
@@ -142,8 +149,9 @@ def test_other_families_go_through_capture_edit_and_ablate(family: str, tmp_path
 def test_errors_come_before_the_work(ours: Llama) -> None:
     with pytest.raises(RequestError, match="unknown setting 'freez'"):
         lab.ablate(ours, TEXT, "norm", freez="mean")
-    with pytest.raises(RequestError, match="'norn' matches no norm"):
-        lab.ablate(ours, TEXT, "norn")
+    for both in (lambda pattern: lab.ablate(ours, TEXT, pattern), lambda pattern: edited_norms(ours, {pattern: EPS})):
+        with pytest.raises(RequestError, match="^'norn' matches no norm; the norms are layers"):
+            both("norm,norn")
     with pytest.raises(RequestError, match="outside the vocabulary"):
         lab.skip_layers(ours, [0, 97])
 
@@ -203,14 +211,14 @@ def test_freezing_is_survivable_with_token_0_apart_once_its_massive_activation_i
     model, ids = real
     early, late = "layers.[258].attention.pre_norm", "layers.[12][258].attention.pre_norm"  # nine layers of the thirty
     apart = lab.ablate(model, ids, [early, late]).column("dloss")
-    without = lab.ablate(model, ids, [early, late], keep_first=False).column("dloss")
+    without = lab.ablate(model, ids, [early, late], keep="none").column("dloss")
     print("apart", *(f"{x:.4f}" for x in apart), "\nwithout", *(f"{x:.4f}" for x in without))
     assert max(apart[3:]) < 0.03
     assert min(without[3:]) > 0.5
     assert min(apart[:3]) > 0.3
     base = lab.score(model, ids)
-    for keep_first, (low, high) in {True: (0.0, 0.1), False: (5.0, 20.0)}.items():
-        edits = {"layers.12-29.attention.pre_norm": {"freeze": "mean", "keep_first": keep_first}}
+    for keep, (low, high) in {"first": (0.0, 0.1), "none": (5.0, 20.0)}.items():
+        edits = {"layers.12-29.attention.pre_norm": {"freeze": "mean", "keep": keep}}
         with lab.edit(model, edits, ids):
             assert low < lab.score(model, ids, against=base).dloss < high
 

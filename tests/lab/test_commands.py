@@ -121,6 +121,32 @@ def test_an_edit_costs_what_the_function_says(
     assert after.kl > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "settings"),
+    [
+        ("ablate", [], {"freeze": "mean"}),
+        ("ablate", ["keep=none"], {"freeze": "mean", "keep": "none"}),
+        ("edit", ["freeze=mean"], {"freeze": "mean"}),
+        ("edit", ["freeze=mean", "keep=none"], {"freeze": "mean", "keep": "none"}),
+        ("ablate", ["layers.0.attention.*,norm", "eps=0.5"], {"eps": 0.5}),
+        ("edit", ["layers.0.attention.*,norm", "eps=0.5"], {"eps": 0.5}),
+    ],
+)
+def test_pattern_and_settings_mean_the_same_in_edit_ablate_and_python(
+    command: str, words: list[str], settings: dict, tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads(out([command, *words, "--model", str(tiny_dir), *TEXT, "--json"], capsys))
+    ours, pattern = Llama.from_pretrained(tiny_dir), words[0] if "," in "".join(words) else "layers.*.*.pre_norm"
+    text = (Path(lab.__file__).parent / "text.txt").read_text(encoding="utf-8")
+    ids = Tokenizer.from_pretrained(tiny_dir).encode(text)[:24]
+    if command == "ablate":
+        assert [row["dloss"] for row in rows] == lab.ablate(ours, ids, pattern, **settings).column("dloss")
+    else:
+        base = lab.score(ours, ids)
+        with lab.edit(ours, {pattern: settings}, ids):
+            assert rows[1]["dloss"] == lab.score(ours, ids, against=base).dloss
+
+
 def test_a_moved_model_is_saved(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out(["move", *ON_A_TEXT["move"], *model, *TEXT, "--save", str(tmp_path / "moved")], capsys)
     moved = lab.norms(Llama.from_pretrained(tmp_path / "moved"))
@@ -239,6 +265,9 @@ def test_the_tour_counts_on_real_activations(
         (["edit", "norm", "eps"], 2, "an edit is written KEY=VALUE"),
         (["edit", "norm", "eps=1", "eps=2"], 2, "given twice"),
         (["edit", "norm", "colour=red"], 2, "colour"),
+        (["edit", "keep=none"], 2, "keep needs freeze"),
+        (["ablate", "norm,norn"], 2, "'norn' matches no norm; the norms are "),
+        (["ablate", "keep=all"], 2, "unknown keep 'all'; known: first, none"),
         (["capture", "--tokens", "1"], 2, "--tokens must be a whole number of at least 2, not 1"),
         (["capture", "--text", "/absent"], 3, "cannot read /absent"),
         (["tour", "--csv"], 2, "leave --csv out"),

@@ -103,7 +103,7 @@ def edit_that_raises(model: Llama) -> None:
 
 
 def edit_whose_step_raises(model: Llama) -> None:
-    frozen = {"layers.*.*.pre_norm": {"freeze": "token", "keep_first": True}}
+    frozen = {"layers.*.*.pre_norm": {"freeze": "token"}}
     with pytest.raises(RequestError, match="frozen by position"), lab.edit(model, frozen, TEXT):
         decode(model)
 

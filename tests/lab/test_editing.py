@@ -52,11 +52,11 @@ FORMULAS = {  # settings -> x, g -> y, in float64
         {"kind": "l2", "eps": 2.0, "gain": 0.3},
         lambda x, g: 0.3 * x / np.sqrt((x**2).sum(-1, keepdims=True) + 2),
     ),
-    "freeze mean": ({"freeze": "mean"}, lambda x, g: g * x / np.sqrt((x**2).mean() + EPS)),
+    "freeze mean": ({"freeze": "mean", "keep": "none"}, lambda x, g: g * x / np.sqrt((x**2).mean() + EPS)),
     "freeze token": ({"freeze": "token"}, lambda x, g: g * x / np.sqrt(square(x) + EPS)),
-    "freeze, gain": ({"freeze": "mean", "gain": "one"}, lambda x, g: x / np.sqrt((x**2).mean() + EPS)),
+    "freeze, gain": ({"freeze": "mean", "keep": "none", "gain": "one"}, lambda x, g: x / np.sqrt((x**2).mean() + EPS)),
     "freeze, keep first": (
-        {"freeze": "mean", "keep_first": True},
+        {"freeze": "mean"},
         lambda x, g: (
             g
             * x
@@ -92,7 +92,7 @@ def test_a_frozen_norm_keeps_its_statistic_when_its_input_changes() -> None:
     path = "layers.0.attention.pre_norm"
     x = lab.capture(model, TEXT)[path].x.double().numpy()
     for freeze, c in {"token": np.sqrt(square(x) + EPS), "mean": np.sqrt((x**2).mean() + EPS)}.items():
-        with lab.edit(model, {path: {"freeze": freeze}, "embed_norm": {"gain": ("scale", 3.0)}}, TEXT):
+        with lab.edit(model, {path: {"freeze": freeze, "keep": "none"}, "embed_norm": {"gain": ("scale", 3.0)}}, TEXT):
             y = lab.capture(model, TEXT)[path].y.double().numpy()
         np.testing.assert_allclose(y, gain_of(model, path) * 3 * x / c, rtol=1e-5, atol=1e-6)
 
@@ -102,7 +102,7 @@ def test_token_0_keeps_its_own_statistic() -> None:
     path = "layers.0.attention.pre_norm"
     plain = lab.capture(model, TEXT)[path].y
     louder = {"embed_norm": {"gain": ("scale", 3.0)}}
-    with lab.edit(model, {path: {"freeze": "token", "keep_first": True}} | louder, TEXT):
+    with lab.edit(model, {path: {"freeze": "token"}} | louder, TEXT):
         y = lab.capture(model, TEXT)[path].y
     torch.testing.assert_close(y[:, 0], plain[:, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(y[:, 1:], 3 * plain[:, 1:], rtol=1e-4, atol=1e-5)
@@ -128,7 +128,7 @@ def test_a_change_that_alters_nothing_costs_nothing(dtype: torch.dtype, plan: An
         if row.gain == "none":
             edits += [{"gain": "one"}, {"gain": "mean"}, {"gain": 1}]
         if row.kind in ("rms", "scale"):
-            edits += [{"freeze": "token"}, {"freeze": "token", "keep_first": True}]
+            edits += [{"freeze": "token"}, {"freeze": "token", "keep": "none"}]
         for settings in edits:
             with lab.edit(model, {row.path: settings}, TEXT):
                 same = lab.score(model, TEXT, against=base)

@@ -38,7 +38,7 @@ def assert_as_before(model: Llama, before: dict[str, nn.Module], state: dict[str
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("settings", [{"kind": "layer"}, {"skip": True}, {"freeze": "token", "keep_first": True}])
+@pytest.mark.parametrize("settings", [{"kind": "layer"}, {"skip": True}, {"freeze": "token"}])
 def test_an_edit_is_undone(settings: dict[str, Any]) -> None:
     model = tiny_model(norm_plan="peri")
     before, state = dict(model.named_modules()), {k: v.clone() for k, v in model.state_dict().items()}
@@ -141,19 +141,19 @@ def test_inside_inference_mode_and_while_training() -> None:
     assert model.layers[0].attention.q_proj.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("settings", [{"freeze": "token"}, {"freeze": "mean", "keep_first": True}])
+@pytest.mark.parametrize("settings", [{"freeze": "token", "keep": "none"}, {"freeze": "mean"}])
 def test_positions_are_whole_texts(settings: dict[str, Any]) -> None:
     """A frozen norm that tells positions apart cannot tell those of a cache; a plain mean can do without."""
     model = tiny_model()
     with lab.edit(model, {PATH: settings}, TEXT):
         cache = model.new_cache(2, 30)
         torch.testing.assert_close(model(TEXT[:, :20], cache), model(TEXT)[:, :20], rtol=0, atol=1e-5)
-        with pytest.raises(RequestError, match="the cache already holds tokens"):
+        with pytest.raises(RequestError, match=r"cache already holds tokens: .* with keep='none'"):
             model(TEXT[:, 20:], cache)
     cache.truncate(0, 20)
     cache.truncate(1, 20)
     model(TEXT[:, 20:], cache)
-    with lab.edit(model, {PATH: {"freeze": "mean"}}, TEXT):
+    with lab.edit(model, {PATH: {"freeze": "mean", "keep": "none"}}, TEXT):
         cache, whole = model.new_cache(2, 30), model(TEXT)
         model(TEXT[:, :20], cache)
         torch.testing.assert_close(model(TEXT[:, 20:], cache), whole[:, 20:], rtol=0, atol=1e-5)
@@ -179,7 +179,7 @@ NAME = r"'layers.1.\*.pre_norm'"
     [
         ({}, "expected settings such as"),
         (None, "expected settings such as dict\\(eps=1e-6\\), found None"),
-        ({"epsilon": 1}, "unknown setting 'epsilon'; known: eps, kind, gain, cast, freeze, keep_first, skip"),
+        ({"epsilon": 1}, "unknown setting 'epsilon'; known: eps, kind, gain, cast, freeze, keep, skip"),
         ({3: 1}, "unknown setting 3"),
         ({"eps": -1e-6}, "eps must be a finite number of at least 0, not -1e-06"),
         ({"eps": float("nan")}, "eps must be"),
@@ -198,9 +198,9 @@ NAME = r"'layers.1.\*.pre_norm'"
         ({"cast": "middle"}, "unknown cast 'middle'; known: early, late"),
         ({"cast": torch.ones(2)}, "unknown cast"),
         ({"freeze": "text"}, "unknown freeze 'text'; known: mean, token"),
-        ({"freeze": "mean", "keep_first": 1}, "keep_first must be true or false, not 1"),
+        ({"freeze": "mean", "keep": True}, "unknown keep True; known: first, none"),
         ({"skip": "yes"}, "skip must be true or false"),
-        ({"keep_first": True}, "keep_first needs freeze"),
+        ({"keep": "first"}, "keep needs freeze: give both"),
         ({"skip": True, "eps": 1e-3}, "with skip, eps would change nothing"),
         ({"skip": True, "freeze": "mean"}, "with skip, freeze would change nothing"),
         ({"freeze": "mean", "eps": 1e-3}, "with freeze, eps would change nothing"),

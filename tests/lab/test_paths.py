@@ -44,6 +44,8 @@ def test_slots_stand_in_the_order_of_the_forward_pass() -> None:
         ("layers.1?.feed_forward.*", ["layers.10.feed_forward.pre_norm", "layers.11.feed_forward.pre_norm"]),
         ("layers.[35].att*.pre_*", ["layers.3.attention.pre_norm", "layers.5.attention.pre_norm"]),
         (["norm", "layers.0.*.*", "layers.0.attention.pre_norm"], [*PRE[:2], "norm"]),  # sorted, once each
+        ("norm, layers.0.*.*,layers.0.attention.pre_norm", [*PRE[:2], "norm"]),
+        (["norm,layers.[0,1].attention.*", "layers.1-1.*.*"], [PRE[0], PRE[2], PRE[3], "norm"]),
     ],
 )
 def test_patterns(pattern: str | list[str] | None, expected: list[str]) -> None:
@@ -64,6 +66,8 @@ def test_empty_slots_only_if_asked_for() -> None:
         ("layers.*", "matches no norm"),
         ("layers.*.attention.q_norm", "matches only empty slots: layers.0.attention.q_norm.*give a kind"),
         (["norm", "norn"], "'norn' matches no norm"),
+        ("norm,norn,layers.0.*.*", "^'norn' matches no norm; the norms are layers.0.attention.pre_norm, "),
+        ("norm,", "'' matches no norm"),
         ("", "'' matches no norm"),
         (7, "a pattern of norms must be text or a list of texts, not 7"),
         ([7], "a pattern of norms must be text"),

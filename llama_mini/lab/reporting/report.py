@@ -175,7 +175,7 @@ def _costs(model: Llama, tokens: Tensor) -> dict[str, Any]:
     paths = [row.path for row in table if row.kind in _FREEZABLE]
     if not paths:
         return {"rows": [], "kinds": " or ".join(_FREEZABLE)}
-    rows = ablate(model, tokens, paths, freeze="mean", keep_first=True)
+    rows = ablate(model, tokens, paths)
     patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
     return {
         "svg": svg(figures.norm_cost_picture(rows), "cost"),

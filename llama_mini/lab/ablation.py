@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_mini.lab.cost import Score, as_tokens, score
+from llama_mini.errors import NumericalError
+from llama_mini.lab.cost import Score, score
 from llama_mini.lab.editing import edited_norms, swapped
 from llama_mini.lab.paths import select
-from llama_mini.lab.recording import watched
+from llama_mini.lab.recording import as_tokens, watched
 from llama_mini.lab.study import progress
 from llama_mini.lab.table import Table
 from llama_mini.model.llama import Llama
@@ -19,23 +20,31 @@ from llama_mini.model.llama import Llama
 
 @dataclass(frozen=True)
 class AblatedNorm:
-    """The cost of one edited norm. dloss, kl and top1 are those of Score."""
+    """The cost of one edited norm. dloss, kl and top1 are those of Score.
+
+    error: where NaN or infinity first appear, if the edit ends in them; the costs are then NaN. Else None.
+    """
 
     path: str
     dloss: float
     kl: float
     top1: float
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """The cost of skipping one layer, and the angle between its input and output in the full model, in units of π."""
+    """The cost of skipping one layer, and the angle between its input and output in the full model, in units of π.
+
+    error: as in AblatedNorm.
+    """
 
     layer: int
     dloss: float
     kl: float
     top1: float
     angle: float
+    error: str | None = None
 
 
 def ablate(
@@ -47,7 +56,7 @@ def ablate(
     settings: those of `edit`, by default freeze="mean". The statistic for `freeze` is measured once, on the same ids,
         in the unchanged model.
 
-    Raises RequestError as `edit` does.
+    Raises RequestError as `edit` does; NumericalError if the logits of the unchanged model are not finite.
     """
     if settings.keys() <= {"keep"}:
         settings = {"freeze": "mean"} | settings
@@ -56,8 +65,7 @@ def ablate(
     base = score(model, ids)
     rows = []
     for path, module in progress(modules.items(), "ablate", unit="norm"):
-        dloss, kl, top1 = _cost(model, ids, {path: module}, base)
-        rows.append(AblatedNorm(path, dloss, kl, top1))
+        rows.append(AblatedNorm(path, **_cost(model, ids, {path: module}, base)))
     return Table(rows)
 
 
@@ -67,8 +75,7 @@ def skip_layers(model: Llama, ids: Tensor | Sequence[int]) -> Table[SkippedLayer
     angles = _angles(model, ids)
     rows = []
     for i in progress(range(len(model.layers)), "skip layers", unit="layer"):
-        dloss, kl, top1 = _cost(model, ids, {f"layers.{i}": _PassThrough()}, base)
-        rows.append(SkippedLayer(i, dloss, kl, top1, angles[i]))
+        rows.append(SkippedLayer(i, angle=angles[i], **_cost(model, ids, {f"layers.{i}": _PassThrough()}, base)))
     return Table(rows)
 
 
@@ -79,12 +86,13 @@ class _PassThrough(nn.Module):
         return x
 
 
-def _cost(
-    model: Llama, ids: Tensor | Sequence[int], modules: dict[str, nn.Module], base: Score
-) -> tuple[float, float, float]:
+def _cost(model: Llama, ids: Tensor | Sequence[int], modules: dict[str, nn.Module], base: Score) -> dict[str, Any]:
     with swapped(model, modules):
-        changed = score(model, ids, against=base)
-    return changed.dloss, changed.kl, changed.top1  # type: ignore[return-value]  # the base sets them
+        try:
+            changed = score(model, ids, against=base)
+        except NumericalError as error:
+            return {"dloss": math.nan, "kl": math.nan, "top1": math.nan, "error": str(error)}
+    return {"dloss": changed.dloss, "kl": changed.kl, "top1": changed.top1}
 
 
 def _angles(model: Llama, ids: Tensor | Sequence[int]) -> list[float]:

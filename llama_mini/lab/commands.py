@@ -5,15 +5,17 @@ import json
 import shlex
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 from llama_mini import lab
 from llama_mini.checkpoint.open import open_checkpoint
-from llama_mini.errors import RequestError
+from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.command_io import captured, checkpoint, read_ids, read_model, read_settings, scores, show
 from llama_mini.lab.cost import Score
 from llama_mini.lab.reporting import figures, plan_figures
 from llama_mini.lab.reporting.report import Shell
 from llama_mini.lab.reporting.style import check_drawable, check_picture
+from llama_mini.lab.table import Table
 from llama_mini.lab.tour import tour
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer.tokenizer import open_tokenizer
@@ -61,6 +63,7 @@ def _ablate(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
     costs = lab.ablate(model, read_ids(tokenizer, args), args.pattern, **read_settings(args.settings))
     show(args, costs, lambda: figures.norm_cost_picture(costs))
+    _check_finite(costs)
 
 
 def _edit(args: argparse.Namespace) -> None:
@@ -75,6 +78,13 @@ def _skip(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
     costs = lab.skip_layers(model, read_ids(tokenizer, args))
     show(args, costs, lambda: figures.skip_picture(costs))
+    _check_finite(costs)
+
+
+def _check_finite(rows: Table[Any]) -> None:
+    if errors := [row.error for row in rows if row.error is not None]:
+        has = "has" if len(errors) == 1 else "have"
+        raise NumericalError(f"{len(errors)} of {len(rows)} rows {has} no cost: {errors[0]}")
 
 
 def _move(args: argparse.Namespace) -> None:

@@ -2,21 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama_mini.engine.logprobs import LOGITS_AT_ONCE, kl_divergence, token_logprobs
-from llama_mini.errors import RequestError
+from llama_mini.errors import NumericalError, RequestError
+from llama_mini.lab.recording import as_tokens, watched
 from llama_mini.model.llama import Llama
-from llama_mini.validate import check_token_ids
-
-_NO_INTEGER = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """The loss of a model on a text, and the differences from a base. NaN logits make loss and KL NaN.
+    """The loss of a model on a text, and the differences from a base.
 
     Attributes:
         tokens: the text, (B, T) int64.
@@ -46,7 +45,8 @@ class Score:
 def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = None) -> Score:
     """Scores token ids, (T,), (B, T) or a list. `against`: a base, an earlier score of the same ids to compare with.
 
-    Raises RequestError if there is no token to predict, or if text or vocabulary differ from the base's.
+    Raises RequestError if there is no token to predict, or if text or vocabulary differ from the base's;
+    NumericalError, naming the first module and token, if the logits hold NaN or infinity.
     """
     tokens = as_tokens(model, ids)
     if against is not None and not torch.equal(against.tokens.cpu(), tokens.cpu()):
@@ -55,6 +55,8 @@ def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = Non
         )
     with torch.inference_mode():
         logits = model(tokens)
+        if not all(part.isfinite().all() for part in _in_parts(logits.flatten(0, 1))):
+            raise NumericalError(f"NaN or infinity in the logits, first at {_first_not_finite(model, tokens)}")
         loss = _loss(logits, tokens)
     if against is None:
         return Score(tokens, loss, logits)
@@ -67,19 +69,20 @@ def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = Non
     return Score(tokens, loss, logits, loss - against.loss, kl / tokens.numel(), same / tokens.numel())
 
 
-def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> Tensor:
-    """Token ids as (B, T) int64 on the model's device; raises RequestError if T < `at_least` or an id is unknown."""
-    try:
-        tokens = torch.as_tensor(ids, device=model.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RequestError(f"token ids must be a tensor or list of whole numbers: {error}") from None
-    if tokens.is_floating_point() or tokens.dtype in _NO_INTEGER:
-        raise RequestError(f"token ids must be whole numbers, not {tokens.dtype}")
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < at_least:
-        raise RequestError(f"token ids must be (T,) or (B, T), T at least {at_least}, not {tuple(tokens.shape)}")
-    check_token_ids((int(tokens.min()), int(tokens.max())), model.config.vocab_size, RequestError)
-    return tokens.to(torch.int64)
+def _first_not_finite(model: Llama, tokens: Tensor) -> str:
+    """The first module, the innermost one, that returns NaN or infinity, and the first token where it does."""
+    first: list[str] = []
+
+    def see(path: str, _: Tensor, y: Any) -> None:
+        if not first and isinstance(y, Tensor) and len(bad := (~y.isfinite()).flatten(2).any(-1).nonzero()):
+            row, token = bad[0].tolist()
+            first.append(f"{path or 'the logits'}, token {token}" + (f" of row {row}" if len(tokens) > 1 else ""))
+
+    # Not an empty slot: the module before it in the forward pass says more.
+    modules = {path: module for path, module in model.named_modules() if not isinstance(module, nn.Identity)}
+    with watched(modules, see):
+        model(tokens)
+    return first[0] if first else "an operator that computes several modules"  # hooks make it step aside
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> float:

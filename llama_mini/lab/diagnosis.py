@@ -20,10 +20,9 @@ from llama_mini.checkpoint.match import empty_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.errors import ConfigError, LlamaMiniWarning
-from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import slots
-from llama_mini.lab.recording import watched
+from llama_mini.lab.recording import as_tokens, watched
 from llama_mini.lab.table import Table
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm, PartialRMSNorm

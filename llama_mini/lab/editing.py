@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.errors import RequestError
-from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import select, slot_width, slots
-from llama_mini.lab.recording import watched
+from llama_mini.lab.recording import as_tokens, watched
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import NORMS, Cast, Norm, RMSNorm
 from llama_mini.validate import check_choice, check_flag, check_number, is_finite, join_names, short_repr

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.errors import RequestError
-from llama_mini.lab.cost import as_tokens
 from llama_mini.lab.paths import select
 from llama_mini.model.llama import Llama
-from llama_mini.validate import check_choice
+from llama_mini.validate import check_choice, check_token_ids
 
 MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
+_NO_INTEGER = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 _JUMP = 10  # the layer where a massive activation is born raises the ratio by at least this factor
 
 
@@ -107,6 +107,21 @@ def capture(
         model(tokens)
     pre, mid, post = stream[:-1:2], stream[1::2], stream[2::2]
     return Recording({path: records[path] for path in paths}, ResidualStream(tuple(pre), tuple(mid), tuple(post)))
+
+
+def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> Tensor:
+    """Token ids as (B, T) int64 on the model's device; raises RequestError if T < `at_least` or an id is unknown."""
+    try:
+        tokens = torch.as_tensor(ids, device=model.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(f"token ids must be a tensor or list of whole numbers: {error}") from None
+    if tokens.is_floating_point() or tokens.dtype in _NO_INTEGER:
+        raise RequestError(f"token ids must be whole numbers, not {tokens.dtype}")
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < at_least:
+        raise RequestError(f"token ids must be (T,) or (B, T), T at least {at_least}, not {tuple(tokens.shape)}")
+    check_token_ids((int(tokens.min()), int(tokens.max())), model.config.vocab_size, RequestError)
+    return tokens.to(torch.int64)
 
 
 @contextmanager

@@ -28,6 +28,10 @@ class Table(Sequence[Row], Generic[Row]):
     def column(self, name: str) -> list[Any]:
         return [getattr(row, name) for row in self._rows]
 
+    def shown(self) -> list[str]:
+        """The names of the columns that are shown to people: those with a value in some row."""
+        return [name for name in self._names() if any(value is not None for value in self.column(name))]
+
     def to_json(self) -> str:
         """A JSON list of objects. A number that is not finite is null."""
         rows = [{name: finite(getattr(row, name)) for name in self._names()} for row in self._rows]
@@ -44,7 +48,7 @@ class Table(Sequence[Row], Generic[Row]):
 
     def __str__(self) -> str:
         columns = []
-        for name in self._names():
+        for name in self.shown():
             values = self.column(name)
             cells = [name, *map(_cell, values)]
             width, numeric = max(map(len, cells)), all(isinstance(value, int | float | None) for value in values)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from llama_mini import Llama, Tokenizer, lab
-from llama_mini.errors import RequestError
+from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.editing import edited_norms
 from tests.tiny_families import random_model
 from tests.tiny_models import hf_llama, random_tokens, tiny_model
@@ -150,10 +150,45 @@ def test_errors_come_before_the_work(ours: Llama) -> None:
     with pytest.raises(RequestError, match="unknown setting 'freez'"):
         lab.ablate(ours, TEXT, "norm", freez="mean")
     for both in (lambda pattern: lab.ablate(ours, TEXT, pattern), lambda pattern: edited_norms(ours, {pattern: EPS})):
-        with pytest.raises(RequestError, match="^'norn' matches no norm; the norms are layers"):
+        with pytest.raises(RequestError, match=r"^'norn' matches no norm; the norms are layers\."):
             both("norm,norn")
     with pytest.raises(RequestError, match="outside the vocabulary"):
         lab.skip_layers(ours, [0, 97])
+
+
+ZEROS = "NaN or infinity in the logits, first at layers.{}.attention.pre_norm, token 7 of row 1"
+
+
+@pytest.fixture
+def with_a_row_of_zeros(ours: Llama) -> Llama:
+    """One token, TEXT[1, 7], is embedded as zeros: what attention adds to it is its stream. With eps 0, 0/0 is NaN."""
+    assert (TEXT[1, 7] == TEXT).sum() == 1
+    ours.tok_embeddings.weight[TEXT[1, 7]] = 0
+    return ours
+
+
+def test_an_edit_that_ends_in_nan_is_a_row_that_says_where(with_a_row_of_zeros: Llama) -> None:
+    table = lab.ablate(with_a_row_of_zeros, TEXT, eps=0.0)
+    assert table[0].error == ZEROS.format(0)
+    assert np.isnan([table[0].dloss, table[0].kl, table[0].top1]).all()
+    assert len(table) == 7
+    assert all(row.error is None and np.isfinite([row.dloss, row.kl, row.top1]).all() for row in table[1:])
+    assert str(table).splitlines()[0].split() == ["path", "dloss", "kl", "top1", "error"]
+
+
+def test_a_skip_that_ends_in_nan_is_a_row_that_says_where(with_a_row_of_zeros: Llama) -> None:
+    with_a_row_of_zeros.layers[1].attention.pre_norm.eps = 0.0  # without layer 0 it reads zeros
+    table = lab.skip_layers(with_a_row_of_zeros, TEXT)
+    assert [row.error for row in table] == [ZEROS.format(1), None, None]
+    assert np.isfinite(table.column("angle")).all()
+    assert list(np.isfinite(table.column("dloss"))) == [False, True, True]
+
+
+def test_a_model_that_is_broken_already_has_no_costs(ours: Llama) -> None:
+    ours.norm.weight[0] = torch.nan
+    for measure in (lab.ablate, lab.skip_layers):
+        with pytest.raises(NumericalError, match="first at norm, token 0 of row 0"):
+            measure(ours, TEXT)
 
 
 def test_skip_layers_against_transformers(ours: Llama, theirs: LlamaForCausalLM) -> None:

@@ -61,7 +61,8 @@ def test_a_table_and_its_json_and_csv_say_the_same(
     table = out(args, capsys).splitlines()
     rows = json.loads(out([*args, "--json"], capsys))
     lines = list(csv.DictReader(io.StringIO(out([*args, "--csv"], capsys))))
-    assert table[0].split() == list(rows[0]) == list(lines[0])
+    assert list(rows[0]) == list(lines[0])
+    assert table[0].split() == [name for name in rows[0] if any(row[name] is not None for row in rows)]
     assert len(table) - 1 >= len(rows) == len(lines) > 0
 
 
@@ -119,32 +120,6 @@ def test_an_edit_costs_what_the_function_says(
     assert (base["loss"], edited["dloss"], edited["kl"]) == (before.loss, after.dloss, after.kl)
     assert after.kl is not None
     assert after.kl > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("command", "words", "settings"),
-    [
-        ("ablate", [], {"freeze": "mean"}),
-        ("ablate", ["keep=none"], {"freeze": "mean", "keep": "none"}),
-        ("edit", ["freeze=mean"], {"freeze": "mean"}),
-        ("edit", ["freeze=mean", "keep=none"], {"freeze": "mean", "keep": "none"}),
-        ("ablate", ["layers.0.attention.*,norm", "eps=0.5"], {"eps": 0.5}),
-        ("edit", ["layers.0.attention.*,norm", "eps=0.5"], {"eps": 0.5}),
-    ],
-)
-def test_pattern_and_settings_mean_the_same_in_edit_ablate_and_python(
-    command: str, words: list[str], settings: dict, tiny_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = json.loads(out([command, *words, "--model", str(tiny_dir), *TEXT, "--json"], capsys))
-    ours, pattern = Llama.from_pretrained(tiny_dir), words[0] if "," in "".join(words) else "layers.*.*.pre_norm"
-    text = (Path(lab.__file__).parent / "text.txt").read_text(encoding="utf-8")
-    ids = Tokenizer.from_pretrained(tiny_dir).encode(text)[:24]
-    if command == "ablate":
-        assert [row["dloss"] for row in rows] == lab.ablate(ours, ids, pattern, **settings).column("dloss")
-    else:
-        base = lab.score(ours, ids)
-        with lab.edit(ours, {pattern: settings}, ids):
-            assert rows[1]["dloss"] == lab.score(ours, ids, against=base).dloss
 
 
 def test_a_moved_model_is_saved(model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Loss, KL and agreement, against transformers and float64 NumPy."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llama_mini import Llama
-from llama_mini.errors import RequestError
-from llama_mini.lab.cost import as_tokens, score
+from llama_mini.errors import NumericalError, RequestError
+from llama_mini.lab.cost import score
+from llama_mini.lab.recording import as_tokens
 from tests.tiny_models import hf_llama, random_tokens, tiny_model
 
 TEXT = random_tokens(2, 300)  # longer than one piece of the log-softmax
@@ -98,9 +101,49 @@ def test_a_base_of_another_text_or_vocabulary_is_refused() -> None:
         score(tiny_model(vocab_size=101), TEXT, against=base)
 
 
-def test_nan_is_told_and_does_not_pass_for_no_change() -> None:
-    model = tiny_model()
-    base = score(model, TEXT)
-    model.norm.weight[0] = torch.nan
-    broken = score(model, TEXT, against=base)
-    assert np.isnan([broken.loss, broken.dloss, broken.kl]).all()
+def weight(path: str) -> Callable[[Llama], None]:
+    """Breaks one weight: NaN if it is a gain, else infinity."""
+
+    def change(model: Llama) -> None:
+        parameter = model.get_parameter(f"{path}.weight")
+        parameter.view(-1)[3] = torch.nan if parameter.ndim == 1 else torch.inf
+
+    return change
+
+
+def one_token(model: Llama) -> None:
+    """The embedding of the token that is first found at 1, 4."""
+    model.tok_embeddings.weight[SHORT[1, 4]] = torch.nan
+
+
+def overflow(model: Llama) -> None:
+    """The sum of the stream and a branch, where no module is."""
+    model.half()
+    model.tok_embeddings.weight.fill_(60_000)
+    model.layers[1].attention.beta = 1e5
+
+
+SHORT = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 3, 2, 1, 7, 7]])
+BROKEN: list[tuple[Callable[[Llama], None], str]] = [
+    (weight("norm"), "norm, token 0 of row 0"),
+    (weight("layers.1.feed_forward.pre_norm"), "layers.1.feed_forward.pre_norm, token 0 of row 0"),
+    (weight("layers.2.attention.k_norm"), "layers.2.attention.k_norm, token 0 of row 0"),
+    (weight("layers.2.attention.o_proj"), "layers.2.attention.o_proj, token 0 of row 0"),
+    (weight("lm_head"), "lm_head, token 0 of row 0"),
+    (one_token, "tok_embeddings, token 4 of row 1"),
+    (overflow, "layers.1.attention, token 0 of row 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "where"), BROKEN, ids=[where for _, where in BROKEN])
+def test_nan_and_infinity_are_an_error_that_says_where_they_begin(change: Callable[[Llama], None], where: str) -> None:
+    model = tiny_model(norm_plan="pre+qk")
+    base = score(model, SHORT)
+    change(model)
+    for against in (None, base):
+        with pytest.raises(NumericalError, match=f"^NaN or infinity in the logits, first at {re.escape(where)}$"):
+            score(model, SHORT, against=against)
+    row = SHORT[1:] if "row 1" in where else SHORT[:1]
+    with pytest.raises(NumericalError, match=f"first at {re.escape(where.split(' of')[0])}$"):
+        score(model, row)
+    assert not any(module._forward_hooks for module in model.modules())

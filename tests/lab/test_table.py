@@ -40,6 +40,14 @@ def test_print() -> None:
     assert repr(Table(ROWS)) == str(Table(ROWS))
 
 
+def test_a_column_without_values_is_kept_for_programs_and_not_printed() -> None:
+    table = Table([Row("norm", 1.0, None, 3), Row("x", 2.0, None, 4)])
+    assert str(table).splitlines()[0].split() == ["path", "dloss", "layer"]
+    assert table.shown() == ["path", "dloss", "layer"]
+    assert table.to_csv().splitlines()[0] == "path,dloss,eps,layer"
+    assert json.loads(table.to_json())[0]["eps"] is None
+
+
 def test_json_is_strict_and_exact() -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)

@@ -14,16 +14,17 @@ from torch import Tensor
 import llama_mini
 from llama_mini.errors import ConfigError, RequestError
 from llama_mini.lab.ablation import ablate, skip_layers
-from llama_mini.lab.cost import as_tokens, score
+from llama_mini.lab.cost import score
 from llama_mini.lab.diagnosis import doctor
 from llama_mini.lab.measurement import init
 from llama_mini.lab.norm_table import norms
 from llama_mini.lab.paths import select
-from llama_mini.lab.recording import MASSIVE, Recording, capture, massive_activation
+from llama_mini.lab.recording import MASSIVE, Recording, as_tokens, capture, massive_activation
 from llama_mini.lab.reporting import figures, plan_figures, style
 from llama_mini.lab.reporting.diagram import diagram, layer_kinds, ranges
 from llama_mini.lab.reporting.style import check_drawable, svg, write_whole
 from llama_mini.lab.study import label, progress
+from llama_mini.lab.table import Table
 from llama_mini.lab.theory import Profile, predict
 from llama_mini.lab.training import Race
 from llama_mini.machine import dtype_name
@@ -97,8 +98,12 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"fmt": format, "number": _number, "share": _share, "vars": vars}
+    env.filters |= {"fmt": format, "number": _number, "share": _share, "records": _records}
     return env.get_template(_TEMPLATE, globals={"command": _COMMAND, "style": style, "massive_ratio": MASSIVE})
+
+
+def _records(rows: Table[Any]) -> list[dict[str, Any]]:
+    return [{name: getattr(row, name) for name in rows.shown()} for row in rows]
 
 
 def _number(value: float) -> str:
@@ -180,7 +185,8 @@ def _costs(model: Llama, tokens: Tensor) -> dict[str, Any]:
     return {
         "svg": svg(figures.norm_cost_picture(rows), "cost"),
         "rows": rows,
-        "worst": max(rows, key=lambda row: row.dloss),
+        "errors": sum(row.error is not None for row in rows),
+        "worst": max((row for row in rows if row.error is None), key=lambda row: row.dloss, default=None),
         "free": sum(abs(row.dloss) < 0.01 for row in rows),
         "others": len(table) - len(paths),
         "pattern": shlex.quote(",".join(patterns)) if select(model, patterns) == paths else "",
@@ -201,8 +207,8 @@ def _gains(model: Llama) -> dict[str, Any]:
 
 def _layers(model: Llama, tokens: Tensor) -> dict[str, Any]:
     rows = skip_layers(model, tokens)
-    most, least = max(rows, key=lambda row: row.dloss), min(rows, key=lambda row: row.dloss)
-    return {"svg": svg(figures.skip_picture(rows), "skip"), "rows": rows, "most": most, "least": least}
+    done = sorted((row for row in rows if row.error is None), key=lambda row: row.dloss)
+    return {"svg": svg(figures.skip_picture(rows), "skip"), "rows": rows, "done": done}
 
 
 def _init(model: Llama) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The report: one HTML file that is whole, shows the lab's own numbers, and lets no text from a file become markup."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -12,10 +13,12 @@ import torch
 
 from llama_mini import lab
 from llama_mini.errors import RequestError
+from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
 from llama_mini.lab.recording import capture, massive_activation
 from llama_mini.lab.reporting import report as report_module
 from llama_mini.lab.reporting.report import report
 from llama_mini.lab.reporting.style import DARK, LIGHT, SVG
+from llama_mini.lab.table import Table
 from llama_mini.lab.training import Race
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
@@ -221,6 +224,23 @@ def test_a_folder_that_is_not_there_is_refused_before_the_work(tmp_path: Path, m
     monkeypatch.setattr(report_module, "score", None)
     with pytest.raises(RequestError, match=r"cannot write .*a\.html: there is no folder .*; make it first"):
         report(tmp_path / "no" / "a.html", tiny_model(), IDS)
+
+
+@pytest.mark.parametrize("n_finite", [0, 1])
+def test_costs_that_are_nan_are_said_and_not_taken_for_the_highest(
+    n_finite: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, where, nan = tiny_model(), "NaN or infinity in the logits, first at norm, token 0", math.nan
+    monkeypatch.setattr(report_module, "predict", lambda *_: (_ for _ in ()).throw(RequestError("no theory")))
+    frozen = [AblatedNorm("norm", nan, nan, nan, where), AblatedNorm("layers.0.attention.pre_norm", -1, 1, 1)]
+    skipped = [SkippedLayer(0, nan, nan, nan, 0.1, where), SkippedLayer(1, 2.5, 1, 1, 0.1)]
+    monkeypatch.setattr(report_module, "ablate", lambda *_: Table(frozen[: 1 + n_finite]))
+    monkeypatch.setattr(report_module, "skip_layers", lambda *_: Table(skipped[: 1 + n_finite]))
+    text = Page(report(tmp_path / "a.html", model, IDS)).text
+    assert text.count("1 end in NaN or infinity, and have no cost.") == 2
+    assert text.count(where) == 2
+    assert ("The highest cost is that of layers.0.attention.pre_norm, -1 nats" in text) is bool(n_finite)
+    assert ("Skipping layer 1 costs most, +2.5 nats" in text) is bool(n_finite)
 
 
 # --- in a browser ---

@@ -54,10 +54,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         (edit, PRE_NORMS),
         (move, "layers.*.feed_forward.pre_norm"),
     ):
-        command.add_argument("pattern", nargs="?", default=pattern, help="norms; default: %(default)s")
+        command.add_argument(
+            "pattern", nargs="?", default=pattern, help="norms, such as layers.0-3.*.*,norm; default: %(default)s"
+        )
     fold.add_argument("pattern", nargs="?", help="norms; default: all whose gain can be folded")
     for command, default in ((ablate, "freeze=mean"), (edit, "eps=1e-3")):
-        what = f"such as eps=1e-3 kind=layer; keep=none freezes token 0 too; default: {default}"
+        what = f"such as eps=1e-3 kind=layer; with freeze=mean, keep=none freezes token 0 too; default: {default}"
         command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=what)
     move.add_argument("--to", default="out", metavar="SLOT", help="pre, mid, out or post; default: %(default)s")
     for command in (move, fold):

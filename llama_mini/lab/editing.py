@@ -21,7 +21,7 @@ from llama_mini.validate import check_choice, check_flag, check_number, is_finit
 
 Edits = Mapping[str, Mapping[str, Any]]
 _SETTINGS = ("eps", "kind", "gain", "cast", "freeze", "keep", "skip")
-KEEP = ("first", "none")  # the default first
+KEEP = ("first", "none")  # the first one is the default
 
 
 @contextmanager
@@ -37,8 +37,8 @@ def edit(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) 
     freeze: compute g·x/c with a constant c, measured on `ids` in the model before this edit. Kinds rms and scale only.
         "mean": one c per norm, c² = mean(x²) + eps over the whole text, in q and k norms over the heads too. "token":
         one c per position, so that this setting alone changes no bit on the same text.
-    keep: with freeze, which tokens keep their own statistic and are left out of the mean: "first", token 0 of each
-        text, which is often massive (the default), or "none".
+    keep: with freeze, which tokens keep their own statistic and are left out of the mean: "first" (the default), token
+        0 of each text, which is often massive, or "none".
     skip: True removes the norm, and its scale with it.
     ids: the text for `freeze`; no other setting needs it.
 

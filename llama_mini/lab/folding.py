@@ -1,6 +1,7 @@
 """Moves what norms do into the matrices around them: gains into those that read a norm's output, and LayerNorm's
 subtraction of the mean into those that write its input."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -24,7 +25,7 @@ _WHY_NOT = {
 
 
 @torch.inference_mode(False)  # the new parameters can be trained even if the caller only infers
-def fold(model: Llama, pattern: str | None = None) -> Llama:
+def fold(model: Llama, pattern: str | Sequence[str] | None = None) -> Llama:
     """A new model whose pre, mid and final norms (or those at `pattern`) have gains of one: their readers absorb them.
 
     The logits stay the same: within 5e-6 of the largest in float32, and bit for bit if the gains are powers of two. In

@@ -1,5 +1,6 @@
 """Moving norms of a real model to another place in their branch, gains and all."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from llama_mini.checkpoint.plain import check_plain
@@ -14,7 +15,7 @@ from llama_mini.validate import check_choice
 _TARGETS = ("pre", "mid", "out", "post")
 
 
-def move(model: Llama, pattern: str, to: str) -> Llama:
+def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
     """A new model whose norms at `pattern` are in the slot `to` of their branch: pre, mid, out or post.
 
     The norms keep their gains. The new model shares every parameter with `model`, which does not change. It has its own

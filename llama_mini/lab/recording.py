@@ -16,8 +16,8 @@ from llama_mini.model.llama import Llama
 from llama_mini.validate import check_choice, check_token_ids
 
 MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
-_NO_INTEGER = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 _JUMP = 10  # the layer where a massive activation is born raises the ratio by at least this factor
+_NO_INTEGER = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 
 
 class Peak(NamedTuple):

@@ -111,6 +111,8 @@ def capture(
 
 def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> Tensor:
     """Token ids as (B, T) int64 on the model's device; raises RequestError if T < `at_least` or an id is unknown."""
+    if model.device.type == "meta":
+        raise RequestError("the model is on the meta device, where it has no weights: load it on cpu or cuda")
     try:
         tokens = torch.as_tensor(ids, device=model.device)
     except (TypeError, ValueError, RuntimeError) as error:

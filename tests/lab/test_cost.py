@@ -90,6 +90,11 @@ def test_other_ids_are_refused(ids: Any, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(RequestError, match="on the meta device, where it has no weights"):
+        score(tiny_model().to("meta"), TEXT)
+
+
 def test_a_base_of_another_text_or_vocabulary_is_refused() -> None:
     model = tiny_model()
     base = score(model, TEXT)

@@ -1,7 +1,7 @@
 """Runs requests on a model: each prompt is prefilled alone, then all sequences of a group decode together."""
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Runner:
         self.model = model
         self.eos_ids = eos_ids
         self.last_prefix: Prefix | None = None
+        self._state: list[Any] = []  # of the model that computed it
 
     def run(self, requests: list[Request]) -> Generator[Request, None, None]:
         """Runs the requests in groups of similar length, the longest first; yields each one at every new chunk."""
@@ -38,6 +39,9 @@ class Runner:
         prompts = [request.prompt for request in requests]
         n_common = common_prefix_length(min(prompts), max(prompts)) if len(requests) > 1 else 0
         last, self.last_prefix = self.last_prefix, None  # after an exception nothing half-written is reused
+        before, self._state = self._state, _state(self.model)
+        if len(before) != len(self._state) or not all(map(_same, before, self._state)):
+            last = None  # the model has been edited since
         for group in groups:
             last = yield from self._run_group(group, last, n_common, single=len(requests) == 1)
         self.last_prefix = last
@@ -118,28 +122,52 @@ class Runner:
             self.check_fits(rows, positions, longest)
 
 
-def first_nonfinite_layer(model: Llama, ids: list[int]) -> str | None:
-    """The first module of the residual stream whose output has NaN or infinity for these tokens; None if none has."""
-    bad: list[str] = []
+def _state(model: Llama) -> list[Any]:
+    """What computes the model's outputs: its modules, their hooks, and the parameters with PyTorch's count of changes."""
+    modules = [(m, *m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in model.modules()]
+    versions = [(p, 0 if p.is_inference() else p._version) for p in model.parameters()]
+    return [part for parts in (*modules, *versions) for part in parts]
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _module, _args, y: None if torch.isfinite(y).all() else bad.append(name)
 
-    modules = {"tok_embeddings": model.tok_embeddings} | {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
-    hooks = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is int and a == b)
+
+
+def first_nonfinite(model: Llama, outputs: Iterable[Tensor]) -> str | None:
+    """Where NaN or infinity begins: the innermost module that returns it, and the first token; None if none does.
+
+    outputs: runs the model when it is iterated, on the next tokens each time: (..., T, C).
+    """
+    found: list[str] = []
+    n_before = 0
+
+    def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def see(_module: nn.Module, _args: Any, y: Any) -> None:
+            if not found and isinstance(y, Tensor) and len(bad := (~y.isfinite()).flatten(2).any(-1).nonzero()):
+                row, token = bad[0].tolist()
+                of_row = f" of row {row}" if len(y) > 1 else ""
+                found.append(f"{path or 'the logits'}, token {n_before + token}{of_row}")
+
+        return see
+
+    # An empty slot is left out: the module before it in the forward pass says more.
+    modules = [(path, module) for path, module in model.named_modules() if not isinstance(module, nn.Identity)]
+    hooks = [module.register_forward_hook(watch(path)) for path, module in modules]
     try:
-        for _ in hidden_states(model, ids, model.new_cache(1, len(ids))):
-            pass
+        for y in outputs:
+            if found:
+                return found[0]
+            n_before += y.shape[-2]
     finally:
         for hook in hooks:
             hook.remove()
-    return bad[0] if bad else None
+    return None
 
 
 def non_finite_message(model: Llama, ids: list[int]) -> str:
     """What is wrong with the logits after these tokens."""
-    name = first_nonfinite_layer(model, ids)
-    where = "the output of every layer is finite" if name is None else f"they first appear in the output of {name}"
+    first = first_nonfinite(model, hidden_states(model, ids, model.new_cache(1, len(ids))))
+    where = "the output of every layer is finite" if first is None else f"it is first at {first}"
     return f"the logits after position {len(ids) - 1} hold NaN or infinity; {where}"
 
 

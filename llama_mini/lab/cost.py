@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama_mini.engine.logprobs import LOGITS_AT_ONCE, kl_divergence, token_logprobs
+from llama_mini.engine.runner import first_nonfinite
 from llama_mini.errors import NumericalError, RequestError
-from llama_mini.lab.recording import as_tokens, watched
+from llama_mini.lab.recording import as_tokens
 from llama_mini.model.llama import Llama
 
 
@@ -56,7 +56,9 @@ def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = Non
     with torch.inference_mode():
         logits = model(tokens)
         if not all(part.isfinite().all() for part in _in_parts(logits.flatten(0, 1))):
-            raise NumericalError(f"NaN or infinity in the logits, first at {_first_not_finite(model, tokens)}")
+            # Hooks make an operator that computes several modules step aside, and with it perhaps its fault.
+            first = first_nonfinite(model, map(model, [tokens])) or "an operator that computes several modules"
+            raise NumericalError(f"NaN or infinity in the logits, first at {first}")
         loss = _loss(logits, tokens)
     if against is None:
         return Score(tokens, loss, logits)
@@ -67,22 +69,6 @@ def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = Non
         kl += float(kl_divergence(p, q).sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
     return Score(tokens, loss, logits, loss - against.loss, kl / tokens.numel(), same / tokens.numel())
-
-
-def _first_not_finite(model: Llama, tokens: Tensor) -> str:
-    """The first module, the innermost one, that returns NaN or infinity, and the first token where it does."""
-    first: list[str] = []
-
-    def see(path: str, _: Tensor, y: Any) -> None:
-        if not first and isinstance(y, Tensor) and len(bad := (~y.isfinite()).flatten(2).any(-1).nonzero()):
-            row, token = bad[0].tolist()
-            first.append(f"{path or 'the logits'}, token {token}" + (f" of row {row}" if len(tokens) > 1 else ""))
-
-    # Not an empty slot: the module before it in the forward pass says more.
-    modules = {path: module for path, module in model.named_modules() if not isinstance(module, nn.Identity)}
-    with watched(modules, see):
-        model(tokens)
-    return first[0] if first else "an operator that computes several modules"  # hooks make it step aside
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> float:

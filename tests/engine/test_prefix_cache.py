@@ -57,6 +57,30 @@ def test_prompts_that_begin_alike_are_compared_once(llm: LLM, monkeypatch: pytes
     assert [c.stats.cached_tokens for c in completions] == [0] + [40] * 63
 
 
+def scale_the_gain(llm: LLM) -> None:
+    with torch.no_grad():
+        llm.model.norm.weight.mul_(-1)
+
+
+def swap_a_norm(llm: LLM) -> None:
+    llm.model.norm = torch.nn.Identity()
+
+
+def hook_a_norm(llm: LLM) -> None:
+    llm.model.norm.register_forward_hook(lambda _module, _args, y: -y)
+
+
+@pytest.mark.parametrize("change", [scale_the_gain, swap_a_norm, hook_a_norm])
+def test_a_changed_model_reuses_nothing_of_before(llm: LLM, change) -> None:
+    llm.generate(SYSTEM, GREEDY)
+    assert llm.generate(SYSTEM, GREEDY)[0].stats.cached_tokens == len(SYSTEM) - 1
+    change(llm)
+    changed = llm.generate(SYSTEM, GREEDY)[0]
+    assert changed.stats.cached_tokens == 0
+    assert changed.token_ids == cold(llm, SYSTEM).token_ids
+    assert llm.generate(SYSTEM, GREEDY)[0].stats.cached_tokens == len(SYSTEM) - 1
+
+
 def test_a_turn_prefills_only_what_is_new(llm: LLM) -> None:
     first = llm.generate(SYSTEM, GREEDY)[0]
     again = [*SYSTEM, *first.token_ids, 50, 51, 52]

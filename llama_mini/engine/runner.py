@@ -123,7 +123,7 @@ class Runner:
 
 
 def _state(model: Llama) -> list[Any]:
-    """What computes the model's outputs: its modules, their hooks, and the parameters with PyTorch's count of changes."""
+    """What computes the outputs: modules, their hooks, and the parameters with PyTorch's count of their changes."""
     modules = [(m, *m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in model.modules()]
     versions = [(p, 0 if p.is_inference() else p._version) for p in model.parameters()]
     return [part for parts in (*modules, *versions) for part in parts]

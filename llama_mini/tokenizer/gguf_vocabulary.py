@@ -14,8 +14,9 @@ import numpy as np
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.special_ids import END_TOKENS
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
-from llama_mini.tokenizer.byte_level import LLAMA_3, PRE_TOKENIZERS, byte_level_parts
+from llama_mini.tokenizer.byte_level import byte_level_parts
 from llama_mini.tokenizer.config_files import ConfigFiles
+from llama_mini.tokenizer.pre_tokenizers import ADD_BOS, IGNORE_MERGES, PRE_TOKENIZERS
 from llama_mini.tokenizer.sentencepiece_bpe import BYTE_TOKENS, PieceType, merges_by_score, sentencepiece_parts
 from llama_mini.tokenizer.tokenizer_json import Token, added_token, tokenizer_config, tokenizer_json
 from llama_mini.validate import check_flag, short_repr
@@ -109,7 +110,8 @@ class GGUFVocabulary:
                 "what the model was trained with; convert the model again"
             )
             warnings.warn(message, LlamaMiniWarning, stacklevel=4)
-        return byte_level_parts(self._vocab, self._merges(), self._pre)
+        splits, ignore_merges = PRE_TOKENIZERS[self._pre], self._pre in IGNORE_MERGES
+        return byte_level_parts(self._vocab, self._merges(), splits, ignore_merges)
 
     def _merges(self) -> list[list[str]]:
         lines, vocab = self._texts("merges"), self._vocab
@@ -160,7 +162,7 @@ class GGUFVocabulary:
 
     def _adds(self, name: str) -> bool:
         """Whether the token named "bos" or "eos" goes around a text."""
-        return self._flag(f"add_{name}_token", name == "bos" and (self.is_sentencepiece or self._pre in LLAMA_3))
+        return self._flag(f"add_{name}_token", name == "bos" and (self.is_sentencepiece or self._pre in ADD_BOS))
 
     def _added(self, name: str) -> Token | None:
         if not self._adds(name):

@@ -13,7 +13,7 @@ from llama_mini.tokenizer.backend import any_of, is_control
 from llama_mini.tokenizer.byte_level import BYTE_LETTERS, byte_level_parts
 from llama_mini.tokenizer.sentencepiece_bpe import PieceType, merges_by_score, sentencepiece_parts
 from llama_mini.tokenizer.sentencepiece_file import Model, read_model
-from llama_mini.tokenizer.tiktoken_file import N_SPECIAL, TiktokenFile
+from llama_mini.tokenizer.tiktoken_file import LLAMA_3_WORDS, N_SPECIAL, TiktokenFile
 from llama_mini.tokenizer.tokenizer_json import added_token, split, tokenizer_config, tokenizer_json
 
 Files = dict[str, dict[str, Any] | str | Path]
@@ -52,7 +52,7 @@ def _tiktoken_files(vocabulary: TiktokenFile) -> Files:
     contents = ["".join(BYTE_LETTERS[byte] for byte in token) for token in tokens]
     vocab = {content: rank for rank, content in enumerate(contents)}
     merges = [[contents[left], contents[right]] for left, right in _merges_by_rank(tokens)]
-    parts = byte_level_parts(vocab, merges, "llama-bpe")
+    parts = byte_level_parts(vocab, merges, [LLAMA_3_WORDS], ignore_merges=True)
     added = [added_token(id, content, special=True) for content, id in vocabulary.control_ids.items()]
     (bos_id,), _ = vocabulary.frame
     return {

@@ -13,8 +13,11 @@ import tiktoken
 
 from llama_mini.errors import RequestError
 from llama_mini.tokenizer.backend import Piece, native_failures_as
-from llama_mini.tokenizer.byte_level import LLAMA_3_WORDS
 
+LLAMA_3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 MAX_CHARS = 400_000  # tiktoken panics on much more at once
 MAX_RUN = 25_000  # characters in a row, all white space or none: tiktoken's merging is quadratic within a word
 N_SPECIAL = 256

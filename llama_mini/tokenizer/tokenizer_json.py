@@ -47,9 +47,9 @@ def bpe_model(vocab: dict[str, int], merges: list[list[str]], **settings: Any) -
     }
 
 
-def split(pattern: str) -> dict[str, Any]:
+def split(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
     """A pre-tokenizer: each match of the regular expression is a word, and so is the text between matches."""
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
 
 
 def sequence(kind: str, steps: Sequence[dict[str, Any]]) -> dict[str, Any]:

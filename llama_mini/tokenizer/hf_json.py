@@ -5,9 +5,8 @@ the file with its own; no other reader does.)
 """
 
 import json
-import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -18,10 +17,9 @@ import tokenizers
 
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Piece, is_control, native_failures_as
-from llama_mini.tokenizer.byte_level import BYTE_LETTERS
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
+from llama_mini.tokenizer.json_decoder import respelled, token_reader
 
-_BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 # Settings of a BPE model besides its vocabulary and merges.
 _BPE_SETTINGS = (
     *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
@@ -45,7 +43,8 @@ class HuggingFaceJson:
             vocab = _model_vocab(spec)
             added = _added_tokens(spec, vocab, files)
             masks = _masks(added)
-            self._bytes_of, self.strips_space = _reader(spec.get("decoder"))
+            spec = spec | {part: respelled(spec.get(part)) for part in ("pre_tokenizer", "decoder")}
+            self._bytes_of, self.strips_space = token_reader(spec)
             _check_frame(spec.get("post_processor"))
             masked = _masked(spec, vocab, added, masks)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -181,32 +180,3 @@ def _without(tokens: Collection[str], merges: list[tuple[str, ...]]) -> list[tup
     if unsafe.isdisjoint(map("".join, merges)) and unsafe.isdisjoint(chain.from_iterable(merges)):
         return merges
     return [merge for merge in merges if unsafe.isdisjoint((*merge, "".join(merge)))]
-
-
-def _reader(decoder: Any) -> tuple[Callable[[str], bytes], bool]:
-    """The function from a token's content to its bytes, and whether decoding drops a space at the start of a text."""
-    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
-    kinds = [step and step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
-        return _byte_level_bytes, False
-    replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0] == replace and steps[3:] in ([], [strip]):
-        return _sentencepiece_bytes, steps[3:] == [strip]
-    raise TokenizerError(
-        f"its decoder {json.dumps(decoder)[:200]} is not known; expected ByteLevel, or SentencePiece's sequence of "
-        "Replace ▁, ByteFallback and Fuse, with or without Strip"
-    )
-
-
-def _sentencepiece_bytes(content: str) -> bytes:
-    """`<0x0A>` is a byte; elsewhere, ▁ is a space."""
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", content):
-        return bytes.fromhex(content[3:5])
-    return content.replace("▁", " ").encode()
-
-
-def _byte_level_bytes(content: str) -> bytes:
-    if all(letter in _BYTES for letter in content):
-        return bytes(_BYTES[letter] for letter in content)
-    return content.encode()

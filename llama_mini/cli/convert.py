@@ -14,7 +14,7 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
-from llama_mini.checkpoint.io.files import SINGLE, inside, write_json
+from llama_mini.checkpoint.io.files import SINGLE, VOCABULARIES, inside, write_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import empty_model, match, read_all
 from llama_mini.checkpoint.open import open_checkpoint
@@ -28,7 +28,7 @@ from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.meta_vocabulary import meta_tokenizer_files
 
 COPIED = [
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 ]
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
@@ -71,7 +71,7 @@ def tokenizer_files(source: Source) -> dict[str, Any]:
     files: dict[str, Any] = dict(copied)
     if set(copied) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # Meta's: transformers needs more
         files = meta_tokenizer_files(copied["tokenizer.model"]) | files
-    if not {"tokenizer.json", "tokenizer.model"} & set(files):
+    if not set(VOCABULARIES) & set(files):
         warnings.warn(f"{source.directory} has no tokenizer; none is written", LlamaMiniWarning, stacklevel=3)
     return files
 

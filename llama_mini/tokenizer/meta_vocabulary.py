@@ -41,7 +41,7 @@ def meta_tokenizer_files(path: Path) -> Files:
     """
     kind = Tokenizer.from_pretrained(path).kind
     if kind == "tiktoken":
-        return _tiktoken_files(TiktokenFile(path, path.read_bytes()))
+        return _tiktoken_files(TiktokenFile(path.read_bytes()))
     if kind == "SentencePiece":
         return _sentencepiece_files(path, path.read_bytes())
     raise TokenizerError(f"{path} is a {kind}, expected tiktoken's or SentencePiece's format; rename the file")

@@ -1,4 +1,4 @@
-"""LLaMA 3's tokenizer.model, read by tiktoken. Each line has a token in base64 and its rank.
+"""LLaMA 3's tokenizer.model, encoded by tiktoken. Each line has a token in base64 and its rank.
 
 The split pattern, the 256 special tokens and the length guards are those of Meta's llama-models (llama3/tokenizer.py).
 """
@@ -6,8 +6,6 @@ The split pattern, the 256 special tokens and the length guards are those of Met
 import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from types import MappingProxyType
 
 import tiktoken
 
@@ -38,27 +36,31 @@ LLAMA_3_SPECIAL = (  # LLaMA 3.1's names; in 3.0, the fifth, sixth, ninth and la
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,9})\s*\Z")
 
 
-class TiktokenFile:
-    """A LLaMA 3 vocabulary. Its ranks are the ids; the special tokens follow."""
+class RankedTokens:
+    """Tokens that are bytes, each with a rank, which tiktoken encodes; and control tokens. A text begins with BOS."""
 
-    names: Mapping[str, str] = MappingProxyType({"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"})
     strips_space = False
 
-    def __init__(self, path: Path, data: bytes) -> None:
-        """Raises ValueError if `data` is not such a file."""
-        ranks = _read_ranks(data)
-        reserved = (f"<|reserved_special_token_{2 + i}|>" for i in range(N_SPECIAL - len(LLAMA_3_SPECIAL)))
-        special = [*LLAMA_3_SPECIAL, *reserved]
-        self.control_ids: Mapping[str, int] = {content: len(ranks) + i for i, content in enumerate(special)}
-        self.special_ids = frozenset(self.control_ids.values())
-        self.vocab_size = len(ranks) + N_SPECIAL
-        self.eos_ids = frozenset(self.control_ids[f"<|{name}|>"] for name in ("end_of_text", "eom_id", "eot_id"))
-        self.frame: tuple[list[int], list[int]] = ([self.control_ids["<|begin_of_text|>"]], [])
-        self._bytes = [*ranks, *(content.encode() for content in special)]
+    def __init__(
+        self,
+        pattern: str,
+        ranks: dict[bytes, int],
+        first_id: int,
+        control_ids: Mapping[str, int],
+        names: Mapping[str, str],
+    ) -> None:
+        """first_id: the id of rank 0; names: the bos_token and eos_token. Raises ValueError if tiktoken does."""
+        self.control_ids = control_ids
+        self.special_ids = frozenset(control_ids.values())
+        self.vocab_size = len(ranks) + len(control_ids)
+        self.names = names
+        self.eos_ids = frozenset({control_ids[names["eos_token"]]})
+        self.frame: tuple[list[int], list[int]] = ([control_ids[names["bos_token"]]], [])
+        self._first_id = first_id
+        self._bytes = {first_id + rank: token for token, rank in ranks.items()}
+        self._bytes |= {id: content.encode() for content, id in control_ids.items()}
         with native_failures_as(ValueError, "tiktoken"):
-            self._encoding = tiktoken.Encoding(
-                name=path.name, pat_str=LLAMA_3_WORDS, mergeable_ranks=ranks, special_tokens={}
-            )
+            self._encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
         ids: list[int] = []
@@ -68,7 +70,7 @@ class TiktokenFile:
                 continue
             for part in bounded_parts(piece):
                 with native_failures_as(RequestError, "encoding a text"):
-                    ids += self._encoding.encode_ordinary(part)
+                    ids += [self._first_id + rank for rank in self._encoding.encode_ordinary(part)]
         return ids
 
     def token_id(self, content: str) -> int | None:
@@ -76,6 +78,19 @@ class TiktokenFile:
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id]
+
+
+class TiktokenFile(RankedTokens):
+    """A LLaMA 3 vocabulary. Its ranks are the ids; the special tokens follow."""
+
+    def __init__(self, data: bytes) -> None:
+        """Raises ValueError if `data` is not such a file."""
+        ranks = _read_ranks(data)
+        reserved = (f"<|reserved_special_token_{2 + i}|>" for i in range(N_SPECIAL - len(LLAMA_3_SPECIAL)))
+        special = {content: len(ranks) + i for i, content in enumerate([*LLAMA_3_SPECIAL, *reserved])}
+        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+        super().__init__(LLAMA_3_WORDS, ranks, 0, special, names)
+        self.eos_ids = frozenset(special[f"<|{name}|>"] for name in ("end_of_text", "eom_id", "eot_id"))
 
 
 def bounded_parts(text: str) -> Iterator[str]:
@@ -102,6 +117,11 @@ def _read_ranks(data: bytes) -> dict[bytes, int]:
         if token in ranks:
             raise ValueError(f"line {number} repeats the token of rank {ranks[token]}")
         ranks[token] = len(ranks)
+    check_bytes(ranks)
+    return ranks
+
+
+def check_bytes(ranks: Mapping[bytes, int]) -> None:
+    """Raises ValueError if a text could hold a byte that is not a token."""
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"{len(missing)} of the 256 single bytes are not tokens")
-    return ranks

@@ -19,6 +19,7 @@ from llama_mini.tokenizer.config_files import ConfigFiles, read_bytes, read_conf
 from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
 from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
+from llama_mini.tokenizer.tekken_file import TekkenFile, is_tekken
 from llama_mini.tokenizer.tiktoken_file import TiktokenFile
 
 if TYPE_CHECKING:  # it imports torch, which a tokenizer does not need
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # it imports torch, which a tokenizer does not need
 
 
 class Tokenizer:
-    """One tokenizer for tokenizer.json, LLaMA 3's tiktoken file, SentencePiece and GGUF. Use `from_pretrained`.
+    """One tokenizer for every vocabulary of the LLaMA family. Use `from_pretrained`.
 
     Text never becomes a control token, neither in `encode` nor in chats, unless `parse_special` asks for it.
 
@@ -36,7 +37,7 @@ class Tokenizer:
         config.json), the eos_token of tokenizer_config.json (in many chat models the end of a turn), and those of the
         vocabulary (LLaMA 3's end_of_text, eom and eot).
     vocab_size: the highest id of the vocabulary plus one; a model may have more rows.
-    kind: a description for people: "tokenizer.json", "tiktoken", "SentencePiece", "GGUF byte-level BPE (llama-bpe)".
+    kind: a description for people: "tokenizer.json", "tekken.json", "tiktoken", "SentencePiece", "GGUF SentencePiece".
     """
 
     def __init__(self, backend: Backend, files: ConfigFiles, kind: str) -> None:
@@ -57,7 +58,7 @@ class Tokenizer:
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
         """Open a directory (Hugging Face's or Meta's), a vocabulary file in one, a GGUF file or a hub name.
 
-        The content of a vocabulary decides its kind. In a directory, tokenizer.json comes before tokenizer.model.
+        The content of a vocabulary decides its kind. In a directory, tokenizer.json comes before the others.
         Raises TokenizerError if there is none or it is broken, CheckpointError if a file or repository is unreadable.
         """
         path = _fetched(path)
@@ -209,11 +210,14 @@ def _open(path: Path, files: ConfigFiles) -> tuple[str, Backend]:
     if kind in (FileKind.EMPTY, FileKind.LFS_POINTER, FileKind.HTML, FileKind.PICKLE, FileKind.ZIP):
         raise TokenizerError(f"{path} is not a tokenizer but {describe(kind)}")
     if kind is FileKind.JSON:
-        return "tokenizer.json", HuggingFaceJson(read_json(path), path, files)
+        spec = read_json(path)
+        if is_tekken(spec):
+            return "tekken.json", TekkenFile(spec, path)
+        return "tokenizer.json", HuggingFaceJson(spec, path, files)
     data = read_bytes(path)
     reasons = []
     for name, opened in (
-        ("tiktoken", lambda: TiktokenFile(path, data)),
+        ("tiktoken", lambda: TiktokenFile(data)),
         ("SentencePiece", lambda: SentencePieceFile(path, data, files)),
     ):
         try:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from llama_mini.checkpoint.io.files import VOCABULARIES
 from llama_mini.cli import convert as convert_module
 from llama_mini.cli.convert import convert
 from llama_mini.errors import CheckpointMismatchError, CheckpointPathError, ConfigError, TokenizerError
@@ -45,6 +47,18 @@ def test_transformers_loads_it_as_it_is(
     assert tokenizer.tokenize("the 12") == ["t", "he", "Ġ", "1", "2"]
     assert tokenizer.apply_chat_template([{"content": "7"}], tokenize=False) == "<|im_start|>7<|im_end|>\n"
     assert b"<|im_end|>\r\n{% endfor %}" in (target / "chat_template.jinja").read_bytes()  # to the letter
+
+
+def test_a_vocabulary_under_any_name_is_copied(tmp_path: Path, tiny_dir: Path) -> None:
+    for name in VOCABULARIES:
+        source = tmp_path / f"with {name}"
+        source.mkdir()
+        for copied in ("config.json", "generation_config.json", "model.safetensors"):
+            shutil.copy(tiny_dir / copied, source)
+        shutil.copy(tiny_dir / "tokenizer_config.json", source)  # else a tokenizer.model would be Meta's
+        (source / name).write_text("a vocabulary")
+        convert(source, tmp_path / name)
+        assert (tmp_path / name / name).read_text() == "a vocabulary"
 
 
 def test_anyone_may_read_what_the_mask_allows(tmp_path: Path, write_gguf: Write) -> None:

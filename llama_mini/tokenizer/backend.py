@@ -1,20 +1,28 @@
-"""What the backends of `Tokenizer` have in common: pieces of text to ids, and an id to its bytes."""
+"""What the backends of `Tokenizer` share: added tokens in a text, pieces of text to ids, an id to its bytes."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 from unicodedata import category
+
+import tokenizers
+
+from llama_mini.errors import RequestError
+from llama_mini.tokenizer.config_files import AddedToken
 
 Piece = str | int  # plain text, or the id of a control token
 
 
 class Backend(Protocol):
-    """A vocabulary. Its `encode` makes control tokens only of pieces that are ids, never of text."""
+    """A vocabulary. Its `encode` makes tokens of `control_ids` only of pieces that are ids, never of text."""
 
     vocab_size: int  # the highest id plus one
-    control_ids: Mapping[str, int]  # content -> id; a chat template may write these tokens, a text may not
+    control_ids: Mapping[str, int]  # content -> id, of special tokens and of words that look like markers
+    added: "AddedTokens"  # finds these tokens in a text
     special_ids: frozenset[int]  # decoding leaves them out
     frame: tuple[list[int], list[int]]  # the ids that the checkpoint's rule puts before and after a text
     names: Mapping[str, str]  # named special tokens that the vocabulary itself knows: "bos_token" -> "<s>"
@@ -32,8 +40,81 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Found:
+    """An added token in a text: its content without the white space that lstrip and rstrip take."""
+
+    content: str
+    start: int
+    end: int
+
+
+class AddedTokens:
+    """The added tokens of a vocabulary: special ones, and words of the language.
+
+    The library applies single_word, lstrip, rstrip and normalized, and takes the longest of several. Its model here has
+    no vocabulary, so that it finds added tokens alone. `normalizer` is the library's, for the tokens that need it.
+    """
+
+    def __init__(self, tokens: Iterable[AddedToken], normalizer: Any = None) -> None:
+        self._tokens = list({token.content: token for token in tokens}.values())
+        self._normalizer = normalizer
+
+    def find(self, text: str, special: bool) -> Iterator[Found]:
+        """The words in a text, from left to right; with `special`, the special tokens too."""
+        tokens, finder = self._all if special else self._words
+        if not tokens:
+            return
+        with native_failures_as(RequestError, "encoding a text"):
+            found = finder.encode(text, add_special_tokens=False)
+            matches = list(zip(found.ids, found.offsets, strict=True))
+        for index, (start, end) in matches:
+            content, match = tokens[index].content, text[start:end]
+            shown = content if content in match else match.strip() or match  # its normalized form may be the content
+            start += match.index(shown)
+            yield Found(content, start, start + len(shown))
+
+    @cached_property
+    def _all(self) -> tuple[list[AddedToken], tokenizers.Tokenizer]:
+        return self._finder(self._tokens)
+
+    @cached_property
+    def _words(self) -> tuple[list[AddedToken], tokenizers.Tokenizer]:
+        return self._finder([token for token in self._tokens if not token.special])
+
+    def _finder(self, tokens: list[AddedToken]) -> tuple[list[AddedToken], tokenizers.Tokenizer]:
+        finder = tokenizers.Tokenizer(tokenizers.models.BPE())
+        if self._normalizer is not None and any(token.normalized for token in tokens):
+            finder.normalizer = self._normalizer
+        rules = [asdict(token) for token in tokens]
+        finder.add_tokens([tokenizers.AddedToken(**{k: v for k, v in rule.items() if k != "id"}) for rule in rules])
+        return tokens, finder
+
+
+def split(text: str, found: Iterable[Found], ids: Mapping[str, int]) -> list[Piece]:
+    """The text in pieces: each token that was found becomes its id, if `ids` has it."""
+    pieces: list[Piece] = []
+    end = 0
+    for token in found:
+        if token.content in ids:
+            pieces += [text[end : token.start], ids[token.content]]
+            end = token.end
+    return [piece for piece in (*pieces, text[end:]) if piece != ""]
+
+
+def check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"a text is a {type(text).__name__}, expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"a text holds half a surrogate pair, {text[error.start]!r}, at character {error.start}; remove it"
+        ) from error
+
+
 def is_control(content: str, special: bool) -> bool:
-    """Whether an added token is a control token, which text never becomes.
+    """Whether an added token is special or a word that looks like a marker, which a user's message never becomes.
 
     `<think>` and `<|User|>` are, though many files do not mark them as special. Some vocabularies add runs of spaces,
     words and single characters; these are text.

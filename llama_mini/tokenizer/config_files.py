@@ -38,7 +38,7 @@ class ConfigFiles:
     added_tokens: tuple[AddedToken, ...] = ()
     add_bos: bool | None = None
     add_eos: bool | None = None
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)  # by name: "default", "tool_use"
     bos_id: int | None = None  # from generation_config.json or config.json
     eos_ids: tuple[int, ...] = ()  # from generation_config.json, or config.json if that names none
     model_vocab_size: int = 0  # from config.json; 0 if unknown
@@ -54,7 +54,7 @@ def read_config_files(directory: Path) -> ConfigFiles:
         added_tokens=_added_tokens(directory, settings),
         add_bos=settings.get("add_bos_token"),
         add_eos=settings.get("add_eos_token"),
-        chat_template=_chat_template(directory, settings),
+        chat_templates=_chat_templates(directory, settings),
         **model,
     )
 
@@ -120,21 +120,25 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> tuple[AddedToken
     )
 
 
-def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    path = inside(directory, "chat_template.jinja")
-    if path.is_file():
-        return read_text(path)
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = [
-            entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"
-        ]
-        template = named[-1] if named else None
-    if template is None or isinstance(template, str):
-        return template
+def _chat_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Templates by name. Those in files of their own replace those of tokenizer_config.json, as in transformers."""
+    folder = directory / "additional_chat_templates"
+    paths = {path.stem: inside(folder, path.name) for path in sorted(folder.glob("*.jinja"))}
+    paths["default"] = inside(directory, "chat_template.jinja")
+    if texts := {name: read_text(path) for name, path in paths.items() if path.is_file()}:
+        return texts
+    found = settings.get("chat_template")
+    if found is None or isinstance(found, str):
+        return {} if found is None else {"default": found}
+    try:
+        templates = {entry["name"]: entry["template"] for entry in found}
+        if all(isinstance(text, str) for text in (*templates, *templates.values())):
+            return templates
+    except (KeyError, TypeError):
+        pass
     raise TokenizerError(
-        f"{directory / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, "
-        "expected a string or a list of named templates"
+        f"{directory / 'tokenizer_config.json'}: chat_template is {short_repr(found)}, expected a string or a list of "
+        "templates, each with a name"
     )
 
 

@@ -94,10 +94,19 @@ class GGUFVocabulary:
         return ConfigFiles(
             hugging_face=True,
             names=self._names(),
-            chat_template=self.chat_template,
+            chat_templates=self._chat_templates(),
             eos_ids=tuple(self.eos_ids),
             model_vocab_size=n_rows,
         )
+
+    def _chat_templates(self) -> dict[str, str]:
+        """Templates by name: tokenizer.chat_template is the default one, tokenizer.chat_template.tool_use another."""
+        prefix = "tokenizer.chat_template."
+        named = {key.removeprefix(prefix): text for key, text in self._metadata.items() if key.startswith(prefix)}
+        for name, template in named.items():
+            if not isinstance(template, str):
+                raise TokenizerError(f"{self.path}: {prefix}{name} must be text, not {short_repr(template)}")
+        return named if self.chat_template is None else named | {"default": self.chat_template}
 
     def _names(self) -> dict[str, str]:
         ids = {name: self._token_id(key) for name, key in _NAMED.items()}

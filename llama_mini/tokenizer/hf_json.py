@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from llama_mini.errors import RequestError, TokenizerError
-from llama_mini.tokenizer.backend import Piece, is_control, native_failures_as
+from llama_mini.tokenizer.backend import AddedTokens, Piece, is_control, native_failures_as
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 from llama_mini.tokenizer.json_decoder import respelled, token_reader
 
@@ -63,6 +63,7 @@ class HuggingFaceJson:
         self.control_ids: Mapping[str, int] = {content: ids[content] for content in masks}
         self._mask_of = {ids[content]: mask for content, mask in masks.items()}
         self.special_ids = frozenset(ids[token.content] for token in added if token.special)
+        self.added = AddedTokens(added, self._encoder.normalizer)
         self.frame = self._frame(where)
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
@@ -125,10 +126,17 @@ def _model_vocab(spec: dict[str, Any]) -> dict[str, int]:
 
 
 def _masks(added: list[AddedToken]) -> dict[str, str]:
-    """Control token -> a name that nobody can guess. It is drawn at random for each load, and never shown."""
+    """Control token -> a name that nobody can guess. It is drawn at random for each load, and never shown.
+
+    Its ends are letters of a word where those of the token are: the single_word of a neighbour depends on them.
+    """
     key = secrets.token_hex(16)
     contents = [token.content for token in added if is_control(token.content, token.special)]
-    return {content: f"\ue000{key}.{index}\ue000" for index, content in enumerate(contents)}
+    ends = [["0" if re.match(r"\w", char) else "\ue000" for char in (content[:1], content[-1:])] for content in contents]
+    return {
+        content: f"{start}{key}.{index}.{end}"
+        for index, (content, (start, end)) in enumerate(zip(contents, ends, strict=True))
+    }
 
 
 def _masked(

@@ -38,15 +38,27 @@ MAX_SECONDS = 10.0
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
     """The text of a Jinja template, as transformers renders it. Raises TokenizerError for any failure."""
-    if len(template) > MAX_TEMPLATE_CHARS:
-        raise _stopped(f"it has {len(template):,} characters, the limit is {MAX_TEMPLATE_CHARS:,}")
-    match _SANDBOX.answer({"template": template, "variables": dict(variables), "max_chars": MAX_TEXT_CHARS}):
+    match _answer({"template": template, "variables": dict(variables), "max_chars": MAX_TEXT_CHARS}):
         case {"text": str(text)}:
             return text
-        case {"error": str(error)}:
-            raise TokenizerError(f"the chat template failed: {_one_line(error)}")
-        case _:
-            raise _stopped("its process gave no valid answer")
+    raise _stopped("its process gave no valid answer")
+
+
+def variable_names(template: str) -> list[str]:
+    """The variables that a Jinja template reads. Raises TokenizerError for any failure."""
+    match _answer({"template": template}):
+        case {"names": [*names]} if all(isinstance(name, str) and name.isidentifier() for name in names):
+            return names
+    raise _stopped("its process gave no valid answer")
+
+
+def _answer(request: dict[str, Any]) -> Any:
+    if (length := len(request["template"])) > MAX_TEMPLATE_CHARS:
+        raise _stopped(f"it has {length:,} characters, the limit is {MAX_TEMPLATE_CHARS:,}")
+    answer = _SANDBOX.answer(request)
+    if isinstance(answer, dict) and isinstance(error := answer.get("error"), str):
+        raise TokenizerError(f"the chat template failed: {_one_line(error)}")
+    return answer
 
 
 class _NoPython(Exception):

@@ -5,14 +5,14 @@ The library matches user-defined pieces such as `<|im_start|>` in text. So the f
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
 
 from llama_mini.errors import RequestError, TokenizerError
-from llama_mini.tokenizer.backend import Piece, is_control, native_failures_as
-from llama_mini.tokenizer.config_files import ConfigFiles
+from llama_mini.tokenizer.backend import AddedTokens, Piece, is_control, native_failures_as
+from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 from llama_mini.tokenizer.sentencepiece_bpe import PieceType
 
 
@@ -48,6 +48,10 @@ class SentencePieceFile:
         self.vocab_size = max(self._contents) + 1
         self.control_ids: Mapping[str, int] = {self._contents[id]: id for id in control}
         self.special_ids = frozenset(special)
+        self.added = AddedTokens(
+            replace(added.get(id, AddedToken(content=content)), special=id in special)
+            for content, id in self.control_ids.items()
+        )
         ids = {"bos_token": self._processor.bos_id(), "eos_token": self._processor.eos_id()}
         ids = {key: id for key, id in ids.items() if id >= 0}
         self.names: Mapping[str, str] = {key: self._contents[id] for key, id in ids.items()}

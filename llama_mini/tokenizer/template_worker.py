@@ -23,6 +23,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -55,15 +56,20 @@ def main() -> None:
 def _reply(request: bytes, memory: int, first_size: int) -> bytes:
     try:
         reply = answer(json.loads(request.decode("utf-8", "surrogatepass")), f"{memory >> 20} MiB")
-        keep = "text" in reply and _address_space() - first_size < MAX_GROWTH
+        keep = "error" not in reply and _address_space() - first_size < MAX_GROWTH
         return json.dumps({"keep": keep, **reply}, ensure_ascii=False).encode("utf-8", "surrogatepass")
     except MemoryError:
         return json.dumps(_no_memory(f"{memory >> 20} MiB")).encode()
 
 
-def answer(request: dict[str, Any], memory: str = "there is") -> dict[str, str]:
-    """The text or an error. A template is a program, so it fails in every way that Python can."""
+def answer(request: dict[str, Any], memory: str = "there is") -> dict[str, Any]:
+    """The text, the names of the variables if none are given, or an error.
+
+    A template is a program, so it fails in every way that Python can.
+    """
     try:
+        if "variables" not in request:
+            return {"names": variable_names(request["template"])}
         return {"text": rendered(request["template"], request["variables"], request["max_chars"])}
     except MemoryError:
         return _no_memory(memory)
@@ -85,6 +91,11 @@ def rendered(source: str, variables: dict[str, Any], max_chars: int) -> str:
             raise OverflowError(f"it writes more than {max_chars:,} characters")
         pieces.append(piece)
     return "".join(pieces)
+
+
+def variable_names(source: str) -> list[str]:
+    """The variables that a template reads."""
+    return sorted(jinja2.meta.find_undeclared_variables(_environment().parse(source)))
 
 
 def _address_space() -> int:
@@ -117,6 +128,10 @@ def _limit(name: str, soft: int, hard: int) -> None:
 
 @lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -127,7 +142,7 @@ def _compiled(source: str) -> jinja2.Template:
         "dict": _TemplateDict(),
         "namespace": _Namespace,
     }
-    return environment.from_string(source)
+    return environment
 
 
 class _Generation(jinja2.ext.Extension):

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import tiktoken
 
 from llama_mini.errors import RequestError
-from llama_mini.tokenizer.backend import Piece, native_failures_as
+from llama_mini.tokenizer.backend import AddedTokens, Piece, native_failures_as
+from llama_mini.tokenizer.config_files import AddedToken
 
 LLAMA_3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -52,6 +53,7 @@ class RankedTokens:
         """first_id: the id of rank 0; names: the bos_token and eos_token. Raises ValueError if tiktoken does."""
         self.control_ids = control_ids
         self.special_ids = frozenset(control_ids.values())
+        self.added = AddedTokens(AddedToken(content=content, special=True) for content in control_ids)
         self.vocab_size = len(ranks) + len(control_ids)
         self.names = names
         self.eos_ids = frozenset({control_ids[names["eos_token"]]})

@@ -1,9 +1,9 @@
 """Text to token ids and back, for the vocabularies of the LLaMA family."""
 
 import operator
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,23 +13,27 @@ from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
 from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
 from llama_mini.checkpoint.io.files import VOCABULARIES, exists, inside
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
-from llama_mini.tokenizer import chat
-from llama_mini.tokenizer.backend import Backend, Piece, any_of
+from llama_mini.tokenizer.backend import Backend, check_text, split
+from llama_mini.tokenizer.chat import llama_3_pieces, reads_arguments, template_pieces
 from llama_mini.tokenizer.config_files import ConfigFiles, read_bytes, read_config_files, read_json
 from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
+from llama_mini.tokenizer.messages import checked_messages, checked_variables
 from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
 from llama_mini.tokenizer.tekken_file import TekkenFile, is_tekken
+from llama_mini.tokenizer.templates import Templates, check_variables
 from llama_mini.tokenizer.tiktoken_file import TiktokenFile
+from llama_mini.tokenizer.transformers_names import TransformersNames
+from llama_mini.validate import check_flag
 
 if TYPE_CHECKING:  # it imports torch, which a tokenizer does not need
     from llama_mini.checkpoint.source import Source
 
 
-class Tokenizer:
+class Tokenizer(TransformersNames):
     """One tokenizer for every vocabulary of the LLaMA family. Use `from_pretrained`.
 
-    Text never becomes a control token, neither in `encode` nor in chats, unless `parse_special` asks for it.
+    Text never becomes a special token, neither in `encode` nor in chats, unless `parse_special` asks for it.
 
     bos_id: the id that begins a text, or None: from tokenizer_config.json, else the vocabulary, else
         generation_config.json, else config.json.
@@ -38,15 +42,18 @@ class Tokenizer:
         vocabulary (LLaMA 3's end_of_text, eom and eot).
     vocab_size: the highest id of the vocabulary plus one; a model may have more rows.
     kind: a description for people: "tokenizer.json", "tekken.json", "tiktoken", "SentencePiece", "GGUF SentencePiece".
+
+    Named tokens have transformers' names too: `eos_token`, `eos_token_id`, `pad_token_id`, ...; None if absent.
     """
 
     def __init__(self, backend: Backend, files: ConfigFiles, kind: str) -> None:
         self._backend = backend
         self.kind = kind
         self._names = {**backend.names, **files.names}
-        self._chat_template = files.chat_template
+        self._chat_template = files.chat_templates.get("default")
+        self._templates = Templates(files.chat_templates)
         # A Meta directory does not say whether its model was trained to chat; the vocabulary has the tokens for it.
-        self._llama_3_dialogue = isinstance(backend, TiktokenFile) and not files.hugging_face
+        self._llama_3_dialogue = isinstance(backend, TiktokenFile) and not (files.hugging_face or files.chat_templates)
         self.vocab_size = backend.vocab_size
         self._model_vocab_size = max(files.model_vocab_size, backend.vocab_size)
         bos, self._eos_id = self._named_id("bos_token"), self._named_id("eos_token")
@@ -92,24 +99,26 @@ class Tokenizer:
         """Ids of a text. With `add_special_tokens`, also what the checkpoint's own rule puts around it, often a BOS.
 
         The rule is the post-processor of tokenizer.json; for tokenizer.model it is BOS, or what add_bos_token and
-        add_eos_token say. With `parse_special`, control strings in the text become control tokens: only for text that a
-        chat template made, never for a user's. Raises RequestError for no string or half a surrogate pair.
+        add_eos_token say. Added tokens that are not special are words of the vocabulary, as in the tokenizers library.
+        With `parse_special`, the names of special tokens in the text become these tokens: only for text that a chat
+        template made, never for a user's. Raises RequestError for no string or half a surrogate pair.
         """
-        _check_text(text)
-        pieces: list[Piece] = [text]
-        if parse_special:
-            control_ids = self._backend.control_ids
-            parts = re.split(f"({any_of(control_ids)})", text)
-            pieces = [control_ids[part] if i % 2 else part for i, part in enumerate(parts) if part]
-        ids = self._backend.encode(pieces)
+        check_text(text)
+        ids = self._backend.encode(
+            split(text, self._backend.added.find(text, parse_special), self._backend.control_ids)
+        )
         before, after = self._backend.frame
         return [*before, *ids, *after] if add_special_tokens else ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids. Invalid UTF-8 becomes U+FFFD; spaces stay as they are.
+    def decode(self, ids: Iterable[int] | int, skip_special_tokens: bool = True) -> str:
+        """The text of ids: a list, a one-dimensional array or tensor, or a single id.
 
-        `skip_special_tokens` leaves out the tokens that the checkpoint marks as special; `<think>` is seldom one.
+        Invalid UTF-8 becomes U+FFFD; spaces stay as they are. `skip_special_tokens` leaves out the tokens that the
+        checkpoint marks as special; `<think>` is seldom one.
         """
+        with suppress(TypeError):
+            ids = [operator.index(ids)]  # type: ignore[arg-type]
+        assert not isinstance(ids, int)
         text = b"".join(self.token_bytes(id, skip_special_tokens) for id in ids).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.strips_space else text
 
@@ -131,7 +140,7 @@ class Tokenizer:
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """The ids that a chat template may write and text never becomes."""
+        """The ids of special tokens, and of words that look like markers: a user's message never becomes them."""
         return frozenset(self._backend.control_ids.values())
 
     @cached_property
@@ -160,26 +169,48 @@ class Tokenizer:
         """Whether `apply_chat_template` works. Always for Meta's LLaMA 3 files, which are the same for a base model."""
         return self._chat_template is not None or self._llama_3_dialogue
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What `apply_chat_template` takes for the template, such as `tools` or `enable_thinking`."""
+        return self._templates.all_variables()
+
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Any],
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> list[int]:
         """Ids of a chat, by the checkpoint's template, or in LLaMA 3's dialogue format for a Meta directory.
 
+        messages: mappings, dataclasses or pydantic models, with the keys that transformers and OpenAI's API have.
+        add_generation_prompt: end where the assistant's answer begins.
+        continue_final_message: end inside the last message instead, so that the model continues it.
+        chat_template: another template, or the name of one in the checkpoint. With `tools`, "tool_use" is used if it
+            exists, else "default".
+        variables: `tools` (JSON schemas), `documents`, and whatever else the template reads (`template_variables`).
+            None means not given. Control strings in them stay text.
+
         If the checkpoint's rule adds a BOS, there is exactly one, whether the template writes it or not.
-        Raises RequestError for malformed messages, TokenizerError if there is no template or it fails.
+        Raises RequestError for malformed messages and for a variable that the template does not read, TokenizerError if
+        there is no template or it fails.
         """
-        checked = chat.checked_messages(messages)
-        if self._chat_template is not None:
-            pieces = chat.template_pieces(
-                self._chat_template, checked, self._names, self._backend, add_generation_prompt
-            )
-        elif self._llama_3_dialogue:
-            pieces = chat.llama_3_pieces(checked, self._backend.control_ids, add_generation_prompt)
+        check_flag("add_generation_prompt", add_generation_prompt, RequestError)
+        check_flag("continue_final_message", continue_final_message, RequestError)
+        given, prompt = checked_variables(variables), add_generation_prompt and not continue_final_message
+        if self._llama_3_dialogue and chat_template is None:
+            check_variables(given, frozenset())
+            checked = checked_messages(messages)
+            pieces = llama_3_pieces(checked, self._backend.control_ids, prompt, continue_final_message)
         else:
-            raise TokenizerError("this checkpoint has no chat template; complete raw text instead (--raw)")
-        for piece in pieces:
-            if isinstance(piece, str):
-                _check_text(piece)
+            template = self._templates.choose(chat_template, "tools" in given)
+            if given:
+                check_variables(given, self._templates.variables(template))
+            checked = checked_messages(messages, reads_arguments(template))
+            given["add_generation_prompt"] = prompt
+            pieces = template_pieces(template, checked, given, self._names, self._backend, continue_final_message)
         ids = self._backend.encode(pieces)
         before, _ = self._backend.frame
         return ids if ids[: len(before)] == before else [*before, *ids]
@@ -225,17 +256,6 @@ def _open(path: Path, files: ConfigFiles) -> tuple[str, Backend]:
         except ValueError as error:
             reasons.append(f"as {name}: {error}")
     raise TokenizerError(f"{path} is not a tokenizer: {'; '.join(reasons)}; expected one of these, or a tokenizer.json")
-
-
-def _check_text(text: object) -> None:
-    if not isinstance(text, str):
-        raise RequestError(f"a text is a {type(text).__name__}, expected a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"a text holds half a surrogate pair, {text[error.start]!r}, at character {error.start}; remove it"
-        ) from error
 
 
 def open_tokenizer(source: "Source") -> Tokenizer:

@@ -99,13 +99,10 @@ def test_ids_are_those_of_transformers(
         {"tokenizer.json": chat_spec(), "tokenizer_config.json": CONFIG, "chat_template.jinja": template}
     )
     ours, theirs = Tokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    # A <think> in a message is text for us and a token for transformers, unless the template drops it: then
-    # compare what the ids spell.
-    clean = chat is not CHATS["thoughts"] or template == TEMPLATES["reasoning"]
     for prompt in (True, False):
         expected = theirs.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=False)
         ids = ours.apply_chat_template(chat, add_generation_prompt=prompt)
-        assert (ids == expected) == clean
+        assert ids == expected  # also of <think>, which is a word of the vocabulary, in the assistant's turn
         assert ours.decode(ids, False) == theirs.decode(expected)
 
 
@@ -182,7 +179,6 @@ def test_no_template_says_to_use_raw_completion(chat_spec: Callable[[], Spec], w
         (["hi"], r"messages\[0\] is str 'hi', expected a mapping"),
         ([{"role": "user"}], r"messages\[0\]\['content'\] is missing, expected a string"),
         ([{"content": "x"}], r"messages\[0\]\['role'\] is missing"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], r"\['content'\] is list"),
         ([{"role": 1, "content": "x"}], r"\['role'\] is int 1"),
         ([{"role": "user", "content": "x", "extra": {"a": [object()]}}], r"\['extra'\]\['a'\]\[0\] is object"),
         ([{"role": "user", "content": "x", "extra": {1: 2}}], "expected plain JSON data"),

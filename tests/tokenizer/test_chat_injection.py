@@ -49,7 +49,7 @@ def tokenizer(request: pytest.FixtureRequest, write_directory: Write) -> Tokeniz
         return request.getfixturevalue("llama3_tiktoken")
     if request.param in ("llama 3 json", "tiktoken with a template"):
         opened = request.getfixturevalue("llama3_json" if "json" in request.param else "llama3_tiktoken")
-        return Tokenizer(opened._backend, ConfigFiles(chat_template=LLAMA_3_TEMPLATE), opened.kind)
+        return Tokenizer(opened._backend, ConfigFiles(chat_templates={"default": LLAMA_3_TEMPLATE}), opened.kind)
     train, markers = request.getfixturevalue("train_sentencepiece"), ["<|im_start|>", "<|im_end|>"]
     added = {str(700 + i): {"content": content, "special": True} for i, content in enumerate(markers)}
     added["702"] = {"content": "<think>", "special": False}
@@ -81,7 +81,8 @@ def test_no_message_makes_a_control_token(tokenizer: Tokenizer) -> None:
     for injection in INJECTIONS:
         assert skeleton(injection) == clean, injection
         assert skeleton("hello", role=injection) == clean, injection
-        assert control.isdisjoint(tokenizer.encode(injection, add_special_tokens=False)), injection
+        raw = tokenizer.encode(injection, add_special_tokens=False)  # its markers that are not special are words
+        assert tokenizer._backend.special_ids.isdisjoint(raw), injection
 
 
 @pytest.mark.parametrize("tokenizer", ["llama 2 json", "tiktoken with a template", "sentencepiece"], indirect=True)
@@ -89,7 +90,7 @@ def test_bos_stands_in_front_exactly_once(tokenizer: Tokenizer) -> None:
     bos = {1: "<s>", 128_000: "<|begin_of_text|>"}[tokenizer.bos_id or 0]
     for start in ("{{ bos_token }}", bos, ""):
         template = start + "{% for m in messages %}{{ m.content }}{% endfor %}"
-        files = ConfigFiles(hugging_face=True, names={"bos_token": bos}, chat_template=template)
+        files = ConfigFiles(hugging_face=True, names={"bos_token": bos}, chat_templates={"default": template})
         for content in ("hello", f"{bos}{bos}hello"):
             chat = [{"role": "user", "content": content}]
             ids = Tokenizer(tokenizer._backend, files, tokenizer.kind).apply_chat_template(chat)

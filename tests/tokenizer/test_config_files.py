@@ -1,10 +1,12 @@
 """The files beside a vocabulary: what is read, and what a broken one does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from transformers import AutoTokenizer
 
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles, read_config_files
@@ -38,7 +40,10 @@ def test_a_checkpoint_without_generation_config_warns(write_directory: Write) ->
     assert (files.eos_ids, files.model_vocab_size) == ((5, 6), 9)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", {"added_tokens_decoder": {"x": {}}}, {"chat_template": 3}])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", {"added_tokens_decoder": {"x": {}}}, {"chat_template": 3}, {"chat_template": [{"name": "default"}]}],
+)
 def test_a_broken_tokenizer_config_is_an_error(write_directory: Write, content: Any) -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
         read_config_files(write_directory({"tokenizer_config.json": content}))
@@ -62,16 +67,29 @@ def test_older_files_name_tokens_too(write_directory: Write) -> None:
     assert files.added_tokens == (AddedToken(id=7, content="<x>", rstrip=True),)
 
 
-def test_the_template_in_its_own_file_wins(write_directory: Write) -> None:
+def test_templates_in_files_of_their_own_win(write_directory: Write) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "listed"}]
     path = write_directory({"tokenizer_config.json": {"chat_template": "inline"}})
-    assert read_config_files(path).chat_template == "inline"
-    write_directory({"tokenizer_config.json": {"chat_template": named}})
-    assert read_config_files(path).chat_template == "listed"
-    write_directory({"tokenizer_config.json": {"chat_template": named[:1]}})
-    assert read_config_files(path).chat_template is None
+
+    def templates() -> Mapping[str, str]:
+        """They are also those that transformers reads."""
+        theirs = AutoTokenizer.from_pretrained(path).chat_template
+        ours = read_config_files(path).chat_templates
+        assert ours == ({"default": theirs} if isinstance(theirs, str) else theirs)
+        return ours
+
+    write_directory({"tokenizer.json": tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()})
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert templates() == {"default": "inline"}
+    write_directory({"tokenizer_config.json": kind | {"chat_template": named}})
+    assert templates() == {"tool_use": "tools", "default": "listed"}
+    write_directory({"tokenizer_config.json": kind | {"chat_template": named[:1]}})
+    assert templates() == {"tool_use": "tools"}
     write_directory({"chat_template.jinja": "file"})
-    assert read_config_files(path).chat_template == "file"
+    assert templates() == {"default": "file"}
+    (path / "additional_chat_templates").mkdir()
+    write_directory({"additional_chat_templates/rag.jinja": "documents"})
+    assert templates() == {"default": "file", "rag": "documents"}
     write_directory({"chat_template.jinja": b"\xff"})
     with pytest.raises(TokenizerError, match=r"chat_template\.jinja is not UTF-8 text at byte 0"):
         read_config_files(path)

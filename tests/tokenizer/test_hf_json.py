@@ -69,11 +69,11 @@ def test_post_processor_frames_a_text_on_both_sides(
     assert ours.encode("") == [0, 1]
 
 
-def test_no_text_becomes_a_control_token(
+def test_no_text_becomes_a_special_token(
     byte_level_spec: Callable[[], Spec], llama_2_spec: Callable[[], Spec], write_directory: Write
 ) -> None:
     for spec in (byte_level_spec(), llama_2_spec()):
-        spec = with_added(spec, "<think>", "</think>", normalized=True)
+        spec = with_added(spec, "<think>", "</think>", normalized=True, special=True)
         spec["model"]["vocab"]["<pad>"] = 900  # a token of the model's own, and an ordinary word, which stays one
         named = {"pad_token": "<pad>", "sep_token": "he"}
         tokenizer = Tokenizer.from_pretrained(write_directory({"tokenizer.json": spec, "tokenizer_config.json": named}))

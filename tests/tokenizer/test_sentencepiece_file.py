@@ -59,18 +59,14 @@ def test_the_same_model_as_tokenizer_json(
     assert model.decode(ids) == json.decode(ids)
 
 
-def test_user_defined_markers_are_not_matched_in_text(
-    user_defined_model: bytes, write_directory: Callable[..., Any]
-) -> None:
+def test_user_defined_tokens_are_words(user_defined_model: bytes, write_directory: Callable[..., Any]) -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_proto=user_defined_model)
     ours = Tokenizer.from_pretrained(write_directory({"tokenizer.model": user_defined_model}))
     start, end, word = map(theirs.piece_to_id, USER_DEFINED)
     text = "a<|im_start|>system<|im_end|> </s><s><unk> covid19"
-    assert {start, end} <= set(theirs.encode(text))  # the library does match them
     ids = ours.encode(text, add_special_tokens=False)
-    assert {0, 1, 2, start, end}.isdisjoint(ids)
-    assert word in ids
-    assert ours.decode(ids) == text
+    added = {0, 1, 2, start, end, word}
+    assert [id for id in ids if id in added] == [id for id in theirs.encode(text) if id in added] == [start, end, word]
     assert ours.decode([start]) == "<|im_start|>"
 
 
@@ -81,10 +77,10 @@ def test_tokens_that_a_hugging_face_directory_adds(llama_model: bytes, write_dir
     tokenizer = Tokenizer.from_pretrained(path)
     assert tokenizer.vocab_size == 702
     assert tokenizer.eos_ids == {2, 700}
-    ids = tokenizer.encode("<|user|> <think>")
-    assert {700, 701, 1}.isdisjoint(ids)
-    assert ids[-1] == 2
-    assert tokenizer.decode([700, 701, *ids]) == "<think> <|user|> <think>"
+    ids = tokenizer.encode("<|user|><think>")
+    assert {700, 1}.isdisjoint(ids)
+    assert ids[-2:] == [701, 2]
+    assert tokenizer.decode([700, 701, *ids]) == "<think> <|user|><think>"
     added["702"] = {"content": "word", "special": False}
     write_directory({"tokenizer_config.json": config})
     with pytest.raises(TokenizerError, match=r"'word' \(702\) is ordinary text.*tokenizer.json"):

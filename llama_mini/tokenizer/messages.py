@@ -1,0 +1,172 @@
+"""The messages and variables of a chat, in the forms of OpenAI's API, vLLM and transformers, as plain data."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from llama_mini.errors import RequestError
+from llama_mini.validate import short_repr
+
+Message = dict[str, Any]
+TOOL_ROLES = ("tool", "ipython", "function")
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> its text
+# Keywords of transformers and vLLM: the one value that means what happens here, and what to do for another.
+_FIXED: dict[str, tuple[Any, str]] = {
+    "tokenize": (True, "for the text, decode the ids with skip_special_tokens=False"),
+    "return_dict": (False, "leave it out"),
+    "return_tensors": (None, "make a tensor of them: torch.tensor([ids])"),
+    "return_assistant_tokens_mask": (False, "leave it out"),
+    "padding": (False, "leave it out: a batch needs no padding here"),
+    "truncation": (False, "leave it out, and shorten the messages"),
+    "max_length": (None, "leave it out, and shorten the messages"),
+    "tokenizer_kwargs": (None, "leave it out"),
+    "sanitize_control_tokens": (True, "leave it out: text in messages never becomes a control token"),
+    "chat_template_kwargs": (None, "give its entries as keywords of their own"),
+}
+
+
+def checked_messages(messages: object, parse_arguments: bool = True) -> list[Message]:
+    """Messages as plain JSON data, as transformers gives them to a template. Raises RequestError for malformed ones.
+
+    Dataclasses and pydantic models work too. Content in text parts is joined with newlines, as in vLLM. With
+    `parse_arguments`, the arguments of tool calls become objects if they are JSON text, the form of OpenAI.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise RequestError(f"messages is {_describe(messages)}, expected a list of at least one message")
+    checked = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        with _shallow(where):
+            plain = _plain(message, where) if _has_fields(message) else message
+            if not isinstance(plain, dict):
+                raise RequestError(f"{where} is {_describe(message)}, expected a mapping with role and content")
+            plain = {key: value for key, value in plain.items() if value is not None}
+            _check_role_and_content(plain, where)
+            if parse_arguments:
+                _parse_arguments(plain, where)
+        reasoning = next((plain[key] for key in ("reasoning_content", "thinking", "reasoning") if key in plain), None)
+        if reasoning is not None:
+            plain = {"thinking": reasoning} | plain | {"reasoning_content": reasoning}
+        checked.append(plain)
+    return checked
+
+
+def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that are given, as plain JSON data; None is not given. Raises RequestError for malformed ones."""
+    given = {name: value for name, value in variables.items() if value is not None}
+    for name in _FIXED.keys() & given.keys():
+        value, (ours, instead) = given.pop(name), _FIXED[name]
+        if value is not ours:
+            raise RequestError(f"{name} is {short_repr(value)}, but the result is a list of ids; {instead}")
+    for name in ("tools", "documents"):
+        items = given.get(name, [])
+        if not isinstance(items, list | tuple):
+            raise RequestError(f"{name} is {_describe(items)}, expected a list")
+        for index, item in enumerate(items):
+            if callable(item) and not _has_fields(item):
+                raise RequestError(
+                    f"{name}[{index}] is a function, expected its JSON schema; transformers.utils.get_json_schema "
+                    "makes one"
+                )
+            if not _has_fields(item):
+                raise RequestError(f"{name}[{index}] is {_describe(item)}, expected a mapping")
+    for name, value in given.items():
+        with _shallow(name):
+            given[name] = _plain(value, name)
+    return given
+
+
+def _check_role_and_content(message: Message, where: str) -> None:
+    """Sets the content to its text. An assistant may call tools, refuse or think without any content."""
+    role, content, where_content = message.get("role"), message.get("content"), f"{where}['content']"
+    if not isinstance(role, str):
+        raise RequestError(f"{where}['role'] is {_describe(role)}, expected a string")
+    if isinstance(content, list):
+        message["content"] = "\n".join(_part(part, f"{where_content}[{i}]") for i, part in enumerate(content))
+        return
+    silent = content is None and role == "assistant" and message.keys() - {"role", "name"}
+    if not isinstance(content, str) and not silent and not (isinstance(content, dict) and role in TOOL_ROLES):
+        raise RequestError(f"{where_content} is {_describe(content)}, expected a string or a list of text parts")
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    if key is None:
+        found = f"a part of type {kind!r:.60}" if isinstance(kind, str) else _describe(part)
+        raise RequestError(f"{where} is {found}; this model reads text alone: give a part of type 'text'")
+    if not isinstance(part.get(key), str):
+        raise RequestError(f"{where}[{key!r}] is {_describe(part.get(key))}, expected a string")
+    return part[key]
+
+
+def _parse_arguments(message: Message, where: str) -> None:
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise RequestError(f"{where}['tool_calls'] is {_describe(calls)}, expected a list")
+    for index, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise RequestError(f"{where}['tool_calls'][{index}] is {_describe(call)}, expected a mapping with function")
+        if isinstance(arguments := function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(arguments or "{}")
+            except ValueError as error:
+                raise RequestError(
+                    f"{where}['tool_calls'][{index}]: its arguments, {short_repr(arguments)}, are not JSON ({error})"
+                ) from error
+
+
+def _plain(value: Any, where: str) -> Any:
+    """The value as exact JSON types: a template must not reach the methods of any other."""
+    for kind, convert in _SCALARS.items():
+        if isinstance(value, kind):
+            return convert(value)
+    if isinstance(value, np.generic):
+        return _plain(value.item(), where)
+    if _has_fields(value):
+        data = value if isinstance(value, Mapping) else _fields(value)
+        if all(isinstance(key, str) for key in data):
+            return {str.__str__(key): _plain(item, f"{where}[{key!r}]") for key, item in data.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    raise RequestError(f"{where:.200} is {_describe(value)}, expected plain JSON data")
+
+
+def _has_fields(value: Any) -> bool:
+    if isinstance(value, type):
+        return False
+    return isinstance(value, Mapping) or is_dataclass(value) or callable(getattr(value, "model_dump", None))
+
+
+def _fields(value: Any) -> Mapping[str, Any]:
+    """The fields of a dataclass or a pydantic model."""
+    return {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else value.model_dump()
+
+
+@contextmanager
+def _shallow(where: str) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as error:
+        raise RequestError(f"{where} is nested too deeply") from error
+
+
+def _describe(value: object) -> str:
+    return "missing" if value is None else f"{type(value).__name__} {short_repr(value):.60}"
+
+
+# Subclasses, such as enumerations, become the type itself.
+_SCALARS: dict[type, Callable[[Any], Any]] = {
+    type(None): lambda value: None,
+    bool: bool,
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+}

@@ -132,11 +132,11 @@ def _masks(added: list[AddedToken]) -> dict[str, str]:
     """
     key = secrets.token_hex(16)
     contents = [token.content for token in added if is_control(token.content, token.special)]
-    ends = [["0" if re.match(r"\w", char) else "\ue000" for char in (content[:1], content[-1:])] for content in contents]
-    return {
-        content: f"{start}{key}.{index}.{end}"
-        for index, (content, (start, end)) in enumerate(zip(contents, ends, strict=True))
-    }
+    return {text: f"{_end(text[:1])}{key}.{index}.{_end(text[-1:])}" for index, text in enumerate(contents)}
+
+
+def _end(char: str) -> str:
+    return "0" if re.match(r"\w", char) else "\ue000"
 
 
 def _masked(

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from llama_mini.errors import RequestError, TokenizerError
+from llama_mini.tokenizer.config_files import NAMED
 from llama_mini.tokenizer.sandbox import variable_names
 from llama_mini.validate import join_names, short_repr
 
@@ -22,9 +23,7 @@ class Templates:
             if template is not None:
                 return template
             if self._templates:
-                raise TokenizerError(
-                    f"this checkpoint has no default chat template; give chat_template={self._known()}"
-                )
+                raise TokenizerError(f"no chat template of this checkpoint is the default: name one of {self._known()}")
             raise TokenizerError("this checkpoint has no chat template; complete raw text instead (--raw)")
         if isinstance(wanted, str) and wanted in self._templates:
             return self._templates[wanted]
@@ -54,5 +53,6 @@ def check_variables(given: Iterable[str], known: frozenset[str]) -> None:
     for name in given:
         if name not in known:
             near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it reads {join_names(sorted(known)) or 'no variables'}"
+            others = join_names(sorted(known.difference(NAMED))) or "no variables"
+            hint = f"did you mean {near[0]!r}?" if near else f"it reads {others}"
             raise RequestError(f"the chat template does not read {name[:80]!r}; {hint}")

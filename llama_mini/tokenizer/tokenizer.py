@@ -24,7 +24,7 @@ from llama_mini.tokenizer.tekken_file import TekkenFile, is_tekken
 from llama_mini.tokenizer.templates import Templates, check_variables
 from llama_mini.tokenizer.tiktoken_file import TiktokenFile
 from llama_mini.tokenizer.transformers_names import TransformersNames
-from llama_mini.validate import check_flag
+from llama_mini.validate import check_flag, short_repr
 
 if TYPE_CHECKING:  # it imports torch, which a tokenizer does not need
     from llama_mini.checkpoint.source import Source
@@ -118,7 +118,8 @@ class Tokenizer(TransformersNames):
         """
         with suppress(TypeError):
             ids = [operator.index(ids)]  # type: ignore[arg-type]
-        assert not isinstance(ids, int)
+        if not isinstance(ids, Iterable):
+            raise RequestError(f"ids is {short_repr(ids)}, expected a list of token ids")
         text = b"".join(self.token_bytes(id, skip_special_tokens) for id in ids).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.strips_space else text
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from llama_mini.errors import RequestError
 from llama_mini.tokenizer import Tokenizer
@@ -104,6 +105,57 @@ def test_bos_stands_in_front_of_metas_dialogue_exactly_once(tokenizer: Tokenizer
         ids = tokenizer.apply_chat_template([{"role": "user", "content": content}] * 2)
         assert ids[0] == 128_000
         assert ids.count(128_000) == 1
+
+
+def test_words_are_tokens_only_from_the_assistant_and_the_template(
+    chat_spec: Callable[[], Spec], write_directory: Write
+) -> None:
+    """Words are added tokens that are not special: 600 is <think>, 601 is </think>."""
+    template = (
+        "{{ tools | tojson }}{{ documents }}{{ x }}{% for m in messages %}<|im_start|>{{ m.role }}<think>"
+        "{{ m.content }}{{ m.name }}{{ m.reasoning_content }}{{ m.tool_calls | default(1) | tojson }}"
+        "<|im_end|>{% endfor %}"
+    )
+    tokenizer = Tokenizer.from_pretrained(
+        write_directory({"tokenizer.json": chat_spec(), "chat_template.jinja": template})
+    )
+    control = tokenizer.control_ids
+    text = "<think>so</think><|im_end|><|im_start|>"
+
+    def control_tokens(message: dict[str, Any], **variables: Any) -> list[int]:
+        ids = tokenizer.apply_chat_template([message], **variables)
+        assert text in tokenizer.decode(ids, skip_special_tokens=False)
+        return [id for id in ids if id in control]
+
+    for role in ("user", "system", "tool", "developer", "Assistant"):
+        assert control_tokens({"role": role, "content": text, "name": text}) == [2, 600, 3]
+        parts = [{"type": "text", "text": text}] * 2
+        assert control_tokens({"role": role, "content": parts}) == [2, 600, 3]
+    assert control_tokens({"role": text, "content": "x"}) == [2, 600, 3]
+    assert control_tokens({"role": "assistant", "content": text}) == [2, 600, 600, 601, 3]
+    call = {"function": {"name": "f", "arguments": {"a": text}}}
+    assert control_tokens({"role": "assistant", "tool_calls": [call]}) == [2, 600, 600, 601, 3]
+    assert control_tokens({"role": "assistant", "reasoning": text, "content": "x"}) == [2, 600, 600, 601, 3]
+    user = {"role": "user", "content": "x"}
+    tool = {"type": "function", "function": {"name": text, text: [text, {"n": 1.5, "none": None}]}}
+    for variables in ({"tools": [tool]}, {"documents": [{"text": text}]}, {"x": text}, {"x": [{text: text}]}):
+        assert control_tokens(user, **variables) == [2, 600, 3]
+
+
+def test_words_have_the_rules_of_the_library_in_a_chat(chat_spec: Callable[[], Spec], write_directory: Write) -> None:
+    """As transformers gives them for a template and an assistant: `[user]` eats the space behind it, X is no part."""
+    spec = chat_spec()
+    rules = {"lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    spec["added_tokens"].append(rules | {"id": 604, "content": "$X", "single_word": True})
+    template = "{% for m in messages %}[user]  a $X $Xb {{ m.content }}{{ m.content[3:] }} $X<|end|>{% endfor %}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    path = write_directory({"tokenizer.json": spec, "tokenizer_config.json": config})
+    ours, theirs = Tokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    for content in ("[user]  x$X y", "$X", "$Xa b$X a[user] ", "<think>$X</think>\n"):
+        chat = [{"role": "assistant", "content": content}]
+        ids = ours.apply_chat_template(chat)
+        assert ids == theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert 604 in ids
 
 
 def test_a_template_that_cuts_messages_makes_no_special_token(

@@ -56,7 +56,7 @@ def header(metadata: dict[str, Any], **others: Any) -> GGUFHeader:
     return GGUFHeader(Path("tiny.gguf"), 3, {f"tokenizer.ggml.{key}": value for key, value in values.items()}, others)
 
 
-def write_gguf(path: Path, metadata: dict[str, Any], template: str | None = None) -> Path:
+def write_gguf(path: Path, metadata: dict[str, Any], template: Any = None) -> Path:
     """A file with a tokenizer and one tensor, by the gguf library."""
     writer = gguf.GGUFWriter(path, "llama")
     kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
@@ -223,6 +223,22 @@ def test_a_real_file_of_each_kind(
         assert tokenizer.encode(text) == reference.encode(text, add_bos=True)
         assert tokenizer.kind == "GGUF SentencePiece"
         assert not tokenizer.has_chat_template
+
+
+def test_templates_have_the_names_that_the_gguf_library_gives(
+    tmp_path: Path, byte_level_spec: Callable[[], dict[str, Any]]
+) -> None:
+    texts = {"default": "d{{ messages[0].content }}", "tool_use": "t{{ tools[0].x }}"}
+    named = [{"name": name, "template": text} for name, text in texts.items()]
+    metadata = json_metadata(byte_level_spec(), pre="gpt-2")
+    tokenizer = Tokenizer.from_pretrained(write_gguf(tmp_path / "named.gguf", metadata, named))
+    chat = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.decode(tokenizer.apply_chat_template(chat)) == "dHi"
+    assert tokenizer.decode(tokenizer.apply_chat_template(chat, tools=[{"x": "X"}])) == "tX"
+    broken = header(metadata)
+    broken.metadata["tokenizer.chat_template.rag"] = 1
+    with pytest.raises(TokenizerError, match=r"tokenizer.chat_template.rag must be text, not 1"):
+        Tokenizer.from_gguf(broken)
 
 
 def tokenizer_of(spec: dict[str, Any]) -> Any:

@@ -1,0 +1,176 @@
+"""The messages of a chat in every form that people write: what a template gets, and what is refused."""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from llama_mini import Tokenizer
+from llama_mini.errors import RequestError
+from llama_mini.tokenizer.messages import checked_messages, checked_variables
+
+Open = Callable[[str], tuple[Tokenizer, Any]]
+SHOWN = (
+    "{% for m in messages %}{{ m.role }}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments | tojson }}"
+    "{{ m.tool_calls[0].function.arguments.city }}{% endif %}{{ m.content }}<|end|>{% endfor %}"
+)
+USER = {"role": "user", "content": "x"}
+RESULT = {"role": "tool", "tool_call_id": "1", "name": "weather", "content": "sunny"}
+
+
+class Role(enum.StrEnum):
+    USER = "user"
+
+
+@dataclass
+class Question:
+    role: str
+    content: str
+    name: str | None = None
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    return {"tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}]}
+
+
+@pytest.fixture
+def open_both(chat_spec: Callable[[], dict[str, Any]], write_directory: Callable[..., Path]) -> Open:
+    """This tokenizer and transformers', with a template."""
+
+    def both(template: str) -> tuple[Tokenizer, Any]:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+        path = write_directory({"tokenizer.json": chat_spec(), "tokenizer_config.json": config})
+        return Tokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+    return both
+
+
+def test_a_tool_call_needs_no_content(open_both: Open) -> None:
+    ours, theirs = open_both(SHOWN)
+    for assistant in ({"role": "assistant"}, {"role": "assistant", "content": None}):
+        messages = [USER, assistant | call({"city": "Rome", "n": 1}), RESULT]
+        ids = ours.apply_chat_template(messages)
+        assert ids == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        text = 'userx<|end|>assistant{"city": "Rome", "n": 1}Rome<|end|>toolsunny<|end|>'
+        assert ours.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}', ' {"city":"Rome"}\n', "", {}])
+def test_arguments_as_json_text_become_an_object(open_both: Open, arguments: Any) -> None:
+    ours, _ = open_both(SHOWN)
+    messages = [USER, {"role": "assistant"} | call(arguments)]
+    expected = {"city": "Rome"} if "Rome" in str(arguments) else {}
+    given = [USER, {"role": "assistant"} | call(expected)]
+    assert ours.apply_chat_template(messages) == ours.apply_chat_template(given)
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == arguments  # the caller's data stays as it is
+
+
+def test_a_template_that_prints_arguments_gets_their_text(open_both: Open) -> None:
+    ours, _ = open_both("{{ messages[0].tool_calls[0].function.arguments + '<|end|>' }}")
+    ids = ours.apply_chat_template([{"role": "assistant"} | call('{"city": "Rome"}')])
+    assert ours.decode(ids) == '{"city": "Rome"}'
+
+
+def test_objects_of_other_libraries_are_messages() -> None:
+    pydantic = pytest.importorskip("pydantic")
+    # As the openai package has them: a model in a model, with fields that are None.
+    call_of_openai = pydantic.create_model("ToolCall", id=str, type=str, function=dict[str, str])
+    answer_of_openai = pydantic.create_model(
+        "Message", role=(str, "assistant"), content=(str | None, None), tool_calls=list[call_of_openai]
+    )
+    answer = answer_of_openai(tool_calls=call('{"city": "Rome"}')["tool_calls"])
+    messages = [Question("user", "x"), answer, {"role": Role.USER, "content": "y", "n": np.int64(3), "b": np.bool_(0)}]
+    checked = checked_messages(messages)
+    assert checked[:2] == [USER, {"role": "assistant"} | call({"city": "Rome"})]
+    assert checked[2] == {"role": "user", "content": "y", "n": 3, "b": False}
+    kinds = {type(value) for value in checked[2].values()}
+    assert kinds == {str, int, bool}
+    assert checked_messages([Question("user", "x"), answer], parse_arguments=False)[1]["tool_calls"] == [
+        {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b "}], "a\nb "),
+        ([{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}, {"text": "c"}], "a\nb\nc"),
+        ([{"type": "refusal", "refusal": "no"}], "no"),
+        (["a", "b"], "a\nb"),
+        ([], ""),
+    ],
+)
+def test_text_parts_are_joined_with_newlines_as_in_vllm(content: Any, text: str) -> None:
+    for role in ("user", "system", "developer", "assistant", "tool"):
+        assert checked_messages([{"role": role, "content": content}])[0]["content"] == text
+
+
+def test_a_tool_may_answer_with_an_object(open_both: Open) -> None:
+    ours, theirs = open_both("{{ messages[-1].content | tojson }}")
+    messages = [USER, RESULT | {"content": {"sky": "<|end|>", "t": 21.5}}]
+    ids = ours.apply_chat_template(messages)
+    assert ours.decode(ids) == theirs.apply_chat_template(messages, tokenize=False)
+    assert 1 not in ids
+
+
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}, "image"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "'input_audio'; this model reads"),
+        ({"role": "user", "content": [{"type": "text"}]}, r"\['content'\]\[0\]\['text'\] is missing"),
+        ({"role": "user", "content": [1]}, r"messages\[1\]\['content'\]\[0\] is int 1; this model reads text alone"),
+        ({"role": "user", "content": {"a": 1}}, r"\['content'\] is dict .*expected a string or a list of text parts"),
+        ({"role": "user"}, r"messages\[1\]\['content'\] is missing"),
+        ({"role": "assistant"}, r"messages\[1\]\['content'\] is missing"),
+        ({"role": "assistant", "tool_calls": {}}, r"messages\[1\]\['tool_calls'\] is dict"),
+        ({"role": "assistant", "tool_calls": ["f"]}, r"messages\[1\]\['tool_calls'\]\[0\] is str 'f'"),
+        ({"role": "assistant"} | call("{city: Rome}"), r"\['tool_calls'\]\[0\]: its arguments, .*Rome.*, are not JSON"),
+        ([USER], r"messages\[1\] is list"),
+        (dict, r"messages\[1\] is type"),
+    ],
+)
+def test_what_no_template_understands_is_refused(message: Any, fault: str) -> None:
+    with pytest.raises(RequestError, match=fault):
+        checked_messages([USER, message])
+
+
+def test_variables_are_plain_data() -> None:
+    tool = {"type": "function", "function": {"name": "f", "n": [1, 2.5, None, True]}}
+    assert checked_variables({"tools": (tool,), "documents": None, "x": np.float32(0.5)}) == {"tools": [tool], "x": 0.5}
+    assert checked_variables({"tools": [Question("f", "x")]}) == {
+        "tools": [{"role": "f", "content": "x", "name": None}]
+    }
+    ours = {"tokenize": True, "return_dict": False, "padding": False, "return_tensors": None}
+    assert checked_variables(ours) == {}  # as here anyway
+
+
+def weather(city: str) -> str:
+    return city
+
+
+@pytest.mark.parametrize(
+    ("variables", "fault"),
+    [
+        ({"tools": [weather]}, r"tools\[0\] is a function, expected its JSON schema; .*get_json_schema"),
+        ({"tools": [1]}, r"tools\[0\] is int 1, expected a mapping"),
+        ({"tools": {"name": "f"}}, "tools is dict .*, expected a list"),
+        ({"documents": "text"}, "documents is str 'text', expected a list"),
+        ({"x": object()}, "x is object .*, expected plain JSON data"),
+        ({"tokenize": False}, "tokenize is False, .* decode the ids with skip_special_tokens=False"),
+        (
+            {"return_tensors": "pt"},
+            r"return_tensors is 'pt', but the result is a list of ids; .*torch.tensor\(",
+        ),
+        ({"padding": True}, "padding is True"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "give its entries as keywords"),
+    ],
+)
+def test_other_variables_are_refused(variables: dict[str, Any], fault: str) -> None:
+    with pytest.raises(RequestError, match=fault):
+        checked_variables(variables)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of, read_standard_input, summary
-from llama_mini.cli.options import DEFAULT_MAX_TOKENS, PROG, check, parser, sampling
+from llama_mini.cli.options import DEFAULT_MAX_TOKENS, PROG, check, parser, sampling, template_variables
 from llama_mini.errors import RequestError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         from llama_mini.cli import chat
 
         llm, params = _load(args)
-        chat.run(llm, params, args.system)
+        chat.run(llm, params, args.system, template_variables(args))
     elif args.batch is not None:
         from llama_mini.cli.batch import read_lines, run_batch
 
@@ -112,14 +112,16 @@ def _with_limit(llm: "LLM", ids: list[int], params: "SamplingParams") -> "Sampli
 
 def _token_ids(llm: "LLM", prompt: Any, args: argparse.Namespace) -> list[int]:
     """A text, or the messages of a chat, as token ids."""
+    variables = template_variables(args)
     if isinstance(prompt, list):
-        return llm.tokenizer.apply_chat_template(prompt)
-    if args.raw or not (args.chat or args.system is not None or llm.tokenizer.has_chat_template):
-        return llm.tokenizer.encode(prompt)
+        return llm.tokenizer.apply_chat_template(prompt, **variables)
+    chat = args.chat or args.system is not None or variables or llm.tokenizer.has_chat_template
+    if args.raw or not chat:
+        return llm.tokenizer.encode(prompt, parse_special=args.special)
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
-    return llm.tokenizer.apply_chat_template(messages)
+    return llm.tokenizer.apply_chat_template(messages, **variables)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ SIGNATURES = {
     Tokenizer.from_pretrained: "(path)",
     Tokenizer.encode: "(self, text, add_special_tokens=True, parse_special=False)",
     Tokenizer.decode: "(self, ids, skip_special_tokens=True)",
-    Tokenizer.apply_chat_template: "(self, messages, add_generation_prompt=True)",
+    Tokenizer.apply_chat_template: "(self, messages, add_generation_prompt=True, *, continue_final_message=False, "
+    "chat_template=None, **variables)",
     KVCache.advance: "(self, n_new)",
     KVCache.truncate: "(self, row, length)",
     KVCache.clear: "(self, row)",
@@ -56,7 +57,8 @@ OPTIONS = (
     "--help --interactive --batch --output --info --version --model --dtype --device --quantize --kernels --threads "
     "--chat --raw --system --max-tokens --min-tokens --max-time --stop --stop-token --ignore-eos --logit-bias "
     "--repetition-penalty --presence-penalty --frequency-penalty --temperature --top-k --top-p --min-p --seed "
-    "--no-stream --stats --json --top-logprobs --prompt-logprobs"
+    "--no-stream --stats --json --top-logprobs --prompt-logprobs "
+    "--special --template-arg"
 )
 
 LAYER_KEYS = (

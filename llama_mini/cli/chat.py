@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama_mini.cli.common import summary, table
-from llama_mini.cli.conversation import Conversation, Show, Stopped, Turn, scalar_settings
+from llama_mini.cli.conversation import Conversation, Show, Stopped, Turn
 from llama_mini.cli.line_editor import Reader, open_reader
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import CapacityError, LlamaMiniError, RequestError
@@ -33,15 +33,15 @@ KEYS = "Ctrl-C stops an answer and keeps the text so far.\nPut a space in front 
 ESCAPED = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
-def run(llm: "LLM", params: SamplingParams, system: str | None = None) -> None:
-    """Chats until standard input ends or the user leaves.
+def run(llm: "LLM", params: SamplingParams, system: str | None = None, variables: dict[str, Any] | None = None) -> None:
+    """Chats until standard input ends or the user leaves. `variables` are those of the chat template.
 
     At a terminal an error is a message and Ctrl-C stops an answer, after which the chat continues. Elsewhere the first
     error is raised, and Ctrl-C is a KeyboardInterrupt. Raises TokenizerError if the checkpoint cannot chat.
     """
     names = [usage.split()[0] for usage in COMMANDS]
-    completions = [*names, "/quit", *(f"/set {name}" for name in scalar_settings())]
-    conversation = Conversation(llm, params, system)
+    conversation = Conversation(llm, params, system, variables)
+    completions = [*names, "/quit", *(f"/set {name}" for name in conversation.settings())]
     Chat(conversation, open_reader(completions)).run()
 
 

@@ -1,19 +1,23 @@
 """The state of a chat: its turns and settings, and how the next answer is made. No input or output happens here."""
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from llama_mini.cli.options import json_or_text
 from llama_mini.engine.sampling_params import SamplingParams
-from llama_mini.errors import RequestError
+from llama_mini.errors import LlamaMiniError, RequestError
+from llama_mini.tokenizer.config_files import NAMED
 from llama_mini.validate import check_choice
 
 if TYPE_CHECKING:
     from llama_mini.engine.llm import LLM
     from llama_mini.engine.request import FinishReason, Stats
 
+_TEMPLATE = "template."  # begins the names of settings that are variables of the chat template
 Show = Callable[[str], None]
 Stopped = Callable[[], bool]
 
@@ -43,15 +47,19 @@ class Conversation:
         llm: the model. It keeps the history in its cache, so that a turn prefills only what is new.
         params: how the next answers are sampled.
         system: the system message, or None.
+        variables: further variables of the chat template, such as `enable_thinking`.
 
     Raises:
         TokenizerError: the checkpoint has no chat template, or the template fails.
     """
 
-    def __init__(self, llm: "LLM", params: SamplingParams, system: str | None = None) -> None:
+    def __init__(
+        self, llm: "LLM", params: SamplingParams, system: str | None = None, variables: dict[str, Any] | None = None
+    ) -> None:
         self._llm = llm
         self.params = params
         self.system = system
+        self.variables = variables or {}
         self.turns: list[Turn] = []
         self._ids(self._messages([], "?"))  # a checkpoint that cannot chat is refused now
 
@@ -87,14 +95,30 @@ class Conversation:
         self.turns.clear()
 
     def set(self, name: str, text: str) -> None:
-        """Sets a sampling parameter of the next answers from text: a number, `true`, `false`, or `none` for None."""
-        types = scalar_settings()
-        check_choice("setting", name, types, RequestError)
-        self.params = replace(self.params, **{name: _parsed(text, types[name])})
+        """Sets a sampling parameter of the next answers from text: a number, `true`, `false`, or `none` for None.
+
+        `template.NAME` is a variable of the chat template; its text is JSON, else it stays text.
+        """
+        check_choice("setting", name, self.settings(), RequestError)
+        if not name.startswith(_TEMPLATE):
+            types = scalar_settings()[name]
+            self.params = replace(self.params, **{name: _parsed(text, types)})
+            return
+        before, name = self.variables, name.removeprefix(_TEMPLATE)
+        self.variables = before | {name: None if text == "none" else json_or_text(text)}
+        try:
+            self._ids(self._messages([], "?"))
+        except LlamaMiniError:
+            self.variables = before
+            raise
 
     def settings(self) -> dict[str, str]:
         """Every setting, as text that `set` accepts."""
-        return {name: str(getattr(self.params, name)).lower() for name in scalar_settings()}
+        settings = {name: str(getattr(self.params, name)).lower() for name in scalar_settings()}
+        for name in sorted(self._llm.tokenizer.template_variables.difference(NAMED)):
+            value = self.variables.get(name)
+            settings[_TEMPLATE + name] = "none" if value is None else json.dumps(value, ensure_ascii=False)
+        return settings
 
     @property
     def max_context(self) -> int:
@@ -139,7 +163,7 @@ class Conversation:
         return messages if question is None else [*messages, {"role": "user", "content": question}]
 
     def _ids(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        return self._llm.tokenizer.apply_chat_template(messages, add_generation_prompt)
+        return self._llm.tokenizer.apply_chat_template(messages, add_generation_prompt, **self.variables)
 
 
 def scalar_settings() -> dict[str, tuple[Any, ...]]:

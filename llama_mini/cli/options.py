@@ -1,12 +1,14 @@
 """The options of the commands. Nothing here imports torch, so that --help does not wait for it."""
 
 import argparse
+import json
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama_mini import __version__
 from llama_mini.errors import RequestError
+from llama_mini.validate import short_repr
 
 if TYPE_CHECKING:
     from llama_mini.engine.sampling_params import SamplingParams
@@ -35,6 +37,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     mode = text.add_mutually_exclusive_group()
     mode.add_argument("--chat", action="store_true", help="answer as a chat; default if there is a chat template")
     mode.add_argument("--raw", action="store_true", help="continue the prompt as plain text")
+    text.add_argument("--special", action="store_true", help="with --raw: names of special tokens in it become tokens")
     _text_options(text, f"at most N new tokens; default: {DEFAULT_MAX_TOKENS}")
     _sampling_options(p)
     add = p.add_argument_group("output").add_argument
@@ -112,6 +115,13 @@ def _dtype_and_device(group: "argparse._ArgumentGroup") -> None:
 def _text_options(group: "argparse._ArgumentGroup", max_tokens: str) -> None:
     add = group.add_argument
     add("--system", metavar="TEXT", help="system message of the chat")
+    add(
+        "--template-arg",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="a variable of the chat template, such as tools=[...] or enable_thinking=false; what is no JSON is text",
+    )
     add("--max-tokens", type=int, metavar="N", help=max_tokens)
     add("--min-tokens", type=int, default=0, metavar="N", help="do not end before N new tokens")
     add("--max-time", type=float, metavar="S", help="end after S seconds")
@@ -151,6 +161,10 @@ def check(args: argparse.Namespace) -> None:
             raise RequestError(f"{option} and {conflicts[0]} cannot be used together: leave one of them out")
     if args.raw and args.system is not None:
         raise RequestError("--system belongs to a chat, --raw continues plain text: leave one of them out")
+    if args.raw and args.template_arg:
+        raise RequestError("--template-arg belongs to a chat, --raw continues plain text: leave one of them out")
+    if args.special and not args.raw:
+        raise RequestError("--special is for plain text: give --raw too; a chat template writes its special tokens")
     if args.output is not None and args.batch is None:
         raise RequestError("--output takes the results of --batch: give --batch too, or leave it out")
     if (args.top_logprobs or args.prompt_logprobs) and not (args.json or args.batch):
@@ -164,6 +178,27 @@ def sampling(args: argparse.Namespace) -> "SamplingParams":
     settings = {field.name: getattr(args, field.name) for field in fields(SamplingParams) if field.name in args}
     settings |= {"logit_bias": dict(map(_bias, args.logit_bias)) or None, "stop_token_ids": args.stop_token}
     return SamplingParams(**settings)
+
+
+def template_variables(args: argparse.Namespace) -> dict[str, Any]:
+    """The variables of --template-arg. Raises RequestError."""
+    variables = {}
+    for text in args.template_arg:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise RequestError(f"--template-arg must be NAME=JSON, not {short_repr(text)}")
+        if name in ("self", "messages", "add_generation_prompt"):
+            raise RequestError(f"--template-arg {name} is not a variable of the template, but set by the command")
+        variables[name] = json_or_text(value)
+    return variables
+
+
+def json_or_text(text: str) -> Any:
+    """JSON; text that is none, such as a date, stays as it is."""
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError):
+        return text
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -49,7 +49,9 @@ def tell_of_ctrl_c():
 
 class Fake:
     config = SimpleNamespace(max_seq_len=100)
-    tokenizer = SimpleNamespace(apply_chat_template=lambda messages, add_generation_prompt: messages)
+    tokenizer = SimpleNamespace(
+        apply_chat_template=lambda messages, add_generation_prompt: messages, template_variables=frozenset()
+    )
 
     def stream(self, messages, params):
         if messages[-1]["content"] == "too long":

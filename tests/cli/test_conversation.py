@@ -1,7 +1,9 @@
 """The state of a chat: what the model is given, what is kept, what is taken back."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -225,6 +227,34 @@ def test_a_bad_setting_is_the_fields_own_sentence(llm: LLM, name: str, text: str
         conversation.set(name, text)
     assert str(error.value).startswith(message)
     assert conversation.params == before
+
+
+def test_template_variables_are_settings(tiny_dir: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_dir, tmp_path / "tiny")
+    (path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[-1].content }}{{ tools }}{{ date_string }}")
+    spy = Spy(LLM(path, dtype="float32", kernels="off", threads=1))
+    conversation = Conversation(spy, SamplingParams(max_tokens=1), None, {"date_string": "today"})
+
+    def prompt() -> str:
+        ask(conversation, "q")
+        return spy.tokenizer.decode(spy.given[-1][0])
+
+    assert prompt() == "qNonetoday"
+    names = {name: text for name, text in conversation.settings().items() if name.startswith("template.")}
+    assert names == {"template.date_string": '"today"', "template.tools": "none"}
+    for text, shown in (("1 Jan", "1 Jan"), ('"2"', "2"), ("none", "")):
+        conversation.set("template.date_string", text)
+        assert prompt() == f"qNone{shown}"
+    conversation.set("template.tools", '[{"name": "f"}]')
+    assert prompt() == "q[{'name': 'f'}]"
+    assert conversation.settings()["template.tools"] == '[{"name": "f"}]'
+    for name, text, message in (
+        ("template.tools", "all", "tools is str 'all', expected a list"),
+        ("template.messages", "1", "unknown setting 'template.messages'; known: temperature"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            conversation.set(name, text)
+        assert prompt() == "q[{'name': 'f'}]"
 
 
 def test_a_checkpoint_that_cannot_chat_says_so_at_once(llm: LLM) -> None:

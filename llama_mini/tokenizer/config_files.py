@@ -121,13 +121,19 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> tuple[AddedToken
 
 
 def _chat_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Templates by name. Those in files of their own replace those of tokenizer_config.json, as in transformers."""
+    """Templates by name. Those in files of their own replace those of tokenizer_config.json, as in transformers.
+
+    chat_template.json is the older file of processors, which also take images.
+    """
     folder = directory / "additional_chat_templates"
     paths = {path.stem: inside(folder, path.name) for path in sorted(folder.glob("*.jinja"))}
     paths["default"] = inside(directory, "chat_template.jinja")
     if texts := {name: read_text(path) for name, path in paths.items() if path.is_file()}:
         return texts
-    found = settings.get("chat_template")
+    path = inside(directory, "tokenizer_config.json")
+    found, older = settings.get("chat_template"), inside(directory, "chat_template.json")
+    if found is None and older.is_file():
+        path, found = older, read_json(older).get("chat_template")
     if found is None or isinstance(found, str):
         return {} if found is None else {"default": found}
     try:
@@ -137,8 +143,7 @@ def _chat_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]
     except (KeyError, TypeError):
         pass
     raise TokenizerError(
-        f"{directory / 'tokenizer_config.json'}: chat_template is {short_repr(found)}, expected a string or a list of "
-        "templates, each with a name"
+        f"{path}: chat_template is {short_repr(found)}, expected a string or a list of templates, each with a name"
     )
 
 

@@ -40,6 +40,16 @@ def test_a_checkpoint_without_generation_config_warns(write_directory: Write) ->
     assert (files.eos_ids, files.model_vocab_size) == ((5, 6), 9)
 
 
+def test_a_processor_has_the_template_of_an_older_checkpoint(write_directory: Write) -> None:
+    path = write_directory({"chat_template.json": {"chat_template": "old"}, "tokenizer_config.json": {}})
+    assert read_config_files(path).chat_templates == {"default": "old"}
+    write_directory({"tokenizer_config.json": {"chat_template": "new"}})
+    assert read_config_files(path).chat_templates == {"default": "new"}
+    write_directory({"tokenizer_config.json": {}, "chat_template.json": {"chat_template": 3}})
+    with pytest.raises(TokenizerError, match=r"chat_template\.json: chat_template is 3, expected a string or a list"):
+        read_config_files(path)
+
+
 @pytest.mark.parametrize(
     "content",
     ["{", "[]", {"added_tokens_decoder": {"x": {}}}, {"chat_template": 3}, {"chat_template": [{"name": "default"}]}],

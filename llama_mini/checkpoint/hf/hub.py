@@ -17,7 +17,7 @@ from llama_mini.errors import CheckpointError, CheckpointFormatError, Checkpoint
 from llama_mini.validate import join_names, short_repr
 
 SMALL = [CONFIG, "generation_config.json", *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json"]
-SMALL += ["added_tokens.json", "chat_template.jinja"]
+SMALL += ["added_tokens.json", "chat_template.jinja", "chat_template.json"]
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # A branch or tag name that git allows, in ASCII only. No part of it begins with a dot.
@@ -117,6 +117,7 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
     top = {name for name in names if "/" not in name}
     is_meta = CONFIG not in top and PARAMS in top
     small = [name for name in (*SMALL, *([PARAMS] if is_meta else [])) if name in top]
+    small += sorted(name for name in names if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", name))
     if tokenizer_only and top.intersection(VOCABULARIES):
         return small
     weights = sorted(n for n in top if n.endswith(".safetensors") and n.startswith("consolidated") == is_meta)

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+TOKENIZER += ["chat_template.json", "additional_chat_templates/rag.jinja"]
 SMALL = ["config.json", "generation_config.json", *TOKENIZER]
 CLUTTER = [
     "README.md",
@@ -21,7 +22,7 @@ CLUTTER = [
     "onnx/model.onnx",
     "params.json",
     "training_args.bin",
-    "chat_template.json",
+    "additional_chat_templates/README.md",
 ]
 PINNED = hashlib.sha1(b"an older commit").hexdigest()
 

@@ -5,9 +5,10 @@ the file with its own; no other reader does.)
 """
 
 import json
+import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -109,10 +110,11 @@ def _added_tokens(spec: dict[str, Any], vocab: Mapping[str, int], files: ConfigF
     """The file's added tokens, and those that only tokenizer_config.json adds or names as special."""
     added = {token["content"]: AddedToken(**token) for token in spec.get("added_tokens") or []}
     for token in files.added_tokens:
-        added.setdefault(token.content, token)
+        known = added.setdefault(token.content, token)
+        added[token.content] = replace(known, special=known.special or token.special)
     for content in files.names.values():
         if (content in added or content in vocab) and is_control(content, special=False):
-            added[content] = AddedToken(**(asdict(added.get(content, AddedToken(content=content))) | {"special": True}))
+            added[content] = replace(added.get(content, AddedToken(content=content)), special=True)
     return list(added.values())
 
 

@@ -88,6 +88,21 @@ def test_no_text_becomes_a_special_token(
         assert tokenizer.decode([900]) == ""
 
 
+def test_tokenizer_config_marks_tokens_as_special_too(
+    byte_level_spec: Callable[[], Spec], write_directory: Write
+) -> None:
+    decoder = {"600": PLAIN | {"content": "<a>", "special": True}, "601": PLAIN | {"content": "<b>"}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": decoder}
+    path = write_directory(
+        {"tokenizer.json": with_added(byte_level_spec(), "<a>", "<b>"), "tokenizer_config.json": config}
+    )
+    ours, theirs = Tokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert ours.decode([600, 601]) == theirs.decode([600, 601], skip_special_tokens=True) == "<b>"
+    ids = ours.encode("<a><b>")
+    assert 600 not in ids
+    assert ids[-1] == 601
+
+
 def test_control_tokens_of_a_unigram_model_are_not_matched(write_directory: Write) -> None:
     vocab = [["<unk>", 0.0], ["</s>", -0.5], ["▁", -2.0], *([char, -3.0] for char in "</s>abc")]
     spec = {

@@ -181,12 +181,8 @@ class LlamaMiniLM(TemplateLM):
     def apply_chat_template(self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat as text, by the checkpoint's template; without the generation prompt it ends in the last message."""
         tokenizer = self.llm.tokenizer
-        ids = tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+        ids = tokenizer.apply_chat_template(chat_history, continue_final_message=not add_generation_prompt)
+        return tokenizer.decode(ids, skip_special_tokens=False)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template, which lm-eval records. Choosing one of several by name is not supported."""

@@ -268,5 +268,5 @@ def open_tokenizer(source: "Source") -> Tokenizer:
         special = tokenizer.control_ids
         if tokenizer.vocab_size - rows > len(special) or not special.issuperset(range(rows, tokenizer.vocab_size)):
             raise TokenizerError(f"{problem}; they belong to different checkpoints")
-        warnings.warn(f"{problem}: the special tokens from {rows} on cannot be used", LlamaMiniWarning, stacklevel=3)
+        warnings.warn(f"{problem}: the added tokens from {rows} on cannot be used", LlamaMiniWarning, stacklevel=3)
     return tokenizer

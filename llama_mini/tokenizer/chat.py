@@ -63,11 +63,6 @@ def template_pieces(
     return [piece.replace(mark, "") if isinstance(piece, str) else piece for piece in pieces]
 
 
-def reads_arguments(template: str) -> bool:
-    """Whether a template reads the arguments of tool calls as an object. Otherwise it prints them as they are."""
-    return "tojson" in template or "items" in template
-
-
 def llama_3_pieces(
     messages: list[Message], control_ids: Mapping[str, int], prompt: bool, open_end: bool
 ) -> list[Piece]:
@@ -76,8 +71,8 @@ def llama_3_pieces(
     pieces: list[Piece] = [control_ids["<|begin_of_text|>"]]
     for index, message in enumerate(messages):
         role = "ipython" if message["role"] == "tool" else message["role"]
-        if not isinstance(message.get("content"), str):
-            raise RequestError(f"messages[{index}] has no text; Meta's dialogue format, without a template, needs it")
+        if not isinstance(message["content"], str):
+            raise RequestError(f"messages[{index}]['content'] must be a string in Meta's dialogue, not an object")
         check_text(role + message["content"])
         pieces += [begin, role, end, "\n\n", message["content"], eot]
     if open_end:

@@ -1,6 +1,7 @@
 """The messages and variables of a chat, in the forms of OpenAI's API, vLLM and transformers, as plain data."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -14,6 +15,9 @@ from llama_mini.validate import short_repr
 Message = dict[str, Any]
 TOOL_ROLES = ("tool", "ipython", "function")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> its text
+_ASKS_FOR_NULL = re.compile(r"""\bcontent['"]?\]? is none(?! or)""")  # DeepSeek's distilled LLaMA
+_WRITES_TEXT = re.compile(r"""(\.|\[['"])arguments(['"]\])?\s*([+~]|-?\}\})""")  # or joins them with a string
+_TAKES_BOTH = re.compile(r"""\barguments['"]?\]? is (string|mapping)""")
 # Keywords of transformers and vLLM: the one value that means what happens here, and what to do for another.
 _FIXED: dict[str, tuple[Any, str]] = {
     "tokenize": (True, "for the text, decode the ids with skip_special_tokens=False"),
@@ -29,11 +33,12 @@ _FIXED: dict[str, tuple[Any, str]] = {
 }
 
 
-def checked_messages(messages: object, parse_arguments: bool = True) -> list[Message]:
-    """Messages as plain JSON data, as transformers gives them to a template. Raises RequestError for malformed ones.
+def checked_messages(messages: object, template: str | None = None) -> list[Message]:
+    """Messages as plain JSON data, as vLLM gives them to a template. Raises RequestError for malformed ones.
 
-    Dataclasses and pydantic models work too. Content in text parts is joined with newlines, as in vLLM. With
-    `parse_arguments`, the arguments of tool calls become objects if they are JSON text, the form of OpenAI.
+    Dataclasses and pydantic models work too. Content in text parts is joined with newlines. An assistant's turn without
+    content has an empty one, or null for a template that asks for null. Arguments of tool calls that are JSON text, the
+    form of OpenAI, become objects, unless the template writes them as text.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise RequestError(f"messages is {_describe(messages)}, expected a list of at least one message")
@@ -46,8 +51,10 @@ def checked_messages(messages: object, parse_arguments: bool = True) -> list[Mes
                 raise RequestError(f"{where} is {_describe(message)}, expected a mapping with role and content")
             plain = {key: value for key, value in plain.items() if value is not None}
             _check_role_and_content(plain, where)
-            if parse_arguments:
-                _parse_arguments(plain, where)
+            if plain.get("tool_calls"):
+                _check_tool_calls(plain, where, template)
+        if "content" not in plain:
+            plain["content"] = None if template and _ASKS_FOR_NULL.search(template) else ""
         reasoning = next((plain[key] for key in ("reasoning_content", "thinking", "reasoning") if key in plain), None)
         if reasoning is not None:
             plain = {"thinking": reasoning} | plain | {"reasoning_content": reasoning}
@@ -81,7 +88,7 @@ def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_role_and_content(message: Message, where: str) -> None:
-    """Sets the content to its text. An assistant may call tools, refuse or think without any content."""
+    """Makes one text of the content. An assistant may call tools, refuse or think without any content."""
     role, content, where_content = message.get("role"), message.get("content"), f"{where}['content']"
     if not isinstance(role, str):
         raise RequestError(f"{where}['role'] is {_describe(role)}, expected a string")
@@ -106,15 +113,18 @@ def _part(part: Any, where: str) -> str:
     return part[key]
 
 
-def _parse_arguments(message: Message, where: str) -> None:
-    calls = message.get("tool_calls", [])
+def _check_tool_calls(message: Message, where: str, template: str | None) -> None:
+    if template is None or "tool_calls" not in template:
+        raise RequestError(f"{where} has tool_calls, which the chat template does not read; write them as content")
+    calls = message["tool_calls"]
     if not isinstance(calls, list):
         raise RequestError(f"{where}['tool_calls'] is {_describe(calls)}, expected a list")
+    as_text = _WRITES_TEXT.search(template) and not _TAKES_BOTH.search(template)
     for index, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict):
             raise RequestError(f"{where}['tool_calls'][{index}] is {_describe(call)}, expected a mapping with function")
-        if isinstance(arguments := function.get("arguments"), str):
+        if isinstance(arguments := function.get("arguments"), str) and not as_text:
             try:
                 function["arguments"] = json.loads(arguments or "{}")
             except ValueError as error:

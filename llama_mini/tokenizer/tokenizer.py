@@ -14,7 +14,7 @@ from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
 from llama_mini.checkpoint.io.files import VOCABULARIES, exists, inside
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Backend, check_text, split
-from llama_mini.tokenizer.chat import llama_3_pieces, reads_arguments, template_pieces
+from llama_mini.tokenizer.chat import llama_3_pieces, template_pieces
 from llama_mini.tokenizer.config_files import ConfigFiles, read_bytes, read_config_files, read_json
 from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
@@ -186,7 +186,8 @@ class Tokenizer(TransformersNames):
     ) -> list[int]:
         """Ids of a chat, by the checkpoint's template, or in LLaMA 3's dialogue format for a Meta directory.
 
-        messages: mappings, dataclasses or pydantic models, with the keys that transformers and OpenAI's API have.
+        messages: mappings, dataclasses or pydantic models, with the keys that transformers and OpenAI's API have. An
+            assistant's turn may have `tool_calls` without content; content may be a list of text parts.
         add_generation_prompt: end where the assistant's answer begins.
         continue_final_message: end inside the last message instead, so that the model continues it.
         chat_template: another template, or the name of one in the checkpoint. With `tools`, "tool_use" is used if it
@@ -209,7 +210,7 @@ class Tokenizer(TransformersNames):
             template = self._templates.choose(chat_template, "tools" in given)
             if given:
                 check_variables(given, self._templates.variables(template))
-            checked = checked_messages(messages, reads_arguments(template))
+            checked = checked_messages(messages, template)
             given["add_generation_prompt"] = prompt
             pieces = template_pieces(template, checked, given, self._names, self._backend, continue_final_message)
         ids = self._backend.encode(pieces)

@@ -70,10 +70,42 @@ def test_arguments_as_json_text_become_an_object(open_both: Open, arguments: Any
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == arguments  # the caller's data stays as it is
 
 
-def test_a_template_that_prints_arguments_gets_their_text(open_both: Open) -> None:
-    ours, _ = open_both("{{ messages[0].tool_calls[0].function.arguments + '<|end|>' }}")
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].tool_calls[0].function.arguments }}",
+        "{{ tools | tojson if tools }}{{ messages[0].tool_calls[0]['function']['arguments'] + '' }}",  # DeepSeek
+        "{{ tools | tojson if tools }}{{ '' + messages[0].tool_calls[0].function['arguments'] -}}",  # functionary
+        "{% set f = messages[0].tool_calls[0].function %}{% if f.arguments is string %}{{ f.arguments }}"
+        "{% else %}{{ f.arguments | tojson }}{% endif %}",  # either will do
+    ],
+)
+def test_a_template_that_writes_arguments_as_text_gets_text(open_both: Open, template: str) -> None:
+    ours, _ = open_both(template)
     ids = ours.apply_chat_template([{"role": "assistant"} | call('{"city": "Rome"}')])
     assert ours.decode(ids) == '{"city": "Rome"}'
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% if '</think>' in messages[0].content %}{% endif %}{{ messages[0].tool_calls | length }}", "1"),  # Qwen3
+        ("{% if messages[0]['content'] is none %}{{ messages[0]['tool_calls'] | length }}{% endif %}", "1"),  # DeepSeek
+        ("{{ messages[0].content }}{{ messages[0].tool_calls | length }}", "1"),
+    ],
+)
+def test_the_content_of_a_tool_call_is_what_the_template_asks_for(open_both: Open, template: str, text: str) -> None:
+    ours, _ = open_both(template)
+    for message in (call({}), {"content": None} | call({})):
+        assert ours.decode(ours.apply_chat_template([{"role": "assistant"} | message])) == text
+
+
+def test_a_tool_call_is_not_lost(open_both: Open, llama3_tiktoken: Tokenizer) -> None:
+    ours, _ = open_both("{{ messages[0].content }}")
+    for tokenizer in (ours, llama3_tiktoken):
+        with pytest.raises(RequestError, match=r"messages\[0\] has tool_calls, which the chat template does not read"):
+            tokenizer.apply_chat_template([{"role": "assistant", "content": "x"} | call({})])
+        tokenizer.apply_chat_template([{"role": "assistant", "content": "x", "tool_calls": []}])  # there is none
 
 
 def test_objects_of_other_libraries_are_messages() -> None:
@@ -85,14 +117,11 @@ def test_objects_of_other_libraries_are_messages() -> None:
     )
     answer = answer_of_openai(tool_calls=call('{"city": "Rome"}')["tool_calls"])
     messages = [Question("user", "x"), answer, {"role": Role.USER, "content": "y", "n": np.int64(3), "b": np.bool_(0)}]
-    checked = checked_messages(messages)
-    assert checked[:2] == [USER, {"role": "assistant"} | call({"city": "Rome"})]
+    checked = checked_messages(messages, SHOWN)
+    assert checked[:2] == [USER, {"role": "assistant", "content": ""} | call({"city": "Rome"})]
     assert checked[2] == {"role": "user", "content": "y", "n": 3, "b": False}
     kinds = {type(value) for value in checked[2].values()}
     assert kinds == {str, int, bool}
-    assert checked_messages([Question("user", "x"), answer], parse_arguments=False)[1]["tool_calls"] == [
-        {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
-    ]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +157,7 @@ def test_a_tool_may_answer_with_an_object(open_both: Open) -> None:
         ({"role": "user", "content": {"a": 1}}, r"\['content'\] is dict .*expected a string or a list of text parts"),
         ({"role": "user"}, r"messages\[1\]\['content'\] is missing"),
         ({"role": "assistant"}, r"messages\[1\]\['content'\] is missing"),
-        ({"role": "assistant", "tool_calls": {}}, r"messages\[1\]\['tool_calls'\] is dict"),
+        ({"role": "assistant", "tool_calls": {"a": 1}}, r"messages\[1\]\['tool_calls'\] is dict"),
         ({"role": "assistant", "tool_calls": ["f"]}, r"messages\[1\]\['tool_calls'\]\[0\] is str 'f'"),
         ({"role": "assistant"} | call("{city: Rome}"), r"\['tool_calls'\]\[0\]: its arguments, .*Rome.*, are not JSON"),
         ([USER], r"messages\[1\] is list"),
@@ -137,7 +166,7 @@ def test_a_tool_may_answer_with_an_object(open_both: Open) -> None:
 )
 def test_what_no_template_understands_is_refused(message: Any, fault: str) -> None:
     with pytest.raises(RequestError, match=fault):
-        checked_messages([USER, message])
+        checked_messages([USER, message], SHOWN)
 
 
 def test_variables_are_plain_data() -> None:

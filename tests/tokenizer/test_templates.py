@@ -88,8 +88,8 @@ def test_metas_dialogue_reads_no_variables(llama3_tiktoken: Tokenizer) -> None:
     assert llama3_tiktoken.template_variables == set()
     with pytest.raises(RequestError, match="does not read 'tools'"):
         llama3_tiktoken.apply_chat_template(CHAT, tools=[TOOL])
-    with pytest.raises(RequestError, match=r"messages\[0\] has no text; Meta's dialogue format"):
-        llama3_tiktoken.apply_chat_template([{"role": "assistant", "tool_calls": []}])
+    with pytest.raises(RequestError, match=r"messages\[0\]\['content'\] must be a string in Meta's dialogue"):
+        llama3_tiktoken.apply_chat_template([{"role": "tool", "content": {"sky": "blue"}}])
     whole = llama3_tiktoken.apply_chat_template(CHAT, False)
     assert llama3_tiktoken.apply_chat_template(CHAT, continue_final_message=True) == whole[:-1]
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_continued_is_refused(open_both: Open) -> None:
     with pytest.raises(RequestError, match="does not show the last message whole"):
         ours.apply_chat_template(CHAT, continue_final_message=True)
     with pytest.raises(RequestError, match="has no text that continue_final_message could continue"):
-        ours.apply_chat_template([CHAT[0], {"role": "assistant", "tool_calls": []}], continue_final_message=True)
+        ours.apply_chat_template([CHAT[0], {"role": "tool", "content": {"a": 1}}], continue_final_message=True)
     with pytest.raises(RequestError, match="continue_final_message must be true or false, not 'content'"):
         ours.apply_chat_template(CHAT, continue_final_message="content")  # type: ignore[arg-type]
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, Protocol
 from unicodedata import category
 
@@ -124,10 +123,9 @@ def is_control(content: str, special: bool) -> bool:
     return special or not is_text
 
 
-def any_of(contents: Iterable[str], conditions: Mapping[str, str] = MappingProxyType({})) -> str:
-    """A pattern for any of the contents, the longest first, each after its condition; no contents match nothing."""
-    longest_first = sorted(contents, key=len, reverse=True)
-    return "|".join(conditions.get(content, "") + re.escape(content) for content in longest_first) or "(?!)"
+def any_of(contents: Iterable[str]) -> str:
+    """A pattern for any of the contents, the longest first; no contents match nothing."""
+    return "|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Stop strings in a stream of text pieces, against cutting the whole text."""
 
 import random
+from collections.abc import Mapping
 
 import pytest
 
@@ -11,6 +12,7 @@ class Pieces:
     """A tokenizer whose ids are indices into a list of strings."""
 
     strips_space = False
+    special_tokens: Mapping[str, int] = {}
 
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces

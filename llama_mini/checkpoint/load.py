@@ -14,7 +14,7 @@ from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.io.files import SINGLE, write_json
 from llama_mini.checkpoint.keys import to_file_name
-from llama_mini.checkpoint.match import Model, empty_model, match, read_all, warn_of_other_head, with_progress
+from llama_mini.checkpoint.match import Model, empty_model, match, read_all, with_progress
 from llama_mini.checkpoint.plain import check_plain
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.special_ids import special_ids
@@ -94,7 +94,6 @@ def load_model(
     for name, first, rows in read_all(source, as_floats, dtype, what, destination=destination):
         if name in sinks:
             load(name, rows, first)
-    warn_of_other_head(source, dtype)
     model.load_state_dict(state, assign=True, strict=True)
     return model.to(device).eval().requires_grad_(False)
 

@@ -8,6 +8,7 @@ from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.hf.directory import open_hf_directory
 from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
 from llama_mini.checkpoint.io.files import CONFIG, PARAMS, exists, inside
+from llama_mini.checkpoint.match import with_settled_head
 from llama_mini.checkpoint.meta.directory import open_meta_directory
 from llama_mini.checkpoint.source import Source
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
@@ -27,7 +28,7 @@ def resolve(name: str | Path) -> Path:
 
 
 def open_checkpoint(path: Path, pickles: type[nn.Module] | None = None) -> Source:
-    """Opens a path that `resolve` returned. Reads the headers, no data.
+    """Opens a path that `resolve` returned. Reads the headers; of the data, only a head that should be tied.
 
     Pickles are opened only for conversion: `pickles` is then the model's class, whose shapes tell how to join Meta's
     shards. A directory that also has safetensors is read from these.
@@ -38,7 +39,7 @@ def open_checkpoint(path: Path, pickles: type[nn.Module] | None = None) -> Sourc
         raise CheckpointPathError(
             f"{path!s:.200} does not exist; give a directory, a GGUF or safetensors file, or a hub name, org/name"
         )
-    return _open_directory(path, pickles) if path.is_dir() else _open_file(path)
+    return with_settled_head(_open_directory(path, pickles) if path.is_dir() else _open_file(path))
 
 
 def _open_directory(path: Path, pickles: type[nn.Module] | None) -> Source:

@@ -17,7 +17,6 @@ from llama_mini.errors import (
     CheckpointMismatchError,
     CheckpointPathError,
     ConfigError,
-    LlamaMiniWarning,
 )
 from llama_mini.machine import dtype_name
 from llama_mini.model.llama import Llama
@@ -129,23 +128,6 @@ def test_tables_of_old_checkpoints_are_harmless(directory: Path) -> None:
     tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.full((4,), 7.0) for i in (0, 1)}
     edit(directory, lambda tensors: tensors.update(tables | {"rope.freqs": torch.full((4,), 7.0).half()}))
     assert torch.equal(Llama.from_pretrained(directory)(random_tokens(1, 5)), expected)
-
-
-@pytest.mark.parametrize("case", ["absent", "equal", "different", "of another shape"])
-def test_a_tied_head_that_is_stored_too(tmp_path: Path, case: str) -> None:
-    hf_llama(2, tie_word_embeddings=True).save_pretrained(tmp_path)
-    plain = Llama.from_pretrained(tmp_path)
-    embedding = plain.tok_embeddings.weight
-    head = {"equal": embedding.clone(), "different": embedding + 1, "of another shape": torch.ones(3)}.get(case)
-    if head is not None:
-        edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head}))
-    if case in ("absent", "equal"):
-        model = Llama.from_pretrained(tmp_path)  # a warning would be an error here
-    else:
-        with pytest.warns(LlamaMiniWarning, match="lm_head.weight differs from the embedding"):
-            model = Llama.from_pretrained(tmp_path)
-    assert model.lm_head is None
-    assert torch.equal(model.tok_embeddings.weight, embedding)
 
 
 def test_an_untied_model_needs_its_head(directory: Path) -> None:

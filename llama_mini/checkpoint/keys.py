@@ -4,8 +4,14 @@ One Hugging Face name can mean different norm slots in different families, so ea
 """
 
 import re
+import warnings
+from collections.abc import Collection
+
+from llama_mini.errors import LlamaMiniWarning
+from llama_mini.validate import short_repr
 
 KeyTable = dict[str, str]
+HEAD, EMBEDDING = "lm_head.weight", "tok_embeddings.weight"  # our names
 
 
 def _with_biases(table: KeyTable) -> KeyTable:
@@ -84,6 +90,32 @@ GGUF_KEYS: KeyTable = _with_biases(
 
 # Rotary tables in old checkpoints, and those in a GGUF file, which gguf/rope.py reads as settings.
 IGNORED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_(freqs|factors_(long|short))\.weight$")
+
+# A file's name of the first of these that it has shows the prefix of all names.
+_FIRST = ("model.embed_tokens.weight", "embed_tokens.weight", "lm_head.weight")
+
+
+def names_in_file(table: KeyTable, names: Collection[str]) -> KeyTable:
+    """A Hugging Face family's table, with the names as a file spells them.
+
+    A model saved without its head (transformers' LlamaModel) has names without `model.`. One saved from within another
+    module has a prefix before every name: `_orig_mod.` (torch.compile), `module.` (DDP), `base_model.model.` (PEFT),
+    `language_model.` (the text part of a multimodal model, whose head may lie outside). It is left out, with a warning.
+    """
+    prefix = next((n.removesuffix(first) for first in _FIRST for n in names if f".{n}".endswith(f".{first}")), "")
+    heads = [name for name in names if f".{name}".endswith(f".{HEAD}")]
+    before_head = heads[0].removesuffix(HEAD) if len(heads) == 1 else prefix
+    others = [name for name in names if name != before_head + HEAD]
+    if not table or not prefix.startswith(before_head) or not all(name.startswith(prefix) for name in others):
+        return table
+    if prefix:
+        message = f"every tensor's name begins with {short_repr(prefix)}, which is left out"
+        warnings.warn(message, LlamaMiniWarning, stacklevel=4)
+    is_bare = any(name.startswith((f"{prefix}embed_tokens.", f"{prefix}layers.")) for name in others)
+    without = "model." if is_bare else ""
+    return {
+        (before_head if ours == HEAD else prefix) + theirs.removeprefix(without): ours for theirs, ours in table.items()
+    }
 
 
 def to_file_name(name: str, table: KeyTable) -> str:

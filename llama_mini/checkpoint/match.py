@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llama_mini.checkpoint.keys import IGNORED_TENSORS, to_file_name
+from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, to_file_name
 from llama_mini.checkpoint.source import Destination, Rows, Source, Values, no_destination
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, LlamaMiniWarning
 from llama_mini.validate import join_names
 
 Model = TypeVar("Model", bound=nn.Module)  # built from a LlamaConfig alone
-HEAD, EMBEDDING = "lm_head.weight", "tok_embeddings.weight"
 
 
 def empty_model(cls: type[Model], source: Source) -> Model:
@@ -120,4 +119,5 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype:  # rounded to one of the two, different values might be equal
         return torch.equal(a.double(), b.double())
     # NumPy compares bytes forty times faster than torch.equal compares bfloat16: as fast as they are read.
-    return np.array_equal(*(values.contiguous().view(-1).view(torch.uint8).numpy() for values in (a, b)))
+    first, second = (values.contiguous().view(-1).view(torch.uint8).numpy() for values in (a, b))
+    return np.array_equal(first, second)

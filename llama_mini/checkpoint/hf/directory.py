@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -12,13 +12,12 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
 from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
-from llama_mini.checkpoint.hf.shards import all_present, complete_shards, read_headers, stored
+from llama_mini.checkpoint.hf.shards import all_present, complete_shards, indexed, read_headers, stored
 from llama_mini.checkpoint.io.files import INDEX, SINGLE, inside, read_weight_map
-from llama_mini.checkpoint.keys import IGNORED_TENSORS, KeyTable
+from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, names_in_file, to_file_name
 from llama_mini.checkpoint.source import Destination, Rows, Source, rows_per_chunk
-from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
+from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 from llama_mini.machine import DTYPES
-from llama_mini.validate import join_names
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 CONVERT = "llama-mini convert {source} NEW_DIRECTORY"
@@ -27,10 +26,12 @@ CONVERT = "llama-mini convert {source} NEW_DIRECTORY"
 def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     """Opens a directory; with `file`, only that weights file. Raises CheckpointError, ConfigError."""
     config, raw = read_config(directory)
-    files, indexed = ([file], set[str]()) if file is not None else _files(directory)
-    tensors = read_headers(files)
-    if absent := sorted(indexed - set(tensors)):
-        raise CheckpointIncompleteError(f"{directory / INDEX} names tensors that no shard holds: {join_names(absent)}")
+    files, weight_map = ([file], dict[str, str]()) if file is not None else _files(directory)
+    tensors = read_headers(files, weight_map)
+    keys = names_in_file(key_table(raw["model_type"]), tensors)
+    if weight_map:
+        tied = {to_file_name(name, keys) for name in (HEAD, EMBEDDING)} if config.tie_word_embeddings else set[str]()
+        tensors = indexed(directory / INDEX, weight_map, tensors, keys, tied)
     dtypes = [weight_dtype(tensor) for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)]
 
     def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
@@ -45,7 +46,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
         model_type=raw["model_type"],
         config=config,
         dtype=common_dtype(dtypes, raw.get("dtype") or raw.get("torch_dtype")),
-        keys=keys_of(raw["model_type"], tensors),
+        keys=keys,
         tensors=stored(tensors),
         read_rows=read,
     )
@@ -59,28 +60,20 @@ def common_dtype(dtypes: Collection[torch.dtype], stated: object) -> torch.dtype
     return functools.reduce(torch.promote_types, distinct) if distinct else torch.float32
 
 
-def keys_of(model_type: str, names: Mapping[str, object]) -> KeyTable:
-    """The family's table. A model saved without its head (transformers' LlamaModel) has names without `model.`."""
-    table = key_table(model_type)
-    if "embed_tokens.weight" in names:
-        return {theirs.removeprefix("model."): ours for theirs, ours in table.items()}
-    return table
-
-
-def _files(directory: Path) -> tuple[list[Path], set[str]]:
-    """The files to read, and the tensor names that the index lists."""
+def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files to read, and the index: tensor name -> file name, empty where there is none."""
     single, index = inside(directory, SINGLE), inside(directory, INDEX)
     if single.exists():  # wins over an index, as in transformers
-        if index.exists():
+        if index.exists() and not _names_only_the_single_file(index):
             message = f"{directory} has both {SINGLE} and {INDEX}: only the former is read, not the shards"
             warnings.warn(message, LlamaMiniWarning, stacklevel=4)
-        return [single], set()
+        return [single], {}
     if index.exists():
         weight_map = read_weight_map(index)
-        return all_present(directory, sorted(set(weight_map.values()))), set(weight_map)
+        return all_present(directory, sorted(set(weight_map.values()))), weight_map
     names = sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("consolidated"))
     if weights := [name for name in names if not name.startswith("adapter_")]:
-        return complete_shards(directory, weights), set()
+        return complete_shards(directory, weights), {}
     if names:
         raise CheckpointFormatError(f"{directory} holds only an adapter, {names[0]}; merge it into its model first")
     if pickles := [name for name in PICKLES if (directory / name).is_file()]:
@@ -89,3 +82,11 @@ def _files(directory: Path) -> tuple[list[Path], set[str]]:
             f"convert it once: {CONVERT.format(source=directory)}"
         )
     raise CheckpointIncompleteError(f"{directory} holds neither {SINGLE} nor {INDEX}, and no other *.safetensors")
+
+
+def _names_only_the_single_file(index: Path) -> bool:
+    """mlx-lm writes such an index beside its one file."""
+    try:
+        return set(read_weight_map(index).values()) == {SINGLE}
+    except CheckpointError:
+        return False

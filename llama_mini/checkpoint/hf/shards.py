@@ -1,16 +1,18 @@
 """Weights in several safetensors files: checks that all are present and merges their headers."""
 
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from llama_mini.checkpoint.hf.safetensors_header import SafetensorsTensor, read_header
 from llama_mini.checkpoint.io.files import inside
+from llama_mini.checkpoint.keys import IGNORED_TENSORS, KeyTable
 from llama_mini.checkpoint.source import StoredTensor
-from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
+from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 from llama_mini.validate import join_names
 
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})(?P<suffix>\.\w+)")
 
 
 def complete_shards(directory: Path, names: list[str]) -> list[Path]:
@@ -28,7 +30,8 @@ def complete_shards(directory: Path, names: list[str]) -> list[Path]:
         )
     width = len(first["number"])
     numbers = range(1, int(first["count"]) + 1)
-    return all_present(directory, [f"{first['stem']}-{n:0{width}}-of-{first['count']}.safetensors" for n in numbers])
+    end = f"-of-{first['count']}{first['suffix']}"
+    return all_present(directory, [f"{first['stem']}-{n:0{width}}{end}" for n in numbers])
 
 
 def all_present(directory: Path, names: list[str]) -> list[Path]:
@@ -41,15 +44,50 @@ def all_present(directory: Path, names: list[str]) -> list[Path]:
     return files
 
 
-def read_headers(files: Iterable[Path]) -> dict[str, SafetensorsTensor]:
-    """The tensors of all files. Raises CheckpointFormatError if two files hold a tensor of the same name."""
+def read_headers(files: Iterable[Path], weight_map: Mapping[str, str] | None = None) -> dict[str, SafetensorsTensor]:
+    """The tensors of all files. Of several with one name, that in the file which the index names.
+
+    Raises CheckpointFormatError if the index names none of them.
+    """
     tensors: dict[str, SafetensorsTensor] = {}
+    twice: dict[str, str] = {}  # name -> another file that holds it
     for file in files:
         for name, tensor in read_header(file).items():
-            if name in tensors:
-                raise CheckpointFormatError(f"{name} is in both {tensors[name].file.name} and {file.name}")
-            tensors[name] = tensor
+            named = (weight_map or {}).get(name)
+            if named == file.name:
+                twice.pop(name, None)
+            elif name in tensors and named != tensors[name].file.name:
+                twice[name] = file.name
+            if name not in tensors or named == file.name:
+                tensors[name] = tensor
+    for name, other in twice.items():
+        both = f"{name} is in both {tensors[name].file} and {other}"
+        raise CheckpointFormatError(f"{both}; give the path of the file to read, or remove one")
     return tensors
+
+
+def indexed(
+    index: Path,
+    weight_map: Mapping[str, str],
+    tensors: dict[str, SafetensorsTensor],
+    keys: KeyTable,
+    tied: Collection[str],
+) -> dict[str, SafetensorsTensor]:
+    """The tensors that the index names, and those that it forgot but that may be weights of the family.
+
+    tied: the names of embedding and head if they are one, so that either may be absent.
+
+    Raises CheckpointIncompleteError if no shard holds what the index names, unless the model does not need it.
+    """
+    spared = tied if any(name in tensors for name in tied) else ()
+    absent = {name for name in weight_map if name not in tensors and not IGNORED_TENSORS.search(name)}
+    if absent := absent.difference(spared):
+        raise CheckpointIncompleteError(f"{index} names tensors that no shard holds: {join_names(sorted(absent))}")
+    known = {name.replace("{}", "0") for name in keys}
+    kept = {n: t for n, t in tensors.items() if n in weight_map or re.sub(r"\.\d+\.", ".0.", n, count=1) in known}
+    if extra := sorted(name for name in tensors.keys() - kept.keys() if not IGNORED_TENSORS.search(name)):
+        warnings.warn(f"{index} does not name {join_names(extra)}: not read", LlamaMiniWarning, stacklevel=4)
+    return kept
 
 
 def stored(tensors: Mapping[str, SafetensorsTensor]) -> dict[str, StoredTensor]:

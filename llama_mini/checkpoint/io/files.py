@@ -65,11 +65,16 @@ def decode_json(text: str) -> Any:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """The map of tensor names to file names in an index. The names may be hostile paths. Raises CheckpointError."""
+    """The map of tensor names to file names in an index, which may begin with `./`. Raises CheckpointError.
+
+    The file names may be hostile paths.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointFormatError(f"{index} has no weight_map of tensor names to file names")
-    return weight_map
+        raise CheckpointFormatError(
+            f"{index} has no weight_map of tensor names to file names; restore it, or delete it if all shards are there"
+        )
+    return {name: re.sub(r"^(\./)+", "", file) for name, file in weight_map.items()}
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -14,11 +14,12 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
+from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import read_config
-from llama_mini.checkpoint.hf.directory import common_dtype, keys_of
+from llama_mini.checkpoint.hf.directory import common_dtype
 from llama_mini.checkpoint.hf.shards import all_present
 from llama_mini.checkpoint.io.files import inside, read_weight_map
-from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS, to_file_name
+from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS, names_in_file, to_file_name
 from llama_mini.checkpoint.match import empty_model
 from llama_mini.checkpoint.meta.directory import split_half_rope
 from llama_mini.checkpoint.meta.params import read_params
@@ -58,7 +59,7 @@ def open_hf_pickles(directory: Path) -> Source:
             [tensor.dtype for name, (_, tensor) in tensors.items() if not IGNORED_TENSORS.search(name)],
             raw.get("dtype") or raw.get("torch_dtype"),
         ),
-        keys=keys_of(raw["model_type"], tensors),
+        keys=names_in_file(key_table(raw["model_type"]), tensors),
         tensors={name: _stored(file, tensor, tuple(tensor.shape)) for name, (file, tensor) in tensors.items()},
         read_rows=read,
     )

@@ -15,7 +15,6 @@ from llama_mini.errors import (
     CheckpointFormatError,
     CheckpointIncompleteError,
     CheckpointMismatchError,
-    CheckpointPathError,
     ConfigError,
 )
 from llama_mini.machine import dtype_name
@@ -34,13 +33,6 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    """The same in four shards or more."""
-    hf_llama(1).save_pretrained(tmp_path, max_shard_size="60KB")
-    return tmp_path
-
-
 def edit(directory: Path, change: Edit) -> None:
     """Rewrites model.safetensors with its tensors changed."""
     tensors = load_file(directory / SINGLE)
@@ -53,33 +45,11 @@ def edit_config(directory: Path, **changes: Any) -> None:
     (directory / "config.json").write_text(json.dumps(raw | changes))
 
 
-def weight_map(directory: Path) -> dict[str, str]:
-    return dict(json.loads((directory / INDEX).read_text())["weight_map"])
-
-
-def write_index(directory: Path, names: dict[str, str]) -> None:
-    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
-
-
 def refusal(directory: Path, expected: type[CheckpointError]) -> str:
     with pytest.raises(expected) as caught:
         Llama.from_pretrained(directory)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def test_shards_are_read_as_one_file(sharded: Path) -> None:
-    assert len(set(weight_map(sharded).values())) >= 4
-    tokens = random_tokens(1, 9)
-    theirs = hf_llama(1)
-    torch.testing.assert_close(Llama.from_pretrained(sharded)(tokens), theirs(tokens).logits, rtol=0, atol=2e-5)
-
-
-def test_only_what_the_index_names_is_read(sharded: Path) -> None:
-    (sharded / "consolidated.safetensors").write_bytes(b"not for us")
-    (sharded / "original").mkdir()
-    (sharded / "model-00099-of-00099.safetensors").write_bytes(b"left over")
-    assert Llama.from_pretrained(sharded)
 
 
 def test_every_fault_is_in_one_report(directory: Path) -> None:
@@ -133,47 +103,6 @@ def test_tables_of_old_checkpoints_are_harmless(directory: Path) -> None:
 def test_an_untied_model_needs_its_head(directory: Path) -> None:
     edit(directory, lambda tensors: tensors.pop("lm_head.weight"))
     assert "1 missing: lm_head.weight" in refusal(directory, CheckpointMismatchError)
-
-
-def test_missing_shards_are_named_before_anything_is_read(sharded: Path) -> None:
-    names = sorted(set(weight_map(sharded).values()))
-    for name in names:
-        (sharded / name).write_bytes(b"garbage: reading it would be another error")
-    for name in names[1:3]:
-        (sharded / name).unlink()
-    message = refusal(sharded, CheckpointIncompleteError)
-    assert f"missing 2 of {len(names)} shards: {names[1]}, {names[2]}" in message
-
-
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "..", ".", "", "sub/x.safetensors"])
-def test_a_shard_outside_its_directory_is_refused(sharded: Path, name: str) -> None:
-    write_index(sharded, weight_map(sharded) | {NORM: name})
-    assert f"{name!r} is not a plain file name" in refusal(sharded, CheckpointPathError)
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        ("{}", "has no weight_map"),
-        ('{"weight_map": []}', "has no weight_map"),
-        ('{"weight_map": {"a": 1}}', "has no weight_map"),
-        ('{"weight_map": {}}', INDEX),
-        ("<html>", "is not JSON"),
-    ],
-)
-def test_an_index_that_is_none_is_refused(sharded: Path, index: str, message: str) -> None:
-    (sharded / INDEX).write_text(index)
-    assert message in refusal(sharded, CheckpointError)
-
-
-def test_an_index_and_its_shards_must_agree(sharded: Path) -> None:
-    names = weight_map(sharded)
-    write_index(sharded, names | {"model.extra.weight": names[NORM]})
-    assert "names tensors that no shard holds: model.extra.weight" in refusal(sharded, CheckpointIncompleteError)
-    twin = next(name for name in sorted(set(names.values())) if name != names[NORM])
-    save_file(load_file(sharded / twin) | {NORM: torch.ones(48)}, sharded / twin)
-    write_index(sharded, names)
-    assert f"{NORM} is in both" in refusal(sharded, CheckpointFormatError)
 
 
 def test_a_directory_without_weights_is_named(directory: Path) -> None:

@@ -1,18 +1,24 @@
 """A path or hub name -> an opened checkpoint. The content of a file tells its format, never its name."""
 
+import warnings
 from pathlib import Path
 
 from torch import nn
 
+from llama_mini.checkpoint.gguf.header import read_header
 from llama_mini.checkpoint.gguf.model import open_gguf
+from llama_mini.checkpoint.gguf.not_models import describe_gguf
 from llama_mini.checkpoint.hf.directory import open_hf_directory
 from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
 from llama_mini.checkpoint.io.files import CONFIG, PARAMS, exists, inside
 from llama_mini.checkpoint.match import with_settled_head
 from llama_mini.checkpoint.meta.directory import open_meta_directory
+from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, describe_adapter, describe_directory
 from llama_mini.checkpoint.source import Source
-from llama_mini.errors import CheckpointFormatError, CheckpointPathError
+from llama_mini.errors import CheckpointFormatError, CheckpointPathError, LlamaMiniWarning
 from llama_mini.validate import join_names
+
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")  # of files that may hold weights
 
 
 def resolve(name: str | Path) -> Path:
@@ -43,21 +49,36 @@ def open_checkpoint(path: Path, pickles: type[nn.Module] | None = None) -> Sourc
 
 
 def _open_directory(path: Path, pickles: type[nn.Module] | None) -> Source:
-    is_hf = inside(path, CONFIG).exists()
-    if is_hf or inside(path, PARAMS).exists():
-        if pickles is not None and not any(path.glob("*.safetensors")):
-            from llama_mini.checkpoint.meta.pickles import open_hf_pickles, open_meta_pickles  # for conversion only
+    has_config, has_params = inside(path, CONFIG).exists(), inside(path, PARAMS).exists()
+    weights = [file.name for suffix in _SUFFIXES for file in path.glob(f"*{suffix}")]
+    if (not weights or not (has_config or has_params)) and (gguf := _gguf_in(path)) is not None:
+        return open_gguf(gguf)  # a config.json may lie beside it
+    # Some releases of Mistral have both formats, whose weights are told apart by their names.
+    of_meta = bool(weights) and all(name.startswith("consolidated") for name in weights)
+    is_meta = has_params and (of_meta or not has_config)
+    if not is_meta and not has_config:
+        what = describe_directory(path) or f"is not a checkpoint: it has no {CONFIG}, no {PARAMS} and no GGUF file"
+        raise CheckpointFormatError(f"{path} {what}")
+    if pickles is not None and not any(path.glob("*.safetensors")):
+        from llama_mini.checkpoint.meta.pickles import open_hf_pickles, open_meta_pickles  # for conversion only
 
-            return open_hf_pickles(path) if is_hf else open_meta_pickles(path, pickles)
-        return open_hf_directory(path) if is_hf else open_meta_directory(path)
-    ggufs = sorted(file for file in path.iterdir() if file.is_file() and file_kind(file) is FileKind.GGUF)
-    if len(ggufs) == 1:
-        return open_gguf(inside(path, ggufs[0].name))
-    if ggufs:
+        return open_meta_pickles(path, pickles) if is_meta else open_hf_pickles(path)
+    return open_meta_directory(path) if is_meta else open_hf_directory(path)
+
+
+def _gguf_in(directory: Path) -> Path | None:
+    """The GGUF file that holds the model, if there is one. Raises CheckpointPathError if there are several."""
+    ggufs = sorted(file for file in directory.iterdir() if file.is_file() and file_kind(file) is FileKind.GGUF)
+    models = ggufs if len(ggufs) < 2 else [file for file in ggufs if describe_gguf(read_header(file)) is None]
+    if len(models) > 1:
         raise CheckpointPathError(
-            f"{path} holds {len(ggufs)} GGUF files; give one of them: {join_names(file.name for file in ggufs)}"
+            f"{directory} holds {len(models)} GGUF files; give one of them: {join_names(file.name for file in models)}"
         )
-    raise CheckpointFormatError(f"{path} is not a checkpoint: it has no {CONFIG}, no {PARAMS} and no GGUF file")
+    if models and (others := [file.name for file in ggufs if file not in models]):
+        message = f"{directory}: {join_names(others)} not read, since it holds no language model"
+        warnings.warn(message, LlamaMiniWarning, stacklevel=4)
+    chosen = (models or ggufs)[:1]  # one of several that are no model: opening it says what it is
+    return inside(directory, chosen[0].name) if chosen else None
 
 
 def _open_file(path: Path) -> Source:
@@ -66,6 +87,8 @@ def _open_file(path: Path) -> Source:
         return open_gguf(path)
     if kind is FileKind.SAFETENSORS:
         if not inside(path.parent, CONFIG).is_file():
+            if (path.parent / ADAPTER_CONFIG).is_file():
+                raise CheckpointFormatError(f"{path.parent} {describe_adapter(path.parent)}")
             raise CheckpointFormatError(f"{path} holds only weights; put the {CONFIG} that describes them beside it")
         return open_hf_directory(path.parent, path)
     raise CheckpointFormatError(f"{path} is not a checkpoint: it is {describe(kind)}")

@@ -15,7 +15,7 @@ from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.hf.config import from_hf
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.cli.convert import convert
-from llama_mini.errors import CheckpointFormatError, CheckpointPathError, LlamaMiniWarning, TokenizerError
+from llama_mini.errors import CheckpointPathError, LlamaMiniWarning, TokenizerError
 from llama_mini.generate import main
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
@@ -75,13 +75,6 @@ def test_a_table_of_old_checkpoints_does_not_decide_the_dtype(tmp_path: Path) ->
     save_file(tensors | {"rope.freqs": torch.ones(6, dtype=torch.complex64)}, tmp_path / "consolidated.safetensors")
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
     assert open_checkpoint(tmp_path).dtype == torch.bfloat16
-
-
-def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
-    random_model("llama", 0).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointFormatError, match=r"only an adapter, adapter_model\.safetensors; merge it"):
-        open_checkpoint(tmp_path)
 
 
 # --- config.json ---

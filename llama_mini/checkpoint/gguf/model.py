@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
+from llama_mini.checkpoint.gguf.not_models import describe_gguf
 from llama_mini.checkpoint.gguf.rope import ROPE_KEYS, gguf_scaling, name_tensors
 from llama_mini.checkpoint.gguf.tensors import FLOATS, Blocks, read_blocks, read_rows, read_tensor
 from llama_mini.checkpoint.keys import GGUF_KEYS
@@ -122,7 +123,9 @@ def _interleaved_heads(header: GGUFHeader, name: str, config: LlamaConfig) -> in
 
 
 def _config(metadata: "_Metadata", header: GGUFHeader) -> LlamaConfig:
-    metadata.check_kind()
+    if (what := describe_gguf(header)) is not None:
+        raise CheckpointFormatError(f"{header.path}: {what}")
+    metadata.check_keys()
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointFormatError(f"{header.path}: it has no token_embd.weight, so it is not a whole model")
@@ -166,15 +169,9 @@ class _Metadata:
         self.values = header.metadata
         self.architecture: Any = self.values.get("general.architecture")
 
-    def check_kind(self) -> None:
-        """Refuses an unknown architecture, a part of a model, and settings that are not implemented."""
+    def check_keys(self) -> None:
+        """Refuses an unknown architecture, and settings that are not implemented."""
         check_choice("general.architecture", self.architecture, ARCHITECTURES, ConfigError)
-        merge = "merge the parts first, with llama.cpp's llama-gguf-split --merge"  # its result has split.count 0
-        model = "give the file of the model itself"
-        for key, known, do in (("general.type", ("model",), model), ("split.count", (1, 0), merge)):
-            value = self.values.get(key, known[0])
-            if not isinstance(value, int | str) or value not in known:
-                raise CheckpointFormatError(f"{self.path}: {key} is {short_repr(value)}; only {known[0]} is read; {do}")
         for key, value in self.values.items():
             name = key.removeprefix(f"{self.architecture}.")
             if name == key or name in READ_KEYS or name in IGNORED_KEYS:

@@ -10,6 +10,8 @@ from typing import Any
 from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN, Family
 from llama_mini.checkpoint.hf.rope import read_rope, rope_to_hf
 from llama_mini.checkpoint.io.files import inside, read_json
+from llama_mini.checkpoint.not_models import describe_config
+from llama_mini.checkpoint.quantized import SETTINGS, how_quantized, quantized
 from llama_mini.checkpoint.special_ids import read_special_ids, special_ids
 from llama_mini.errors import CheckpointIncompleteError, ConfigError, LlamaMiniWarning
 from llama_mini.model.config import LlamaConfig
@@ -45,10 +47,7 @@ FIXED_KEYS: dict[str, Any] = {  # only this value is implemented, unless the fam
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
-REFUSED_KEYS = {
-    "quantization_config": "of quantized checkpoints, only GGUF files are read",
-    "auto_map": "code that comes with a checkpoint is never run",
-}
+AUTO_MAP = "auto_map"
 READ_KEYS = {"model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
 READ_KEYS |= {"use_mrope", "original_max_position_embeddings", "max_window_layers", "layer_types"}
 READ_KEYS |= {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
@@ -75,6 +74,8 @@ def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
 
 def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     """A config.json as a LlamaConfig. Raises ConfigError that names the key, its value, and what is known."""
+    if (what := describe_config(raw)) is not None:
+        raise ConfigError(f"{what}; the model_types that can be read are {', '.join(KNOWN)}")
     check_choice("model_type", raw.get("model_type"), KNOWN, ConfigError)
     if raw["model_type"] == OWN:
         return _from_own(raw)
@@ -133,9 +134,12 @@ def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dic
 
 
 def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
-    for key, why in REFUSED_KEYS.items():
-        if raw.get(key) not in (None, {}):
-            raise ConfigError(f"{key} is {short_repr(raw[key])}: {why}")
+    for key, method in SETTINGS.items():
+        if raw.get(key):
+            raise ConfigError(f"{key} is {short_repr(raw[key])}: {quantized(how_quantized(raw[key], method))}")
+    if raw.get(AUTO_MAP):
+        code = "code that comes with a checkpoint is never run"
+        raise ConfigError(f"{AUTO_MAP} is {short_repr(raw[AUTO_MAP])}: {code}; give a checkpoint without it")
     read_by_family = {
         "attention_bias": family.biases != "none",  # `qkv` accepts the key and ignores it, as transformers does
         "mlp_bias": family.biases == "attention+mlp",
@@ -150,7 +154,7 @@ def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
             raise ConfigError(f"{key} is {short_repr(raw[key])}; only {value!r} is implemented{where}")
     if absent := [key for key in REQUIRED_KEYS if raw.get(key) is None]:
         raise ConfigError(f"{', '.join(absent)} missing")
-    unknown = sorted(set(raw) - {*SIZES, *FIXED_KEYS, *REFUSED_KEYS, *READ_KEYS, *IGNORED_KEYS})
+    unknown = sorted(set(raw) - {*SIZES, *FIXED_KEYS, *SETTINGS, AUTO_MAP, *READ_KEYS, *IGNORED_KEYS})
     if norms := [key for key in unknown if "norm" in key.lower() and raw[key] is not None]:
         raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: rms_norm_eps")
     if unknown:

@@ -11,15 +11,19 @@ from torch import Tensor
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
-from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
+from llama_mini.checkpoint.hf.safetensors_header import WEIGHTS, weight_dtype
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards, indexed, read_headers, stored
+from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import INDEX, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, names_in_file, to_file_name
+from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, check_names, describe_directory
+from llama_mini.checkpoint.quantized import check_not_quantized
 from llama_mini.checkpoint.source import Destination, Rows, Source, rows_per_chunk
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 from llama_mini.machine import DTYPES
 
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLES = ("pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt")
+_TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "adapter_model")
 CONVERT = "llama-mini convert {source} NEW_DIRECTORY"
 
 
@@ -32,6 +36,11 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     if weight_map:
         tied = {to_file_name(name, keys) for name in (HEAD, EMBEDDING)} if config.tie_word_embeddings else set[str]()
         tensors = indexed(directory / INDEX, weight_map, tensors, keys, tied)
+    if file is None and (directory / ADAPTER_CONFIG).is_file():
+        message = f"{directory} also holds an adapter ({ADAPTER_CONFIG}): it is not applied"
+        warnings.warn(message, LlamaMiniWarning, stacklevel=3)
+    check_names(directory, tensors)
+    check_not_quantized(directory, tensors, any(tensor.dtype not in WEIGHTS for tensor in tensors.values()))
     dtypes = [weight_dtype(tensor) for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)]
 
     def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
@@ -71,17 +80,32 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     if index.exists():
         weight_map = read_weight_map(index)
         return all_present(directory, sorted(set(weight_map.values()))), weight_map
-    names = sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("consolidated"))
-    if weights := [name for name in names if not name.startswith("adapter_")]:
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if weights := [name for name in names if not name.startswith(("adapter", "consolidated"))]:
         return complete_shards(directory, weights), {}
-    if names:
-        raise CheckpointFormatError(f"{directory} holds only an adapter, {names[0]}; merge it into its model first")
-    if pickles := [name for name in PICKLES if (directory / name).is_file()]:
-        raise CheckpointFormatError(
+    raise no_weights(directory)
+
+
+def no_weights(directory: Path) -> CheckpointError:
+    """The error for a Hugging Face directory without safetensors: what else it holds."""
+    if pickles := pickles_in(directory):
+        return CheckpointFormatError(
             f"{directory} holds its weights as a pickle, {pickles[0]}, which can run code when it is opened; "
             f"convert it once: {CONVERT.format(source=directory)}"
         )
-    raise CheckpointIncompleteError(f"{directory} holds neither {SINGLE} nor {INDEX}, and no other *.safetensors")
+    if (what := describe_directory(directory)) is not None:
+        return CheckpointFormatError(f"{directory} {what}")
+    return CheckpointIncompleteError(f"{directory} holds neither {SINGLE} nor {INDEX}, and no other *.safetensors")
+
+
+def pickles_in(directory: Path) -> list[str]:
+    """The pickled weights: pytorch_model.bin, its shards or variants, else any, without the state of a training run."""
+    for pattern in _PICKLES:
+        files = [f for f in sorted(directory.glob(pattern)) if f.is_file() and not f.name.startswith(_TRAINING)]
+        by_name = pattern.startswith("pytorch_model")
+        if names := [file.name for file in files if by_name or file_kind(file) is FileKind.PICKLE]:
+            return names
+    return []
 
 
 def _names_only_the_single_file(index: Path) -> bool:

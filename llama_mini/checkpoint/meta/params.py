@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.io.files import PARAMS, inside, read_json
+from llama_mini.checkpoint.quantized import how_quantized, quantized
 from llama_mini.errors import ConfigError, LlamaMiniWarning
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.rope_scaling import Llama3Scaling
@@ -13,9 +14,9 @@ from llama_mini.validate import check_flag, is_finite, is_whole, join_names, sho
 
 READ_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "ffn_dim_multiplier"}
 READ_KEYS |= {"vocab_size", "norm_eps", "max_seq_len", "sliding_window", "rope_theta"}
-READ_KEYS |= {"use_scaled_rope", "rope_scaling_factor"}
+READ_KEYS |= {"use_scaled_rope", "rope_scaling_factor", "quantization_args", "quantization"}
 IGNORED_KEYS = {"max_batch_size", "model_parallel_size", "use_biases"}
-REFUSED_KEYS = {"quantization_args", "quantization", "lora_args", "moe", "vision_encoder", "vision_chunk_size"}
+REFUSED_KEYS = {"lora_args", "moe", "vision_encoder", "vision_chunk_size"}
 REFUSED_KEYS |= {"yarn", "llama_4_scaling"}  # of Mistral's own params.json
 LLAMA_3_2 = {
     (2048, 16),
@@ -38,6 +39,9 @@ def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     settings = {key: value for key, value in raw.items() if value is not None}
     if refused := sorted(key for key in settings if key in REFUSED_KEYS or key.startswith("vision_")):
         raise ConfigError(f"{refused[0]} is {short_repr(settings[refused[0]])}; this is not implemented")
+    for key in ("quantization_args", "quantization"):
+        if settings.get(key):
+            raise ConfigError(f"{key} is {short_repr(settings[key])}: {quantized(how_quantized(settings[key]))}")
     check_flag("use_scaled_rope", settings.get("use_scaled_rope", False), ConfigError)
     if settings.get("use_biases") not in (None, False):
         raise ConfigError(f"use_biases is {short_repr(settings['use_biases'])}; only False is implemented")

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import read_config
-from llama_mini.checkpoint.hf.directory import common_dtype
-from llama_mini.checkpoint.hf.shards import all_present
+from llama_mini.checkpoint.hf.directory import common_dtype, no_weights, pickles_in
+from llama_mini.checkpoint.hf.shards import all_present, complete_shards
+from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
 from llama_mini.checkpoint.io.files import inside, read_weight_map
 from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS, names_in_file, to_file_name
 from llama_mini.checkpoint.match import empty_model
 from llama_mini.checkpoint.meta.directory import split_half_rope
 from llama_mini.checkpoint.meta.params import read_params
+from llama_mini.checkpoint.not_models import check_names
+from llama_mini.checkpoint.quantized import check_not_quantized
 from llama_mini.checkpoint.source import Rows, Source, StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 from llama_mini.machine import dtype_name
@@ -36,10 +39,12 @@ def open_hf_pickles(directory: Path) -> Source:
     """A Hugging Face directory of pytorch_model.bin, in one file or in shards. Raises CheckpointError, ConfigError."""
     config, raw = read_config(directory)
     index = inside(directory, "pytorch_model.bin.index.json")
-    names = ["pytorch_model.bin"]
     if index.is_file():
-        names = sorted(set(read_weight_map(index).values()))
-    files = all_present(directory, names)
+        files = all_present(directory, sorted(set(read_weight_map(index).values())))
+    elif names := pickles_in(directory):
+        files = complete_shards(directory, names)
+    else:
+        raise no_weights(directory)
     tensors: dict[str, tuple[Path, Tensor]] = {}
     for file in files:
         for name, tensor in _load(file).items():
@@ -117,6 +122,8 @@ def _meta_files(directory: Path) -> list[Path]:
 
 def _load(file: Path) -> dict[str, Tensor]:
     """The tensors of a pickle by name. Raises CheckpointFormatError if it holds anything else."""
+    if (kind := file_kind(file)) not in (FileKind.PICKLE, FileKind.ZIP, FileKind.OTHER):
+        raise CheckpointFormatError(f"{file} is not a PyTorch file but {describe(kind)}")
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:
@@ -128,6 +135,9 @@ def _load(file: Path) -> dict[str, Tensor]:
         raise CheckpointFormatError(f"{file} is not a PyTorch file of tensors: {reason}; download it again") from None
     if not isinstance(tensors, dict) or not tensors:
         raise CheckpointFormatError(f"{file} holds a {type(tensors).__name__}, not tensors by name")
+    texts = [name for name in tensors if isinstance(name, str)]
+    check_names(file, texts)
+    check_not_quantized(file, texts, has_codes=False)
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise CheckpointFormatError(f"{file}: {name!r:.80} is a {type(value).__name__}, not a plain tensor")

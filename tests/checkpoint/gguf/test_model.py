@@ -80,8 +80,6 @@ REFUSED = {
         ConfigError,
         "unknown general.architecture 'gpt2'; known: llama, qwen2, qwen3",
     ),
-    "adapter": ({"general.type": "adapter"}, CheckpointFormatError, "general.type is 'adapter'"),
-    "shards": ({"split.count": 2}, CheckpointFormatError, "split.count is 2; .* merge the parts"),
     "scaling": (
         {"llama.rope.scaling.type": "su"},
         ConfigError,

@@ -51,7 +51,8 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
     shapes = {name: stored.shape for name, stored in source.tensors.items() if name not in ignored or name in expected}
     faults = []
     if missing := sorted(set(expected) - set(shapes)):
-        faults.append(f"{len(missing)} missing: {join_names(missing)}")
+        alone = "; without its head, a model gives vectors and generates no text" if missing == [head] else ""
+        faults.append(f"{len(missing)} missing: {join_names(missing)}{alone}")
     if unexpected := sorted(set(shapes) - set(expected)):
         faults.append(f"{len(unexpected)} unexpected: {join_names(unexpected)}")
     if misshaped := sorted(name for name in set(expected) & set(shapes) if expected[name][1] != shapes[name]):

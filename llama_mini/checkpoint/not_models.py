@@ -58,7 +58,7 @@ _PARTS = {  # keys of config.json -> what a model with such a part is
     "is_encoder_decoder": "an encoder with a decoder",
 }
 _TENSORS = {  # in a tensor's name -> what that tells
-    r"(^|\.)lora_|\.base_layer\.": f"an adapter that is not merged: {_MERGE}",
+    r"(^|\.)lora_|\.(base_layer|modules_to_save|original_module)\.": f"an adapter that is not merged: {_MERGE}",
     r"(^|\.)(d2t|t2d|fc\.weight|medusa_heads?\..*)$": "a draft head, which predicts for another model: give that model",
     r"(^|\.)(score|classifier|v_head\.summary)\.weight$": "a classifier or reward model, which generates no text",
 }

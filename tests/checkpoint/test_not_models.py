@@ -85,6 +85,7 @@ def test_an_adapter_beside_a_model_is_warned_of(tmp_path: Path) -> None:
     [
         (LORA, "an adapter that is not merged: merge it into that model"),
         ("model.layers.0.self_attn.q_proj.base_layer.weight", "an adapter that is not merged"),
+        ("lm_head.modules_to_save.default.weight", "an adapter that is not merged"),
         ("d2t", "a draft head, which predicts for another model: give that model"),
         ("fc.weight", "a draft head"),
         ("medusa_head.0.0.linear.weight", "a draft head"),
@@ -230,7 +231,7 @@ def archive(path: Path) -> None:
         (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(90)), "an HDF5 file"),
         (lambda path: path.write_bytes(b"\x93NUMPY\x01\0" + bytes(90)), "a NumPy array"),
         (lambda path: path.write_bytes(b"tjgg\x03\0\0\0" + bytes(90)), "a file in GGML's old format"),
-        (lambda path: torch.save({}, path), "a PyTorch pickle: convert it"),
+        (lambda path: torch.save({}, path), "a PyTorch pickle: convert its directory"),
     ],
 )
 def test_a_file_is_told_by_its_content(tmp_path: Path, write: Callable[[Path], Any], what: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from llama_mini.checkpoint.io.files import CONFIG, INDEX, PARAMS, SINGLE, VOCABULARIES, read_weight_map
+from llama_mini.checkpoint.not_models import ADAPTER_CONFIG
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, CheckpointPathError
 from llama_mini.validate import join_names, short_repr
 
@@ -120,7 +121,8 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
     small += sorted(name for name in names if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", name))
     if tokenizer_only and top.intersection(VOCABULARIES):
         return small
-    weights = sorted(n for n in top if n.endswith(".safetensors") and n.startswith("consolidated") == is_meta)
+    weights = [n for n in top if n.endswith(".safetensors") and not n.startswith("adapter")]
+    weights = sorted(name for name in weights if name.startswith("consolidated") == is_meta)
     if not is_meta:  # one file wins over an index, as in hf/directory.py and in transformers
         weights = next(([name] for name in (SINGLE, INDEX) if name in top), weights)
     if weights and not tokenizer_only:
@@ -128,6 +130,7 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
             raise CheckpointIncompleteError(f"{where} holds weights but no {CONFIG}, so their sizes are unknown")
         return small + weights
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
+    ggufs = [name for name in ggufs if "mmproj" not in name] or ggufs  # a projector beside its model
     if len(ggufs) == 1:
         return small + ggufs
     if ggufs:
@@ -137,6 +140,11 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
         )
     if tokenizer_only:
         raise CheckpointIncompleteError(f"{where} holds no tokenizer: neither {' nor '.join(VOCABULARIES)}")
+    if ADAPTER_CONFIG in top:
+        raise CheckpointFormatError(
+            f"{where} holds an adapter, not a whole model: merge it into the model that its {ADAPTER_CONFIG} names, "
+            "save the result and give its directory"
+        )
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         raise CheckpointFormatError(
             f"{where} holds its weights as pickles ({_quoted(pickles)}), which can run code, so the engine reads none: "

@@ -39,7 +39,7 @@ def all_present(directory: Path, names: list[str]) -> list[Path]:
     files = [inside(directory, name) for name in names]
     if missing := [file.name for file in files if not file.exists()]:
         raise CheckpointIncompleteError(
-            f"{directory}: missing {len(missing)} of {len(files)} shards: {join_names(missing)}"
+            f"{directory}: missing {len(missing)} of {len(files)} shards: {join_names(missing)}; download them"
         )
     return files
 

@@ -28,7 +28,7 @@ class FileKind(Enum):
 
     SAFETENSORS = "a safetensors file"
     GGUF = "a GGUF file: give its path as the model"
-    PICKLE = "a PyTorch pickle: convert it with `llama-mini convert SRC DST`, since the engine reads no pickles"
+    PICKLE = "a PyTorch pickle: convert its directory with `llama-mini convert SRC DST`, since the engine reads none"
     ZIP = "a zip archive: unpack it"
     TAR = "a tar archive, as NeMo's are: unpack it, or convert a .nemo file to Hugging Face's format with NeMo"
     GZIP = "a gzip archive: unpack it"

@@ -13,10 +13,10 @@ from typing import Any
 import sentencepiece
 import torch
 from gguf import GGMLQuantizationType as Kind
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from llama_mini.checkpoint.io.files import write_json
+from llama_mini.checkpoint.io.files import INDEX, SINGLE, write_json
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
@@ -39,6 +39,9 @@ U8 __metadata__ lm_head.weight default added_tokens_decoder chat_template add_bo
 dropout Unigram WordPiece WordLevel Metaspace Precompiled Strip NFC Split RobertaProcessing Lowercase TemplateProcessing
 ids BertPreTokenizer use_scaled_rope ffn_dim_multiplier moe head_dim general.alignment llama.expert_count
 llama.rope.scaling.type tokenizer.ggml.add_space_prefix tokenizer.ggml.precompiled_charsmap
+quantization compression_config quant_method bits vision_config architectures BertModel unheard_of_key general.type
+mmproj split.count model.layers.0.self_attn.q_proj.qweight model.layers.0.mlp.up_proj.weight.absmax lora_A.weight
+score.weight _orig_mod.lm_head.weight module.model.embed_tokens.weight ./model-00001-of-00002.safetensors
 """
 TEXTS = ["the apple and the other apples on the table", "12 apples are there", "a text of some words and other words"]
 
@@ -69,6 +72,7 @@ def make_bases(folder: Path, write_gguf: Callable[..., Path]) -> list[Base]:
     for family in FAMILIES:
         for spelling in ("v5", "v4"):
             bases.append(_family(folder / f"{family}-{spelling}", family, spelling))
+    bases += [_prefixed(folder / "prefixed"), _other_head(folder / "other-head")]
     bases += [_sentencepiece_directory(folder / "slow"), _own_plan(folder / "own")]
     bases += [_meta(folder / "meta-tiktoken", _tiktoken()), _meta(folder / "meta-sentencepiece", _sentencepiece())]
     bases += [_meta_pickles(folder / "meta-pickles"), _pickle(folder / "pickle")]
@@ -105,6 +109,9 @@ def _sharded(folder: Path) -> Base:
     for name, content in meta_tokenizer_files(model_file).items():
         if isinstance(content, dict):
             write_json(folder / name, content)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {name: f"./{file}" for name, file in index["weight_map"].items()}
+    write_json(folder / INDEX, index)
     return Base("sharded", folder, ("*index.json", "model-00001-of-*.safetensors", "tokenizer*.json"))
 
 
@@ -118,6 +125,25 @@ def _family(folder: Path, family: str, spelling: str) -> Base:
         raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         write_json(folder / "config.json", raw)
     return Base(folder.name, folder, ("config.json", "*.safetensors"), tokenizer=False)
+
+
+def _prefixed(folder: Path) -> Base:
+    """The text part of a multimodal model that was compiled: the head lies outside."""
+    _random(folder, "qwen2", tie_word_embeddings=False)
+    tensors = {
+        f"_orig_mod.{name}".replace(".model.", ".model.language_model."): tensor
+        for name, tensor in load_file(folder / SINGLE).items()
+    }
+    save_file(tensors, folder / SINGLE)
+    return Base("prefixed", folder, ("config.json", "*.safetensors"), tokenizer=False)
+
+
+def _other_head(folder: Path) -> Base:
+    """Tied by its configuration, untied by its tensors."""
+    _random(folder, "llama", tie_word_embeddings=False)
+    raw = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", raw | {"tie_word_embeddings": True})
+    return Base("other-head", folder, ("config.json", "*.safetensors"), tokenizer=False)
 
 
 def _sentencepiece_directory(folder: Path) -> Base:
@@ -205,9 +231,11 @@ def _gguf_family(folder: Path) -> Base:
     return _gguf(write_family(folder / "tiny.gguf", theirs, Kind.BF16, **more), tokenizer=False)
 
 
-def _random(folder: Path, family: str, vocab_size: int = 40, **how: Any) -> PreTrainedModel:
-    theirs = random_model(family, FAMILIES.index(family) + 3, **SIZES, vocab_size=vocab_size)
-    theirs.save_pretrained(folder, **how)
+def _random(
+    folder: Path, family: str, vocab_size: int = 40, max_shard_size: str = "1GB", **changes: Any
+) -> PreTrainedModel:
+    theirs = random_model(family, FAMILIES.index(family) + 3, **SIZES, vocab_size=vocab_size, **changes)
+    theirs.save_pretrained(folder, max_shard_size=max_shard_size)
     return theirs
 
 

@@ -173,6 +173,8 @@ def _as_their_library_reads_it(source: Source) -> Iterator[tuple[str, Tensor]]:
 
         for file in {stored.file for stored in source.tensors.values()}:
             for name, tensor in load_file(file).items():
+                if name in source.tensors and source.tensors[name].file != file:
+                    continue  # the index names the one in another shard
                 if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
                     yield name, tensor.float()
 

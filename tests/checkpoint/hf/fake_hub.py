@@ -37,7 +37,7 @@ def random_files(*names: str) -> dict[str, bytes]:
 
 REPOS: dict[str, dict[str, bytes]] = {
     "org/sharded": random_files(*SMALL, *SHARDS, *CLUTTER, "model-00003-of-00003.safetensors")
-    | {INDEX: index_of(SHARDS[1], SHARDS[0], SHARDS[1])},
+    | {INDEX: index_of(SHARDS[1], f"./{SHARDS[0]}", SHARDS[1])},
     "org/single": random_files(*SMALL, *CLUTTER, "model.safetensors", "extra.safetensors", "tokenizer.model"),
     "org/loose": random_files("config.json", "tokenizer.model", *CLUTTER, "a[1].safetensors", "b.safetensors"),
     "org/meta": random_files("params.json", "tokenizer.model", "consolidated.safetensors", "other.safetensors"),
@@ -46,6 +46,8 @@ REPOS: dict[str, dict[str, bytes]] = {
     "org/metapickled": random_files("params.json", "consolidated.00.pth"),
     "org/ggufs": random_files("config.json", *(f"tiny-{kind}.gguf" for kind in ("f16", "q2", "q3", "q4", "q5", "q8"))),
     "org/gguf": random_files("config.json", "README.md", "gguf/tiny.gguf"),
+    "org/projector": random_files("config.json", "tiny-q4.gguf", "mmproj-f16.gguf"),
+    "org/adapter": random_files("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"),
     "org/empty": random_files("README.md"),
     "org/escaping": random_files(*SMALL) | {INDEX: index_of(SHARDS[0], "../x.safetensors")},
     "org/absolute": random_files(*SMALL) | {INDEX: index_of("/etc/passwd.safetensors")},

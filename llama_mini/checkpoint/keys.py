@@ -91,8 +91,9 @@ GGUF_KEYS: KeyTable = _with_biases(
 # Rotary tables in old checkpoints, and those in a GGUF file, which gguf/rope.py reads as settings.
 IGNORED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_(freqs|factors_(long|short))\.weight$")
 
-# A file's name of the first of these that it has shows the prefix of all names.
-_FIRST = ("model.embed_tokens.weight", "embed_tokens.weight", "lm_head.weight")
+# The first of these that a file has, after whatever prefix, shows the prefix of all names.
+_FIRST = ("model.embed_tokens.weight", "embed_tokens.weight", HEAD)
+_WRAPPED = re.compile(r"(?:^|\.)layers\.\d+\.((?:_\w+\.)*)")  # a layer's number, then wrappers of PyTorch
 
 
 def names_in_file(table: KeyTable, names: Collection[str]) -> KeyTable:
@@ -100,21 +101,26 @@ def names_in_file(table: KeyTable, names: Collection[str]) -> KeyTable:
 
     A model saved without its head (transformers' LlamaModel) has names without `model.`. One saved from within another
     module has a prefix before every name: `_orig_mod.` (torch.compile), `module.` (DDP), `base_model.model.` (PEFT),
-    `language_model.` (the text part of a multimodal model, whose head may lie outside). It is left out, with a warning.
+    `language_model.` (the text part of a multimodal model, whose head may lie outside). Wrapped layers also have one
+    after their number, such as `_fsdp_wrapped_module.`. What every name has is left out, with a warning.
     """
     prefix = next((n.removesuffix(first) for first in _FIRST for n in names if f".{n}".endswith(f".{first}")), "")
     heads = [name for name in names if f".{name}".endswith(f".{HEAD}")]
     before_head = heads[0].removesuffix(HEAD) if len(heads) == 1 else prefix
     others = [name for name in names if name != before_head + HEAD]
+    wrappers = {match[1] for name in others if (match := _WRAPPED.search(name))}
+    inner = wrappers.pop() if len(wrappers) == 1 else ""
     if not table or not prefix.startswith(before_head) or not all(name.startswith(prefix) for name in others):
         return table
-    if prefix:
-        message = f"every tensor's name begins with {short_repr(prefix)}, which is left out"
-        warnings.warn(message, LlamaMiniWarning, stacklevel=4)
+    begins = [f"every tensor's name begins with {short_repr(prefix)}"] if prefix else []
+    begins += [f"every layer's names begin with {short_repr(inner)}"] if inner else []
+    if begins:
+        warnings.warn(f"{' and '.join(begins)}, which is left out", LlamaMiniWarning, stacklevel=4)
     is_bare = any(name.startswith((f"{prefix}embed_tokens.", f"{prefix}layers.")) for name in others)
-    without = "model." if is_bare else ""
+    bare = {theirs.removeprefix("model.") if is_bare else theirs: ours for theirs, ours in table.items()}
     return {
-        (before_head if ours == HEAD else prefix) + theirs.removeprefix(without): ours for theirs, ours in table.items()
+        (before_head if ours == HEAD else prefix) + theirs.replace("{}.", "{}." + inner): ours
+        for theirs, ours in bare.items()
     }
 
 

@@ -11,16 +11,19 @@ from llama_mini.validate import join_names, short_repr
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MERGE = "merge it into that model and save the result (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse), then give that"
+_ADAPTER = f"an adapter, not a whole model: {_MERGE}"
 _EXPORTED = "made for another runtime: give the Hugging Face checkpoint that it was made from"
 _UNFINISHED = "an unfinished download: finish it, or download the checkpoint again"
+_TRAINING = "the state of a training run, without the model's weights: give the directory of the model"
+_DEEPSPEED = "the parts of a DeepSpeed checkpoint: join them with its zero_to_fp32.py"
 _FILES = {  # pattern in a directory without weights that can be read -> what such a file means
-    "adapters.safetensors": f"an adapter, not a whole model: {_MERGE}",
-    "adapter_model.*": f"an adapter, not a whole model: {_MERGE}",
+    "adapters.safetensors": _ADAPTER,
+    "adapter_model.*": _ADAPTER,
     "*.distcp": "the parts of a torch.distributed checkpoint: join them with `python -m "
     "torch.distributed.checkpoint.format_utils dcp_to_torch`, and convert the pytorch_model.bin that this makes",
-    "*mp_rank_*": "the parts of a DeepSpeed checkpoint: join them with its zero_to_fp32.py",
-    "*zero_pp_rank_*": "the parts of a DeepSpeed checkpoint: join them with its zero_to_fp32.py",
-    "global_step*": "a DeepSpeed checkpoint: join its parts with its zero_to_fp32.py",
+    "*mp_rank_*": _DEEPSPEED,
+    "*zero_pp_rank_*": _DEEPSPEED,
+    "global_step*": _DEEPSPEED,
     "latest_checkpointed_iteration.txt": "a Megatron checkpoint: convert it to Hugging Face's format",
     "model_index.json": "a diffusion pipeline, not a language model",
     "*.onnx": _EXPORTED,
@@ -39,14 +42,16 @@ _FILES = {  # pattern in a directory without weights that can be read -> what su
     "*.part": _UNFINISHED,
     "*.crdownload": _UNFINISHED,
     "*.aria2": _UNFINISHED,
-    "optimizer.*": "the state of a training run, without the model's weights: give the directory of the model",
-    "scheduler.pt": "the state of a training run, without the model's weights: give the directory of the model",
-    "trainer_state.json": "the state of a training run, without the model's weights: give the directory of the model",
+    "optimizer.*": _TRAINING,
+    "scheduler.pt": _TRAINING,
+    "trainer_state.json": _TRAINING,
 }
+_DRAFT = "a draft head, which predicts for another model: give that model"
+_CLASSIFIER = "a classifier or reward model, which generates no text"
 _FOLDERS = ("*/config.json", "snapshots/*/config.json", "*/params.json", "*/*.gguf")
 _ARCHITECTURES = {  # in the name of an architecture or model_type -> what that is
-    "classification|questionanswering|reward": "a classifier or reward model, which generates no text",
-    "eagle|medusa|speculator": "a draft head, which predicts for another model: give that model",
+    "classification|questionanswering|reward": _CLASSIFIER,
+    "eagle|medusa|speculator": _DRAFT,
     "maskedlm|bert|electra|mpnet|bidirec|encoder": "an encoder, which generates no text",
     "whisper|wav2vec|hubert|speech|audio|forctc|tts": "a model of speech",
     "clip|vit|dino|image|vision|llava": "a model of images",
@@ -59,8 +64,8 @@ _PARTS = {  # keys of config.json -> what a model with such a part is
 }
 _TENSORS = {  # in a tensor's name -> what that tells
     r"(^|\.)lora_|\.(base_layer|modules_to_save|original_module)\.": f"an adapter that is not merged: {_MERGE}",
-    r"(^|\.)(d2t|t2d|fc\.weight|medusa_heads?\..*)$": "a draft head, which predicts for another model: give that model",
-    r"(^|\.)(score|classifier|v_head\.summary)\.weight$": "a classifier or reward model, which generates no text",
+    r"(^|\.)(d2t|t2d|medusa_heads?\..*)$|^(model\.)?fc\.weight$": _DRAFT,
+    r"(^|\.)(score|classifier|v_head\.summary)\.weight$": _CLASSIFIER,
 }
 
 

@@ -1,7 +1,9 @@
 """A prefix before every tensor's name, as wrapped models are saved, is left out with a warning."""
 
 import json
+import re
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -55,8 +57,7 @@ PREFIXES = ["_orig_mod.", "module.", "base_model.model.", "language_model.", "tr
 PREFIXES += ["module._orig_mod.", "_orig_mod.module.model."]
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("prefix", "tied"), zip(PREFIXES, cycle([False, True]), strict=False))
 def test_what_every_name_begins_with_is_left_out(tmp_path: Path, prefix: str, tied: bool) -> None:
     write(tmp_path, before(prefix), tied=tied)
     with pytest.warns(LlamaMiniWarning, match=f"every tensor's name begins with '{prefix}', which is left out") as got:
@@ -64,13 +65,36 @@ def test_what_every_name_begins_with_is_left_out(tmp_path: Path, prefix: str, ti
     assert len(got) == 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen3", True), ("olmo2", False)])
 @pytest.mark.parametrize("rename", [text_part, lambda name: "module." + text_part(name)])
-@pytest.mark.parametrize("tied", [False, True])
 def test_the_text_part_of_a_multimodal_model(tmp_path: Path, family: str, rename: Rename, tied: bool) -> None:
     write(tmp_path, rename, family=family, tied=tied)
     with pytest.warns(LlamaMiniWarning, match=r"begins with '(module\.)?model\.language_model\.', which"):
         expect(tmp_path, family, tied)
+
+
+def fsdp(name: str) -> str:
+    return "_fsdp_wrapped_module." + re.sub(r"(layers\.\d+\.)", r"\1_fsdp_wrapped_module._orig_mod.", name)
+
+
+def test_layers_that_are_wrapped_each(tmp_path: Path) -> None:
+    write(tmp_path, lambda name: re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", name))
+    with pytest.warns(LlamaMiniWarning, match=r"^every layer's names begin with '_orig_mod\.', which is left out"):
+        expect(tmp_path)
+
+
+def test_a_wrapped_model_of_wrapped_layers(tmp_path: Path) -> None:
+    write(tmp_path, fsdp, family="qwen3")
+    both = r"begins with '_fsdp_\w+\.' and every layer's names begin with '_fsdp_\w+\._orig_mod\.', which"
+    with pytest.warns(LlamaMiniWarning, match=both) as warned:
+        expect(tmp_path, "qwen3")
+    assert len(warned) == 1
+    tensors = load_file(tmp_path / SINGLE)
+    norm = next(name for name in tensors if name.endswith("1._fsdp_wrapped_module._orig_mod.input_layernorm.weight"))
+    tensors[norm.replace("_orig_mod.", "")] = tensors.pop(norm)
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.warns(LlamaMiniWarning), pytest.raises(CheckpointMismatchError, match=r"missing: .*unexpected"):
+        Llama.from_pretrained(tmp_path)
 
 
 def test_shards_with_an_index(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A Hugging Face directory: config.json, and safetensors in one file, in shards with an index, or in shards without."""
 
 import functools
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from llama_mini.errors import CheckpointError, CheckpointFormatError, Checkpoint
 from llama_mini.machine import DTYPES
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt")
-_TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "adapter_model")
+_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|adapter_model)|.*(mp|zero_pp)_rank_")
 CONVERT = "llama-mini convert {source} NEW_DIRECTORY"
 
 
@@ -32,6 +33,8 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     config, raw = read_config(directory)
     files, weight_map = ([file], dict[str, str]()) if file is not None else _files(directory)
     tensors = read_headers(files, weight_map)
+    check_names(directory, tensors)
+    check_not_quantized(directory, tensors, any(tensor.dtype not in WEIGHTS for tensor in tensors.values()))
     keys = names_in_file(key_table(raw["model_type"]), tensors)
     if weight_map:
         tied = {to_file_name(name, keys) for name in (HEAD, EMBEDDING)} if config.tie_word_embeddings else set[str]()
@@ -39,8 +42,6 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     if file is None and (directory / ADAPTER_CONFIG).is_file():
         message = f"{directory} also holds an adapter ({ADAPTER_CONFIG}): it is not applied"
         warnings.warn(message, LlamaMiniWarning, stacklevel=3)
-    check_names(directory, tensors)
-    check_not_quantized(directory, tensors, any(tensor.dtype not in WEIGHTS for tensor in tensors.values()))
     dtypes = [weight_dtype(tensor) for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)]
 
     def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
@@ -101,7 +102,7 @@ def no_weights(directory: Path) -> CheckpointError:
 def pickles_in(directory: Path) -> list[str]:
     """The pickled weights: pytorch_model.bin, its shards or variants, else any, without the state of a training run."""
     for pattern in _PICKLES:
-        files = [f for f in sorted(directory.glob(pattern)) if f.is_file() and not f.name.startswith(_TRAINING)]
+        files = [f for f in sorted(directory.glob(pattern)) if f.is_file() and not _NO_WEIGHTS.match(f.name)]
         by_name = pattern.startswith("pytorch_model")
         if names := [file.name for file in files if by_name or file_kind(file) is FileKind.PICKLE]:
             return names

@@ -32,6 +32,7 @@ from llama_mini.machine import dtype_name
 from llama_mini.validate import join_names
 
 Shape = tuple[int, ...]
+_WQ = "layers.0.attention.wq.weight"
 _META_SHARD = re.compile(r"consolidated\.(\d{2,3})\.pth")
 
 
@@ -95,6 +96,12 @@ def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
     )
     model = empty_model(builder, source)
     shapes = {to_file_name(name, META_KEYS): tuple(p.shape) for name, p in model.named_parameters()}
+    whole, part = shapes[_WQ], stored[_WQ].shape if _WQ in stored else ()
+    if part and part[0] and whole[0] % part[0] == 0 and whole[0] // part[0] > len(files):
+        n = whole[0] // part[0]
+        raise CheckpointIncompleteError(
+            f"{directory} holds {len(files)} of {n} shards, each with 1/{n} of a matrix; download the others"
+        )
     merges = {name: _merge_of([tuple(s[name].shape) for s in shards], shapes.get(name)) for name in stored}
 
     def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:

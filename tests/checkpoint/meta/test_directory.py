@@ -116,7 +116,7 @@ def test_the_engine_reads_no_pickle_and_names_the_command(tmp_path: Path) -> Non
     directory = write_meta(tmp_path / "meta", model(), 2)
     with pytest.raises(CheckpointFormatError, match=rf"llama-mini convert {directory} NEW_DIRECTORY"):
         Llama.from_pretrained(directory)
-    with pytest.raises(CheckpointFormatError, match="a PyTorch pickle: convert it with `llama-mini convert SRC DST`"):
+    with pytest.raises(CheckpointFormatError, match="convert its directory with `llama-mini convert SRC DST`"):
         Llama.from_pretrained(directory / "consolidated.00.pth")
 
 
@@ -182,6 +182,15 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     directory = write_meta(tmp_path / "meta", model(), 4, 0)
     (directory / "consolidated.01.pth").unlink()
     with pytest.raises(CheckpointIncompleteError, match=r"missing 1 of 4 shards: consolidated\.01\.pth"):
+        convert(directory, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_shards_that_are_missing_at_the_end(tmp_path: Path, kept: int) -> None:
+    directory = write_meta(tmp_path / "meta", model(), 4, 0)
+    for rank in range(kept, 4):
+        (directory / f"consolidated.{rank:02}.pth").unlink()
+    with pytest.raises(CheckpointIncompleteError, match=rf"holds {kept} of 4 shards, each with 1/4 of a matrix; down"):
         convert(directory, tmp_path / "hf")
 
 

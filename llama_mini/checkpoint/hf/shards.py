@@ -38,8 +38,11 @@ def all_present(directory: Path, names: list[str]) -> list[Path]:
     """The paths of these files. Raises CheckpointIncompleteError that lists missing ones, CheckpointPathError."""
     files = [inside(directory, name) for name in names]
     if missing := [file.name for file in files if not file.exists()]:
+        lower = {name.lower() for name in missing}
+        alike = sorted(path.name for path in directory.iterdir() if path.name.lower() in lower)
+        do = f"rename {join_names(alike)}, which differs in case" if alike else "download them"
         raise CheckpointIncompleteError(
-            f"{directory}: missing {len(missing)} of {len(files)} shards: {join_names(missing)}; download them"
+            f"{directory}: missing {len(missing)} of {len(files)} shards: {join_names(missing)}; {do}"
         )
     return files
 

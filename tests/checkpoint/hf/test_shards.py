@@ -71,6 +71,13 @@ def test_missing_shards_are_named_before_anything_is_read(sharded: Path) -> None
     assert f"missing 2 of {len(names)} shards: {names[1]}, {names[2]}" in message
 
 
+def test_a_name_in_other_case_is_told_from_a_missing_file(sharded: Path) -> None:
+    names = weight_map(sharded)
+    write_index(sharded, {name: file.replace("model-", "Model-") for name, file in names.items()})
+    if not (sharded / names[NORM].replace("model-", "Model-")).exists():  # where case matters
+        assert f"; rename {min(names.values())}, model-" in refusal(sharded, CheckpointIncompleteError)
+
+
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "..", ".", "", "sub/x.safetensors"])
 def test_a_shard_outside_its_directory_is_refused(sharded: Path, name: str) -> None:
     write_index(sharded, weight_map(sharded) | {NORM: name})

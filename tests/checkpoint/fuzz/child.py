@@ -180,7 +180,8 @@ def _as_their_library_reads_it(source: Source) -> Iterator[tuple[str, Tensor]]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.int32)  # NaN equals itself
+    # NaN equals itself, and a signalling one of float16 the quiet one that torch, but not NumPy, makes of it.
+    return torch.where(tensor.isnan(), torch.nan, tensor).contiguous().view(torch.int32)
 
 
 def _address_space() -> int:

@@ -33,22 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 usage, 3 checkpoint, 4 capacity, 1 other, 130 Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     prog = "python -m llama_mini" if Path(sys.argv[0]).name == "__main__.py" else "llama-mini"
-    if words in (["-h"], ["--help"]) or (not words and sys.stdin.isatty()):
+    if words in (["-h"], ["--help"]) or (not words and sys.stdin is not None and sys.stdin.isatty()):
         return exit_code_of(lambda: print(_help(prog)))
     if words and words[0] in COMMANDS:
         return _run(words[0], words[1:], f"{prog} {words[0]}")
-    if words and (mistake := _mistaken_prompt(words, prog)):
-        print(f"error: {mistake}", file=sys.stderr)
-        return RequestError.exit_code
-    return generate.main(words, f"{prog} generate")
+    return exit_code_of(lambda: _check_prompt(words, prog)) or generate.main(words, f"{prog} generate")
 
 
 def _run(command: str, argv: list[str], prog: str) -> int:
     match command:
         case "chat":
-            return _run_mode("--interactive", options.chat_parser(prog), argv)
+            return exit_code_of(lambda: _run_mode("--interactive", options.chat_parser(prog), argv))
         case "info":
-            return _run_mode("--info", options.info_parser(prog), argv)
+            return exit_code_of(lambda: _run_mode("--info", options.info_parser(prog), argv))
         case "convert":
             return run_convert(argv, prog)
         case "generate" | "score":
@@ -59,24 +56,25 @@ def _run(command: str, argv: list[str], prog: str) -> int:
     if command == "eval":
         return import_module("llama_mini.eval.__main__").main()
     scripts = Path(__file__).resolve().parents[1] / "scripts"
-    if not (scripts / "bench.py").is_file():
-        print(f"error: {NO_CHECKOUT}", file=sys.stderr)
-        return LlamaMiniError.exit_code
     sys.path.insert(0, str(scripts))
-    return import_module("bench").main()
+    return exit_code_of(lambda: _check_checkout(scripts)) or import_module("bench").main()
 
 
-def _run_mode(mode: str, parser: ArgumentParser, argv: list[str]) -> int:
+def _check_checkout(scripts: Path) -> None:
+    if not (scripts / "bench.py").is_file():
+        raise LlamaMiniError(NO_CHECKOUT)
+
+
+def _run_mode(mode: str, parser: ArgumentParser, argv: list[str]) -> None:
     """Runs a mode of `generate` as a command of its own, with some of generate's options."""
-    args = parser.parse_args(argv, options.parser().parse_args([mode]))
-    return exit_code_of(lambda: generate.run(args))
+    generate.run(parser.parse_args(argv, options.parser().parse_args([mode])))
 
 
 def run_convert(argv: Sequence[str], prog: str) -> int:
     """The command `convert`; scripts/convert.py runs it too."""
-    args = options.convert_parser(prog).parse_args(argv)
 
     def run() -> None:
+        args = options.convert_parser(prog).parse_args(argv)
         from llama_mini.checkpoint.io.lock import one_writer
         from llama_mini.checkpoint.open import resolve
         from llama_mini.cli.convert import convert
@@ -97,18 +95,19 @@ def _help(prog: str) -> str:
     )
 
 
-def _mistaken_prompt(words: list[str], prog: str) -> str:
-    """The error for several words without a command, else "". A single word close to a command gets a note."""
-    first = words[0]
+def _check_prompt(words: list[str], prog: str) -> None:
+    """Refuses several words without a command: RequestError. A single word close to a command gets a note."""
+    first = words[0] if words else "-"
     if first.startswith("-") or len(first.split()) != 1:
-        return ""
+        return
     close = "".join(difflib.get_close_matches(first, COMMANDS, n=1, cutoff=0.75))
     if len(words) > 1 and not words[1].startswith("-"):
         hint = f" (did you mean {close}?);" if close else ";"
-        return f"{first!r} is not a command{hint} put quotes around a prompt; {prog} --help lists the commands"
+        raise RequestError(
+            f"{first!r} is not a command{hint} put quotes around a prompt; {prog} --help lists the commands"
+        )
     if close:
         print(f"note: {first!r} is read as a prompt; the command is {close}", file=sys.stderr)
-    return ""
 
 
 if __name__ == "__main__":

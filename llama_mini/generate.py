@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_mini.cli.common import checkpoint_of, exit_code_of, read_standard_input, summary
+from llama_mini.cli.common import checkpoint_of, exit_code_of, summary
 from llama_mini.cli.options import DEFAULT_MAX_TOKENS, PROG, check, parser, sampling, template_variables
+from llama_mini.cli.streams import read_standard_input
 from llama_mini.errors import RequestError
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Runs the command and returns its exit code: 0, 2 usage, 3 checkpoint, 4 capacity, 1 other, 130 Ctrl-C."""
-    args = parser(prog).parse_args(argv)
-    return exit_code_of(lambda: run(args))
+    return exit_code_of(lambda: run(parser(prog).parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> None:

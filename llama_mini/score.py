@@ -9,12 +9,12 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_mini import __version__
-from llama_mini.cli.common import as_text, checkpoint_of, exit_code_of, read_standard_input
+from llama_mini.cli.common import checkpoint_of, exit_code_of
 from llama_mini.cli.options import model_options
+from llama_mini.cli.streams import read_file
 from llama_mini.errors import RequestError
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ PROG = "python -m llama_mini.score"
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Runs the command line; the exit codes are those of llama_mini.generate."""
-    args = parser(prog).parse_args(argv)
-    return exit_code_of(lambda: run(args))
+    return exit_code_of(lambda: run(parser(prog).parse_args(argv)))
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
@@ -37,7 +36,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         description="Prints the perplexity of texts and the conditions of the measurement.",
     )
     p.add_argument(
-        "files", nargs="*", metavar="TEXTFILE", help="UTF-8 files; no window spans two of them; default: standard input"
+        "files",
+        nargs="*",
+        metavar="TEXTFILE",
+        help="UTF-8 files; no window spans two of them; default, and -: standard input",
     )
     p.add_argument("--version", action="version", version=f"llama_mini {__version__}")
     p.add_argument("--json", action="store_true", help="print the figures as one JSON object")
@@ -98,18 +100,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read_texts(files: list[str]) -> list[str]:
-    texts = [_read_file(name) for name in files] if files else [read_standard_input("the text")]
-    for name, text in zip(files or ["standard input"], texts, strict=True):
+    names = files or ["-"]
+    texts = [read_file(name) for name in names]
+    for name, text in zip(names, texts, strict=True):
         if not text:
-            raise RequestError(f"{name} is empty: there is nothing to score")
+            raise RequestError(f"{'standard input' if name == '-' else name} is empty: there is nothing to score")
     return texts
-
-
-def _read_file(name: str) -> str:
-    try:
-        return as_text(Path(name).read_bytes(), name)
-    except OSError as error:
-        raise RequestError(f"cannot read {name}: {error.strerror}") from None
 
 
 def _encode(texts: list[str], llm: "LLM", bos: str) -> Input:

@@ -25,8 +25,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a smoke run of small sizes, whose numbers mean nothing")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the line of JSON to FILE too")
     parser.add_argument("--profile", action="store_true", help="print where this engine spends its time, and end")
-    args = parser.parse_args()
-    return exit_code_of(lambda: _run(args))
+    return exit_code_of(lambda: _run(parser.parse_args()))
 
 
 def _run(args: argparse.Namespace) -> None:

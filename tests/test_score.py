@@ -101,11 +101,25 @@ def test_a_fault_is_one_sentence(
     assert message in err
 
 
+def test_a_byte_order_mark_and_a_pipe(tiny_dir: Path, tmp_path: Path, capsys) -> None:
+    found = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        reading, writing = os.pipe()
+        os.write(writing, mark + b"some words")
+        os.close(writing)
+        found.append(run(capsys, f"/dev/fd/{reading}", "--model", tiny_dir, "--kernels", "off", "--json"))
+        os.close(reading)
+    assert found[0][0] == 0
+    assert json.loads(found[0][1])["nll"] == json.loads(found[1][1])["nll"]
+
+
 def test_standard_input(tiny_dir: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc")))
     code, out, err = run(capsys, "--model", tiny_dir, "--kernels", "off", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["texts"] == ["standard input"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc")))
+    assert json.loads(run(capsys, "-", "--model", tiny_dir, "--kernels", "off", "--json")[1])["texts"] == ["-"]
 
 
 def test_help_fits_eighty_columns_without_torch() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llama_mini.cli.common import summary, table
 from llama_mini.cli.conversation import Conversation, Show, Stopped, Turn
 from llama_mini.cli.line_editor import Reader, open_reader
+from llama_mini.cli.streams import ESCAPED
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import CapacityError, LlamaMiniError, RequestError
 from llama_mini.validate import short_repr
@@ -29,8 +30,6 @@ COMMANDS = {
     "/exit": "leave, as /quit and Ctrl-D do",
 }
 KEYS = "Ctrl-C stops an answer and keeps the text so far.\nPut a space in front of a text that begins with a slash."
-# Control characters, which a terminal would obey, in a visible form; 0x80 to 0x9f are escape codes of one character.
-ESCAPED = {code: repr(chr(code))[1:-1] for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 def run(llm: "LLM", params: SamplingParams, system: str | None = None, variables: dict[str, Any] | None = None) -> None:
@@ -52,7 +51,6 @@ class Chat:
         self._conversation = conversation
         self._reader = reader
         self._interactive = sys.stdin.isatty()
-        self._escapes = sys.stdout.isatty()
         self._draft = ""  # the text to edit that the next prompt begins with
         self._in_line = False  # the answer so far does not end with a newline
 
@@ -136,8 +134,7 @@ class Chat:
             print(file=sys.stderr, flush=True)
 
     def _show(self, text: str) -> None:
-        sys.stdout.write(text.translate(ESCAPED) if self._escapes else text)
-        sys.stdout.flush()
+        print(text, end="", flush=True)
         self._in_line = not text.endswith("\n")
 
     def _end_line(self) -> None:

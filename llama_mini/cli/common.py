@@ -1,13 +1,13 @@
-"""What the commands share: exit codes, standard input, the default checkpoint, tables and statistics."""
+"""What the commands share: exit codes, the default checkpoint, tables and statistics."""
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_mini.errors import LlamaMiniError, RequestError
+from llama_mini.cli.streams import standard_streams
+from llama_mini.errors import LlamaMiniError
 
 if TYPE_CHECKING:
     from llama_mini.engine.request import Stats
@@ -15,35 +15,31 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
-def exit_code_of(run: Callable[[], None]) -> int:
-    """Runs a command and returns its exit code: 0, 2 usage, 3 checkpoint, 4 capacity, 1 other, 130 Ctrl-C."""
+def exit_code_of(run: Callable[[], object]) -> int:
+    """Runs a command and returns its exit code: 0, 2 usage, 3 checkpoint, 4 capacity, 1 other, 130 Ctrl-C.
+
+    `run` parses the options too, so that --help has the same streams.
+    """
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        run()
-        sys.stdout.flush()
-    except LlamaMiniError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # as in `... | head`: drop what is still buffered, without a message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with standard_streams():
+        try:
+            try:
+                run()
+            finally:
+                sys.stdout.flush()  # a full disk shows here, not when the interpreter ends and nobody can tell
+        except LlamaMiniError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:  # as in `... | head`: no message
+            return 0
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            print(f"error: {LlamaMiniError(reason)}", file=sys.stderr)
+            return LlamaMiniError.exit_code
     return 0
-
-
-def read_standard_input(what: str) -> str:
-    """All of standard input; at a terminal the user is asked for `what`. Raises RequestError if it is not UTF-8."""
-    if sys.stdin.isatty():
-        print(f"Type {what}; Ctrl-D on a line of its own ends it.", file=sys.stderr)
-    return as_text(sys.stdin.buffer.read(), "standard input")
-
-
-def as_text(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def checkpoint_of(model: str | None) -> str | Path:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
-from llama_mini.cli.common import as_text
+from llama_mini.cli.streams import as_text, check_whole_line, typed_text
 from llama_mini.errors import RequestError
 from llama_mini.machine import user_folder
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PROMPT = ">>> "
 CONTINUED = "... "
+LINE = "a line of standard input"
 
 
 class Reader(Protocol):
@@ -81,13 +82,25 @@ class Lines:
 
     def _line(self, prompt: str) -> str:
         if self._editing:
-            return input(prompt)
+            return self._edited_line(prompt)
         if self._terminal:  # input() would write the prompt to standard output
             print(prompt, end="", file=sys.stderr, flush=True)
-        line = as_text(sys.stdin.buffer.readline(), "a line of standard input")
+        line = sys.stdin.buffer.readline()
         if not line:
             raise EOFError
-        return line.removesuffix("\n").removesuffix("\r")
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        if self._terminal:
+            check_whole_line(line)
+        return as_text(line, LINE)
+
+    def _edited_line(self, prompt: str) -> str:
+        try:
+            line = typed_text(input(prompt), LINE)
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{LINE} is not {error.encoding} text: {error.reason}") from None
+        if self._typed is str:  # readline reads a terminal key by key, which cuts nothing
+            check_whole_line(line.encode())
+        return line
 
 
 class Editor:

@@ -18,14 +18,18 @@ PLANS = ("pre", "post", "peri", "out+qk", "deep")
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Runs the command line and returns its exit code; the codes are those of llama_mini.generate."""
-    args = parser(prog).parse_args(argv)
+    return exit_code_of(lambda: run(parser(prog).parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Does what the parsed options ask for. Raises LlamaMiniError."""
     if "settings" in args and "=" in args.pattern:  # a setting, in a command line without a pattern
         args.settings, args.pattern = [args.pattern, *args.settings], PRE_NORMS
     from llama_mini.lab import commands
 
     if "model" in args:
         args.checkpoint = lambda: checkpoint_of(args.model)
-    return exit_code_of(lambda: commands.run(args))
+    commands.run(args)
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:

@@ -36,7 +36,7 @@ def read_ids(tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
     """The first --tokens tokens of the text. Raises RequestError if there are fewer than two."""
     check_whole("--tokens", args.tokens, RequestError, 2)
     try:
-        text = sample_text() if args.text is None else args.text.read_text(encoding="utf-8")
+        text = sample_text() if args.text is None else args.text.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointPathError(f"cannot read {args.text}: {getattr(error, 'strerror', error)}") from None
     ids = tokenizer.encode(text)[: args.tokens]

@@ -30,8 +30,9 @@ sys.modules["torch"] = MagicMock()
 if "--no-editor" in sys.argv:
     sys.modules["prompt_toolkit"] = None
 
-from llama_mini.errors import LlamaMiniError, RequestError
+from llama_mini.errors import RequestError
 from llama_mini.cli.chat import run
+from llama_mini.cli.common import exit_code_of
 from llama_mini.engine.sampling_params import SamplingParams
 
 ANSWERS = {"escape": "\x1b]0;owned\x07\x1b[31mred\x9b1m\rback 日本 👩\u200d👧\tx", "blank": "", "lines": "one\ntwo\n"}
@@ -70,13 +71,8 @@ class Fake:
         yield from map(chunk, text)
         yield chunk("", SimpleNamespace(finish_reason="length" if last == "cut" else "stop", stats=STATS))
 
-try:
-    run(Fake(), SamplingParams(), "Be brief." if "--system" in sys.argv else None)
-except LlamaMiniError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)
-except KeyboardInterrupt:
-    sys.exit(130)
+system = "Be brief." if "--system" in sys.argv else None
+sys.exit(exit_code_of(lambda: run(Fake(), SamplingParams(), system)))
 """
 SECONDS = 60
 ENTER, CTRL_C, CTRL_D, CTRL_J, CTRL_L, ALT_ENTER, UP, TAB = "\r", "\x03", "\x04", "\n", "\x0c", "\x1b\r", "\x1b[A", "\t"

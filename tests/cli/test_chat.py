@@ -122,7 +122,7 @@ def test_ctrl_d_leaves(either: Terminal) -> None:
 def test_no_control_character_of_the_model_reaches_the_terminal(either: Terminal) -> None:
     either.type("escape" + ENTER)
     shown = either.until("back 日本 👩\u200d👧\tx")
-    assert r"\x1b]0;owned\x07\x1b[31mred\x9b1m\rback" in shown
+    assert r"\x1b]0;owned\x07\x1b[31mred\u009b1m\rback" in shown
     assert "\x1b]0;" not in shown
     assert set(map(chr, [*range(9), *range(11, 32), *range(127, 160)])) == set(map(chr, ESCAPED))
 

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,17 @@ def test_plain_lines_that_belong_together(terminal: Any) -> None:
     one.type(CTRL_D)
     one.until("error: standard input ended inside")
     one.until(">>>")
+
+
+def test_a_line_that_the_terminal_cut_is_not_answered(terminal: Any) -> None:
+    one = terminal("--no-editor", stdout=subprocess.PIPE)  # without readline, as standard output is no terminal
+    one.type("x" * 5000 + ENTER)
+    one.until("error: the terminal cuts lines after 4,095 bytes")
+    one.until(">>>")
+    one.type("y" * 4000 + ENTER)
+    one.until(">>>")
+    assert one.child.stdout.readline().count(b"y") == 4000
+    one.child.stdout.close()
 
 
 def test_piped_lines_are_turns() -> None:

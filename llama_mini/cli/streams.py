@@ -1,0 +1,182 @@
+"""The standard streams of every command: what may be written to them and what may be read, whatever they are."""
+
+import codecs
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TextIO
+
+from llama_mini.errors import RequestError
+from llama_mini.validate import short_repr
+
+# Control characters, which a terminal would obey, in a visible form. JSON may hold those from 0x7f on as they are, so
+# theirs is a form that JSON reads back; 0x80 to 0x9f are escape codes of one character.
+ESCAPED = {code: repr(chr(code))[1:-1] for code in range(32) if chr(code) not in "\n\t"}
+ESCAPED |= {code: f"\\u{code:04x}" for code in range(127, 160)}
+LINE_OF_A_TERMINAL = 4095  # bytes of a line, without its end, that Linux keeps; it drops what is typed beyond
+_ESCAPE = "llama_mini.escape"
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # a UTF-32 file of this byte order begins like the first
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Makes the standard streams safe to use for a command.
+
+    Output: characters that the encoding lacks are written as JSON escapes; a terminal gets control characters in a
+    visible form; a full disk, a closed stream or a reader that has left is an OSError that names standard output.
+    Messages: those that cannot be written are dropped, since an answer must not fail because of them.
+    Input: a closed one is empty.
+    """
+    before = sys.stdin, sys.stdout, sys.stderr
+    codecs.register_error(_ESCAPE, _as_json_escapes)
+    with ExitStack() as stack:  # a stream that was closed from the start is None
+        if sys.stdin is None:
+            sys.stdin = stack.enter_context(open(os.devnull, encoding="utf-8"))
+        if sys.stdout is None:
+            unwritable = os.open(os.devnull, os.O_RDONLY)
+            sys.stdout = stack.enter_context(open(unwritable, "w", encoding="utf-8"))
+        if sys.stderr is None:
+            sys.stderr = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        sys.stdout, sys.stderr = _wrapped(sys.stdout, _Output), _wrapped(sys.stderr, _Messages)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            sys.stdin, sys.stdout, sys.stderr = before
+
+
+def read_standard_input(what: str) -> str:
+    """All of standard input; at a terminal the user is asked for `what`. Raises RequestError if it is not UTF-8."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(f"Type {what}; Ctrl-D on a line of its own ends it.", file=sys.stderr)
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        raise RequestError(f"standard input cannot be read: {error.strerror}") from None
+    for line in data.split(b"\n") if terminal else ():
+        check_whole_line(line)
+    return as_text(data, "standard input")
+
+
+def read_file(name: str) -> str:
+    """All of a file, a pipe, or standard input for `-`. Raises RequestError if it cannot be read as UTF-8."""
+    if name == "-":
+        return read_standard_input("the text")
+    try:
+        with open(name, "rb") as file:
+            return as_text(file.read(), name)
+    except OSError as error:
+        raise RequestError(f"cannot read {name}: {error.strerror}") from None
+
+
+def as_text(data: bytes, name: str) -> str:
+    """UTF-8 as text, without a byte order mark. Raises RequestError, which names `name`."""
+    if data.startswith(_UTF_16):
+        raise RequestError(f"{name} is UTF-16 or UTF-32 text: save it as UTF-8")
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def typed_text(text: str, name: str) -> str:
+    """A text as Python got it from the command line or a terminal, where each byte it cannot read is a surrogate."""
+    if not any("\ud800" <= char <= "\udfff" for char in text):
+        return text
+    try:
+        return as_text(text.encode(sys.getfilesystemencoding(), "surrogateescape"), name)
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} holds half of a character, {short_repr(text)}: it cannot be written") from None
+
+
+def check_whole_line(line: bytes) -> None:
+    """Refuses a line typed at a terminal, without its end, that the terminal may have cut. Raises RequestError."""
+    if len(line) >= LINE_OF_A_TERMINAL:
+        raise RequestError(
+            f"the terminal cuts lines after {LINE_OF_A_TERMINAL:,} bytes: type shorter ones, or give the text in a file"
+        )
+
+
+class _Stream(io.TextIOWrapper):
+    """Writes to the buffer of another stream, which stays open when this one goes."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        chosen = stream.errors not in ("strict", "surrogateescape")  # by PYTHONIOENCODING
+        super().__init__(
+            stream.buffer,
+            stream.encoding,
+            stream.errors if chosen else _ESCAPE,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        self._stream = stream  # without a reference to it, Python would close it and its buffer
+
+    def close(self) -> None:
+        pass
+
+    def _discard(self) -> None:
+        """What is still in the buffers, and all that follows, goes to the null device."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+
+
+class _Output(_Stream):
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(stream)
+        self._terminal = stream.isatty()
+        # For the last flush, since argparse ignores what goes wrong. An error itself would keep all its frames alive.
+        self._failed: tuple[int | None, str] | None = None
+
+    def write(self, text: str) -> int:
+        with self._remembered():
+            return super().write(text.translate(ESCAPED) if self._terminal else text)
+
+    def flush(self) -> None:
+        with self._remembered():
+            super().flush()
+
+    @contextmanager
+    def _remembered(self) -> Iterator[None]:
+        if self._failed is None:
+            try:
+                yield
+                return
+            except OSError as error:
+                self._failed = error.errno, str(error.strerror)
+                self._discard()
+        raise OSError(*self._failed, "standard output")
+
+
+class _Messages(_Stream):
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._discard()
+
+
+def _wrapped(stream: TextIO, kind: type[_Stream]) -> TextIO:
+    """The stream as `kind`; one that is no file, as in a notebook, stays as it is."""
+    try:
+        stream.fileno()
+    except (OSError, AttributeError):
+        return stream
+    return kind(stream) if isinstance(stream, io.TextIOWrapper) else stream
+
+
+def _as_json_escapes(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end

@@ -102,6 +102,8 @@ def _check_prompt(words: list[str], prog: str) -> None:
         return
     close = "".join(difflib.get_close_matches(first, COMMANDS, n=1, cutoff=0.75))
     if len(words) > 1 and not words[1].startswith("-"):
+        if options.is_checkpoint(first):
+            raise RequestError(f"{first!r} is the path of a model: give it as --model {first}")
         hint = f" (did you mean {close}?);" if close else ";"
         raise RequestError(
             f"{first!r} is not a command{hint} put quotes around a prompt; {prog} --help lists the commands"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of, summary
 from llama_mini.cli.options import DEFAULT_MAX_TOKENS, PROG, check, parser, sampling, template_variables
-from llama_mini.cli.streams import read_standard_input
+from llama_mini.cli.streams import read_file, read_standard_input, typed_text
 from llama_mini.errors import RequestError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 def run(args: argparse.Namespace) -> None:
     """Does what the parsed options ask for. Raises LlamaMiniError."""
     check(args)
+    if args.system is not None:
+        args.system = typed_text(args.system, "--system")
     if args.info:
         from llama_mini.cli.info import describe
 
@@ -51,10 +53,16 @@ def run(args: argparse.Namespace) -> None:
         _answer(args)
 
 
+def _prompt(args: argparse.Namespace) -> str:
+    typed = args.prompt if args.prompt_option is None else args.prompt_option
+    if typed not in (None, "-"):
+        return typed_text(typed, "the prompt")
+    text = read_standard_input("the prompt") if args.file is None else read_file(args.file)
+    return text.removesuffix("\n").removesuffix("\r")
+
+
 def _answer(args: argparse.Namespace) -> None:
-    prompt = args.prompt
-    if prompt is None:
-        prompt = read_standard_input("the prompt").removesuffix("\n").removesuffix("\r")
+    prompt = _prompt(args)
     if not prompt:
         raise RequestError("the prompt is empty: give PROMPT, or text on standard input")
     llm, params = _load(args)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_mini import __version__
 from llama_mini.cli.common import checkpoint_of, exit_code_of
-from llama_mini.cli.options import model_options
+from llama_mini.cli.options import Parser, model_options
 from llama_mini.cli.streams import read_file
 from llama_mini.errors import RequestError
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog=prog,
         description="Prints the perplexity of texts and the conditions of the measurement.",
     )

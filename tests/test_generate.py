@@ -72,7 +72,7 @@ def test_streamed_and_whole_are_the_same(run: Run, tiny_dir) -> None:
 def test_standard_input_is_the_prompt(run: Run, tiny_dir) -> None:
     args = ["--model", tiny_dir, "--max-tokens", 8]
     assert run(*args, stdin=b"say hi\n").stdout == run(*args, "say hi").stdout
-    assert run(*args, stdin=b"\xef\xbb\xbfsay hi\r\n").stdout == run(*args, "say hi").stdout
+    assert run(*args, "-", stdin=b"\xef\xbb\xbfsay hi\r\n").stdout == run(*args, "say hi").stdout
     for data, said in ((b"a\xff", "not UTF-8"), ("hi".encode("utf-16"), "save it as UTF-8")):
         done = run(*args, stdin=data)
         assert done.returncode == 2

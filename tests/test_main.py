@@ -99,6 +99,11 @@ def test_a_prompt_that_resembles_a_command_is_answered_with_a_note(
     [
         (["genrate", "x"], "'genrate' is not a command (did you mean generate?); put quotes around a prompt"),
         (["Why", "is", "it", "blue?"], "'Why' is not a command; put quotes around a prompt"),
+        (["tests/tiny", "hello"], "'tests/tiny' is the path of a model: give it as --model tests/tiny"),
+        (
+            ["lab", "norms", "--modle", "x"],
+            "llama-mini lab norms: error: unrecognized arguments: --modle x (did you mean --model?)",
+        ),
         (["hi", "--nonsense"], "usage: llama-mini generate [options] [PROMPT]\nllama-mini generate: error: "),
         (["convert", "a"], "llama-mini convert: error: the following arguments are required: DST"),
         (["lab", "nothing"], "llama-mini lab: error: argument COMMAND: invalid choice: 'nothing'"),
@@ -146,8 +151,9 @@ def test_convert_writes_what_opens(capsys: pytest.CaptureFixture[str], tiny_dir:
 
 def test_score_and_lab(capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("some words to score")
-    assert "perplexity" in run(capsys, "score", tmp_path / "text", "--model", tiny_dir, "--kernels", "off")[1]
-    assert "layers.0.attention.pre_norm" in run(capsys, "lab", "norms", "--model", tiny_dir)[1]
+    for model in ("--model", "-m"):
+        assert "perplexity" in run(capsys, "score", tmp_path / "text", model, tiny_dir, "--kernels", "off")[1]
+        assert "layers.0.attention.pre_norm" in run(capsys, "lab", "norms", model, tiny_dir)[1]
 
 
 def test_eval_and_bench_take_their_words_from_sys_argv(

@@ -54,7 +54,8 @@ FIELDS = {
 }
 
 OPTIONS = (
-    "--help --interactive --batch --output --info --version --model --dtype --device --quantize --kernels --threads "
+    "--help --prompt --file --interactive --batch --output --info --version --model --dtype --device --quantize "
+    "--kernels --threads "
     "--chat --raw --system --max-tokens --min-tokens --max-time --stop --stop-token --ignore-eos --logit-bias "
     "--repetition-penalty --presence-penalty --frequency-penalty --temperature --top-k --top-p --min-p --seed "
     "--no-stream --stats --json --top-logprobs --prompt-logprobs "

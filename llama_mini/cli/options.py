@@ -1,12 +1,16 @@
 """The options of the commands. Nothing here imports torch, so that --help does not wait for it."""
 
 import argparse
+import difflib
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_mini import __version__
+from llama_mini.cli.streams import typed_text
 from llama_mini.errors import RequestError
 from llama_mini.validate import short_repr
 
@@ -16,17 +20,61 @@ if TYPE_CHECKING:
 PROG = "python -m llama_mini.generate"
 DEFAULT_MAX_TOKENS = 512
 MODEL = "directory, GGUF file or hub name; default: SmolLM2-135M-Instruct, downloaded once"
+_OTHER_NAMES = {  # of llama.cpp, vLLM and transformers; --top_k and the like are read as --top-k
+    "--model": "-m",
+    "--prompt": "-p",
+    "--file": "-f",
+    "--system": "-sys --system-prompt",
+    "--max-tokens": "-n --predict --n-predict --max-new-tokens --max-completion-tokens",
+    "--temperature": "--temp",
+    "--repetition-penalty": "--repeat-penalty",
+    "--seed": "-s",
+    "--threads": "-t",
+}
+ALIASES = {alias: option for option, aliases in _OTHER_NAMES.items() for alias in aliases.split()}
+
+
+class Parser(argparse.ArgumentParser):
+    """Also takes the names that other engines have for an option, and gives the nearest name for an unknown one."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else list(args)
+        end = words.index("--") if "--" in words else len(words)
+        parsed, unknown = super().parse_known_args([*map(_known_name, words[:end]), *words[end:]], namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown)}")
+        return parsed, unknown
+
+    def _hint(self, unknown: list[str]) -> str:
+        name = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
+        if name is None:
+            return ""
+        known = [option for action in self._actions for option in action.option_strings]
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+            return f" (did you mean {close[0]}?)"
+        return "; a prompt that begins with - goes after --" if "--prompt" in known else ""
+
+
+def _known_name(word: str) -> str:
+    if not word.startswith("-") or len(word.split()) != 1:
+        return word
+    name, equals, value = word.partition("=")
+    name = name.replace("_", "-") if name.startswith("--") else name
+    return ALIASES.get(name, name) + equals + value
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog=prog,
         usage="%(prog)s [options] [PROMPT]",
         description="Answers PROMPT with a LLaMA-family model. The text goes to standard output, everything else to "
         "standard error.",
+        epilog="Names of other engines work too: -m -p -f -n -t -s -sys --temp --top_k --max-new-tokens ...",
     )
     add = p.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="default: all of standard input, without its last newline")
+    add("prompt", nargs="?", metavar="PROMPT", help="default, and -: all of standard input, without its last newline")
+    add("--prompt", dest="prompt_option", metavar="TEXT", help="the prompt, also one that begins with -")
+    add("--file", metavar="FILE", help="read the prompt from FILE, without its last newline")
     add("--interactive", action="store_true", help="chat at the terminal; /help there lists the commands")
     add("--batch", metavar="FILE", help='answer JSON lines with "prompt" or "messages"; run again to resume')
     add("--output", metavar="FILE", help="results of --batch; default: FILE.results.jsonl")
@@ -61,7 +109,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 def chat_parser(prog: str) -> argparse.ArgumentParser:
     """The options of `chat`, parsed into a namespace with the defaults of `generate --interactive`."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog=prog, usage="%(prog)s [options]", description="Chats at the terminal; /help there lists the commands."
     )
     model_options(p)
@@ -72,14 +120,14 @@ def chat_parser(prog: str) -> argparse.ArgumentParser:
 
 def info_parser(prog: str) -> argparse.ArgumentParser:
     """The options of `info`, parsed into a namespace with the defaults of `generate --info`."""
-    p = argparse.ArgumentParser(prog=prog, description="Describes a checkpoint without loading its weights.")
+    p = Parser(prog=prog, description="Describes a checkpoint without loading its weights.")
     p.add_argument("model", nargs="?", metavar="MODEL", help=MODEL)
     _dtype_and_device(p.add_argument_group("memory", "for the estimate of memory"))
     return p
 
 
 def convert_parser(prog: str) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog=prog,
         description="Converts a checkpoint of any format to a Hugging Face directory, which llama_mini and "
         "transformers open as it is. From pickles (*.pth, *.bin) it reads only plain tensors.",
@@ -147,6 +195,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuses options of `generate` that contradict each other. Raises RequestError."""
     used = {
         "PROMPT": args.prompt is not None,
+        "--prompt": args.prompt_option is not None,
+        "--file": args.file is not None,
         "--raw": args.raw,
         "--no-stream": args.no_stream,
         "--stats": args.stats,
@@ -155,7 +205,13 @@ def check(args: argparse.Namespace) -> None:
         "--batch": args.batch is not None,
         "--interactive": args.interactive,
     }
-    exclusive = {"--interactive": list(used), "--batch": ["PROMPT", "--no-stream", "--stats", "--json", "--info"]}
+    prompts = ["PROMPT", "--prompt", "--file"]
+    exclusive = {
+        "--interactive": list(used),
+        "--batch": [*prompts, "--no-stream", "--stats", "--json", "--info"],
+        "PROMPT": prompts,
+        "--prompt": prompts,
+    }
     for option, others in exclusive.items():
         if used[option] and (conflicts := [other for other in others if used[other] and other != option]):
             raise RequestError(f"{option} and {conflicts[0]} cannot be used together: leave one of them out")
@@ -169,6 +225,17 @@ def check(args: argparse.Namespace) -> None:
         raise RequestError("--output takes the results of --batch: give --batch too, or leave it out")
     if (args.top_logprobs or args.prompt_logprobs) and not (args.json or args.batch):
         raise RequestError("--top-logprobs and --prompt-logprobs need --json or --batch: give one of them")
+    if args.prompt is not None and is_checkpoint(args.prompt):
+        raise RequestError(f"PROMPT is the path of a model: give --model {args.prompt}; to ask about it, use --prompt")
+
+
+def is_checkpoint(word: str) -> bool:
+    """Whether a word that should be a prompt is the path of a model."""
+    path = Path(word)
+    try:
+        return (path.is_file() and path.suffix in (".gguf", ".safetensors")) or (path / "config.json").is_file()
+    except (OSError, ValueError):  # a long text, or one with a zero byte, is no path
+        return False
 
 
 def sampling(args: argparse.Namespace) -> "SamplingParams":
@@ -177,6 +244,7 @@ def sampling(args: argparse.Namespace) -> "SamplingParams":
 
     settings = {field.name: getattr(args, field.name) for field in fields(SamplingParams) if field.name in args}
     settings |= {"logit_bias": dict(map(_bias, args.logit_bias)) or None, "stop_token_ids": args.stop_token}
+    settings["stop"] = [typed_text(text, "--stop") for text in args.stop]
     return SamplingParams(**settings)
 
 

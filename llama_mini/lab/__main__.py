@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of
+from llama_mini.cli.options import Parser
 
 PROG = "python -m llama_mini.lab"
 PRE_NORMS = "layers.*.*.pre_norm"
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p: argparse.ArgumentParser = Parser(
         prog=prog,
         description="Studies norms: those of a real checkpoint, of a plan at random init, or in short trainings.",
     )

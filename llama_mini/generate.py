@@ -8,17 +8,18 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of, summary
 from llama_mini.cli.options import DEFAULT_MAX_TOKENS, PROG, check, parser, sampling, template_variables
 from llama_mini.cli.streams import read_file, read_standard_input, typed_text
 from llama_mini.errors import RequestError
+from llama_mini.validate import join_names
 
 if TYPE_CHECKING:
+    from llama_mini.checkpoint.source import Source
     from llama_mini.engine.llm import LLM
     from llama_mini.engine.sampling_params import SamplingParams
 
@@ -40,15 +41,16 @@ def run(args: argparse.Namespace) -> None:
     elif args.interactive:
         from llama_mini.cli import chat
 
-        llm, params = _load(args)
+        llm, params, _ = _load(args)
         chat.run(llm, params, args.system, template_variables(args))
     elif args.batch is not None:
-        from llama_mini.cli.batch import read_lines, run_batch
+        from llama_mini.cli.batch import open_batch, settings_of
 
-        lines = read_lines(Path(args.batch))
-        llm, params = _load(args)
-        results = Path(f"{args.batch}.results.jsonl" if args.output is None else args.output)
-        run_batch(llm, lines, results, params, lambda llm, prompt: _token_ids(llm, prompt, args), _with_limit)
+        with open_batch(args.batch, args.output) as batch:
+            llm, params, source = _load(args)
+            batch.answer(
+                llm, params, settings_of(args, llm, source), lambda *asked: _token_ids(llm, args, *asked), _with_limit
+            )
     else:
         _answer(args)
 
@@ -65,8 +67,8 @@ def _answer(args: argparse.Namespace) -> None:
     prompt = _prompt(args)
     if not prompt:
         raise RequestError("the prompt is empty: give PROMPT, or text on standard input")
-    llm, params = _load(args)
-    ids = _token_ids(llm, prompt, args)
+    llm, params, _ = _load(args)
+    ids = _token_ids(llm, args, prompt)
     streamed = not (args.json or args.no_stream)
     for chunk in llm.stream(ids, _with_limit(llm, ids, params)):
         if streamed:
@@ -86,8 +88,11 @@ def _answer(args: argparse.Namespace) -> None:
         print(f"load {stats.load_seconds:.2f} s · {summary(stats)} · peak memory {peak}", file=sys.stderr)
 
 
-def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams]":
-    """The model and the parameters. Wrong options and a model that does not fit are refused before weights are read."""
+def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams, Source]":
+    """The model, the parameters and the checkpoint.
+
+    Wrong options and a model that does not fit are refused before weights are read.
+    """
     gc.disable()  # importing torch and loading make many long-lived objects; scanning them for garbage takes 0.1 s
     try:
         params = sampling(args)
@@ -107,7 +112,7 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams]":
         gc.freeze()
     finally:
         gc.enable()
-    return llm, params
+    return llm, params, source
 
 
 def _with_limit(llm: "LLM", ids: list[int], params: "SamplingParams") -> "SamplingParams":
@@ -118,11 +123,15 @@ def _with_limit(llm: "LLM", ids: list[int], params: "SamplingParams") -> "Sampli
     return replace(params, max_tokens=max(min(DEFAULT_MAX_TOKENS, free), params.min_tokens))
 
 
-def _token_ids(llm: "LLM", prompt: Any, args: argparse.Namespace) -> list[int]:
-    """A text, or the messages of a chat, as token ids."""
-    variables = template_variables(args)
+def _token_ids(
+    llm: "LLM", args: argparse.Namespace, prompt: Any, more_variables: Mapping[str, Any] | None = None
+) -> list[int]:
+    """A text, or the messages of a chat, as token ids. `more_variables` of the chat template come from a line."""
+    variables = template_variables(args) | dict(more_variables or {})
     if isinstance(prompt, list):
         return llm.tokenizer.apply_chat_template(prompt, **variables)
+    if args.raw and variables:
+        raise RequestError(f"{join_names(variables)} belongs to a chat, and --raw continues plain text: leave it out")
     chat = args.chat or args.system is not None or variables or llm.tokenizer.has_chat_template
     if args.raw or not chat:
         return llm.tokenizer.encode(prompt, parse_special=args.special)

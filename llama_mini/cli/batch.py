@@ -1,84 +1,151 @@
 """Answers a file of prompts, one JSON object per line. A killed run continues where it stopped."""
 
+import argparse
 import hashlib
+import io
+import itertools
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from llama_mini.checkpoint.source import Source
+from llama_mini.cli.batch_lines import Asked, Line, asked, parse, read_lines
+from llama_mini.cli.options import parser
 from llama_mini.engine.llm import LLM
 from llama_mini.engine.request import Completion
-from llama_mini.engine.sampling_params import SamplingParams
+from llama_mini.engine.sampling_params import SamplingParams, sampling_params
 from llama_mini.errors import LlamaMiniError, RequestError
+from llama_mini.machine import dtype_name
 from llama_mini.validate import short_repr
 
-SETTINGS = {field.name for field in fields(SamplingParams)} - {"n", "logits_processors"}
+# Options that change no answer, and two that are compared by what they lead to.
+NOT_COMPARED = {"batch", "output", "device", "kernels", "threads", "model", "dtype"}
+START = b'{"index": '  # of each result
+
+Settings = dict[str, Any]
+Tokens = Callable[[Any, Mapping[str, Any]], list[int]]
+Limit = Callable[[LLM, list[int], SamplingParams], SamplingParams]
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of the prompts, counted from 0. Its digest, stored with its result, tells a later run if it changed."""
+class Batch:
+    """An open file of prompts, and the file of their results; None is standard output."""
 
-    index: int
-    digest: str
-    text: str
+    name: str
+    file: BinaryIO
+    results: Path | None
+
+    def answer(self, llm: LLM, params: SamplingParams, settings: Settings, tokens: Tokens, limit: Limit) -> None:
+        """Writes one result for each line, as soon as its answer is complete.
+
+        A line is `{"prompt": text or token ids}` or `{"messages": [...]}`, optionally with an `id` and the fields of
+        SamplingParams, or a request of OpenAI's batch files. Its result has the `index` and `id` of the line, the
+        settings of the run and the fields of a Completion; `error` says why a line cannot be answered. Lines that
+        already have a result in the file are skipped. An incomplete last line of it, from a run that was killed, is
+        removed first.
+
+        Args:
+            params: for what a line leaves out.
+            settings: what the answers depend on besides the line. Results with other settings are refused.
+            tokens: turns a text or messages, and variables of the chat template, into token ids.
+            limit: sets the default of max_tokens.
+
+        Raises RequestError if the results cannot be used, or are of other lines or settings.
+        """
+        done = {} if self.results is None else _done(self.results, settings)
+        total = None
+        if self.file.seekable():  # a changed line is refused before anything is answered
+            start = self.file.tell()
+            total = len(done) + sum(1 for _ in self._pending(done))
+            self.file.seek(start)
+        hidden = True if self.results is None and sys.stdout.isatty() else None  # None: unless standard error is a file
+        progress = {"total": total, "initial": len(done), "desc": "answering", "unit": "prompt", "disable": hidden}
+        with _writer(self.results) as write, tqdm(**progress) as bar:
+
+            def write_result(line: Line, names: dict[str, Any], completion: dict[str, Any]) -> None:
+                head = {"index": line.index} | names | {"line": line.digest, "settings": settings}
+                write(json.dumps(head | completion, ensure_ascii=False) + "\n")
+                bar.update()
+
+            running: dict[int, tuple[Line, dict[str, Any]]] = {}
+
+            def requests() -> Iterator[tuple[list[int], SamplingParams]]:
+                """Token ids and parameters of each line, made when the model has room for it."""
+                numbers = itertools.count()
+                for line in self._pending(done):
+                    names: dict[str, Any] = {}
+                    try:
+                        names, request = parse(line)
+                        made = _request(llm, asked(request), params, tokens, limit)
+                    except LlamaMiniError as error:
+                        write_result(line, names, {"finish_reason": "error", "error": str(error)})
+                        continue
+                    running[next(numbers)] = line, names
+                    yield made
+
+            prompts, sampling = itertools.tee(requests())
+            for number, completion in llm.completions((ids for ids, _ in prompts), (each for _, each in sampling)):
+                write_result(*running.pop(number), as_json(completion))
+
+    def _pending(self, done: Mapping[int, str]) -> Iterator[Line]:
+        """The lines without a result. Raises RequestError if a line that has one is no longer the same."""
+        gone = set(done)
+        for line in read_lines(self.file, self.name):
+            if line.index not in done:
+                yield line
+            elif done[line.index] == line.digest:
+                gone.remove(line.index)
+        if gone:
+            raise RequestError(
+                f"{self.results} has a result for line {min(gone) + 1} of the prompts, which has changed: "
+                "give another --output"
+            )
 
 
-def run_batch(
-    llm: LLM,
-    lines: list[Line],
-    results: Path,
-    params: SamplingParams,
-    tokens: Callable[[LLM, Any], list[int]],
-    limit: Callable[[LLM, list[int], SamplingParams], SamplingParams],
-) -> None:
-    """Appends one line to `results` for each of the lines, as soon as its answer is complete.
+@contextmanager
+def open_batch(prompts: str, output: str | None) -> Iterator[Batch]:
+    """Opens the prompts, `-` is standard input, and finds the place of the results. Raises RequestError."""
+    if output is None and os.path.isfile(prompts):
+        output = f"{prompts}.results.jsonl"
+    results = None if output in (None, "-") else Path(output)
+    if results is not None and not results.parent.is_dir():
+        raise RequestError(f"{results} cannot be written (there is no folder {results.parent}): give another --output")
+    if prompts == "-":
+        yield Batch("standard input", _apart_from(results, sys.stdin.buffer), results)
+        return
+    path = Path(prompts)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise RequestError(f"{prompts} cannot be read ({error.strerror}): give --batch a file of prompts") from None
+    with file:
+        yield Batch(prompts, _apart_from(results, file), results)
 
-    A line is `{"prompt": text or token ids}` or `{"messages": [...]}`, optionally with an `"id"` and the fields of
-    SamplingParams. Its result has the `index` and `id` of the line and the fields of a Completion; `error` says why a
-    line cannot be answered. Lines that already have a result are skipped. An incomplete last line of `results`, from a
-    run that was killed, is removed first.
 
-    tokens: turns a text or messages into token ids. limit: sets the default of max_tokens.
+def _apart_from(results: Path | None, file: BinaryIO) -> BinaryIO:
+    """The open file of prompts, unless it is that of the results: RequestError."""
+    with suppress(io.UnsupportedOperation):  # no file, but bytes in memory
+        if results is not None and results.is_file() and os.path.samestat(os.fstat(file.fileno()), results.stat()):
+            raise RequestError(f"{results} is the file of the prompts: give another --output")
+    return file
 
-    Raises RequestError if `results` cannot be used, or has results of other lines.
-    """
-    done = _done(results, lines)
-    progress = {"total": len(lines), "initial": len(done), "desc": "answering", "unit": "prompt"}
-    with _open_to_append(results) as file, tqdm(**progress, disable=None) as bar:
 
-        def write(line: Line, request_id: Any, completion: dict[str, Any]) -> None:
-            head = {"index": line.index} | ({} if request_id is None else {"id": request_id}) | {"line": line.digest}
-            # An id may hold half of a surrogate pair, which UTF-8 cannot encode: it becomes a JSON escape.
-            file.write((json.dumps(head | completion, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
-            file.flush()
-            bar.update()
-
-        asked: list[tuple[Line, Any]] = []
-        prompts: list[list[int]] = []
-        settings: list[SamplingParams] = []
-        for line in lines:
-            if line.index in done:
-                continue
-            request_id = None
-            try:
-                request = _request(line)
-                request_id = request.pop("id", None)
-                chat = "messages" in request
-                prompt = request.pop("messages" if chat else "prompt")
-                sampling = replace(params, **request)
-                ids = prompt if isinstance(prompt, list) and not chat else tokens(llm, prompt)
-            except LlamaMiniError as error:
-                write(line, request_id, {"finish_reason": "error", "error": str(error)})
-                continue
-            asked.append((line, request_id))
-            prompts.append(ids)
-            settings.append(limit(llm, ids, sampling))
-        for i, completion in llm.completions(prompts, settings):
-            write(*asked[i], as_json(completion))
+def settings_of(args: argparse.Namespace, llm: LLM, source: Source) -> Settings:
+    """What answers depend on besides their line: the model, the dtype, and the options that differ from the default."""
+    defaults = parser()
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in NOT_COMPARED and value != defaults.get_default(name)
+    }
+    return {"model": _fingerprint(source), "dtype": dtype_name(llm.model.dtype)} | given
 
 
 def as_json(completion: Completion) -> dict[str, Any]:
@@ -86,60 +153,92 @@ def as_json(completion: Completion) -> dict[str, Any]:
     return {key: value for key, value in asdict(completion).items() if value is not None or key == "error"}
 
 
-def read_lines(prompts: Path) -> list[Line]:
-    """The lines of a file that are not blank. Raises RequestError."""
-    try:
-        texts = prompts.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{prompts} cannot be read as UTF-8 ({error}): give --batch a file of prompts") from None
-    return [
-        Line(index, hashlib.sha256(text.encode()).hexdigest()[:16], text)
-        for index, text in enumerate(texts)
-        if text.strip()
-    ]
+def _request(
+    llm: LLM, ask: Asked, params: SamplingParams, tokens: Tokens, limit: Limit
+) -> tuple[list[int], SamplingParams]:
+    sampling = sampling_params(params, **ask.settings)
+    if sampling.n != 1:
+        raise RequestError("n must be 1: a line has one result; repeat the line with another seed")
+    given = isinstance(ask.prompt, list) and not ask.is_chat
+    ids = ask.prompt if given else tokens(ask.prompt, ask.variables)
+    if len(ids) >= llm.config.max_seq_len:  # many of these would fill the memory until the model takes them
+        raise RequestError(f"{len(ids)} prompt tokens and 1 new one exceed the context of {llm.config.max_seq_len}")
+    return ids, limit(llm, ids, sampling)
 
 
-def _open_to_append(results: Path) -> BinaryIO:
+@contextmanager
+def _writer(results: Path | None) -> Iterator[Callable[[str], None]]:
+    """A function that appends a text to the results, which are on disk or with the reader when it returns."""
+    if results is None:
+        yield lambda text: print(text, end="", flush=True)
+        return
+    failure = f"{results} cannot be written ({{}}): "
     try:
-        return results.open("ab")
+        file = results.open("ab", buffering=0)
     except OSError as error:
-        raise RequestError(f"{results} cannot be written ({error.strerror}): give another --output") from None
+        raise RequestError(f"{failure.format(error.strerror)}give another --output") from None
+    with file:
+        assert isinstance(file, io.FileIO)
+
+        def write(text: str) -> None:
+            # An id may hold half of a surrogate pair, which UTF-8 cannot encode: it becomes a JSON escape.
+            data = text.encode("utf-8", "backslashreplace")
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                again = "the results so far are kept, and the same command continues after them"
+                raise LlamaMiniError(failure.format(error.strerror) + again) from None
+
+        yield write
 
 
-def _done(results: Path, lines: list[Line]) -> set[int]:
-    """The indices of the lines that have a result. Cuts off an incomplete last line."""
-    if not results.exists():
-        return set()
+def _done(results: Path, settings: Settings) -> dict[int, str]:
+    """The indices and digests of the lines that have a result. Cuts off an incomplete last line."""
+    done: dict[int, str] = {}
+    if not results.is_file():  # absent, or a pipe or device, of which nothing is read
+        return done
+    complete = 0
     try:
-        data = results.read_bytes()
-        complete = data[: data.rfind(b"\n") + 1]
-        done = {result["index"]: result["line"] for result in map(json.loads, complete.decode().split("\n")[:-1])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with results.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n") and line.startswith(START[: len(line)]):
+                    break
+                result = json.loads(line)
+                done[result["index"]] = result["line"]
+                _check_settings(results, result.get("settings"), settings)
+                complete += len(line)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RequestError(f"{results} is not a file of results ({error!r}): give another --output") from None
-    digests = {line.index: line.digest for line in lines}
-    if changed := [index for index, digest in done.items() if digests.get(index) != digest]:
-        raise RequestError(
-            f"{results} has a result for line {changed[0] + 1} of the prompts, which has changed: give another --output"
-        )
-    if len(complete) < len(data):
-        with results.open("rb+") as file:
-            file.truncate(len(complete))
-    return set(done)
+    if complete < results.stat().st_size:
+        os.truncate(results, complete)
+    return done
 
 
-def _request(line: Line) -> dict[str, Any]:
-    where = f"line {line.index + 1}"
-    try:
-        request = json.loads(line.text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where} is not JSON: {error}") from None
-    if not isinstance(request, dict) or ("prompt" in request) == ("messages" in request):
-        raise RequestError(f'{where} must be an object with either "prompt" or "messages", not {short_repr(request)}')
-    if unknown := sorted(request.keys() - SETTINGS - {"prompt", "messages", "id"}):
-        raise RequestError(f"{where}: unknown {short_repr(unknown[0])}; known: {', '.join(sorted(SETTINGS))}")
-    biases = request.get("logit_bias")
-    if isinstance(biases, dict):  # the keys of JSON are strings
-        request["logit_bias"] = {
-            int(key) if key.isdecimal() and len(key) < 20 else key: bias for key, bias in biases.items()
-        }
-    return request
+def _check_settings(results: Path, found: Settings | None, settings: Settings) -> None:
+    if found == settings:
+        return
+    if found is None:
+        raise RequestError(f"{results} has results of an older version, without their settings: give another --output")
+    name = next(name for name in settings | found if settings.get(name) != found.get(name))
+    before, now = (short_repr(each[name]) if name in each else "the default" for each in (found, settings))
+    changed = "by another model" if name == "model" else f"with {name} = {before}, which is now {now}"
+    raise RequestError(f"{results} has results made {changed}: give another --output")
+
+
+def _fingerprint(source: Source) -> str:
+    """Tells whether a model is the same: a digest of names, sizes, times and samples of its files, not of its path."""
+    files = {tensor.file for tensor in source.tensors.values()}
+    if source.gguf is None:  # the configuration, the tokenizer and the chat template
+        files |= {path for path in source.directory.iterdir() if path.suffix in (".json", ".jinja", ".model")}
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        about = path.stat()
+        digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+        with path.open("rb") as file:
+            for start in range(0, about.st_size, max(about.st_size // 64, 4096)):
+                file.seek(start)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]

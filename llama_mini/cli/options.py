@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m llama_mini.generate"
 DEFAULT_MAX_TOKENS = 512
+SET_BY_THE_COMMAND = ("self", "messages", "add_generation_prompt")  # among the variables of a chat template
 MODEL = "directory, GGUF file or hub name; default: SmolLM2-135M-Instruct, downloaded once"
 _OTHER_NAMES = {  # of llama.cpp, vLLM and transformers; --top_k and the like are read as --top-k
     "--model": "-m",
@@ -76,8 +77,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("--prompt", dest="prompt_option", metavar="TEXT", help="the prompt, also one that begins with -")
     add("--file", metavar="FILE", help="read the prompt from FILE, without its last newline")
     add("--interactive", action="store_true", help="chat at the terminal; /help there lists the commands")
-    add("--batch", metavar="FILE", help='answer JSON lines with "prompt" or "messages"; run again to resume')
-    add("--output", metavar="FILE", help="results of --batch; default: FILE.results.jsonl")
+    add(
+        "--batch",
+        metavar="FILE",
+        help='answer JSON lines with "prompt" or "messages", - is standard input; run again to resume',
+    )
+    add("--output", metavar="FILE", help="results of --batch, - is standard output; default: FILE.results.jsonl")
     add("--info", action="store_true", help="describe the checkpoint without loading its weights, and exit")
     add("--version", action="version", version=f"llama_mini {__version__}", help="print the version and exit")
     model_options(p)
@@ -255,7 +260,7 @@ def template_variables(args: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise RequestError(f"--template-arg must be NAME=JSON, not {short_repr(text)}")
-        if name in ("self", "messages", "add_generation_prompt"):
+        if name in SET_BY_THE_COMMAND:
             raise RequestError(f"--template-arg {name} is not a variable of the template, but set by the command")
         variables[name] = json_or_text(value)
     return variables

@@ -82,8 +82,15 @@ WRONG = [
     ("[1]", "must be an object"),
     ("{}", "must be an object"),
     ('{"prompt": "a", "messages": []}', "must be an object"),
-    ('{"prompt": "a", "temprature": 1}', "unknown 'temprature'; known: "),
-    ('{"prompt": "a", "n": 2}', "unknown 'n'; known: "),
+    ('{"prompt": "a", "temprature": 1}', "unknown setting 'temprature'; did you mean temperature?"),
+    ('{"prompt": "a", "n": 2}', "n must be 1: a line has one result"),
+    ('{"prompt": "a", "num_return_sequences": 2}', "n must be 1: a line has one result"),
+    ('{"prompt": "a", "logits_processors": ["x"]}', "logits_processors must be"),
+    (json.dumps({"prompt": "a" * 600}), "prompt tokens and 1 new one exceed the context of 512"),
+    ('{"prompt": "a", "text": "\xff"}', "is not UTF-8 text: invalid start byte"),
+    ('{"prompt": "a", "chat_template_kwargs": 3}', "chat_template_kwargs must be an object, not 3"),
+    ('{"prompt": "a", "chat_template_kwargs": {"messages": 3}}', "messages is set by the command: leave it out"),
+    ('{"prompt": "a", "tools": []}', "tools belongs to a chat, and --raw continues plain text"),
     ('{"prompt": "a", "temperature": -1}', "temperature must be"),
     ('{"prompt": [99999999]}', "outside the vocabulary"),
     ('{"prompt": []}', "empty"),
@@ -102,7 +109,7 @@ WRONG = [
 def test_a_wrong_line_fails_alone(tiny_dir, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     right = '{"prompt": "right", "max_tokens": 3}\n'
-    path.write_text(right + "\n" + "".join(f"{line}\n{right}" for line, _ in WRONG))
+    path.write_bytes((right + "\n" + "".join(f"{line}\n{right}" for line, _ in WRONG)).encode("latin-1"))
     assert main(command(tiny_dir, path)) == 0
     first, *others = results(Path(f"{path}.results.jsonl"))
     assert first["index"] == 0
@@ -113,34 +120,6 @@ def test_a_wrong_line_fails_alone(tiny_dir, tmp_path: Path) -> None:
         assert after["error"] is None
         assert after["token_ids"] == first["token_ids"]
         assert len(after["token_ids"]) == 3
-
-
-def test_results_of_other_prompts_are_left_alone(tiny_dir, prompts: Path, tmp_path: Path, capsys) -> None:
-    output = tmp_path / "out.jsonl"
-    main(command(tiny_dir, prompts, "--output", str(output)))
-    data = output.read_bytes()
-    prompts.write_text(prompts.read_text(encoding="utf-8").replace("number 3 ", "number 7 "), encoding="utf-8")
-    assert main(command(tiny_dir, prompts, "--output", str(output))) == 2
-    assert "line 4 of the prompts, which has changed" in capsys.readouterr().err
-    assert output.read_bytes() == data
-
-
-@pytest.mark.parametrize("content", ["no json\n", '{"a": 1}\n', "[]\n", "\xff\n"])
-def test_a_file_that_holds_no_results_is_left_alone(tiny_dir, prompts: Path, tmp_path: Path, content: str) -> None:
-    output = tmp_path / "out.jsonl"
-    output.write_bytes(content.encode("latin-1"))
-    assert main(command(tiny_dir, prompts, "--output", str(output))) == 2
-    assert output.read_bytes() == content.encode("latin-1")
-
-
-def test_no_such_file(tiny_dir, tmp_path: Path, capsys) -> None:
-    assert main(command(tiny_dir, tmp_path / "none.jsonl")) == 2
-    assert "none.jsonl cannot be read" in capsys.readouterr().err
-
-
-def test_an_unwritable_result(tiny_dir, prompts: Path, tmp_path: Path, capsys) -> None:
-    assert main(command(tiny_dir, prompts, "--output", str(tmp_path / "none" / "out.jsonl"))) == 2
-    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_an_id_of_any_json(tiny_dir, tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""The lines of a batch file, and what each of them asks for."""
+
+import codecs
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from llama_mini.cli.options import SET_BY_THE_COMMAND
+from llama_mini.cli.streams import as_text
+from llama_mini.errors import RequestError
+from llama_mini.validate import check_choice, short_repr
+
+MAX_LINE = 16 << 20  # bytes: more than the text of a million tokens
+NAMES = ("id", "custom_id")  # a line's own names for itself, which its result repeats
+PROMPTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}  # OpenAI's endpoints
+VARIABLES = ("tools", "documents")  # of the chat template; chat_template_kwargs, vLLM's name, holds any others
+# Fields of a request to OpenAI that change no answer. A file of results is no stream, and --model names the model.
+HARMLESS = {"model", "user", "metadata", "stream", "stream_options", "store"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank, counted from 0. Its digest, stored with its result, tells a later run if it changed."""
+
+    index: int
+    digest: str
+    data: bytes
+    n_bytes: int  # longer than `data` if the line is too long
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a line asks for: a text, token ids or messages, variables of the chat template, settings of the sampling."""
+
+    prompt: Any
+    is_chat: bool
+    variables: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def read_lines(file: BinaryIO, name: str) -> Iterator[Line]:
+    """The lines of an open file, read as they are needed. Raises RequestError if it is UTF-16."""
+    for index in itertools.count():
+        data = file.readline(MAX_LINE + 1)
+        if not data:
+            return
+        if index == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            as_text(data, name)
+        data = data.removeprefix(codecs.BOM_UTF8) if index == 0 else data
+        digest, n_bytes, part = hashlib.sha256(data.strip()), len(data), data
+        while len(part) > MAX_LINE and not part.endswith(b"\n"):
+            part = file.readline(MAX_LINE + 1)
+            digest.update(part)
+            n_bytes += len(part)
+        if n_bytes > len(data) or data.strip():
+            yield Line(index, digest.hexdigest()[:16], data, n_bytes)
+
+
+def parse(line: Line) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The line's names for itself, and the rest of it. Raises RequestError if it is no JSON object."""
+    if line.n_bytes > MAX_LINE + 1:
+        raise RequestError(f"the line has {line.n_bytes:,} bytes; at most {MAX_LINE:,} are read: shorten its prompt")
+    try:
+        request = json.loads(as_text(line.data, "the line"))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the line is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise RequestError(f'the line must be an object with "prompt" or "messages", not {short_repr(request)}')
+    request = _given(request)
+    return {name: request.pop(name) for name in NAMES if name in request}, request
+
+
+def asked(request: dict[str, Any]) -> Asked:
+    """What the object of a line asks for. It may be in the form of OpenAI's batch files. Raises RequestError."""
+    if "body" in request:
+        request = _body(request)
+    if ("prompt" in request) == ("messages" in request):
+        raise RequestError(f'the line must be an object with either "prompt" or "messages", not {short_repr(request)}')
+    is_chat = "messages" in request
+    prompt = request.pop("messages" if is_chat else "prompt")
+    variables = {name: request.pop(name) for name in VARIABLES if name in request}
+    more = request.pop("chat_template_kwargs", {})
+    if not isinstance(more, dict):
+        raise RequestError(f"chat_template_kwargs must be an object, not {short_repr(more)}")
+    if reserved := sorted(set(more) & set(SET_BY_THE_COMMAND)):
+        raise RequestError(f"chat_template_kwargs: {reserved[0]} is set by the command: leave it out")
+    biases = request.get("logit_bias")
+    if isinstance(biases, dict):  # the keys of JSON are strings
+        request["logit_bias"] = {
+            int(key) if key.isdecimal() and len(key) < 20 else key: bias for key, bias in biases.items()
+        }
+    return Asked(prompt, is_chat, variables | more, request)
+
+
+def _body(request: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request in OpenAI's form, as those of a line."""
+    if unknown := sorted(request.keys() - {"method", "url", "body"}):
+        raise RequestError(f'unknown {short_repr(unknown[0])} beside "body"; known: custom_id, method, url, body')
+    url, body = request.get("url"), request["body"]
+    check_choice("method", request.get("method", "POST"), ["POST"], RequestError)
+    if not isinstance(body, dict):
+        raise RequestError(f"body must be an object, not {short_repr(body)}")
+    fields = {name: value for name, value in _given(body).items() if name not in HARMLESS}
+    if url is not None:
+        check_choice("url", url, PROMPTS, RequestError)
+        if PROMPTS[url] not in fields:
+            raise RequestError(f"the body of a request to {url} must have {PROMPTS[url]!r}: {short_repr(body)}")
+    return fields
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are not null, which means "not given"."""
+    return {name: value for name, value in fields.items() if value is not None}

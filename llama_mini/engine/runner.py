@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -173,7 +174,8 @@ def non_finite_message(model: Llama, ids: list[int]) -> str:
 
 def _all_finite(x: Tensor) -> bool:
     """Checks the sum first, which is many times faster. Each element is checked only if the sum is not finite."""
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+    with np.errstate(all="ignore"):  # NumPy's sum: PyTorch's would wait for other threads, for long on a busy machine
+        return math.isfinite(x.numpy(force=True).sum()) or bool(torch.isfinite(x).all())
 
 
 def _remove_finished(active: list[Request], cache: KVCache) -> None:

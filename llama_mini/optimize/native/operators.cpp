@@ -75,17 +75,24 @@ void use_isa(std::string name) {
   TORCH_CHECK(false, "this processor has no ISA variant ", name);
 }
 
-// Calls f(pool) with as many threads as PyTorch uses, but at most `most`.
+Teamwork teamwork;
+
+// Calls f(pool) with as many threads as PyTorch uses, but at most `most`; with one while several do not pay.
 template <typename F>
 void with_pool(const F& f, int64_t most = INT64_MAX) {
-  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(most, at::get_num_threads());
+  const bool alone = at::in_parallel_region() || !teamwork.pays();
+  const int64_t threads = alone ? 1 : std::min<int64_t>(most, at::get_num_threads()), begin = __rdtsc();
   ThreadPool pool(threads);
+  int64_t leader = 0;
   // noexcept: PyTorch would wait forever for a thread that threw.
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) noexcept {
     if (first != 0) return pool.work(first);
+    const int64_t start = __rdtsc();
     f(Pool{ThreadPool::run, ThreadPool::prefetch_next, &pool});
+    leader = __rdtsc() - start;
     pool.finish();
   });
+  if (threads > 1) teamwork.measured(__rdtsc() - begin, leader + pool.saved());
 }
 
 // Threads for an operator that touches each of n numbers once. Starting a second thread takes longer than two million

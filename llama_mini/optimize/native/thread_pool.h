@@ -8,7 +8,9 @@
 #include <immintrin.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <memory>
 
 #include "isa.h"
@@ -36,6 +38,9 @@ class ThreadPool {
 
   void finish() { done_.store(true, std::memory_order_release); }
 
+  // How many ticks longer the leader would have worked on the jobs alone. Its own chunks show how fast it is.
+  int64_t saved() const { return saved_; }
+
  private:
   struct alignas(64) Range {
     std::atomic<uint64_t> unclaimed{0};  // job number, first unclaimed chunk, end of the unclaimed chunks
@@ -53,9 +58,12 @@ class ThreadPool {
     job_++;
     for (int64_t i = 0; i < threads_; i++)
       ranges_[i].unclaimed.store(job_ << 32 | chunks(i), std::memory_order_release);
-    while (run_chunk(0)) {
-    }
+    const int64_t begin = __rdtsc();
+    int64_t mine = 0;
+    while (run_chunk(0)) mine++;
+    const int64_t end = __rdtsc();
     for (int idle = 0; unfinished_.load(std::memory_order_acquire) != 0;) idle = prefetch(0) ? 0 : spin(idle);
+    if (mine > 0) saved_ += (end - begin) * (int64_t)all / mine - ((int64_t)__rdtsc() - begin);
   }
 
   uint64_t chunks(int64_t i) const {
@@ -124,6 +132,29 @@ class ThreadPool {
   Work work_ = nullptr;
   void* context_ = nullptr;
   uint64_t job_ = 0;
+  int64_t saved_ = 0;
   alignas(64) std::atomic<uint64_t> unfinished_{0};
   alignas(64) std::atomic<bool> done_{false};
+};
+
+// Decides whether several threads pay. Where other processes use the cores, the leader may wait longer for suspended
+// threads, some milliseconds each time, than they save. Then it works alone for a while before the next trial, and
+// twice as long after each trial that failed.
+class Teamwork {
+ public:
+  bool pays() const { return now() >= alone_until_.load(std::memory_order_relaxed); }
+
+  // The ticks that an operator took with all threads, and those that the leader alone would have taken.
+  void measured(int64_t together, int64_t alone) {
+    const int64_t pause = pause_.load(std::memory_order_relaxed);
+    const bool pays = alone > together + together / 5;
+    if (!pays) alone_until_.store(now() + pause, std::memory_order_relaxed);
+    pause_.store(pays ? std::max(pause / 2, FIRST_PAUSE) : std::min(pause * 2, LAST_PAUSE), std::memory_order_relaxed);
+  }
+
+ private:
+  static int64_t now() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+  static constexpr int64_t FIRST_PAUSE = 4'000'000, LAST_PAUSE = 1'000'000'000;  // nanoseconds
+  std::atomic<int64_t> alone_until_{0}, pause_{FIRST_PAUSE};
 };

@@ -74,9 +74,20 @@ def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
 
     With more threads than cores, the threads would wait for each other at every operator.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
+    cores = min(_allowed_cores(), _physical_cores() or _allowed_cores())
     return max(1, min([cores, *_core_quotas(proc, cgroups)]))
+
+
+def _allowed_cores() -> int:
+    """Logical cores of the process's affinity."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _physical_cores() -> int | None:
+    try:
+        return psutil.cpu_count(logical=False)
+    except OSError:  # no /proc
+        return None
 
 
 @contextmanager
@@ -111,10 +122,13 @@ def _free_memory() -> Iterator[int]:
 def _free_address_space() -> Iterator[int]:
     """Bytes of address space below the soft limit of `ulimit -v`, if there is one."""
     if hasattr(psutil, "RLIMIT_AS"):
-        process = psutil.Process()
-        soft, _ = process.rlimit(psutil.RLIMIT_AS)
-        if soft != psutil.RLIM_INFINITY:
-            yield soft - process.memory_info().vms
+        try:
+            process = psutil.Process()
+            soft, _ = process.rlimit(psutil.RLIMIT_AS)
+            if soft != psutil.RLIM_INFINITY:
+                yield soft - process.memory_info().vms
+        except (OSError, psutil.Error):  # no /proc
+            return
 
 
 def _free_in_control_groups(proc: Path, cgroups: Path) -> Iterator[int]:
@@ -171,9 +185,27 @@ def user_cache() -> Path:
 
 
 def user_folder(variable: str, default: str) -> Path:
-    """This project's folder in the directory that an XDG variable names. XDG says to ignore a relative path there."""
+    """This project's folder in the directory that an XDG variable names. XDG says to ignore a relative path there.
+
+    Without a home directory (a container's user that /etc/passwd lacks) it is in the temporary directory.
+    """
     folder = Path(os.environ.get(variable, ""))
-    return (folder if folder.is_absolute() else Path.home() / default) / "llama_mini"
+    if folder.is_absolute():
+        return folder / "llama_mini"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return temporary_folder()
+    return home / default / "llama_mini" if home.is_absolute() else temporary_folder()
+
+
+def temporary_folder() -> Path:
+    """This user's folder in the temporary directory. Unlike tempfile's, that is never the working directory, which may
+    be a checkpoint's.
+    """
+    folder = Path(os.environ.get("TMPDIR", ""))
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    return (folder if folder.is_absolute() and folder.is_dir() else Path("/tmp")) / f"llama_mini-{user}"
 
 
 def peak_memory_bytes() -> int | None:

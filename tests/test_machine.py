@@ -1,5 +1,6 @@
 """What the machine, its control groups and limits leave: fake trees of /proc and /sys/fs/cgroup, and this machine."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from llama_mini.machine import available_memory
+from llama_mini.machine import available_memory, usable_cores, user_cache
 
 CPU = torch.device("cpu")
 MiB, GiB = 2**20, 2**30
@@ -117,6 +118,46 @@ def test_the_gpu_says_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {torch.device("cuda", 0): 5 * GiB, torch.device("cuda", 1): 7 * GiB}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80 * GiB))
     assert available_memory(torch.device("cuda", 1)) == 7 * GiB
+
+
+def test_without_proc_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a chroot: psutil finds neither files nor this process."""
+
+    def absent(*args: object, **options: object) -> None:
+        raise FileNotFoundError
+
+    def no_process(pid: int | None = None) -> None:
+        raise psutil.NoSuchProcess(pid or 0)
+
+    monkeypatch.setattr(psutil, "virtual_memory", absent)
+    monkeypatch.setattr(psutil, "cpu_count", absent)
+    monkeypatch.setattr(psutil, "Process", no_process)
+    assert available_memory(CPU, tmp_path, tmp_path) is None
+    assert usable_cores(tmp_path, tmp_path) >= 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "/x"}, "/x/llama_mini"),
+        ({"XDG_CACHE_HOME": "x", "HOME": "/h"}, "/h/.cache/llama_mini"),
+        ({"HOME": "/h"}, "/h/.cache/llama_mini"),
+        ({"HOME": "h"}, "/tmp/llama_mini-12345"),
+        ({}, "/tmp/llama_mini-12345"),
+        ({"TMPDIR": "{tmp_path}"}, "{tmp_path}/llama_mini-12345"),
+        ({"TMPDIR": "/nonexistent"}, "/tmp/llama_mini-12345"),
+        ({"TMPDIR": "."}, "/tmp/llama_mini-12345"),
+    ],
+)
+def test_the_cache_folder_of_a_user_without_a_home_is_in_the_temporary_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], folder: str
+) -> None:
+    for name in ("XDG_CACHE_HOME", "HOME", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.format(tmp_path=tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)  # /etc/passwd does not have it
+    assert user_cache() == Path(folder.format(tmp_path=tmp_path))
 
 
 def test_this_machine_says_something_plausible() -> None:

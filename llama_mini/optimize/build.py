@@ -1,18 +1,23 @@
 """Builds the C++ operators, torch.ops.llama_mini, on first use, with this machine's compiler.
 
-The library is kept in the user's cache folder, mode 0700. Its name is a hash of the source, torch, the compiler and its
-flags. If it cannot be built or loaded, PyTorch's own operators do the same work more slowly.
+The library is kept in the user's cache folder, mode 0700; where that cannot be used, in the temporary folder. Its name
+is a hash of all that it must match: the source, the flags, torch and the platform. The compiler is left out, so a
+machine without one can use a library that was built elsewhere. If none can be built or loaded, PyTorch's own operators
+do the same work more slowly.
 """
 
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as cached
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -21,7 +26,7 @@ from filelock import FileLock
 
 from llama_mini.checkpoint.io.atomic import new_file
 from llama_mini.errors import LlamaMiniWarning, RequestError
-from llama_mini.machine import user_cache
+from llama_mini.machine import temporary_folder, user_cache
 from llama_mini.validate import check_choice
 
 KERNELS = ("auto", "off")
@@ -49,7 +54,7 @@ def load_kernels(kernels: str = "auto") -> bool:
 @cached  # a failed build would only fail again, after the same seconds
 def _loaded() -> bool:
     try:
-        torch.ops.load_library(str(built()))
+        _load()
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         warnings.warn(
@@ -61,6 +66,13 @@ def _loaded() -> bool:
         return False
     _register_fakes()
     return True
+
+
+def _load() -> None:
+    try:
+        torch.ops.load_library(str(built()))
+    except OSError:  # it was built where the system's libraries are newer, say
+        torch.ops.load_library(str(built(again=True)))
 
 
 def _register_fakes() -> None:
@@ -76,70 +88,101 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"llama_mini::{name}", fake, allow_override=True)
 
 
-def built(cache: Path | None = None) -> Path:
-    """The library's path; compiles it first if necessary. Raises OSError, SubprocessError."""
-    name = os.environ.get("CXX") or "g++"
-    compiler = shutil.which(name)
+def built(cache: Path | None = None, again: bool = False) -> Path:
+    """The library's path; compiles it first if necessary, or in any case `again`. Raises OSError, SubprocessError."""
     if platform.machine() not in ("x86_64", "AMD64"):
         raise OSError(f"they need x86-64; this processor is {platform.machine()}")
-    if compiler is None:
-        raise OSError(f"no compiler {name} on PATH")
-    folder = _folder(cache)
+    folders = [user_cache() / "operators", temporary_folder() / "operators"] if cache is None else [cache]
     with as_file(files("llama_mini.optimize") / "native") as source:
-        library = folder / f"operators-{_key(source, compiler)}.so"
-        with FileLock(library.with_suffix(".lock"), mode=0o600):
-            if not library.is_file():
-                print("building the fast operators, once, about 10 s", file=sys.stderr, flush=True)
-                _compile(source, compiler, library)
-    return library
+        name = f"operators-{_key(source)}.so"
+        for folder in folders:
+            if not again and _is_whole(folder / name):
+                return folder / name
+        compiler = _compiler()
+        problems = []
+        for folder in folders:
+            library = folder / name
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _check_safe(folder)
+                lock = FileLock(library.with_suffix(".lock"), mode=0o600).acquire()
+            except (OSError, NotImplementedError) as error:  # it cannot be written, or its disk has no locks
+                problems.append(error)
+                continue
+            with lock:
+                if again or not _is_whole(library):
+                    print("building the fast operators, once, about 10 s", file=sys.stderr, flush=True)
+                    _compile(source, compiler, library)
+            return library
+    raise problems[0]
 
 
-def _folder(cache: Path | None) -> Path:
-    """The cache folder. Its library is executed, so no other user may own the folder or write to it."""
-    folder = user_cache() / "operators" if cache is None else cache
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    state = folder.stat()
-    if hasattr(os, "getuid") and state.st_uid != os.getuid():
-        raise OSError(f"{folder} belongs to another user")
+def _compiler() -> list[str]:
+    """The words of CXX, as in `ccache g++`."""
+    try:
+        words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    except ValueError as error:
+        raise OSError(f"CXX is not a command: {error}") from None
+    if shutil.which(words[0]) is None:
+        raise OSError(f"no compiler {words[0]} on PATH")
+    return words
+
+
+def _check_safe(path: Path) -> None:
+    """Raises OSError if another user, other than root, can change what is loaded from this folder or file."""
+    state = path.stat()
+    if hasattr(os, "getuid") and state.st_uid not in (os.getuid(), 0):
+        raise OSError(f"{path} belongs to another user")
     if state.st_mode & 0o022:
-        raise OSError(f"{folder} is writable by other users: remove it, and it is created again")
-    folder.chmod(0o700)
-    return folder
+        raise OSError(f"{path} is writable by other users: remove it, and it is created again")
+    if hasattr(os, "statvfs") and os.statvfs(path).f_flag & os.ST_NOEXEC:
+        raise OSError(f"{path} is on a disk that is mounted noexec")
 
 
-def _key(source: Path, compiler: str) -> str:
-    version = _run([compiler, "-dumpfullversion"])
-    inputs = [torch.__version__, sys.platform, platform.machine(), compiler, version, repr((ISA_VARIANTS, _FLAGS))]
+def _is_whole(library: Path) -> bool:
+    """Whether the library is safe to load: a truncated one could kill the process, so it ends with its hash."""
+    try:
+        _check_safe(library.parent)
+        _check_safe(library)
+        data = library.read_bytes()
+    except OSError:
+        return False
+    return data[-32:] == hashlib.sha256(data[:-32]).digest()
+
+
+def _key(source: Path) -> str:
+    inputs = [torch.__version__, sys.platform, platform.machine(), repr((ISA_VARIANTS, _FLAGS))]
     digest = hashlib.sha256("\0".join(inputs).encode())
     for path in sorted(source.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _compile(source: Path, compiler: str, library: Path) -> None:
+def _compile(source: Path, compiler: list[str], library: Path) -> None:
     """Compiles all ISA variants and the operators in parallel, links them aside, syncs the library and renames it."""
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     with new_file(library) as made:
         folder = made.parent
+        run = partial(_run, environment=os.environ | {"TMPDIR": str(folder)})  # the usual one may not be writable
         units = {isa: ["kernels.cpp", f"-DISA={isa}", *flags] for isa, flags in ISA_VARIANTS.items()}
         # -fopenmp without linking OpenMP: the library must use torch's own.
         units["operators"] = ["operators.cpp", "-O1", "-fopenmp", *include]
 
         def compile_unit(unit: str) -> str:
             target = str(folder / f"{unit}.o")
-            _run([compiler, *_FLAGS, *units[unit][1:], "-c", str(source / units[unit][0]), "-o", target])
+            run([*compiler, *_FLAGS, *units[unit][1:], "-c", str(source / units[unit][0]), "-o", target])
             return target
 
         with ThreadPoolExecutor(len(units)) as pool:
             objects = list(pool.map(compile_unit, sorted(units, reverse=True)))  # the slowest first
-        _run([compiler, "-shared", *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made)])
+        run([*compiler, "-shared", *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made)])
+        made.write_bytes((data := made.read_bytes()) + hashlib.sha256(data).digest())
         made.chmod(0o700)
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
+def _run(command: list[str], environment: Mapping[str, str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600, env=environment)
     if done.returncode:
         error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
         raise OSError(f"{Path(command[0]).name} exited with {done.returncode}: {error.strip()}")
-    return done.stdout

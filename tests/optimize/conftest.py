@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.fused_layers import FusedEmbedding, FusedHead
 from llama_mini.optimize.packed_linear import PackedLinear
+from tests.optimize.fake_compiler import fake_compiler
 from tests.tiny_models import random_tokens
 
 FORMATS = (None, "int8", "int4")
@@ -27,6 +29,19 @@ DTYPES = (torch.float32, torch.bfloat16)
 def built_operators() -> None:
     """Built before a test captures what is printed; a machine without a compiler fails here."""
     assert load_kernels()
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The script, named by CXX."""
+    path = fake_compiler(tmp_path / "c++", log)
+    monkeypatch.setenv("CXX", str(path))
+    return path
 
 
 def fast_of(plain: Llama, quantize: str | None = None, kernels: str = "auto") -> Llama:

@@ -57,16 +57,28 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Sets PyTorch's threads for the whole process; None takes the usable cores. Returns their number.
+    """Sets PyTorch's threads for the whole process. Returns their number.
 
+    None keeps what OMP_NUM_THREADS, MKL_NUM_THREADS or torch.set_num_threads has set, and else takes the usable cores.
     Raises RequestError for a number below 1.
     """
+    now = torch.get_num_threads()
     if threads is not None:
         check_whole("threads", threads, RequestError)
+    elif _was_set(now):
+        return now
     n = usable_cores() if threads is None else threads
-    if n != torch.get_num_threads():
+    if n != now:
         torch.set_num_threads(n)
     return n
+
+
+def _was_set(threads: int) -> bool:
+    """Whether someone chose PyTorch's number of threads: else it is one of the machine's own numbers."""
+    if os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS"):
+        return True
+    physical = _physical_cores() or _allowed_cores()
+    return threads not in (_allowed_cores(), physical, min(_allowed_cores(), physical), os.cpu_count())
 
 
 def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:

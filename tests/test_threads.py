@@ -1,6 +1,8 @@
-"""How many threads run: what the process may use, or what is asked for."""
+"""How many threads run: what is asked for, what the user set, or what the process may use."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 from llama_mini import LLM
 from llama_mini.errors import RequestError
-from llama_mini.machine import usable_cores
+from llama_mini.machine import _was_set, usable_cores
 from llama_mini.optimize import set_threads
 
 
@@ -72,6 +74,26 @@ def test_version_1_has_its_quota_in_two_files(tmp_path: Path, quota: str, cores:
 
 
 @pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("mounted", ["", "docker/0123abc", "docker"])
+def test_version_1_counts_groups_above_and_a_containers_own(tmp_path: Path, mounted: str) -> None:
+    """In a container /proc names the host's path, and only the mount exists."""
+    folders = in_a_group(tmp_path, None, line="3:cpuacct,cpu:/docker/0123abc\n")
+    group = folders[1] / "cpu" / mounted
+    group.mkdir(parents=True)
+    (group / "cpu.cfs_quota_us").write_text("150000")
+    (group / "cpu.cfs_period_us").write_text("50000")
+    assert usable_cores(*folders) == 3
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("line", ["0::/\n", "0::/kubepods/pod1/abc\n", "0::/../other\n", ""])
+def test_version_2_in_a_container(tmp_path: Path, line: str) -> None:
+    folders = in_a_group(tmp_path, None, line=line)
+    (folders[1] / "cpu.max").write_text("150000 100000")
+    assert usable_cores(*folders) == (2 if line else 16)
+
+
+@pytest.mark.usefixtures("machine")
 def test_a_group_above_bounds_the_cores_too(tmp_path: Path) -> None:
     folders = in_a_group(tmp_path, "800000 100000")
     (folders[1] / "cpu.max").write_text("200000 100000")
@@ -93,10 +115,41 @@ def test_systems_that_say_less_are_asked_less(tmp_path: Path, monkeypatch: pytes
     assert usable_cores(*in_a_group(tmp_path, None)) == 32
 
 
-def test_threads_are_set_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_usable_cores_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama_mini.machine.usable_cores", lambda: 3)
+    monkeypatch.setattr("llama_mini.machine._was_set", lambda threads: False)
     assert set_threads() == torch.get_num_threads() == 3
     assert set_threads(2) == torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_number_that_is_not_the_machines_own_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert [n for n in range(1, 40) if not _was_set(n)] == [16, 24, 32]
+    monkeypatch.setenv("MKL_NUM_THREADS", "16")
+    assert _was_set(16)
+
+
+PROCESS = """
+import torch
+{first}
+from llama_mini.optimize import set_threads
+print(set_threads(), set_threads(5), torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("OMP_NUM_THREADS", ""), ("UNUSED", "torch.set_num_threads(1)")],
+)
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one is the default there")
+def test_what_the_user_set_is_kept_unless_threads_are_asked_for(name: str, first: str) -> None:
+    """In a process, since OpenMP reads its variables once."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = [sys.executable, "-c", PROCESS.format(first=first)]
+    done = subprocess.run(command, env=clean | {name: "1"}, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout == "1 5 5\n"
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
@@ -105,9 +158,6 @@ def test_a_number_that_is_none_is_named(threads: object) -> None:
         set_threads(threads)  # type: ignore[arg-type]
 
 
-def test_the_engine_takes_what_it_is_given(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_mini.machine.usable_cores", lambda: 4)
+def test_the_engine_takes_what_it_is_given(tiny_dir: Path) -> None:
     LLM(tiny_dir, threads=2)
     assert torch.get_num_threads() == 2
-    LLM(tiny_dir)
-    assert torch.get_num_threads() == 4

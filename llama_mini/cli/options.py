@@ -156,7 +156,7 @@ def model_options(p: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto (default): fast operators, built once; off: PyTorch's",
     )
-    add("--threads", type=int, metavar="N", help="CPU threads; default: one per usable core")
+    add("--threads", type=int, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else one per usable core")
 
 
 def _dtype_and_device(group: "argparse._ArgumentGroup") -> None:

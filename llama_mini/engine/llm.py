@@ -70,7 +70,8 @@ class LLM(metaclass=_SaysWhatToCall):
         quantize: `int8` or `int4` quantizes the weight matrices as they are loaded, the head always to int8; None
             quantizes nothing.
         kernels: `auto` compiles the fast operators the first time, about 10 s; `off` uses PyTorch's operators.
-        threads: number of threads of the whole process; None: one per core that the process may use.
+        threads: number of threads of the whole process; None keeps what OMP_NUM_THREADS, MKL_NUM_THREADS or
+            torch.set_num_threads has set, and else takes one per core that the process may use.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError, RequestError; CapacityError if it does not fit in memory.

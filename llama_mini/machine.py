@@ -1,5 +1,6 @@
 """What this machine has: number formats, devices, cores, memory. A dtype or device may be a string or torch's own."""
 
+import ctypes
 import gc
 import os
 import sys
@@ -79,6 +80,19 @@ def _was_set(threads: int) -> bool:
         return True
     physical = _physical_cores() or _allowed_cores()
     return threads not in (_allowed_cores(), physical, min(_allowed_cores(), physical), os.cpu_count())
+
+
+def _end_openmp_threads() -> None:
+    """Before a fork. OpenMP's threads would not exist in the child, which would wait for them forever at the next
+    parallel operator. Where there are none, OpenMP starts new ones, in the parent and in the child.
+    """
+    openmp = ctypes.CDLL(torch._C.__file__)  # searches the libraries that this one needs, too
+    if end := getattr(openmp, "omp_pause_resource_all", None):
+        end(1)  # omp_pause_soft: settings are kept
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_end_openmp_threads)
 
 
 def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:

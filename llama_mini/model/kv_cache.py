@@ -51,7 +51,7 @@ class KVCache:
         self._k = torch.zeros(shape, dtype=dtype, device=device)
         self._v = torch.zeros(shape, dtype=dtype, device=device)
         self._layers: list[tuple[Tensor, Tensor]] | None = None
-        self._host_lengths = torch.zeros(batch, dtype=torch.int64)
+        self._host_lengths = torch.zeros(batch, dtype=torch.int64, device="cpu")
         self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @property

@@ -42,7 +42,7 @@ class FusedRMSNorm(RMSNorm):
 def norm_args(norm: nn.Module, dtype: torch.dtype) -> NormArgs | None:
     """A norm as operator arguments; None if the operators cannot compute it for an input of this dtype."""
     if isinstance(norm, nn.Identity):
-        return NormArgs(torch.empty(0), 0.0, 0)
+        return NormArgs(torch.empty(0, device="cpu"), 0.0, 0)
     if not isinstance(norm, RMSNorm) or type(norm) not in (RMSNorm, FusedRMSNorm):  # a subclass may compute anything
         return None
     weight = norm._parameters["weight"]

@@ -62,7 +62,7 @@ class PackedLinear(nn.Module):
     @property
     def bias_or_empty(self) -> Tensor:
         """The bias as the operators take it: an empty tensor where there is none."""
-        return torch.empty(0, dtype=self.dtype) if self.bias is None else self.bias
+        return torch.empty(0, dtype=self.dtype, device=self.tensors[0].device) if self.bias is None else self.bias
 
     @property
     def n_bytes(self) -> int:
@@ -104,7 +104,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         super()._apply(fn, recurse)
-        moved = fn(torch.empty(0, dtype=self.dtype))
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.tensors[0].device))
         self.dtype = moved.dtype
         self.kernels &= supported(moved.dtype, moved.device)
         return self

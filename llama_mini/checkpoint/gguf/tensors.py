@@ -54,7 +54,7 @@ def read_blocks(file: BinaryIO, tensor: GGUFTensor, at_once: int) -> Iterator[tu
 
 def read_tensor(file: BinaryIO, tensor: GGUFTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The whole tensor in its shape, from the open GGUF file that holds it. Raises as `read_rows` does."""
-    values = torch.empty(tensor.shape, dtype=dtype)
+    values = torch.empty(tensor.shape, dtype=dtype, device="cpu")
     for first, rows in read_rows(file, tensor, dtype, max(1, _CHUNK // tensor.shape[-1])):
         values.view(-1, tensor.shape[-1])[first : first + len(rows)] = rows
     return values
@@ -88,7 +88,7 @@ def _stored_rows(file: BinaryIO, tensor: GGUFTensor, at_once: int) -> Iterator[t
     """The bytes of the rows, (rows, bytes) uint8, `at_once` rows at a time, with the index of the first."""
     n_rows = math.prod(tensor.shape[:-1])
     for first in range(0, n_rows, at_once):
-        rows = torch.empty(min(at_once, n_rows - first), tensor.n_bytes // n_rows, dtype=torch.uint8)
+        rows = torch.empty(min(at_once, n_rows - first), tensor.n_bytes // n_rows, dtype=torch.uint8, device="cpu")
         file.seek(tensor.offset + first * rows.shape[1])
         if file.readinto(rows.numpy().data) != rows.nbytes:  # type: ignore[attr-defined]
             raise CheckpointFormatError(

@@ -83,7 +83,7 @@ def _chunks(
             chunk_shape = (min(n, n_rows - first), *shape[1:]) if shape else ()
             rows = destination(tensor.name, first, chunk_shape)
             if rows is None or rows.dtype != dtype or not (rows.is_cpu and rows.is_contiguous()):
-                rows = torch.empty(chunk_shape, dtype=dtype)
+                rows = torch.empty(chunk_shape, dtype=dtype, device="cpu")
             yield tensor, first, rows, begin
             begin += rows.nbytes
             del rows

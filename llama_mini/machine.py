@@ -15,6 +15,7 @@ import torch
 from llama_mini.errors import RequestError
 from llama_mini.validate import check_whole
 
+_OPENMP = ctypes.CDLL(torch._C.__file__)  # finds the functions of the libraries that this one needs, too
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 DTYPES = {
     "float32": torch.float32,
@@ -82,12 +83,25 @@ def _was_set(threads: int) -> bool:
     return threads not in (_allowed_cores(), physical, min(_allowed_cores(), physical), os.cpu_count())
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs PyTorch's operators in this thread alone. Those over a vocabulary gain little from others, and where other
+    processes use the cores, each of them waits for the others. torch.set_num_threads is slow and for the whole process.
+    """
+    set_number = getattr(_OPENMP, "omp_set_num_threads", lambda n: None)
+    before = torch.get_num_threads()
+    set_number(1)
+    try:
+        yield
+    finally:
+        set_number(before)
+
+
 def _end_openmp_threads() -> None:
     """Before a fork. OpenMP's threads would not exist in the child, which would wait for them forever at the next
     parallel operator. Where there are none, OpenMP starts new ones, in the parent and in the child.
     """
-    openmp = ctypes.CDLL(torch._C.__file__)  # searches the libraries that this one needs, too
-    if end := getattr(openmp, "omp_pause_resource_all", None):
+    if end := getattr(_OPENMP, "omp_pause_resource_all", None):
         end(1)  # omp_pause_soft: settings are kept
 
 

@@ -4,15 +4,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from llama_mini import LLM
+from llama_mini import LLM, SamplingParams
+from llama_mini.engine import runner
 from llama_mini.errors import RequestError
-from llama_mini.machine import _was_set, usable_cores
+from llama_mini.machine import _was_set, one_thread, usable_cores
 from llama_mini.optimize import set_threads
 
 
@@ -156,6 +159,33 @@ def test_what_the_user_set_is_kept_unless_threads_are_asked_for(name: str, first
 def test_a_number_that_is_none_is_named(threads: object) -> None:
     with pytest.raises(RequestError, match=r"^threads must be a whole number of at least 1, not "):
         set_threads(threads)  # type: ignore[arg-type]
+
+
+def test_operators_in_one_thread() -> None:
+    """And the number is as before afterwards, also after an error."""
+    torch.set_num_threads(2)
+    with suppress(KeyError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(max_tokens=2), SamplingParams(max_tokens=2, temperature=1.0, seed=1)]
+)
+def test_a_token_is_sampled_in_one_thread(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, params: SamplingParams
+) -> None:
+    """On a busy machine every operator over the vocabulary would wait for the second thread."""
+    llm, seen, sample = LLM(tiny_dir, threads=2), [], runner.sample
+
+    def watched(*args: Any) -> int:
+        seen.append(torch.get_num_threads())
+        return sample(*args)
+
+    monkeypatch.setattr(runner, "sample", watched)
+    llm.generate("Hello", params)
+    assert (seen, torch.get_num_threads()) == ([1, 1], 2)
 
 
 def test_the_engine_takes_what_it_is_given(tiny_dir: Path) -> None:

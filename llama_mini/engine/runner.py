@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from llama_mini.engine.prefix_cache import MIN_PREFIX, Prefix, common_prefix_len
 from llama_mini.engine.request import Request
 from llama_mini.engine.sampling import processed, sample
 from llama_mini.errors import CapacityError, LlamaMiniError, NumericalError, RequestError
+from llama_mini.machine import one_thread
 from llama_mini.memory import check_cache_fits
 from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
@@ -95,6 +95,7 @@ class Runner:
         with torch.inference_mode():
             return self.model(tokens, cache)[:, -1]
 
+    @one_thread()
     def _sample(self, request: Request, logits: Tensor) -> None:
         """Appends the next token of a sequence, sampled from logits (V,), or ends it with an error."""
         if not _all_finite(logits):  # sampling would silently return some token
@@ -174,8 +175,7 @@ def non_finite_message(model: Llama, ids: list[int]) -> str:
 
 def _all_finite(x: Tensor) -> bool:
     """Checks the sum first, which is many times faster. Each element is checked only if the sum is not finite."""
-    with np.errstate(all="ignore"):  # NumPy's sum: PyTorch's would wait for other threads, for long on a busy machine
-        return math.isfinite(x.numpy(force=True).sum()) or bool(torch.isfinite(x).all())
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _remove_finished(active: list[Request], cache: KVCache) -> None:

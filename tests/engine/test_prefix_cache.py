@@ -62,6 +62,10 @@ def scale_the_gain(llm: LLM) -> None:
         llm.model.norm.weight.mul_(-1)
 
 
+def replace_a_gain(llm: LLM) -> None:
+    llm.model.norm.weight = torch.nn.Parameter(-llm.model.norm.weight)
+
+
 def swap_a_norm(llm: LLM) -> None:
     llm.model.norm = torch.nn.Identity()
 
@@ -70,7 +74,7 @@ def hook_a_norm(llm: LLM) -> None:
     llm.model.norm.register_forward_hook(lambda _module, _args, y: -y)
 
 
-@pytest.mark.parametrize("change", [scale_the_gain, swap_a_norm, hook_a_norm])
+@pytest.mark.parametrize("change", [scale_the_gain, replace_a_gain, swap_a_norm, hook_a_norm])
 def test_a_changed_model_reuses_nothing_of_before(llm: LLM, change) -> None:
     llm.generate(SYSTEM, GREEDY)
     assert llm.generate(SYSTEM, GREEDY)[0].stats.cached_tokens == len(SYSTEM) - 1
@@ -79,6 +83,13 @@ def test_a_changed_model_reuses_nothing_of_before(llm: LLM, change) -> None:
     assert changed.stats.cached_tokens == 0
     assert changed.token_ids == cold(llm, SYSTEM).token_ids
     assert llm.generate(SYSTEM, GREEDY)[0].stats.cached_tokens == len(SYSTEM) - 1
+
+
+def test_a_changed_weight_in_int8_reuses_nothing_of_before(tiny_dir) -> None:
+    llm = LLM(tiny_dir, dtype="float32", quantize="int8")
+    llm.generate(SYSTEM, GREEDY)
+    next(buffer for name, buffer in llm.model.named_buffers() if name.endswith("scales")).mul_(2)
+    assert llm.generate(SYSTEM, GREEDY)[0].stats.cached_tokens == 0
 
 
 def test_a_turn_prefills_only_what_is_new(llm: LLM) -> None:

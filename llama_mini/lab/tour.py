@@ -26,6 +26,7 @@ class Step:
     numbers: list[str]
 
 
+@torch.inference_mode()  # as a decorator it ends at each `yield`, and so does not hold in the caller
 def tour(model: Llama, tokens: list[int], language: str = "en") -> Iterator[Step]:
     """The steps one by one, so that each can be printed as it comes. `tokens` are those of a short text.
 
@@ -36,14 +37,12 @@ def tour(model: Llama, tokens: list[int], language: str = "en") -> Iterator[Step
     norm = model.get_submodule(path)
     if not isinstance(norm, RMSNorm) or norm.weight is None:
         raise RequestError(f"the tour looks at {path}, which is not an RMSNorm with a gain; use a LLaMA checkpoint")
-    with torch.inference_mode():
-        recorded = capture(model, tokens, at=path)[path].x
-        assert recorded is not None
-        x = recorded[0].float()  # (T, C)
-        for numbers in STEPS:
-            words = texts[numbers.__name__[1:]]
-            title, text = words["title"].format(path=path), " ".join(words["text"].split())
-            yield Step(title, text, numbers(x, norm, model, tokens))
+    x = capture(model, tokens, at=path)[path].x
+    assert x is not None
+    for numbers in STEPS:
+        words = texts[numbers.__name__[1:]]
+        title, text = words["title"].format(path=path), " ".join(words["text"].split())
+        yield Step(title, text, numbers(x[0].float(), norm, model, tokens))  # x[0]: (T, C)
 
 
 def _input(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini import Llama, lab
+from llama_mini.lab.tour import tour
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from tests.tiny_models import random_tokens, tiny_model
@@ -121,6 +122,13 @@ def test_what_measures_builds_no_graph(what: str) -> None:
         MEASURING[what](model)
         with pytest.raises(AssertionError, match="was kept"):
             model(TEXT)
+
+
+def test_a_tour_that_is_left_half_way_leaves_the_modes_as_they_were() -> None:
+    steps = tour(tiny_model(), TEXT[0].tolist())
+    before = modes()
+    next(steps)
+    assert modes() == before
 
 
 def test_a_model_folded_or_centred_in_inference_mode_can_be_trained() -> None:

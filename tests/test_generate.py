@@ -144,6 +144,9 @@ def test_the_default_length_shrinks_to_the_context(run: Run, tiny_dir) -> None:
         (["--quantize", "int3", "hi"], 2, "--quantize: invalid choice: 'int3'"),
         (["--kernels", "fast", "hi"], 2, "--kernels: invalid choice: 'fast'"),
         (["--chat", "--raw", "hi"], 2, "not allowed with"),
+        (["--interactive", "hi"], 2, "not allowed with"),
+        (["--batch", "x", "hi"], 2, "not allowed with"),
+        (["--info", "hi"], 2, "not allowed with"),
         (["--raw", "--system", "s", "hi"], 2, "--system"),
         ([""], 2, "empty"),
     ],
@@ -235,10 +238,8 @@ def test_json_is_one_object(run: Run, tiny_dir) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        ["--interactive", "hello"],
         ["--interactive", "--raw"],
         ["--interactive", "--json"],
-        ["--batch", "x", "hello"],
         ["--batch", "x", "--stats"],
         ["--output", "x", "hello"],
         ["--top-logprobs", "2", "hello"],

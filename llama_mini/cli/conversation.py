@@ -2,10 +2,8 @@
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from llama_mini.cli.options import json_or_text
 from llama_mini.engine.sampling_params import SamplingParams
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
     from llama_mini.engine.request import FinishReason, Stats
 
 _TEMPLATE = "template."  # begins the names of settings that are variables of the chat template
+_NOT_IN_A_CHAT = ("n", "logit_bias", "logits_processors", "top_logprobs", "prompt_logprobs")  # no text, or no effect
 Show = Callable[[str], None]
 Stopped = Callable[[], bool]
 
@@ -95,17 +94,14 @@ class Conversation:
         self.turns.clear()
 
     def set(self, name: str, text: str) -> None:
-        """Sets a sampling parameter of the next answers from text: a number, `true`, `false`, or `none` for None.
-
-        `template.NAME` is a variable of the chat template; its text is JSON, else it stays text.
-        """
+        """Changes a setting of the next answers; `none` clears it. `template.NAME` is a variable of the template."""
         check_choice("setting", name, self.settings(), RequestError)
+        value = json_or_text(text)
         if not name.startswith(_TEMPLATE):
-            types = scalar_settings()[name]
-            self.params = replace(self.params, **{name: _parsed(text, types)})
+            self.params = replace(self.params, **{name: value})
             return
-        before, name = self.variables, name.removeprefix(_TEMPLATE)
-        self.variables = before | {name: None if text == "none" else json_or_text(text)}
+        before = self.variables
+        self.variables = before | {name.removeprefix(_TEMPLATE): value}
         try:
             self._ids(self._messages([], "?"))
         except LlamaMiniError:
@@ -114,11 +110,11 @@ class Conversation:
 
     def settings(self) -> dict[str, str]:
         """Every setting, as text that `set` accepts."""
-        settings = {name: str(getattr(self.params, name)).lower() for name in scalar_settings()}
+        names = [field.name for field in fields(SamplingParams) if field.name not in _NOT_IN_A_CHAT]
+        values = {name: getattr(self.params, name) for name in names}
         for name in sorted(self._llm.tokenizer.template_variables.difference(NAMED)):
-            value = self.variables.get(name)
-            settings[_TEMPLATE + name] = "none" if value is None else json.dumps(value, ensure_ascii=False)
-        return settings
+            values[_TEMPLATE + name] = self.variables.get(name)
+        return {k: "none" if v is None else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
 
     @property
     def max_context(self) -> int:
@@ -164,26 +160,3 @@ class Conversation:
 
     def _ids(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
         return self._llm.tokenizer.apply_chat_template(messages, add_generation_prompt, **self.variables)
-
-
-def scalar_settings() -> dict[str, tuple[Any, ...]]:
-    """The fields of SamplingParams that are numbers, flags or None, with the types that each may have."""
-    hints = get_type_hints(SamplingParams)
-    types = {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
-    return {name: allowed for name, allowed in types.items() if set(allowed) <= _PARSERS.keys()}
-
-
-def _parsed(text: str, types: tuple[Any, ...]) -> Any:
-    """The text as a value of the first type that accepts it; else the text, which SamplingParams refuses."""
-    for type_ in types:
-        with suppress(KeyError, ValueError):
-            return _PARSERS[type_](text)
-    return text
-
-
-_PARSERS: dict[Any, Callable[[str], Any]] = {
-    bool: lambda text: {"true": True, "false": False}[text.lower()],
-    NoneType: lambda text: {"none": None}[text.lower()],
-    int: int,
-    float: float,
-}

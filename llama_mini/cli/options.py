@@ -5,6 +5,7 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ _OTHER_NAMES = {  # of llama.cpp, vLLM and transformers; --top_k and the like ar
     "--seed": "-s",
     "--threads": "-t",
 }
+_WORDS = {"true": True, "false": False, "none": None}
 ALIASES = {alias: option for option, aliases in _OTHER_NAMES.items() for alias in aliases.split()}
 
 
@@ -72,18 +74,15 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "standard error.",
         epilog="Names of other engines work too: -m -p -f -n -t -s -sys --temp --top_k --max-new-tokens ...",
     )
-    add = p.add_argument
+    add = p.add_mutually_exclusive_group().add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="default, and -: all of standard input, without its last newline")
     add("--prompt", dest="prompt_option", metavar="TEXT", help="the prompt, also one that begins with -")
     add("--file", metavar="FILE", help="read the prompt from FILE, without its last newline")
     add("--interactive", action="store_true", help="chat at the terminal; /help there lists the commands")
-    add(
-        "--batch",
-        metavar="FILE",
-        help='answer JSON lines with "prompt" or "messages", - is standard input; run again to resume',
-    )
-    add("--output", metavar="FILE", help="results of --batch, - is standard output; default: FILE.results.jsonl")
+    add("--batch", metavar="FILE", help="answer the prompts in JSON lines, - is standard input; run again to resume")
     add("--info", action="store_true", help="describe the checkpoint without loading its weights, and exit")
+    add = p.add_argument
+    add("--output", metavar="FILE", help="results of --batch, - is standard output; default: FILE.results.jsonl")
     add("--version", action="version", version=f"llama_mini {__version__}", help="print the version and exit")
     model_options(p)
     text = p.add_argument_group("text")
@@ -97,26 +96,15 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("--no-stream", action="store_true", help="print the text when it is complete, not token by token")
     add("--stats", action="store_true", help="print times, tokens per second and peak memory afterwards")
     add("--json", action="store_true", help="print one JSON object: text, tokens, logprobs, statistics")
-    add(
-        "--top-logprobs",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with --json, --batch: the N likeliest of each step too",
-    )
-    add(
-        "--prompt-logprobs",
-        action="store_true",
-        help="with --json, --batch: the log-probabilities of the prompt too",
-    )
+    add("--top-logprobs", type=int, default=0, metavar="N", help="with --json, --batch: the N likeliest of each step")
+    add("--prompt-logprobs", action="store_true", help="with --json, --batch: log-probabilities of the prompt too")
     return p
 
 
 def chat_parser(prog: str) -> argparse.ArgumentParser:
     """The options of `chat`, parsed into a namespace with the defaults of `generate --interactive`."""
-    p = Parser(
-        prog=prog, usage="%(prog)s [options]", description="Chats at the terminal; /help there lists the commands."
-    )
+    description = "Chats at the terminal; /help there lists the commands."
+    p = Parser(prog=prog, usage="%(prog)s [options]", description=description)
     model_options(p)
     _text_options(p.add_argument_group("text"), "at most N tokens an answer; default: to the end of the context")
     _sampling_options(p)
@@ -150,12 +138,8 @@ def model_options(p: argparse.ArgumentParser) -> None:
     _dtype_and_device(group)
     add = group.add_argument
     add("--quantize", choices=["int8", "int4"], metavar="Q", help="int8 or int4: quantize the weights while loading")
-    add(
-        "--kernels",
-        choices=["auto", "off"],
-        default="auto",
-        help="auto (default): fast operators, built once; off: PyTorch's",
-    )
+    kernels = "auto (default): fast operators, built once; off: PyTorch's"
+    add("--kernels", choices=["auto", "off"], default="auto", help=kernels)
     add("--threads", type=int, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else one per usable core")
 
 
@@ -168,13 +152,8 @@ def _dtype_and_device(group: "argparse._ArgumentGroup") -> None:
 def _text_options(group: "argparse._ArgumentGroup", max_tokens: str) -> None:
     add = group.add_argument
     add("--system", metavar="TEXT", help="system message of the chat")
-    add(
-        "--template-arg",
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="a variable of the chat template, such as tools=[...] or enable_thinking=false; what is no JSON is text",
-    )
+    variable = "a variable of the chat template, such as tools=[...] or enable_thinking=false; what is no JSON is text"
+    add("--template-arg", action="append", default=[], metavar="NAME=JSON", help=variable)
     add("--max-tokens", type=int, metavar="N", help=max_tokens)
     add("--min-tokens", type=int, default=0, metavar="N", help="do not end before N new tokens")
     add("--max-time", type=float, metavar="S", help="end after S seconds")
@@ -198,32 +177,16 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuses options of `generate` that contradict each other. Raises RequestError."""
-    used = {
-        "PROMPT": args.prompt is not None,
-        "--prompt": args.prompt_option is not None,
-        "--file": args.file is not None,
-        "--raw": args.raw,
-        "--no-stream": args.no_stream,
-        "--stats": args.stats,
-        "--json": args.json,
-        "--info": args.info,
-        "--batch": args.batch is not None,
-        "--interactive": args.interactive,
-    }
-    prompts = ["PROMPT", "--prompt", "--file"]
-    exclusive = {
-        "--interactive": list(used),
-        "--batch": [*prompts, "--no-stream", "--stats", "--json", "--info"],
-        "PROMPT": prompts,
-        "--prompt": prompts,
-    }
-    for option, others in exclusive.items():
-        if used[option] and (conflicts := [other for other in others if used[other] and other != option]):
-            raise RequestError(f"{option} and {conflicts[0]} cannot be used together: leave one of them out")
-    if args.raw and args.system is not None:
-        raise RequestError("--system belongs to a chat, --raw continues plain text: leave one of them out")
-    if args.raw and args.template_arg:
-        raise RequestError("--template-arg belongs to a chat, --raw continues plain text: leave one of them out")
+    one_prompt = {"--no-stream": args.no_stream, "--stats": args.stats, "--json": args.json}
+    for mode, given, others in (
+        ("--interactive", args.interactive, one_prompt | {"--raw": args.raw}),
+        ("--batch", args.batch is not None, one_prompt),
+    ):
+        if given and (conflicts := [other for other, is_given in others.items() if is_given]):
+            raise RequestError(f"{mode} and {conflicts[0]} cannot be used together: leave one of them out")
+    for option, value in (("--system", args.system), ("--template-arg", args.template_arg or None)):
+        if args.raw and value is not None:
+            raise RequestError(f"{option} belongs to a chat, --raw continues plain text: leave one of them out")
     if args.special and not args.raw:
         raise RequestError("--special is for plain text: give --raw too; a chat template writes its special tokens")
     if args.output is not None and args.batch is None:
@@ -267,11 +230,13 @@ def template_variables(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def json_or_text(text: str) -> Any:
-    """JSON; text that is none, such as a date, stays as it is."""
-    try:
-        return json.loads(text)
-    except (RecursionError, ValueError):
-        return text
+    """JSON, or a flag, none or number as Python writes it (False, None, .5); what is none of these stays text."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for parse in (json.loads, float):
+        with suppress(RecursionError, ValueError):
+            return parse(text)
+    return text
 
 
 def _bias(text: str) -> tuple[int, float]:

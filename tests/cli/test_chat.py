@@ -166,7 +166,7 @@ def test_answers_alone_on_standard_output(terminal: Any) -> None:
     [
         ("hi\n/nonsense\nmore\n", "'/nonsense' is not a command"),
         ("hi\ntoo long\nmore\n", "exceed the context of 100"),
-        ("hi\n/set top_p 2\nmore\n", "top_p must be a finite number from 0 to 1, not 2.0"),
+        ("hi\n/set top_p 2\nmore\n", "top_p must be a finite number from 0 to 1, not 2"),
         ('hi\n"""\nmore\n', "standard input ended inside a text of several lines"),
         (b"hi\n\xff\nmore\n", "a line of standard input is not UTF-8 text"),
     ],

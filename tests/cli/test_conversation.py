@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llama_mini import LLM, Chunk, SamplingParams
-from llama_mini.cli.conversation import Conversation, scalar_settings
+from llama_mini.cli.conversation import Conversation
 from llama_mini.errors import RequestError, TokenizerError
 
 
@@ -189,35 +189,37 @@ def test_a_question_that_does_not_fit_is_taken_back(llm: LLM) -> None:
     assert len(conversation.turns) == 1
 
 
-def test_settings_are_typed_as_their_fields_are(llm: LLM) -> None:
+def test_settings_are_typed_as_json_and_as_python_writes_them(llm: LLM) -> None:
     conversation = chat(llm)
-    typed = {"temperature": "1", "top_k": "4", "top_p": "0.5", "min_p": "1e-3", "seed": "7", "max_tokens": "None"}
-    for name, text in (typed | {"ignore_eos": "True"}).items():
+    typed = {"temperature": ".5", "top_k": "4", "top_p": "0.5", "min_p": "1e-3", "seed": "7", "max_tokens": "None"}
+    for name, text in (typed | {"ignore_eos": "True", "stop": '["a", "b"]'}).items():
         conversation.set(name, text)
-    expected = SamplingParams(temperature=1.0, top_k=4, top_p=0.5, min_p=1e-3, seed=7, ignore_eos=True)
+    expected = SamplingParams(temperature=0.5, top_k=4, top_p=0.5, min_p=1e-3, seed=7, ignore_eos=True, stop=["a", "b"])
     assert conversation.params == expected
     settings = conversation.settings()
-    assert settings.keys() == scalar_settings().keys() >= typed.keys()
-    assert "stop" not in settings
+    assert settings.keys() >= typed.keys()
+    assert not settings.keys() & {"n", "logits_processors"}
     assert (settings["max_tokens"], settings["ignore_eos"], settings["seed"]) == ("none", "true", "7")
     again = chat(llm)
     for name, text in settings.items():
         again.set(name, text)
-    assert again.params == replace(expected)
+    assert again.params == expected
+    for name, text in (("stop", "END"), ("temperature", "none"), ("min_p", "NONE")):
+        conversation.set(name, text)
+    assert conversation.params == replace(expected, stop="END", temperature=0.0, min_p=0.0)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("temperature", "warm", "temperature must be a finite number of at least 0, not 'warm'"),
-        ("temperature", "none", "temperature must be a finite number of at least 0, not 'none'"),
         ("temperature", "nan", "temperature must be a finite number of at least 0, not nan"),
-        ("top_p", "2", "top_p must be a finite number from 0 to 1, not 2.0"),
-        ("top_k", "1.5", "top_k must be a whole number of at least 0, not '1.5'"),
+        ("top_p", "2", "top_p must be a finite number from 0 to 1, not 2"),
+        ("top_k", "1.5", "top_k must be a whole number of at least 0, not 1.5"),
         ("seed", "9" * 5000, "seed must be a whole number"),
         ("ignore_eos", "maybe", "ignore_eos must be true or false, not 'maybe'"),
         ("colour", "red", "unknown setting 'colour'; known: temperature, "),
-        ("stop", "x", "unknown setting 'stop'; known: "),
+        ("n", "2", "unknown setting 'n'; known: "),
     ],
 )
 def test_a_bad_setting_is_the_fields_own_sentence(llm: LLM, name: str, text: str, message: str) -> None:

@@ -34,6 +34,7 @@ def llm(checkpoint: Path) -> LLM:
     [
         ([], {}),
         (["enable_thinking=false", 'tools=[{"name": "f"}]'], {"enable_thinking": False, "tools": [{"name": "f"}]}),
+        (["enable_thinking=False", "tools=None"], {"enable_thinking": False}),  # as Python writes them
         (["date_string=1 Jan 2020"], {"date_string": "1 Jan 2020"}),
         (["date_string=a=b"], {"date_string": "a=b"}),
         (["tools=null", "date_string="], {"date_string": ""}),

@@ -8,15 +8,13 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from llama_mini.cli.common import checkpoint_of, exit_code_of, summary
+from llama_mini.cli.common import checkpoint_of, exit_code_of, summary, token_ids, with_limit
 from llama_mini.cli.options import DEFAULT_MAX_TOKENS, PROG, check, parser, sampling, template_variables
 from llama_mini.cli.streams import read_file, read_standard_input, typed_text
 from llama_mini.errors import RequestError
-from llama_mini.validate import join_names
 
 if TYPE_CHECKING:
     from llama_mini.checkpoint.source import Source
@@ -48,9 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
         with open_batch(args.batch, args.output) as batch:
             llm, params, source = _load(args)
-            batch.answer(
-                llm, params, settings_of(args, llm, source), lambda *asked: _token_ids(llm, args, *asked), _with_limit
-            )
+            batch.answer(llm, params, args, settings_of(args, llm, source))
     else:
         _answer(args)
 
@@ -68,9 +64,9 @@ def _answer(args: argparse.Namespace) -> None:
     if not prompt:
         raise RequestError("the prompt is empty: give PROMPT, or text on standard input")
     llm, params, _ = _load(args)
-    ids = _token_ids(llm, args, prompt)
+    ids = token_ids(llm, args, prompt)
     streamed = not (args.json or args.no_stream)
-    for chunk in llm.stream(ids, _with_limit(llm, ids, params)):
+    for chunk in llm.stream(ids, with_limit(llm, ids, params)):
         if streamed:
             print(chunk.text, end="", flush=True)
     completion = chunk.completion
@@ -113,32 +109,6 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams, Source]":
     finally:
         gc.enable()
     return llm, params, source
-
-
-def _with_limit(llm: "LLM", ids: list[int], params: "SamplingParams") -> "SamplingParams":
-    """The parameters with the command's default for max_tokens, limited to the free positions of the context."""
-    free = llm.config.max_seq_len - len(ids)
-    if params.max_tokens is not None or free <= 0:
-        return params
-    return replace(params, max_tokens=max(min(DEFAULT_MAX_TOKENS, free), params.min_tokens))
-
-
-def _token_ids(
-    llm: "LLM", args: argparse.Namespace, prompt: Any, more_variables: Mapping[str, Any] | None = None
-) -> list[int]:
-    """A text, or the messages of a chat, as token ids. `more_variables` of the chat template come from a line."""
-    variables = template_variables(args) | dict(more_variables or {})
-    if isinstance(prompt, list):
-        return llm.tokenizer.apply_chat_template(prompt, **variables)
-    if args.raw and variables:
-        raise RequestError(f"{join_names(variables)} belongs to a chat, and --raw continues plain text: leave it out")
-    chat = args.chat or args.system is not None or variables or llm.tokenizer.has_chat_template
-    if args.raw or not chat:
-        return llm.tokenizer.encode(prompt, parse_special=args.special)
-    messages = [{"role": "user", "content": prompt}]
-    if args.system is not None:
-        messages.insert(0, {"role": "system", "content": args.system})
-    return llm.tokenizer.apply_chat_template(messages, **variables)
 
 
 if __name__ == "__main__":

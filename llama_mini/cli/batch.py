@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from llama_mini.checkpoint.source import Source
 from llama_mini.cli.batch_lines import Asked, Line, asked, parse, read_lines
+from llama_mini.cli.common import token_ids, with_limit
 from llama_mini.cli.options import parser
 from llama_mini.engine.llm import LLM
 from llama_mini.engine.request import Completion
@@ -30,8 +31,6 @@ NOT_COMPARED = {"batch", "output", "device", "kernels", "threads", "model", "dty
 START = b'{"index": '  # of each result
 
 Settings = dict[str, Any]
-Tokens = Callable[[Any, Mapping[str, Any]], list[int]]
-Limit = Callable[[LLM, list[int], SamplingParams], SamplingParams]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Batch:
     file: BinaryIO
     results: Path | None
 
-    def answer(self, llm: LLM, params: SamplingParams, settings: Settings, tokens: Tokens, limit: Limit) -> None:
+    def answer(self, llm: LLM, params: SamplingParams, args: argparse.Namespace, settings: Settings) -> None:
         """Writes one result for each line, as soon as its answer is complete.
 
         A line is `{"prompt": text or token ids}` or `{"messages": [...]}`, optionally with an `id` and the fields of
@@ -53,9 +52,8 @@ class Batch:
 
         Args:
             params: for what a line leaves out.
+            args: the options, which say how a prompt becomes token ids.
             settings: what the answers depend on besides the line. Results with other settings are refused.
-            tokens: turns a text or messages, and variables of the chat template, into token ids.
-            limit: sets the default of max_tokens.
 
         Raises RequestError if the results cannot be used, or are of other lines or settings.
         """
@@ -83,7 +81,7 @@ class Batch:
                     names: dict[str, Any] = {}
                     try:
                         names, request = parse(line)
-                        made = _request(llm, asked(request), params, tokens, limit)
+                        made = _request(llm, asked(request), params, args)
                     except LlamaMiniError as error:
                         write_result(line, names, {"finish_reason": "error", "error": str(error)})
                         continue
@@ -154,16 +152,16 @@ def as_json(completion: Completion) -> dict[str, Any]:
 
 
 def _request(
-    llm: LLM, ask: Asked, params: SamplingParams, tokens: Tokens, limit: Limit
+    llm: LLM, ask: Asked, params: SamplingParams, args: argparse.Namespace
 ) -> tuple[list[int], SamplingParams]:
     sampling = sampling_params(params, **ask.settings)
     if sampling.n != 1:
         raise RequestError("n must be 1: a line has one result; repeat the line with another seed")
     given = isinstance(ask.prompt, list) and not ask.is_chat
-    ids = ask.prompt if given else tokens(ask.prompt, ask.variables)
+    ids = ask.prompt if given else token_ids(llm, args, ask.prompt, ask.is_chat, ask.variables)
     if len(ids) >= llm.config.max_seq_len:  # many of these would fill the memory until the model takes them
         raise RequestError(f"{len(ids)} prompt tokens and 1 new one exceed the context of {llm.config.max_seq_len}")
-    return ids, limit(llm, ids, sampling)
+    return ids, with_limit(llm, ids, sampling)
 
 
 @contextmanager
@@ -208,7 +206,7 @@ def _done(results: Path, settings: Settings) -> dict[int, str]:
                     break
                 result = json.loads(line)
                 done[result["index"]] = result["line"]
-                _check_settings(results, result.get("settings"), settings)
+                _check_settings(results, result["settings"], settings)
                 complete += len(line)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RequestError(f"{results} is not a file of results ({error!r}): give another --output") from None
@@ -217,11 +215,9 @@ def _done(results: Path, settings: Settings) -> dict[int, str]:
     return done
 
 
-def _check_settings(results: Path, found: Settings | None, settings: Settings) -> None:
+def _check_settings(results: Path, found: Settings, settings: Settings) -> None:
     if found == settings:
         return
-    if found is None:
-        raise RequestError(f"{results} has results of an older version, without their settings: give another --output")
     name = next(name for name in settings | found if settings.get(name) != found.get(name))
     before, now = (short_repr(each[name]) if name in each else "the default" for each in (found, settings))
     changed = "by another model" if name == "model" else f"with {name} = {before}, which is now {now}"

@@ -1,16 +1,22 @@
-"""What the commands share: exit codes, the default checkpoint, tables and statistics."""
+"""What the commands share: exit codes, the default checkpoint, prompts as token ids, tables and statistics."""
 
+import argparse
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llama_mini.cli.options import DEFAULT_MAX_TOKENS, template_variables
 from llama_mini.cli.streams import standard_streams
-from llama_mini.errors import LlamaMiniError
+from llama_mini.errors import LlamaMiniError, RequestError
+from llama_mini.validate import join_names
 
 if TYPE_CHECKING:
+    from llama_mini.engine.llm import LLM
     from llama_mini.engine.request import Stats
+    from llama_mini.engine.sampling_params import SamplingParams
 
 INTERRUPTED = 130
 
@@ -49,6 +55,34 @@ def checkpoint_of(model: str | None) -> str | Path:
     from llama_mini.cli.default_model import ensure_default_checkpoint
 
     return ensure_default_checkpoint()
+
+
+def with_limit(llm: "LLM", ids: list[int], params: "SamplingParams") -> "SamplingParams":
+    """The parameters with the command's default for max_tokens, limited to the free positions of the context."""
+    free = llm.config.max_seq_len - len(ids)
+    if params.max_tokens is not None or free <= 0:
+        return params
+    return replace(params, max_tokens=max(min(DEFAULT_MAX_TOKENS, free), params.min_tokens))
+
+
+def token_ids(
+    llm: "LLM", args: argparse.Namespace, prompt: Any, is_chat: bool = False, variables: Mapping[str, Any] | None = None
+) -> list[int]:
+    """A text, or the messages of a chat, as token ids. `variables` of the chat template win over --template-arg."""
+    variables = template_variables(args) | dict(variables or {})
+    if not is_chat:
+        if args.raw and variables:
+            names = join_names(variables)
+            raise RequestError(f"{names} belongs to a chat, and --raw continues plain text: leave it out")
+        answers = args.chat or args.system is not None or variables or llm.tokenizer.has_chat_template
+        if args.raw or not answers:
+            return llm.tokenizer.encode(prompt, parse_special=args.special)
+        prompt = [{"role": "user", "content": prompt}]
+    messages = prompt if isinstance(prompt, list) else []
+    has_system = any(isinstance(message, dict) and message.get("role") == "system" for message in messages)
+    if args.system is not None and messages and not has_system:
+        prompt = [{"role": "system", "content": args.system}, *messages]
+    return llm.tokenizer.apply_chat_template(prompt, **variables)
 
 
 def table(rows: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ import pytest
 from llama_mini.cli import batch_lines
 from llama_mini.cli.batch import Batch
 from llama_mini.cli.batch_lines import Asked, Line, asked, parse, read_lines
+from llama_mini.cli.options import parser
 from llama_mini.engine.request import Completion, Stats
 from llama_mini.engine.sampling_params import SamplingParams, sampling_params
 from llama_mini.errors import RequestError
@@ -122,6 +123,21 @@ def test_variables_reach_the_chat_template(tiny_dir: Path, tmp_path: Path, monke
     assert given == [{"tools": [1], "enable_thinking": False}]
 
 
+def test_the_system_message_of_the_command_is_the_default(tiny_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    own = [{"role": "system", "content": "Be long."}, *CHAT]
+    asked = [{"prompt": "hi"}, {"messages": CHAT}, {"messages": own}, {"messages": "hi"}]
+    path.write_text("\n".join(map(json.dumps, asked)))
+    args = ["--model", str(tiny_dir), "--kernels", "off", "--max-tokens", "2", "--system", "Be brief."]
+    assert main([*args, "--batch", str(path)]) == 0
+    found = results(Path(f"{path}.results.jsonl"))
+    template = Tokenizer.from_pretrained(tiny_dir).apply_chat_template
+    brief = len(template([{"role": "system", "content": "Be brief."}, *CHAT]))
+    lengths = [result["stats"]["prompt_tokens"] for result in found[:3]]
+    assert lengths == [brief, brief, len(template(own))]
+    assert "messages" in found[3]["error"]
+
+
 class Feed(io.RawIOBase):
     """A pipe of 4,000 lines that counts those that were read."""
 
@@ -151,7 +167,7 @@ def test_lines_are_read_as_they_are_needed(tmp_path: Path) -> None:
 
     llm: Any = SimpleNamespace(completions=completions, config=SimpleNamespace(max_seq_len=9))
     batch = Batch("feed", feed, tmp_path / "out")  # type: ignore[arg-type]
-    batch.answer(llm, SamplingParams(), {}, lambda *_: [1], lambda llm, ids, params: params)
+    batch.answer(llm, SamplingParams(), parser().parse_args([]), {})
     assert max(ahead) <= 16
     found = results(tmp_path / "out")
     assert [result["index"] for result in found] == list(range(feed.n_lines))

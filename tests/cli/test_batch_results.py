@@ -11,7 +11,7 @@ import torch
 
 from llama_mini.generate import main
 from llama_mini.machine import as_dtype, dtype_name
-from tests.cli.test_batch import command, results
+from tests.cli.test_batch import command
 
 
 @pytest.fixture
@@ -32,7 +32,8 @@ def test_results_of_other_prompts_are_left_alone(tiny_dir, prompts: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "content", ["no json\n", "notes", '{"a": 1}\n', '{"index": [], "line": 1}\n', "[]\n", "\xff\n", "\xff"]
+    "content",
+    ["no json\n", "notes", '{"a": 1}\n', '{"index": 1, "line": "of an older version"}\n', "[]\n", "\xff\n", "\xff"],
 )
 def test_a_file_that_holds_no_results_is_left_alone(tiny_dir, prompts: Path, tmp_path: Path, content: str) -> None:
     output = tmp_path / "out.jsonl"
@@ -116,16 +117,6 @@ def test_results_of_another_model_are_left_alone(tiny_dir, tmp_path: Path, capsy
         os.utime(changed / name, ns=(times.st_atime_ns, times.st_mtime_ns))
         assert main(command(changed, path, "--output", str(output))) == 2
         assert "has results made by another model" in capsys.readouterr().err
-
-
-def test_results_of_an_older_version_are_left_alone(tiny_dir, prompts: Path, tmp_path: Path, capsys) -> None:
-    output = tmp_path / "out.jsonl"
-    main(command(tiny_dir, prompts, "--output", str(output)))
-    old = "".join(json.dumps({k: v for k, v in r.items() if k != "settings"}) + "\n" for r in results(output))
-    output.write_text(old)
-    assert main(command(tiny_dir, prompts, "--output", str(output))) == 2
-    assert "has results of an older version, without their settings" in capsys.readouterr().err
-    assert output.read_text() == old
 
 
 def test_standard_input_to_standard_output(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,36 +30,13 @@ from llama_mini.optimize import fuser, set_threads
 from llama_mini.tokenizer.tokenizer import open_tokenizer
 from llama_mini.validate import as_plain, check_token_ids
 
-Prompt = str | Sequence[int] | torch.Tensor | np.ndarray[Any, Any] | Mapping[str, Any]
+Prompt = str | Sequence[int] | torch.Tensor | np.ndarray[Any, Any]
 Params = SamplingParams | Mapping[str, Any]
 
 MOST_AT_ONCE = 64 * DECODE_BATCH  # prompts that `completions` takes and sorts by length: few rows of a batch stay idle
 
-_ELSEWHERE = {  # methods of transformers, llama-cpp-python and vLLM -> what does it here
-    "from_pretrained": "LLM(path) opens a checkpoint",
-    "to": "LLM(path, device=...) chooses the device",
-    "complete": "llm.generate(prompts) completes texts",
-    "create_completion": "llm.generate(prompts) completes texts",
-    "create_chat_completion": "llm.chat(messages) answers a chat",
-    "stream_generate": "llm.stream(prompt) streams",
-    "encode": "llm.tokenizer.encode(text) gives token ids",
-    "tokenize": "llm.tokenizer.encode(text) gives token ids",
-    "decode": "llm.tokenizer.decode(ids) gives the text",
-    "detokenize": "llm.tokenizer.decode(ids) gives the text",
-    "get_tokenizer": "llm.tokenizer is the tokenizer",
-    "apply_chat_template": "llm.tokenizer.apply_chat_template(messages) gives token ids",
-}
 
-
-class _SaysWhatToCall(type):
-    if not TYPE_CHECKING:  # a type checker shall still find misspelled names
-
-        def __getattr__(cls, name: str) -> NoReturn:
-            advice = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
-            raise AttributeError(f"LLM has no attribute {name!r}{advice}", name=name, obj=cls)
-
-
-class LLM(metaclass=_SaysWhatToCall):
+class LLM:
     """A model with its tokenizer. It runs one call at a time: a second call, from any thread, raises RequestError.
 
     Args:
@@ -108,8 +85,8 @@ class LLM(metaclass=_SaysWhatToCall):
         """Completes prompts, each a text or token ids. Returns one completion for each, in order, always as a list.
 
         Args:
-            prompts: one prompt or any number of them; ids in a list, an array, a tensor or a tokenizer's dict. A prefix
-                that they share, with each other or with the call before, is prefilled once.
+            prompts: one prompt or any number of them; ids in a list, an array or a tensor. A prefix that they share,
+                with each other or with the call before, is prefilled once.
             params: one for all prompts, or one for each. With n > 1 a prompt has n completions in a row, and completion
                 i uses seed + i.
             settings: fields of SamplingParams, or other names for them (`max_new_tokens`), which win over `params`.
@@ -206,15 +183,6 @@ class LLM(metaclass=_SaysWhatToCall):
         """Frees the cache that the last call kept for prefix reuse."""
         with self.exclusive():
             self._runner.last_prefix = None
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> NoReturn:
-            getattr(type(self), name)  # raises
-
-    def __call__(self, *_: object, **__: object) -> NoReturn:
-        """Says what to call, since callers know this from llama-cpp-python."""
-        raise RequestError("an LLM is no function: call llm.generate(prompts) or llm.chat(messages)")
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

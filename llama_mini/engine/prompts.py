@@ -1,6 +1,6 @@
 """The prompts of a call and their parameters, in all the forms that callers have them in."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, repeat, zip_longest
 from typing import Any
 
@@ -8,8 +8,6 @@ from llama_mini.engine.sampling_params import SamplingParams, sampling_params
 from llama_mini.errors import RequestError
 from llama_mini.validate import as_plain, is_whole, short_repr
 
-_ID_KEYS = ("input_ids", "prompt_token_ids", "prompt")  # of transformers' tokenizers and of vLLM's prompts
-_MASK_KEYS = {"attention_mask", "token_type_ids", "special_tokens_mask"}
 _EXPECTED = "a prompt is a text or a list of token ids, whole numbers"
 _MISSING = object()
 
@@ -18,12 +16,12 @@ def split_prompts(prompts: Any) -> Iterable[Any]:
     """Each prompt of a call, as it was given. A generator stays one, so that its prompts are made when they are needed.
 
     One prompt: a text, or ids in a list, tuple, range, array or tensor (1-D). Several: any iterable of these, or an
-    array or tensor (2-D). The dict of a transformers tokenizer is either. Raises RequestError for anything else.
+    array or tensor (2-D). Raises RequestError for anything else.
     """
-    prompts = as_plain(_without_padding(prompts) if isinstance(prompts, Mapping) else prompts)
+    prompts = as_plain(prompts)
     if isinstance(prompts, str):
         return [prompts]
-    no_order = isinstance(prompts, bytes | bytearray | set | frozenset)
+    no_order = isinstance(prompts, bytes | bytearray | set | frozenset | Mapping)
     if no_order or not isinstance(prompts, Iterable) or is_messages(prompts):
         raise RequestError(f"{_EXPECTED}, or a list of these, not {short_repr(prompts)}{_advice(prompts)}")
     is_one = isinstance(prompts, list | tuple | range) and prompts and all(is_whole(as_plain(i)) for i in prompts)
@@ -51,17 +49,14 @@ def params_argument(params: Any, settings: dict[str, Any]) -> Any:
 def with_params(prompts: Any, params: Any, settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Each prompt of a call with its SamplingParams, or with the RequestError for its wrong ones."""
     batch, params = split_prompts(prompts), params_argument(params, settings)
-    is_many = isinstance(params, Iterable) and not isinstance(params, SamplingParams | Mapping | str)
-    if not is_many:
-        return zip(batch, repeat(sampling_params(params, **settings)), strict=False)
-    if isinstance(params, Sized) and isinstance(batch, Sized) and len(params) != len(batch):
-        raise RequestError(f"there are {len(params)} params for {len(batch)} prompts: give one, or one for each")
-    return _with_each(batch, params, settings)
+    if isinstance(params, Iterable) and not isinstance(params, Mapping | str):
+        return _with_each(batch, params, settings)
+    return zip(batch, repeat(sampling_params(params, **settings)), strict=False)
 
 
 def text_or_ids(prompt: Any) -> str | list[int]:
     """One prompt as a text or a list of ids. Raises RequestError for anything else."""
-    prompt = as_plain(_without_padding(prompt) if isinstance(prompt, Mapping) else prompt)
+    prompt = as_plain(prompt)
     if isinstance(prompt, str):
         return prompt
     is_list = isinstance(prompt, list | tuple | range)
@@ -93,29 +88,12 @@ def _with_each(batch: Iterable[Any], params: Any, settings: dict[str, Any]) -> I
         yield prompt, sampling
 
 
-def _without_padding(prompt: Mapping[str, Any]) -> Any:
-    """The ids or the text in a dict, without the positions that its attention mask leaves out."""
-    keys = [key for key in _ID_KEYS if key in prompt]
-    if len(keys) != 1 or prompt.keys() - {*keys, *_MASK_KEYS}:
-        raise RequestError(
-            f"a prompt in a dict has one of {', '.join(_ID_KEYS)}, not {short_repr(list(prompt))}{_advice([prompt])}"
-        )
-    ids, mask = as_plain(prompt[keys[0]]), as_plain(prompt.get("attention_mask"))
-    if mask is None:
-        return ids
-    is_batch = bool(ids) and isinstance(ids[0], list | tuple)
-    rows, masks = (ids, mask) if is_batch else ([ids], [mask])
-    try:
-        kept = [[i for i, keep in zip(*row, strict=True) if keep] for row in zip(rows, masks, strict=True)]
-    except (TypeError, ValueError):
-        raise RequestError(f"attention_mask must have the shape of {keys[0]}, not {short_repr(mask)}") from None
-    return kept if is_batch else kept[0]
-
-
 def _advice(value: Any) -> str:
     """What to do about a value that callers often have in place of a prompt."""
-    if is_messages(value):
+    if is_messages(value) or is_messages([value]):
         return ": llm.chat answers messages"
+    if isinstance(value, Mapping):
+        return ": give its text or its token ids alone"
     if isinstance(value, bytes | bytearray):
         return ": decode it first"
     return ": a set has no order" if isinstance(value, set | frozenset) else ""

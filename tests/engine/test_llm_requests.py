@@ -43,7 +43,7 @@ def test_parameters_of_each_prompt(llm: LLM) -> None:
     lengths = [3, 7, 1]
     each = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
     assert [len(c.token_ids) for c in llm.generate(["a", "b", "c"], each)] == lengths
-    with pytest.raises(RequestError, match="2 params for 3 prompts"):
+    with pytest.raises(RequestError, match="only 2 params, but more prompts"):
         llm.generate(["a", "b", "c"], each[:2])
 
 

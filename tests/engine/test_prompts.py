@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding
 
 from llama_mini import LLM, SamplingParams
 from llama_mini.engine import llm as llm_module
@@ -45,9 +45,6 @@ def expected(llm: LLM) -> list[list[int]]:
         [np.int64(i) for i in IDS],
         list(torch.tensor(IDS)),
         [IDS],
-        {"input_ids": IDS, "attention_mask": [1] * len(IDS)},
-        {"input_ids": torch.tensor([[3, 3, *IDS]]), "attention_mask": torch.tensor([[0, 0, *[1] * len(IDS)]])},
-        {"prompt_token_ids": IDS},
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -62,7 +59,6 @@ def test_one_prompt_in_other_forms(llm: LLM, prompt: Any, expected: list[list[in
     [
         (IDS, OTHER),
         [torch.tensor(IDS), np.array(OTHER)],
-        [{"input_ids": IDS}, {"prompt_token_ids": OTHER}],
         deque([IDS, OTHER]),
         {IDS[0]: IDS, 1: OTHER}.values(),
         torch.tensor([OTHER, OTHER]),
@@ -78,27 +74,9 @@ def test_several_prompts_in_other_forms(llm: LLM, prompts: Any, expected: list[l
 def test_texts_in_other_forms(llm: LLM) -> None:
     texts = ["hello", "x", ""]  # the tiny tokenizer adds a BOS, so that even no text is a prompt
     expected = [c.token_ids for c in llm.generate(texts, GREEDY)]
-    forms = [
-        tuple(texts),
-        np.array(texts),
-        (text for text in texts),
-        dict.fromkeys(texts),
-        [{"prompt": t} for t in texts],
-    ]
-    for prompts in (form if not isinstance(form, dict) else form.keys() for form in forms):
+    for prompts in (tuple(texts), np.array(texts), (text for text in texts), dict.fromkeys(texts).keys()):
         assert [c.token_ids for c in llm.generate(prompts, GREEDY)] == expected
     assert llm.generate(range(97, 100), GREEDY)[0].token_ids == llm.generate([97, 98, 99], GREEDY)[0].token_ids
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_batch_of_transformers_has_no_padding_here(llm: LLM, tiny_dir: Path, side: str) -> None:
-    theirs = PreTrainedTokenizerFast.from_pretrained(tiny_dir, padding_side=side, pad_token="<|im_end|>")
-    texts = ["a", "the quick brown fox", "hello"]
-    for tensors in (None, "pt", "np"):
-        batch = theirs(texts, padding=True, return_tensors=tensors)
-        assert [c.token_ids for c in llm.generate(batch, GREEDY)] == [c.token_ids for c in llm.generate(texts, GREEDY)]
-    one = theirs("hello", return_tensors="pt")
-    assert [c.token_id for c in llm.stream(one, GREEDY)] == llm.generate("hello", GREEDY)[0].token_ids
 
 
 @pytest.mark.parametrize(
@@ -125,10 +103,9 @@ def test_a_padded_batch_of_transformers_has_no_padding_here(llm: LLM, tiny_dir: 
         (CHAT[0], "llm.chat answers messages"),
         ([CHAT], "llm.chat answers messages"),
         ([SimpleNamespace(role="user", content="Hi")], "llm.chat answers messages"),
-        ({"text": "x"}, "a prompt in a dict has one of input_ids, prompt_token_ids, prompt, not"),
-        ({"prompt": "x", "multi_modal_data": 1}, "multi_modal_data"),
-        ({"input_ids": IDS, "attention_mask": [1]}, "attention_mask must have the shape of input_ids"),
-        ({"input_ids": IDS, "attention_mask": 1}, "attention_mask must have the shape of input_ids"),
+        ({"prompt": "x"}, "not {'prompt': 'x'}: give its text or its token ids alone"),
+        ([{"prompt_token_ids": IDS}], "give its text or its token ids alone"),
+        (BatchEncoding({"input_ids": IDS}), "give its text or its token ids alone"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -255,27 +232,7 @@ def test_completions_take_prompts_as_they_need_them(llm: LLM, expected: list[lis
     assert "max_tokens" in wrong[1].error
 
 
-@pytest.mark.parametrize(
-    ("name", "advice"),
-    [
-        ("create_chat_completion", "llm.chat"),
-        ("complete", "llm.generate"),
-        ("tokenize", "llm.tokenizer.encode"),
-        ("no_such_name", "LLM has no attribute 'no_such_name'$"),
-    ],
-)
-def test_methods_of_others_are_told_where_theirs_is(llm: LLM, name: str, advice: str) -> None:
-    assert not hasattr(llm, name)
-    for owner in (llm, LLM):
-        with pytest.raises(AttributeError, match=advice):
-            getattr(owner, name)
-
-
-def test_what_is_called_by_habit_says_what_to_call(llm: LLM, tiny_dir: Path) -> None:
-    with pytest.raises(AttributeError, match=r"LLM\(path\) opens a checkpoint"):
-        LLM.from_pretrained(tiny_dir)
-    with pytest.raises(RequestError, match=r"llm\.generate\(prompts\)"):
-        llm("text")
+def test_only_a_path_or_a_name_is_a_model(llm: LLM) -> None:
     for model in (llm.model, 5, None):
         with pytest.raises(RequestError, match="model must be a path or a hub name"):
             LLM(model)

@@ -128,7 +128,7 @@ def test_texts_share_no_window(tiny: LLM) -> None:
 def test_ids_and_numbers_of_numpy_and_torch(tiny: LLM) -> None:
     ids = [[256, 5, 9, 100], [256, 7, 7, 30]]
     expected = perplexity(tiny, ids, context=4, stride=2, bos=256)
-    for given in (np.array(ids), torch.tensor(ids), map(torch.tensor, ids), {"input_ids": ids}):
+    for given in (np.array(ids), torch.tensor(ids), map(torch.tensor, ids)):
         assert perplexity(tiny, given, context=np.int64(4), stride=np.int32(2), bos=torch.tensor(256)) == expected
     assert perplexity(tiny, torch.tensor(ids[0])) == perplexity(tiny, ids[0])
 

@@ -40,7 +40,7 @@ def standard_streams() -> Iterator[None]:
             sys.stdout = stack.enter_context(open(unwritable, "w", encoding="utf-8"))
         if sys.stderr is None:
             sys.stderr = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        sys.stdout, sys.stderr = _wrapped(sys.stdout, _Output), _wrapped(sys.stderr, _Messages)
+        sys.stdout, sys.stderr = _wrapped(sys.stdout, True), _wrapped(sys.stderr, False)
         try:
             yield
         finally:
@@ -102,9 +102,13 @@ def check_whole_line(line: bytes) -> None:
 
 
 class _Stream(io.TextIOWrapper):
-    """Writes to the buffer of another stream, which stays open when this one goes."""
+    """Writes to the buffer of another stream, which stays open when this one goes.
 
-    def __init__(self, stream: io.TextIOWrapper) -> None:
+    After a failure nothing more is written. Of standard output it is then an OSError each time: argparse ignores what
+    goes wrong, and the last flush shall tell. A message that cannot be written is dropped.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper, is_output: bool) -> None:
         chosen = stream.errors not in ("strict", "surrogateescape")  # by PYTHONIOENCODING
         super().__init__(
             stream.buffer,
@@ -114,66 +118,46 @@ class _Stream(io.TextIOWrapper):
             write_through=stream.write_through,
         )
         self._stream = stream  # without a reference to it, Python would close it and its buffer
+        self._is_output = is_output
+        self._escapes = is_output and stream.isatty()
+        self._failure: tuple[int | None, str] | None = None  # an error itself would keep all its frames alive
+
+    def write(self, text: str) -> int:
+        with self._guarded():
+            return super().write(text.translate(ESCAPED) if self._escapes else text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._guarded():
+            super().flush()
 
     def close(self) -> None:
         pass
 
-    def _discard(self) -> None:
-        """What is still in the buffers, and all that follows, goes to the null device."""
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self.fileno())
-        os.close(null)
-
-
-class _Output(_Stream):
-    def __init__(self, stream: io.TextIOWrapper) -> None:
-        super().__init__(stream)
-        self._terminal = stream.isatty()
-        # For the last flush, since argparse ignores what goes wrong. An error itself would keep all its frames alive.
-        self._failed: tuple[int | None, str] | None = None
-
-    def write(self, text: str) -> int:
-        with self._remembered():
-            return super().write(text.translate(ESCAPED) if self._terminal else text)
-
-    def flush(self) -> None:
-        with self._remembered():
-            super().flush()
-
     @contextmanager
-    def _remembered(self) -> Iterator[None]:
-        if self._failed is None:
+    def _guarded(self) -> Iterator[None]:
+        if self._failure is None:
             try:
                 yield
                 return
             except OSError as error:
-                self._failed = error.errno, str(error.strerror)
-                self._discard()
-        raise OSError(*self._failed, "standard output")
+                self._failure = error.errno, str(error.strerror)
+                null = os.open(os.devnull, os.O_WRONLY)  # takes what is still in the buffers
+                os.dup2(null, self.fileno())
+                os.close(null)
+        elif not self._is_output:
+            yield
+        if self._is_output:
+            raise OSError(*self._failure, "standard output")
 
 
-class _Messages(_Stream):
-    def write(self, text: str) -> int:
-        try:
-            return super().write(text)
-        except OSError:
-            self._discard()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            super().flush()
-        except OSError:
-            self._discard()
-
-
-def _wrapped(stream: TextIO, kind: type[_Stream]) -> TextIO:
-    """The stream as `kind`; one that is no file, as in a notebook, stays as it is."""
+def _wrapped(stream: TextIO, is_output: bool) -> TextIO:
+    """The stream made safe; one that is no file, as in a notebook, stays as it is."""
     try:
         stream.fileno()
     except (OSError, AttributeError):
         return stream
-    return kind(stream) if isinstance(stream, io.TextIOWrapper) else stream
+    return _Stream(stream, is_output) if isinstance(stream, io.TextIOWrapper) else stream
 
 
 def _as_json_escapes(error: UnicodeError) -> tuple[str, int]:

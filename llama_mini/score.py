@@ -31,38 +31,18 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    p = Parser(
-        prog=prog,
-        description="Prints the perplexity of texts and the conditions of the measurement.",
-    )
-    p.add_argument(
-        "files",
-        nargs="*",
-        metavar="TEXTFILE",
-        help="UTF-8 files; no window spans two of them; default, and -: standard input",
-    )
+    p = Parser(prog=prog, description="Prints the perplexity of texts and the conditions of the measurement.")
+    texts = "UTF-8 files; no window spans two of them; default, and -: standard input"
+    p.add_argument("files", nargs="*", metavar="TEXTFILE", help=texts)
     p.add_argument("--version", action="version", version=f"llama_mini {__version__}")
     p.add_argument("--json", action="store_true", help="print the figures as one JSON object")
-
     model_options(p)
-
-    windows = p.add_argument_group("windows")
-    windows.add_argument(
-        "--context", type=int, metavar="N", help="tokens per window; default: the model's context, at most 2,048"
-    )
-    windows.add_argument(
-        "--stride",
-        type=int,
-        metavar="N",
-        help="start a window every N tokens; it scores those that no earlier window had; default: a whole window",
-    )
-    windows.add_argument(
-        "--bos",
-        choices=["rule", "each", "none"],
-        default="rule",
-        help="rule (default): where the checkpoint's tokenizer adds it; each: before every window; none: nowhere",
-    )
-
+    add = p.add_argument_group("windows").add_argument
+    add("--context", type=int, metavar="N", help="tokens per window; default: the model's context, at most 2,048")
+    stride = "start a window every N tokens; it scores those that no earlier window had; default: a whole window"
+    add("--stride", type=int, metavar="N", help=stride)
+    bos = "rule (default): where the checkpoint's tokenizer adds it; each: before every window; none: nowhere"
+    add("--bos", choices=["rule", "each", "none"], default="rule", help=bos)
     against = p.add_argument_group("comparison", "Either adds a second model, the reference, which is not quantized.")
     against.add_argument("--against", metavar="M", help="checkpoint of the reference; default: that of --model")
     against.add_argument("--against-dtype", metavar="D", help="dtype of the reference; default: that of --dtype")
@@ -157,23 +137,17 @@ def _print(
         ("perplexity", f"{result.perplexity:.4f}"),
         ("bits per byte", f"{result.bits_per_byte:.5f}"),
     ]
-    rows += [] if comparison is None else _compared(facts, comparison)
+    if comparison is not None:
+        of_reference = f"{facts['reference']}, {facts['reference_format']}"
+        rows += [
+            ("reference", f"{of_reference}, perplexity {comparison.reference.perplexity:.4f}"),
+            ("KL(ref ‖ model)", f"mean {comparison.kl_mean:.6f}, median {comparison.kl_median:.6f} nats a token"),
+            ("", f"99 % {comparison.kl_99:.6f}, maximum {comparison.kl_max:.6f}"),
+            ("same top token", f"{comparison.top1:.2%}"),
+            ("mean NLL − ref.", f"{comparison.nll_difference:+.6f} ± {comparison.nll_error:.6f} nats (standard error)"),
+        ]
     for name, value in rows:
         print(f"{name:16}{value}")
-    sys.stdout.flush()
-
-
-def _compared(facts: dict[str, Any], comparison: "Comparison") -> list[tuple[str, str]]:
-    return [
-        (
-            "reference",
-            f"{facts['reference']}, {facts['reference_format']}, perplexity {comparison.reference.perplexity:.4f}",
-        ),
-        ("KL(ref ‖ model)", f"mean {comparison.kl_mean:.6f}, median {comparison.kl_median:.6f} nats a token"),
-        ("", f"99 % {comparison.kl_99:.6f}, maximum {comparison.kl_max:.6f}"),
-        ("same top token", f"{comparison.top1:.2%}"),
-        ("mean NLL − ref.", f"{comparison.nll_difference:+.6f} ± {comparison.nll_error:.6f} nats (standard error)"),
-    ]
 
 
 def _finite(value: Any) -> Any:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from llama_mini.checkpoint.plain import check_plain
 from llama_mini.errors import RequestError
+from llama_mini.lab.moving import rebuilt
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import READERS, select, slots
-from llama_mini.lab.trees import rebuilt
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
 from llama_mini.model.norm_slots import BranchPlan

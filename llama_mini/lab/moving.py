@@ -1,12 +1,15 @@
 """Moving norms of a real model to another place in their branch, gains and all."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+
+import torch
+from torch import nn
 
 from llama_mini.checkpoint.plain import check_plain
 from llama_mini.errors import RequestError
 from llama_mini.lab.paths import select, slot_width
-from llama_mini.lab.trees import rebuilt
+from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import BRANCHES
 from llama_mini.model.norm_slots import HEAD_SLOTS
@@ -55,3 +58,14 @@ def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
             parameters[f"{at}.{to}_norm.{name}"] = parameters.pop(f"{path}.{name}")
     layers = [(branches[f"layers.{i}.attention"], branches[f"layers.{i}.feed_forward"]) for i in range(n_layers)]
     return rebuilt(model, replace(config, norm_plan=config.norm_plan.with_layers(layers)), parameters)
+
+
+def rebuilt(model: Llama, config: LlamaConfig, parameters: Mapping[str, nn.Parameter]) -> Llama:
+    """The model that `config` describes, with these parameters, not copies; mode and rotary table are `model`'s."""
+    with torch.device("meta"):
+        tree = Llama(config)
+    for name in [name for name, _ in tree.named_parameters()]:
+        parent, _, leaf = name.rpartition(".")
+        setattr(tree.get_submodule(parent), leaf, parameters[name])
+    tree.rope.inv_freq = model.rope.inv_freq
+    return tree.train(model.training)

@@ -17,7 +17,6 @@ from llama_mini.validate import check_choice, check_token_ids
 
 MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
 _JUMP = 10  # the layer where a massive activation is born raises the ratio by at least this factor
-_NO_INTEGER = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 
 
 class Peak(NamedTuple):
@@ -117,7 +116,7 @@ def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> T
         tokens = torch.as_tensor(ids, device=model.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RequestError(f"token ids must be a tensor or list of whole numbers: {error}") from None
-    if tokens.is_floating_point() or tokens.dtype in _NO_INTEGER:
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
         raise RequestError(f"token ids must be whole numbers, not {tokens.dtype}")
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < at_least:

@@ -1,8 +1,9 @@
 """SamplingParams: how one request samples and when it stops. The constructor checks every value."""
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property, wraps
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mini.engine.logit_bias import LogitBias
 from llama_mini.errors import LlamaMiniWarning, RequestError
 from llama_mini.validate import (
     as_plain,
@@ -18,6 +18,7 @@ from llama_mini.validate import (
     check_number,
     check_token_ids,
     check_whole,
+    is_finite,
     is_token,
     is_whole,
     short_repr,
@@ -25,6 +26,7 @@ from llama_mini.validate import (
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
+MAX_BIAS = 1e30  # larger than any logit, and the sum of both is finite in float32
 MAX_SEQUENCES = 16384  # vLLM's limit: all answers to a prompt are held in memory before the first one runs
 MINUS_ONE_IS_UNSET = ("top_k", "seed", "max_tokens")  # as vLLM, llama.cpp and LM Studio write it
 
@@ -73,29 +75,23 @@ def is_setting(name: str) -> bool:
     return name in SamplingParams.__dataclass_fields__ or name in {*ALIASES, *ELSEWHERE, "do_sample"}
 
 
-def _unknown_setting(name: str) -> RequestError:
-    """The error for a name that is no setting."""
-    known = list(SamplingParams.__dataclass_fields__)
-    near = get_close_matches(name, [*known, *ALIASES, "do_sample"], 1)
-    known_names = f"known: {', '.join(known)}"
-    advice = ELSEWHERE.get(name, f"did you mean {near[0]}?" if near else known_names)
-    return RequestError(f"unknown setting {short_repr(name)}; {advice}")
-
-
 def _settings(keywords: Mapping[str, Any], temperature: float = 0.0) -> dict[str, Any]:
     """Keywords as fields of SamplingParams; `temperature` is the one that holds if they name none."""
     settings: dict[str, Any] = {}
     names: dict[str, str] = {}
     for name, value in keywords.items():
-        field, value = ALIASES.get(name, name), as_plain(value)
-        if field not in SamplingParams.__dataclass_fields__ and name != "do_sample":
-            raise _unknown_setting(name)
+        ours, value = ALIASES.get(name, name), as_plain(value)
+        if ours not in SamplingParams.__dataclass_fields__ and name != "do_sample":
+            near = get_close_matches(name, [*SamplingParams.__dataclass_fields__, *ALIASES, "do_sample"], 1)
+            known = f"known: {', '.join(SamplingParams.__dataclass_fields__)}"
+            advice = ELSEWHERE.get(name, f"did you mean {near[0]}?" if near else known)
+            raise RequestError(f"unknown setting {short_repr(name)}; {advice}")
         if value is None or (name == "logprobs" and isinstance(value, bool)):  # the one of each token always comes
             continue
-        if field in settings and settings[field] != value:
-            both = f"{short_repr(settings[field])} and {short_repr(value)}"
-            raise RequestError(f"{names[field]} and {name} are one setting and have two values, {both}: give one")
-        settings[field], names[field] = value, name
+        if ours in settings and settings[ours] != value:
+            both = f"{short_repr(settings[ours])} and {short_repr(value)}"
+            raise RequestError(f"{names[ours]} and {name} are one setting and have two values, {both}: give one")
+        settings[ours], names[ours] = value, name
     if "do_sample" in settings:
         check_flag("do_sample", do_sample := settings.pop("do_sample"), RequestError)
         given = settings.get("temperature")
@@ -172,7 +168,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # a dict has no hash
     logits_processors: Sequence[LogitsProcessor] = ()
     n: int = 1
     seed: int | None = None
@@ -217,7 +213,8 @@ class SamplingParams:
         self._to_tuple("stop", lambda text: isinstance(text, str) and text != "", "non-empty strings", unordered=True)
         self._to_tuple("stop_token_ids", is_token, "a list of token ids, whole numbers from 0 up", unordered=True)
         self._to_tuple("logits_processors", callable, "a list of functions (token_ids, logits) -> logits")
-        object.__setattr__(self, "logit_bias", None if self.logit_bias is None else LogitBias(self.logit_bias))
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _checked_biases(self.logit_bias))
 
     def _to_tuple(self, name: str, accept: Callable[[Any], bool], expected: str, unordered: bool = False) -> None:
         values: Any = getattr(self, name)
@@ -247,6 +244,22 @@ class SamplingParams:
             or self.min_tokens
             or self.logits_processors
         )
+
+
+def _checked_biases(biases: Any) -> dict[int, float]:
+    if not isinstance(biases, Mapping):
+        raise RequestError(f"logit_bias must be a dict of token id to number, not {short_repr(biases)}")
+    biases = {as_plain(token): as_plain(bias) for token, bias in biases.items()}
+    for token, bias in biases.items():
+        if not is_token(token):
+            raise RequestError(f"logit_bias must have token ids, whole numbers from 0 up, not {short_repr(token)}")
+        bans = isinstance(bias, float) and bias == -math.inf
+        if not bans and not (is_finite(bias) and abs(bias) <= MAX_BIAS):
+            raise RequestError(
+                f"logit_bias of token {short_repr(token)} must be a number from {-MAX_BIAS:.0e} to {MAX_BIAS:.0e}, "
+                f"or -inf to ban it, not {short_repr(bias)}"
+            )
+    return biases
 
 
 def check_vocab(params: SamplingParams, vocab_size: int) -> None:

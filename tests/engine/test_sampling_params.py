@@ -251,8 +251,6 @@ def test_what_was_passed_may_change_and_params_do_not() -> None:
     functions.clear()
     assert params.logit_bias == {1: 2.0}
     assert (params.stop_token_ids, params.stop, params.logits_processors) == ((3,), ("a",), (len,))
-    with pytest.raises(TypeError):
-        params.logit_bias[1] = 3.0
     with pytest.raises(FrozenInstanceError):
         params.n = 2
 

@@ -139,9 +139,9 @@ def test_the_system_message_of_the_command_is_the_default(tiny_dir: Path, tmp_pa
 
 
 class Feed(io.RawIOBase):
-    """A pipe of 4,000 lines that counts those that were read."""
+    """A pipe of 500 lines that counts those that were read."""
 
-    n_lines = 4_000
+    n_lines = 500
 
     def __init__(self) -> None:
         self.taken = 0

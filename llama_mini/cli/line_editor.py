@@ -46,9 +46,8 @@ class Lines:
 
     def __init__(self) -> None:
         self._terminal = sys.stdin.isatty()
-        self._editing = self._terminal and sys.stdout.isatty()
-        self._typed: Callable[[], str] = str  # the line so far; "" without readline
-        if self._editing:
+        self._typed: Callable[[], str] | None = None  # the line so far; None without readline
+        if self._terminal and sys.stdout.isatty():
             with suppress(ImportError):
                 import readline
 
@@ -60,7 +59,7 @@ class Lines:
         except (EOFError, KeyboardInterrupt) as end:
             if self._terminal:
                 print(file=sys.stderr)
-            if isinstance(end, KeyboardInterrupt) and self._typed():
+            if isinstance(end, KeyboardInterrupt) and self._typed is not None and self._typed():
                 return ""
             raise
 
@@ -81,8 +80,11 @@ class Lines:
             ) from None
 
     def _line(self, prompt: str) -> str:
-        if self._editing:
-            return self._edited_line(prompt)
+        if self._typed is not None:  # readline reads a terminal key by key, which cuts nothing
+            try:
+                return typed_text(input(prompt), LINE)
+            except UnicodeDecodeError as error:
+                raise RequestError(f"{LINE} is not {error.encoding} text: {error.reason}") from None
         if self._terminal:  # input() would write the prompt to standard output
             print(prompt, end="", file=sys.stderr, flush=True)
         line = sys.stdin.buffer.readline()
@@ -92,15 +94,6 @@ class Lines:
         if self._terminal:
             check_whole_line(line)
         return as_text(line, LINE)
-
-    def _edited_line(self, prompt: str) -> str:
-        try:
-            line = typed_text(input(prompt), LINE)
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{LINE} is not {error.encoding} text: {error.reason}") from None
-        if self._typed is str:  # readline reads a terminal key by key, which cuts nothing
-            check_whole_line(line.encode())
-        return line
 
 
 class Editor:

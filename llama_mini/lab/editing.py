@@ -198,19 +198,16 @@ def _edited(
         return nn.Identity()
     if "skip" in settings:
         return module
-    norm = _changed(module if isinstance(module, Norm) else _unit_norm(model, path), settings, model.device)
+    if not isinstance(module, Norm):  # an empty slot gets a norm of unit gain
+        width = slot_width(model.config, path)
+        module = RMSNorm(width, model.config.norm_eps, device=model.device, dtype=model.dtype)
+    norm = _changed(module, settings, model.device)
     if energy is None:
         return norm
     keep = settings.get("keep", KEEP[0])
     if settings["freeze"] == "mean":
         energy = energy[:, ~kept_tokens(keep, energy)].mean()
     return Frozen(norm, torch.rsqrt(energy + norm.eps), keep)
-
-
-def _unit_norm(model: Llama, path: str) -> Norm:
-    """A norm of unit gain for an empty slot."""
-    width = slot_width(model.config, path)
-    return RMSNorm(width, model.config.norm_eps, device=model.device, dtype=model.dtype)
 
 
 def _changed(old: Norm, settings: Mapping[str, Any], device: torch.device) -> Norm:

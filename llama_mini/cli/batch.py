@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -115,24 +115,15 @@ def open_batch(prompts: str, output: str | None) -> Iterator[Batch]:
     results = None if output in (None, "-") else Path(output)
     if results is not None and not results.parent.is_dir():
         raise RequestError(f"{results} cannot be written (there is no folder {results.parent}): give another --output")
-    if prompts == "-":
-        yield Batch("standard input", _apart_from(results, sys.stdin.buffer), results)
-        return
-    path = Path(prompts)
     try:
-        file = path.open("rb")
+        file: BinaryIO = sys.stdin.buffer if prompts == "-" else Path(prompts).open("rb")
     except OSError as error:
         raise RequestError(f"{prompts} cannot be read ({error.strerror}): give --batch a file of prompts") from None
-    with file:
-        yield Batch(prompts, _apart_from(results, file), results)
-
-
-def _apart_from(results: Path | None, file: BinaryIO) -> BinaryIO:
-    """The open file of prompts, unless it is that of the results: RequestError."""
-    with suppress(io.UnsupportedOperation):  # no file, but bytes in memory
-        if results is not None and results.is_file() and os.path.samestat(os.fstat(file.fileno()), results.stat()):
-            raise RequestError(f"{results} is the file of the prompts: give another --output")
-    return file
+    with nullcontext() if prompts == "-" else file:
+        with suppress(io.UnsupportedOperation):  # no file, but bytes in memory
+            if results is not None and results.is_file() and os.path.samestat(os.fstat(file.fileno()), results.stat()):
+                raise RequestError(f"{results} is the file of the prompts: give another --output")
+        yield Batch("standard input" if prompts == "-" else prompts, file, results)
 
 
 def settings_of(args: argparse.Namespace, llm: LLM, source: Source) -> Settings:

@@ -116,7 +116,7 @@ def open_batch(prompts: str, output: str | None) -> Iterator[Batch]:
     if results is not None and not results.parent.is_dir():
         raise RequestError(f"{results} cannot be written (there is no folder {results.parent}): give another --output")
     try:
-        file: BinaryIO = sys.stdin.buffer if prompts == "-" else Path(prompts).open("rb")
+        file: BinaryIO = sys.stdin.buffer if prompts == "-" else open(prompts, "rb")  # noqa: SIM115  closed below
     except OSError as error:
         raise RequestError(f"{prompts} cannot be read ({error.strerror}): give --batch a file of prompts") from None
     with nullcontext() if prompts == "-" else file:

@@ -43,10 +43,18 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
         end = words.index("--") if "--" in words else len(words)
-        parsed, unknown = super().parse_known_args([*map(_known_name, words[:end]), *words[end:]], namespace)
+        parsed, unknown = super().parse_known_args([*map(self._known_name, words[:end]), *words[end:]], namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown)}")
         return parsed, unknown
+
+    def _known_name(self, word: str) -> str:
+        if not word.startswith("-") or len(word.split()) != 1:
+            return word
+        name, equals, value = word.partition("=")
+        dashes = name.replace("_", "-") if name.startswith("--") else name
+        known = ALIASES.get(dashes, dashes)
+        return (known if known in self._option_string_actions else name) + equals + value
 
     def _hint(self, unknown: list[str]) -> str:
         name = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
@@ -56,14 +64,6 @@ class Parser(argparse.ArgumentParser):
         if close := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
             return f" (did you mean {close[0]}?)"
         return "; a prompt that begins with - goes after --" if "--prompt" in known else ""
-
-
-def _known_name(word: str) -> str:
-    if not word.startswith("-") or len(word.split()) != 1:
-        return word
-    name, equals, value = word.partition("=")
-    name = name.replace("_", "-") if name.startswith("--") else name
-    return ALIASES.get(name, name) + equals + value
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:

@@ -59,8 +59,8 @@ def read_settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     if text.startswith("scale:"):
         return ("scale", _value(text.removeprefix("scale:")))
     try:

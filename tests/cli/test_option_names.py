@@ -45,7 +45,7 @@ def test_ways_to_give_the_prompt(capsys: pytest.CaptureFixture[str], tiny_dir: P
     [
         (["--nonsense", "hi"], "unrecognized arguments: --nonsense; a prompt that begins with - goes after --"),
         (["--temprature", "1"], "unrecognized arguments: --temprature (did you mean --temperature?)"),
-        (["--max_tokns=1", "hi"], "unrecognized arguments: --max-tokns=1 (did you mean --max-tokens?)"),
+        (["--max_tokns=1", "hi"], "unrecognized arguments: --max_tokns=1 (did you mean --max-tokens?)"),
         (["hi", "ho"], "unrecognized arguments: ho\n"),
         (["hi", "--prompt", "ho"], "argument --prompt: not allowed with argument PROMPT"),
         (["hi", "--file", "f"], "argument --file: not allowed with argument PROMPT"),
@@ -64,6 +64,13 @@ def test_a_mistake_is_named(capsys: pytest.CaptureFixture[str], tiny_dir: Path, 
     code, out, err = run(capsys, "--model", tiny_dir, *words)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_a_name_that_a_command_has_not_is_named_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["score", "-p", "x"], ["info", "-p", "x"], ["lab", "norms", "-p", "x"]):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "unrecognized arguments: -p" in capsys.readouterr().err
 
 
 def test_the_path_of_a_model_is_no_prompt(

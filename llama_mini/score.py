@@ -43,7 +43,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("--stride", type=int, metavar="N", help=stride)
     bos = "rule (default): where the checkpoint's tokenizer adds it; each: before every window; none: nowhere"
     add("--bos", choices=["rule", "each", "none"], default="rule", help=bos)
-    against = p.add_argument_group("comparison", "Either adds a second model, the reference, which is not quantized.")
+    against = p.add_argument_group("comparison", "Either adds a second model, the reference, which is not quantised.")
     against.add_argument("--against", metavar="M", help="checkpoint of the reference; default: that of --model")
     against.add_argument("--against-dtype", metavar="D", help="dtype of the reference; default: that of --dtype")
     return p

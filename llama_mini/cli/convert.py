@@ -37,7 +37,7 @@ CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) -> None:
     """Writes the directory `target`, complete or not at all, with one tensor in memory at a time.
 
-    `dtype=None` keeps the dtype of the weights; quantized ones become bfloat16. Pickles are read too, if they hold
+    `dtype=None` keeps the dtype of the weights; quantised ones become bfloat16. Pickles are read too, if they hold
     nothing but plain tensors.
 
     Raises CheckpointError, ConfigError, TokenizerError.

@@ -137,7 +137,7 @@ def model_options(p: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="M", help=MODEL)
     _dtype_and_device(group)
     add = group.add_argument
-    add("--quantize", choices=["int8", "int4"], metavar="Q", help="int8 or int4: quantize the weights while loading")
+    add("--quantize", choices=["int8", "int4"], metavar="Q", help="int8 or int4: quantise the weights while loading")
     kernels = "auto (default): fast operators, built once; off: PyTorch's"
     add("--kernels", choices=["auto", "off"], default="auto", help=kernels)
     add("--threads", type=int, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else one per usable core")

@@ -44,8 +44,8 @@ class LLM:
             result of `open_checkpoint`.
         dtype: `auto` (bfloat16 if the device computes in it, else float32), a name or a torch dtype.
         device: `cpu`, `cuda`, ...
-        quantize: `int8` or `int4` quantizes the weight matrices as they are loaded, the head always to int8; None
-            quantizes nothing.
+        quantize: `int8` or `int4` quantises the weight matrices as they are loaded, the head always to int8; None
+            quantises nothing.
         kernels: `auto` compiles the fast operators the first time, about 10 s; `off` uses PyTorch's operators.
         threads: number of threads of the whole process; None keeps what OMP_NUM_THREADS, MKL_NUM_THREADS or
             torch.set_num_threads has set, and else takes one per core that the process may use.

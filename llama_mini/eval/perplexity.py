@@ -19,7 +19,7 @@ from llama_mini.errors import NumericalError, RequestError
 from llama_mini.memory import check_cache_fits
 from llama_mini.validate import as_plain, check_token_ids, check_whole, short_repr
 
-DEFAULT_CONTEXT = 2048  # the usual one for comparing quantized models
+DEFAULT_CONTEXT = 2048  # the usual one for comparing quantised models
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from math import ceil
 from pathlib import Path, PurePosixPath
 
@@ -15,7 +16,6 @@ import torch
 from llama_mini.errors import RequestError
 from llama_mini.validate import check_whole
 
-_OPENMP = ctypes.CDLL(torch._C.__file__)  # finds the functions of the libraries that this one needs, too
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 DTYPES = {
     "float32": torch.float32,
@@ -88,7 +88,7 @@ def one_thread() -> Iterator[None]:
     """Runs PyTorch's operators in this thread alone. Those over a vocabulary gain little from others, and where other
     processes use the cores, each of them waits for the others. torch.set_num_threads is slow and for the whole process.
     """
-    set_number = getattr(_OPENMP, "omp_set_num_threads", lambda n: None)
+    set_number = getattr(_openmp(), "omp_set_num_threads", lambda n: None)
     before = torch.get_num_threads()
     set_number(1)
     try:
@@ -97,11 +97,16 @@ def one_thread() -> Iterator[None]:
         set_number(before)
 
 
+@cache
+def _openmp() -> ctypes.CDLL:
+    return ctypes.CDLL(torch._C.__file__)  # it finds the functions of the libraries that this one needs, too
+
+
 def _end_openmp_threads() -> None:
     """Before a fork. OpenMP's threads would not exist in the child, which would wait for them forever at the next
     parallel operator. Where there are none, OpenMP starts new ones, in the parent and in the child.
     """
-    if end := getattr(_OPENMP, "omp_pause_resource_all", None):
+    if end := getattr(_openmp(), "omp_pause_resource_all", None):
         end(1)  # omp_pause_soft: settings are kept
 
 

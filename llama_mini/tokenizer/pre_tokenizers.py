@@ -1,7 +1,8 @@
 """How byte-level BPE splits a text into words, under the names that GGUF files give in tokenizer.ggml.pre.
 
-The splits are those of llama.cpp (src/llama-vocab.cpp and src/unicode.cpp). Where they differ from those that a model
-was trained with, they follow llama.cpp: upper case is all but a-z, lower case all but A-Z, and Han a list of blocks.
+The splits are those of llama.cpp (src/llama-vocab.cpp and src/unicode.cpp), for files of the architectures that open here
+and for those that share a split with one. Where llama.cpp differs from what a model was trained with, they follow
+llama.cpp: upper case is all but a-z, lower case all but A-Z.
 """
 
 from typing import Any
@@ -22,8 +23,9 @@ _UPPER, _LOWER = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"  # letters outside ASCII
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 _KANJI_AND_KANA = "[一-龥\u3040-\u30ff]+"
 _AFTER_ASCII_SYMBOL = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
-_DEEPSEEK_WORD = rf"{_AFTER_ASCII_SYMBOL}|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
-_DEEPSEEK_3 = rf"{_DEEPSEEK_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}"
+_DEEPSEEK_3 = (
+    rf"{_AFTER_ASCII_SYMBOL}|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}"
+)
 # No white space is in the next ranges and lists: outside ASCII, it matches nothing but `\s` in llama.cpp.
 _DEEPSEEK_CJK = "[一-龥\u0800-一가-\ud7ff&&[^\\s]]+"
 _DEEPSEEK_LETTERS = (
@@ -31,21 +33,15 @@ _DEEPSEEK_LETTERS = (
     "ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇ"
     "Ꞌ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
-_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ebef\U0002f800-\U0002fa1f"
-_AFMOE_SCRIPTS = (  # Han, kana, Thai, Lao, Khmer, Burmese, Hangul; and, as in llama.cpp, all from U+8C48 to U+FAFF
-    "\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0eff\u1780-\u17ff\u1000-\u109f"
-    "\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff"
-)
 # Digits in threes, counted from the right. Each look-ahead happens once a number, which keeps the time linear.
-_THREES = split(r"(?<!\p{N})\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))|\p{N}{3}", "MergedWithPrevious")
-_ASCII_THREES = (
+_THREES = (
     split(r"(?<![0-9])[0-9]{1,2}(?=(?:[0-9]{3})+(?![0-9]))", "MergedWithPrevious"),
     split(r"[0-9]{3}", "MergedWithNext"),
 )
 
 _LLAMA_3_NAMES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
-ADD_BOS = frozenset({*_LLAMA_3_NAMES, "tekken", "chameleon"})  # a text begins with BOS unless the file says otherwise
-IGNORE_MERGES = frozenset({*_LLAMA_3_NAMES, "tekken", "glm4", "glm5", "minicpm5", "youtu"})  # a word may be a token
+ADD_BOS = frozenset({*_LLAMA_3_NAMES, "tekken"})  # a text begins with BOS unless the file says otherwise
+IGNORE_MERGES = frozenset({*_LLAMA_3_NAMES, "tekken", "glm4", "glm5", "minicpm5"})  # a word may be a token
 _TABLE: tuple[tuple[Any, ...], ...] = (  # names; then patterns, each of which splits what the ones before it left
     ("gpt-2 phi-2 olmo mpt jais mellum exaone4 a.x-4.0 gigachat trillion granite-docling", _GPT_2),
     ("smollm command-r starcoder refact codeshell exaone minerva-7b mellum2", r"\p{N}", _GPT_2),
@@ -69,45 +65,11 @@ _TABLE: tuple[tuple[Any, ...], ...] = (  # names; then patterns, each of which s
     ),
     ("deepseek-coder", r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}"),
     ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", r"\p{N}{1,3}", _KANJI_AND_KANA, _DEEPSEEK_3),
-    (
-        "spark2_5",
-        r"\p{N}{1,3}",
-        _KANJI_AND_KANA,
-        rf"{_DEEPSEEK_WORD}| ?[\p{{P}}\p{{S}}]+|[\r\n]|{_SPACES}",
-        r"\p{N}",
-    ),
     ("seed-coder", rf"{_SUFFIX}|{_PREFIX}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES}"),
-    ("kimi-k2", rf"[{_HAN}]+|{_PREFIX}[\p{{L}}&&[^{_HAN}]]+(?:{_SUFFIX})?|\p{{N}}{{1,3}}|{_GPT_4}"),
-    ("afmoe", _THREES, f"[{_AFMOE_SCRIPTS}]+", _DEEPSEEK_3),
-    ("tiny_aya cohere2moe", _THREES, rf"{_PREFIX}[\p{{L}}\p{{M}}]+(?:{_SUFFIX})?|\p{{N}}{{1,3}}|{_GPT_4O}"),
-    ("superbpe", r"\p{N}+", *_ASCII_THREES),
+    ("superbpe", r"\p{N}+", *_THREES),
     ("minicpm5", r"\p{N}{1,3}", rf"{_SUFFIX}|{_PREFIX}\p{{L}}+|\p{{N}}+|{_GPT_4}"),
     ("ufakzeka", rf"{_PREFIX}\p{{L}}+|\p{{N}}|{_GPT_4}"),
     ("laguna", r"[^\n]+|\n+", _QWEN_2),
-    (
-        "exaone-moe",
-        rf"{_SUFFIX}|{_PREFIX}(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}|{_SYMBOLS}[\r\n/]?|\s*[\r\n]|{_SPACES}",
-    ),
-    (
-        "jais-2",
-        rf"{_SUFFIX}|{_PREFIX}\p{{L}}+|\p{{N}}{{1,3}}|{_SYMBOLS}[\r\n]*|\s*[\r\n]+|"
-        + "".join(rf"\s{{{n}}}(?!\S)|" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
-        + r"\s",
-    ),
-    (
-        "youtu",
-        "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-\u303f︰-﹏]+|[ㄅ-ㄯ]+|" + _KANJI_AND_KANA,
-        rf"{_PREFIX}[\p{{L}}\p{{M}}]+(?:{_SUFFIX})?|\p{{N}}|{_GPT_4O}",
-    ),
-    (
-        "chameleon",
-        r"<sentinel:[0-9]+>",
-        r"IMGIMG[A-I]{1,4}Z",
-        r"[\t\n]|    |  ",
-        r"\p{N}",
-        r"[\p{P}!-/:-@\[-`{-~]",
-        _GPT_2,
-    ),
     ("bloom poro-chat gpt3-finnish", _BLOOM),
     ("viking", _BLOOM, r"\p{N}"),
     ("falcon", r"[\p{P}\$\+<=>\^~\|`]+", _GPT_2, r"[0-9][0-9][0-9]"),

@@ -14,7 +14,7 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
-from llama_mini.checkpoint.io.files import SINGLE, VOCABULARIES, inside, write_json
+from llama_mini.checkpoint.io.files import SINGLE, TEMPLATES, VOCABULARIES, inside, write_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import empty_model, match, read_all
 from llama_mini.checkpoint.open import open_checkpoint
@@ -24,14 +24,15 @@ from llama_mini.errors import LlamaMiniWarning, TokenizerError
 from llama_mini.machine import as_dtype, dtype_name
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
+from llama_mini.tokenizer.config_files import template_files
 from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.meta_vocabulary import meta_tokenizer_files
 
 COPIED = [
     *(*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("vocab.json", "merges.txt", "chat_template.json", "generation_config.json"),
 ]
-CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+GENERATION = "generation_config.json"
 
 
 def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) -> None:
@@ -68,8 +69,9 @@ def tokenizer_files(source: Source) -> dict[str, Any]:
     if source.gguf is not None:
         return _gguf_files(source)
     copied = {name: path for name in COPIED if (path := inside(source.directory, name)).is_file()}
-    files: dict[str, Any] = dict(copied)
-    if set(copied) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # Meta's: transformers needs more
+    templates = {str(path.relative_to(source.directory)): path for path in template_files(source.directory).values()}
+    files: dict[str, Any] = copied | templates
+    if set(copied) - {GENERATION} == {"tokenizer.model"}:  # Meta's: transformers needs more
         files = meta_tokenizer_files(copied["tokenizer.model"]) | files
     if not set(VOCABULARIES) & set(files):
         warnings.warn(f"{source.directory} has no tokenizer; none is written", LlamaMiniWarning, stacklevel=3)
@@ -84,8 +86,9 @@ def _gguf_files(source: Source) -> dict[str, Any]:
         "tokenizer_config.json": vocabulary.tokenizer_config(),
         GENERATION: special_ids(replace(source.config, eos_ids=tuple(vocabulary.eos_ids))),
     }
-    template = vocabulary.chat_template
-    return files if template is None else files | {CHAT_TEMPLATE: template}
+    for name, template in vocabulary.chat_templates.items():
+        files["chat_template.jinja" if name == "default" else str(inside(Path(TEMPLATES), f"{name}.jinja"))] = template
+    return files
 
 
 def _with_special_ids(config: LlamaConfig, files: dict[str, Any]) -> LlamaConfig:
@@ -100,6 +103,7 @@ def _with_special_ids(config: LlamaConfig, files: dict[str, Any]) -> LlamaConfig
 
 
 def _write(path: Path, content: dict[str, Any] | str | Path) -> None:
+    path.parent.mkdir(exist_ok=True)
     if isinstance(content, dict):
         write_json(path, content)
     elif isinstance(content, str):

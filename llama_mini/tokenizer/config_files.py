@@ -91,6 +91,13 @@ def read_text(path: Path) -> str:
         raise TokenizerError(f"{path} is not UTF-8 text at byte {error.start}; restore the file") from None
 
 
+def template_files(directory: Path) -> dict[str, Path]:
+    """Chat templates in files of their own, by name."""
+    folder, default = inside(directory, files.TEMPLATES), inside(directory, "chat_template.jinja")
+    named = {path.stem: inside(folder, path.name) for path in sorted(folder.glob("*.jinja"))}
+    return named | {"default": default} if default.is_file() else named
+
+
 def _read_settings(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json. The older special_tokens_map.json overrides it in the same cases as in transformers."""
     path, older = inside(directory, "tokenizer_config.json"), inside(directory, "special_tokens_map.json")
@@ -125,11 +132,8 @@ def _chat_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]
 
     chat_template.json is the older file of processors, which also take images.
     """
-    folder = directory / "additional_chat_templates"
-    paths = {path.stem: inside(folder, path.name) for path in sorted(folder.glob("*.jinja"))}
-    paths["default"] = inside(directory, "chat_template.jinja")
-    if texts := {name: read_text(path) for name, path in paths.items() if path.is_file()}:
-        return texts
+    if paths := template_files(directory):
+        return {name: read_text(path) for name, path in paths.items()}
     path = inside(directory, "tokenizer_config.json")
     found, older = settings.get("chat_template"), inside(directory, "chat_template.json")
     if found is None and older.is_file():

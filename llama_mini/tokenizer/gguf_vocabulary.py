@@ -1,4 +1,4 @@
-"""The vocabulary inside a GGUF file, as the content of tokenizer.json, tokenizer_config.json and chat_template.jinja.
+"""The vocabulary inside a GGUF file, as the content of tokenizer.json, tokenizer_config.json and chat templates.
 
 Two kinds are read: byte-level BPE (gpt2) and SentencePiece (llama). A key, or its absence, means what
 it means to llama.cpp (src/llama-vocab.cpp).
@@ -51,11 +51,14 @@ class GGUFVocabulary:
         return "GGUF SentencePiece" if self.is_sentencepiece else f"GGUF byte-level BPE ({self._pre})"
 
     @property
-    def chat_template(self) -> str | None:
-        template = self._metadata.get("tokenizer.chat_template")
-        if template is not None and not isinstance(template, str):
-            raise TokenizerError(f"{self.path}: tokenizer.chat_template must be text, not {short_repr(template)}")
-        return template
+    def chat_templates(self) -> dict[str, str]:
+        """Templates by name: tokenizer.chat_template is the default one, tokenizer.chat_template.tool_use another."""
+        prefix = "tokenizer.chat_template"
+        texts = {key: text for key, text in self._metadata.items() if f"{key}.".startswith(f"{prefix}.")}
+        for key, text in texts.items():
+            if not isinstance(text, str):
+                raise TokenizerError(f"{self.path}: {key} must be text, not {short_repr(text)}")
+        return {key[len(prefix) + 1 :] or "default": text for key, text in texts.items()}
 
     @property
     def eos_ids(self) -> list[int]:
@@ -94,19 +97,10 @@ class GGUFVocabulary:
         return ConfigFiles(
             hugging_face=True,
             names=self._names(),
-            chat_templates=self._chat_templates(),
+            chat_templates=self.chat_templates,
             eos_ids=tuple(self.eos_ids),
             model_vocab_size=n_rows,
         )
-
-    def _chat_templates(self) -> dict[str, str]:
-        """Templates by name: tokenizer.chat_template is the default one, tokenizer.chat_template.tool_use another."""
-        prefix = "tokenizer.chat_template."
-        named = {key.removeprefix(prefix): text for key, text in self._metadata.items() if key.startswith(prefix)}
-        for name, template in named.items():
-            if not isinstance(template, str):
-                raise TokenizerError(f"{self.path}: {prefix}{name} must be text, not {short_repr(template)}")
-        return named if self.chat_template is None else named | {"default": self.chat_template}
 
     def _names(self) -> dict[str, str]:
         ids = {name: self._token_id(key) for name, key in _NAMED.items()}

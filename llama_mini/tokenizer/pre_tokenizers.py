@@ -1,7 +1,7 @@
 """How byte-level BPE splits a text into words, under the names that GGUF files give in tokenizer.ggml.pre.
 
-The splits are those of llama.cpp (src/llama-vocab.cpp and src/unicode.cpp), for files of the architectures that open here
-and for those that share a split with one. Where llama.cpp differs from what a model was trained with, they follow
+The splits are those of llama.cpp (src/llama-vocab.cpp and src/unicode.cpp), for files of the architectures that open
+here and for those that share a split with one. Where llama.cpp differs from what a model was trained with, they follow
 llama.cpp: upper case is all but a-z, lower case all but A-Z.
 """
 

@@ -16,6 +16,7 @@ from llama_mini.checkpoint.io.files import VOCABULARIES
 from llama_mini.cli import convert as convert_module
 from llama_mini.cli.convert import convert
 from llama_mini.errors import CheckpointMismatchError, CheckpointPathError, ConfigError, TokenizerError
+from llama_mini.tokenizer import Tokenizer
 
 Write = Callable[..., Path]
 
@@ -47,6 +48,19 @@ def test_transformers_loads_it_as_it_is(
     assert tokenizer.tokenize("the 12") == ["t", "he", "Ġ", "1", "2"]
     assert tokenizer.apply_chat_template([{"content": "7"}], tokenize=False) == "<|im_start|>7<|im_end|>\n"
     assert b"<|im_end|>\r\n{% endfor %}" in (target / "chat_template.jinja").read_bytes()  # to the letter
+
+
+def test_no_template_is_lost(tmp_path: Path, write_gguf: Write) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", {"tokenizer.chat_template.tool_use": "{{ tools }}"})
+    convert(path, tmp_path / "once")
+    convert(tmp_path / "once", tmp_path / "twice")
+    for target in (tmp_path / "once", tmp_path / "twice"):
+        assert Tokenizer.from_pretrained(target).template_variables >= {"tools"}
+        templates = AutoTokenizer.from_pretrained(target).chat_template
+        assert templates.keys() == {"default", "tool_use"}
+        assert templates["tool_use"] == "{{ tools }}"
+    with pytest.raises(CheckpointPathError, match=r"'\.\./x\.jinja' is not a plain file name"):
+        convert(write_gguf(tmp_path / "bad.gguf", {"tokenizer.chat_template.../x": "x"}), tmp_path / "bad")
 
 
 def test_a_vocabulary_under_any_name_is_copied(tmp_path: Path, tiny_dir: Path) -> None:

@@ -230,12 +230,14 @@ def test_context_length_is_that_of_the_architecture() -> None:
 
 def test_chat_template_is_passed_on() -> None:
     found = header()
-    assert GGUFVocabulary(found).chat_template is None
+    assert GGUFVocabulary(found).chat_templates == {}
     found.metadata["tokenizer.chat_template"] = "{{ messages }}\r\n"
-    assert GGUFVocabulary(found).chat_template == "{{ messages }}\r\n"
+    found.metadata["tokenizer.chat_template.rag"] = "{{ documents }}"
+    expected = {"default": "{{ messages }}\r\n", "rag": "{{ documents }}"}
+    assert GGUFVocabulary(found).chat_templates == expected
     found.metadata["tokenizer.chat_template"] = 7
     with pytest.raises(TokenizerError, match="chat_template must be text, not 7"):
-        _ = GGUFVocabulary(found).chat_template
+        _ = GGUFVocabulary(found).chat_templates
 
 
 def types(first: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from llama_mini.checkpoint.io.files import CONFIG, INDEX, PARAMS, SINGLE, VOCABULARIES, read_weight_map
+from llama_mini.checkpoint.io.files import CONFIG, INDEX, PARAMS, SINGLE, TEMPLATES, VOCABULARIES, read_weight_map
 from llama_mini.checkpoint.not_models import ADAPTER_CONFIG
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, CheckpointPathError
 from llama_mini.validate import join_names, short_repr
@@ -118,7 +118,7 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
     top = {name for name in names if "/" not in name}
     is_meta = CONFIG not in top and PARAMS in top
     small = [name for name in (*SMALL, *([PARAMS] if is_meta else [])) if name in top]
-    small += sorted(name for name in names if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", name))
+    small += sorted(name for name in names if re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", name))
     if tokenizer_only and top.intersection(VOCABULARIES):
         return small
     weights = [n for n in top if n.endswith(".safetensors") and not n.startswith("adapter")]

@@ -82,7 +82,7 @@ def load_model(
         name = names[file_name]
         return sinks[name].destination(first, shape[0]) if name in sinks else state[name][first : first + shape[0]]
 
-    what = "loading" if quantize is None else f"quantizing to {quantize}"
+    what = "loading" if quantize is None else f"quantising to {quantize}"
     as_stored = [
         file_name
         for file_name, name in names.items()

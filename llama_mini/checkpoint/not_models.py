@@ -1,7 +1,8 @@
-"""What people give in place of a model, told by content where that is possible: what it is, and what to do about it."""
+"""What people give in place of a model: what it is, and what to do about it."""
 
 import re
 from collections.abc import Collection, Mapping
+from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +12,31 @@ from llama_mini.validate import join_names, short_repr
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MERGE = "merge it into that model and save the result (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse), then give that"
-_ADAPTER = f"an adapter, not a whole model: {_MERGE}"
-_EXPORTED = "made for another runtime: give the Hugging Face checkpoint that it was made from"
-_UNFINISHED = "an unfinished download: finish it, or download the checkpoint again"
-_TRAINING = "the state of a training run, without the model's weights: give the directory of the model"
-_DEEPSPEED = "the parts of a DeepSpeed checkpoint: join them with its zero_to_fp32.py"
-_FILES = {  # pattern in a directory without weights that can be read -> what such a file means
-    "adapters.safetensors": _ADAPTER,
-    "adapter_model.*": _ADAPTER,
-    "*.distcp": "the parts of a torch.distributed checkpoint: join them with `python -m "
-    "torch.distributed.checkpoint.format_utils dcp_to_torch`, and convert the pytorch_model.bin that this makes",
-    "*mp_rank_*": _DEEPSPEED,
-    "*zero_pp_rank_*": _DEEPSPEED,
-    "global_step*": _DEEPSPEED,
-    "latest_checkpointed_iteration.txt": "a Megatron checkpoint: convert it to Hugging Face's format",
-    "model_index.json": "a diffusion pipeline, not a language model",
-    "*.onnx": _EXPORTED,
-    "openvino_model.xml": _EXPORTED,
-    "coremldata.bin": _EXPORTED,
-    "Data/com.apple.CoreML": _EXPORTED,
-    "*.mlmodelc": _EXPORTED,
-    "*.mlpackage": _EXPORTED,
-    "*.tflite": _EXPORTED,
-    "*.engine": _EXPORTED,
-    "*.nemo": "a NeMo archive: convert it to Hugging Face's format with NeMo's own scripts",
-    "*.msgpack": "weights of Flax: give those of PyTorch or safetensors",
-    "*.h5": "weights of TensorFlow: give those of PyTorch or safetensors",
-    "*.incomplete": _UNFINISHED,
-    ".cache/huggingface/download/*.incomplete": _UNFINISHED,
-    "*.part": _UNFINISHED,
-    "*.crdownload": _UNFINISHED,
-    "*.aria2": _UNFINISHED,
-    "optimizer.*": _TRAINING,
-    "scheduler.pt": _TRAINING,
-    "trainer_state.json": _TRAINING,
-}
+_FILES = (  # what a file means that is no weights file; the patterns of its name
+    (f"an adapter, not a whole model: {_MERGE}", "adapter*"),
+    (
+        "a part of a torch.distributed checkpoint: join the parts with `python -m "
+        "torch.distributed.checkpoint.format_utils dcp_to_torch`, and convert the pytorch_model.bin that this makes",
+        *("*.distcp",),
+    ),
+    ("a part of a DeepSpeed checkpoint: join the parts with its zero_to_fp32.py", "*mp_rank_*", "global_step*"),
+    ("a diffusion pipeline, not a language model", "model_index.json"),
+    (
+        "a model for another runtime: give the Hugging Face checkpoint that it was made from",
+        *("*.onnx", "*.tflite", "*.mlmodelc", "*.mlpackage"),
+    ),
+    ("a NeMo archive: convert it to Hugging Face's format with NeMo's own scripts", "*.nemo"),
+    ("weights of Flax or TensorFlow: give those of PyTorch or safetensors", "*.msgpack", "*.h5"),
+    ("an unfinished download: finish it, or download the checkpoint again", "*.incomplete", "*.part"),
+    (
+        "the state of a training run, without the model's weights: give the directory of the model",
+        *("optimizer.*", "scheduler.*", "trainer_state.json"),
+    ),
+)
+_HUB_DOWNLOADS = ".cache/huggingface/download"  # where `hf download --local-dir` keeps unfinished files
+_FOLDERS = ("*/config.json", "snapshots/*/config.json", "*/params.json", "*/*.gguf")
 _DRAFT = "a draft head, which predicts for another model: give that model"
 _CLASSIFIER = "a classifier or reward model, which generates no text"
-_FOLDERS = ("*/config.json", "snapshots/*/config.json", "*/params.json", "*/*.gguf")
 _ARCHITECTURES = {  # in the name of an architecture or model_type -> what that is
     "classification|questionanswering|reward": _CLASSIFIER,
     "eagle|medusa|speculator": _DRAFT,
@@ -69,17 +57,22 @@ _TENSORS = {  # in a tensor's name -> what that tells
 }
 
 
+def told_by_name(names: Collection[str]) -> tuple[str, str] | None:
+    """The first name that tells that a file holds no weights in a known format, and what it is instead."""
+    found = ((name, what) for what, *patterns in _FILES for pattern in patterns for name in matching(names, pattern))
+    return next(found, None)
+
+
 def describe_directory(directory: Path) -> str | None:
     """What a directory that has no weights in a known format holds, to follow its name; None if that is not known."""
     if (directory / ADAPTER_CONFIG).is_file():
         return describe_adapter(directory)
-    for pattern, what in _FILES.items():
-        if found := next(iter(sorted(directory.glob(pattern))), None):
-            return f"holds {found.name}, {what}"
-    folders = sorted({str(path.parent) for pattern in _FOLDERS for path in directory.glob(pattern)})
-    return (
-        f"holds no checkpoint itself, but its folders do; give one of them: {join_names(folders)}" if folders else None
-    )
+    names = sorted(path.name for folder in (directory, directory / _HUB_DOWNLOADS) for path in folder.glob("*"))
+    if (told := told_by_name(names)) is not None:
+        return f"holds {told[0]}, {told[1]}"
+    if folders := sorted({str(path.parent) for pattern in _FOLDERS for path in directory.glob(pattern)}):
+        return f"holds no checkpoint itself, but its folders do; give one of them: {join_names(folders)}"
+    return None
 
 
 def describe_adapter(directory: Path) -> str:

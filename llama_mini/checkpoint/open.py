@@ -9,11 +9,11 @@ from llama_mini.checkpoint.gguf.header import read_header
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.gguf.not_models import describe_gguf
 from llama_mini.checkpoint.hf.directory import open_hf_directory
-from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
+from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import CONFIG, PARAMS, exists, inside
 from llama_mini.checkpoint.match import with_settled_head
 from llama_mini.checkpoint.meta.directory import open_meta_directory
-from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, describe_adapter, describe_directory
+from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, describe_adapter, describe_directory, told_by_name
 from llama_mini.checkpoint.source import Source
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError, LlamaMiniWarning
 from llama_mini.validate import join_names
@@ -91,4 +91,5 @@ def _open_file(path: Path) -> Source:
                 raise CheckpointFormatError(f"{path.parent} {describe_adapter(path.parent)}")
             raise CheckpointFormatError(f"{path} holds only weights; put the {CONFIG} that describes them beside it")
         return open_hf_directory(path.parent, path)
-    raise CheckpointFormatError(f"{path} is not a checkpoint: it is {describe(kind)}")
+    told = told_by_name([path.name]) if kind in (FileKind.PICKLE, FileKind.ARCHIVE, FileKind.OTHER) else None
+    raise CheckpointFormatError(f"{path} is not a checkpoint: it is {kind.value if told is None else told[1]}")

@@ -90,7 +90,7 @@ class Llama(nn.Module):
     ) -> Self:
         """Opens a checkpoint: a directory, a GGUF or safetensors file, or a hub name (org/name, org/name@revision).
 
-        The model is in eval mode, without gradients. `dtype=None` keeps the file's; quantized blocks become bfloat16.
+        The model is in eval mode, without gradients. `dtype=None` keeps the file's; quantised blocks become bfloat16.
 
         Raises CheckpointError, ConfigError; CapacityError, before any data is read, if it does not fit in memory.
         """

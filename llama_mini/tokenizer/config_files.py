@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.io import files
-from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, describe, kind_of, open_file
+from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of, open_file
 from llama_mini.checkpoint.io.files import inside
 from llama_mini.checkpoint.special_ids import stated_ids
 from llama_mini.errors import CheckpointError, ConfigError, LlamaMiniWarning, TokenizerError
@@ -84,7 +84,7 @@ def read_text(path: Path) -> str:
     data = read_bytes(path)
     kind = kind_of(data[:HEAD], len(data))
     if kind in (FileKind.LFS_POINTER, FileKind.HTML):
-        raise TokenizerError(f"{path} is not a text file but {describe(kind)}")
+        raise TokenizerError(f"{path} is not a text file but {kind.value}")
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
 from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
-from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
+from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import VOCABULARIES, exists, inside
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Backend, check_text, split
@@ -240,8 +240,8 @@ def _fetched(name: str | Path) -> Path:
 def _open(path: Path, files: ConfigFiles) -> tuple[str, Backend]:
     """The kind of a vocabulary file, by its content, and its backend."""
     kind = file_kind(path)
-    if kind in (FileKind.EMPTY, FileKind.LFS_POINTER, FileKind.HTML, FileKind.PICKLE, FileKind.ZIP):
-        raise TokenizerError(f"{path} is not a tokenizer but {describe(kind)}")
+    if kind in (FileKind.EMPTY, FileKind.LFS_POINTER, FileKind.HTML, FileKind.PICKLE, FileKind.ARCHIVE):
+        raise TokenizerError(f"{path} is not a tokenizer but {kind.value}")
     if kind is FileKind.JSON:
         spec = read_json(path)
         if is_tekken(spec):

@@ -112,21 +112,18 @@ def test_tensors_tell_what_they_are(tmp_path: Path, name: str, what: str) -> Non
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("__0_0.distcp", "the parts of a torch.distributed checkpoint: join them with `python -m torch"),
-        ("mp_rank_00_model_states.pt", "the parts of a DeepSpeed checkpoint: join them with its zero_to_fp32.py"),
-        ("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "the parts of a DeepSpeed checkpoint"),
-        ("global_step500/", "the parts of a DeepSpeed checkpoint: join them with its"),
-        ("latest_checkpointed_iteration.txt", "a Megatron checkpoint: convert it"),
+        ("__0_0.distcp", "a part of a torch.distributed checkpoint: join the parts with `python -m torch"),
+        ("mp_rank_00_model_states.pt", "a part of a DeepSpeed checkpoint: join the parts with its zero_to_fp32.py"),
+        ("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "a part of a DeepSpeed checkpoint"),
+        ("global_step500/", "a part of a DeepSpeed checkpoint"),
         ("model_index.json", "a diffusion pipeline, not a language model"),
-        ("model.onnx", "made for another runtime: give the Hugging Face checkpoint"),
-        ("openvino_model.xml", "made for another runtime"),
-        ("coremldata.bin", "made for another runtime"),
-        ("llama.mlpackage/", "made for another runtime"),
-        ("llama.mlmodelc/", "made for another runtime"),
-        ("model.tflite", "made for another runtime"),
+        ("model.onnx", "a model for another runtime: give the Hugging Face checkpoint"),
+        ("llama.mlpackage/", "a model for another runtime"),
+        ("llama.mlmodelc/", "a model for another runtime"),
+        ("model.tflite", "a model for another runtime"),
         ("model.nemo", "a NeMo archive: convert it"),
-        ("flax_model.msgpack", "weights of Flax: give those of PyTorch or safetensors"),
-        ("tf_model.h5", "weights of TensorFlow: give those"),
+        ("flax_model.msgpack", "weights of Flax or TensorFlow: give those of PyTorch or safetensors"),
+        ("tf_model.h5", "weights of Flax or TensorFlow"),
         ("model.safetensors.incomplete", "an unfinished download: finish it, or download the checkpoint again"),
         (".cache/huggingface/download/abc.incomplete", "an unfinished download"),
         ("consolidated.00.pth.part", "an unfinished download"),
@@ -153,7 +150,7 @@ def test_a_directory_of_something_else(tmp_path: Path, name: str, what: str, con
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore::FutureWarning")
 def test_what_torch_saves_in_parts(tmp_path: Path) -> None:
     dcp.save({"weight": torch.zeros(3)}, checkpoint_id=tmp_path, no_dist=True)
-    assert "holds __0_0.distcp, the parts of a torch.distributed checkpoint" in refusal(tmp_path)
+    assert "holds __0_0.distcp, a part of a torch.distributed checkpoint" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -223,21 +220,23 @@ def archive(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("write", "what"),
+    ("name", "write", "what"),
     [
-        (archive, "a tar archive, as NeMo's are"),
-        (lambda path: path.write_bytes(gzip.compress(b"{}")), "a gzip archive"),
-        (lambda path: path.write_bytes(b"\x08\x07\x12\x07pytorch\x1a\x05" + bytes(90)), "an ONNX model"),
-        (lambda path: path.write_bytes(b"\x20\0\0\0TFL3" + bytes(90)), "a TFLite model"),
-        (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(90)), "an HDF5 file"),
-        (lambda path: path.write_bytes(b"\x93NUMPY\x01\0" + bytes(90)), "a NumPy array"),
-        (lambda path: path.write_bytes(b"tjgg\x03\0\0\0" + bytes(90)), "a file in GGML's old format"),
-        (lambda path: torch.save({}, path), "a PyTorch pickle: convert its directory"),
+        ("model.gguf", archive, "an archive: unpack it"),
+        ("model.gguf", lambda path: path.write_bytes(gzip.compress(b"{}")), "an archive"),
+        ("model.gguf", lambda path: path.write_bytes(b"tjgg\x03\0\0\0" + bytes(90)), "a file in GGML's old format"),
+        ("model.gguf", lambda path: torch.save({}, path), "a PyTorch pickle: convert its directory"),
+        ("model.nemo", archive, "a NeMo archive"),
+        ("optimizer.pt", lambda path: torch.save({}, path), "the state of a training run"),
+        ("model.onnx", lambda path: path.write_bytes(bytes(90)), "a model for another runtime"),
+        ("model.onnx", lambda path: path.write_bytes(b"<html>"), "an HTML page"),
     ],
 )
-def test_a_file_is_told_by_its_content(tmp_path: Path, write: Callable[[Path], Any], what: str) -> None:
-    write(tmp_path / "model.gguf")
-    assert f"is not a checkpoint: it is {what}" in refusal(tmp_path / "model.gguf", CheckpointFormatError)
+def test_a_file_is_told_by_its_content_or_else_its_name(
+    tmp_path: Path, name: str, write: Callable[[Path], Any], what: str
+) -> None:
+    write(tmp_path / name)
+    assert f"is not a checkpoint: it is {what}" in refusal(tmp_path / name, CheckpointFormatError)
 
 
 # --- configurations of other kinds of model ---

@@ -88,7 +88,7 @@ def test_a_gguf_file_of_any_name_and_a_directory_that_holds_one(tmp_path: Path) 
         (b"", "it is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "it is a Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "it is an HTML page"),
-        (b"PK\x03\x04" + b"\0" * 60, "it is a zip archive"),
+        (b"PK\x03\x04" + b"\0" * 60, "it is an archive"),
         (b"\x80\x02}q\x00.", "it is a PyTorch pickle: convert its directory with"),
         (b"{}", "it is JSON text"),
         (b"\x7fELF" + b"\0" * 60, "it is of an unknown kind"),

@@ -17,7 +17,7 @@ from tests.tiny_families import random_model
 from tests.tiny_models import HF_TINY
 
 PROJECTION = "model.layers.0.self_attn.q_proj"
-ONLY = "of quantized checkpoints, only GGUF files are read: give the original, in bfloat16 or float16, or a GGUF file"
+ONLY = "of quantised checkpoints, only GGUF files are read: give the original, in bfloat16 or float16, or a GGUF file"
 INT4_GROUP = {"group_0": {"weights": {"num_bits": 4, "type": "int"}, "targets": ["Linear"]}}
 MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
 
@@ -46,7 +46,7 @@ def test_settings_of_config_json(settings: dict[str, Any], how: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_hf({"model_type": "llama"} | HF_TINY | settings)
     assert str(caught.value).startswith(f"{next(iter(settings))} is ")
-    assert f"the checkpoint is quantized{how and f' {how.strip()}'}; {ONLY}" in str(caught.value)
+    assert f"the checkpoint is quantised{how and f' {how.strip()}'}; {ONLY}" in str(caught.value)
 
 
 @pytest.mark.parametrize("nothing", [None, {}, False])
@@ -60,15 +60,10 @@ ONES = torch.ones(8)
 STORED = {  # what each method stores in place of the projection's weight
     "GPTQ": {"qweight": CODES, "qzeros": CODES, "scales": ONES.half(), "g_idx": torch.zeros(8, dtype=torch.int32)},
     "AWQ": {"qweight": CODES, "qzeros": CODES, "scales": ONES.half()},
-    "EXL2": {"q_weight": CODES, "q_scale": CODES, "q_scale_max": ONES.half(), "q_invperm": CODES},
-    "EXL3": {"trellis": CODES.short(), "suh": ONES.half(), "svh": ONES.half()},
     "bitsandbytes": {"weight": CODES.to(torch.int8), "SCB": ONES},
     "compressed-tensors": {"weight_packed": CODES, "weight_scale": ONES, "weight_shape": torch.tensor([8, 64])},
     "FP8": {"weight": ONES.to(torch.float8_e4m3fn), "weight_scale_inv": ONES},
     "ModelOpt": {"weight": CODES.to(torch.uint8), "weight_scale": ONES, "weight_scale_2": ONES},
-    "HQQ": {"W_q": CODES.to(torch.uint8), "scale": ONES},
-    "AQLM": {"codes": CODES.to(torch.int8), "codebooks": ONES.half(), "scales": ONES.half()},
-    "QuIP#": {"Qidxs": CODES.long(), "SU": ONES.half()},
     "MLX": {"weight": CODES.to(torch.uint32), "scales": ONES.half(), "biases": ONES.half()},
 }
 STORED["bitsandbytes of 4 bits"] = {"weight": CODES.to(torch.uint8), "weight.absmax": CODES.to(torch.uint8)}
@@ -91,13 +86,13 @@ def test_names_of_tensors(tmp_path: Path, method: str) -> None:
     write(tmp_path, STORED[method])
     with pytest.raises(CheckpointFormatError) as caught:
         open_checkpoint(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: the checkpoint is quantized by {method.partition(' ')[0]}; {ONLY}"
+    assert str(caught.value) == f"{tmp_path}: the checkpoint is quantised by {method.partition(' ')[0]}; {ONLY}"
 
 
 @pytest.mark.parametrize("method", ["GPTQ", "bitsandbytes"])
 def test_pickles_that_a_conversion_reads(tmp_path: Path, method: str) -> None:
     write(tmp_path / "pickled", STORED[method], pickled=True)
-    with pytest.raises(CheckpointFormatError, match=f"the checkpoint is quantized by {method}; of"):
+    with pytest.raises(CheckpointFormatError, match=f"the checkpoint is quantised by {method}; of"):
         convert(tmp_path / "pickled", tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
 
@@ -117,7 +112,7 @@ def test_files_beside_the_weights(tmp_path: Path, name: str, content: Any, store
     (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(CheckpointFormatError) as caught:
         open_checkpoint(tmp_path)
-    assert f": the checkpoint is quantized{how}; " in str(caught.value)
+    assert f": the checkpoint is quantised{how}; " in str(caught.value)
 
 
 def test_such_a_file_beside_plain_weights_changes_nothing(tmp_path: Path) -> None:
@@ -129,12 +124,12 @@ def test_such_a_file_beside_plain_weights_changes_nothing(tmp_path: Path) -> Non
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_eight_bit_floats_without_scales(tmp_path: Path, dtype: torch.dtype) -> None:
     write(tmp_path, {"weight": ONES.to(dtype)})
-    with pytest.raises(CheckpointError, match=rf"'{PROJECTION}\.weight' is quantized to 8 bits \(F8_.*; give a check"):
+    with pytest.raises(CheckpointError, match=rf"'{PROJECTION}\.weight' is quantised to 8 bits \(F8_.*; give a check"):
         open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["quantization_args", "quantization"])
 def test_metas_own(key: str) -> None:
     raw = {"dim": 64, "n_layers": 2, "n_heads": 4, key: {"scheme": "int4_weight_int8_dynamic_activation"}}
-    with pytest.raises(ConfigError, match=rf"{key} is .*: the checkpoint is quantized; of"):
+    with pytest.raises(ConfigError, match=rf"{key} is .*: the checkpoint is quantised; of"):
         from_params(raw, {})

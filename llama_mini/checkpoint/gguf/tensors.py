@@ -64,7 +64,7 @@ def read_rows(file: BinaryIO, tensor: GGUFTensor, dtype: torch.dtype, at_once: i
     """A tensor as floats, (rows, columns), `at_once` rows at a time, with the index of the first.
 
     Raises:
-        CheckpointFormatError: the type cannot be dequantized, or the data end early.
+        CheckpointFormatError: the type cannot be dequantised, or the data end early.
     """
     if tensor.type in FLOATS:
         yield from (
@@ -78,8 +78,8 @@ def read_rows(file: BinaryIO, tensor: GGUFTensor, dtype: torch.dtype, at_once: i
             wide = quants.dequantize(rows.numpy(), GGMLQuantizationType[tensor.type])
         except NotImplementedError:
             raise CheckpointFormatError(
-                f"{file.name}: tensor {short_repr(tensor.name)} is {tensor.type}, which cannot be dequantized; "
-                "use a file with another quantization"
+                f"{file.name}: tensor {short_repr(tensor.name)} is {tensor.type}, which cannot be dequantised; "
+                "use a file with another quantisation"
             ) from None
         yield first, torch.from_numpy(np.require(wide, requirements=["C", "W"])).to(dtype)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, describe, kind_of, open_file, size_of
+from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of, open_file, size_of
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.validate import short_repr
 
@@ -48,7 +48,7 @@ def read_header(path: Path) -> dict[str, SafetensorsTensor]:
         stamp = stamp_of(os.fstat(file.fileno()))
         kind = kind_of(file.read(HEAD), size_of(file))
         if kind not in (FileKind.SAFETENSORS, FileKind.OTHER):
-            raise CheckpointFormatError(f"{path} is not a safetensors file but {describe(kind)}")
+            raise CheckpointFormatError(f"{path} is not a safetensors file but {kind.value}")
         try:
             # Reads no data, maps nothing, and allocates no more than the file's size.
             with safe_open(path, framework="pt", backend="pread"):
@@ -83,7 +83,7 @@ def weight_dtype(tensor: SafetensorsTensor) -> torch.dtype:
     if tensor.dtype in WEIGHTS:
         return WEIGHTS[tensor.dtype]
     if tensor.dtype.startswith("F"):
-        what = f"is quantized to {tensor.dtype[1]} bits"
+        what = f"is quantised to {tensor.dtype[1]} bits"
     else:
         what = {"BOOL": "holds truth values", "C64": "holds complex numbers"}.get(tensor.dtype, "holds integers")
     raise _fault(

@@ -1,7 +1,6 @@
 """Tells the kind of a file from its first bytes, never from its name, and opens regular files only."""
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,40 +23,18 @@ _NOT_FILES = {
 
 
 class FileKind(Enum):
-    """The value is what an error message says about such a file."""
+    """The value says what such a file is, to follow "it is", and what to do about it."""
 
     SAFETENSORS = "a safetensors file"
     GGUF = "a GGUF file: give its path as the model"
     PICKLE = "a PyTorch pickle: convert its directory with `llama-mini convert SRC DST`, since the engine reads none"
-    ZIP = "a zip archive: unpack it"
-    TAR = "a tar archive, as NeMo's are: unpack it, or convert a .nemo file to Hugging Face's format with NeMo"
-    GZIP = "a gzip archive: unpack it"
-    ONNX = "an ONNX model, made for another runtime: give the Hugging Face checkpoint that it was made from"
-    TFLITE = "a TFLite model, made for another runtime: give the Hugging Face checkpoint that it was made from"
-    HDF5 = "an HDF5 file, as TensorFlow saves weights: give those of PyTorch or safetensors"
-    NUMPY = "a NumPy array: give a directory, a GGUF file or a safetensors file"
+    ARCHIVE = "an archive: unpack it"
     GGML = "a file in GGML's old format, before GGUF: download the model as GGUF"
     JSON = "JSON text: give the directory that it lies in"
     LFS_POINTER = "a Git LFS pointer: run `git lfs pull`"
     HTML = "an HTML page, probably an error page of a download: download the file again"
     EMPTY = "empty: download it again"
     OTHER = "of an unknown kind: give a directory, a GGUF file or a safetensors file"
-
-
-_MAGIC = (  # kind, where, bytes there
-    (FileKind.TAR, 257, b"ustar"),
-    (FileKind.GZIP, 0, b"\x1f\x8b"),
-    (FileKind.TFLITE, 4, b"TFL3"),
-    (FileKind.HDF5, 0, b"\x89HDF\r\n"),
-    (FileKind.NUMPY, 0, b"\x93NUMPY"),
-    (FileKind.GGML, 0, (b"lmgg", b"fmgg", b"tjgg", b"algg")),  # ggml, ggmf, ggjt and ggla, little-endian
-)
-_ONNX = re.compile(rb"\x08[\x03-\x20]\x12.[\w .-]", re.DOTALL)  # its version, then the name of its producer
-
-
-def describe(kind: FileKind) -> str:
-    """What such a file is, to follow "it is", and what to do about it."""
-    return kind.value
 
 
 def file_kind(path: Path) -> FileKind:
@@ -77,16 +54,15 @@ def kind_of(head: bytes, size: int) -> FileKind:
     if head.startswith(b"GGUF"):
         return FileKind.GGUF
     if head.startswith(b"PK\x03\x04"):
-        return FileKind.PICKLE if b"/data.pkl" in head else FileKind.ZIP
+        return FileKind.PICKLE if b"/data.pkl" in head else FileKind.ARCHIVE
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return FileKind.PICKLE
-    for kind, begin, magic in _MAGIC:
-        if head[begin:].startswith(magic):
-            return kind
+    if head.startswith(b"\x1f\x8b") or head[257:].startswith(b"ustar"):  # gzip, tar
+        return FileKind.ARCHIVE
+    if head.startswith((b"lmgg", b"fmgg", b"tjgg")):  # ggml, ggmf and ggjt as little-endian numbers
+        return FileKind.GGML
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return FileKind.LFS_POINTER
-    if _ONNX.match(head):
-        return FileKind.ONNX
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return FileKind.HTML

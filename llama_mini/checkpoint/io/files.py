@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, describe, kind_of, open_file, size_of
+from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of, open_file, size_of
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 from llama_mini.validate import short_repr
 
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = file.read(size)
     kind = kind_of(data[:HEAD], len(data))
     if kind not in (FileKind.JSON, FileKind.OTHER):
-        raise CheckpointFormatError(f"{path} is not JSON but {describe(kind)}")
+        raise CheckpointFormatError(f"{path} is not JSON but {kind.value}")
     if data.startswith(_UTF_16) or b"\0" in data[:4]:
         raise CheckpointFormatError(f"{path} is UTF-16 or UTF-32 text; save it as UTF-8")
     try:

@@ -18,7 +18,7 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.directory import common_dtype, no_weights, pickles_in
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards
-from llama_mini.checkpoint.io.file_kind import FileKind, describe, file_kind
+from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import inside, read_weight_map
 from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS, names_in_file, to_file_name
 from llama_mini.checkpoint.match import empty_model
@@ -129,8 +129,8 @@ def _meta_files(directory: Path) -> list[Path]:
 
 def _load(file: Path) -> dict[str, Tensor]:
     """The tensors of a pickle by name. Raises CheckpointFormatError if it holds anything else."""
-    if (kind := file_kind(file)) not in (FileKind.PICKLE, FileKind.ZIP, FileKind.OTHER):
-        raise CheckpointFormatError(f"{file} is not a PyTorch file but {describe(kind)}")
+    if (kind := file_kind(file)) not in (FileKind.PICKLE, FileKind.ARCHIVE, FileKind.OTHER):
+        raise CheckpointFormatError(f"{file} is not a PyTorch file but {kind.value}")
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:

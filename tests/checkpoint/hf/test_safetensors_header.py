@@ -75,7 +75,7 @@ FAULTS = {
     "HTML page": (b"<!DOCTYPE html>\n<html><body>404</body></html>", "but an HTML page"),
     "JSON text": (json.dumps({"weight_map": {}}).encode(), "but JSON text"),
     "PyTorch pickle": (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl" + bytes(90), "but a PyTorch pickle"),
-    "zip": (b"PK\x03\x04" + bytes(26) + b"weights.npy" + bytes(90), "but a zip archive"),
+    "zip": (b"PK\x03\x04" + bytes(26) + b"weights.npy" + bytes(90), "but an archive"),
     "GGUF": (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "but a GGUF file: give its path"),
     "overlap": (two(a=[0, 8], b=[4, 12]), "invalid offset for tensor `b`"),
     "hole": (two(a=[0, 8], b=[12, 20]), "invalid offset for tensor `b`"),
@@ -279,8 +279,8 @@ def test_the_library_agrees_on_every_verdict(tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize(
     ("dtype", "what"),
     [
-        ("F8_E4M3", r"is quantized to 8 bits \(F8_E4M3\)"),
-        ("F4", r"is quantized to 4 bits \(F4\)"),
+        ("F8_E4M3", r"is quantised to 8 bits \(F8_E4M3\)"),
+        ("F4", r"is quantised to 4 bits \(F4\)"),
         ("I64", r"holds integers \(I64\)"),
         ("U8", r"holds integers \(U8\)"),
         ("BOOL", r"holds truth values \(BOOL\)"),

@@ -30,7 +30,7 @@ _FILES = (  # what a file means that is no weights file; the patterns of its nam
     ("an unfinished download: finish it, or download the checkpoint again", "*.incomplete", "*.part"),
     (
         "the state of a training run, without the model's weights: give the directory of the model",
-        *("optimizer.*", "scheduler.*", "trainer_state.json"),
+        *("optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "training_args.*", "trainer_state.json"),
     ),
 )
 _HUB_DOWNLOADS = ".cache/huggingface/download"  # where `hf download --local-dir` keeps unfinished files

@@ -1,7 +1,6 @@
 """A Hugging Face directory: config.json, and safetensors in one file, in shards with an index, or in shards without."""
 
 import functools
-import re
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -12,20 +11,17 @@ from torch import Tensor
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
-from llama_mini.checkpoint.hf.safetensors_header import WEIGHTS, weight_dtype
+from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards, indexed, read_headers, stored
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import INDEX, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, names_in_file, to_file_name
-from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, check_names, describe_directory
-from llama_mini.checkpoint.quantized import check_not_quantized
+from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, describe_directory, told_by_name
 from llama_mini.checkpoint.source import Destination, Rows, Source, rows_per_chunk
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 from llama_mini.machine import DTYPES
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt")
-_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|adapter_model)|.*(mp|zero_pp)_rank_")
-CONVERT = "llama-mini convert {source} NEW_DIRECTORY"
 
 
 def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
@@ -33,8 +29,6 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     config, raw = read_config(directory)
     files, weight_map = ([file], dict[str, str]()) if file is not None else _files(directory)
     tensors = read_headers(files, weight_map)
-    check_names(directory, tensors)
-    check_not_quantized(directory, tensors, any(tensor.dtype not in WEIGHTS for tensor in tensors.values()))
     keys = names_in_file(key_table(raw["model_type"]), tensors)
     if weight_map:
         tied = {to_file_name(name, keys) for name in (HEAD, EMBEDDING)} if config.tie_word_embeddings else set[str]()
@@ -84,25 +78,25 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     if weights := [name for name in names if not name.startswith(("adapter", "consolidated"))]:
         return complete_shards(directory, weights), {}
-    raise no_weights(directory)
+    raise no_weights(directory, f"neither {SINGLE} nor {INDEX}, and no other *.safetensors")
 
 
-def no_weights(directory: Path) -> CheckpointError:
-    """The error for a Hugging Face directory without safetensors: what else it holds."""
+def no_weights(directory: Path, missing: str) -> CheckpointError:
+    """The error for a directory without safetensors: what else it holds, or else what is missing."""
     if pickles := pickles_in(directory):
         return CheckpointFormatError(
             f"{directory} holds its weights as a pickle, {pickles[0]}, which can run code when it is opened; "
-            f"convert it once: {CONVERT.format(source=directory)}"
+            f"convert it once: llama-mini convert {directory} NEW_DIRECTORY"
         )
     if (what := describe_directory(directory)) is not None:
         return CheckpointFormatError(f"{directory} {what}")
-    return CheckpointIncompleteError(f"{directory} holds neither {SINGLE} nor {INDEX}, and no other *.safetensors")
+    return CheckpointIncompleteError(f"{directory} holds {missing}")
 
 
 def pickles_in(directory: Path) -> list[str]:
     """The pickled weights: pytorch_model.bin, its shards or variants, else any, without the state of a training run."""
     for pattern in _PICKLES:
-        files = [f for f in sorted(directory.glob(pattern)) if f.is_file() and not _NO_WEIGHTS.match(f.name)]
+        files = [f for f in sorted(directory.glob(pattern)) if f.is_file() and not told_by_name([f.name])]
         by_name = pattern.startswith("pytorch_model")
         if names := [file.name for file in files if by_name or file_kind(file) is FileKind.PICKLE]:
             return names

@@ -2,12 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from llama_mini.checkpoint.hf.safetensors_header import SafetensorsTensor, read_header
+from llama_mini.checkpoint.hf.safetensors_header import WEIGHTS, SafetensorsTensor, read_header
 from llama_mini.checkpoint.io.files import inside
 from llama_mini.checkpoint.keys import IGNORED_TENSORS, KeyTable
+from llama_mini.checkpoint.not_models import check_names
+from llama_mini.checkpoint.quantized import check_not_quantized
 from llama_mini.checkpoint.source import StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 from llama_mini.validate import join_names
@@ -47,25 +49,24 @@ def all_present(directory: Path, names: list[str]) -> list[Path]:
     return files
 
 
-def read_headers(files: Iterable[Path], weight_map: Mapping[str, str] | None = None) -> dict[str, SafetensorsTensor]:
-    """The tensors of all files. Of several with one name, that in the file which the index names.
+def read_headers(files: Sequence[Path], weight_map: Mapping[str, str] | None = None) -> dict[str, SafetensorsTensor]:
+    """The tensors of files of one directory. Of several with one name, that in the file which the index names.
 
-    Raises CheckpointFormatError if the index names none of them.
+    Raises CheckpointFormatError if the index names none of them, or the tensors are no plain language model's.
     """
-    tensors: dict[str, SafetensorsTensor] = {}
-    twice: dict[str, str] = {}  # name -> another file that holds it
+    found: dict[str, list[SafetensorsTensor]] = {}
     for file in files:
         for name, tensor in read_header(file).items():
-            named = (weight_map or {}).get(name)
-            if named == file.name:
-                twice.pop(name, None)
-            elif name in tensors and named != tensors[name].file.name:
-                twice[name] = file.name
-            if name not in tensors or named == file.name:
-                tensors[name] = tensor
-    for name, other in twice.items():
-        both = f"{name} is in both {tensors[name].file} and {other}"
-        raise CheckpointFormatError(f"{both}; give the path of the file to read, or remove one")
+            found.setdefault(name, []).append(tensor)
+    tensors: dict[str, SafetensorsTensor] = {}
+    for name, alike in found.items():
+        named = [tensor for tensor in alike if tensor.file.name == (weight_map or {}).get(name)]
+        tensors[name], *others = named or alike
+        if others:
+            both = f"{name} is in both {tensors[name].file} and {others[0].file.name}"
+            raise CheckpointFormatError(f"{both}; give the path of the file to read, or remove one")
+    check_names(files[0].parent, tensors)
+    check_not_quantized(files[0].parent, tensors, any(tensor.dtype not in WEIGHTS for tensor in tensors.values()))
     return tensors
 
 

@@ -5,16 +5,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llama_mini.checkpoint.hf.directory import CONVERT, common_dtype
+from llama_mini.checkpoint.hf.directory import common_dtype, no_weights
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
-from llama_mini.checkpoint.hf.safetensors_header import WEIGHTS, weight_dtype
+from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
 from llama_mini.checkpoint.hf.shards import complete_shards, read_headers, stored
 from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS
 from llama_mini.checkpoint.meta.params import read_params
-from llama_mini.checkpoint.not_models import describe_directory
-from llama_mini.checkpoint.quantized import check_not_quantized
 from llama_mini.checkpoint.source import Rows, Source, to_split_half_rope
-from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError
 from llama_mini.model.config import LlamaConfig
 
 
@@ -22,17 +19,9 @@ def open_meta_directory(directory: Path) -> Source:
     """Opens a Meta directory. Raises CheckpointError, ConfigError."""
     names = sorted(path.name for path in directory.glob("consolidated*.safetensors"))
     if not names:
-        if pickles := sorted(path.name for path in directory.glob("consolidated.*.pth")):
-            raise CheckpointFormatError(
-                f"{directory} holds its weights as pickles, {pickles[0]}, which can run code when they are opened; "
-                f"convert it once: {CONVERT.format(source=directory)}"
-            )
-        if (what := describe_directory(directory)) is not None:
-            raise CheckpointFormatError(f"{directory} {what}")
-        raise CheckpointIncompleteError(f"{directory} has params.json, but neither consolidated.safetensors nor *.pth")
+        raise no_weights(directory, "params.json, but neither consolidated.safetensors nor *.pth")
     files = complete_shards(directory, names)
     tensors = read_headers(files)
-    check_not_quantized(directory, tensors, any(tensor.dtype not in WEIGHTS for tensor in tensors.values()))
     config = read_params(directory, {name: tensor.shape for name, tensor in tensors.items()})
 
     def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:

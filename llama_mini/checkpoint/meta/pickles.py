@@ -45,7 +45,7 @@ def open_hf_pickles(directory: Path) -> Source:
     elif names := pickles_in(directory):
         files = complete_shards(directory, names)
     else:
-        raise no_weights(directory)
+        raise no_weights(directory, "neither pytorch_model*.bin nor another pickle")
     tensors: dict[str, tuple[Path, Tensor]] = {}
     for file in files:
         for name, tensor in _load(file).items():

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -32,7 +32,7 @@ def read_rope(raw: Mapping[str, Any], max_seq_len: Any) -> tuple[Any, RopeScalin
             f"rope_parameters and rope_scaling disagree: {short_repr(raw[keys[0]])} and {short_repr(raw[keys[-1]])}"
         )
     theta, scaling, unread = settings[0]
-    _warn_of_ignored(keys[0], unread | ({"use_mrope": True} if raw.get("use_mrope") else {}), scaling)
+    _warn_of_ignored(keys[0], [*unread, *(["use_mrope"] if raw.get("use_mrope") else [])], scaling)
     return theta, scaling
 
 
@@ -111,22 +111,18 @@ def _infer_attention_factor(key: str, kind: str, used: dict[str, Any], max_seq_l
         used.setdefault("attention_factor", numerator / denominator)
 
 
-def _warn_of_ignored(key: str, unread: Mapping[str, Any], scaling: RopeScaling | None) -> None:
-    unknown, notes = unread.keys() - _NO_EFFECT, []
+def _warn_of_ignored(key: str, unread: Collection[str], scaling: RopeScaling | None) -> None:
+    unknown, notes = set(unread) - _NO_EFFECT, []
     if multimodal := unknown & _MULTIMODAL:
         notes.append(f"{join_names(sorted(multimodal))} ignored, since only images and videos need it")
-    if "attn_factor" in unknown and isinstance(scaling, YarnScaling):
-        # Of DeepSeek-R1-0528-Qwen3-8B. transformers ignores it, and llama.cpp in the file that its converter makes of
-        # that model; vLLM multiplies by it.
-        check_number(f"{key}.attn_factor", unread["attn_factor"], ConfigError, 0, 10**12)
-        unknown = unknown - {"attn_factor"}
-        ours, vllm = f"{scaling.magnitude:.4g}", f"{yarn_magnitude(scaling.factor) * unread['attn_factor']:.4g}"
-        if ours != vllm:
+    if "attn_factor" in unknown and isinstance(scaling, YarnScaling):  # DeepSeek-R1-0528-Qwen3-8B has it
+        unknown.discard("attn_factor")
+        if scaling.attention_factor is None:
             notes.append(
-                f"attn_factor ignored, as in transformers: cosines and sines are scaled by {ours}; "
-                f"vLLM scales them by {vllm}: for that, write attention_factor: {vllm}"
+                f"attn_factor ignored, as in transformers: cosines and sines are scaled by {scaling.magnitude:.4g}; "
+                "vLLM scales them by attn_factor too: for its result, write the product as attention_factor"
             )
-    if rest := sorted(unknown - _MULTIMODAL):
-        notes.append(f"unknown {join_names(rest)} ignored")
+    if unknown := unknown - _MULTIMODAL:
+        notes.append(f"unknown {join_names(sorted(unknown))} ignored")
     if notes:
         warnings.warn(f"config.json: {key}: {'; '.join(notes)}", LlamaMiniWarning, stacklevel=3)

@@ -84,7 +84,6 @@ def test_a_null_is_not_given_and_says_nothing() -> None:
         ({"factor": 4.0}, "rope_scaling has a factor but no rope_type; known: default, .*, longrope"),
         ({"rope_type": "ntk"}, "unknown rope type 'ntk'; known: default, linear, dynamic, llama3, yarn, longrope"),
         ({"full_attention": DEFAULT}, "rope_scaling: full_attention has settings of its own"),
-        (YARN | {"attn_factor": "x"}, "rope_scaling.attn_factor must be a finite number"),
         (YARN | {"attention_factor": -1.0}, "rope_scaling.attention_factor must be"),
         (YARN | {"truncate": "no"}, "truncate must be true or false"),
         (LONGROPE | {"factor": "4"}, "rope_scaling.factor must be a finite number"),
@@ -109,7 +108,7 @@ def test_deepseeks_attn_factor_is_ignored_as_in_transformers_and_said(tmp_path: 
     """The block of deepseek-ai/DeepSeek-R1-0528-Qwen3-8B (deepseek-ai/DeepSeek-R1#684) with a shorter context."""
     rope = YARN | {"attn_factor": 0.8782488562869419}
     save(tmp_path / "hf", random_model("qwen3", 0, max_position_embeddings=128), rope)
-    with pytest.warns(LlamaMiniWarning, match=r"attn_factor ignored, .* by 1\.139; .*attention_factor: 1$") as caught:
+    with pytest.warns(LlamaMiniWarning, match=r"attn_factor ignored, .* by 1\.139; vLLM") as caught:
         ours = Llama.from_pretrained(tmp_path / "hf")
     assert len(caught) == 1
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -18,19 +17,8 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 _ASKS_FOR_NULL = re.compile(r"""\bcontent['"]?\]? is none(?! or)""")  # DeepSeek's distilled LLaMA
 _WRITES_TEXT = re.compile(r"""(\.|\[['"])arguments(['"]\])?\s*([+~]|-?\}\})""")  # or joins them with a string
 _TAKES_BOTH = re.compile(r"""\barguments['"]?\]? is (string|mapping)""")
-# Keywords of transformers and vLLM: the one value that means what happens here, and what to do for another.
-_FIXED: dict[str, tuple[Any, str]] = {
-    "tokenize": (True, "for the text, decode the ids with skip_special_tokens=False"),
-    "return_dict": (False, "leave it out"),
-    "return_tensors": (None, "make a tensor of them: torch.tensor([ids])"),
-    "return_assistant_tokens_mask": (False, "leave it out"),
-    "padding": (False, "leave it out: a batch needs no padding here"),
-    "truncation": (False, "leave it out, and shorten the messages"),
-    "max_length": (None, "leave it out, and shorten the messages"),
-    "tokenizer_kwargs": (None, "leave it out"),
-    "sanitize_control_tokens": (True, "leave it out: text in messages never becomes a control token"),
-    "chat_template_kwargs": (None, "give its entries as keywords of their own"),
-}
+# Keywords of transformers that shape the result, with the value that means what happens here.
+_FIXED = {"tokenize": True, "return_dict": False, "return_tensors": None, "padding": False, "truncation": False}
 
 
 def checked_messages(messages: object, template: str | None = None) -> list[Message]:
@@ -45,14 +33,12 @@ def checked_messages(messages: object, template: str | None = None) -> list[Mess
     checked = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
-        with _shallow(where):
-            plain = _plain(message, where) if _has_fields(message) else message
-            if not isinstance(plain, dict):
-                raise RequestError(f"{where} is {_describe(message)}, expected a mapping with role and content")
-            plain = {key: value for key, value in plain.items() if value is not None}
-            _check_role_and_content(plain, where)
-            if plain.get("tool_calls"):
-                _check_tool_calls(plain, where, template)
+        if not _has_fields(message):
+            raise RequestError(f"{where} is {_describe(message)}, expected a mapping with role and content")
+        plain = {key: value for key, value in _plain(message, where).items() if value is not None}
+        _check_role_and_content(plain, where)
+        if plain.get("tool_calls"):
+            _check_tool_calls(plain, where, template)
         if "content" not in plain:
             plain["content"] = None if template and _ASKS_FOR_NULL.search(template) else ""
         reasoning = next((plain[key] for key in ("reasoning_content", "thinking", "reasoning") if key in plain), None)
@@ -63,28 +49,30 @@ def checked_messages(messages: object, template: str | None = None) -> list[Mess
 
 
 def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables that are given, as plain JSON data; None is not given. Raises RequestError for malformed ones."""
-    given = {name: value for name, value in variables.items() if value is not None}
+    """The variables that are given, as plain JSON data; None is not given. Raises RequestError for malformed ones.
+
+    `chat_template_kwargs`, as in vLLM, holds further ones.
+    """
+    more = variables.get("chat_template_kwargs") or {}
+    if not isinstance(more, Mapping):
+        raise RequestError(f"chat_template_kwargs is {_describe(more)}, expected a mapping")
+    given = {name: value for name, value in (dict(variables) | dict(more)).items() if value is not None}
+    given.pop("chat_template_kwargs", None)
     for name in _FIXED.keys() & given.keys():
-        value, (ours, instead) = given.pop(name), _FIXED[name]
-        if value is not ours:
-            raise RequestError(f"{name} is {short_repr(value)}, but the result is a list of ids; {instead}")
+        if (value := given.pop(name)) is not _FIXED[name]:
+            raise RequestError(
+                f"{name} is {short_repr(value)}, but the result is a list of all ids; for a tensor, write "
+                "torch.tensor([ids]), for the text, decode the ids with skip_special_tokens=False"
+            )
     for name in ("tools", "documents"):
         items = given.get(name, [])
         if not isinstance(items, list | tuple):
             raise RequestError(f"{name} is {_describe(items)}, expected a list")
         for index, item in enumerate(items):
-            if callable(item) and not _has_fields(item):
-                raise RequestError(
-                    f"{name}[{index}] is a function, expected its JSON schema; transformers.utils.get_json_schema "
-                    "makes one"
-                )
             if not _has_fields(item):
-                raise RequestError(f"{name}[{index}] is {_describe(item)}, expected a mapping")
-    for name, value in given.items():
-        with _shallow(name):
-            given[name] = _plain(value, name)
-    return given
+                schema = ", such as transformers.utils.get_json_schema makes of a function" if callable(item) else ""
+                raise RequestError(f"{name}[{index}] is {_describe(item)}, expected a mapping{schema}")
+    return {name: _plain(value, name) for name, value in given.items()}
 
 
 def _check_role_and_content(message: Message, where: str) -> None:
@@ -135,37 +123,32 @@ def _check_tool_calls(message: Message, where: str, template: str | None) -> Non
 
 def _plain(value: Any, where: str) -> Any:
     """The value as exact JSON types: a template must not reach the methods of any other."""
+    try:
+        return _exact(value, where)
+    except RecursionError as error:
+        raise RequestError(f"{where} is nested too deeply") from error
+
+
+def _exact(value: Any, where: str) -> Any:
     for kind, convert in _SCALARS.items():
         if isinstance(value, kind):
             return convert(value)
     if isinstance(value, np.generic):
-        return _plain(value.item(), where)
+        return _exact(value.item(), where)
     if _has_fields(value):
-        data = value if isinstance(value, Mapping) else _fields(value)
+        data = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else value
+        data = data if isinstance(data, Mapping) else data.model_dump()  # pydantic's
         if all(isinstance(key, str) for key in data):
-            return {str.__str__(key): _plain(item, f"{where}[{key!r}]") for key, item in data.items()}
+            return {str.__str__(key): _exact(item, f"{where}[{key!r}]") for key, item in data.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [_exact(item, f"{where}[{index}]") for index, item in enumerate(value)]
     raise RequestError(f"{where:.200} is {_describe(value)}, expected plain JSON data")
 
 
 def _has_fields(value: Any) -> bool:
-    if isinstance(value, type):
-        return False
-    return isinstance(value, Mapping) or is_dataclass(value) or callable(getattr(value, "model_dump", None))
-
-
-def _fields(value: Any) -> Mapping[str, Any]:
-    """The fields of a dataclass or a pydantic model."""
-    return {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else value.model_dump()
-
-
-@contextmanager
-def _shallow(where: str) -> Iterator[None]:
-    try:
-        yield
-    except RecursionError as error:
-        raise RequestError(f"{where} is nested too deeply") from error
+    """Whether a value is a mapping, a dataclass or a pydantic model."""
+    kinds = isinstance(value, Mapping) or is_dataclass(value) or callable(getattr(value, "model_dump", None))
+    return kinds and not isinstance(value, type)
 
 
 def _describe(value: object) -> str:

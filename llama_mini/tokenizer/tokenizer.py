@@ -192,8 +192,8 @@ class Tokenizer(TransformersNames):
         continue_final_message: end inside the last message instead, so that the model continues it.
         chat_template: another template, or the name of one in the checkpoint. With `tools`, "tool_use" is used if it
             exists, else "default".
-        variables: `tools` (JSON schemas), `documents`, and whatever else the template reads (`template_variables`).
-            None means not given. Control strings in them stay text.
+        variables: `tools` (JSON schemas), `documents`, and whatever else the template reads (`template_variables`),
+            as keywords or in vLLM's `chat_template_kwargs`. None is not given. Control strings in them stay text.
 
         If the checkpoint's rule adds a BOS, there is exactly one, whether the template writes it or not.
         Raises RequestError for malformed messages and for a variable that the template does not read, TokenizerError if

@@ -177,6 +177,9 @@ def test_variables_are_plain_data() -> None:
     }
     ours = {"tokenize": True, "return_dict": False, "padding": False, "return_tensors": None}
     assert checked_variables(ours) == {}  # as here anyway
+    more = {"enable_thinking": False, "x": None}
+    assert checked_variables({"a": 1, "chat_template_kwargs": more}) == {"a": 1, "enable_thinking": False}
+    assert checked_variables({"chat_template_kwargs": None}) == {}
 
 
 def weather(city: str) -> str:
@@ -186,18 +189,15 @@ def weather(city: str) -> str:
 @pytest.mark.parametrize(
     ("variables", "fault"),
     [
-        ({"tools": [weather]}, r"tools\[0\] is a function, expected its JSON schema; .*get_json_schema"),
+        ({"tools": [weather]}, r"tools\[0\] is function .*, expected a mapping, such as .*get_json_schema makes"),
         ({"tools": [1]}, r"tools\[0\] is int 1, expected a mapping"),
         ({"tools": {"name": "f"}}, "tools is dict .*, expected a list"),
         ({"documents": "text"}, "documents is str 'text', expected a list"),
         ({"x": object()}, "x is object .*, expected plain JSON data"),
         ({"tokenize": False}, "tokenize is False, .* decode the ids with skip_special_tokens=False"),
-        (
-            {"return_tensors": "pt"},
-            r"return_tensors is 'pt', but the result is a list of ids; .*torch.tensor\(",
-        ),
+        ({"return_tensors": "pt"}, r"return_tensors is 'pt', but the result is a list of all ids; .*torch.tensor\("),
         ({"padding": True}, "padding is True"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "give its entries as keywords"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs is str 'x', expected a mapping"),
     ],
 )
 def test_other_variables_are_refused(variables: dict[str, Any], fault: str) -> None:

@@ -1,7 +1,7 @@
 """What the backends of `Tokenizer` share: added tokens in a text, pieces of text to ids, an id to its bytes."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -85,9 +85,12 @@ class AddedTokens:
         finder = tokenizers.Tokenizer(tokenizers.models.BPE())
         if self._normalizer is not None and any(token.normalized for token in tokens):
             finder.normalizer = self._normalizer
-        rules = [asdict(token) for token in tokens]
-        finder.add_tokens([tokenizers.AddedToken(**{k: v for k, v in rule.items() if k != "id"}) for rule in rules])
+        finder.add_tokens(list(map(of_library, tokens)))
         return tokens, finder
+
+
+def of_library(token: AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(**{name: value for name, value in asdict(token).items() if name != "id"})
 
 
 def split(text: str, found: Iterable[Found], ids: Mapping[str, int]) -> list[Piece]:
@@ -99,6 +102,15 @@ def split(text: str, found: Iterable[Found], ids: Mapping[str, int]) -> list[Pie
             pieces += [text[end : token.start], ids[token.content]]
             end = token.end
     return [piece for piece in (*pieces, text[end:]) if piece != ""]
+
+
+def encode_each(pieces: Sequence[Piece], encode: Callable[[str], list[int]]) -> list[int]:
+    """The ids of pieces, where `encode` gives those of one text."""
+    ids: list[int] = []
+    with native_failures_as(RequestError, "encoding a text"):
+        for piece in pieces:
+            ids += [piece] if isinstance(piece, int) else encode(piece)
+    return ids
 
 
 def check_text(text: object) -> None:

@@ -17,15 +17,10 @@ from typing import Any
 import tokenizers
 
 from llama_mini.errors import RequestError, TokenizerError
-from llama_mini.tokenizer.backend import AddedTokens, Piece, is_control, native_failures_as
+from llama_mini.tokenizer.backend import AddedTokens, Piece, is_control, native_failures_as, of_library
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 from llama_mini.tokenizer.json_decoder import respelled, token_reader
-
-# Settings of a BPE model besides its vocabulary and merges.
-_BPE_SETTINGS = (
-    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
-    *("fuse_unk", "byte_fallback", "ignore_merges"),
-)
+from llama_mini.tokenizer.tokenizer_json import bpe_model
 
 
 class HuggingFaceJson:
@@ -95,14 +90,12 @@ def _encoder(spec: dict[str, Any]) -> tokenizers.Tokenizer:
     if model.get("type") != "BPE":
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
     shell = tokenizers.Tokenizer.from_str(json.dumps(spec | {"model": model | {"vocab": {}, "merges": []}}))
-    settings = {name: value for name in _BPE_SETTINGS if (value := model.get(name)) is not None}
-    encoder = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=model["vocab"], merges=model["merges"], **settings))
+    names = {*bpe_model({}, []), "ignore_merges"} - {"type"}
+    settings = {name: value for name, value in model.items() if name in names and value is not None}
+    encoder = tokenizers.Tokenizer(tokenizers.models.BPE(**settings))
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         setattr(encoder, part, getattr(shell, part))
-    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    encoder.add_tokens(
-        [tokenizers.AddedToken(**{name: token[name] for name in flags}) for token in spec["added_tokens"]]
-    )
+    encoder.add_tokens([of_library(AddedToken(**token)) for token in spec["added_tokens"]])
     return encoder
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama_mini.errors import RequestError, TokenizerError
-from llama_mini.tokenizer.backend import AddedTokens, Piece, is_control, native_failures_as
+from llama_mini.errors import TokenizerError
+from llama_mini.tokenizer.backend import AddedTokens, Piece, encode_each, is_control, native_failures_as
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 from llama_mini.tokenizer.sentencepiece_bpe import PieceType
 
@@ -61,14 +61,7 @@ class SentencePieceFile:
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
         """Each text gets the model's leading space, also after a control token, as in Meta's dialogues."""
-        ids: list[int] = []
-        for piece in pieces:
-            if isinstance(piece, int):
-                ids.append(piece)
-                continue
-            with native_failures_as(RequestError, "encoding a text"):
-                ids += self._processor.encode(piece)
-        return ids
+        return encode_each(pieces, self._processor.encode)
 
     def token_id(self, content: str) -> int | None:
         return next((id for id, known in self._contents.items() if known == content), None)

@@ -69,7 +69,7 @@ def answer(request: dict[str, Any], memory: str = "there is") -> dict[str, Any]:
     """
     try:
         if "variables" not in request:
-            return {"names": variable_names(request["template"])}
+            return {"names": sorted(jinja2.meta.find_undeclared_variables(_environment().parse(request["template"])))}
         return {"text": rendered(request["template"], request["variables"], request["max_chars"])}
     except MemoryError:
         return _no_memory(memory)
@@ -91,11 +91,6 @@ def rendered(source: str, variables: dict[str, Any], max_chars: int) -> str:
             raise OverflowError(f"it writes more than {max_chars:,} characters")
         pieces.append(piece)
     return "".join(pieces)
-
-
-def variable_names(source: str) -> list[str]:
-    """The variables that a template reads."""
-    return sorted(jinja2.meta.find_undeclared_variables(_environment().parse(source)))
 
 
 def _address_space() -> int:

@@ -6,11 +6,11 @@ The split pattern, the 256 special tokens and the length guards are those of Met
 import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import tiktoken
 
-from llama_mini.errors import RequestError
-from llama_mini.tokenizer.backend import AddedTokens, Piece, native_failures_as
+from llama_mini.tokenizer.backend import AddedTokens, Piece, encode_each, native_failures_as
 from llama_mini.tokenizer.config_files import AddedToken
 
 LLAMA_3_WORDS = (
@@ -65,15 +65,11 @@ class RankedTokens:
             self._encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        ids: list[int] = []
-        for piece in pieces:
-            if isinstance(piece, int):
-                ids.append(piece)
-                continue
-            for part in bounded_parts(piece):
-                with native_failures_as(RequestError, "encoding a text"):
-                    ids += [self._first_id + rank for rank in self._encoding.encode_ordinary(part)]
-        return ids
+        return encode_each(pieces, self._encode_text)
+
+    def _encode_text(self, text: str) -> list[int]:
+        ranks = chain.from_iterable(map(self._encoding.encode_ordinary, bounded_parts(text)))
+        return [self._first_id + rank for rank in ranks]
 
     def token_id(self, content: str) -> int | None:
         return self.control_ids.get(content)

@@ -9,10 +9,8 @@ from llama_mini.tokenizer.config_files import NAMED
 # Methods of transformers' tokenizers, and what does the same here.
 _INSTEAD = {
     "batch_decode": "[tokenizer.decode(ids) for ids in batch]",
-    "batch_encode_plus": "[tokenizer.encode(text) for text in texts]",
     "convert_ids_to_tokens": "[tokenizer.decode(id, skip_special_tokens=False) for id in ids]",
     "convert_tokens_to_ids": "tokenizer.encode(tokens, add_special_tokens=False, parse_special=True)",
-    "encode_plus": "tokenizer.encode(text)",
     "tokenize": "[tokenizer.decode(id, skip_special_tokens=False) for id in tokenizer.encode(text)]",
 }
 

@@ -1,5 +1,6 @@
 """A Hugging Face directory: config.json, and safetensors in one file, in shards with an index, or in shards without."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Collection, Iterator
@@ -68,7 +69,10 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The files to read, and the index: tensor name -> file name, empty where there is none."""
     single, index = inside(directory, SINGLE), inside(directory, INDEX)
     if single.exists():  # wins over an index, as in transformers
-        if index.exists() and not _names_only_the_single_file(index):
+        shards: set[str] = set()
+        with contextlib.suppress(CheckpointError):  # it is not read in any case
+            shards = set(read_weight_map(index).values())
+        if shards - {SINGLE}:  # mlx-lm writes an index of the single file
             message = f"{directory} has both {SINGLE} and {INDEX}: only the former is read, not the shards"
             warnings.warn(message, LlamaMiniWarning, stacklevel=4)
         return [single], {}
@@ -101,11 +105,3 @@ def pickles_in(directory: Path) -> list[str]:
         if names := [file.name for file in files if by_name or file_kind(file) is FileKind.PICKLE]:
             return names
     return []
-
-
-def _names_only_the_single_file(index: Path) -> bool:
-    """mlx-lm writes such an index beside its one file."""
-    try:
-        return set(read_weight_map(index).values()) == {SINGLE}
-    except CheckpointError:
-        return False

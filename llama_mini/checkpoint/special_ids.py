@@ -25,20 +25,19 @@ END_TOKENS = (  # control tokens with a name that is known to end a text or a tu
 )
 
 
-def stated_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """The ids under `key` in a JSON file; some files write -1 for none. Raises ConfigError for any other value."""
-    value = raw.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(map(is_whole, ids)):
-        raise ConfigError(f"{key} must be a token id or a list of them, not {short_repr(value)}")
-    return tuple(ids)
-
-
 def read_special_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a LlamaConfig, from config.json or generation_config.json. Raises ConfigError."""
-    bos, eos, pad = (
-        tuple(id for id in stated_ids(raw, f"{name}_token_id") if id >= 0) for name in ("bos", "eos", "pad")
-    )
+    """The fields of a LlamaConfig, from config.json or generation_config.json; some files write -1 for no id.
+
+    Raises ConfigError.
+    """
+    found = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = raw.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(map(is_whole, ids)):
+            raise ConfigError(f"{key} must be a token id or a list of them, not {short_repr(value)}")
+        found[key] = tuple(id for id in ids if id >= 0)
+    bos, eos, pad = found.values()
     return {"bos_id": bos[0] if bos else None, "eos_ids": eos, "pad_id": pad[0] if pad else None}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from llama_mini.checkpoint.io import files
 from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of, open_file
 from llama_mini.checkpoint.io.files import inside
-from llama_mini.checkpoint.special_ids import stated_ids
+from llama_mini.checkpoint.special_ids import read_special_ids
 from llama_mini.errors import CheckpointError, ConfigError, LlamaMiniWarning, TokenizerError
 from llama_mini.validate import is_whole, short_repr
 
@@ -153,45 +153,25 @@ def _chat_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]
 
 def _read_model_facts(directory: Path) -> dict[str, Any]:
     """BOS, EOS and vocabulary size. If both files state an id, generation_config.json wins, as in transformers."""
-    config = _read_or_warn(inside(directory, "config.json"))
-    generation_path = inside(directory, "generation_config.json")
-    if config and not generation_path.is_file():
-        warnings.warn(
-            f"{directory} has no generation_config.json: text ends at the EOS of config.json and tokenizer_config.json",
-            LlamaMiniWarning,
-            stacklevel=5,
-        )
-    generation = _read_or_warn(generation_path)
-    size: Any = config.get("vocab_size")
-    facts: dict[str, Any] = {"model_vocab_size": max(size, 0) if is_whole(size) else 0}
-    for path, values in ((inside(directory, "config.json"), config), (generation_path, generation)):
-        if eos_ids := _ids(path, values, "eos_token_id"):
-            facts["eos_ids"] = eos_ids
-        if bos_ids := _ids(path, values, "bos_token_id"):
-            facts["bos_id"] = bos_ids[0]
+    config, generation = inside(directory, "config.json"), inside(directory, "generation_config.json")
+    if config.is_file() and not generation.is_file():
+        _warn(f"{directory} has no {generation.name}: text ends at the EOS of config.json and tokenizer_config.json")
+    facts: dict[str, Any] = {}
+    for path in (config, generation):
+        try:
+            raw = read_json(path) if path.is_file() else {}
+            ids = read_special_ids(raw)
+        except (ConfigError, TokenizerError) as error:
+            _warn(f"{path.name} ignored: {error}")
+            continue
+        facts |= {key: ids[key] for key in ("bos_id", "eos_ids") if ids[key] not in (None, ())}
+        if is_whole(raw.get("vocab_size")):
+            facts["model_vocab_size"] = max(raw["vocab_size"], 0)
     return facts
 
 
-def _read_or_warn(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return read_json(path)
-    except TokenizerError as error:
-        warnings.warn(f"ignored: {error}", LlamaMiniWarning, stacklevel=6)
-        return {}
-
-
-def _ids(path: Path, values: dict[str, Any], key: str) -> tuple[int, ...]:
-    try:
-        ids = stated_ids(values, key)
-    except ConfigError:
-        ids = (-1,)
-    if all(id >= 0 for id in ids):
-        return ids
-    message = f"{path}: {key} is {short_repr(values[key])}, expected an id or a list of ids; ignored"
+def _warn(message: str) -> None:
     warnings.warn(message, LlamaMiniWarning, stacklevel=6)
-    return ()
 
 
 def _content(token: object) -> str | None:

@@ -26,11 +26,17 @@ def test_a_broken_generation_config_warns_and_the_next_file_decides(write_direct
     assert (files.eos_ids, files.bos_id) == ((5,), 4)
 
 
-@pytest.mark.parametrize("value", ["</s>", [1, "2"], True, -1, 2.0, [[1]]])
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], True, 2.0, [[1]]])
 def test_an_invalid_id_warns(write_directory: Write, value: Any) -> None:
     path = write_directory({"generation_config.json": {"eos_token_id": value}, "config.json": {"eos_token_id": 5}})
-    with pytest.warns(LlamaMiniWarning, match="generation_config.json: eos_token_id is .*, expected an id or a list"):
+    with pytest.warns(LlamaMiniWarning, match="generation_config.json ignored: eos_token_id must be a token id"):
         assert read_config_files(path).eos_ids == (5,)
+
+
+@pytest.mark.parametrize("value", [-1, [-1], None, []])
+def test_no_id_leaves_it_to_the_next_file(write_directory: Write, value: Any) -> None:
+    path = write_directory({"generation_config.json": {"eos_token_id": value}, "config.json": {"eos_token_id": 5}})
+    assert read_config_files(path).eos_ids == (5,)
 
 
 def test_a_checkpoint_without_generation_config_warns(write_directory: Write) -> None:

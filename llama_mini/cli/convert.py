@@ -14,7 +14,7 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
-from llama_mini.checkpoint.io.files import SINGLE, TEMPLATES, VOCABULARIES, inside, write_json
+from llama_mini.checkpoint.io.files import SINGLE, TEMPLATES, TOKENIZER_FILES, VOCABULARIES, inside, write_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import empty_model, match, read_all
 from llama_mini.checkpoint.open import open_checkpoint
@@ -28,11 +28,8 @@ from llama_mini.tokenizer.config_files import template_files
 from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.meta_vocabulary import meta_tokenizer_files
 
-COPIED = [
-    *(*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.json", "generation_config.json"),
-]
-GENERATION = "generation_config.json"
+COPIED = (*TOKENIZER_FILES, "vocab.json", "merges.txt")
+CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 
 
 def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) -> None:
@@ -71,7 +68,7 @@ def tokenizer_files(source: Source) -> dict[str, Any]:
     copied = {name: path for name in COPIED if (path := inside(source.directory, name)).is_file()}
     templates = {str(path.relative_to(source.directory)): path for path in template_files(source.directory).values()}
     files: dict[str, Any] = copied | templates
-    if set(copied) - {GENERATION} == {"tokenizer.model"}:  # Meta's: transformers needs more
+    if set(copied) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # Meta's: transformers needs more
         files = meta_tokenizer_files(copied["tokenizer.model"]) | files
     if not set(VOCABULARIES) & set(files):
         warnings.warn(f"{source.directory} has no tokenizer; none is written", LlamaMiniWarning, stacklevel=3)
@@ -87,7 +84,7 @@ def _gguf_files(source: Source) -> dict[str, Any]:
         GENERATION: special_ids(replace(source.config, eos_ids=tuple(vocabulary.eos_ids))),
     }
     for name, template in vocabulary.chat_templates.items():
-        files["chat_template.jinja" if name == "default" else str(inside(Path(TEMPLATES), f"{name}.jinja"))] = template
+        files[CHAT_TEMPLATE if name == "default" else str(inside(Path(TEMPLATES), f"{name}.jinja"))] = template
     return files
 
 

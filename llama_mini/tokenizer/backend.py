@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Protocol
 from unicodedata import category
 
@@ -56,16 +55,18 @@ class AddedTokens:
     """
 
     def __init__(self, tokens: Iterable[AddedToken], normalizer: Any = None) -> None:
-        self._tokens = list({token.content: token for token in tokens}.values())
-        self._normalizer = normalizer
+        every = list({token.content: token for token in tokens}.values())
+        words = [token for token in every if not token.special]
+        self._tokens = {True: every, False: words}
+        self._finders = {special: _finder(some, normalizer) for special, some in self._tokens.items()}
 
     def find(self, text: str, special: bool) -> Iterator[Found]:
         """The words in a text, from left to right; with `special`, the special tokens too."""
-        tokens, finder = self._all if special else self._words
+        tokens = self._tokens[special]
         if not tokens:
             return
         with native_failures_as(RequestError, "encoding a text"):
-            found = finder.encode(text, add_special_tokens=False)
+            found = self._finders[special].encode(text, add_special_tokens=False)
             matches = list(zip(found.ids, found.offsets, strict=True))
         for index, (start, end) in matches:
             content, match = tokens[index].content, text[start:end]
@@ -73,20 +74,13 @@ class AddedTokens:
             start += match.index(shown)
             yield Found(content, start, start + len(shown))
 
-    @cached_property
-    def _all(self) -> tuple[list[AddedToken], tokenizers.Tokenizer]:
-        return self._finder(self._tokens)
 
-    @cached_property
-    def _words(self) -> tuple[list[AddedToken], tokenizers.Tokenizer]:
-        return self._finder([token for token in self._tokens if not token.special])
-
-    def _finder(self, tokens: list[AddedToken]) -> tuple[list[AddedToken], tokenizers.Tokenizer]:
-        finder = tokenizers.Tokenizer(tokenizers.models.BPE())
-        if self._normalizer is not None and any(token.normalized for token in tokens):
-            finder.normalizer = self._normalizer
-        finder.add_tokens(list(map(of_library, tokens)))
-        return tokens, finder
+def _finder(tokens: list[AddedToken], normalizer: Any) -> tokenizers.Tokenizer:
+    finder = tokenizers.Tokenizer(tokenizers.models.BPE())
+    if normalizer is not None and any(token.normalized for token in tokens):
+        finder.normalizer = normalizer
+    finder.add_tokens(list(map(of_library, tokens)))
+    return finder
 
 
 def of_library(token: AddedToken) -> tokenizers.AddedToken:

@@ -39,10 +39,10 @@ def token_reader(spec: dict[str, Any]) -> tuple[Callable[[str], bytes], bool]:
     """
     decoder = _steps(spec.get("decoder"))
     before = [*_steps(spec.get("normalizer")), *_steps(spec.get("pre_tokenizer"))]
-    pairs = _replacements(decoder)
+    kinds, pairs = {step["type"] for step in (*before, *decoder)}, _replacements(decoder)
     marks = [mark for step in before if (mark := _mark(step))]
     added_space = any(map(_adds_space, before))
-    if _has([*before, *decoder], "ByteLevel"):
+    if "ByteLevel" in kinds:
         if unknown := set(pairs) - _SPACE_MARKS:
             raise _unknown({"type": "Replace", "pattern": {"String": unknown.pop()[0]}})
         return _byte_level_bytes, _STRIP in decoder and added_space
@@ -50,7 +50,7 @@ def token_reader(spec: dict[str, Any]) -> tuple[Callable[[str], bytes], bool]:
         raise TokenizerError("it has no decoder, and no ByteLevel or Metaspace pre-tokenizer that tells how to decode")
     strips = added_space if spec.get("decoder") is None else any(map(_drops_space, decoder))
     pairs += [(mark, " ") for mark in marks if (mark, " ") not in pairs]
-    fallback = spec["model"].get("byte_fallback") or _has(decoder, "ByteFallback")
+    fallback = spec["model"].get("byte_fallback") or "ByteFallback" in kinds
 
     def token_bytes(content: str) -> bytes:
         if fallback and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", content):
@@ -103,10 +103,6 @@ def _adds_space(step: Step) -> bool:
 def _drops_space(step: Step) -> bool:
     """Whether a step of a decoder drops a space at the start of a text."""
     return step == _STRIP or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
-
-
-def _has(steps: list[Step], kind: str) -> bool:
-    return any(step["type"] == kind for step in steps)
 
 
 def _unknown(step: Step) -> TokenizerError:

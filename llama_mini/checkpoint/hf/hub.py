@@ -12,13 +12,21 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from llama_mini.checkpoint.io.files import CONFIG, INDEX, PARAMS, SINGLE, TEMPLATES, VOCABULARIES, read_weight_map
+from llama_mini.checkpoint.io.files import (
+    CONFIG,
+    INDEX,
+    PARAMS,
+    SINGLE,
+    TEMPLATES,
+    TOKENIZER_FILES,
+    VOCABULARIES,
+    read_weight_map,
+)
 from llama_mini.checkpoint.not_models import ADAPTER_CONFIG
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, CheckpointPathError
 from llama_mini.validate import join_names, short_repr
 
-SMALL = [CONFIG, "generation_config.json", *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json"]
-SMALL += ["added_tokens.json", "chat_template.jinja", "chat_template.json"]
+SMALL = [CONFIG, *TOKENIZER_FILES]
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # A branch or tag name that git allows, in ASCII only. No part of it begins with a dot.

@@ -16,6 +16,10 @@ from llama_mini.validate import short_repr
 CONFIG, PARAMS = "config.json", "params.json"  # of a Hugging Face and of a Meta directory
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights; the index of weights in shards
 VOCABULARIES = ("tokenizer.json", "tekken.json", "tokenizer.model")  # the first that exists is read
+TOKENIZER_FILES = (
+    *(*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
 TEMPLATES = "additional_chat_templates"  # the folder of the templates beside chat_template.jinja
 MAX_JSON_BYTES = 256 * 2**20
 _MAX_DEPTH = 127  # of nested objects and lists: the limit of Rust's serde_json, which other readers use

@@ -1,4 +1,4 @@
-"""Chats as pieces of text and added tokens: by the checkpoint's template, or in LLaMA 3's dialogue format.
+"""Chats as pieces of text and added tokens, by a template.
 
 Special tokens come only from what a template itself writes. Words that look like markers (`<think>`) come from the
 template and from the assistant's earlier turns. Before rendering, every other control string is broken with a mark, a
@@ -61,23 +61,6 @@ def template_pieces(
     found = backend.added.find(rendered, special=True)
     pieces = split(rendered, (token for token in found if not marks.broken(rendered, token)), backend.control_ids)
     return [piece.replace(mark, "") if isinstance(piece, str) else piece for piece in pieces]
-
-
-def llama_3_pieces(
-    messages: list[Message], control_ids: Mapping[str, int], prompt: bool, open_end: bool
-) -> list[Piece]:
-    """The dialogue of Meta's llama3/chat_format.py. Contents are not stripped, unlike in the template on the hub."""
-    begin, end, eot = (control_ids[f"<|{name}|>"] for name in ("start_header_id", "end_header_id", "eot_id"))
-    pieces: list[Piece] = [control_ids["<|begin_of_text|>"]]
-    for index, message in enumerate(messages):
-        role = "ipython" if message["role"] == "tool" else message["role"]
-        if not isinstance(message["content"], str):
-            raise RequestError(f"messages[{index}]['content'] must be a string in Meta's dialogue, not an object")
-        check_text(role + message["content"])
-        pieces += [begin, role, end, "\n\n", message["content"], eot]
-    if open_end:
-        return pieces[:-1]
-    return [*pieces, begin, "assistant", end, "\n\n"] if prompt else pieces
 
 
 class _Marks:

@@ -21,7 +21,7 @@ _TAKES_BOTH = re.compile(r"""\barguments['"]?\]? is (string|mapping)""")
 _FIXED = {"tokenize": True, "return_dict": False, "return_tensors": None, "padding": False, "truncation": False}
 
 
-def checked_messages(messages: object, template: str | None = None) -> list[Message]:
+def checked_messages(messages: object, template: str = "") -> list[Message]:
     """Messages as plain JSON data, as vLLM gives them to a template. Raises RequestError for malformed ones.
 
     Dataclasses and pydantic models work too. Content in text parts is joined with newlines. An assistant's turn without
@@ -40,7 +40,7 @@ def checked_messages(messages: object, template: str | None = None) -> list[Mess
         if plain.get("tool_calls"):
             _check_tool_calls(plain, where, template)
         if "content" not in plain:
-            plain["content"] = None if template and _ASKS_FOR_NULL.search(template) else ""
+            plain["content"] = None if _ASKS_FOR_NULL.search(template) else ""
         reasoning = next((plain[key] for key in ("reasoning_content", "thinking", "reasoning") if key in plain), None)
         if reasoning is not None:
             plain = {"thinking": reasoning} | plain | {"reasoning_content": reasoning}
@@ -101,8 +101,8 @@ def _part(part: Any, where: str) -> str:
     return part[key]
 
 
-def _check_tool_calls(message: Message, where: str, template: str | None) -> None:
-    if template is None or "tool_calls" not in template:
+def _check_tool_calls(message: Message, where: str, template: str) -> None:
+    if "tool_calls" not in template:
         raise RequestError(f"{where} has tool_calls, which the chat template does not read; write them as content")
     calls = message["tool_calls"]
     if not isinstance(calls, list):

@@ -13,23 +13,11 @@ from llama_mini.tokenizer.backend import any_of, is_control
 from llama_mini.tokenizer.byte_level import BYTE_LETTERS, byte_level_parts
 from llama_mini.tokenizer.sentencepiece_bpe import PieceType, merges_by_score, sentencepiece_parts
 from llama_mini.tokenizer.sentencepiece_file import Model, read_model
-from llama_mini.tokenizer.tiktoken_file import LLAMA_3_WORDS, N_SPECIAL, TiktokenFile
+from llama_mini.tokenizer.tiktoken_file import LLAMA_3_TEMPLATE, LLAMA_3_WORDS, N_SPECIAL, TiktokenFile
 from llama_mini.tokenizer.tokenizer_json import added_token, split, tokenizer_config, tokenizer_json
 
 Files = dict[str, dict[str, Any] | str | Path]
 
-# Meta's code encodes a message's content separately from the line breaks before it, which no template can do. If a
-# content begins with a line break, the ids differ, but the text is the same.
-LLAMA_3_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {%- set role = 'ipython' if message['role'] == 'tool' else message['role'] %}
-    {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
 _BPE = 2  # TrainerSpec.ModelType
 
 

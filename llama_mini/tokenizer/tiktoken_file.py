@@ -34,6 +34,18 @@ LLAMA_3_SPECIAL = (  # LLaMA 3.1's names; in 3.0, the fifth, sixth, ninth and la
     "<|python_tag|>",
     "<|image|>",
 )
+# The dialogue of Meta's llama3/chat_format.py, contents not stripped. That code encodes a content separately from the
+# line breaks before it: if the content begins with another, the ids here differ, but the text is the same.
+LLAMA_3_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- set role = 'ipython' if message['role'] == 'tool' else message['role'] %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,9})\s*\Z")
 
 

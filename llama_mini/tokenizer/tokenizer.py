@@ -14,7 +14,7 @@ from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import VOCABULARIES, exists, inside
 from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
 from llama_mini.tokenizer.backend import Backend, check_text, split
-from llama_mini.tokenizer.chat import llama_3_pieces, template_pieces
+from llama_mini.tokenizer.chat import template_pieces
 from llama_mini.tokenizer.config_files import ConfigFiles, read_bytes, read_config_files, read_json
 from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
@@ -22,7 +22,7 @@ from llama_mini.tokenizer.messages import checked_messages, checked_variables
 from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
 from llama_mini.tokenizer.tekken_file import TekkenFile, is_tekken
 from llama_mini.tokenizer.templates import Templates, check_variables
-from llama_mini.tokenizer.tiktoken_file import TiktokenFile
+from llama_mini.tokenizer.tiktoken_file import LLAMA_3_TEMPLATE, TiktokenFile
 from llama_mini.tokenizer.transformers_names import TransformersNames
 from llama_mini.validate import check_flag, short_repr
 
@@ -50,10 +50,12 @@ class Tokenizer(TransformersNames):
         self._backend = backend
         self.kind = kind
         self._names = {**backend.names, **files.names}
-        self._chat_template = files.chat_templates.get("default")
-        self._templates = Templates(files.chat_templates)
-        # A Meta directory does not say whether its model was trained to chat; the vocabulary has the tokens for it.
-        self._llama_3_dialogue = isinstance(backend, TiktokenFile) and not (files.hugging_face or files.chat_templates)
+        templates = files.chat_templates
+        if isinstance(backend, TiktokenFile) and not (files.hugging_face or templates):
+            # A Meta directory does not say whether its model was trained to chat; the vocabulary has the tokens for it.
+            templates = {"default": LLAMA_3_TEMPLATE}
+        self._templates = Templates(templates)
+        self.chat_template = templates.get("default")  # the text of the checkpoint's template; None if it has none
         self.vocab_size = backend.vocab_size
         self._model_vocab_size = max(files.model_vocab_size, backend.vocab_size)
         bos, self._eos_id = self._named_id("bos_token"), self._named_id("eos_token")
@@ -161,14 +163,9 @@ class Tokenizer(TransformersNames):
         return self._eos_id
 
     @property
-    def chat_template(self) -> str | None:
-        """The text of the checkpoint's template; None when it has none."""
-        return self._chat_template
-
-    @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` works. Always for Meta's LLaMA 3 files, which are the same for a base model."""
-        return self._chat_template is not None or self._llama_3_dialogue
+        return self.chat_template is not None
 
     @property
     def template_variables(self) -> frozenset[str]:
@@ -184,7 +181,7 @@ class Tokenizer(TransformersNames):
         chat_template: str | None = None,
         **variables: Any,
     ) -> list[int]:
-        """Ids of a chat, by the checkpoint's template, or in LLaMA 3's dialogue format for a Meta directory.
+        """Ids of a chat, by the checkpoint's template; a Meta directory of LLaMA 3 has that of Meta's own code.
 
         messages: mappings, dataclasses or pydantic models, with the keys that transformers and OpenAI's API have. An
             assistant's turn may have `tool_calls` without content; content may be a list of text parts.
@@ -201,18 +198,13 @@ class Tokenizer(TransformersNames):
         """
         check_flag("add_generation_prompt", add_generation_prompt, RequestError)
         check_flag("continue_final_message", continue_final_message, RequestError)
-        given, prompt = checked_variables(variables), add_generation_prompt and not continue_final_message
-        if self._llama_3_dialogue and chat_template is None:
-            check_variables(given, frozenset())
-            checked = checked_messages(messages)
-            pieces = llama_3_pieces(checked, self._backend.control_ids, prompt, continue_final_message)
-        else:
-            template = self._templates.choose(chat_template, "tools" in given)
-            if given:
-                check_variables(given, self._templates.variables(template))
-            checked = checked_messages(messages, template)
-            given["add_generation_prompt"] = prompt
-            pieces = template_pieces(template, checked, given, self._names, self._backend, continue_final_message)
+        given = checked_variables(variables)
+        template = self._templates.choose(chat_template, "tools" in given)
+        if given:
+            check_variables(given, self._templates.variables(template))
+        given["add_generation_prompt"] = add_generation_prompt and not continue_final_message
+        checked = checked_messages(messages, template)
+        pieces = template_pieces(template, checked, given, self._names, self._backend, continue_final_message)
         ids = self._backend.encode(pieces)
         before, _ = self._backend.frame
         return ids if ids[: len(before)] == before else [*before, *ids]

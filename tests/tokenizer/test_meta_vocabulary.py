@@ -173,13 +173,6 @@ def test_chats_are_those_of_the_meta_directory(llama_3: Opened, messages: list[d
     assert ours == meta
 
 
-def test_a_content_that_begins_with_a_line_break_keeps_its_text(llama_3: Opened) -> None:
-    messages = [{"role": "user", "content": "\n \nWhy?"}]
-    meta, ours = (each.apply_chat_template(messages) for each in (llama_3.meta, llama_3.ours))
-    assert llama_3.ours.decode(ours, False) == llama_3.meta.decode(meta, False)
-    assert ours[0] == meta[0] == 128_000
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "as LLaMA 2": {},
     "no space in front": {"add_dummy_prefix": False},

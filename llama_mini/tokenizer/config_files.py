@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.io import files
-from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of, open_file
+from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of
 from llama_mini.checkpoint.io.files import inside
 from llama_mini.checkpoint.special_ids import read_special_ids
 from llama_mini.errors import CheckpointError, ConfigError, LlamaMiniWarning, TokenizerError
@@ -70,13 +70,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_bytes(path: Path) -> bytes:
     """A whole file of up to MAX_JSON_BYTES. Raises TokenizerError if it cannot be read."""
     try:
-        with open_file(path) as file:
-            data = file.read(files.MAX_JSON_BYTES + 1)
+        return files.read_bytes(path)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from None
-    if len(data) > files.MAX_JSON_BYTES:
-        raise TokenizerError(f"{path} has more than {files.MAX_JSON_BYTES} bytes; restore the file")
-    return data
 
 
 def read_text(path: Path) -> str:

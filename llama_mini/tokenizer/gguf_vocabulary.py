@@ -117,18 +117,15 @@ class GGUFVocabulary:
         return byte_level_parts(self._vocab, self._merges(), splits, ignore_merges)
 
     def _merges(self) -> list[list[str]]:
-        lines, vocab = self._texts("merges"), self._vocab
-        merges = [line.split(" ") for line in lines]  # byte-level tokens hold no space: they write it as Ġ
+        vocab = self._vocab
+        merges = [
+            line.split(" ") for line in self._texts("merges")
+        ]  # byte-level tokens hold no space: they write it as Ġ
         if set(map(len, merges)) <= {2} and vocab.keys() >= {*chain.from_iterable(merges), *map("".join, merges)}:
             return merges
-        for line, merge in zip(lines, merges, strict=True):
-            if len(merge) != 2 or "" in merge:
-                raise self._fault("merges", f"holds {short_repr(line)}, which is not two tokens with a space between")
-            for token in (*merge, "".join(merge)):
-                if token not in vocab:
-                    problem = f"holds {short_repr(line)}, but {short_repr(token)} is not in the vocabulary"
-                    raise self._fault("merges", problem)
-        return merges
+        wrong = next(m for m in merges if len(m) != 2 or not vocab.keys() >= {*m, "".join(m)})
+        problem = "which is not two tokens with a space between that make a third"
+        raise self._fault("merges", f"holds {short_repr(' '.join(wrong))}, {problem}")
 
     def _sentencepiece_parts(self) -> dict[str, Any]:
         unknown = self._token_id("unknown")

@@ -46,8 +46,7 @@ _TABLE: tuple[tuple[Any, ...], ...] = (  # names; then patterns, each of which s
     ("gpt-2 phi-2 olmo mpt jais mellum exaone4 a.x-4.0 gigachat trillion granite-docling", _GPT_2),
     ("smollm command-r starcoder refact codeshell exaone minerva-7b mellum2", r"\p{N}", _GPT_2),
     (" ".join([*_LLAMA_3_NAMES, "smaug-bpe", "dbrx", "chatglm-bpe", "glm4", "glm5"]), _LLAMA_3),
-    ("qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan kormo f2llmv2 solar-open grok-2", _QWEN_2),
-    ("bailingmoe bailingmoe2 llada-moe", _QWEN_2),
+    ("qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan kormo f2llmv2 solar-open grok-2 bailingmoe bailingmoe2", _QWEN_2),
     ("qwen35", rf"{_SUFFIX}|{_PREFIX}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LINES}"),
     ("tekken", rf"{_PREFIX}{_UPPER}*{_LOWER}+|{_PREFIX}{_UPPER}+{_LOWER}*|\p{{N}}|{_GPT_4O}"),
     (
@@ -69,7 +68,6 @@ _TABLE: tuple[tuple[Any, ...], ...] = (  # names; then patterns, each of which s
     ("superbpe", r"\p{N}+", *_THREES),
     ("minicpm5", r"\p{N}{1,3}", rf"{_SUFFIX}|{_PREFIX}\p{{L}}+|\p{{N}}+|{_GPT_4}"),
     ("ufakzeka", rf"{_PREFIX}\p{{L}}+|\p{{N}}|{_GPT_4}"),
-    ("laguna", r"[^\n]+|\n+", _QWEN_2),
     ("bloom poro-chat gpt3-finnish", _BLOOM),
     ("viking", _BLOOM, r"\p{N}"),
     ("falcon", r"[\p{P}\$\+<=>\^~\|`]+", _GPT_2, r"[0-9][0-9][0-9]"),

@@ -74,15 +74,10 @@ class Tokenizer(TransformersNames):
         candidates = [inside(path, name) for name in VOCABULARIES] if path.is_dir() else [path]
         vocabulary = next((candidate for candidate in candidates if candidate.is_file()), None)
         if vocabulary is None:
-            raise TokenizerError(
-                f"no tokenizer found: looked for {' and '.join(map(str, candidates))}; "
-                + (
-                    "make one of vocab.json and merges.txt with transformers' AutoTokenizer.from_pretrained and "
-                    "save_pretrained"
-                    if exists(path / "merges.txt")
-                    else "give a checkpoint's directory or a vocabulary file"
-                )
-            )
+            do = "give a checkpoint's directory or a vocabulary file"
+            if exists(path / "merges.txt"):
+                do = "make one of vocab.json and merges.txt with transformers' AutoTokenizer and save_pretrained"
+            raise TokenizerError(f"no tokenizer found: looked for {' and '.join(map(str, candidates))}; {do}")
         if file_kind(vocabulary) is FileKind.GGUF:
             return cls.from_gguf(read_header(vocabulary))
         files = read_config_files(vocabulary.parent)

@@ -30,10 +30,7 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointPathError if unreadable, CheckpointFormatError if broken."""
-    with open_file(path) as file:
-        if (size := size_of(file)) > MAX_JSON_BYTES:
-            raise CheckpointFormatError(f"{path} has {size} bytes, but JSON is read up to {MAX_JSON_BYTES}; restore it")
-        data = file.read(size)
+    data = read_bytes(path)
     kind = kind_of(data[:HEAD], len(data))
     if kind not in (FileKind.JSON, FileKind.OTHER):
         raise CheckpointFormatError(f"{path} is not JSON but {kind.value}")
@@ -48,6 +45,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointFormatError(f"{path} holds a JSON {type(value).__name__}, not an object; restore the file")
     return value
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file of up to MAX_JSON_BYTES. Raises CheckpointError if it is larger or cannot be read."""
+    with open_file(path) as file:
+        if (size := size_of(file)) > MAX_JSON_BYTES:
+            raise CheckpointFormatError(
+                f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that are read; restore it"
+            )
+        return file.read(size)
 
 
 def decode_json(text: str) -> Any:

@@ -6,6 +6,7 @@ from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
 
+from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.io.files import inside, read_json
 from llama_mini.errors import CheckpointError, CheckpointFormatError
 from llama_mini.validate import join_names, short_repr
@@ -56,6 +57,14 @@ _TENSORS = {  # in a tensor's name -> what that tells
     r"(^|\.)(score|classifier|v_head\.summary)\.weight$": _CLASSIFIER,
 }
 
+_BASE = "general.base_model.0.name"
+_PROJECTOR = "it turns images or sound into a model's input: give the file of the model itself"
+_GGUF_TYPES = {  # general.type -> what that is
+    "mmproj": _PROJECTOR,
+    "imatrix": "it is an importance matrix, which llama.cpp quantises with: give the file of the model itself",
+    "adapter": "it is an adapter: merge it into its model with llama.cpp's llama-export-lora, and give the result",
+}
+
 
 def told_by_name(names: Collection[str]) -> tuple[str, str] | None:
     """The first name that tells that a file holds no weights in a known format, and what it is instead."""
@@ -65,8 +74,8 @@ def told_by_name(names: Collection[str]) -> tuple[str, str] | None:
 
 def describe_directory(directory: Path) -> str | None:
     """What a directory that has no weights in a known format holds, to follow its name; None if that is not known."""
-    if (directory / ADAPTER_CONFIG).is_file():
-        return describe_adapter(directory)
+    if (adapter := describe_adapter(directory)) is not None:
+        return adapter
     names = sorted(path.name for folder in (directory, directory / _HUB_DOWNLOADS) for path in folder.glob("*"))
     if (told := told_by_name(names)) is not None:
         return f"holds {told[0]}, {told[1]}"
@@ -75,10 +84,12 @@ def describe_directory(directory: Path) -> str | None:
     return None
 
 
-def describe_adapter(directory: Path) -> str:
-    """What the adapter_config.json of PEFT or mlx-lm says, to follow the directory's name."""
+def describe_adapter(directory: Path) -> str | None:
+    """What the adapter_config.json of PEFT or mlx-lm says, to follow the directory's name; None if there is none."""
+    if not (path := inside(directory, ADAPTER_CONFIG)).is_file():
+        return None
     try:
-        raw = read_json(inside(directory, ADAPTER_CONFIG))
+        raw = read_json(path)
     except CheckpointError:
         raw = {}
     kind, base = (
@@ -106,3 +117,18 @@ def check_names(path: Path, names: Collection[str]) -> None:
     for pattern, what in _TENSORS.items():
         if name := next(filter(re.compile(pattern).search, names), None):
             raise CheckpointFormatError(f"{path} holds {short_repr(name)}, so it is {what}")
+
+
+def describe_gguf(header: GGUFHeader) -> str | None:
+    """The key or tensor that tells that a file is no whole model, and what it is. None if it may be a model."""
+    values = header.metadata
+    if str(values.get("general.architecture")) == "clip":
+        return f"general.architecture is 'clip': {_PROJECTOR}"
+    if str(kind := values.get("general.type", "model")) != "model":
+        usual = "only files of type 'model' are read: give the file of the model itself"
+        base = f"; its model is {short_repr(values[_BASE])}" if _BASE in values else ""
+        return f"general.type is {short_repr(kind)}: {_GGUF_TYPES.get(str(kind), usual)}{base}"
+    if str(count := values.get("split.count", 1)) not in ("0", "1"):
+        merge = "llama.cpp's `llama-gguf-split --merge FIRST_PART WHOLE_FILE`, and give the result"
+        return f"split.count is {short_repr(count)}: it is a part of a split model; merge the parts with {merge}"
+    return None if header.tensors else "it holds no tensors: give the file of the model itself, not of its vocabulary"

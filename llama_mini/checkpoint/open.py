@@ -7,13 +7,12 @@ from torch import nn
 
 from llama_mini.checkpoint.gguf.header import read_header
 from llama_mini.checkpoint.gguf.model import open_gguf
-from llama_mini.checkpoint.gguf.not_models import describe_gguf
 from llama_mini.checkpoint.hf.directory import open_hf_directory
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import CONFIG, PARAMS, exists, inside
 from llama_mini.checkpoint.match import with_settled_head
 from llama_mini.checkpoint.meta.directory import open_meta_directory
-from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, describe_adapter, describe_directory, told_by_name
+from llama_mini.checkpoint.not_models import describe_adapter, describe_directory, describe_gguf, told_by_name
 from llama_mini.checkpoint.source import Source
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError, LlamaMiniWarning
 from llama_mini.validate import join_names
@@ -87,8 +86,8 @@ def _open_file(path: Path) -> Source:
         return open_gguf(path)
     if kind is FileKind.SAFETENSORS:
         if not inside(path.parent, CONFIG).is_file():
-            if (path.parent / ADAPTER_CONFIG).is_file():
-                raise CheckpointFormatError(f"{path.parent} {describe_adapter(path.parent)}")
+            if (adapter := describe_adapter(path.parent)) is not None:
+                raise CheckpointFormatError(f"{path.parent} {adapter}")
             raise CheckpointFormatError(f"{path} holds only weights; put the {CONFIG} that describes them beside it")
         return open_hf_directory(path.parent, path)
     told = told_by_name([path.name]) if kind in (FileKind.PICKLE, FileKind.ARCHIVE, FileKind.OTHER) else None

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
-from llama_mini.checkpoint.gguf.not_models import describe_gguf
 from llama_mini.checkpoint.gguf.rope import ROPE_KEYS, gguf_scaling, name_tensors
 from llama_mini.checkpoint.gguf.tensors import FLOATS, Blocks, read_blocks, read_rows, read_tensor
 from llama_mini.checkpoint.keys import GGUF_KEYS
+from llama_mini.checkpoint.not_models import describe_gguf
 from llama_mini.checkpoint.source import (
     Destination,
     Rows,

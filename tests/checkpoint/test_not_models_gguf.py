@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
-from llama_mini.checkpoint.gguf.not_models import describe_gguf
+from llama_mini.checkpoint.not_models import describe_gguf
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import CheckpointFormatError, LlamaMiniWarning
 
@@ -39,7 +39,7 @@ def test_a_gguf_file_that_is_no_model(tmp_path: Path, write_gguf: Write, changes
 
 def test_a_vocabulary_alone(tmp_path: Path) -> None:
     (tmp_path / "vocab.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(16))
-    with pytest.raises(CheckpointFormatError, match="it holds no tensors, only a vocabulary or settings"):
+    with pytest.raises(CheckpointFormatError, match="it holds no tensors: give the file"):
         open_checkpoint(tmp_path)
 
 

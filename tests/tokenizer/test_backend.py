@@ -73,6 +73,6 @@ def test_many_words_are_found_in_linear_time(
     spec["added_tokens"] += [rules | {"id": 600 + i, "content": f"<{i}>"} for i in range(300)]
     tokenizer = Tokenizer.from_pretrained(write_directory({"tokenizer.json": spec}))
     started = time.process_time()
-    assert tokenizer.encode("<7> <8>  " * 20_000) == [607, 608] * 20_000
-    assert tokenizer.encode(" " * 100_000, parse_special=True)
-    assert time.process_time() - started < 20  # measured: 0.4 s
+    assert tokenizer.encode("<7> <8>  " * 5_000) == [607, 608] * 5_000
+    assert tokenizer.encode(" " * 50_000, parse_special=True)
+    assert time.process_time() - started < 20  # measured: 0.1 s

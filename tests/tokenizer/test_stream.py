@@ -77,10 +77,10 @@ def test_special_tokens_add_nothing_and_a_wrong_id_is_refused(tokenizer: Tokeniz
 
 
 def test_the_time_grows_with_the_length_alone(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("🎉", add_special_tokens=False)[-1:] * 200_000  # never a whole character
+    ids = tokenizer.encode("🎉", add_special_tokens=False)[-1:] * 50_000  # never a whole character
     started = time.process_time()
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
-    assert time.process_time() - started < 10  # measured: .3 s; decoding from the start each time takes an hour
+    assert time.process_time() - started < 10  # measured: .2 s; decoding from the start each time takes minutes
 
 
 def whole_search(tokenizer: Tokenizer, ids: list[int], stop: list[str], min_tokens: int) -> tuple[str, int | None]:

@@ -158,8 +158,8 @@ def test_longrope_survives_our_own_format() -> None:
     assert from_hf(json.loads(json.dumps(to_hf(config, "float32")))) == config
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
-def test_longrope_is_transformers_in_every_family_below_and_above_the_context(tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])  # with a head_dim of dim / heads, and of its own
+def test_longrope_is_transformers_below_and_above_the_context(tmp_path: Path, model_type: str) -> None:
     theirs = random_model(model_type, 0, hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
     pairs = (getattr(theirs.config, "head_dim", None) or 8) // 2
     lists = np.random.default_rng(3).uniform(1, [[3], [40]], (2, pairs)).tolist()

@@ -12,7 +12,7 @@ from llama_mini.errors import CheckpointError, CheckpointFormatError
 from llama_mini.validate import join_names, short_repr
 
 ADAPTER_CONFIG = "adapter_config.json"
-_MERGE = "merge it into that model and save the result (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse), then give that"
+_MERGE = "merge it into its model and save the result (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse), then give that"
 _FILES = (  # what a file means that is no weights file; the patterns of its name
     (f"an adapter, not a whole model: {_MERGE}", "adapter*"),
     (

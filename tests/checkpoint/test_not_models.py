@@ -61,7 +61,7 @@ def test_an_adapter_says_of_which_model(tmp_path: Path, config: object, file: st
         with pytest.raises(CheckpointFormatError) as caught:
             open_checkpoint(path)
         assert expected in str(caught.value)
-        assert "merge it into that model" in str(caught.value)
+        assert "merge it into its model" in str(caught.value)
         assert "merge_and_unload" in str(caught.value)
 
 
@@ -83,7 +83,7 @@ def test_an_adapter_beside_a_model_is_warned_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        (LORA, "an adapter that is not merged: merge it into that model"),
+        (LORA, "an adapter that is not merged: merge it into its model"),
         ("model.layers.0.self_attn.q_proj.base_layer.weight", "an adapter that is not merged"),
         ("lm_head.modules_to_save.default.weight", "an adapter that is not merged"),
         ("d2t", "a draft head, which predicts for another model: give that model"),

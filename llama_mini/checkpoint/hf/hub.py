@@ -22,7 +22,7 @@ from llama_mini.checkpoint.io.files import (
     VOCABULARIES,
     read_weight_map,
 )
-from llama_mini.checkpoint.not_models import ADAPTER_CONFIG
+from llama_mini.checkpoint.not_models import told_by_name
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, CheckpointPathError
 from llama_mini.validate import join_names, short_repr
 
@@ -148,16 +148,13 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
         )
     if tokenizer_only:
         raise CheckpointIncompleteError(f"{where} holds no tokenizer: neither {' nor '.join(VOCABULARIES)}")
-    if ADAPTER_CONFIG in top:
-        raise CheckpointFormatError(
-            f"{where} holds an adapter, not a whole model: merge it into the model that its {ADAPTER_CONFIG} names, "
-            "save the result and give its directory"
-        )
-    if pickles := sorted(name for name in names if name.endswith(PICKLES)):
+    if pickles := sorted(name for name in names if name.endswith(PICKLES) and not told_by_name([Path(name).name])):
         raise CheckpointFormatError(
             f"{where} holds its weights as pickles ({_quoted(pickles)}), which can run code, so the engine reads none: "
             f"run `hf download {where} --local-dir SRC`, then `llama-mini convert SRC DST`"
         )
+    if (told := told_by_name(sorted(top))) is not None:
+        raise CheckpointFormatError(f"{where} holds {told[0]}, {told[1]}")
     raise CheckpointIncompleteError(f"{where} holds no weights: neither {INDEX} nor {SINGLE} nor a GGUF file")
 
 

@@ -203,7 +203,7 @@ def test_of_a_single_gguf_file_the_path_is_given(online: dict[str, Any], hub: Hu
         ("org/pickled", "Format", r"pickles \('pytorch_model-00001-of-00002.bin'\).*llama-mini convert SRC DST`"),
         ("org/metapickled", "Format", r"pickles \('consolidated.00.pth'\)"),
         ("org/ggufs", "Path", "6 GGUF files: .*'tiny-f16.gguf', 'tiny-q2.gguf', 'tiny-q3.gguf'"),
-        ("org/adapter", "Format", "org/adapter holds an adapter, not a whole model: merge it into the model that its"),
+        ("org/adapter", "Format", "org/adapter holds adapter_config.json, an adapter, not a whole model: merge it"),
         ("org/empty", "Incomplete", "org/empty holds no weights"),
         ("org/escaping", "Path", "index.json names '../x.safetensors'; only .* of the same folder"),
         ("org/absolute", "Path", "index.json names '/etc/passwd.safetensors'"),

@@ -9,15 +9,13 @@ from llama_mini.checkpoint.gguf.header import read_header
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.hf.directory import open_hf_directory
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
-from llama_mini.checkpoint.io.files import CONFIG, PARAMS, exists, inside
+from llama_mini.checkpoint.io.files import CONFIG, PARAMS, PICKLES, exists, inside
 from llama_mini.checkpoint.match import with_settled_head
 from llama_mini.checkpoint.meta.directory import open_meta_directory
 from llama_mini.checkpoint.not_models import describe_adapter, describe_directory, describe_gguf, told_by_name
 from llama_mini.checkpoint.source import Source
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError, LlamaMiniWarning
 from llama_mini.validate import join_names
-
-_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")  # of files that may hold weights
 
 
 def resolve(name: str | Path) -> Path:
@@ -49,7 +47,8 @@ def open_checkpoint(path: Path, pickles: type[nn.Module] | None = None) -> Sourc
 
 def _open_directory(path: Path, pickles: type[nn.Module] | None) -> Source:
     has_config, has_params = inside(path, CONFIG).exists(), inside(path, PARAMS).exists()
-    weights = [file.name for suffix in _SUFFIXES for file in path.glob(f"*{suffix}")]
+    names = [file.name for file in path.iterdir() if file.name.endswith((".safetensors", *PICKLES))]
+    weights = [name for name in names if told_by_name([name]) is None]
     if (not weights or not (has_config or has_params)) and (gguf := _gguf_in(path)) is not None:
         return open_gguf(gguf)  # a config.json may lie beside it
     # Some releases of Mistral have both formats, whose weights are told apart by their names.

@@ -48,6 +48,8 @@ def test_a_projector_beside_its_model(tmp_path: Path, write_gguf: Write) -> None
     write_gguf(tmp_path / "mmproj-F16.gguf", {"general.type": "mmproj"})
     write_gguf(tmp_path / "model-Q4.gguf")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # as people publish GGUF files
+    for name in ("training_args.bin", "adapter_model.safetensors"):  # no weights of the model
+        (tmp_path / name).write_bytes(b"PK")
     with pytest.warns(LlamaMiniWarning, match=r"mmproj-F16\.gguf not read, since it holds no language model"):
         assert open_checkpoint(tmp_path).path == tmp_path / "model-Q4.gguf"
 

@@ -15,14 +15,12 @@ from llama_mini.checkpoint.hf.safetensors_data import read_rows
 from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards, indexed, read_headers, stored
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
-from llama_mini.checkpoint.io.files import INDEX, SINGLE, inside, read_weight_map
+from llama_mini.checkpoint.io.files import INDEX, PICKLES, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, names_in_file, to_file_name
 from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, describe_directory, told_by_name
 from llama_mini.checkpoint.source import Destination, Rows, Source, rows_per_chunk
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
 from llama_mini.machine import DTYPES
-
-_PICKLES = ("pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
 def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
@@ -99,7 +97,7 @@ def no_weights(directory: Path, missing: str) -> CheckpointError:
 
 def pickles_in(directory: Path) -> list[str]:
     """The pickled weights: pytorch_model.bin, its shards or variants, else any, without the state of a training run."""
-    for pattern in _PICKLES:
+    for pattern in ("pytorch_model.bin", "pytorch_model*.bin", *(f"*{suffix}" for suffix in PICKLES)):
         files = [f for f in sorted(directory.glob(pattern)) if f.is_file() and not told_by_name([f.name])]
         by_name = pattern.startswith("pytorch_model")
         if names := [file.name for file in files if by_name or file_kind(file) is FileKind.PICKLE]:

@@ -16,6 +16,7 @@ from llama_mini.checkpoint.io.files import (
     CONFIG,
     INDEX,
     PARAMS,
+    PICKLES,
     SINGLE,
     TEMPLATES,
     TOKENIZER_FILES,
@@ -27,7 +28,6 @@ from llama_mini.errors import CheckpointError, CheckpointFormatError, Checkpoint
 from llama_mini.validate import join_names, short_repr
 
 SMALL = [CONFIG, *TOKENIZER_FILES]
-PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # A branch or tag name that git allows, in ASCII only. No part of it begins with a dot.
 REVISION = re.compile(r"(?![/-])(?!.*(//|/\.|\.\.|@\{))(?!\.)[^\x00-\x20~^:?*\[\\\x7f-\U0010ffff]{1,200}(?<![/.])")

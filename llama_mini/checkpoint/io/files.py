@@ -15,6 +15,7 @@ from llama_mini.validate import short_repr
 
 CONFIG, PARAMS = "config.json", "params.json"  # of a Hugging Face and of a Meta directory
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights; the index of weights in shards
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # how the names of pickled weights end
 VOCABULARIES = ("tokenizer.json", "tekken.json", "tokenizer.model")  # the first that exists is read
 TOKENIZER_FILES = (
     *(*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -13,27 +13,19 @@ from llama_mini.validate import join_names, short_repr
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MERGE = "merge it into its model and save the result (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse), then give that"
-_FILES = (  # what a file means that is no weights file; the patterns of its name
-    (f"an adapter, not a whole model: {_MERGE}", "adapter*"),
-    (
-        "a part of a torch.distributed checkpoint: join the parts with `python -m "
-        "torch.distributed.checkpoint.format_utils dcp_to_torch`, and convert the pytorch_model.bin that this makes",
-        *("*.distcp",),
-    ),
-    ("a part of a DeepSpeed checkpoint: join the parts with its zero_to_fp32.py", "*mp_rank_*", "global_step*"),
-    ("a diffusion pipeline, not a language model", "model_index.json"),
-    (
-        "a model for another runtime: give the Hugging Face checkpoint that it was made from",
-        *("*.onnx", "*.tflite", "*.mlmodelc", "*.mlpackage"),
-    ),
-    ("a NeMo archive: convert it to Hugging Face's format with NeMo's own scripts", "*.nemo"),
-    ("weights of Flax or TensorFlow: give those of PyTorch or safetensors", "*.msgpack", "*.h5"),
-    ("an unfinished download: finish it, or download the checkpoint again", "*.incomplete", "*.part"),
-    (
-        "the state of a training run, without the model's weights: give the directory of the model",
-        *("optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "training_args.*", "trainer_state.json"),
-    ),
-)
+_FILES = {  # names of files that hold no weights of a model -> what such a file is
+    "adapter*": f"an adapter, not a whole model: {_MERGE}",
+    "*.distcp": "a part of a torch.distributed checkpoint: join the parts with `python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch`, and convert the pytorch_model.bin that this makes",
+    "*mp_rank_* global_step*": "a part of a DeepSpeed checkpoint: join the parts with its zero_to_fp32.py",
+    "model_index.json": "a diffusion pipeline, not a language model",
+    "*.onnx *.tflite *.mlmodelc *.mlpackage": "made for another runtime: give the checkpoint that it was made from",
+    "*.nemo": "a NeMo archive: convert it to Hugging Face's format with NeMo's own scripts",
+    "*.msgpack *.h5": "weights of Flax or TensorFlow: give those of PyTorch or safetensors",
+    "*.incomplete *.part": "an unfinished download: finish it, or download the checkpoint again",
+    "optimizer.* scheduler.* scaler.* rng_state* training_args.* trainer_state.json": "the state of a training run, "
+    "without the model's weights: give the directory of the model",
+}
 _HUB_DOWNLOADS = ".cache/huggingface/download"  # where `hf download --local-dir` keeps unfinished files
 _FOLDERS = ("*/config.json", "snapshots/*/config.json", "*/params.json", "*/*.gguf")
 _DRAFT = "a draft head, which predicts for another model: give that model"
@@ -56,7 +48,6 @@ _TENSORS = {  # in a tensor's name -> what that tells
     r"(^|\.)(d2t|t2d|medusa_heads?\..*)$|^(model\.)?fc\.weight$": _DRAFT,
     r"(^|\.)(score|classifier|v_head\.summary)\.weight$": _CLASSIFIER,
 }
-
 _BASE = "general.base_model.0.name"
 _PROJECTOR = "it turns images or sound into a model's input: give the file of the model itself"
 _GGUF_TYPES = {  # general.type -> what that is
@@ -68,8 +59,8 @@ _GGUF_TYPES = {  # general.type -> what that is
 
 def told_by_name(names: Collection[str]) -> tuple[str, str] | None:
     """The first name that tells that a file holds no weights in a known format, and what it is instead."""
-    found = ((name, what) for what, *patterns in _FILES for pattern in patterns for name in matching(names, pattern))
-    return next(found, None)
+    table = ((pattern, what) for patterns, what in _FILES.items() for pattern in patterns.split())
+    return next(((name, what) for pattern, what in table for name in matching(names, pattern)), None)
 
 
 def describe_directory(directory: Path) -> str | None:

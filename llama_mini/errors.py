@@ -1,5 +1,8 @@
 """The errors that bad input raises. `exit_code` is the exit code of a command that ends with the error."""
 
+import sys
+import warnings
+
 _MAX_LENGTH = 1900
 
 
@@ -67,6 +70,14 @@ class LlamaMiniWarning(UserWarning):
 
     def __init__(self, message: str) -> None:
         super().__init__(_printable(message))
+
+
+def warn(message: str) -> None:
+    """Issues a LlamaMiniWarning that names the line outside this package that led to it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, LlamaMiniWarning, stacklevel=level)
 
 
 def _printable(message: str) -> str:

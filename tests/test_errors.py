@@ -1,10 +1,12 @@
 """Messages hold names and values from untrusted files: whatever those are, a message is one line of bounded length."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 
 from llama_mini.errors import CheckpointFormatError, LlamaMiniError, LlamaMiniWarning
+from llama_mini.tokenizer.config_files import read_config_files
 
 
 @pytest.mark.parametrize("text", ["a\nb", "\x1b[2J", "\u2028", "\0", "\r", "\ud800"])
@@ -28,3 +30,10 @@ def test_a_long_message_is_cut_and_says_so() -> None:
     assert len(message) == 1900
     assert message.endswith("a...")
     assert str(LlamaMiniError("a" * 1899)) == "a" * 1899
+
+
+def test_a_warning_names_the_line_outside_the_package(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.warns(LlamaMiniWarning, match="no generation_config") as caught:
+        read_config_files(tmp_path)
+    assert caught[0].filename == __file__

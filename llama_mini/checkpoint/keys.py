@@ -4,10 +4,9 @@ One Hugging Face name can mean different norm slots in different families, so ea
 """
 
 import re
-import warnings
 from collections.abc import Collection
 
-from llama_mini.errors import LlamaMiniWarning
+from llama_mini.errors import warn
 from llama_mini.validate import short_repr
 
 KeyTable = dict[str, str]
@@ -115,7 +114,7 @@ def names_in_file(table: KeyTable, names: Collection[str]) -> KeyTable:
     begins = [f"every tensor's name begins with {short_repr(prefix)}"] if prefix else []
     begins += [f"every layer's names begin with {short_repr(inner)}"] if inner else []
     if begins:
-        warnings.warn(f"{' and '.join(begins)}, which is left out", LlamaMiniWarning, stacklevel=4)
+        warn(f"{' and '.join(begins)}, which is left out")
     is_bare = any(name.startswith((f"{prefix}embed_tokens.", f"{prefix}layers.")) for name in others)
     bare = {theirs.removeprefix("model.") if is_bare else theirs: ours for theirs, ours in table.items()}
     return {

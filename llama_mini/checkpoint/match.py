@@ -1,7 +1,6 @@
 """Compares the tensors of a checkpoint with the parameters of its model, and reads those that match."""
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, to_file_name
 from llama_mini.checkpoint.source import Destination, Rows, Source, Values, no_destination
-from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, LlamaMiniWarning
+from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, warn
 from llama_mini.validate import join_names
 
 Model = TypeVar("Model", bound=nn.Module)  # built from a LlamaConfig alone
@@ -106,8 +105,7 @@ def with_settled_head(source: Source) -> Source:
         return source
     if source.tensors[head].shape == source.tensors[embedding].shape and _are_equal(source, head, embedding):
         return replace(source, tensors={name: stored for name, stored in source.tensors.items() if name != head})
-    message = f"{head} differs from the embedding, so it is used, although tie_word_embeddings is true"
-    warnings.warn(f"{source.path}: {message}", LlamaMiniWarning, stacklevel=3)
+    warn(f"{source.path}: {head} differs from the embedding, so it is used, although tie_word_embeddings is true")
     return replace(source, config=replace(source.config, tie_word_embeddings=False))
 
 

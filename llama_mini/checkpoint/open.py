@@ -1,6 +1,5 @@
 """A path or hub name -> an opened checkpoint. The content of a file tells its format, never its name."""
 
-import warnings
 from pathlib import Path
 
 from torch import nn
@@ -14,7 +13,7 @@ from llama_mini.checkpoint.match import with_settled_head
 from llama_mini.checkpoint.meta.directory import open_meta_directory
 from llama_mini.checkpoint.not_models import describe_adapter, describe_directory, describe_gguf, told_by_name
 from llama_mini.checkpoint.source import Source
-from llama_mini.errors import CheckpointFormatError, CheckpointPathError, LlamaMiniWarning
+from llama_mini.errors import CheckpointFormatError, CheckpointPathError, warn
 from llama_mini.validate import join_names
 
 
@@ -73,8 +72,7 @@ def _gguf_in(directory: Path) -> Path | None:
             f"{directory} holds {len(models)} GGUF files; give one of them: {join_names(file.name for file in models)}"
         )
     if models and (others := [file.name for file in ggufs if file not in models]):
-        message = f"{directory}: {join_names(others)} not read, since it holds no language model"
-        warnings.warn(message, LlamaMiniWarning, stacklevel=4)
+        warn(f"{directory}: {join_names(others)} not read, since it holds no language model")
     chosen = (models or ggufs)[:1]  # one of several that are no model: opening it says what it is
     return inside(directory, chosen[0].name) if chosen else None
 

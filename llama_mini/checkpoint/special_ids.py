@@ -7,13 +7,12 @@
 - Meta's tokenizer.model has them in its vocabulary.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_mini.errors import ConfigError, LlamaMiniWarning
+from llama_mini.errors import ConfigError, warn
 from llama_mini.validate import is_whole, short_repr
 
 if TYPE_CHECKING:  # it imports torch, which a tokenizer does not need
@@ -57,8 +56,7 @@ def gguf_special_ids(metadata: Mapping[str, Any], vocab_size: int, path: Path) -
     """The fields of a LlamaConfig, from a GGUF file's metadata. Raises ConfigError."""
     bos, eos, pad = (_gguf_id(metadata, name) for name in ("bos", "eos", "padding"))
     if pad is not None and not 0 <= pad < vocab_size:  # llama.cpp ignores it too
-        message = f"{path}: padding_token_id is {pad}, but the vocabulary has {vocab_size} tokens; ignored"
-        warnings.warn(message, LlamaMiniWarning, stacklevel=4)
+        warn(f"{path}: padding_token_id is {pad}, but the vocabulary has {vocab_size} tokens; ignored")
         pad = None
     return {"bos_id": bos, "eos_ids": () if eos is None else (eos,), "pad_id": pad}
 

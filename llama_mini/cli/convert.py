@@ -1,7 +1,6 @@
 """The command `convert`: a checkpoint of any format becomes a Hugging Face directory, which transformers opens."""
 
 import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from llama_mini.checkpoint.match import empty_model, match, read_all
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.special_ids import special_ids, with_missing_ids
-from llama_mini.errors import LlamaMiniWarning, TokenizerError
+from llama_mini.errors import TokenizerError, warn
 from llama_mini.machine import as_dtype, dtype_name
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
@@ -71,7 +70,7 @@ def tokenizer_files(source: Source) -> dict[str, Any]:
     if set(copied) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # Meta's: transformers needs more
         files = meta_tokenizer_files(copied["tokenizer.model"]) | files
     if not set(VOCABULARIES) & set(files):
-        warnings.warn(f"{source.directory} has no tokenizer; none is written", LlamaMiniWarning, stacklevel=3)
+        warn(f"{source.directory} has no tokenizer; none is written")
     return files
 
 

@@ -1,6 +1,5 @@
 """What the files beside a vocabulary say: named and added tokens, BOS, EOS and the chat template."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from llama_mini.checkpoint.io import files
 from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of
 from llama_mini.checkpoint.io.files import inside
 from llama_mini.checkpoint.special_ids import read_special_ids
-from llama_mini.errors import CheckpointError, ConfigError, LlamaMiniWarning, TokenizerError
+from llama_mini.errors import CheckpointError, ConfigError, TokenizerError, warn
 from llama_mini.validate import is_whole, short_repr
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -151,23 +150,19 @@ def _read_model_facts(directory: Path) -> dict[str, Any]:
     """BOS, EOS and vocabulary size. If both files state an id, generation_config.json wins, as in transformers."""
     config, generation = inside(directory, "config.json"), inside(directory, "generation_config.json")
     if config.is_file() and not generation.is_file():
-        _warn(f"{directory} has no {generation.name}: text ends at the EOS of config.json and tokenizer_config.json")
+        warn(f"{directory} has no {generation.name}: text ends at the EOS of config.json and tokenizer_config.json")
     facts: dict[str, Any] = {}
     for path in (config, generation):
         try:
             raw = read_json(path) if path.is_file() else {}
             ids = read_special_ids(raw)
         except (ConfigError, TokenizerError) as error:
-            _warn(f"{path.name} ignored: {error}")
+            warn(f"{path.name} ignored: {error}")
             continue
         facts |= {key: ids[key] for key in ("bos_id", "eos_ids") if ids[key] not in (None, ())}
         if is_whole(raw.get("vocab_size")):
             facts["model_vocab_size"] = max(raw["vocab_size"], 0)
     return facts
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, LlamaMiniWarning, stacklevel=6)
 
 
 def _content(token: object) -> str | None:

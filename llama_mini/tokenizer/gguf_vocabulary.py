@@ -4,7 +4,6 @@ Two kinds are read: byte-level BPE (gpt2) and SentencePiece (llama). A key, or i
 it means to llama.cpp (src/llama-vocab.cpp).
 """
 
-import warnings
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.special_ids import END_TOKENS
-from llama_mini.errors import LlamaMiniWarning, TokenizerError
+from llama_mini.errors import TokenizerError, warn
 from llama_mini.tokenizer.byte_level import byte_level_parts
 from llama_mini.tokenizer.config_files import ConfigFiles
 from llama_mini.tokenizer.pre_tokenizers import ADD_BOS, IGNORE_MERGES, PRE_TOKENIZERS
@@ -108,11 +107,10 @@ class GGUFVocabulary:
 
     def _byte_level_parts(self) -> dict[str, Any]:
         if self._get("pre") is None:
-            message = (
+            warn(
                 f"{self.path} has no tokenizer.ggml.pre: text is split by llama.cpp's default, which may not be "
                 "what the model was trained with; convert the model again"
             )
-            warnings.warn(message, LlamaMiniWarning, stacklevel=4)
         splits, ignore_merges = PRE_TOKENIZERS[self._pre], self._pre in IGNORE_MERGES
         return byte_level_parts(self._vocab, self._merges(), splits, ignore_merges)
 
@@ -135,11 +133,10 @@ class GGUFVocabulary:
         ordinary = [id for id, type_ in enumerate(self._types) if type_ == PieceType.NORMAL]
         ranks = [scores[id] for id in ordinary if len(self._tokens[id]) > 1]
         if n_equal := len(ranks) - len(set(ranks)):  # llama.cpp joins the leftmost first; a list of merges cannot
-            message = (
+            warn(
                 f"{self.path}: tokenizer.ggml.scores has {n_equal} repeated scores; of pieces with equal "
                 "scores, the first in the vocabulary is joined first; convert the model again"
             )
-            warnings.warn(message, LlamaMiniWarning, stacklevel=4)
         return sentencepiece_parts(
             self._vocab,
             merges_by_score(self._tokens, scores, ordinary),
@@ -226,7 +223,7 @@ class GGUFVocabulary:
         problem = f"must be a token from 0 to {len(self._tokens) - 1}, not {short_repr(value)}"
         if type(value) is not int or name not in ("padding", "unknown"):
             raise self._fault(f"{name}_token_id", problem)
-        warnings.warn(f"{self._fault(f'{name}_token_id', problem)}; ignored", LlamaMiniWarning, stacklevel=4)
+        warn(f"{self._fault(f'{name}_token_id', problem)}; ignored")
         return None
 
     @property

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -22,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llama_mini.errors import LlamaMiniWarning, TokenizerError
+from llama_mini.errors import TokenizerError, warn
 
 WORKER = Path(__file__).with_name("template_worker.py").resolve()
 KEPT_ENVIRONMENT = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH")  # the local time; what Python itself may need to start
@@ -88,12 +87,11 @@ class _Sandbox:
                     return self._worker_answer(request)
                 except _NoPython:
                     self._not_pythons.add(sys.executable)
-                    message = (
+                    warn(
                         "chat templates run inside this process, in jinja2's sandbox but without limits on memory and "
                         f"time, since sys.executable, {sys.executable!r}, is not a Python interpreter; chat only with "
                         "checkpoints that you trust"
                     )
-                    warnings.warn(message, LlamaMiniWarning, stacklevel=2)
         from llama_mini.tokenizer import template_worker
 
         return template_worker.answer(request)

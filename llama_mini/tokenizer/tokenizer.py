@@ -1,7 +1,6 @@
 """Text to token ids and back, for the vocabularies of the LLaMA family."""
 
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -12,7 +11,7 @@ from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
 from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import VOCABULARIES, exists, inside
-from llama_mini.errors import LlamaMiniWarning, RequestError, TokenizerError
+from llama_mini.errors import RequestError, TokenizerError, warn
 from llama_mini.tokenizer.backend import Backend, check_text, split
 from llama_mini.tokenizer.chat import template_pieces
 from llama_mini.tokenizer.config_files import ConfigFiles, read_bytes, read_config_files, read_json
@@ -210,11 +209,7 @@ class Tokenizer(TransformersNames):
             return None
         id = self._backend.token_id(content)
         if id is None:
-            warnings.warn(
-                f"tokenizer_config.json has the {name} {content!r}, which the vocabulary does not hold; ignored",
-                LlamaMiniWarning,
-                stacklevel=4,
-            )
+            warn(f"tokenizer_config.json has the {name} {content!r}, which the vocabulary does not hold; ignored")
         return id
 
 
@@ -256,5 +251,5 @@ def open_tokenizer(source: "Source") -> Tokenizer:
         special = tokenizer.control_ids
         if tokenizer.vocab_size - rows > len(special) or not special.issuperset(range(rows, tokenizer.vocab_size)):
             raise TokenizerError(f"{problem}; they belong to different checkpoints")
-        warnings.warn(f"{problem}: the added tokens from {rows} on cannot be used", LlamaMiniWarning, stacklevel=3)
+        warn(f"{problem}: the added tokens from {rows} on cannot be used")
     return tokenizer

@@ -1,7 +1,6 @@
 """Rotary scaling in a GGUF file: `rope.scaling.*` in the metadata, and tensors of divisors (LLaMA 3.1, longrope)."""
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.gguf.tensors import read_tensor
-from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniWarning
+from llama_mini.errors import CheckpointFormatError, ConfigError, warn
 from llama_mini.model.rope_scaling import (
     LinearScaling,
     Llama3Scaling,
@@ -142,4 +141,4 @@ def _warn_of_ignored(get: Callable[..., Any], header: GGUFHeader, scaling: RopeS
     if f"{header.metadata['general.architecture']}.rope.dimension_sections" in header.metadata:
         notes.append("rope.dimension_sections ignored, since only images and videos need it")
     if notes:
-        warnings.warn(f"{header.path}: {'; '.join(notes)}", LlamaMiniWarning, stacklevel=2)
+        warn(f"{header.path}: {'; '.join(notes)}")

@@ -1,7 +1,6 @@
 """config.json <-> LlamaConfig. Each key is read, refused by name, ignored, or unknown, which is a warning."""
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from llama_mini.checkpoint.io.files import inside, read_json
 from llama_mini.checkpoint.not_models import describe_config
 from llama_mini.checkpoint.quantized import SETTINGS, quantized
 from llama_mini.checkpoint.special_ids import read_special_ids, special_ids
-from llama_mini.errors import CheckpointIncompleteError, ConfigError, LlamaMiniWarning
+from llama_mini.errors import CheckpointIncompleteError, ConfigError, warn
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.rope_scaling import RopeScaling
@@ -87,7 +86,7 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
             settings.pop(key, None)
     if raw.get("rms_norm_eps") is None:
         eps = family.defaults["rms_norm_eps"]
-        _warn(f"config.json: rms_norm_eps is absent; {eps} is used, the default of model_type {family.model_type}")
+        warn(f"config.json: rms_norm_eps is absent; {eps} is used, the default of model_type {family.model_type}")
     sizes = {ours: settings[key] for key, ours in SIZES.items() if key in settings}
     try:
         theta, scaling = read_rope(raw, sizes["max_seq_len"])
@@ -158,7 +157,7 @@ def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
     if norms := [key for key in unknown if "norm" in key.lower() and raw[key] is not None]:
         raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: rms_norm_eps")
     if unknown:
-        _warn(f"config.json: unknown {join_names(unknown)} ignored")
+        warn(f"config.json: unknown {join_names(unknown)} ignored")
 
 
 def _biases(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -251,7 +250,3 @@ def _from_own(raw: Mapping[str, Any]) -> LlamaConfig:
         return LlamaConfig(**values)
     except TypeError as error:  # a field without a default is absent
         raise ConfigError(str(error)) from None
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, LlamaMiniWarning, stacklevel=2)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from llama_mini.checkpoint.io.files import INDEX, PICKLES, SINGLE, inside, read_
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, names_in_file, to_file_name
 from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, describe_directory, told_by_name
 from llama_mini.checkpoint.source import Destination, Rows, Source, rows_per_chunk
-from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
+from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.machine import DTYPES
 
 
@@ -33,8 +32,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
         tied = {to_file_name(name, keys) for name in (HEAD, EMBEDDING)} if config.tie_word_embeddings else set[str]()
         tensors = indexed(directory / INDEX, weight_map, tensors, keys, tied)
     if file is None and (directory / ADAPTER_CONFIG).is_file():
-        message = f"{directory} also holds an adapter ({ADAPTER_CONFIG}): it is not applied"
-        warnings.warn(message, LlamaMiniWarning, stacklevel=3)
+        warn(f"{directory} also holds an adapter ({ADAPTER_CONFIG}): it is not applied")
     dtypes = [weight_dtype(tensor) for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)]
 
     def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
@@ -71,8 +69,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         with contextlib.suppress(CheckpointError):  # it is not read in any case
             shards = set(read_weight_map(index).values())
         if shards - {SINGLE}:  # mlx-lm writes an index of the single file
-            message = f"{directory} has both {SINGLE} and {INDEX}: only the former is read, not the shards"
-            warnings.warn(message, LlamaMiniWarning, stacklevel=4)
+            warn(f"{directory} has both {SINGLE} and {INDEX}: only the former is read, not the shards")
         return [single], {}
     if index.exists():
         weight_map = read_weight_map(index)

@@ -1,12 +1,11 @@
 """The rotary settings of a config.json: `rope_parameters` of transformers v5, `rope_theta` and `rope_scaling` of v4."""
 
 import math
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
-from llama_mini.errors import ConfigError, LlamaMiniWarning
+from llama_mini.errors import ConfigError, warn
 from llama_mini.model.rope_scaling import RULES, RopeScaling, YarnScaling, yarn_magnitude
 from llama_mini.validate import check_number, check_whole, join_names, short_repr
 
@@ -125,4 +124,4 @@ def _warn_of_ignored(key: str, unread: Collection[str], scaling: RopeScaling | N
     if unknown := unknown - _MULTIMODAL:
         notes.append(f"unknown {join_names(sorted(unknown))} ignored")
     if notes:
-        warnings.warn(f"config.json: {key}: {'; '.join(notes)}", LlamaMiniWarning, stacklevel=3)
+        warn(f"config.json: {key}: {'; '.join(notes)}")

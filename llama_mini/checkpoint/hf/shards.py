@@ -1,7 +1,6 @@
 """Weights in several safetensors files: checks that all are present and merges their headers."""
 
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from llama_mini.checkpoint.keys import IGNORED_TENSORS, KeyTable
 from llama_mini.checkpoint.not_models import check_names
 from llama_mini.checkpoint.quantized import check_not_quantized
 from llama_mini.checkpoint.source import StoredTensor
-from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
+from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.validate import join_names
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,5})-of-(?P<count>\d{1,5})(?P<suffix>\.\w+)")
@@ -90,7 +89,7 @@ def indexed(
     known = {name.replace("{}", "0") for name in keys}
     kept = {n: t for n, t in tensors.items() if n in weight_map or re.sub(r"\.\d+\.", ".0.", n, count=1) in known}
     if extra := sorted(name for name in tensors.keys() - kept.keys() if not IGNORED_TENSORS.search(name)):
-        warnings.warn(f"{index} does not name {join_names(extra)}: not read", LlamaMiniWarning, stacklevel=4)
+        warn(f"{index} does not name {join_names(extra)}: not read")
     return kept
 
 

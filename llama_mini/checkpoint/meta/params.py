@@ -1,13 +1,12 @@
 """Meta's params.json -> LlamaConfig."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.io.files import PARAMS, inside, read_json
 from llama_mini.checkpoint.quantized import quantized
-from llama_mini.errors import ConfigError, LlamaMiniWarning
+from llama_mini.errors import ConfigError, warn
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.rope_scaling import Llama3Scaling
 from llama_mini.validate import check_flag, is_finite, is_whole, join_names, short_repr
@@ -49,11 +48,11 @@ def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     if norms := [key for key in unknown if "norm" in key.lower()]:
         raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: norm_eps")
     if unknown:
-        _warn(f"{PARAMS}: unknown {join_names(unknown)} ignored")
+        warn(f"{PARAMS}: unknown {join_names(unknown)} ignored")
     if absent := [key for key in ("dim", "n_layers", "n_heads") if key not in settings]:
         raise ConfigError(f"{', '.join(absent)} missing")
     if "norm_eps" not in settings:
-        _warn(f"{PARAMS}: norm_eps is absent; 1e-05 is used, the default of Meta's own code")
+        warn(f"{PARAMS}: norm_eps is absent; 1e-05 is used, the default of Meta's own code")
     window = {"sliding_window": settings["sliding_window"]} if "sliding_window" in settings else {}
     return LlamaConfig(
         **{key: settings[key] for key in ("dim", "n_layers", "n_heads")},
@@ -107,7 +106,7 @@ def _context(settings: Mapping[str, Any]) -> int:
         length, release = 16_384, "Code Llama"
     else:
         length, release = (2048, "LLaMA 1") if eps == 1e-6 else (4096, "LLaMA 2")
-    _warn(f"{PARAMS} states no max_seq_len; {length} is assumed, as in {release}, which its other settings resemble")
+    warn(f"{PARAMS} states no max_seq_len; {length} is assumed, as in {release}, which its other settings resemble")
     return length
 
 
@@ -117,11 +116,5 @@ def _scaling(settings: Mapping[str, Any]) -> Llama3Scaling | None:
     factor = settings.get("rope_scaling_factor")
     if factor is None:
         factor = 32.0 if (settings["dim"], settings["n_layers"]) in LLAMA_3_2 else 8.0
-        _warn(
-            f"{PARAMS} states no rope_scaling_factor; {factor:g} is assumed, as in the published model of these sizes"
-        )
+        warn(f"{PARAMS} states no rope_scaling_factor; {factor:g} is assumed, as in the published model of these sizes")
     return Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, LlamaMiniWarning, stacklevel=2)

@@ -5,7 +5,6 @@ holds one tensor at a time.
 """
 
 import re
-import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from llama_mini.checkpoint.meta.params import read_params
 from llama_mini.checkpoint.not_models import check_names
 from llama_mini.checkpoint.quantized import check_not_quantized
 from llama_mini.checkpoint.source import Rows, Source, StoredTensor
-from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, LlamaMiniWarning
+from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.machine import dtype_name
 from llama_mini.validate import join_names
 
@@ -182,6 +181,6 @@ def _merged(name: str, parts: list[Tensor], merge: tuple[int, int] | None) -> Te
     axis, copies = merge
     if copies == -1:
         if any(not torch.equal(part, parts[0]) for part in parts[1:]):
-            warnings.warn(f"{name} differs between shards; the first is taken", LlamaMiniWarning, stacklevel=2)
+            warn(f"{name} differs between shards; the first is taken")
         return parts[0]
     return torch.cat(parts[::copies], dim=axis)

@@ -54,8 +54,9 @@ def _open_directory(path: Path, pickles: type[nn.Module] | None) -> Source:
     of_meta = bool(weights) and all(name.startswith("consolidated") for name in weights)
     is_meta = has_params and (of_meta or not has_config)
     if not is_meta and not has_config:
-        what = describe_directory(path) or f"is not a checkpoint: it has no {CONFIG}, no {PARAMS} and no GGUF file"
-        raise CheckpointFormatError(f"{path} {what}")
+        what = None if weights else describe_directory(path)
+        absent = f"is not a checkpoint: it has no {CONFIG}, no {PARAMS} and no GGUF file"
+        raise CheckpointFormatError(f"{path} {what or absent}")
     if pickles is not None and not any(path.glob("*.safetensors")):
         from llama_mini.checkpoint.meta.pickles import open_hf_pickles, open_meta_pickles  # for conversion only
 

@@ -147,6 +147,12 @@ def test_a_directory_of_something_else(tmp_path: Path, name: str, what: str, con
         convert(tmp_path, tmp_path / "converted")
 
 
+def test_weights_beside_a_training_state_are_seen(tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "optimizer.pt"):
+        torch.save({}, tmp_path / name)
+    assert "it has no config.json" in refusal(tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore::FutureWarning")
 def test_what_torch_saves_in_parts(tmp_path: Path) -> None:
     dcp.save({"weight": torch.zeros(3)}, checkpoint_id=tmp_path, no_dist=True)

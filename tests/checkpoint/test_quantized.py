@@ -1,4 +1,4 @@
-"""Quantized Hugging Face checkpoints are refused in one sentence that names the method and the bits."""
+"""Quantised Hugging Face checkpoints are refused in one sentence that names the method and the bits."""
 
 import json
 from pathlib import Path

@@ -17,6 +17,7 @@ from llama_mini.errors import RequestError
 from llama_mini.validate import check_whole
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+MAX_THREADS = 1024  # with tens of thousands, OpenMP ends the process
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -62,11 +63,11 @@ def set_threads(threads: int | None = None) -> int:
     """Sets PyTorch's threads for the whole process. Returns their number.
 
     None keeps what OMP_NUM_THREADS, MKL_NUM_THREADS or torch.set_num_threads has set, and else takes the usable cores.
-    Raises RequestError for a number below 1.
+    Raises RequestError for a number below 1 or above MAX_THREADS.
     """
     now = torch.get_num_threads()
     if threads is not None:
-        check_whole("threads", threads, RequestError)
+        check_whole("threads", threads, RequestError, maximum=MAX_THREADS)
     elif _was_set(now):
         return now
     n = usable_cores() if threads is None else threads

@@ -155,9 +155,9 @@ def test_what_the_user_set_is_kept_unless_threads_are_asked_for(name: str, first
     assert done.stdout == "1 5 5\n"
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 1025, 10**30])
 def test_a_number_that_is_none_is_named(threads: object) -> None:
-    with pytest.raises(RequestError, match=r"^threads must be a whole number of at least 1, not "):
+    with pytest.raises(RequestError, match=r"^threads must be a whole number from 1 to 1024, not "):
         set_threads(threads)  # type: ignore[arg-type]
 
 

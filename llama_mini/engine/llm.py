@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -184,6 +184,9 @@ class LLM:
         with self.exclusive():
             self._runner.last_prefix = None
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an LLM holds a lock and is not copied or pickled: make one in each process, or pass llm.model")
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Reserves the model for code that runs `llm.model` itself. Meanwhile other calls raise RequestError."""
@@ -215,7 +218,7 @@ class LLM:
         """One request for each of the `n` answers."""
         if isinstance(params, RequestError):
             raise params
-        ids = self._ids(prompt, params.max_tokens or 1)
+        ids = self._ids(prompt, params.max_tokens or max(params.min_tokens, 1))
         check_vocab(params, self.config.vocab_size)
         max_tokens = params.max_tokens or self.config.max_seq_len - len(ids)
         each = [

@@ -5,7 +5,7 @@ A pattern is a module path split at its dots, such as `layers.0-3.*.pre_norm`. E
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -64,9 +64,10 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
         raise RequestError(f"a pattern of norms must be text or a list of texts, not {short_repr(pattern)}")
     selected: set[str] = set()
     for one in (part.strip() for several in patterns for part in _COMMA.split(several)):
+        for each in (one, *_ends(one)):
+            if not any(_matches(path, each) for path in known):
+                raise RequestError(f"{short_repr(each)} matches no norm; the norms are {join_names(filled) or 'none'}")
         matched = [path for path in known if _matches(path, one)]
-        if not matched:
-            raise RequestError(f"{short_repr(one)} matches no norm; the norms are {join_names(filled) or 'none'}")
         chosen = matched if empty else [path for path in matched if path in filled]
         if not chosen:
             raise RequestError(
@@ -74,6 +75,13 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
             )
         selected.update(chosen)
     return [path for path in known if path in selected]
+
+
+def _ends(pattern: str) -> Iterator[str]:
+    """The pattern with the first and with the last number of its ranges: a layer that is not there is a mistake."""
+    parts = [(part, _RANGE.fullmatch(part)) for part in pattern.split(".")]
+    for end in (1, 2):
+        yield ".".join(span[end] if span else part for part, span in parts)
 
 
 def _matches(path: str, pattern: str) -> bool:

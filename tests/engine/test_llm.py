@@ -1,6 +1,8 @@
 """The engine on the tiny checkpoint: alone, in batches, streamed, and when something is wrong."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -113,10 +115,10 @@ def test_the_context_is_used_to_its_last_position_and_not_beyond(llm: LLM) -> No
     default = llm.generate(prompt, SamplingParams(ignore_eos=True))[0]  # a default shrinks
     assert default.token_ids == full.token_ids
     assert default.finish_reason == "length"
-    with pytest.raises(
-        RequestError, match=rf"{limit - 10} prompt tokens and 11 new ones exceed the context of {limit}"
-    ):
-        llm.generate(prompt, SamplingParams(max_tokens=11))
+    message = f"{limit - 10} prompt tokens and 11 new ones exceed the context of {limit}"
+    for given in ({"max_tokens": 11}, {"min_tokens": 11}):
+        with pytest.raises(RequestError, match=message):
+            llm.generate(prompt, **given)
     with pytest.raises(RequestError, match=f"{limit} prompt tokens"):
         llm.generate([7] * limit)
 
@@ -261,3 +263,9 @@ def test_the_parts_are_reachable(llm: LLM, tiny_dir) -> None:
     assert isinstance(llm.model, Llama)
     assert isinstance(llm.tokenizer, Tokenizer)
     assert llm.config == Llama.from_pretrained(tiny_dir).config
+
+
+def test_a_copy_is_refused_in_a_sentence(llm: LLM) -> None:
+    for make in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="make one in each process"):
+            make(llm)

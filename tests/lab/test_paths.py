@@ -63,6 +63,7 @@ def test_empty_slots_only_if_asked_for() -> None:
     ("pattern", "message"),
     [
         ("layers.3-1.*.pre_norm", r"'layers.3-1.\*.pre_norm' matches no norm; the norms are layers.0.attention"),
+        ("layers.0-99.*.pre_norm", r"'layers.99.\*.pre_norm' matches no norm"),  # a part of the range is there
         ("layers.*", "matches no norm"),
         ("layers.*.attention.q_norm", "matches only empty slots: layers.0.attention.q_norm.*give a kind"),
         (["norm", "norn"], "'norn' matches no norm"),

@@ -80,7 +80,10 @@ class LLM:
         self._runner = Runner(self.model, self.tokenizer.eos_ids)
 
     def generate(
-        self, prompts: Prompt | Iterable[Prompt], params: Params | Iterable[Params] | None = None, **settings: Any
+        self,
+        prompts: Prompt | Iterable[Prompt] | None = None,
+        params: Params | Iterable[Params] | None = None,
+        **settings: Any,
     ) -> list[Completion]:
         """Completes prompts, each a text or token ids. Returns one completion for each, in order, always as a list.
 

@@ -48,6 +48,8 @@ def params_argument(params: Any, settings: dict[str, Any]) -> Any:
 
 def with_params(prompts: Any, params: Any, settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Each prompt of a call with its SamplingParams, or with the RequestError for its wrong ones."""
+    if prompts is None:
+        prompts = settings.pop("prompt_token_ids", None)  # its name in vLLM
     batch, params = split_prompts(prompts), params_argument(params, settings)
     if isinstance(params, Iterable) and not isinstance(params, Mapping | str):
         return _with_each(batch, params, settings)
@@ -57,6 +59,8 @@ def with_params(prompts: Any, params: Any, settings: dict[str, Any]) -> Iterator
 def text_or_ids(prompt: Any) -> str | list[int]:
     """One prompt as a text or a list of ids. Raises RequestError for anything else."""
     prompt = as_plain(prompt)
+    if isinstance(prompt, list | tuple) and len(prompt) == 1 and isinstance(only := as_plain(prompt[0]), list | tuple):
+        prompt = only  # a batch of one, as tokenizers return it
     if isinstance(prompt, str):
         return prompt
     is_list = isinstance(prompt, list | tuple | range)

@@ -59,6 +59,8 @@ def test_one_prompt_in_other_forms(llm: LLM, prompt: Any, expected: list[list[in
     [
         (IDS, OTHER),
         [torch.tensor(IDS), np.array(OTHER)],
+        [torch.tensor([IDS]), np.array([OTHER])],  # as tokenizers return them
+        ([IDS], (OTHER,)),
         deque([IDS, OTHER]),
         {IDS[0]: IDS, 1: OTHER}.values(),
         torch.tensor([OTHER, OTHER]),
@@ -69,6 +71,15 @@ def test_one_prompt_in_other_forms(llm: LLM, prompt: Any, expected: list[list[in
 def test_several_prompts_in_other_forms(llm: LLM, prompts: Any, expected: list[list[int]]) -> None:
     twice = isinstance(prompts, torch.Tensor | np.ndarray)
     assert [c.token_ids for c in llm.generate(prompts, GREEDY)] == ([expected[1]] * 2 if twice else expected)
+
+
+def test_prompts_by_their_name_in_vllm(llm: LLM, expected: list[list[int]]) -> None:
+    assert [c.token_ids for c in llm.generate(prompt_token_ids=[IDS, OTHER], sampling_params=GREEDY)] == expected
+    assert [c.token_ids for c in llm.generate(None, GREEDY, prompt_token_ids=IDS)] == expected[:1]
+    with pytest.raises(RequestError, match="unknown setting 'prompt_token_ids'"):
+        llm.generate(IDS, GREEDY, prompt_token_ids=IDS)
+    with pytest.raises(RequestError, match="or a list of these, not None"):
+        llm.generate()
 
 
 def test_texts_in_other_forms(llm: LLM) -> None:

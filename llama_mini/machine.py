@@ -25,12 +25,20 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+_OTHER_NAMES = {  # of llama.cpp, safetensors, NumPy and PyTorch
+    **dict.fromkeys(["fp32", "f32", "float"], "float32"),
+    **dict.fromkeys(["fp16", "f16", "half"], "float16"),
+    **dict.fromkeys(["fp64", "f64", "double"], "float64"),
+    "bf16": "bfloat16",
+}
+
 
 def as_dtype(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> torch.dtype:
     """`auto` is bfloat16 where the processor or GPU computes in it, else float32. Raises RequestError if unknown."""
-    if dtype == "auto":
+    name = dtype_name(dtype).lower()
+    if name == "auto":
         return torch.bfloat16 if _has_bfloat16(torch.device(device)) else torch.float32
-    name = dtype_name(dtype)
+    name = _OTHER_NAMES.get(name, name)
     if name not in DTYPES:
         raise RequestError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -39,7 +47,7 @@ def as_dtype(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> to
 def as_device(device: torch.device | str) -> torch.device:
     """The device, after a check that PyTorch can use it here. Raises RequestError."""
     try:
-        device = torch.device(device)
+        device = torch.device(device.lower() if isinstance(device, str) else device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RequestError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None

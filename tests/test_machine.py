@@ -12,7 +12,9 @@ import psutil
 import pytest
 import torch
 
-from llama_mini.machine import available_memory, usable_cores, user_cache
+from llama_mini import Llama
+from llama_mini.errors import RequestError
+from llama_mini.machine import as_device, as_dtype, available_memory, usable_cores, user_cache
 
 CPU = torch.device("cpu")
 MiB, GiB = 2**20, 2**30
@@ -183,3 +185,20 @@ def test_a_limit_on_the_address_space_counts() -> None:
     out = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout
     assert 250 * MiB < int(out) <= 300 * MiB
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_dtype_by_any_name_and_a_device_in_any_case(tiny_dir: Path, dtype: torch.dtype) -> None:
+    names = {
+        torch.float32: ["float32", "FP32", "f32", "float"],
+        torch.float16: ["torch.float16", "fp16", "F16", "half"],
+        torch.bfloat16: ["bfloat16", "BF16", "bf16", "torch.bfloat16"],
+        torch.float64: ["float64", "F64", "fp64", "double"],
+    }
+    assert {as_dtype(name) for name in names[dtype]} == {dtype}
+    assert as_dtype("AUTO") == as_dtype("auto")
+    assert Llama.from_pretrained(tiny_dir, names[dtype][1], "CPU").dtype == dtype
+    assert as_device("CPU") == CPU
+    for name in ("float8", "int8", ""):
+        with pytest.raises(RequestError, match=f"unknown dtype '{name}'; known: auto, float32, bfloat16"):
+            as_dtype(name)

@@ -19,7 +19,7 @@ from llama_mini.checkpoint.plain import check_plain
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.special_ids import special_ids
 from llama_mini.errors import CheckpointFormatError
-from llama_mini.machine import as_dtype, dtype_name
+from llama_mini.machine import as_device, as_dtype, dtype_name
 from llama_mini.memory import check_fits
 from llama_mini.model.config import LlamaConfig
 
@@ -58,7 +58,7 @@ def load_model(
     `fuse` replaces modules of the empty model with faster ones, whose weights are in the format `quantize`. A matrix is
     read and packed in chunks of rows, so memory holds the model and a few MB, never a tensor twice.
     """
-    dtype, device = source.dtype if dtype is None else as_dtype(dtype, device), torch.device(device)
+    dtype, device = source.dtype if dtype is None else as_dtype(dtype, device), as_device(device)
     model = empty_model(cls, source)
     names = match(model, source)  # name in the file -> ours
     n_parameters = sum(p.numel() for p in model.parameters())

@@ -92,6 +92,8 @@ def _settings(keywords: Mapping[str, Any], temperature: float = 0.0) -> dict[str
             both = f"{short_repr(settings[ours])} and {short_repr(value)}"
             raise RequestError(f"{names[ours]} and {name} are one setting and have two values, {both}: give one")
         settings[ours], names[ours] = value, name
+    if keywords.get("eos_token_id") is not None:  # in transformers it replaces the model's own ones
+        settings.setdefault("ignore_eos", True)
     if "do_sample" in settings:
         check_flag("do_sample", do_sample := settings.pop("do_sample"), RequestError)
         given = settings.get("temperature")
@@ -131,7 +133,8 @@ class SamplingParams:
     likeliest token after the processors.
 
     None is "not given", for every setting. The names that transformers, OpenAI, vLLM and llama.cpp have for a setting
-    work too: `max_new_tokens`, `stop_strings`, `do_sample` and the others of ALIASES.
+    work too: `max_new_tokens`, `stop_strings`, `do_sample` and the others of ALIASES. `eos_token_id` replaces the
+    model's end-of-text tokens: it sets `ignore_eos` too.
 
     Args:
         temperature: divides the logits; 0 is greedy sampling, where top_k, top_p and min_p have no effect.

@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM, SequenceBiasLogitsProcessor
 
 from llama_mini import LLM, SamplingParams
 from llama_mini.engine import request as request_module
@@ -190,3 +191,17 @@ def test_an_async_stream_left_early_lets_the_model_go(llm: LLM) -> None:
         raise AssertionError
 
     assert asyncio.run(first()) == llm.generate("hello", GREEDY)[0].token_ids[0]
+
+
+def test_eos_token_id_replaces_the_models_own_as_in_transformers(tiny_dir, llm: LLM) -> None:
+    ids, (eos, *_) = llm.tokenizer.encode("hello"), sorted(llm.tokenizer.eos_ids)
+    theirs = LlamaForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    for likely, length in ((eos, 4), (99, 1)):
+        bias = SequenceBiasLogitsProcessor([[[likely], 50.0]])
+        expected = theirs.generate(
+            torch.tensor([ids]), eos_token_id=99, logits_processor=[bias], max_new_tokens=4, do_sample=False
+        )[0, len(ids) :].tolist()
+        given = {"logit_bias": {likely: 50.0}, "max_new_tokens": 4}
+        found = llm.generate(ids, eos_token_id=99, **given)[0]
+        assert found.token_ids == expected == [likely] * length
+        assert llm.generate(ids, eos_token_id=99, ignore_eos=False, **given)[0].token_ids == [likely]  # both

@@ -156,7 +156,8 @@ def test_numbers_of_numpy_and_torch_are_numbers() -> None:
 @pytest.mark.parametrize("name", ALIASES)
 def test_other_names_of_a_setting(name: str) -> None:
     value = "END" if ALIASES[name] == "stop" else 3
-    expected = SamplingParams(**{ALIASES[name]: value})
+    replaces = {"ignore_eos": True} if name == "eos_token_id" else {}  # the model's own, as in transformers
+    expected = SamplingParams(**{ALIASES[name]: value}, **replaces)
     assert SamplingParams(**{name: value}) == expected
     assert sampling_params(SamplingParams(top_p=0.5), **{name: value}) == replace(expected, top_p=0.5)
     assert sampling_params(None, **{name: value, ALIASES[name]: value}) == expected

@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,7 +14,9 @@ from llama_mini.errors import CheckpointPathError
 
 @contextmanager
 def one_writer(target: Path) -> Iterator[None]:
-    """Waits for any other writer of `target`, then removes what killed ones left. The lock is a hidden file beside it.
+    """Waits for any other writer of `target`, then removes what killed ones left.
+
+    The lock is a hidden file beside `target` for as long as it is held.
 
     Raises CheckpointPathError if the folder of `target` cannot be written.
     """
@@ -36,4 +38,6 @@ def one_writer(target: Path) -> Iterator[None]:
             shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
+        with suppress(OSError):  # Windows, where the release removes it
+            path.unlink()  # while the lock is held: one that waits for it sees that and makes a new one
         lock.release()

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,28 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         other.acquire(timeout=0)
     other.acquire(timeout=0)
     other.release()
+
+
+def test_the_lock_goes_with_the_last_writer(tmp_path: Path) -> None:
+    target, waits, go_on = tmp_path / "target", threading.Event(), threading.Event()
+
+    def second() -> None:
+        with one_writer(target):
+            waits.set()
+            go_on.wait(10)
+
+    thread = threading.Thread(target=second, daemon=True)
+    with one_writer(target):
+        thread.start()
+        assert not waits.wait(0.2)
+    assert waits.wait(10)
+    with pytest.raises(Timeout):  # a third one, which comes after the first one's lock has gone
+        FileLock(tmp_path / ".target.lock").acquire(timeout=0)
+    go_on.set()
+    thread.join(10)
+    with pytest.raises(ValueError, match="refused"), one_writer(target):
+        raise ValueError("refused")
+    assert not any(tmp_path.iterdir())
 
 
 def test_leftovers_of_this_target_alone_are_cleared(tmp_path: Path) -> None:

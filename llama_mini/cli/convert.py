@@ -55,9 +55,14 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) ->
 
     with new_directory(target) as folder:
         write_json(folder / "config.json", hf_config)
-        for name, content in ({GENERATION: special_ids(config)} | tokenizer).items():
-            _write(folder / name, content)
+        write_files(folder, {GENERATION: special_ids(config)} | tokenizer)
         write_file(folder / SINGLE, entries, tensors(), {"format": "pt"})
+
+
+def write_files(folder: Path, files: dict[str, Any]) -> None:
+    """Writes what `tokenizer_files` returns."""
+    for name, content in files.items():
+        _write(folder / name, content)
 
 
 def tokenizer_files(source: Source) -> dict[str, Any]:

@@ -30,6 +30,10 @@ def run(args: argparse.Namespace) -> None:
 
     if "model" in args:
         args.checkpoint = lambda: checkpoint_of(args.model)
+    if getattr(args, "save", None) is not None:  # the lab does not import the commands
+        from llama_mini.cli.convert import tokenizer_files, write_files
+
+        args.save_tokenizer = lambda source, folder: write_files(folder, tokenizer_files(source))
     commands.run(args)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llama_mini import lab
+from llama_mini.checkpoint.io.atomic import check_new, new_directory
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.command_io import captured, checkpoint, read_ids, read_model, read_settings, scores, show
@@ -96,11 +97,15 @@ def _fold(args: argparse.Namespace) -> None:
 
 
 def _rebuild(args: argparse.Namespace, rebuild: Callable[[Llama], Llama], name: str) -> None:
+    if args.save is not None:
+        check_new(args.save)
     model, tokenizer = read_model(args)
     new, ids = rebuild(model), read_ids(tokenizer, args)
     _compare(args, lab.score(model, ids), new, ids, name)
     if args.save is not None:
-        new.save_pretrained(args.save)
+        with new_directory(args.save) as folder:  # so that it has all or nothing
+            new.save_pretrained(folder)
+            args.save_tokenizer(open_checkpoint(checkpoint(args)), folder)
 
 
 def _compare(args: argparse.Namespace, base: Score, model: Llama, ids: list[int], name: str) -> None:

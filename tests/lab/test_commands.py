@@ -128,6 +128,21 @@ def test_a_moved_model_is_saved(model: list[str], tmp_path: Path, capsys: pytest
     assert {row.slot for row in moved if "feed_forward" in row.path} == {"out_norm"}
 
 
+@pytest.mark.parametrize("command", ["move", "fold"])
+def test_a_saved_model_has_its_tokenizer(
+    command: str, model: list[str], tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [command, *ON_A_TEXT[command], *model, *TEXT, "--save", str(tmp_path / "new")]
+    out(words, capsys)
+    ours, theirs = (Tokenizer.from_pretrained(path) for path in (tmp_path / "new", tiny_dir))
+    chat = [{"role": "user", "content": "Hi"}]
+    assert ours.apply_chat_template(chat) == theirs.apply_chat_template(chat)
+    assert ours.eos_ids == theirs.eos_ids
+    assert main(words) == 3  # before anything is measured
+    printed, error = capsys.readouterr()
+    assert (printed, "new exists already; give a new or an empty directory" in error) == ("", True)
+
+
 def test_a_report_is_one_page_whose_captions_can_be_run(
     model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

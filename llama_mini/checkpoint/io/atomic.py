@@ -35,8 +35,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
     Raises CheckpointPathError if `target` is a file or a folder that is not empty, or cannot be written.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointPathError(f"{target} exists already; give a new or an empty directory")
+    check_new(target)
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +51,12 @@ def new_directory(target: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(target: Path) -> None:
+    """Refuses a place for a directory that is taken, with a CheckpointPathError."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointPathError(f"{target} exists already; give a new or an empty directory")
 
 
 def _umask() -> int:

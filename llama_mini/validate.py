@@ -52,6 +52,16 @@ def check_token_ids(ids: Iterable[int], vocab_size: int, error: type[LlamaMiniEr
             raise error(f"token id {short_repr(token_id)} is outside the vocabulary of {vocab_size}")
 
 
+def as_dict(what: str, pairs: Iterable[tuple[Any, Any]], error: type[LlamaMiniError]) -> dict[Any, Any]:
+    """The pairs as a dict. Refuses a name with two values, of which a dict would silently keep the last."""
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise error(f"{what}: {short_repr(name)} is given twice")
+        found[name] = value
+    return found
+
+
 def as_plain(value: Any) -> Any:
     """A number or an array of NumPy, PyTorch or pandas as Python's numbers and lists; any other value as it is."""
     return value.tolist() if hasattr(value, "tolist") else value

@@ -1,6 +1,7 @@
 """The command `chat`: a chat at the terminal. The answers go to standard output, everything else to standard error."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -149,7 +150,7 @@ class Chat:
 
     def _set(self, text: str) -> None:
         if text:
-            name, value = (*text.split(maxsplit=1), "")[:2]
+            name, value = (*re.split(r"\s+|=", text, maxsplit=1), "")[:2]  # also NAME=VALUE
             if not value:
                 raise RequestError(f"/set {name} needs a value; /set alone shows all settings")
             self._conversation.set(name, value.strip())

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llama_mini import __version__
 from llama_mini.cli.streams import typed_text
 from llama_mini.errors import RequestError
-from llama_mini.validate import short_repr
+from llama_mini.validate import as_dict, short_repr
 
 if TYPE_CHECKING:
     from llama_mini.engine.sampling_params import SamplingParams
@@ -43,10 +43,29 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
         end = words.index("--") if "--" in words else len(words)
-        parsed, unknown = super().parse_known_args([*map(self._known_name, words[:end]), *words[end:]], namespace)
+        parsed, unknown = super().parse_known_args([*self._known_words(words[:end]), *words[end:]], namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown)}")
         return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += ", after = if it begins with -, as in --stop=--x"
+        super().error(message)
+
+    def _known_words(self, words: list[str]) -> list[str]:
+        """The options by the names that they have here. A value that begins with - but is no option is joined to its
+        option by =, since argparse would take it for one."""
+        known: list[str] = []
+        options = self._option_string_actions
+        for word in words:
+            name, option = self._known_name(word), options.get(known[-1] if known else "")
+            is_option = name.partition("=")[0] in options or (word.startswith("--") and word[2:3].isalpha())
+            if option is not None and option.nargs is None and word.startswith("-") and not is_option:
+                known[-1] += f"={word}"
+            else:
+                known.append(name)
+        return known
 
     def _known_name(self, word: str) -> str:
         if not word.startswith("-") or len(word.split()) != 1:
@@ -211,32 +230,38 @@ def sampling(args: argparse.Namespace) -> "SamplingParams":
     from llama_mini.engine.sampling_params import SamplingParams
 
     settings = {field.name: getattr(args, field.name) for field in fields(SamplingParams) if field.name in args}
-    settings |= {"logit_bias": dict(map(_bias, args.logit_bias)) or None, "stop_token_ids": args.stop_token}
+    settings |= {"stop_token_ids": args.stop_token}
+    settings["logit_bias"] = as_dict("--logit-bias", map(_bias, args.logit_bias), RequestError) or None
     settings["stop"] = [typed_text(text, "--stop") for text in args.stop]
     return SamplingParams(**settings)
 
 
 def template_variables(args: argparse.Namespace) -> dict[str, Any]:
     """The variables of --template-arg. Raises RequestError."""
-    variables = {}
+    variables = []
     for text in args.template_arg:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise RequestError(f"--template-arg must be NAME=JSON, not {short_repr(text)}")
         if name in SET_BY_THE_COMMAND:
             raise RequestError(f"--template-arg {name} is not a variable of the template, but set by the command")
-        variables[name] = json_or_text(value)
-    return variables
+        variables.append((name, json_or_text(value)))
+    return as_dict("--template-arg", variables, RequestError)
 
 
 def json_or_text(text: str) -> Any:
     """JSON, or a flag, none or number as Python writes it (False, None, .5); what is none of these stays text."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
-    for parse in (json.loads, float):
+    for parse in (checked_json, float):
         with suppress(RecursionError, ValueError):
             return parse(text)
     return text
+
+
+def checked_json(text: str, what: str = "the JSON") -> Any:
+    """A JSON value. Raises ValueError, and RequestError for a name that an object gives twice."""
+    return json.loads(text, object_pairs_hook=lambda pairs: as_dict(what, pairs, RequestError))
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from llama_mini.lab.training import sample_text
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer import Tokenizer
 from llama_mini.tokenizer.tokenizer import open_tokenizer
-from llama_mini.validate import check_whole, short_repr
+from llama_mini.validate import as_dict, check_whole, short_repr
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,15 +47,13 @@ def read_ids(tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
 
 def read_settings(pairs: list[str]) -> dict[str, Any]:
     """The settings of an edit, from KEY=VALUE words: numbers, true, false or names; gain=scale:2 multiplies by 2."""
-    settings: dict[str, Any] = {}
+    settings: list[tuple[str, Any]] = []
     for pair in pairs:
         key, _, value = pair.partition("=")
         if not key or not value:
             raise RequestError(f"an edit is written KEY=VALUE, such as eps=1e-3, not {short_repr(pair)}")
-        if key in settings:
-            raise RequestError(f"{short_repr(key)} is given twice")
-        settings[key] = _value(value)
-    return settings
+        settings.append((key, _value(value)))
+    return as_dict("the edit", settings, RequestError)
 
 
 def _value(text: str) -> Any:

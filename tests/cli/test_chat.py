@@ -39,7 +39,7 @@ def test_a_chat_with_every_command(either: Terminal) -> None:
     either.type("/set temperature 0.5" + ENTER)
     either.until("temperature  0.5")
     either.until(">>>")
-    either.type("/set seed 3" + ENTER)
+    either.type("/set seed=3" + ENTER)
     either.until("seed  3")
     either.until(">>>")
     assert "[6 0.5 4 system 'again']" in either.say("/retry")

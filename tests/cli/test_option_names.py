@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llama_mini.__main__ import main
+from llama_mini.cli.options import parser
 
 OURS = "--max-tokens 9 --temperature 1 --top-k 5 --seed 4 --threads 1 --system Be. hello"
 THEIRS = [
@@ -40,9 +41,21 @@ def test_ways_to_give_the_prompt(capsys: pytest.CaptureFixture[str], tiny_dir: P
     assert run(capsys, "--model", tiny_dir, "--max-tokens", 8, "  ")[0] == 0
 
 
+def test_a_value_may_begin_like_an_option() -> None:
+    args = parser().parse_args(
+        ["-p", "-hello", "--stop", "---", "--stop", "-_x", "--min_p", "-.5", "--stop=--raw", "-n", "3"]
+    )
+    assert (args.prompt_option, args.stop, args.min_p, args.max_tokens) == ("-hello", ["---", "-_x", "--raw"], -0.5, 3)
+    args = parser().parse_args(["--batch", "-", "--output", "-"])
+    assert (args.batch, args.output) == ("-", "-")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--stop", "--raw", "hi"], "argument --stop: expected one argument, after = if it begins with -"),
+        (["--stop", "-n=3"], "argument --stop: expected one argument, after = if it begins with -"),
+        (["--stop", "--no-option"], "argument --stop: expected one argument, after = if it begins with -"),
         (["--nonsense", "hi"], "unrecognized arguments: --nonsense; a prompt that begins with - goes after --"),
         (["--temprature", "1"], "unrecognized arguments: --temprature (did you mean --temperature?)"),
         (["--max_tokns=1", "hi"], "unrecognized arguments: --max_tokns=1 (did you mean --max-tokens?)"),

@@ -74,6 +74,12 @@ def test_special_tokens_are_read_in_a_raw_prompt(checkpoint: Path, capsys: pytes
         (["--template-arg", "messages=[]", "hi"], "--template-arg messages is not a variable of the template"),
         (["--template-arg", "enable_thinkin=true", "hi"], "did you mean 'enable_thinking'?"),
         (["--template-arg", "tools=x", "hi"], "tools is str 'x', expected a list"),
+        (
+            ["--template-arg", "tools=[]", "--template-arg", "tools=null", "hi"],
+            "--template-arg: 'tools' is given twice",
+        ),
+        (["--template-arg", 'tools=[{"a": 1, "a": 2}]', "hi"], "the JSON: 'a' is given twice"),
+        (["--logit-bias", "75=-inf", "--logit-bias", "75=5", "hi"], "--logit-bias: 75 is given twice"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(

@@ -20,6 +20,7 @@ from llama_mini.cli.batch_lines import Asked, Line, asked, parse, read_lines
 from llama_mini.cli.common import token_ids, with_limit
 from llama_mini.cli.options import parser
 from llama_mini.engine.llm import LLM
+from llama_mini.engine.prompts import text_or_ids
 from llama_mini.engine.request import Completion
 from llama_mini.engine.sampling_params import SamplingParams, sampling_params
 from llama_mini.errors import LlamaMiniError, RequestError
@@ -148,8 +149,7 @@ def _request(
     sampling = sampling_params(params, **ask.settings)
     if sampling.n != 1:
         raise RequestError("n must be 1: a line has one result; repeat the line with another seed")
-    given = isinstance(ask.prompt, list) and not ask.is_chat
-    ids = ask.prompt if given else token_ids(llm, args, ask.prompt, ask.is_chat, ask.variables)
+    ids = token_ids(llm, args, ask.prompt if ask.is_chat else text_or_ids(ask.prompt), ask.is_chat, ask.variables)
     if len(ids) >= llm.config.max_seq_len:  # many of these would fill the memory until the model takes them
         raise RequestError(f"{len(ids)} prompt tokens and 1 new one exceed the context of {llm.config.max_seq_len}")
     return ids, with_limit(llm, ids, sampling)

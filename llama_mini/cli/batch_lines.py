@@ -3,19 +3,19 @@
 import codecs
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from llama_mini.cli.options import SET_BY_THE_COMMAND
+from llama_mini.cli.options import SET_BY_THE_COMMAND, checked_json
 from llama_mini.cli.streams import as_text
 from llama_mini.errors import RequestError
-from llama_mini.validate import check_choice, short_repr
+from llama_mini.validate import as_dict, check_choice, short_repr
 
 MAX_LINE = 16 << 20  # bytes: more than the text of a million tokens
 NAMES = ("id", "custom_id")  # a line's own names for itself, which its result repeats
-PROMPTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}  # OpenAI's endpoints
+RAW = "/v1/completions"  # continues its prompt as plain text, as in OpenAI's API and in vLLM
+PROMPTS = {"/v1/chat/completions": "messages", RAW: "prompt"}  # OpenAI's endpoints
 VARIABLES = ("tools", "documents")  # of the chat template; chat_template_kwargs, vLLM's name, holds any others
 # Fields of a request to OpenAI that change no answer. A file of results is no stream, and --model names the model.
 HARMLESS = {"model", "user", "metadata", "stream", "stream_options", "store"}
@@ -36,7 +36,7 @@ class Asked:
     """What a line asks for: a text, token ids or messages, variables of the chat template, settings of the sampling."""
 
     prompt: Any
-    is_chat: bool
+    is_chat: bool | None  # None: a text is a chat or not as the command line says
     variables: dict[str, Any]
     settings: dict[str, Any]
 
@@ -64,7 +64,7 @@ def parse(line: Line) -> tuple[dict[str, Any], dict[str, Any]]:
     if line.n_bytes > MAX_LINE + 1:
         raise RequestError(f"the line has {line.n_bytes:,} bytes; at most {MAX_LINE:,} are read: shorten its prompt")
     try:
-        request = json.loads(as_text(line.data, "the line"))
+        request = checked_json(as_text(line.data, "the line"), "the line")
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the line is not JSON: {error}") from None
     if not isinstance(request, dict):
@@ -75,12 +75,15 @@ def parse(line: Line) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def asked(request: dict[str, Any]) -> Asked:
     """What the object of a line asks for. It may be in the form of OpenAI's batch files. Raises RequestError."""
+    is_raw = "body" in request and request.get("url") == RAW
     if "body" in request:
         request = _body(request)
     if ("prompt" in request) == ("messages" in request):
         raise RequestError(f'the line must be an object with either "prompt" or "messages", not {short_repr(request)}')
     is_chat = "messages" in request
     prompt = request.pop("messages" if is_chat else "prompt")
+    if not is_chat and isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):  # as OpenAI's
+        (prompt,) = prompt
     variables = {name: request.pop(name) for name in VARIABLES if name in request}
     more = request.pop("chat_template_kwargs", {})
     if not isinstance(more, dict):
@@ -89,10 +92,9 @@ def asked(request: dict[str, Any]) -> Asked:
         raise RequestError(f"chat_template_kwargs: {reserved[0]} is set by the command: leave it out")
     biases = request.get("logit_bias")
     if isinstance(biases, dict):  # the keys of JSON are strings
-        request["logit_bias"] = {
-            int(key) if key.isdecimal() and len(key) < 20 else key: bias for key, bias in biases.items()
-        }
-    return Asked(prompt, is_chat, variables | more, request)
+        ids = (int(key) if key.isdecimal() and len(key) < 20 else key for key in biases)
+        request["logit_bias"] = as_dict("logit_bias", zip(ids, biases.values(), strict=True), RequestError)
+    return Asked(prompt, is_chat or (False if is_raw else None), variables | more, request)
 
 
 def _body(request: dict[str, Any]) -> dict[str, Any]:

@@ -66,16 +66,32 @@ def with_limit(llm: "LLM", ids: list[int], params: "SamplingParams") -> "Samplin
 
 
 def token_ids(
-    llm: "LLM", args: argparse.Namespace, prompt: Any, is_chat: bool = False, variables: Mapping[str, Any] | None = None
+    llm: "LLM",
+    args: argparse.Namespace,
+    prompt: Any,
+    is_chat: bool | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """A text, or the messages of a chat, as token ids. `variables` of the chat template win over --template-arg."""
+    """A text, token ids or the messages of a chat, as token ids.
+
+    is_chat: whether `prompt` is messages (True) or plain text (False); None leaves a text to the options.
+    variables: of the chat template; they win over --template-arg.
+
+    Raises RequestError for an option or a variable that the prompt cannot take.
+    """
     variables = template_variables(args) | dict(variables or {})
+    is_ids = isinstance(prompt, list) and not is_chat
+    of_a_chat = {'"messages"': is_chat, "--chat": args.chat, "--system": args.system is not None}
+    given = [*(name for name, is_given in of_a_chat.items() if is_given), *variables]
+    plain = {"--raw continues plain text": args.raw, "/v1/completions does not chat": is_chat is False}
+    plain["token ids are a whole prompt"] = is_ids
+    reason = next((reason for reason, holds in plain.items() if holds), None)
+    if reason and given:
+        raise RequestError(f"{join_names(given)} belongs to a chat, and {reason}: leave it out")
+    if is_ids:
+        return prompt
     if not is_chat:
-        if args.raw and variables:
-            names = join_names(variables)
-            raise RequestError(f"{names} belongs to a chat, and --raw continues plain text: leave it out")
-        answers = args.chat or args.system is not None or variables or llm.tokenizer.has_chat_template
-        if args.raw or not answers:
+        if reason or not (given or llm.tokenizer.has_chat_template):
             return llm.tokenizer.encode(prompt, parse_special=args.special)
         prompt = [{"role": "user", "content": prompt}]
     messages = prompt if isinstance(prompt, list) else []

@@ -95,7 +95,7 @@ def test_null_is_not_given() -> None:
     nothing = dict.fromkeys(
         [*(f.name for f in fields(SamplingParams)), "id", "custom_id", "tools", "chat_template_kwargs", "n", "body"]
     )
-    assert request(**nothing, prompt="a", messages=None) == Asked("a", False, {}, {})
+    assert request(**nothing, prompt="a", messages=None) == Asked("a", None, {}, {})
     assert openai(nothing | {"messages": CHAT, "prompt": None, "logprobs": None}) == Asked(CHAT, True, {}, {})
 
 
@@ -103,7 +103,7 @@ def test_a_result_has_the_names_of_its_line(tiny_dir: Path, tmp_path: Path) -> N
     path = tmp_path / "prompts.jsonl"
     right = {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": CHAT, "max_tokens": 2}}
     path.write_text("\n".join(map(json.dumps, [right, {"custom_id": "b", "id": 5, "body": 1}])))
-    assert main(command(tiny_dir, path)) == 0
+    assert main([word for word in command(tiny_dir, path) if word != "--raw"]) == 0
     first, second = results(Path(f"{path}.results.jsonl"))
     assert (first["custom_id"], len(first["token_ids"]), first["error"]) == ("a", 2, None)
     assert (second["custom_id"], second["id"], second["error"]) == ("b", 5, "body must be an object, not 1")
@@ -136,6 +136,53 @@ def test_the_system_message_of_the_command_is_the_default(tiny_dir: Path, tmp_pa
     lengths = [result["stats"]["prompt_tokens"] for result in found[:3]]
     assert lengths == [brief, brief, len(template(own))]
     assert "messages" in found[3]["error"]
+
+
+def prompt_tokens(tiny_dir: Path, path: Path, lines: list[dict[str, Any]], *options: str) -> list[Any]:
+    """The number of prompt tokens of each line, or its error."""
+    path.write_text("\n".join(map(json.dumps, lines)))
+    args = ["--model", str(tiny_dir), "--kernels", "off", "--max-tokens", "2", "--output", f"{path}.{len(options)}"]
+    assert main([*args, *options, "--batch", str(path)]) == 0
+    found = results(Path(f"{path}.{len(options)}"))
+    return [each["error"] or each["stats"]["prompt_tokens"] for each in found]
+
+
+def test_completions_are_plain_text_in_any_form(tiny_dir: Path, tmp_path: Path) -> None:
+    given: list[Any] = ["Once upon", ["Once upon"], [[72, 73]], [72, 73]]
+    lines = [{"url": "/v1/completions", "body": {"prompt": prompt}} for prompt in given]
+    tokenizer = Tokenizer.from_pretrained(tiny_dir)
+    raw = len(tokenizer.encode("Once upon"))
+    chat = len(tokenizer.apply_chat_template([{"role": "user", "content": "Once upon"}]))
+    assert prompt_tokens(tiny_dir, tmp_path / "a", lines) == [raw, raw, 2, 2]
+    assert prompt_tokens(tiny_dir, tmp_path / "b", [{"prompt": prompt} for prompt in given]) == [chat, chat, 2, 2]
+
+
+def test_an_option_that_a_line_cannot_take_is_its_error(tiny_dir: Path, tmp_path: Path) -> None:
+    ids, text = {"prompt": [72, 73]}, {"url": "/v1/completions", "body": {"prompt": "hi"}}
+    lines: list[dict[str, Any]] = [ids, text, {"messages": CHAT}]
+    of_ids, of_text = "token ids are a whole prompt", "/v1/completions does not chat"
+    for options, name in (
+        (["--system", "Be brief."], "--system"),
+        (["--chat"], "--chat"),
+        (["--system=a", "--template-arg", "tools=[]"], "--system, tools"),
+    ):
+        *errors, n_tokens = prompt_tokens(tiny_dir, tmp_path / name, lines, *options)
+        assert errors == [f"{name} belongs to a chat, and {reason}: leave it out" for reason in (of_ids, of_text)]
+        assert isinstance(n_tokens, int) or name == "--system, tools"  # which the tiny template does not read
+    for options in (["--raw"], ["--raw", "--special"]):
+        *plain, error = prompt_tokens(tiny_dir, tmp_path / "raw", lines, *options)
+        assert plain == [2, 3]
+        assert error == '"messages" belongs to a chat, and --raw continues plain text: leave it out'
+    lines = [
+        ids | {"tools": []},
+        ids | {"chat_template_kwargs": {"x": 1}},
+        {"messages": [{"role": "user"}]},
+        {"messages": ["hi"]},
+    ]
+    *errors, no_content, no_message = prompt_tokens(tiny_dir, tmp_path / "tools", lines)
+    assert errors == [f"{name} belongs to a chat, and {of_ids}: leave it out" for name in ("tools", "x")]
+    assert "content" in no_content
+    assert "messages[0]" in no_message
 
 
 class Feed(io.RawIOBase):

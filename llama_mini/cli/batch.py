@@ -8,13 +8,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from llama_mini.checkpoint.hf.hub import SMALL
+from llama_mini.checkpoint.io.files import PARAMS
 from llama_mini.checkpoint.source import Source
 from llama_mini.cli.batch_lines import Asked, Line, asked, parse, read_lines
 from llama_mini.cli.common import token_ids, with_limit
@@ -58,15 +60,17 @@ class Batch:
 
         Raises RequestError if the results cannot be used, or are of other lines or settings.
         """
-        done = {} if self.results is None else _done(self.results, settings)
-        total = None
-        if self.file.seekable():  # a changed line is refused before anything is answered
-            start = self.file.tell()
-            total = len(done) + sum(1 for _ in self._pending(done))
-            self.file.seek(start)
-        hidden = True if self.results is None and sys.stdout.isatty() else None  # None: unless standard error is a file
-        progress = {"total": total, "initial": len(done), "desc": "answering", "unit": "prompt", "disable": hidden}
-        with _writer(self.results) as write, tqdm(**progress) as bar:
+        with ExitStack() as stack:
+            write = stack.enter_context(_writer(self.results))  # first: it keeps other runs from the results
+            done = {} if self.results is None else _done(self.results, settings)
+            total = None
+            if self.file.seekable():  # a changed line is refused before anything is answered
+                start = self.file.tell()
+                total = len(done) + sum(1 for _ in self._pending(done))
+                self.file.seek(start)
+            hidden = True if self.results is None and sys.stdout.isatty() else None  # None: unless stderr is a file
+            progress = {"total": total, "initial": len(done), "desc": "answering", "unit": "prompt", "disable": hidden}
+            bar = stack.enter_context(tqdm(**progress))
 
             def write_result(line: Line, names: dict[str, Any], completion: dict[str, Any]) -> None:
                 head = {"index": line.index} | names | {"line": line.digest, "settings": settings}
@@ -157,7 +161,10 @@ def _request(
 
 @contextmanager
 def _writer(results: Path | None) -> Iterator[Callable[[str], None]]:
-    """A function that appends a text to the results, which are on disk or with the reader when it returns."""
+    """A function that appends a text to the results, which are on disk or with the reader when it returns.
+
+    Raises RequestError if they cannot be written, or another run writes them.
+    """
     if results is None:
         yield lambda text: print(text, end="", flush=True)
         return
@@ -168,6 +175,8 @@ def _writer(results: Path | None) -> Iterator[Callable[[str], None]]:
         raise RequestError(f"{failure.format(error.strerror)}give another --output") from None
     with file:
         assert isinstance(file, io.FileIO)
+        if results.is_file():  # not a device, which many may write
+            _lock(file, results)
 
         def write(text: str) -> None:
             # An id may hold half of a surrogate pair, which UTF-8 cannot encode: it becomes a JSON escape.
@@ -182,6 +191,19 @@ def _writer(results: Path | None) -> Iterator[Callable[[str], None]]:
                 raise LlamaMiniError(failure.format(error.strerror) + again) from None
 
         yield write
+
+
+def _lock(file: io.FileIO, results: Path) -> None:
+    """Keeps the file for this process until it is closed. Raises RequestError if another one has it."""
+    with suppress(ImportError, OSError):  # Windows; a file system without locks
+        from fcntl import LOCK_EX, LOCK_NB, flock
+
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(
+                f"another run writes {results} now: wait until it ends, or give another --output"
+            ) from None
 
 
 def _done(results: Path, settings: Settings) -> dict[int, str]:
@@ -218,8 +240,9 @@ def _check_settings(results: Path, found: Settings, settings: Settings) -> None:
 def _fingerprint(source: Source) -> str:
     """Tells whether a model is the same: a digest of names, sizes, times and samples of its files, not of its path."""
     files = {tensor.file for tensor in source.tensors.values()}
-    if source.gguf is None:  # the configuration, the tokenizer and the chat template
-        files |= {path for path in source.directory.iterdir() if path.suffix in (".json", ".jinja", ".model")}
+    if source.gguf is None:  # the configuration, the tokenizer and the chat templates
+        named = {path for name in (*SMALL, PARAMS) if (path := source.directory / name).is_file()}
+        files |= named.union(source.directory.glob("additional_chat_templates/*.jinja"))
     digest = hashlib.sha256()
     for path in sorted(files):
         about = path.stat()

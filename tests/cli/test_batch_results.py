@@ -5,10 +5,12 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from llama_mini.engine.request import Completion
 from llama_mini.generate import main
 from llama_mini.machine import as_dtype, dtype_name
 from tests.cli.test_batch import command
@@ -105,11 +107,13 @@ def test_results_of_another_model_are_left_alone(tiny_dir, tmp_path: Path, capsy
     path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     path.write_text('{"prompt": "a", "max_tokens": 2}\n')
     model = shutil.copytree(tiny_dir, tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     assert main(command(model, path, "--output", str(output))) == 0
     moved = model.rename(tmp_path / "moved")
     assert main(command(moved, path, "--output", str(output))) == 0  # the same files at another place
-    for name in ("model.safetensors", "chat_template.jinja"):
-        changed = shutil.copytree(moved, tmp_path / f"changed {name}")
+    for name in ("model.safetensors", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        changed = shutil.copytree(moved, tmp_path / f"changed {Path(name).name}")
         data = bytearray((changed / name).read_bytes())
         data[-1] ^= 1
         (changed / name).write_bytes(data)
@@ -117,6 +121,33 @@ def test_results_of_another_model_are_left_alone(tiny_dir, tmp_path: Path, capsy
         os.utime(changed / name, ns=(times.st_atime_ns, times.st_mtime_ns))
         assert main(command(changed, path, "--output", str(output))) == 2
         assert "has results made by another model" in capsys.readouterr().err
+
+
+def test_results_beside_the_model_are_no_file_of_it(tiny_dir, prompts: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_dir, tmp_path / "model")
+    for _ in range(2):
+        assert main(command(model, prompts, "--output", str(model / "out.json"))) == 0
+
+
+def test_two_runs_at_once_do_not_share_results(
+    tiny_dir, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, codes = tmp_path / "out.jsonl", []
+    words = command(tiny_dir, prompts, "--output", str(output))
+
+    def as_json(completion: Completion) -> dict[str, Any]:
+        if not codes:  # in the middle of the first run
+            codes.append(None)
+            codes.append(main(words))
+        return {"text": completion.text}
+
+    monkeypatch.setattr("llama_mini.cli.batch.as_json", as_json)
+    assert main(words) == 0
+    assert codes[1] == 2
+    assert f"another run writes {output} now: wait until it ends" in capsys.readouterr().err
+    assert len(output.read_text().splitlines()) == 5
+    assert main(words) == 0  # the lock has gone
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.jsonl"}
 
 
 def test_standard_input_to_standard_output(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_mini.optimize.build import load_kernels
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
 # `forked(f)` is f() in a forked child; 30 s without an answer are a failure. Two threads: a forked child has neither
@@ -49,6 +51,7 @@ if __name__ == "__main__":
 
 
 def run(tiny_dir: Path, code: str, kernels: str = "auto") -> None:
+    load_kernels()  # a child that builds them says so on standard error
     source = PARENT.format(path=str(tiny_dir), kernels=kernels)
     source += "".join(f"    {line}\n" for line in code.strip().splitlines())
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=100)

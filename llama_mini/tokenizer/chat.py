@@ -44,11 +44,14 @@ def template_pieces(
         given = {"tools": None, "documents": None, **names, **marks.put(dict(variables))}
     except (RecursionError, ValueError) as error:  # nested too deeply; an integer of 5,000 digits
         raise RequestError(f"messages cannot be written as JSON ({error}); expected plain, flat data") from error
-    last = marked[-1].get("content")
+    holder, key = marked[-1], "content"
+    if isinstance(parts := holder.get(key), list) and parts:
+        holder, key = parts[-1], "text"
+    last = holder.get(key)
     if open_end:
         if not isinstance(last, str):
             raise RequestError("the last message has no text that continue_final_message could continue")
-        marked[-1]["content"] = f"{last}{end} "  # the space tells whether the template strips a message
+        holder[key] = f"{last}{end} "  # the space tells whether the template strips a message
     rendered = render(template, given | {"messages": marked})
     for char in (mark, end):
         rendered = rendered.replace(_escaped(char), char)  # as tojson(ensure_ascii=true) writes it

@@ -21,12 +21,13 @@ _TAKES_BOTH = re.compile(r"""\barguments['"]?\]? is (string|mapping)""")
 _FIXED = {"tokenize": True, "return_dict": False, "return_tensors": None, "padding": False, "truncation": False}
 
 
-def checked_messages(messages: object, template: str = "") -> list[Message]:
+def checked_messages(messages: object, template: str = "", form: str = "text") -> list[Message]:
     """Messages as plain JSON data, as vLLM gives them to a template. Raises RequestError for malformed ones.
 
-    Dataclasses and pydantic models work too. Content in text parts is joined with newlines. An assistant's turn without
-    content has an empty one, or null for a template that asks for null. Arguments of tool calls that are JSON text, the
-    form of OpenAI, become objects, unless the template writes them as text.
+    Dataclasses and pydantic models work too. `form` is what the template takes as content: for "text", text parts are
+    joined with newlines; for "parts", a string becomes a part; "either" takes both as they are. An assistant's turn
+    without content has an empty one, or null for a template that asks for null. Arguments of tool calls that are JSON
+    text, the form of OpenAI, become objects, unless the template writes them as text.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise RequestError(f"messages is {_describe(messages)}, expected a list of at least one message")
@@ -36,7 +37,7 @@ def checked_messages(messages: object, template: str = "") -> list[Message]:
         if not _has_fields(message):
             raise RequestError(f"{where} is {_describe(message)}, expected a mapping with role and content")
         plain = {key: value for key, value in _plain(message, where).items() if value is not None}
-        _check_role_and_content(plain, where)
+        _check_role_and_content(plain, where, form)
         if plain.get("tool_calls"):
             _check_tool_calls(plain, where, template)
         if "content" not in plain:
@@ -75,22 +76,26 @@ def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(value, name) for name, value in given.items()}
 
 
-def _check_role_and_content(message: Message, where: str) -> None:
-    """Makes one text of the content. An assistant may call tools, refuse or think without any content."""
+def _check_role_and_content(message: Message, where: str, form: str) -> None:
+    """Gives the content the form of the template. An assistant may call tools, refuse or think without any content."""
     role, content, where_content = message.get("role"), message.get("content"), f"{where}['content']"
     if not isinstance(role, str):
         raise RequestError(f"{where}['role'] is {_describe(role)}, expected a string")
     if isinstance(content, list):
-        message["content"] = "\n".join(_part(part, f"{where_content}[{i}]") for i, part in enumerate(content))
+        parts = [_part(part, f"{where_content}[{i}]") for i, part in enumerate(content)]
+        message["content"] = "\n".join(part["text"] for part in parts) if form == "text" else parts
+        return
+    if isinstance(content, str) and form == "parts":
+        message["content"] = [_part(content, where_content)]
         return
     silent = content is None and role == "assistant" and message.keys() - {"role", "name"}
     if not isinstance(content, str) and not silent and not (isinstance(content, dict) and role in TOOL_ROLES):
         raise RequestError(f"{where_content} is {_describe(content)}, expected a string or a list of text parts")
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str) -> Message:
     if isinstance(part, str):
-        return part
+        return {"type": "text", "text": part}
     kind = part.get("type", "text") if isinstance(part, dict) else None
     key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
     if key is None:
@@ -98,7 +103,7 @@ def _part(part: Any, where: str) -> str:
         raise RequestError(f"{where} is {found}; this model reads text alone: give a part of type 'text'")
     if not isinstance(part.get(key), str):
         raise RequestError(f"{where}[{key!r}] is {_describe(part.get(key))}, expected a string")
-    return part[key]
+    return part | {"type": "text", "text": part[key]}
 
 
 def _check_tool_calls(message: Message, where: str, template: str) -> None:

@@ -43,11 +43,16 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     raise _stopped("its process gave no valid answer")
 
 
-def variable_names(template: str) -> list[str]:
-    """The variables that a Jinja template reads. Raises TokenizerError for any failure."""
+def read_by(template: str) -> tuple[list[str], str]:
+    """The variables that a Jinja template reads, and what it takes as content: "text", "parts" or "either".
+
+    Raises TokenizerError for any failure.
+    """
     match _answer({"template": template}):
-        case {"names": [*names]} if all(isinstance(name, str) and name.isidentifier() for name in names):
-            return names
+        case {"names": [*names], "content": "text" | "parts" | "either" as content} if all(
+            isinstance(name, str) and name.isidentifier() for name in names
+        ):
+            return names, content
     raise _stopped("its process gave no valid answer")
 
 

@@ -24,9 +24,9 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.meta
-import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+from jinja2 import nodes
 
 try:
     import resource
@@ -63,13 +63,14 @@ def _reply(request: bytes, memory: int, first_size: int) -> bytes:
 
 
 def answer(request: dict[str, Any], memory: str = "there is") -> dict[str, Any]:
-    """The text, the names of the variables if none are given, or an error.
+    """The text, or what the template reads if no variables are given, or an error.
 
     A template is a program, so it fails in every way that Python can.
     """
     try:
         if "variables" not in request:
-            return {"names": sorted(jinja2.meta.find_undeclared_variables(_environment().parse(request["template"])))}
+            tree = _environment().parse(request["template"])
+            return {"names": sorted(jinja2.meta.find_undeclared_variables(tree)), "content": _content_form(tree)}
         return {"text": rendered(request["template"], request["variables"], request["max_chars"])}
     except MemoryError:
         return _no_memory(memory)
@@ -91,6 +92,67 @@ def rendered(source: str, variables: dict[str, Any], max_chars: int) -> str:
             raise OverflowError(f"it writes more than {max_chars:,} characters")
         pieces.append(piece)
     return "".join(pieces)
+
+
+def _content_form(tree: nodes.Template) -> str:
+    """What a template takes as the content of a message: "text", "parts", or "either" if it tests for a string.
+
+    It takes parts if it loops over the content, or indexes it, and reads a field of what it gets. Names are followed
+    through variables and macros without regard to their scope.
+    """
+    contents: set[str] = set()
+    parts: set[str] = set()
+
+    def is_content(node: Any) -> bool:
+        match node:
+            case nodes.Name(name=name):
+                return name in contents
+            case nodes.Getattr(attr="content") | nodes.Getitem(arg=nodes.Const(value="content")):
+                return True
+            case nodes.Call(node=nodes.Getattr(attr="get"), args=[nodes.Const(value="content"), *_]):
+                return True
+            case nodes.Getitem(node=inner, arg=nodes.Slice()) | nodes.Filter(node=inner):
+                return is_content(inner)
+            case nodes.CondExpr(expr1=one, expr2=other) | nodes.Or(left=one, right=other):
+                return is_content(one) or is_content(other)
+        return False
+
+    def is_part(node: Any) -> bool:
+        match node:
+            case nodes.Name(name=name):
+                return name in parts
+            case nodes.Getitem(arg=nodes.Slice() | nodes.Const(value=str())):
+                return False
+            case nodes.Getitem(node=inner) | nodes.Filter(node=inner, name="first" | "last") | nodes.For(iter=inner):
+                return is_content(inner)
+        return False
+
+    def reads_field(node: Any) -> bool:
+        match node:
+            case nodes.Getattr(node=inner, attr=attr):
+                return is_part(inner) and not hasattr(str, attr)  # content[0].isupper()
+            case nodes.Getitem(node=inner, arg=nodes.Const(value=str())):
+                return is_part(inner)
+            case nodes.Filter(node=inner, name="map", kwargs=[nodes.Keyword(key="attribute"), *_]):
+                return is_content(inner)
+        return False
+
+    macros = {macro.name: macro.args for macro in tree.find_all(nodes.Macro)}
+    bound: list[tuple[Any, nodes.Node]] = [(node.target, node.node) for node in tree.find_all(nodes.Assign)]
+    bound += [(loop.target, loop) for loop in tree.find_all(nodes.For)]
+    for call in tree.find_all(nodes.Call):
+        names = macros.get(getattr(call.node, "name", ""), [])
+        bound += zip(names, call.args, strict=False)
+        bound += [(name, given.value) for given in call.kwargs for name in names if name.name == given.key]
+    before = None
+    while before != (before := (len(contents), len(parts))):
+        for target, value in bound:
+            if isinstance(target, nodes.Name) and (is_part(value) or is_content(value)):
+                (parts if is_part(value) else contents).add(target.name)
+    if not any(map(reads_field, tree.find_all(nodes.Expr))):
+        return "text"
+    tested = (test.node for test in tree.find_all(nodes.Test) if test.name == "string")
+    return "either" if any(map(is_content, tested)) else "parts"
 
 
 def _address_space() -> int:
@@ -145,10 +207,10 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
 
     def _render(self, caller: Any) -> str:
         return caller()

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.config_files import NAMED
-from llama_mini.tokenizer.sandbox import variable_names
+from llama_mini.tokenizer.sandbox import read_by
 from llama_mini.validate import join_names, short_repr
 
 
@@ -14,7 +14,7 @@ class Templates:
 
     def __init__(self, templates: Mapping[str, str]) -> None:
         self._templates = templates
-        self._variables: dict[str, frozenset[str]] = {}
+        self._read: dict[str, tuple[list[str], str]] = {}
 
     def choose(self, wanted: object, tools: bool) -> str:
         """The template that is wanted, by name or itself as Jinja text; else the usual one."""
@@ -36,13 +36,20 @@ class Templates:
 
     def variables(self, template: str) -> frozenset[str]:
         """What a template reads, besides the messages and whether an answer shall begin."""
-        if template not in self._variables:
-            self._variables[template] = frozenset(variable_names(template)) - {"messages", "add_generation_prompt"}
-        return self._variables[template]
+        return frozenset(self._read_by(template)[0]) - {"messages", "add_generation_prompt"}
+
+    def content_form(self, template: str) -> str:
+        """What a template takes as the content of a message: "text", "parts" or "either"."""
+        return self._read_by(template)[1]
 
     def all_variables(self) -> frozenset[str]:
         usual = (self._templates.get(name) for name in ("default", "tool_use"))
         return frozenset().union(*(self.variables(template) for template in usual if template is not None))
+
+    def _read_by(self, template: str) -> tuple[list[str], str]:
+        if template not in self._read:
+            self._read[template] = read_by(template)
+        return self._read[template]
 
     def _known(self) -> str:
         return join_names(map(repr, self._templates))

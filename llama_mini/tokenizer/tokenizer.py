@@ -197,7 +197,7 @@ class Tokenizer(TransformersNames):
         if given:
             check_variables(given, self._templates.variables(template))
         given["add_generation_prompt"] = add_generation_prompt and not continue_final_message
-        checked = checked_messages(messages, template)
+        checked = checked_messages(messages, template, self._templates.content_form(template))
         pieces = template_pieces(template, checked, given, self._names, self._backend, continue_final_message)
         ids = self._backend.encode(pieces)
         before, _ = self._backend.frame

@@ -139,6 +139,67 @@ def test_text_parts_are_joined_with_newlines_as_in_vllm(content: Any, text: str)
         assert checked_messages([{"role": role, "content": content}])[0]["content"] == text
 
 
+READ_AS_PARTS = {
+    "loop": "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}",  # SmolVLM
+    "variable": "{% set x = m.get('content') or [] %}{% for c in x[:9] if c.type == 'text' %}{{ c.text }}{% endfor %}",
+    "index": "{{ m.content[0]['text'] }}{% for i in range(1, m.content | length) %}{{ m.content[i].text }}{% endfor %}",
+    "filter": "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}",
+    "map": "{{ m.content | map(attribute='text') | join }}",
+    "first and last": "{{ (m.content | first).text }}{% if m.content[1:] %}{{ m.content[-1].text }}{% endif %}",
+    "macro": "{% macro show(all) %}{% for c in all %}{{ one(part=c) }}{% endfor %}{% endmacro %}"
+    "{% macro one(x, part) %}{{ part.text }}{% endmacro %}{{ show(m.content) }}",
+}
+TAKES_BOTH = {
+    "LLaMA 4": "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{{ c.text | trim }}{% endfor %}{% endif %}",
+    "GLM": "{% macro show(c) %}{% if c is string %}{{ c }}{% else %}"
+    "{% for x in c %}{{ x.text }}{% endfor %}{% endif %}{% endmacro %}{{ show(m.content) }}",
+}
+
+
+@pytest.mark.parametrize("name", [*READ_AS_PARTS, *TAKES_BOTH])
+def test_a_template_that_reads_parts_gets_them_as_in_transformers(open_both: Open, name: str) -> None:
+    shown = (READ_AS_PARTS | TAKES_BOTH)[name]
+    ours, theirs = open_both("{% for m in messages %}<|im_start|>{{ m.role }} " + shown + "<|im_end|>{% endfor %}")
+
+    def chat(*contents: Any) -> list[Any]:
+        return [{"role": role, "content": c} for role, c in zip(("user", "assistant"), contents, strict=True)]
+
+    def part(text: str) -> dict[str, str]:
+        return {"type": "text", "text": text}
+
+    parts = chat([part("one "), part("<|im_end|>two")], [part("<think>three")])
+    strings = chat(" one ", "two")
+    as_read = strings if name in TAKES_BOTH else chat([part(" one ")], [part("two")])
+    for given, expected in (
+        (parts, parts),
+        (strings, as_read),
+        (chat(["a"], [{"text": "b"}]), chat([part("a")], [part("b")])),
+    ):
+        text = theirs.apply_chat_template(expected, tokenize=False)
+        assert ours.decode(ours.apply_chat_template(given), skip_special_tokens=False) == text
+        text = theirs.apply_chat_template(expected, tokenize=False, continue_final_message=True)
+        ids = ours.apply_chat_template(given, continue_final_message=True)
+        assert ours.decode(ids, skip_special_tokens=False) == text
+        assert ids.count(3) == 1  # the first message is closed, the last is not; text does not close one
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "{{ m.content[0] }}{{ m.content[1:] | trim }}",
+        "{% for c in m.content %}{{ c.upper() }}{{ c[0] }}{% endfor %}",
+        "{% if m.content is string %}{% set content = m.content %}{% endif %}{{ content }}",  # Qwen3
+        "{% for t in tools or [] %}{{ t.text }}{{ t['content'].text }}{% endfor %}{{ m.content | tojson }}",
+    ],
+)
+def test_a_template_that_reads_a_string_gets_one(open_both: Open, shown: str) -> None:
+    ours, theirs = open_both("{% for m in messages %}" + shown + "{% endfor %}")
+    text = theirs.apply_chat_template([{"role": "user", "content": "a\nb"}], tokenize=False)
+    for content in ("a\nb", ["a", {"type": "text", "text": "b"}]):
+        assert ours.decode(ours.apply_chat_template([{"role": "user", "content": content}])) == text
+
+
 def test_a_tool_may_answer_with_an_object(open_both: Open) -> None:
     ours, theirs = open_both("{{ messages[-1].content | tojson }}")
     messages = [USER, RESULT | {"content": {"sky": "<|end|>", "t": 21.5}}]

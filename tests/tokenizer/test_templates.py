@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from llama_mini import Tokenizer
 from llama_mini.errors import RequestError, TokenizerError
-from llama_mini.tokenizer.sandbox import variable_names
+from llama_mini.tokenizer.sandbox import read_by
 
 Open = Callable[..., tuple[Tokenizer, Any]]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello <think> \n"}]
@@ -60,9 +60,9 @@ def test_variables_reach_the_template_as_in_transformers(open_both: Open, variab
 def test_the_variables_are_those_that_the_template_reads(open_both: Open) -> None:
     ours, _ = open_both(TEMPLATE)
     assert ours.template_variables == VARIABLES
-    assert variable_names("{% macro f(a) %}{{ a }}{{ b }}{{ caller() }}{% endmacro %}{{ range(n) }}") == ["b", "n"]
+    assert read_by("{% macro f(a) %}{{ a }}{{ b }}{{ caller() }}{% endmacro %}{{ range(n) }}")[0] == ["b", "n"]
     with pytest.raises(TokenizerError, match="the chat template failed: TemplateSyntaxError"):
-        variable_names("{% for %}")
+        read_by("{% for %}")
 
 
 @pytest.mark.parametrize(

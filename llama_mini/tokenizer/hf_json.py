@@ -19,7 +19,7 @@ import tokenizers
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.backend import AddedTokens, Piece, is_control, native_failures_as, of_library
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
-from llama_mini.tokenizer.json_decoder import respelled, token_reader
+from llama_mini.tokenizer.json_decoder import BYTE_TOKEN, respelled, token_reader
 from llama_mini.tokenizer.tokenizer_json import bpe_model
 
 
@@ -108,7 +108,9 @@ def _added_tokens(spec: dict[str, Any], vocab: Mapping[str, int], files: ConfigF
     for content in files.names.values():
         if (content in added or content in vocab) and is_control(content, special=False):
             added[content] = replace(added.get(content, AddedToken(content=content)), special=True)
-    return list(added.values())
+    # The bytes of byte_fallback are text, also where the file adds them as BpeTrainer(special_tokens=...) does.
+    has_bytes = spec["model"].get("byte_fallback")
+    return [t for t in added.values() if not (has_bytes and t.content in vocab and BYTE_TOKEN.fullmatch(t.content))]
 
 
 def _model_vocab(spec: dict[str, Any]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from llama_mini.errors import TokenizerError
 from llama_mini.tokenizer.byte_level import BYTE_LETTERS
 
 Step = dict[str, Any]
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 _BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 _SPACE_MARKS = {("▁", " "), ("Ġ", " ")}  # replacing these in a byte-level vocabulary changes nothing
@@ -53,7 +54,7 @@ def token_reader(spec: dict[str, Any]) -> tuple[Callable[[str], bytes], bool]:
     fallback = spec["model"].get("byte_fallback") or "ByteFallback" in kinds
 
     def token_bytes(content: str) -> bytes:
-        if fallback and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", content):
+        if fallback and BYTE_TOKEN.fullmatch(content):
             return bytes.fromhex(content[3:5])
         for old, new in pairs:
             content = content.replace(old, new)

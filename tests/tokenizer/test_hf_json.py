@@ -5,10 +5,12 @@ import json
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, normalizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_mini.errors import TokenizerError
@@ -125,6 +127,32 @@ def test_control_tokens_of_a_unigram_model_are_not_matched(write_directory: Writ
     assert 1 not in ids
     assert tokenizer.decode(ids) == "ab</s> c"
     assert tokenizer.encode("é") == [0]  # what the model itself does not know is still unknown
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_byte_tokens_that_a_file_adds_are_the_bytes_of_text(write_directory: Write, kind: str, special: bool) -> None:
+    """BpeTrainer(special_tokens=...) writes such files. The library leaves special bytes out of a decoded text."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model, trainer = (models.BPE(byte_fallback=True, unk_token="<unk>"), trainers.BpeTrainer)
+    if kind == "Unigram":
+        model, trainer = models.Unigram([], byte_fallback=True), partial(trainers.UnigramTrainer, unk_token="<unk>")
+    theirs = RustTokenizer(model)
+    theirs.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    theirs.decoder = decoders.Sequence(steps)
+    theirs.train_from_iterator(["the cat sat"] * 9, trainer(vocab_size=300, show_progress=False, special_tokens=tokens))
+    spec = json.loads(theirs.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = special
+    spec["model"]["byte_fallback"] = True  # the trainer of a Unigram model drops it
+    theirs = RustTokenizer.from_str(json.dumps(spec))
+    ours = Tokenizer.from_pretrained(write_directory({"tokenizer.json": spec}))
+    for text in ("a\nz", "the cat é🎉", "\x00<0>"):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text).ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False) == text
+    assert ours.vocab_size == theirs.get_vocab_size()
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,8 @@ def _mark(step: Step) -> str | None:
 
 def _adds_space(step: Step) -> bool:
     """Whether a normalizer or pre-tokenizer puts a space before a text."""
-    return _drops_space(step) or step["type"] == "Prepend" or (step["type"] == "ByteLevel" and step["add_prefix_space"])
+    prefix = step["type"] == "ByteLevel" and step.get("add_prefix_space")  # the normalizer of this name has none
+    return bool(prefix) or step["type"] == "Prepend" or _drops_space(step)
 
 
 def _drops_space(step: Step) -> bool:

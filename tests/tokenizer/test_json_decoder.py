@@ -97,6 +97,24 @@ def test_byte_level_tokens_are_bytes_whatever_the_decoder(
     check(opened(spec), spec, texts, library)
 
 
+@pytest.mark.parametrize("before", [[], [{"type": "NFC"}], [{"type": "Lowercase"}, {"type": "NFD"}]])
+@pytest.mark.parametrize("decoder", [BYTE_LEVEL, None])
+def test_a_byte_level_normalizer_opens(
+    byte_level_spec: Callable[[], Spec], opened: Open, before: list[Spec], decoder: Spec | None
+) -> None:
+    """It has no settings, unlike the pre-tokenizer of this name. An added word is found under its normalized name."""
+    step = {"type": "ByteLevel"}
+    normalizer = {"type": "Sequence", "normalizers": [*before, step]} if before else step
+    word = {"id": 600, "content": "thé", "single_word": False, "lstrip": False, "rstrip": False, "special": False}
+    spec = byte_level_spec() | {"normalizer": normalizer, "pre_tokenizer": None, "decoder": decoder}
+    spec["added_tokens"].append(word | {"normalized": True})
+    texts = ["the cat, a  thé", "天空🎉\r\n\t\0", " no space", ""]
+    check(opened(spec), spec, [text for text in texts if not (before and "é" in text)], library=decoder is not None)
+    theirs = RustTokenizer.from_str(json.dumps(spec))
+    for text in ("athé b", "THÉ", "e\u0301"):
+        assert opened(spec).encode(text) == theirs.encode(text).ids
+
+
 def test_a_byte_level_split_among_other_steps_is_found(byte_level_spec: Callable[[], Spec], opened: Open) -> None:
     spec = byte_level_spec()
     digits = {"type": "Digits", "individual_digits": True}

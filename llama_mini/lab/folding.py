@@ -41,7 +41,7 @@ def fold(model: Llama, pattern: str | Sequence[str] | None = None) -> Llama:
     """
     check_plain(model)
     paths = _foldable(model) if pattern is None else select(model, pattern)
-    parameters, config = dict(model.named_parameters()), model.config
+    parameters, config = dict(model.named_parameters(remove_duplicate=False)), model.config
     for path in paths:
         norm = model.get_submodule(path)
         slot = path.rpartition(".")[2]
@@ -76,10 +76,10 @@ def center(model: Llama) -> Llama:
     check_plain(model)
     for path, norm in slots(model).items():
         _check_centrable(path, norm)
-    parameters, plan = dict(model.named_parameters()), model.config.norm_plan
+    parameters, plan = dict(model.named_parameters(remove_duplicate=False)), model.config.norm_plan
     if model.lm_head is None:
         parameters[_HEAD] = parameters[_EMBEDDING]
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if name == _EMBEDDING:
             parameters[name] = _like(parameter, _without_mean(parameter, dim=1))
         elif ".o_proj." in name or ".down_proj." in name:

@@ -36,7 +36,7 @@ def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
         for i in range(n_layers)
         for name, branch in zip(BRANCHES, config.norm_plan.layer(i), strict=True)
     }
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for path in select(model, pattern):
         at, _, slot = path.rpartition(".")
         slot = slot.removesuffix("_norm")

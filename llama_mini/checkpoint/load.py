@@ -15,7 +15,7 @@ from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.io.files import SINGLE, write_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import Model, empty_model, match, read_all, with_progress
-from llama_mini.checkpoint.plain import check_plain
+from llama_mini.checkpoint.plain import check_contents, check_plain
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.special_ids import special_ids
 from llama_mini.errors import CheckpointFormatError
@@ -103,7 +103,8 @@ def save_model(model: nn.Module, path: Path) -> None:
     config = model.config
     assert isinstance(config, LlamaConfig)
     check_plain(model)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    check_contents(model, parameters)
     raw = to_hf(config, dtype_name(next(iter(parameters.values())).dtype))
     table = key_table(raw["model_type"])
     parameters = {to_file_name(name, table): p for name, p in parameters.items()}

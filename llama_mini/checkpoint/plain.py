@@ -1,9 +1,11 @@
 """Whether a model is what its config describes. Only then do config and parameters say all that it computes."""
 
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llama_mini.errors import RequestError
 from llama_mini.validate import short_repr
@@ -17,7 +19,7 @@ def check_plain(model: nn.Module) -> None:
     """
     with torch.device("meta"):
         planned = type(model)(model.config)
-    actual, expected = dict(model.named_modules()), dict(planned.named_modules())
+    actual, expected = dict(model.named_modules(remove_duplicate=False)), dict(planned.named_modules())
     for path in [*expected, *actual]:
         found = _traits(actual.get(path))
         for name, value in _traits(expected.get(path)).items():
@@ -27,6 +29,23 @@ def check_plain(model: nn.Module) -> None:
                     f"({name}: {_shown(found.get(name))}, not {_shown(value)}): leave the edit, remove the hook, "
                     "or load the checkpoint without optimization, and try again"
                 )
+
+
+def check_contents(model: Any, parameters: Mapping[str, Tensor]) -> None:
+    """Refuses, with a RequestError, what a checkpoint cannot hold: a rotary table of its own, and missing values."""
+    actual, planned = deepcopy(model.rope).cpu(), type(model.rope)(model.config)
+    for position in (1, 4 * model.config.max_seq_len):  # a long text may have a table of its own
+        both = (rope(torch.tensor([[position]])) for rope in (actual, planned))
+        if not all((a == b).all() for a, b in zip(*both, strict=True)):
+            raise RequestError(
+                "rope is not what the model's config describes (inv_freq or a config was exchanged), and a checkpoint "
+                "holds the config alone: write the change as rope_theta or rope_scaling, or undo it"
+            )
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise RequestError(f"{name} is on the meta device and has no values; load the model, and save it then")
+        if parameter.ndim == 1 and not torch.isfinite(parameter).all():  # as in loading: a norm or a bias
+            raise RequestError(f"{name} holds NaN or infinity, so that every answer would be NaN; repair it first")
 
 
 def _traits(module: nn.Module | None) -> dict[str, Any]:

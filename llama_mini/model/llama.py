@@ -106,7 +106,7 @@ class Llama(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a directory that `from_pretrained` reads; it is complete or not there at all.
 
-        Raises CheckpointPathError; RequestError for a model that is edited, hooked or optimized.
+        Raises CheckpointPathError; RequestError for a model that is edited, hooked or optimized, or that lacks values.
         """
         from llama_mini.checkpoint.load import save_model
 

@@ -1,6 +1,7 @@
 """A model that is more than its config and parameters is neither saved nor rebuilt; any other is."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from llama_mini import Llama, lab
 from llama_mini.errors import RequestError
 from llama_mini.model.linear import Linear
 from llama_mini.model.norm_slots import NormSpec
+from llama_mini.model.rope_scaling import DynamicScaling, YarnScaling
 from tests.tiny_models import random_tokens, tiny_model
 
 TEXT = random_tokens(2, 9)
@@ -117,3 +119,70 @@ def test_what_a_checkpoint_can_hold_is_saved(tmp_path: Path) -> None:
     removed.remove()
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(Llama.from_pretrained(tmp_path / "saved")(TEXT), model(TEXT))
+
+
+def half_the_frequencies(model: Llama) -> None:
+    model.rope.inv_freq = model.rope.inv_freq / 2
+
+
+def other_theta(model: Llama) -> None:
+    model.config = replace(model.config, rope_theta=5.0)
+
+
+def scaling_of_long_texts(model: Llama) -> None:
+    model.config = replace(model.config, rope_scaling=DynamicScaling(factor=2.0))
+
+
+def magnitude(model: Llama) -> None:
+    scaling = YarnScaling(factor=2.0, original_max_seq_len=16)
+    model.rope.config = replace(model.config, rope_scaling=scaling)
+
+
+def nan(model: Llama) -> None:
+    model.layers[1].attention.pre_norm.weight.data[3] = torch.nan
+
+
+def meta(model: Llama) -> None:
+    model.to("meta")
+
+
+ROPE = "rope is not what the model's config describes .*: write the change as rope_theta or rope_scaling"
+UNSAVEABLE: dict[Callable[[Llama], Any], str] = {
+    **dict.fromkeys((half_the_frequencies, other_theta, scaling_of_long_texts, magnitude), ROPE),
+    nan: r"layers\.1\.attention\.pre_norm\.weight holds NaN or infinity",
+    meta: r"tok_embeddings\.weight is on the meta device and has no values",
+}
+
+
+@pytest.mark.parametrize("change", UNSAVEABLE)
+def test_what_a_checkpoint_cannot_hold_is_not_saved(change: Callable[[Llama], Any], tmp_path: Path) -> None:
+    model = tiny_model()
+    change(model)
+    with pytest.raises(RequestError, match=f"^{UNSAVEABLE[change]}"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+def tie(model: Llama) -> None:
+    model.lm_head.weight = model.tok_embeddings.weight
+
+
+def share_a_matrix_and_a_norm(model: Llama) -> None:
+    first, second = model.layers[0], model.layers[1]
+    second.attention.q_proj.weight = first.attention.q_proj.weight
+    second.attention.pre_norm.weight = first.feed_forward.pre_norm.weight
+
+
+def share_a_layer(model: Llama) -> None:
+    model.layers[1] = model.layers[0]
+
+
+@pytest.mark.parametrize("share", [tie, share_a_matrix_and_a_norm, share_a_layer])
+def test_shared_parameters_work_under_each_of_their_names(share: Callable[[Llama], None], tmp_path: Path) -> None:
+    model = tiny_model()
+    share(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(Llama.from_pretrained(tmp_path / "saved")(TEXT), model(TEXT))
+    moved = lab.move(model, "layers.0.attention.pre_norm", "out")
+    assert torch.equal(lab.move(moved, "layers.0.attention.out_norm", "pre")(TEXT), model(TEXT))
+    torch.testing.assert_close(lab.fold(model)(TEXT), model(TEXT), rtol=1e-4, atol=1e-4)

@@ -139,7 +139,7 @@ def test_the_default_length_shrinks_to_the_context(run: Run, tiny_dir) -> None:
         (["--stop", "", "hi"], 2, "stop"),
         (["--dtype", "float7", "hi"], 2, "unknown dtype 'float7'"),
         (["--device", "abacus", "hi"], 2, "abacus"),
-        (["--threads", "0", "hi"], 2, "threads must be a whole number of at least 1, not 0"),
+        (["--threads", "0", "hi"], 2, "threads must be a whole number from 1 to 1024, not 0"),
         (["--threads", "two", "hi"], 2, "--threads"),
         (["--quantize", "int3", "hi"], 2, "--quantize: invalid choice: 'int3'"),
         (["--kernels", "fast", "hi"], 2, "--kernels: invalid choice: 'fast'"),

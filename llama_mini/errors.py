@@ -75,7 +75,7 @@ class LlamaMiniWarning(UserWarning):
 def warn(message: str) -> None:
     """Issues a LlamaMiniWarning that names the line outside this package that led to it."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith((f"{__package__}.", "functools")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, LlamaMiniWarning, stacklevel=level)
 

@@ -18,10 +18,14 @@ from llama_mini.validate import is_whole, short_repr
 if TYPE_CHECKING:  # it imports torch, which a tokenizer does not need
     from llama_mini.model.config import LlamaConfig
 
-END_TOKENS = (  # control tokens with a name that is known to end a text or a turn
+END_TOKENS = {  # of GGUF files: llama.cpp ends a text at them, as far as they belong to models that are read here
     *("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),  # LLaMA 3's
-    *("<|im_end|>", "<|endoftext|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"),  # of chat formats
-)
+    *("<|im_end|>", "<|endoftext|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<|return|>", "<|call|>"),
+    *("</s>", "<eos>", "[EOS]", "<EOT>", "_<EOT>", "[EOT]", "<｜end▁of▁sentence｜>"),
+    # Of code models: padding, and where another repository or file begins.
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
+}
 
 
 def read_special_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,15 +58,16 @@ def with_missing_ids(config: "LlamaConfig", raw: Mapping[str, Any]) -> "LlamaCon
 
 def gguf_special_ids(metadata: Mapping[str, Any], vocab_size: int, path: Path) -> dict[str, Any]:
     """The fields of a LlamaConfig, from a GGUF file's metadata. Raises ConfigError."""
-    bos, eos, pad = (_gguf_id(metadata, name) for name in ("bos", "eos", "padding"))
-    if pad is not None and not 0 <= pad < vocab_size:  # llama.cpp ignores it too
-        warn(f"{path}: padding_token_id is {pad}, but the vocabulary has {vocab_size} tokens; ignored")
-        pad = None
+    bos, eos, pad = (_gguf_id(metadata, name, vocab_size, path) for name in ("bos", "eos", "padding"))
     return {"bos_id": bos, "eos_ids": () if eos is None else (eos,), "pad_id": pad}
 
 
-def _gguf_id(metadata: Mapping[str, Any], name: str) -> int | None:
-    value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+def _gguf_id(metadata: Mapping[str, Any], name: str, vocab_size: int, path: Path) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = metadata.get(key)
     if value is not None and not is_whole(value):
-        raise ConfigError(f"tokenizer.ggml.{name}_token_id must be a whole number, not {short_repr(value)}")
-    return value
+        raise ConfigError(f"{key} must be a whole number, not {short_repr(value)}")
+    if value is None or 0 <= value < vocab_size:
+        return value
+    warn(f"{path}: {key} must be a token from 0 to {vocab_size - 1}, not {value}; ignored")  # as llama.cpp does
+    return None

@@ -18,7 +18,7 @@ from llama_mini.tokenizer.config_files import ConfigFiles
 from llama_mini.tokenizer.pre_tokenizers import ADD_BOS, IGNORE_MERGES, PRE_TOKENIZERS
 from llama_mini.tokenizer.sentencepiece_bpe import BYTE_TOKENS, PieceType, merges_by_score, sentencepiece_parts
 from llama_mini.tokenizer.tokenizer_json import Token, added_token, tokenizer_config, tokenizer_json
-from llama_mini.validate import check_flag, short_repr
+from llama_mini.validate import check_flag, join_names, short_repr
 
 # Types that become added tokens: matched before the BPE model sees the text, or never matched by text.
 _ADDED = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNUSED)
@@ -61,14 +61,9 @@ class GGUFVocabulary:
 
     @property
     def eos_ids(self) -> list[int]:
-        """Every id that ends a text, eos_token_id first.
-
-        The others are eot_token_id, eom_token_id and control tokens of END_TOKENS.
-        """
-        stated = (self._token_id(name) for name in ("eos", "eot", "eom"))
-        ends = (self._vocab.get(name) for name in END_TOKENS)
-        known = (id for id in ends if id is not None and self._types[id] == PieceType.CONTROL)
-        return list(dict.fromkeys([*(id for id in stated if id is not None), *known]))
+        """Every id that ends a text, eos_token_id first: those that the file states, and the tokens of END_TOKENS."""
+        stated = (self._token_id(name) for name in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
+        return list(dict.fromkeys([*(id for id in stated if id is not None), *self._ends.values()]))
 
     def tokenizer_json(self) -> dict[str, Any]:
         """The content of tokenizer.json: the vocabulary, merges and added tokens of the file."""
@@ -189,7 +184,21 @@ class GGUFVocabulary:
         types = self._numbers("token_type", "iu", np.full(len(self._texts("tokens")), PieceType.NORMAL))
         if unknown := set(types.tolist()) - set(range(PieceType.NORMAL, PieceType.BYTE + 1)):
             raise self._fault("token_type", f"holds {min(unknown)}; {PieceType.NORMAL} to {PieceType.BYTE} are known")
-        return types.tolist()
+        corrected = types.tolist()
+        if wrong := [text for text, id in self._ends.items() if corrected[id] != PieceType.CONTROL]:
+            names = join_names(wrong)  # llama.cpp corrects them too
+            warn(f"{self.path}: tokenizer.ggml.token_type does not mark {names} as control; read as if it did")
+        for text in wrong:
+            corrected[self._ends[text]] = PieceType.CONTROL
+        return corrected
+
+    @cached_property
+    def _ends(self) -> dict[str, int]:
+        """Text -> id of the tokens of END_TOKENS."""
+        ends = {text: id for id, text in enumerate(self._texts("tokens")) if text in END_TOKENS}
+        if ends.keys() >= {"<|return|>", "<|call|>"}:
+            ends.pop("<|end|>", None)  # gpt-oss writes it after its thoughts, before the answer
+        return ends
 
     @cached_property
     def _vocab(self) -> dict[str, int]:
@@ -215,16 +224,16 @@ class GGUFVocabulary:
 
     def _token_id(self, name: str) -> int | None:
         value = self._get(f"{name}_token_id")
-        if value is None:
-            usual, type_ = _USUAL_IDS.get(name, (0, 0))
-            return usual if self.is_sentencepiece and self._types[usual : usual + 1] == [type_] else None
         if type(value) is int and 0 <= value < len(self._tokens):
             return value
-        problem = f"must be a token from 0 to {len(self._tokens) - 1}, not {short_repr(value)}"
-        if type(value) is not int or name not in ("padding", "unknown"):
-            raise self._fault(f"{name}_token_id", problem)
-        warn(f"{self._fault(f'{name}_token_id', problem)}; ignored")
-        return None
+        if value is not None:
+            problem = f"must be a token from 0 to {len(self._tokens) - 1}, not {short_repr(value)}"
+            fault = self._fault(f"{name}_token_id", problem)
+            if type(value) is not int:
+                raise fault
+            warn(f"{fault}; ignored")
+        usual, type_ = _USUAL_IDS.get(name, (0, 0))
+        return usual if self.is_sentencepiece and self._types[usual : usual + 1] == [type_] else None
 
     @property
     def _pre(self) -> str:

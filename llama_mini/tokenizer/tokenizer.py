@@ -38,7 +38,7 @@ class Tokenizer(TransformersNames):
         generation_config.json, else config.json.
     eos_ids: all ids that end a text: those where transformers' generate stops (generation_config.json, or else
         config.json), the eos_token of tokenizer_config.json (in many chat models the end of a turn), and those of the
-        vocabulary (LLaMA 3's end_of_text, eom and eot).
+        vocabulary (LLaMA 3's end_of_text, eom and eot). A GGUF model stops where it stops in llama.cpp.
     vocab_size: the highest id of the vocabulary plus one; a model may have more rows.
     kind: a description for people: "tokenizer.json", "tekken.json", "tiktoken", "SentencePiece", "GGUF SentencePiece".
 

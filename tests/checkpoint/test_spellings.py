@@ -144,14 +144,18 @@ def test_a_merged_file_and_one_value_for_every_layer(tmp_path: Path, write_gguf:
     assert open_gguf(write_gguf(tmp_path / "merged", changes)).config == plain
 
 
-def test_a_spare_token_that_does_not_exist_is_warned_of(tmp_path: Path, write_gguf: Callable[..., Path]) -> None:
-    changes = {"tokenizer.ggml.padding_token_id": 2**32 - 1, "tokenizer.ggml.add_space_prefix": True}
-    path = write_gguf(tmp_path / "tiny", changes)
-    with pytest.warns(LlamaMiniWarning, match="padding_token_id"):
-        source = open_gguf(path)
-    assert source.config.pad_id is None
-    with pytest.warns(LlamaMiniWarning, match="padding_token_id must be a token .*; ignored"):
-        assert open_tokenizer(source).encode("the")
+def test_special_ids_that_do_not_exist_are_warned_of(tmp_path: Path, write_gguf: Callable[..., Path]) -> None:
+    changes: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": 2**32 - 1 for name in ("bos", "eos", "padding")}
+    path = write_gguf(tmp_path / "tiny", changes | {"tokenizer.ggml.add_space_prefix": True})
+    with pytest.warns(LlamaMiniWarning) as caught:
+        config = open_gguf(path).config
+    expected = [f"{path}: {key} must be a token from 0 to 262, not 4294967295; ignored" for key in changes]
+    assert [str(warning.message) for warning in caught] == expected
+    assert (config.bos_id, config.eos_ids, config.pad_id) == (None, (), None)
+    with pytest.warns(LlamaMiniWarning, match="_token_id must be a token .*; ignored"):
+        tokenizer = Tokenizer.from_pretrained(path)
+    assert tokenizer.encode("the")
+    assert tokenizer.eos_ids == {0, 2}  # by their names
 
 
 # --- tokenizers that do not fit, devices and names that cannot be ---

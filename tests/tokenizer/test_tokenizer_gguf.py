@@ -126,7 +126,9 @@ def test_the_default_checkpoint_has_one_tokenizer_in_both_its_files(
         assert ours.decode(ours.encode(sample)) == converted.decode(converted.encode(sample))
     chat = [{"role": "user", "content": text + INJECTION}]
     assert ours.apply_chat_template(chat) == converted.apply_chat_template(chat)
-    assert (ours.bos_id, ours.eos_ids, ours.vocab_size) == (converted.bos_id, converted.eos_ids, converted.vocab_size)
+    assert (ours.bos_id, ours.vocab_size) == (converted.bos_id, converted.vocab_size)
+    assert ours.eos_ids == {0, 2, 4}  # as in llama.cpp; a directory from before <reponame> was known has not the last
+    assert ours.eos_ids - {4} <= converted.eos_ids <= ours.eos_ids
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from llama_mini.checkpoint.io.files import VOCABULARIES, exists
 from llama_mini.checkpoint.match import empty_model, match
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
@@ -13,19 +14,22 @@ from llama_mini.memory import cache_bytes, weight_bytes, work_bytes
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
-from llama_mini.tokenizer.tokenizer import open_tokenizer
+from llama_mini.tokenizer.tokenizer import Tokenizer, open_tokenizer
 
 
 def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> str:
-    """A table of facts, one per line. Reads and checks headers but no weights; raises the errors of loading."""
+    """A table of facts, one per line. Reads and checks headers but no weights; raises the errors of loading.
+
+    A checkpoint may have no tokenizer.
+    """
     torch_device = as_device(device)
     source = open_checkpoint(resolve(name))
     model = empty_model(Llama, source)
     names = match(model, source)
-    tokenizer = open_tokenizer(source)
+    missing = _missing_tokenizer(source)
+    tokenizer = None if missing else open_tokenizer(source)
     config, torch_dtype = source.config, as_dtype(dtype, torch_device)
     n_parameters = sum(p.numel() for p in model.parameters())
-    bos, eos = tokenizer.bos_id, ", ".join(map(str, sorted(tokenizer.eos_ids)))
     rows = {
         "path": str(source.path),
         "format": source.format,
@@ -35,12 +39,27 @@ def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = 
         f"{config.head_dim}, {config.n_kv_heads} KV heads, {'tied' if config.tie_word_embeddings else 'untied'} head",
         "norms": _norms(config, model),
         "context": f"{config.max_seq_len:,} tokens, {_rope(config)}{_window(config)}",
-        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {'none' if bos is None else bos}, "
-        f"EOS {eos or 'none'}",
-        "chat template": "yes" if tokenizer.has_chat_template else "no",
+        "tokenizer": _vocabulary(tokenizer) if tokenizer else f"none ({missing})",
+        "chat template": "yes" if tokenizer and tokenizer.has_chat_template else "no",
         "memory": _memory(config, n_parameters, torch_dtype, torch_device),
     }
     return table(rows)
+
+
+def _vocabulary(tokenizer: Tokenizer) -> str:
+    bos, eos = tokenizer.bos_id, ", ".join(map(str, sorted(tokenizer.eos_ids)))
+    return (
+        f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {'none' if bos is None else bos}, EOS {eos or 'none'}"
+    )
+
+
+def _missing_tokenizer(source: Source) -> str | None:
+    """Why the checkpoint has no tokenizer; None if it has one, perhaps a broken one."""
+    if source.gguf:  # llama.cpp's tools write these two names
+        absent = source.gguf.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab")
+        return "the file has no tokenizer.ggml.model" if absent else None
+    absent = not any(exists(source.directory / name) for name in VOCABULARIES)
+    return f"the directory has none of {', '.join(VOCABULARIES)}" if absent else None
 
 
 def _norms(config: LlamaConfig, model: Llama) -> str:

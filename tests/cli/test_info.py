@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +86,29 @@ def test_the_default_checkpoint_and_its_gguf_file(smollm2_dir: Path, smollm2_ggu
     converted = rows(smollm2_dir)
     for key in ("family", "shape", "norms", "context", "chat template"):
         assert gguf[key] == converted[key]
+
+
+def test_a_checkpoint_without_a_tokenizer(
+    tmp_path: Path, write_gguf: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_model("llama", 0).save_pretrained(tmp_path / "bare")
+    keys = ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id")
+    absent: dict[str, Any] = {f"tokenizer.ggml.{key}": None for key in keys}
+    for path, tokenizer in (
+        (tmp_path / "bare", "none (the directory has none of tokenizer.json, tekken.json, tokenizer.model)"),
+        (write_gguf(tmp_path / "bare.gguf", absent), "none (the file has no tokenizer.ggml.model)"),
+        (
+            write_gguf(tmp_path / "none.gguf", absent | {"tokenizer.ggml.model": "none"}),
+            "none (the file has no tokenizer.ggml.model)",
+        ),
+    ):
+        assert main(["--model", str(path), "--info"]) == 0
+        found = {line[:15].strip(): line[15:] for line in capsys.readouterr().out.splitlines()}
+        assert (found["tokenizer"], found["chat template"]) == (tokenizer, "no")
+        assert "layers, dim" in found["shape"]
+    (tmp_path / "bare" / "tokenizer.json").write_text("{")  # a broken one is an error, as in loading
+    assert main(["--model", str(tmp_path / "bare"), "--info"]) == 3
+    assert "tokenizer.json is not JSON" in capsys.readouterr().err
 
 
 def test_no_data_is_read(tmp_path: Path, tiny_dir: Path) -> None:

@@ -1,6 +1,5 @@
 """The command `convert`: a checkpoint of any format becomes a Hugging Face directory, which transformers opens."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,16 @@ from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
-from llama_mini.checkpoint.io.files import SINGLE, TEMPLATES, TOKENIZER_FILES, VOCABULARIES, inside, write_json
+from llama_mini.checkpoint.io.files import (
+    SINGLE,
+    TEMPLATES,
+    TOKENIZER_FILES,
+    VOCABULARIES,
+    exists,
+    inside,
+    read_bytes,
+    write_json,
+)
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import empty_model, match, read_all
 from llama_mini.checkpoint.open import open_checkpoint
@@ -69,7 +77,7 @@ def tokenizer_files(source: Source) -> dict[str, Any]:
     """File names with their contents: a JSON object, a text, or a file to copy. Raises TokenizerError."""
     if source.gguf is not None:
         return _gguf_files(source)
-    copied = {name: path for name in COPIED if (path := inside(source.directory, name)).is_file()}
+    copied = {name: path for name in COPIED if exists(path := inside(source.directory, name))}
     templates = {str(path.relative_to(source.directory)): path for path in template_files(source.directory).values()}
     files: dict[str, Any] = copied | templates
     if set(copied) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # Meta's: transformers needs more
@@ -110,4 +118,4 @@ def _write(path: Path, content: dict[str, Any] | str | Path) -> None:
     elif isinstance(content, str):
         path.write_text(content, encoding="utf-8", newline="")
     else:
-        shutil.copyfile(content, path)
+        path.write_bytes(read_bytes(content))

@@ -48,7 +48,7 @@ def read_config_files(directory: Path) -> ConfigFiles:
     settings = _read_settings(directory)
     model = _read_model_facts(directory)
     return ConfigFiles(
-        hugging_face=inside(directory, "tokenizer_config.json").is_file(),
+        hugging_face=files.exists(inside(directory, "tokenizer_config.json")),
         names={key: content for key in NAMED if (content := _content(settings.get(key))) is not None},
         added_tokens=_added_tokens(directory, settings),
         add_bos=settings.get("add_bos_token"),
@@ -90,14 +90,14 @@ def template_files(directory: Path) -> dict[str, Path]:
     """Chat templates in files of their own, by name."""
     folder, default = inside(directory, files.TEMPLATES), inside(directory, "chat_template.jinja")
     named = {path.stem: inside(folder, path.name) for path in sorted(folder.glob("*.jinja"))}
-    return named | {"default": default} if default.is_file() else named
+    return named | {"default": default} if files.exists(default) else named
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json. The older special_tokens_map.json overrides it in the same cases as in transformers."""
     path, older = inside(directory, "tokenizer_config.json"), inside(directory, "special_tokens_map.json")
-    settings = read_json(path) if path.is_file() else {}
-    if "added_tokens_decoder" not in settings and older.is_file():
+    settings = read_json(path) if files.exists(path) else {}
+    if "added_tokens_decoder" not in settings and files.exists(older):
         settings.update(read_json(older))
     return settings
 
@@ -114,7 +114,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> tuple[AddedToken
             path = inside(directory, "tokenizer_config.json")
             raise TokenizerError(f"{path}: added_tokens_decoder is not a map from ids to tokens ({error!r})") from error
     path = inside(directory, "added_tokens.json")
-    if not path.is_file():
+    if not files.exists(path):
         return ()
     named = {_content(settings.get(key)) for key in NAMED}
     return tuple(
@@ -131,7 +131,7 @@ def _chat_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]
         return {name: read_text(path) for name, path in paths.items()}
     path = inside(directory, "tokenizer_config.json")
     found, older = settings.get("chat_template"), inside(directory, "chat_template.json")
-    if found is None and older.is_file():
+    if found is None and files.exists(older):
         path, found = older, read_json(older).get("chat_template")
     if found is None or isinstance(found, str):
         return {} if found is None else {"default": found}
@@ -149,12 +149,12 @@ def _chat_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]
 def _read_model_facts(directory: Path) -> dict[str, Any]:
     """BOS, EOS and vocabulary size. If both files state an id, generation_config.json wins, as in transformers."""
     config, generation = inside(directory, "config.json"), inside(directory, "generation_config.json")
-    if config.is_file() and not generation.is_file():
+    if files.exists(config) and not files.exists(generation):
         warn(f"{directory} has no {generation.name}: text ends at the EOS of config.json and tokenizer_config.json")
     facts: dict[str, Any] = {}
     for path in (config, generation):
         try:
-            raw = read_json(path) if path.is_file() else {}
+            raw = read_json(path) if files.exists(path) else {}
             ids = read_special_ids(raw)
         except (ConfigError, TokenizerError) as error:
             warn(f"{path.name} ignored: {error}")

@@ -71,7 +71,7 @@ class Tokenizer(TransformersNames):
         """
         path = _fetched(path)
         candidates = [inside(path, name) for name in VOCABULARIES] if path.is_dir() else [path]
-        vocabulary = next((candidate for candidate in candidates if candidate.is_file()), None)
+        vocabulary = next((candidate for candidate in candidates if exists(candidate)), None)
         if vocabulary is None:
             do = "give a checkpoint's directory or a vocabulary file"
             if exists(path / "merges.txt"):

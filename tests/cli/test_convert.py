@@ -143,3 +143,12 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path: Path, write_gguf: Write, m
     with pytest.raises(KeyboardInterrupt):
         convert(path, tmp_path / "tiny")
     assert os.listdir(tmp_path) == ["tiny.gguf"]
+
+
+def test_a_tokenizer_that_is_no_file_is_named(tmp_path: Path, tiny_dir: Path) -> None:
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "model" / "tokenizer.json")
+    with pytest.raises(CheckpointPathError, match=r"tokenizer.json: it is a pipe; give a file$"):
+        convert(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

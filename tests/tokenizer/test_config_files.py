@@ -1,5 +1,7 @@
 """The files beside a vocabulary: what is read, and what a broken one does."""
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,9 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from llama_mini.errors import LlamaMiniWarning, TokenizerError
+from llama_mini.checkpoint.io.files import VOCABULARIES
+from llama_mini.errors import CheckpointPathError, LlamaMiniWarning, TokenizerError
+from llama_mini.tokenizer import Tokenizer
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles, read_config_files
 
 Write = Callable[[dict[str, Any]], Path]
@@ -109,3 +113,26 @@ def test_templates_in_files_of_their_own_win(write_directory: Write) -> None:
     write_directory({"chat_template.jinja": b"\xff"})
     with pytest.raises(TokenizerError, match=r"chat_template\.jinja is not UTF-8 text at byte 0"):
         read_config_files(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer.json", "tekken.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+        *("added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    ],
+)
+def test_what_is_there_but_no_file_is_named(
+    name: str, make: Callable[[Path], None], tmp_path: Path, tiny_dir: Path
+) -> None:
+    if name not in VOCABULARIES:
+        shutil.copy(tiny_dir / "tokenizer.json", tmp_path / "tokenizer.json")
+    make(tmp_path / name)
+    sentence = f"cannot read {tmp_path / name}: it is a {'pipe' if make is os.mkfifo else 'directory'}; give a file"
+    if name == "generation_config.json":
+        with pytest.warns(LlamaMiniWarning, match=f"^{name} ignored: {sentence}$"):
+            Tokenizer.from_pretrained(tmp_path)
+    else:
+        with pytest.raises((CheckpointPathError, TokenizerError), match=f"^{sentence}$"):
+            Tokenizer.from_pretrained(tmp_path)

@@ -101,7 +101,7 @@ def test_a_message_full_of_escapes_does_not_slow_the_search_for_a_free_character
 ) -> None:
     path = write_directory({"tokenizer.json": byte_level_spec(), "chat_template.jinja": "{{ messages[0].content }}"})
     tokenizer = Tokenizer.from_pretrained(path)
-    escapes = "".join(f"\\u{code:04x}" for code in range(0xE000, 0xF8FF))
+    escapes = "".join(f"\\u{code:04x}" for code in range(0xE000, 0xF8FE))  # all but two
 
     def chatting(content: str) -> float:
         return seconds(lambda: tokenizer.apply_chat_template([{"role": "user", "content": content}]))

@@ -4,6 +4,7 @@ Two kinds are read: byte-level BPE (gpt2) and SentencePiece (llama). A key, or i
 it means to llama.cpp (src/llama-vocab.cpp).
 """
 
+import re
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -22,6 +23,8 @@ from llama_mini.validate import check_flag, join_names, short_repr
 
 # Types that become added tokens: matched before the BPE model sees the text, or never matched by text.
 _ADDED = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNUSED)
+# Phi-3's other tokens take the white space after them. GGUF does not state it; llama.cpp goes by the model's name.
+_KEPT_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # SentencePiece's ids of tokens for which the file states none.
 _USUAL_IDS = {"unknown": (0, PieceType.UNKNOWN), "bos": (1, PieceType.CONTROL), "eos": (2, PieceType.CONTROL)}
@@ -68,8 +71,14 @@ class GGUFVocabulary:
     def tokenizer_json(self) -> dict[str, Any]:
         """The content of tokenizer.json: the vocabulary, merges and added tokens of the file."""
         parts = self._sentencepiece_parts() if self.is_sentencepiece else self._byte_level_parts()
+        is_phi_3 = re.search("phi-?3", str(self._metadata.get("general.name")), re.IGNORECASE) is not None
         added = [
-            added_token(id, self._tokens[id], special=type_ != PieceType.USER_DEFINED)
+            added_token(
+                id,
+                self._tokens[id],
+                special=type_ != PieceType.USER_DEFINED,
+                rstrip=is_phi_3 and self._tokens[id] not in _KEPT_SPACE,
+            )
             for id, type_ in enumerate(self._types)
             if type_ in _ADDED
         ]

@@ -34,7 +34,8 @@ _DEEPSEEK_LETTERS = (
     "Ꞌ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
 # Digits in threes, counted from the right. Each look-ahead happens once a number, which keeps the time linear.
-_THREES = (
+_THREES = split(r"(?<!\p{N})\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))|\p{N}{3}", "MergedWithPrevious")
+_ASCII_THREES = (
     split(r"(?<![0-9])[0-9]{1,2}(?=(?:[0-9]{3})+(?![0-9]))", "MergedWithPrevious"),
     split(r"[0-9]{3}", "MergedWithNext"),
 )
@@ -65,7 +66,8 @@ _TABLE: tuple[tuple[Any, ...], ...] = (  # names; then patterns, each of which s
     ("deepseek-coder", r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}"),
     ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", r"\p{N}{1,3}", _KANJI_AND_KANA, _DEEPSEEK_3),
     ("seed-coder", rf"{_SUFFIX}|{_PREFIX}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES}"),
-    ("superbpe", r"\p{N}+", *_THREES),
+    ("tiny_aya cohere2moe", _THREES, rf"{_PREFIX}[\p{{L}}\p{{M}}]+(?:{_SUFFIX})?|\p{{N}}{{1,3}}|{_GPT_4O}"),
+    ("superbpe", r"\p{N}+", *_ASCII_THREES),
     ("minicpm5", r"\p{N}{1,3}", rf"{_SUFFIX}|{_PREFIX}\p{{L}}+|\p{{N}}+|{_GPT_4}"),
     ("ufakzeka", rf"{_PREFIX}\p{{L}}+|\p{{N}}|{_GPT_4}"),
     ("bloom poro-chat gpt3-finnish", _BLOOM),

@@ -25,9 +25,9 @@ def tokenizer_config(**settings: Any) -> dict[str, Any]:
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
 
 
-def added_token(id: int, content: str, special: bool) -> dict[str, Any]:
-    """A token that the library looks for in a text before the model sees it."""
-    rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+def added_token(id: int, content: str, special: bool, rstrip: bool = False) -> dict[str, Any]:
+    """A token that is looked for in a text before the model sees it; `rstrip`: with the white space after it."""
+    rules = {"single_word": False, "lstrip": False, "rstrip": rstrip, "normalized": False}
     return {"id": id, "content": content, **rules, "special": special}
 
 

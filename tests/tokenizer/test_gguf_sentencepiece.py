@@ -122,6 +122,17 @@ def test_token_types() -> None:
     assert user_defined.encode("abc  ca").tokens == ["<s>", "▁ab", "c  c", "▁a"]
 
 
+def test_phi_3_takes_the_white_space_after_its_tokens() -> None:
+    """As llama.cpp does by `general.name`; checked with its ggml-vocab-phi-3.gguf."""
+    found = header(**with_token("<|end|>", 3))
+    found.metadata["general.name"] = "Phi-3 mini"
+    phi_3 = Tokenizer.from_str(json.dumps(GGUFVocabulary(found).tokenizer_json()))
+    text = "<|end|> \n\n ab</s> \tca<s> b"
+    tokens = [phi_3.id_to_token(id) for id in phi_3.encode(text).ids]
+    assert tokens == ["<s>", "<|end|>", "▁ab", "</s>", "▁", "ca", "<s>", "▁▁", "b"]
+    assert tokenizer(**with_token("<|end|>", 3)).encode(text).tokens[2:5] == ["▁▁", "<0x0A>", "<0x0A>"]
+
+
 def test_bytes_or_an_unknown_token() -> None:
     tokens = [token if token != "<0xC3>" else "byte" for token in TOKENS]
     assert tokenizer(tokens=tokens).encode("aéa").ids == [1, TOKENS.index("▁a"), 0, TOKENS.index("a")]

@@ -19,7 +19,7 @@ def tolerance(format_: str, dtype: torch.dtype) -> float:
     return 0.03 if dtype == torch.bfloat16 else 2e-5 if format_ == "float" else 1e-3
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", [*FORMATS, "mixed"])
 @given(
     seed=st.integers(0, 2**32),
     dtype=st.sampled_from(DTYPES),

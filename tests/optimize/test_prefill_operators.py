@@ -44,7 +44,7 @@ def in_parts(step: Step, *ends: int) -> Tensor:
     return torch.cat([step.part(start, end).run() for start, end in zip((0, *ends), ends, strict=False)], 1)
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", [*FORMATS, "mixed"])
 @given(
     seed=seeds,
     dtype=dtypes,

@@ -64,6 +64,8 @@ def random_gain(width: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
 def random_matrix(
     format_: str, parts: Sequence[int], columns: int, dtype: torch.dtype, rng: torch.Generator, bias: bool = False
 ) -> PackedLinear:
+    """A matrix in a format; `mixed`: in one at random."""
+    format_ = list(FORMATS)[int(torch.randint(len(FORMATS), (), generator=rng))] if format_ == "mixed" else format_
     matrix = FORMATS[format_](list(parts), columns, dtype, True, bias)
     for i, rows in enumerate(parts):
         matrix.load(i, random((rows, columns), dtype, rng, columns**-0.5))
@@ -201,10 +203,10 @@ def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer
     """x (B, T, C), cos and sin (B, T, D / 2), positions (B, T), through one layer; fills the cache."""
     qkv, o, gate_up, down = layer.matrices
     dtype, dim, many = x.dtype, layer.k.shape[3], x.shape[1] > 1
-    # A dot product of bfloat16 rounds its factors; the others need not, but a prompt's activations are bfloat16.
-    rounds = many or (len(o.tensors) == 1 and isa in ("avx512_bf16", "amx"))
 
     def times(x: Tensor, matrix: PackedLinear) -> list[Tensor]:
+        # A dot product of bfloat16 rounds its factors; the others need not, but a prompt's activations are bfloat16.
+        rounds = many or (len(matrix.tensors) == 1 and isa in ("avx512_bf16", "amx"))
         x = x.to(dtype) if rounds else x
         if many:
             return matrix.split(product_of_many(x, matrix, isa))

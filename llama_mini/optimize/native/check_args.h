@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "isa.h"
 
 using at::Tensor;
@@ -30,6 +32,16 @@ inline Norm norm_args(const Tensor& gain, double eps, bool late, const Tensor& x
 
 // The row where the next part of a matrix begins, after `rows` rows: a quantized part begins with a new block.
 inline int64_t next_part(int64_t rows, bool quantized) { return quantized ? round_up(rows, 16) : rows; }
+
+// Matrices in one list: a tensor that is not float16 begins a new one.
+inline std::vector<TensorList> split_matrices(TensorList tensors) {
+  std::vector<TensorList> matrices;
+  for (size_t i = 0, end; i < tensors.size(); i = end) {
+    for (end = i + 1; end < tensors.size() && tensors[end].scalar_type() == at::kHalf;) end++;
+    matrices.push_back(tensors.slice(i, end - i));
+  }
+  return matrices;
+}
 
 inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& bias, const Tensor& x) {
   TORCH_CHECK(w.size() >= 1 && w.size() <= 3, "a matrix is one to three tensors");

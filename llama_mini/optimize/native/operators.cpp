@@ -102,16 +102,17 @@ int64_t threads_for(int64_t n) { return std::max<int64_t>(1, n >> 21); }
 // --- the operators ---
 
 // Takes new tokens through consecutive layers: one token of each row, or several of one row. A layer has four gains
-// (attention, q, k, feed-forward; empty if there is no norm), four matrices (qkv, o, gate_up, down), all of the same
-// number of tensors, and four biases (empty if there is none; the whole list is empty if no layer has any).
+// (attention, q, k, feed-forward; empty if there is no norm), four matrices (qkv, o, gate_up, down), each in a format
+// of its own, and four biases (empty if there is none; the whole list is empty if no layer has any).
 Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions, TensorList k_caches,
-              TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late,
-              TensorList matrices, TensorList biases, at::IntArrayRef windows, int64_t heads, int64_t hidden) {
-  const size_t n = k_caches.size(), each = n > 0 ? matrices.size() / (4 * n) : 0;
+              TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late, TensorList tensors,
+              TensorList biases, at::IntArrayRef windows, int64_t heads, int64_t hidden) {
+  const size_t n = k_caches.size();
+  const std::vector<TensorList> matrices = split_matrices(tensors);
   TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
-  TORCH_CHECK(each > 0 && hidden > 0 && v_caches.size() == n && gains.size() == 4 * n && eps.size() == 4 * n &&
-                  late.size() == 4 * n && matrices.size() == 4 * n * each &&
-                  (biases.empty() || biases.size() == 4 * n) && windows.size() == n,
+  TORCH_CHECK(n > 0 && hidden > 0 && v_caches.size() == n && gains.size() == 4 * n && eps.size() == 4 * n &&
+                  late.size() == 4 * n && matrices.size() == 4 * n && (biases.empty() || biases.size() == 4 * n) &&
+                  windows.size() == n,
               "the lists of ", n, " layers differ in length");
   TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1),
               "x must hold one token of each row, or the tokens of one row, not ", x.sizes());
@@ -121,25 +122,27 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   auto norm = [&](size_t i, int64_t width) { return norm_args(gains[i], eps[i], late[i], x, width); };
   const Tensor no_bias = at::empty({0}, x.options());
   auto operand = [&](size_t i, int64_t rows, int64_t columns) {
-    return matrix(matrices.slice(i * each, each), rows, columns, biases.empty() ? no_bias : biases[i], x);
+    return matrix(matrices[i], rows, columns, biases.empty() ? no_bias : biases[i], x);
   };
+  auto quantized = [&](size_t i) { return matrices[i].size() > 1; };
   std::vector<Attention> attentions;
   for (size_t i = 0; i < n; i++) {  // check everything before a cache is written
     TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes(), "the caches differ in size: ", k_caches[i].sizes());
-    attentions.push_back(attention(x, x.size(0), x.size(1), each > 1, norm(4 * i + 1, k_caches[i].size(-1)),
+    attentions.push_back(attention(x, x.size(0), x.size(1), quantized(4 * i), norm(4 * i + 1, k_caches[i].size(-1)),
                                    norm(4 * i + 2, k_caches[i].size(-1)), cos, sin, k_caches[i], v_caches[i], positions,
                                    heads, windows[i]));
   }
-  const Attention& a = attentions[0];
-  check_prompt(a);
-  const int64_t q_dim = heads * a.head_dim, qkv_rows = a.v_at + next_part(a.kv_heads * a.head_dim, each > 1);
-  const int64_t up_at = next_part(hidden, each > 1), gate_up_rows = up_at + next_part(hidden, each > 1);
+  check_prompt(attentions[0]);
   std::vector<Norm> norms;
   std::vector<Matrix> operands;
+  std::vector<int64_t> up_at;  // where up begins in a row of gate and up
   for (size_t i = 0; i < n; i++) {
+    const Attention& a = attentions[i];
+    up_at.push_back(next_part(hidden, quantized(4 * i + 2)));
+    const int64_t qkv_rows = a.v_at + next_part(a.kv_heads * a.head_dim, quantized(4 * i));
     norms.insert(norms.end(), {norm(4 * i, dim), norm(4 * i + 3, dim)});
-    operands.insert(operands.end(), {operand(4 * i, qkv_rows, dim), operand(4 * i + 1, dim, q_dim),
-                                     operand(4 * i + 2, gate_up_rows, dim), operand(4 * i + 3, dim, hidden)});
+    operands.insert(operands.end(), {operand(4 * i, qkv_rows, dim), operand(4 * i + 1, dim, heads * a.head_dim),
+                                     operand(4 * i + 2, 2 * up_at[i], dim), operand(4 * i + 3, dim, hidden)});
   }
   Tensor out = at::empty(x.sizes(), x.options()), between = at::empty(x.sizes(), x.options());
   with_pool([&](Pool pool) {
@@ -149,10 +152,10 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
       void* mid = between.data_ptr();
       if (many) {
         kernels.prefill_attention(now, norms[2 * i], m[0], attentions[i], m[1], mid, pool);
-        kernels.prefill_feed_forward(mid, norms[2 * i + 1], m[2], up_at, m[3], tokens, out.data_ptr(), pool);
+        kernels.prefill_feed_forward(mid, norms[2 * i + 1], m[2], up_at[i], m[3], tokens, out.data_ptr(), pool);
       } else {
         kernels.decode_attention(now, norms[2 * i], m[0], attentions[i], m[1], m[2], mid, pool);
-        kernels.decode_feed_forward(mid, norms[2 * i + 1], m[2], up_at, m[3], next, tokens, out.data_ptr(), pool);
+        kernels.decode_feed_forward(mid, norms[2 * i + 1], m[2], up_at[i], m[3], next, tokens, out.data_ptr(), pool);
       }
       now = out.const_data_ptr();
     }

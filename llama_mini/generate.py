@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of, summary, token_ids, with_limit
@@ -92,8 +93,8 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams, Source]":
     gc.disable()  # importing torch and loading make many long-lived objects; scanning them for garbage takes 0.1 s
     try:
         params = sampling(args)
-        from llama_mini.checkpoint.match import n_parameters
         from llama_mini.checkpoint.open import open_checkpoint, resolve
+        from llama_mini.checkpoint.weight_formats import quantize_for, weight_bytes
         from llama_mini.engine.llm import LLM
         from llama_mini.machine import as_device, as_dtype
         from llama_mini.memory import check_fits
@@ -102,8 +103,8 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams, Source]":
         config, device = source.config, as_device(args.device)
         # LLM checks that one position of cache fits. The command knows how many it needs.
         positions = min(args.max_tokens or DEFAULT_MAX_TOKENS, config.max_seq_len)
-        dtype = as_dtype(args.dtype, device)
-        check_fits(config, n_parameters(source), dtype, positions, device, quantize=args.quantize)
+        quantize, dtype = quantize_for(source, args.quantize, args.dtype, device), as_dtype(args.dtype, device)
+        check_fits(config, partial(weight_bytes, source), dtype, positions, device, quantize=quantize)
         llm = LLM(source, args.dtype, device, args.quantize, args.kernels, args.threads)
         gc.freeze()
     finally:

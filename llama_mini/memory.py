@@ -1,6 +1,7 @@
 """How much memory a model needs, and whether it fits. It is checked before any weights are read."""
 
 from bisect import bisect_right
+from collections.abc import Callable
 
 import torch
 
@@ -10,18 +11,23 @@ from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import BLOCK, whole_blocks
 
 PREFILL_CHUNK = 512  # tokens of a prompt per forward pass: enough for fast matrix products, with bounded memory
-BITS_PER_WEIGHT = {"int8": 8.5, "int4": 5.0}  # of a quantized matrix in the layers, with its scales
 ATTENTION_BYTES_PER_THREAD = 2**18  # 64 x 512 scores in float32, and a copy
+WeightBytes = Callable[[torch.dtype, str], int]  # (dtype, quantize) -> bytes of a checkpoint's weights in memory
+_FORMATS = {  # what to advise where no dtype fits; the most bits come first, since they are closest to the weights
+    "auto": "--dtype auto --quantize auto",
+    "int8": "--quantize int8",
+    "int4": "--quantize int4",
+}
 
 
 def check_fits(
     config: LlamaConfig,
-    n_parameters: int,
+    weights: WeightBytes,
     dtype: torch.dtype,
     positions: int,
     device: torch.device,
     available: int | None = None,
-    quantize: str | None = None,
+    quantize: str = "none",
 ) -> None:
     """Checks that the weights, a cache of one row with `positions` and the work memory fit; allocates nothing.
 
@@ -29,20 +35,17 @@ def check_fits(
     Raises CapacityError with the numbers and with what would fit.
     """
     available = available_memory(device) if available is None else available
-    weights = weight_bytes(n_parameters, dtype, config, quantize)
-    need = weights + _need(config, 0, dtype, positions)
+    n_bytes = weights(dtype, quantize)
+    need = _need(config, n_bytes, dtype, positions)
     if available is None or need <= available:
         return
     cache, work = cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
-    if quantize is None:
-        advice = _advice(config, n_parameters, dtype, positions, available)
-    else:
-        shorter = _longest(config, 0, dtype, positions, available - weights)
-        advice = f"a context of {shorter} positions would fit" if shorter else "no context fits"
+    form = {"none": f"in {dtype_name(dtype)}", "auto": "as it is stored"}.get(quantize, f"in {quantize}")
     raise CapacityError(
-        f"the model needs {format_bytes(need)} in {quantize or dtype_name(dtype)} ({format_bytes(weights)} of weights, "
+        f"the model needs {format_bytes(need)} {form} ({format_bytes(n_bytes)} of weights, "
         f"{format_bytes(cache)} of cache for {positions} positions, {format_bytes(work)} of work memory), "
-        f"but {device} has {format_bytes(available)} available; {advice}"
+        f"but {device} has {format_bytes(available)} available; "
+        + _advice(config, weights, dtype, positions, available, quantize)
     )
 
 
@@ -76,19 +79,6 @@ def check_cache_fits(
     )
 
 
-def weight_bytes(
-    n_parameters: int, dtype: torch.dtype, config: LlamaConfig | None = None, quantize: str | None = None
-) -> int:
-    """Bytes of the parameters. `quantize` counts only together with `config`."""
-    if config is None or quantize is None:
-        return n_parameters * dtype.itemsize
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layers = config.n_layers * config.dim * (2 * q + 2 * kv + 3 * config.hidden_dim)
-    head = config.vocab_size * config.dim  # int8 in both formats; also the embedding, if it is tied to the head
-    others = max(0, n_parameters - layers - head)
-    return int((layers * BITS_PER_WEIGHT[quantize] + head * BITS_PER_WEIGHT["int8"]) / 8) + others * dtype.itemsize
-
-
 def cache_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one cache row, in whole blocks as the cache allocates them."""
     width = config.n_kv_heads * config.head_dim
@@ -116,35 +106,39 @@ def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: i
     return max(chunk + torch.get_num_threads() * ATTENTION_BYTES_PER_THREAD, sampling)
 
 
-def _need(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int) -> int:
-    cache, work = cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
-    return weight_bytes(n_parameters, dtype) + cache + work
+def _need(config: LlamaConfig, weights: int, dtype: torch.dtype, positions: int) -> int:
+    return weights + cache_bytes(config, positions, dtype) + work_bytes(config, positions, dtype)
 
 
-def _advice(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, available: int) -> str:
+def _advice(
+    config: LlamaConfig, weights: WeightBytes, dtype: torch.dtype, positions: int, available: int, quantize: str
+) -> str:
     """Which changes of dtype, context or format would fit; a narrower dtype and a shorter context come first."""
-    narrow = torch.bfloat16 if dtype.itemsize > torch.bfloat16.itemsize else dtype
-    ways = []
-    if _need(config, n_parameters, narrow, positions) <= available:
-        ways.append(f"--dtype {dtype_name(narrow)}")
-    if shorter := _longest(config, n_parameters, dtype, positions, available):
+    narrow = torch.bfloat16 if quantize == "none" and dtype.itemsize > torch.bfloat16.itemsize else dtype
+
+    def fits(dtype: torch.dtype, quantize: str) -> bool:
+        return _need(config, weights(dtype, quantize), dtype, positions) <= available
+
+    def longest(dtype: torch.dtype, quantize: str) -> int:
+        return _longest(config, weights(dtype, quantize), dtype, positions, available)
+
+    to_narrow = f"--dtype {dtype_name(narrow)}"
+    ways = [to_narrow] if fits(narrow, quantize) else []
+    if shorter := longest(dtype, quantize):
         ways.append(f"a context of {shorter} positions")
-    if not ways and (shorter := _longest(config, n_parameters, narrow, positions, available)):
-        ways.append(f"--dtype {dtype_name(narrow)} with a context of {shorter} positions")
-    if not ways:  # int8 comes first: it is closer to the weights than int4
-        others = _need(config, 0, narrow, positions)
-        formats = [q for q in BITS_PER_WEIGHT if weight_bytes(n_parameters, narrow, config, q) + others <= available]
-        ways = [f"--quantize {formats[0]}"] if formats else []
+    changes = [(to_narrow, quantize), *((change, name) for name, change in _FORMATS.items())]
+    if not ways and not longest(narrow, quantize):
+        ways = [change for change, name in changes if fits(narrow, name)][:1]
+    if not ways:
+        lengths = ((change, longest(narrow, name)) for change, name in changes)
+        ways = [f"{change} with a context of {n} positions" for change, n in lengths if n][:1]
     if ways:
         return f"{' or '.join(ways)} would fit"
-    least = _need(config, n_parameters, narrow, min(positions, BLOCK))
-    return (
-        f"no dtype, format or context fits: the least, {dtype_name(narrow)} with the shortest context, "
-        f"needs {format_bytes(least)}"
-    )
+    least = _need(config, weights(narrow, "int4"), narrow, min(positions, BLOCK))
+    return f"no dtype, format or context fits: the least, int4 with a context of {BLOCK}, needs {format_bytes(least)}"
 
 
-def _longest(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, available: int) -> int:
+def _longest(config: LlamaConfig, weights: int, dtype: torch.dtype, positions: int, available: int) -> int:
     """The longest context below `positions` that fits, in whole blocks; 0 if none does."""
     shorter = range(BLOCK, whole_blocks(positions), BLOCK)
-    return BLOCK * bisect_right(shorter, available, key=lambda n: _need(config, n_parameters, dtype, n))
+    return BLOCK * bisect_right(shorter, available, key=lambda n: _need(config, weights, dtype, n))

@@ -68,14 +68,14 @@ def run(args: argparse.Namespace) -> None:
     llm = LLM(model, args.dtype, args.device, args.quantize, args.kernels, args.threads)
     tokens = _encode(texts, llm, args.bos)
     windows = (tokens.ids, args.context, args.stride, tokens.window_bos)
-    facts = {"model": str(model), "format": _format(llm, args.quantize), "texts": args.files or ["standard input"]}
+    facts = {"model": str(model), "format": _format(llm), "texts": args.files or ["standard input"]}
     if args.against is None and args.against_dtype is None:
         _print(facts, tokens, llm, perplexity(llm, *windows), None, args.json)
         return
     against = model if args.against is None else args.against
-    reference = LLM(against, args.against_dtype or args.dtype, args.device, None, args.kernels, args.threads)
+    reference = LLM(against, args.against_dtype or args.dtype, args.device, "none", args.kernels, args.threads)
     comparison = compare(llm, reference, *windows)
-    facts |= {"reference": str(against), "reference_format": _format(reference, None)}
+    facts |= {"reference": str(against), "reference_format": _format(reference)}
     _print(facts, tokens, llm, comparison.model, comparison, args.json)
 
 
@@ -99,11 +99,12 @@ def _encode(texts: list[str], llm: "LLM", bos: str) -> Input:
     return Input(ids, None, tokenizer.bos_id if added else None)
 
 
-def _format(llm: "LLM", quantize: str | None) -> str:
+def _format(llm: "LLM") -> str:
     from llama_mini.machine import dtype_name
+    from llama_mini.optimize import quantized_formats
 
-    dtype = dtype_name(llm.model.dtype)
-    return dtype if quantize is None else f"{quantize} weights, {dtype}"
+    formats, dtype = quantized_formats(llm.model), dtype_name(llm.model.dtype)
+    return f"{' and '.join(formats)} weights, {dtype}" if formats else dtype
 
 
 def _print(

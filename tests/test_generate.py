@@ -116,7 +116,7 @@ def test_formats_and_kernels_reach_the_engine(
     monkeypatch.setattr("llama_mini.engine.llm.LLM", Spy)
     options = ["--kernels", kernels, "--threads", "1", "--dtype", "float32", "--max-tokens", "3"]
     assert main(["--model", str(tiny_dir), *options, *(["--quantize", quantize] if quantize else []), "hi"]) == 0
-    assert given == [("float32", torch.device("cpu"), quantize, kernels, 1)]
+    assert given == [("float32", torch.device("cpu"), quantize or "auto", kernels, 1)]
 
 
 def test_the_default_length_shrinks_to_the_context(run: Run, tiny_dir) -> None:

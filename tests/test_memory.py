@@ -16,10 +16,10 @@ from llama_mini.errors import CapacityError
 from llama_mini.machine import gc_paused
 from llama_mini.memory import (
     PREFILL_CHUNK,
+    WeightBytes,
     cache_bytes,
     check_cache_fits,
     check_fits,
-    weight_bytes,
     work_bytes,
 )
 from llama_mini.model.kv_cache import KVCache
@@ -42,17 +42,18 @@ def tiny(plan: str = "pre", **changes: int) -> LlamaConfig:
     return LlamaConfig(max_seq_len=8192, norm_plan=plan, **sizes)
 
 
-def need(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int) -> int:
+def weights(n_parameters: int, stored_bits: float | None = None) -> WeightBytes:
+    """Of a model whose weights are all in matrices. `stored_bits`: of a weight in a quantised file; None: floats."""
+    bits = {"int8": 8.5, "int4": 5.0, "auto": stored_bits, "none": None}
+    return lambda dtype, quantize: int(n_parameters * (bits[quantize] or 8 * dtype.itemsize) / 8)
+
+
+def need(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, quantize: str = "none") -> int:
     cache, work = cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
-    return weight_bytes(n_parameters, dtype) + cache + work
+    return weights(n_parameters)(dtype, quantize) + cache + work
 
 
 # --- the need ---
-
-
-def test_weights() -> None:
-    assert weight_bytes(N_8B, torch.bfloat16) == 16_060_522_496
-    assert weight_bytes(N_8B, torch.float32) == 32_121_044_992
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,18 +150,26 @@ def test_the_work_is_bounded_and_not_by_far(shape: str) -> None:
             torch.float32,
             8192,
             32 * GiB,
-            r"; no dtype, format or context fits: the least, bfloat16 with the shortest context, needs 131\.4 GiB",
+            r"; no dtype, format or context fits: the least, int4 with a context of 16, needs 41\.\d GiB",
         ),
         (LLAMA_70B, N_70B, torch.float32, 8192, 64 * GiB, r"has 64\.0 GiB available; --quantize int4 would fit$"),
         (LLAMA_70B, N_70B, torch.float32, 8192, 96 * GiB, r"has 96\.0 GiB available; --quantize int8 would fit$"),
-        (LLAMA_70B, N_70B, torch.float16, 8192, 0, r"has 0\.0 MiB available; .* the least, float16 with the shortest"),
+        (LLAMA_70B, N_70B, torch.float16, 8192, 0, r"has 0\.0 MiB available; .* the least, int4 with a context of 16"),
+        (
+            LLAMA_70B,
+            N_70B,
+            torch.float32,
+            131_072,
+            64 * GiB,
+            r"; --quantize int4 with a context of \d+ positions would fit$",
+        ),
     ],
 )
 def test_what_does_not_fit_says_what_would(
     config: LlamaConfig, n_parameters: int, dtype: torch.dtype, positions: int, available: int, says: str
 ) -> None:
     with pytest.raises(CapacityError) as caught:
-        check_fits(config, n_parameters, dtype, positions, CPU, available)
+        check_fits(config, weights(n_parameters), dtype, positions, CPU, available)
     message = str(caught.value)
     assert re.search(says, message), message
     assert "\n" not in message
@@ -176,7 +185,7 @@ def test_what_does_not_fit_says_what_would(
 def test_what_is_said_to_fit_fits_and_no_more_does(n: int, dtype: torch.dtype, positions: int, available: int) -> None:
     config = SHAPES["smollm2"]
     try:
-        check_fits(config, n, dtype, positions, CPU, available)
+        check_fits(config, weights(n), dtype, positions, CPU, available)
     except CapacityError as error:
         message = str(error)
     else:
@@ -185,19 +194,44 @@ def test_what_is_said_to_fit_fits_and_no_more_does(n: int, dtype: torch.dtype, p
     assert need(config, n, dtype, positions) > available
     narrow = torch.bfloat16 if dtype.itemsize > 2 else dtype
     told = re.search(r"context of (\d+) positions", message)
+    for name in re.findall(r"--quantize (\w+)", message):
+        longest = int(told[1]) if told else positions
+        check_fits(config, weights(n), narrow, longest, CPU, available, name)
+        if told:
+            with pytest.raises(CapacityError):
+                check_fits(config, weights(n), narrow, min(longest + 16, positions), CPU, available, name)
+        return
     if told:
         longest, with_dtype = int(told[1]), narrow if " with a context" in message else dtype
         assert longest < positions
-        check_fits(config, n, with_dtype, longest, CPU, available)
+        check_fits(config, weights(n), with_dtype, longest, CPU, available)
         with pytest.raises(CapacityError):
-            check_fits(config, n, with_dtype, min(longest + 16, positions), CPU, available)
+            check_fits(config, weights(n), with_dtype, min(longest + 16, positions), CPU, available)
     if "--dtype bfloat16" in message:
-        check_fits(config, n, torch.bfloat16, longest if " with a context" in message else positions, CPU, available)
-    for name in re.findall(r"--quantize (\w+)", message):
-        check_fits(config, n, narrow, positions, CPU, available, name)
+        check_fits(
+            config, weights(n), torch.bfloat16, longest if " with a context" in message else positions, CPU, available
+        )
     if not told and "--dtype" not in message:
-        with pytest.raises(CapacityError):
-            check_fits(config, n, narrow, min(positions, 16), CPU, available)
+        for quantize in ("none", "int4"):
+            with pytest.raises(CapacityError):
+                check_fits(config, weights(n), narrow, min(positions, 16), CPU, available, quantize)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "available", "says"),
+    [
+        (
+            "auto",
+            4 * GiB,
+            r"needs 5\.\d GiB as it is stored \(4\.\d GiB of weights.*; no dtype, format or context fits",
+        ),
+        ("auto", 9 * GiB // 2, r"; a context of \d+ positions would fit$"),
+        ("none", 6 * GiB, r"; --dtype auto --quantize auto would fit$"),
+    ],
+)
+def test_a_quantised_file_is_advised_by_its_own_bits(quantize: str, available: int, says: str) -> None:
+    with pytest.raises(CapacityError, match=says):
+        check_fits(LLAMA_8B, weights(N_8B, 4.5), torch.bfloat16, 8192, CPU, available, quantize)
 
 
 @given(st.integers(1, 10**11), st.integers(1, 200_000), st.integers(1, 10**9), st.integers(1, 1000))
@@ -212,19 +246,19 @@ def test_the_need_grows_with_everything(n: int, positions: int, more: int, longe
 
 def test_what_fits_exactly_fits() -> None:
     exactly = need(LLAMA_8B, N_8B, torch.bfloat16, 8192)
-    check_fits(LLAMA_8B, N_8B, torch.bfloat16, 8192, CPU, exactly)
+    check_fits(LLAMA_8B, weights(N_8B), torch.bfloat16, 8192, CPU, exactly)
     with pytest.raises(CapacityError, match=r"a context of 8176 positions would fit"):
-        check_fits(LLAMA_8B, N_8B, torch.bfloat16, 8192, CPU, exactly - 1)
+        check_fits(LLAMA_8B, weights(N_8B), torch.bfloat16, 8192, CPU, exactly - 1)
 
 
 def test_the_machine_is_asked_where_nothing_is_given() -> None:
-    check_fits(tiny(), 1000, torch.float32, 100, CPU)
+    check_fits(tiny(), weights(1000), torch.float32, 100, CPU)
     with pytest.raises(CapacityError, match=r"no dtype, format or context fits"):
-        check_fits(LLAMA_8B, 10**15, torch.bfloat16, 100, CPU)
+        check_fits(LLAMA_8B, weights(10**15), torch.bfloat16, 100, CPU)
 
 
 def test_where_nobody_says_everything_fits() -> None:
-    check_fits(LLAMA_8B, 10**15, torch.float64, 100, torch.device("meta"))
+    check_fits(LLAMA_8B, weights(10**15), torch.float64, 100, torch.device("meta"))
 
 
 # --- beside a loaded model ---

@@ -13,7 +13,7 @@ from llama_mini import errors as errors_module
 from llama_mini.generate import parser
 
 SIGNATURES = {
-    LLM: "(model, dtype='auto', device='cpu', quantize=None, kernels='auto', threads=None)",
+    LLM: "(model, dtype='auto', device='cpu', quantize='auto', kernels='auto', threads=None)",
     LLM.generate: "(self, prompts=None, params=None, **settings)",
     LLM.chat: "(self, messages, params=None, **settings)",
     LLM.completions: "(self, prompts, params=None, **settings)",

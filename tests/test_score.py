@@ -63,7 +63,7 @@ def test_the_command_compares(tiny: LLM, tiny_dir: Path, tmp_path: Path, capsys)
     options = [text, "--model", tiny_dir, "--dtype", "float32", "--quantize", "int4"]
     code, out, _ = run(capsys, *options, "--against-dtype", "float32")
     assert code == 0
-    assert f"model           {tiny_dir}, int4 weights, float32" in out
+    assert f"model           {tiny_dir}, int8 and int4 weights, float32" in out
     assert f"reference       {tiny_dir}, float32, perplexity {expected.reference.perplexity:.4f}" in out
     mixed = run(capsys, text, "--model", tiny_dir, "--dtype", "bfloat16", "--against-dtype", "float32", "--json")
     found = json.loads(mixed[1])

@@ -1,6 +1,7 @@
 """An opened checkpoint -> a model in memory, and a model -> a checkpoint."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.checkpoint.families import key_table
-from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
@@ -16,8 +16,9 @@ from llama_mini.checkpoint.io.files import SINGLE, write_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import Model, empty_model, match, read_all, with_progress
 from llama_mini.checkpoint.plain import check_contents, check_plain
-from llama_mini.checkpoint.source import Source
+from llama_mini.checkpoint.source import Source, StoredCodes, StoredTensor
 from llama_mini.checkpoint.special_ids import special_ids
+from llama_mini.checkpoint.weight_formats import weight_bytes, weight_formats
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.machine import as_device, as_dtype, dtype_name
 from llama_mini.memory import check_fits
@@ -27,22 +28,17 @@ from llama_mini.model.config import LlamaConfig
 class WeightSink(Protocol):
     """Takes the rows of a weight in place of a parameter, for example a packed weight of optimize/."""
 
-    @property
-    def accepts_quantized(self) -> Collection[str]:
-        """The number formats (Q4_1, ...) whose blocks `load` accepts as the file stores them."""
-        ...
-
     def destination(self, first: int, n: int) -> Tensor | None:
         """The memory for `n` rows from `first` on; None if they are not kept as floats."""
         ...
 
-    def load(self, tensor: Tensor | Blocks, first: int) -> None:
+    def load(self, tensor: Tensor | StoredCodes, first: int) -> None:
         """Stores rows from `first` on. Rows that were read into `destination` are already in place."""
         ...
 
 
-# (empty model, dtype, device) -> sinks, each under the name of the parameter that it replaces
-Fuse = Callable[[Any, torch.dtype, torch.device], Mapping[str, WeightSink]]
+# (empty model, dtype, device, the formats of its matrices) -> sinks, each under the name of the parameter it replaces
+Fuse = Callable[[Any, torch.dtype, torch.device, Mapping[str, str]], Mapping[str, WeightSink]]
 
 
 def load_model(
@@ -51,20 +47,21 @@ def load_model(
     dtype: torch.dtype | str | None,
     device: torch.device | str,
     fuse: Fuse | None = None,
-    quantize: str | None = None,
+    quantize: str = "none",
 ) -> Model:
     """An opened checkpoint as a model in eval mode without gradients; see `Llama.from_pretrained`.
 
-    `fuse` replaces modules of the empty model with faster ones, whose weights are in the format `quantize`. A matrix is
-    read and packed in chunks of rows, so memory holds the model and a few MB, never a tensor twice.
+    `fuse` replaces modules of the empty model with faster ones, whose weights are in the formats that `quantize` means
+    for this checkpoint. A matrix is read and packed in chunks of rows, so memory holds the model and a few MB, never a
+    tensor twice.
     """
     dtype, device = source.dtype if dtype is None else as_dtype(dtype, device), as_device(device)
     model = empty_model(cls, source)
     names = match(model, source)  # name in the file -> ours
-    n_parameters = sum(p.numel() for p in model.parameters())
-    check_fits(source.config, n_parameters, dtype, 1, device, quantize=quantize)
+    check_fits(source.config, partial(weight_bytes, source), dtype, 1, device, quantize=quantize)
 
-    sinks = {} if fuse is None else fuse(model, dtype, device)
+    formats = weight_formats(source, quantize)
+    sinks = {} if fuse is None else fuse(model, dtype, device, formats)
     # Allocated before anything is read: allocated between short-lived chunks, they would fragment memory.
     state = {
         name: torch.empty(p.shape, dtype=dtype, device=device)
@@ -72,30 +69,34 @@ def load_model(
         if name not in sinks
     }
 
-    def load(name: str, rows: Tensor | Blocks, first: int) -> None:
+    def load(name: str, rows: Tensor | StoredCodes, first: int) -> None:
         try:
             sinks[name].load(rows, first)
         except CheckpointFormatError as error:
-            raise CheckpointFormatError(f"{source.path}: {name}: {error}; load it without --quantize") from None
+            raise CheckpointFormatError(f"{source.path}: {name}: {error}; load it with --quantize none") from None
 
     def destination(file_name: str, first: int, shape: tuple[int, ...]) -> Tensor | None:
         name = names[file_name]
         return sinks[name].destination(first, shape[0]) if name in sinks else state[name][first : first + shape[0]]
 
-    what = "loading" if quantize is None else f"quantising to {quantize}"
-    as_stored = [
-        file_name
-        for file_name, name in names.items()
-        if name in sinks and source.tensors[file_name].number_format in sinks[name].accepts_quantized
-    ]
-    for file_name, first, blocks in with_progress(source.read_quantized(as_stored), len(as_stored), what):
-        load(names[file_name], blocks, first)
-    as_floats = {file_name: name for file_name, name in names.items() if file_name not in as_stored}
-    for name, first, rows in read_all(source, as_floats, dtype, what, destination=destination):
-        if name in sinks:
-            load(name, rows, first)
+    what = f"quantising to {quantize}" if quantize in ("int8", "int4") else "loading"
+    as_codes = [f for f, name in names.items() if _keeps_codes(source.tensors[f], formats.get(name))]
+    for file_name, first, codes in with_progress(source.read_quantized(as_codes), len(as_codes), what):
+        load(names[file_name], codes, first)
+    # A tensor that is quantised again is not rounded to the model's dtype in between.
+    again = {f: name for f, name in names.items() if f not in as_codes and source.tensors[f].kept and name in formats}
+    others = {f: name for f, name in names.items() if f not in as_codes and f not in again}
+    for each, read_as in ((again, torch.float32), (others, dtype)):
+        for name, first, rows in read_all(source, each, read_as, what, destination=destination):
+            if name in sinks:
+                load(name, rows, first)
     model.load_state_dict(state, assign=True, strict=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _keeps_codes(stored: StoredTensor, wanted: str | None) -> bool:
+    """Whether a tensor's own codes are codes of the format `wanted`: five bits hold four."""
+    return stored.has_codes and (stored.kept == wanted or (stored.kept, wanted) == ("int4", "int5"))
 
 
 def save_model(model: nn.Module, path: Path) -> None:

@@ -1,6 +1,5 @@
 """Compares the tensors of a checkpoint with the parameters of its model, and reads those that match."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -30,11 +29,6 @@ def empty_model(cls: type[Model], source: Source) -> Model:
             return cls(config)
     except RuntimeError as error:  # a size beyond 64 bits
         raise ConfigError(f"{source.path}: no model of these sizes can be built: {error}") from None
-
-
-def n_parameters(source: Source) -> int:
-    """The number of the model's parameters, counted in the file without building the model."""
-    return sum(math.prod(tensor.shape) for name, tensor in source.tensors.items() if not IGNORED_TENSORS.search(name))
 
 
 def match(model: nn.Module, source: Source) -> dict[str, str]:

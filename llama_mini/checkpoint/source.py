@@ -3,18 +3,17 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
-from llama_mini.checkpoint.gguf.tensors import Blocks
 from llama_mini.checkpoint.keys import KeyTable
 from llama_mini.errors import CheckpointMismatchError
 from llama_mini.model.config import LlamaConfig
 
-Values = TypeVar("Values", Tensor, Blocks)
+Values = TypeVar("Values", Tensor, "StoredCodes")
 Rows = tuple[str, int, Values]  # the tensor's name in the file, the index of the first row, the rows
 # Name in the file, first row, shape -> the memory for these rows; None lets the reader allocate it.
 Destination = Callable[[str, int, tuple[int, ...]], Tensor | None]
@@ -25,14 +24,40 @@ _CHUNK = 1 << 20  # elements of a matrix that are read at once: a whole embeddin
 _BLOCK = 16  # rows that the packed formats of optimize/ store together
 
 
+class QuantizedWeights(NamedTuple):
+    """Rows of a matrix as `codes`, (rows, columns) uint8, with a float16 scale for each group of 32 columns of a row.
+
+    Four or five bits: value = scale · code + min. Eight bits: value = scale · (code − 128), without `min`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    min: Tensor | None
+
+    def unpacked(self) -> "QuantizedWeights":
+        return self
+
+
+class StoredCodes(Protocol):
+    """Rows of a matrix as a file stores them, which need no requantising."""
+
+    def unpacked(self) -> QuantizedWeights: ...
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `shape` as the model has it, `number_format` as the file names it (BF16, Q4_1)."""
+    """A tensor in a file: `shape` as the model has it, `number_format` as the file names it (BF16, Q4_1).
+
+    kept: the format that loses none of its bits ("int4", "int5" or "int8"), if it is quantised; None for floats.
+    has_codes: whether `Source.read_quantized` reads it as codes of that format. If not, it is requantised.
+    """
 
     file: Path
     shape: tuple[int, ...]
     number_format: str
     n_bytes: int
+    kept: str | None = None
+    has_codes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +71,7 @@ class Source:
     keys: tensor names in the file -> ours.
     tensors: by name in the file, in the order of their data.
     read_rows: reads tensors as floats, with rotary pairs in the model's order.
-    read_quantized: reads four- and eight-bit tensors as they are stored; yields nothing where a format has none.
+    read_quantized: reads tensors with `has_codes` as they are stored.
     gguf: the header of a GGUF file, which also holds the tokenizer.
     """
 
@@ -58,7 +83,7 @@ class Source:
     keys: KeyTable
     tensors: Mapping[str, StoredTensor]
     read_rows: ReadRows
-    read_quantized: Callable[[Collection[str]], Iterator[Rows[Blocks]]] = lambda _: iter(())
+    read_quantized: Callable[[Collection[str]], Iterator[Rows[StoredCodes]]] = lambda _: iter(())
     gguf: GGUFHeader | None = None
 
     @property

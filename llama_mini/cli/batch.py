@@ -134,9 +134,10 @@ def open_batch(prompts: str, output: str | None) -> Iterator[Batch]:
 def settings_of(args: argparse.Namespace, llm: LLM, source: Source) -> Settings:
     """What answers depend on besides their line: the model, the dtype, and the options that differ from the default."""
     defaults = parser()
+    defaults.set_defaults(quantize="none")  # as it came out, like the dtype
     given = {
         name: value
-        for name, value in vars(args).items()
+        for name, value in (vars(args) | {"quantize": llm.quantize}).items()
         if name not in NOT_COMPARED and value != defaults.get_default(name)
     }
     return {"model": _fingerprint(source), "dtype": dtype_name(llm.model.dtype)} | given

@@ -8,9 +8,10 @@ from llama_mini.checkpoint.io.files import VOCABULARIES, exists
 from llama_mini.checkpoint.match import empty_model, match
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
+from llama_mini.checkpoint.weight_formats import quantize_for, weight_bytes, weight_formats
 from llama_mini.cli.common import table
 from llama_mini.machine import as_device, as_dtype, available_memory, dtype_name, format_bytes
-from llama_mini.memory import cache_bytes, weight_bytes, work_bytes
+from llama_mini.memory import cache_bytes, work_bytes
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
@@ -28,20 +29,23 @@ def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = 
     names = match(model, source)
     missing = _missing_tokenizer(source)
     tokenizer = None if missing else open_tokenizer(source)
-    config, torch_dtype = source.config, as_dtype(dtype, torch_device)
+    config, quantize = source.config, quantize_for(source, "auto", dtype, torch_device)
+    torch_dtype = as_dtype(dtype, torch_device)
     n_parameters = sum(p.numel() for p in model.parameters())
+    kept = ", ".join(sorted(set(weight_formats(source, quantize).values())))
     rows = {
         "path": str(source.path),
         "format": source.format,
         "family": source.model_type,
-        "parameters": f"{n_parameters:,} in {len(names)} tensors, stored as {_stored_as(source, names)}",
+        "parameters": f"{n_parameters:,} in {len(names)} tensors, stored as {_stored_as(source, names)}"
+        + (f"; kept as {kept}" if kept else ""),
         "shape": f"{config.n_layers} layers, dim {config.dim}, hidden {config.hidden_dim}, {config.n_heads} heads of "
         f"{config.head_dim}, {config.n_kv_heads} KV heads, {'tied' if config.tie_word_embeddings else 'untied'} head",
         "norms": _norms(config, model),
         "context": f"{config.max_seq_len:,} tokens, {_rope(config)}{_window(config)}",
         "tokenizer": _vocabulary(tokenizer) if tokenizer else f"none ({missing})",
         "chat template": "yes" if tokenizer and tokenizer.has_chat_template else "no",
-        "memory": _memory(config, n_parameters, torch_dtype, torch_device),
+        "memory": _memory(source, quantize, torch_dtype, torch_device, kept),
     }
     return table(rows)
 
@@ -90,10 +94,11 @@ def _stored_as(source: Source, names: dict[str, str]) -> str:
     return ", ".join(f"{kind} ({format_bytes(size)})" for kind, size in sorted(formats.items(), key=lambda kv: -kv[1]))
 
 
-def _memory(config: LlamaConfig, n_parameters: int, dtype: torch.dtype, device: torch.device) -> str:
-    free = available_memory(device)
+def _memory(source: Source, quantize: str, dtype: torch.dtype, device: torch.device, kept: str) -> str:
+    config, free = source.config, available_memory(device)
+    form = f"{kept} and {dtype_name(dtype)}" if kept else dtype_name(dtype)
     return (
-        f"weights {format_bytes(weight_bytes(n_parameters, dtype))} in {dtype_name(dtype)}, "
+        f"weights {format_bytes(weight_bytes(source, dtype, quantize))} in {form}, "
         f"cache {format_bytes(cache_bytes(config, 1024, dtype))} for 1,024 tokens and "
         f"{format_bytes(cache_bytes(config, config.max_seq_len, dtype))} for all, "
         f"work {format_bytes(work_bytes(config, config.max_seq_len, dtype))}"

@@ -156,7 +156,9 @@ def model_options(p: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="M", help=MODEL)
     _dtype_and_device(group)
     add = group.add_argument
-    add("--quantize", choices=["int8", "int4"], metavar="Q", help="int8 or int4: quantise the weights while loading")
+    quantize = "auto (default): keep the bits of a quantised file, unless --dtype is given; none: make them floats; "
+    quantize += "int8 or int4: quantise the weights while loading"
+    add("--quantize", choices=["auto", "none", "int8", "int4"], default="auto", metavar="Q", help=quantize)
     kernels = "auto (default): fast operators, built once; off: PyTorch's"
     add("--kernels", choices=["auto", "off"], default="auto", help=kernels)
     add("--threads", type=int, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else one per usable core")

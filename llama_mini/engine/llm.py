@@ -18,6 +18,7 @@ import torch
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
+from llama_mini.checkpoint.weight_formats import check_quantize, quantize_for
 from llama_mini.engine.logprobs import predictions, token_logprobs
 from llama_mini.engine.prompts import is_messages, one_prompt, params_argument, text_or_ids, with_params
 from llama_mini.engine.request import Chunk, Completion, Request
@@ -44,8 +45,9 @@ class LLM:
             result of `open_checkpoint`.
         dtype: `auto` (bfloat16 if the device computes in it, else float32), a name or a torch dtype.
         device: `cpu`, `cuda`, ...
-        quantize: `int8` or `int4` quantises the weight matrices as they are loaded, the head always to int8; None
-            quantises nothing.
+        quantize: `auto` (or None) keeps the bits that a file has: quantised matrices stay codes of four to eight bits,
+            on the CPU and unless a dtype is given. `none` makes all of them floats. `int8` and `int4` quantise the
+            matrices as they are loaded; beside int4 the head has 8 bits.
         kernels: `auto` compiles the fast operators the first time, about 10 s; `off` uses PyTorch's operators.
         threads: number of threads of the whole process; None keeps what OMP_NUM_THREADS, MKL_NUM_THREADS or
             torch.set_num_threads has set, and else takes one per core that the process may use.
@@ -59,21 +61,22 @@ class LLM:
         model: str | Path | Source,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
-        quantize: str | None = None,
+        quantize: str | None = "auto",
         kernels: str = "auto",
         threads: int | None = None,
     ) -> None:
         if not isinstance(model, str | Path | Source):
             expected = "model must be a path or a hub name, org/name"
             raise RequestError(f"{expected}, not a {type(model).__name__}; save_pretrained writes a model to a path")
+        check_quantize(quantize)  # before the checkpoint is opened or fetched
         set_threads(as_plain(threads))
         started = time.perf_counter()
         device = as_device(device)
         source = model if isinstance(model, Source) else open_checkpoint(resolve(model))
         with gc_paused():
             self.tokenizer = open_tokenizer(source)
-            fuse = fuser(quantize, kernels)
-            self.model = load_model(Llama, source, as_dtype(dtype, device), device, fuse, quantize)
+            self.quantize = quantize_for(source, quantize, dtype, device)
+            self.model = load_model(Llama, source, as_dtype(dtype, device), device, fuser(kernels), self.quantize)
         self.config = self.model.config
         self.load_seconds = time.perf_counter() - started
         self._lock = threading.Lock()

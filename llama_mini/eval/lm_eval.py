@@ -46,7 +46,7 @@ class LlamaMiniLM(TemplateLM):
         pretrained: str,
         dtype: str = "auto",
         device: str = "cpu",
-        quantize: str | None = None,
+        quantize: str | None = "auto",
         kernels: str = "auto",
         threads: int | None = None,
         batch_size: int | str = 1,

@@ -1,12 +1,16 @@
 """Replaces the modules of a model by fast ones, and says where to load each tensor of the plain model."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.gguf.tensors import Blocks
+from llama_mini.checkpoint.gguf.blocks import Blocks
+from llama_mini.checkpoint.keys import EMBEDDING
+from llama_mini.checkpoint.source import StoredCodes
+from llama_mini.checkpoint.weight_formats import uniform_formats
 from llama_mini.errors import RequestError
 from llama_mini.model.llama import Llama, TransformerBlock
 from llama_mini.model.norm import RMSNorm
@@ -24,14 +28,7 @@ from llama_mini.optimize.packed_linear import (
 )
 from llama_mini.validate import check_choice
 
-# For each setting of `quantize`: the linear layers' format, and the head's.
-FORMATS: dict[str | None, tuple[type[PackedLinear], type[PackedLinear]]] = {
-    None: (FloatLinear, FloatLinear),
-    "int8": (Int8Linear, Int8Linear),
-    "int4": (Int4Linear, Int8Linear),
-}
-# GGUF formats whose quantized weights are stored without requantizing.
-_GGUF_FORMATS: dict[type[PackedLinear], Collection[str]] = {Int8Linear: ("Q8_0",), Int4Linear: ("Q4_0", "Q4_1")}
+FORMATS: dict[str | None, type[PackedLinear]] = {None: FloatLinear, "int8": Int8Linear, "int4": Int4Linear}
 
 
 @dataclass
@@ -42,20 +39,18 @@ class PackedPart:
     part: int
     bias: bool = False
 
-    @property
-    def accepts_quantized(self) -> Collection[str]:
-        """GGUF formats whose blocks `load` takes as they are."""
-        return _GGUF_FORMATS.get(type(self.linear), ())
-
     def destination(self, first: int, n: int) -> Tensor | None:
         """The memory of n rows from row `first` on; None if they are not stored as floats."""
         return self.linear.bias_destination(self.part) if self.bias else self.linear.destination(self.part, first, n)
 
-    def load(self, tensor: Tensor | Blocks, first: int = 0) -> None:
+    def load(self, tensor: Tensor | StoredCodes, first: int = 0) -> None:
         """Stores rows from row `first` on, a multiple of BLOCK_ROWS. A bias is stored in one call."""
-        if isinstance(tensor, Blocks):
+        if not isinstance(tensor, Tensor):
             assert isinstance(self.linear, QuantizedLinear)
-            self.linear.load_blocks(self.part, tensor, first)
+            if isinstance(tensor, Blocks):
+                self.linear.load_blocks(self.part, tensor, first)
+            else:
+                self.linear.store(self.part, first, *tensor.unpacked())
         elif (destination := self.destination(first, len(tensor))) is None:
             self.linear.load(self.part, tensor, first)
         elif destination.data_ptr() != tensor.data_ptr():
@@ -65,32 +60,36 @@ class PackedPart:
 def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -> Llama:
     """Makes a loaded model fast, in place, and returns it; its norms stay the same modules.
 
-    quantize: None keeps the weights' dtype; `int8` or `int4`. kernels: `auto` or `off`.
+    quantize: None keeps the weights' dtype; `int8` or `int4`, beside which the head has 8. kernels: `auto` or `off`.
 
     Raises RequestError for an unknown setting, or if the model is optimized already.
     """
+    if quantize is not None:
+        check_choice("quantize", quantize, [name for name in FORMATS if name], RequestError)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    for name, part in fuse(model, model.dtype, model.device, quantize, kernels).items():
+    formats = uniform_formats(model.config, quantize)
+    for name, part in fuse(model, model.dtype, model.device, formats, kernels).items():
         part.load(tensors.pop(name))
     return model
 
 
 def fuse(
-    model: Llama, dtype: torch.dtype, device: torch.device, quantize: str | None = None, kernels: str = "auto"
+    model: Llama, dtype: torch.dtype, device: torch.device, formats: Mapping[str, str], kernels: str = "auto"
 ) -> dict[str, PackedPart]:
     """Replaces modules by fast ones on `device`, with uninitialized weights. The model may be on the meta device.
 
+    formats: of the matrices that are quantised, by their names in the plain model; see checkpoint/weight_formats.py.
+
     Returns where to load each tensor of the replaced modules, by its name in the plain model.
     """
-    check_format(quantize)
     if is_fused(model):
         raise RequestError("the model is optimized already: load the plain model to optimize it with other settings")
     native = load_kernels(kernels) and supported(dtype, device)
-    layer_format, head_format = FORMATS[quantize]
     parts: dict[str, PackedPart] = {}
     names = {module: name for name, module in model.named_modules()}
 
-    def make(linears: Sequence[nn.Linear | nn.Embedding], kind: type[PackedLinear] = layer_format) -> PackedLinear:
+    def make(linears: Sequence[nn.Linear | nn.Embedding]) -> PackedLinear:
+        (kind,) = {FORMATS[formats.get(f"{names[linear]}.weight")] for linear in linears}
         bias = getattr(linears[0], "bias", None) is not None
         rows, columns = [linear.weight.shape[0] for linear in linears], linears[0].weight.shape[1]
         packed = kind(rows, columns, dtype, native, bias)
@@ -107,28 +106,30 @@ def fuse(
             window = config.sliding_window if i in config.sliding_layers else None
             layer.attention = FusedAttention(layer.attention, make, window or 0)
             layer.feed_forward = FusedFeedForward(layer.feed_forward, make)
-        if native:
+        formats_of_layers = {part.linear.name for name, part in parts.items() if name.startswith("layers.")}
+        if native and len(formats_of_layers) == 1:  # the operator takes layers of one format
             model.layers = FusedLayers(model.layers)
+        if native:
             for norm in model.modules():
                 if type(norm) is RMSNorm:
                     norm.__class__ = FusedRMSNorm  # the same module: its hooks, address and weight stay
-        if model.lm_head is None:
-            model.tok_embeddings = FusedEmbedding(make([model.tok_embeddings], head_format))  # type: ignore[assignment]
-        else:
-            model.lm_head = FusedHead(make([model.lm_head], head_format))  # type: ignore[assignment]
+        if model.lm_head is not None:
+            model.lm_head = FusedHead(make([model.lm_head]))  # type: ignore[assignment]
+        if model.lm_head is None or EMBEDDING in formats:
+            model.tok_embeddings = FusedEmbedding(make([model.tok_embeddings]))  # type: ignore[assignment]
     return parts
 
 
-def fuser(quantize: str | None, kernels: str) -> Callable[[Llama, torch.dtype, torch.device], dict[str, PackedPart]]:
-    """`fuse` with these settings, for a model that is being loaded. Raises RequestError before anything is read."""
-    check_format(quantize)
+def fuser(kernels: str) -> Callable[..., dict[str, PackedPart]]:
+    """`fuse` with this setting, for a model that is being loaded. Raises RequestError before anything is read."""
     load_kernels(kernels)
-    return lambda model, dtype, device: fuse(model, dtype, device, quantize, kernels)
+    return partial(fuse, kernels=kernels)
 
 
-def check_format(quantize: str | None) -> None:
-    if quantize is not None:
-        check_choice("quantize", quantize, [name for name in FORMATS if name], RequestError)
+def quantized_formats(model: Llama) -> list[str]:
+    """The formats of a fast model's quantised matrices: "int8", "int4"."""
+    names = {module.name for module in model.modules() if isinstance(module, QuantizedLinear)}
+    return sorted(names, reverse=True)
 
 
 def is_fused(model: Llama) -> bool:

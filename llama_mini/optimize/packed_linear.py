@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.gguf.tensors import Blocks
+from llama_mini.checkpoint.gguf.blocks import Blocks
 from llama_mini.errors import CheckpointFormatError
 
 BLOCK_ROWS = 16  # rows of a block of quantized weights
@@ -178,7 +178,7 @@ class QuantizedLinear(PackedLinear):
             rows, block = blocks.rows.contiguous(), self._block(part, first)
             self._check(torch.ops.llama_mini.repack(rows, self.tensors, self.columns, block))
         else:
-            self.store(part, first, *blocks.codes())
+            self.store(part, first, *blocks.unpacked())
 
     def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(rows, groups, GROUP) float32 -> weights (rows, columns) uint8, scales and mins (rows, groups)."""

@@ -91,7 +91,7 @@ class Billion:
     def __init__(self, quantize: str | None, context: int, threads: int, changes: dict[str, int]) -> None:
         set_threads(threads)
         source = random_source(LlamaConfig(**BILLION | changes))  # type: ignore[arg-type]
-        self._model = load_model(Llama, source, torch.bfloat16, "cpu", fuser(quantize, "auto"), quantize)
+        self._model = load_model(Llama, source, torch.bfloat16, "cpu", fuser("auto"), quantize or "none")
         self._cache = self._model.new_cache(1, context)
         with torch.inference_mode():
             for chunk in torch.randint(source.config.vocab_size, (1, context)).split(512, dim=1):

@@ -94,7 +94,7 @@ def test_the_bytes_of_a_step_are_those_of_the_matrices() -> None:
 
 
 def test_random_weights_are_a_checkpoint_like_any_other() -> None:
-    model = load_model(Llama, random_source(LlamaConfig(**TINY)), torch.float32, "cpu", fuser(None, "off"))
+    model = load_model(Llama, random_source(LlamaConfig(**TINY)), torch.float32, "cpu", fuser("off"))
     plain = load_model(Llama, random_source(LlamaConfig(**TINY)), torch.float32, "cpu")
     assert model(random_tokens(1, 9)).isfinite().all()
     assert 0.5 < plain.norm.weight.min() < plain.norm.weight.max() < 1.5

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from llama_mini.checkpoint.hf import directory as directory_module
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
-from llama_mini.checkpoint.match import n_parameters
 from llama_mini.checkpoint.open import open_checkpoint
+from llama_mini.checkpoint.weight_formats import weight_bytes
 from llama_mini.cli.convert import convert
 from llama_mini.cli.info import describe
 from llama_mini.engine.llm import LLM
@@ -86,7 +86,7 @@ def test_an_equal_head_is_left_out_in_silence(tmp_path: Path, how: str) -> None:
     directory = write(tmp_path, lambda embedding: embedding, how)
     source, model = open_checkpoint(directory), Llama.from_pretrained(directory)
     assert model.lm_head is None
-    assert n_parameters(source) == sum(p.numel() for p in model.parameters())
+    assert weight_bytes(source, model.dtype, "none") == sum(p.nbytes for p in model.parameters())
     expect(directory, directory)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llama_mini import Llama
+from llama_mini.checkpoint.weight_formats import uniform_formats
 from llama_mini.errors import RequestError
 from llama_mini.optimize import fuse, is_fused, optimize
 from llama_mini.optimize.fused_layers import FusedLayers
@@ -48,21 +49,19 @@ def test_every_tensor_of_a_plain_model_has_one_place(
 ) -> None:
     model = tiny_model(qkv_bias=True, o_bias=True, mlp_bias=True, tie_word_embeddings=tied)
     plain = {name for name, _ in model.named_parameters()}
-    sinks = fuse(model, torch.float32, torch.device("cpu"), quantize)
+    sinks = fuse(model, torch.float32, torch.device("cpu"), uniform_formats(model.config, quantize))
     left = {name for name, _ in model.named_parameters()}
     assert left | set(sinks) == plain
     assert not left & set(sinks)
     places = [(id(sink.linear), sink.part, sink.bias) for sink in sinks.values()]
     assert len(set(places)) == len(places)
     assert {type(sink.linear) for name, sink in sinks.items() if name.startswith("layers")} == {kind}
-    kept = {Int8Linear: ("Q8_0",), Int4Linear: ("Q4_0", "Q4_1"), FloatLinear: ()}
-    assert all(sink.accepts_quantized == kept[type(sink.linear)] for sink in sinks.values())
 
 
 def test_a_model_is_made_fast_on_the_meta_device_without_its_numbers() -> None:
     with torch.device("meta"):
         model = Llama(tiny_model().config)
-    fuse(model, torch.bfloat16, torch.device("cpu"), "int8")
+    fuse(model, torch.bfloat16, torch.device("cpu"), uniform_formats(model.config, "int8"))
     assert {m.tensors[0].device.type for m in model.modules() if isinstance(m, PackedLinear)} == {"cpu"}
     assert model.norm.weight.is_meta
 

@@ -1,6 +1,7 @@
 """Loading into formats: what is read, what stays bit for bit, what it takes in memory, and what it costs in nats."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from llama_mini import LLM, Llama, Tokenizer
 from llama_mini.checkpoint.gguf.header import read_header
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint
+from llama_mini.checkpoint.weight_formats import weight_bytes
 from llama_mini.errors import CapacityError, CheckpointFormatError, RequestError
-from llama_mini.memory import check_fits, weight_bytes
+from llama_mini.memory import check_fits
 from llama_mini.model.norm import RMSNorm
 from llama_mini.optimize import fuser
 from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
@@ -40,7 +42,7 @@ SIZES: dict[str, Any] = {
 
 
 def loaded(path: Path, quantize: str | None, kernels: str = "auto", dtype: str = "float32") -> Llama:
-    return load_model(Llama, open_checkpoint(path), dtype, "cpu", fuser(quantize, kernels), quantize)
+    return load_model(Llama, open_checkpoint(path), dtype, "cpu", fuser(kernels), quantize or "none")
 
 
 def parts(model: Llama) -> dict[str, tuple[PackedLinear, int]]:
@@ -128,7 +130,7 @@ def test_a_weight_that_no_scale_can_hold_is_one_sentence(tmp_path: Path, quantiz
 
 def test_an_unknown_format_is_named_before_anything_is_read(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama_mini.engine.llm.load_model", None)
-    with pytest.raises(RequestError, match=r"^unknown quantize 'int3'; known: int8, int4$"):
+    with pytest.raises(RequestError, match=r"^unknown quantize 'int3'; known: auto, none, int8, int4$"):
         LLM(tiny_dir, quantize="int3", threads=1)
     with pytest.raises(RequestError, match=r"^unknown kernels 'on'; known: auto, off$"):
         LLM(tiny_dir, kernels="on", threads=1)
@@ -234,23 +236,26 @@ def test_the_default_checkpoints_file_is_not_requantized(smollm2_dir: Path) -> N
 @pytest.mark.parametrize("quantize", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_bytes_that_are_counted_are_those_that_are_held(
-    quantize: str | None, tied: bool, dtype: torch.dtype
+    tmp_path: Path, quantize: str | None, tied: bool, dtype: torch.dtype
 ) -> None:
     """For dims that are multiples of a block of quantized weights; others are padded."""
     sizes = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 128}
     plain = tiny_model(0, dtype, tie_word_embeddings=tied, **sizes)
+    plain.save_pretrained(tmp_path / "model")
     fast = fast_of(plain, quantize)
     held = sum(tensor.nbytes for name, tensor in fast.state_dict(keep_vars=True).items())
     held += sum(module.n_bytes for module in fast.modules() if isinstance(module, PackedLinear))
-    counted = weight_bytes(sum(p.numel() for p in plain.parameters()), dtype, plain.config, quantize)
-    assert counted == held
+    assert weight_bytes(open_checkpoint(tmp_path / "model"), dtype, quantize or "none") == held
 
 
-def test_what_fits_only_in_fewer_bits_is_let_in() -> None:
-    config = tiny_model(dim=512, n_heads=8, hidden_dim=2048).config
+def test_what_fits_only_in_fewer_bits_is_let_in(tmp_path: Path) -> None:
+    tiny_model(dim=512, n_heads=8, hidden_dim=2048).save_pretrained(tmp_path / "model")
+    source, cpu = open_checkpoint(tmp_path / "model"), torch.device("cpu")
+    available = weight_bytes(source, torch.bfloat16, "none") - 10_000_000
+    weights = partial(weight_bytes, source)
     with pytest.raises(CapacityError, match="the model needs"):
-        check_fits(config, 20_000_000, torch.bfloat16, 1, torch.device("cpu"), available=30_000_000)
-    check_fits(config, 20_000_000, torch.bfloat16, 1, torch.device("cpu"), available=38_000_000, quantize="int4")
+        check_fits(source.config, weights, torch.bfloat16, 1, cpu, available)
+    check_fits(source.config, weights, torch.bfloat16, 1, cpu, available, quantize="int4")
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -258,9 +263,10 @@ def test_what_fits_only_in_fewer_bits_is_let_in() -> None:
 def test_quantizing_never_holds_the_whole_model_as_floats(smollm2_dir: Path, name: str, quantize: str) -> None:
     """Beside the quantized weights: one tensor, at most the embedding, and 4,096 rows of it in float32."""
     path = smollm2_dir.parent / name if name else smollm2_dir
-    config = open_checkpoint(path).config
+    source = open_checkpoint(path)
+    config = source.config
     embedding = 2 * config.vocab_size * config.dim
-    codes = weight_bytes(134_515_008, torch.bfloat16, config, quantize)
+    codes = weight_bytes(source, torch.bfloat16, quantize)
     rows = 4 * 4096 * config.dim
     assert (
         codes < peak(lambda: loaded(path, quantize, dtype="bfloat16")) < codes + embedding + 5 * rows < 2 * 134_515_008
@@ -277,7 +283,7 @@ def test_a_format_costs_few_nats(smollm2_dir: Path, name: str, quantize: str, mo
 
     def nll(quantize: str | None) -> float:
         path = smollm2_dir.parent / name if name else smollm2_dir
-        scores = LLM(path, dtype="bfloat16", quantize=quantize, threads=1).score(ids)[1:]
+        scores = LLM(path, dtype="bfloat16", quantize=quantize or "none", threads=1).score(ids)[1:]
         return -float(np.mean(scores))
 
     assert abs(nll(quantize) - nll(None)) < most

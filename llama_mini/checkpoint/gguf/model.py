@@ -14,13 +14,14 @@ from torch import Tensor
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
 from llama_mini.checkpoint.gguf.rope import ROPE_KEYS, gguf_scaling, name_tensors
-from llama_mini.checkpoint.gguf.tensors import FLOATS, Blocks, read_blocks, read_rows, read_tensor
+from llama_mini.checkpoint.gguf.tensors import FLOATS, kept, read_blocks, read_rows, read_tensor
 from llama_mini.checkpoint.keys import GGUF_KEYS
 from llama_mini.checkpoint.not_models import describe_gguf
 from llama_mini.checkpoint.source import (
     Destination,
     Rows,
     Source,
+    StoredCodes,
     StoredTensor,
     rows_per_chunk,
     to_split_half_rope,
@@ -75,7 +76,7 @@ def open_gguf(path: Path) -> Source:
                     for first, rows in read_rows(file, tensor, dtype, rows_per_chunk(tensor.shape[-1])):
                         yield name, first, rows
 
-    def read_quantized(names: Collection[str]) -> Iterator[Rows[Blocks]]:
+    def read_quantized(names: Collection[str]) -> Iterator[Rows[StoredCodes]]:
         with path.open("rb") as file:
             for name in names:
                 tensor, n_heads = header.tensors[name], _interleaved_heads(header, name, config)
@@ -93,7 +94,7 @@ def open_gguf(path: Path) -> Source:
         dtype=torch.bfloat16 if is_quantized or len(matrix_types) != 1 else FLOATS[matrix_types.pop()],
         keys=GGUF_KEYS,
         tensors={
-            tensor.name: StoredTensor(path, tensor.shape, tensor.type, tensor.n_bytes)
+            tensor.name: StoredTensor(path, tensor.shape, tensor.type, tensor.n_bytes, *kept(tensor.type))
             for tensor in sorted(header.tensors.values(), key=lambda tensor: tensor.offset)
         },
         read_rows=read,

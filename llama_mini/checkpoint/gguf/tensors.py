@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llama_mini.checkpoint.gguf.blocks import Blocks
 from llama_mini.checkpoint.gguf.header import GGUFTensor
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.validate import short_repr
@@ -15,36 +16,12 @@ from llama_mini.validate import short_repr
 _CHUNK = 1 << 20  # elements that are in memory as float32 at once, besides the tensor that they go to
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SCALE_BYTES = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}  # bytes of float16 before the codes in a block of 32 columns
+_CODES = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}  # types whose blocks are codes of a format of ours
 
 
-class QuantizedWeights(NamedTuple):
-    """Rows of a matrix as `codes`, (rows, columns) uint8, with a float16 scale for each group of 32 columns of a row.
-
-    Four bits: value = scale · code + min. Eight bits: value = scale · (code − 128), without `min`.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    min: Tensor | None
-
-
-class Blocks(NamedTuple):
-    """Rows of a matrix as a Q4_0, Q4_1 or Q8_0 tensor stores them, block after block: (rows, bytes) uint8."""
-
-    rows: Tensor
-    number_format: str
-
-    def codes(self) -> QuantizedWeights:
-        n_codes = 32 if self.number_format == "Q8_0" else 16  # bytes of codes in a block; the others are float16
-        n_bytes = _SCALE_BYTES[self.number_format] + n_codes
-        blocks = self.rows.view(len(self.rows), -1, n_bytes)
-        floats = blocks[..., :-n_codes].contiguous().view(torch.float16)
-        scale, stored = floats[..., 0], blocks[..., -n_codes:]
-        if self.number_format == "Q8_0":
-            return QuantizedWeights((stored + 128).flatten(1), scale, None)
-        codes = torch.cat((stored & 15, stored >> 4), dim=-1).flatten(1)
-        return QuantizedWeights(codes, scale, floats[..., 1] if self.number_format == "Q4_1" else -8 * scale)
+def kept(kind: str) -> tuple[str | None, bool]:
+    """The format that a type is kept in, None for floats, and whether its blocks are codes of that format."""
+    return (None, False) if kind in FLOATS else (_CODES.get(kind, "int8"), kind in _CODES)
 
 
 def read_blocks(file: BinaryIO, tensor: GGUFTensor, at_once: int) -> Iterator[tuple[int, Blocks]]:

@@ -26,7 +26,7 @@ def write(path: Path, kind: Kind) -> GGUFTensor:
 def test_codes_scales_and_least_values_are_the_librarys_numbers(tmp_path: Path, kind: Kind) -> None:
     info = write(tmp_path / "blocks", kind)
     with (tmp_path / "blocks").open("rb") as file:
-        found = [(first, blocks.codes()) for first, blocks in read_blocks(file, info, at_once=2)]
+        found = [(first, blocks.unpacked()) for first, blocks in read_blocks(file, info, at_once=2)]
         expected = read_tensor(file, info)
     assert [first for first, _ in found] == list(range(0, ROWS, 2))
     codes, scale, least = (torch.cat(parts) for parts in zip(*(codes for _, codes in found), strict=True))
@@ -47,7 +47,7 @@ def test_codes_of_eight_bits_are_the_librarys_numbers_down_to_the_lowest(tmp_pat
     with (tmp_path / "blocks").open("rb") as file:
         ((first, blocks),) = read_blocks(file, info, at_once=ROWS)
         expected = read_tensor(file, info)
-    codes, scale, least = blocks.codes()
+    codes, scale, least = blocks.unpacked()
     assert (first, least) == (0, None)
     assert codes.dtype == torch.uint8
     assert codes[0, 0] == 0

@@ -1,0 +1,93 @@
+"""Which matrices of a checkpoint are held in memory as codes, in which format, and how many bytes that takes."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, to_file_name
+from llama_mini.checkpoint.source import Source, StoredTensor
+from llama_mini.errors import RequestError
+from llama_mini.machine import dtype_name
+from llama_mini.model.config import LlamaConfig
+from llama_mini.validate import check_choice
+
+BITS = {"int8": 8.5, "int5": 6.0, "int4": 5.0}  # of a weight in each format, with its share of scale and minimum
+SETTINGS = ("auto", "none", "int8", "int4")  # of `quantize`
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Raises RequestError for what is no setting of `quantize`; None is "auto"."""
+    if quantize is not None:
+        check_choice("quantize", quantize, SETTINGS, RequestError)
+
+
+def quantize_for(source: Source, quantize: str | None, dtype: torch.dtype | str, device: torch.device) -> str:
+    """The setting that applies: "auto" is "none" where the file has floats alone, or where floats are asked for.
+
+    They are asked for by an explicit dtype. Other devices than the CPU have no operators for codes, so they too get
+    floats. Raises RequestError.
+    """
+    check_quantize(quantize)
+    if quantize not in (None, "auto"):
+        return str(quantize)
+    floats = dtype_name(dtype).lower() != "auto" or device.type != "cpu"
+    return "none" if floats or not weight_formats(source, "auto") else "auto"
+
+
+def weight_formats(source: Source, quantize: str) -> dict[str, str]:
+    """The format of each matrix that is held as codes, by the parameter's name; all others are floats.
+
+    "auto" takes the format that a tensor says it is kept in. Matrices that a fast model joins into one get the widest
+    format of them, so that none loses bits.
+    """
+    if quantize != "auto":
+        return uniform_formats(source.config, quantize)
+    formats: dict[str, str] = {}
+    for group in _joined(source.config):
+        kept = [stored.kept for name in group if (stored := _stored(source, name)) is not None]
+        if kept and all(kept):
+            formats |= dict.fromkeys(group, max(map(str, kept), key=BITS.__getitem__))
+    return formats
+
+
+def uniform_formats(config: LlamaConfig, quantize: str | None) -> dict[str, str]:
+    """One format for all matrices; beside matrices of 4 bits the head has 8. None and "none" quantise nothing."""
+    if quantize in (None, "none"):
+        return {}
+    names = [name for group in _joined(config) for name in group]
+    formats = dict.fromkeys(names, str(quantize))
+    if not config.tie_word_embeddings:
+        del formats[EMBEDDING]
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
+    return formats | {head: "int8" if quantize == "int4" else str(quantize)}
+
+
+def weight_bytes(source: Source, dtype: torch.dtype, quantize: str) -> int:
+    """Bytes of the weights in memory, their padding aside; counted in the file's headers."""
+    stored = [tensor for name, tensor in source.tensors.items() if not IGNORED_TENSORS.search(name)]
+    floats, codes = sum(math.prod(tensor.shape) for tensor in stored), 0.0
+    for name, kind in weight_formats(source, quantize).items():
+        if (tensor := _stored(source, name)) is not None:
+            floats -= math.prod(tensor.shape)
+            codes += math.prod(tensor.shape) * BITS[kind] / 8
+    return floats * dtype.itemsize + int(codes)
+
+
+def _joined(config: LlamaConfig) -> Iterator[list[str]]:
+    """The names of all matrices, in one list those that a fast model joins into one. Not every model has each."""
+    for i in range(config.n_layers):
+        for names in ("attention q k v", "attention o", "feed_forward gate up", "feed_forward down"):
+            branch, *projections = names.split()
+            yield [f"layers.{i}.{branch}.{projection}_proj.weight" for projection in projections]
+    yield [EMBEDDING]
+    if not config.tie_word_embeddings:
+        yield [HEAD]
+
+
+def _stored(source: Source, name: str) -> StoredTensor | None:
+    """The file's tensor of a parameter. A tied one may be stored under the head's name alone."""
+    tensor = source.tensors.get(to_file_name(name, source.keys))
+    if tensor is None and name == EMBEDDING and source.config.tie_word_embeddings:
+        tensor = source.tensors.get(to_file_name(HEAD, source.keys))
+    return tensor

@@ -28,6 +28,7 @@ class Family:
     keys: KeyTable
     plan: str = "pre"
     late: bool = False
+    interleaved: bool = False
     biases: Literal["attention", "attention+mlp", "none", "qkv"] = "none"
     window: Literal["none", "every", "listed"] = "none"
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -100,6 +101,11 @@ _ALL = (
 FAMILIES = {family.model_type: family for family in _ALL}
 OWN = "llama_mini"  # the model_type of a model that no family describes; it is saved under our own names
 KNOWN = (*FAMILIES, OWN)
+
+
+def has_interleaved_pairs(model_type: str) -> bool:
+    """Whether rotary pairs lie side by side in the family's files."""
+    return model_type != OWN and FAMILIES[model_type].interleaved
 
 
 def key_table(model_type: str) -> KeyTable:

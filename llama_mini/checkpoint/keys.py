@@ -123,6 +123,11 @@ def names_in_file(table: KeyTable, names: Collection[str]) -> KeyTable:
     }
 
 
+def whole_name(name: str) -> str:
+    """The name of the tensor in the file: `NAME` of `NAME[PART]`, where PART is one of the parameters that it holds."""
+    return name.partition("[")[0]
+
+
 def to_file_name(name: str, table: KeyTable) -> str:
     """Our name of a parameter -> the name in the file."""
     layer = re.search(r"\.(\d+)\.", name)

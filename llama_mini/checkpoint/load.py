@@ -8,14 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.io.files import SINGLE, write_json
-from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import Model, empty_model, match, read_all, with_progress
 from llama_mini.checkpoint.plain import check_contents, check_plain
+from llama_mini.checkpoint.rows import rows_for_file
 from llama_mini.checkpoint.source import Source, StoredCodes, StoredTensor
 from llama_mini.checkpoint.special_ids import special_ids
 from llama_mini.checkpoint.weight_formats import weight_bytes, weight_formats
@@ -107,14 +106,13 @@ def save_model(model: nn.Module, path: Path) -> None:
     parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     check_contents(model, parameters)
     raw = to_hf(config, dtype_name(next(iter(parameters.values())).dtype))
-    table = key_table(raw["model_type"])
-    parameters = {to_file_name(name, table): p for name, p in parameters.items()}
+    shapes = rows_for_file(((name, p.to("meta")) for name, p in parameters.items()), raw["model_type"], config)
     with new_directory(path) as directory:
         write_json(directory / "config.json", raw)
         write_json(directory / "generation_config.json", special_ids(config))
         write_file(
             directory / SINGLE,
-            ((name, p.dtype, tuple(p.shape)) for name, p in parameters.items()),
-            (p.cpu().contiguous() for p in parameters.values()),
+            ((name, p.dtype, tuple(p.shape)) for name, p in shapes),
+            (p.cpu().contiguous() for _, p in rows_for_file(parameters.items(), raw["model_type"], config)),
             {"format": "pt"},
         )

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.keys import KeyTable
-from llama_mini.errors import CheckpointMismatchError
 from llama_mini.model.config import LlamaConfig
 
 Values = TypeVar("Values", Tensor, "StoredCodes")
@@ -114,18 +113,3 @@ def no_destination(name: str, first: int, shape: tuple[int, ...]) -> None:
 def rows_per_chunk(columns: int) -> int:
     """How many rows of a matrix are read at once: a multiple of 16, so that packed formats can store each chunk."""
     return max(_BLOCK, _CHUNK // max(columns, 1) // _BLOCK * _BLOCK)
-
-
-def to_split_half_rope(rows: Tensor, n_heads: int, name: str) -> Tensor:
-    """Reorders the rows of a whole q or k weight or bias: rotary pairs side by side -> the two halves of each head.
-
-    Meta's files and llama.cpp's `llama` architecture interleave the pairs; this model splits them, like transformers.
-
-    Raises CheckpointMismatchError if the rows are not `n_heads` heads of an even width.
-    """
-    if rows.shape[0] % (2 * n_heads):
-        raise CheckpointMismatchError(
-            f"{name} has {rows.shape[0]} rows, which are not {n_heads} heads of an even width"
-        )
-    pairs = rows.reshape(n_heads, rows.shape[0] // n_heads // 2, 2, -1)
-    return pairs.transpose(1, 2).reshape(rows.shape)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
@@ -22,9 +21,9 @@ from llama_mini.checkpoint.io.files import (
     read_bytes,
     write_json,
 )
-from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.match import empty_model, match, read_all
 from llama_mini.checkpoint.open import open_checkpoint
+from llama_mini.checkpoint.rows import rows_for_file
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.special_ids import special_ids, with_missing_ids
 from llama_mini.errors import TokenizerError, warn
@@ -54,12 +53,14 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) ->
     config = _with_special_ids(source.config, tokenizer)
     out_dtype = source.dtype if dtype is None else as_dtype(dtype)
     hf_config = to_hf(config, dtype_name(out_dtype), source.model_type)
-    table, parameters = key_table(hf_config["model_type"]), dict(model.named_parameters())
-    entries = [(to_file_name(name, table), out_dtype, tuple(parameters[name].shape)) for name in names.values()]
+    model_type, parameters = hf_config["model_type"], dict(model.named_parameters())
+    shapes = rows_for_file(((name, parameters[name]) for name in names.values()), model_type, config)
+    entries = [(name, out_dtype, tuple(p.shape)) for name, p in shapes]
 
     def tensors() -> Iterator[Tensor]:
         rows = read_all(source, names, out_dtype, "converting", delay=0, whole=True)
-        return (tensor.contiguous() for *_, tensor in rows)
+        in_file = rows_for_file(((name, tensor) for name, _, tensor in rows), model_type, config)
+        return (tensor.contiguous() for _, tensor in in_file)
 
     with new_directory(target) as folder:
         write_json(folder / "config.json", hf_config)

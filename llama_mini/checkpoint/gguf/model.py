@@ -17,6 +17,7 @@ from llama_mini.checkpoint.gguf.rope import ROPE_KEYS, gguf_scaling, name_tensor
 from llama_mini.checkpoint.gguf.tensors import FLOATS, kept, read_blocks, read_rows, read_tensor
 from llama_mini.checkpoint.keys import GGUF_KEYS
 from llama_mini.checkpoint.not_models import describe_gguf
+from llama_mini.checkpoint.rows import with_split_pairs
 from llama_mini.checkpoint.source import (
     Destination,
     Rows,
@@ -24,7 +25,6 @@ from llama_mini.checkpoint.source import (
     StoredCodes,
     StoredTensor,
     rows_per_chunk,
-    to_split_half_rope,
 )
 from llama_mini.checkpoint.special_ids import gguf_special_ids
 from llama_mini.errors import CheckpointFormatError, ConfigError
@@ -67,10 +67,8 @@ def open_gguf(path: Path) -> Source:
     def read(names: Collection[str], dtype: torch.dtype, _: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
         with path.open("rb") as file:
             for name in names:
-                tensor, n_heads = header.tensors[name], _interleaved_heads(header, name, config)
-                if n_heads is not None:
-                    yield name, 0, to_split_half_rope(read_tensor(file, tensor, dtype), n_heads, name)
-                elif whole or len(tensor.shape) == 1:
+                tensor = header.tensors[name]
+                if whole or len(tensor.shape) == 1:
                     yield name, 0, read_tensor(file, tensor, dtype)
                 else:
                     for first, rows in read_rows(file, tensor, dtype, rows_per_chunk(tensor.shape[-1])):
@@ -79,14 +77,11 @@ def open_gguf(path: Path) -> Source:
     def read_quantized(names: Collection[str]) -> Iterator[Rows[StoredCodes]]:
         with path.open("rb") as file:
             for name in names:
-                tensor, n_heads = header.tensors[name], _interleaved_heads(header, name, config)
-                at_once = rows_per_chunk(tensor.shape[-1]) if n_heads is None else tensor.shape[0]
-                for first, blocks in read_blocks(file, tensor, at_once):
-                    if n_heads is not None:
-                        blocks = blocks._replace(rows=to_split_half_rope(blocks.rows, n_heads, name))
+                tensor = header.tensors[name]
+                for first, blocks in read_blocks(file, tensor, rows_per_chunk(tensor.shape[-1])):
                     yield name, first, blocks
 
-    return Source(
+    source = Source(
         path=path,
         format=f"GGUF file, {', '.join(sorted(matrix_types))}",
         model_type=header.metadata["general.architecture"],
@@ -101,6 +96,7 @@ def open_gguf(path: Path) -> Source:
         read_quantized=read_quantized,
         gguf=header,
     )
+    return with_split_pairs(source) if source.model_type == "llama" else source
 
 
 def gguf_config(header: GGUFHeader) -> LlamaConfig:
@@ -114,13 +110,6 @@ def gguf_config(header: GGUFHeader) -> LlamaConfig:
         return _config(_Metadata(header), header)
     except ConfigError as error:
         raise ConfigError(f"{header.path}: {name_tensors(str(error), header)}") from None
-
-
-def _interleaved_heads(header: GGUFHeader, name: str, config: LlamaConfig) -> int | None:
-    """The number of heads of q or k if their rotary pairs lie side by side, as in architecture `llama`; else None."""
-    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
-    is_llama = header.metadata["general.architecture"] == "llama"
-    return heads.get(name.split(".")[-2]) if is_llama and "." in name else None
 
 
 def _config(metadata: "_Metadata", header: GGUFHeader) -> LlamaConfig:

@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.families import key_table
+from llama_mini.checkpoint.families import has_interleaved_pairs, key_table
 from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
-from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
+from llama_mini.checkpoint.hf.safetensors_header import cut_rows, weight_dtype
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards, indexed, read_headers, stored
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import INDEX, PICKLES, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, names_in_file, to_file_name
 from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, describe_directory, told_by_name
+from llama_mini.checkpoint.rows import split_parts, with_split_pairs
 from llama_mini.checkpoint.source import Destination, Rows, Source, rows_per_chunk
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.machine import DTYPES
@@ -31,6 +32,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     if weight_map:
         tied = {to_file_name(name, keys) for name in (HEAD, EMBEDDING)} if config.tie_word_embeddings else set[str]()
         tensors = indexed(directory / INDEX, weight_map, tensors, keys, tied)
+    tensors = split_parts(tensors, keys, config, cut_rows)
     if file is None and (directory / ADAPTER_CONFIG).is_file():
         warn(f"{directory} also holds an adapter ({ADAPTER_CONFIG}): it is not applied")
     dtypes = [weight_dtype(tensor) for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)]
@@ -41,7 +43,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
             yield tensor.name, first, rows
             del rows  # before the next ones are read
 
-    return Source(
+    source = Source(
         path=directory if file is None else file,
         format=f"Hugging Face directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
         model_type=raw["model_type"],
@@ -51,6 +53,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
         tensors=stored(tensors),
         read_rows=read,
     )
+    return with_split_pairs(source) if has_interleaved_pairs(source.model_type) else source
 
 
 def common_dtype(dtypes: Collection[torch.dtype], stated: object) -> torch.dtype:

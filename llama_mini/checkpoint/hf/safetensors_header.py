@@ -69,6 +69,13 @@ def read_header(path: Path) -> dict[str, SafetensorsTensor]:
     return {tensor.name: tensor for tensor in sorted(tensors, key=position)}
 
 
+def cut_rows(tensor: SafetensorsTensor, name: str, first: int, n: int) -> SafetensorsTensor:
+    """Some rows of a tensor, under another name."""
+    row = (tensor.end - tensor.begin) // tensor.shape[0]
+    begin = tensor.begin + first * row
+    return tensor._replace(name=name, shape=(n, *tensor.shape[1:]), begin=begin, end=begin + n * row)
+
+
 def position(tensor: SafetensorsTensor) -> tuple[int, int]:
     return tensor.begin, tensor.end
 

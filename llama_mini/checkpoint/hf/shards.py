@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llama_mini.checkpoint.hf.safetensors_header import WEIGHTS, SafetensorsTensor, read_header
 from llama_mini.checkpoint.io.files import inside
-from llama_mini.checkpoint.keys import IGNORED_TENSORS, KeyTable
+from llama_mini.checkpoint.keys import IGNORED_TENSORS, KeyTable, whole_name
 from llama_mini.checkpoint.not_models import check_names
 from llama_mini.checkpoint.quantized import check_not_quantized
 from llama_mini.checkpoint.source import StoredTensor
@@ -86,7 +86,7 @@ def indexed(
     absent = {name for name in weight_map if name not in tensors and not IGNORED_TENSORS.search(name)}
     if absent := absent.difference(spared):
         raise CheckpointIncompleteError(f"{index} names tensors that no shard holds: {join_names(sorted(absent))}")
-    known = {name.replace("{}", "0") for name in keys}
+    known = {whole_name(name).replace("{}", "0") for name in keys}
     kept = {n: t for n, t in tensors.items() if n in weight_map or re.sub(r"\.\d+\.", ".0.", n, count=1) in known}
     if extra := sorted(name for name in tensors.keys() - kept.keys() if not IGNORED_TENSORS.search(name)):
         warn(f"{index} does not name {join_names(extra)}: not read")

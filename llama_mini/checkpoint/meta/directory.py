@@ -11,8 +11,8 @@ from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
 from llama_mini.checkpoint.hf.shards import complete_shards, read_headers, stored
 from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS
 from llama_mini.checkpoint.meta.params import read_params
-from llama_mini.checkpoint.source import Rows, Source, to_split_half_rope
-from llama_mini.model.config import LlamaConfig
+from llama_mini.checkpoint.rows import with_split_pairs
+from llama_mini.checkpoint.source import Rows, Source
 
 
 def open_meta_directory(directory: Path) -> Source:
@@ -25,13 +25,11 @@ def open_meta_directory(directory: Path) -> Source:
     config = read_params(directory, {name: tensor.shape for name, tensor in tensors.items()})
 
     def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
-        for tensor, _first, stored_values in read_rows(tensors[name] for name in names):
-            values = split_half_rope(tensor.name, stored_values, config)
-            del stored_values  # `values` may be a copy
-            yield tensor.name, 0, values
-            del values  # before the next one is read
+        for tensor, first, rows in read_rows(tensors[name] for name in names):
+            yield tensor.name, first, rows
+            del rows  # before the next ones are read
 
-    return Source(
+    source = Source(
         path=directory,
         format=f"Meta directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
         model_type="llama",
@@ -41,10 +39,4 @@ def open_meta_directory(directory: Path) -> Source:
         tensors=stored(tensors),
         read_rows=read,
     )
-
-
-def split_half_rope(name: str, values: Tensor, config: LlamaConfig) -> Tensor:
-    """A tensor in the model's layout. Only q and k differ: in Meta's files, rotary pairs lie side by side."""
-    if name.endswith(("attention.wq.weight", "attention.wk.weight")):
-        return to_split_half_rope(values, config.n_heads if ".wq." in name else config.n_kv_heads, name)
-    return values
+    return with_split_pairs(source)

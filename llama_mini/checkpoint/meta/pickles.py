@@ -13,18 +13,18 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.families import key_table
+from llama_mini.checkpoint.families import has_interleaved_pairs, key_table
 from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.directory import common_dtype, no_weights, pickles_in
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import inside, read_weight_map
-from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS, names_in_file, to_file_name
+from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS, names_in_file, to_file_name, whole_name
 from llama_mini.checkpoint.match import empty_model
-from llama_mini.checkpoint.meta.directory import split_half_rope
 from llama_mini.checkpoint.meta.params import read_params
 from llama_mini.checkpoint.not_models import check_names
 from llama_mini.checkpoint.quantized import check_not_quantized
+from llama_mini.checkpoint.rows import split_parts, with_split_pairs
 from llama_mini.checkpoint.source import Rows, Source, StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.machine import dtype_name
@@ -45,29 +45,33 @@ def open_hf_pickles(directory: Path) -> Source:
         files = complete_shards(directory, names)
     else:
         raise no_weights(directory, "neither pytorch_model*.bin nor another pickle")
-    tensors: dict[str, tuple[Path, Tensor]] = {}
+    file_of: dict[str, Path] = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         for name, tensor in _load(file).items():
             if name in tensors:
-                raise CheckpointFormatError(f"{name} is in both {tensors[name][0].name} and {file.name}")
-            tensors[name] = (file, tensor)
+                raise CheckpointFormatError(f"{name} is in both {file_of[name].name} and {file.name}")
+            file_of[name], tensors[name] = file, tensor
+    keys = names_in_file(key_table(raw["model_type"]), tensors)
+    tensors = split_parts(tensors, keys, config, lambda tensor, _, first, n: tensor[first : first + n])
 
     def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
-        return ((name, 0, tensors[name][1]) for name in names)
+        return ((name, 0, tensors[name]) for name in names)
 
-    return Source(
+    source = Source(
         path=directory,
         format=f"Hugging Face directory, {len(files)} pickled file{'s' if len(files) > 1 else ''}",
         model_type=raw["model_type"],
         config=config,
         dtype=common_dtype(
-            [tensor.dtype for name, (_, tensor) in tensors.items() if not IGNORED_TENSORS.search(name)],
+            [tensor.dtype for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)],
             raw.get("dtype") or raw.get("torch_dtype"),
         ),
-        keys=names_in_file(key_table(raw["model_type"]), tensors),
-        tensors={name: _stored(file, tensor, tuple(tensor.shape)) for name, (file, tensor) in tensors.items()},
+        keys=keys,
+        tensors={n: _stored(file_of[whole_name(n)], tensor, tuple(tensor.shape)) for n, tensor in tensors.items()},
         read_rows=read,
     )
+    return with_split_pairs(source) if has_interleaved_pairs(source.model_type) else source
 
 
 def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
@@ -106,13 +110,13 @@ def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
     def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
         for name in names:
             merged = _merged(name, [shard[name] for shard in shards], merges[name])
-            yield name, 0, split_half_rope(name, merged, config)
+            yield name, 0, merged
 
     tensors = {
         name: before if merges[name] is None else _stored(before.file, shards[0][name], shapes[name])
         for name, before in stored.items()
     }
-    return replace(source, tensors=tensors, read_rows=read)
+    return with_split_pairs(replace(source, tensors=tensors, read_rows=read))
 
 
 def _meta_files(directory: Path) -> list[Path]:

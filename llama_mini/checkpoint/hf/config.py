@@ -10,7 +10,7 @@ from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN, Family
 from llama_mini.checkpoint.hf.rope import read_rope, rope_to_hf
 from llama_mini.checkpoint.io.files import inside, read_json
 from llama_mini.checkpoint.not_models import describe_config
-from llama_mini.checkpoint.quantized import SETTINGS, quantized
+from llama_mini.checkpoint.quantized.methods import SETTINGS
 from llama_mini.checkpoint.special_ids import read_special_ids, special_ids
 from llama_mini.errors import CheckpointIncompleteError, ConfigError, warn
 from llama_mini.model.config import LlamaConfig
@@ -133,9 +133,6 @@ def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dic
 
 
 def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
-    for key, method in SETTINGS.items():
-        if raw.get(key):
-            raise ConfigError(f"{key} is {short_repr(raw[key])}: {quantized(raw[key], method)}")
     if raw.get(AUTO_MAP):
         code = "code that comes with a checkpoint is never run"
         raise ConfigError(f"{AUTO_MAP} is {short_repr(raw[AUTO_MAP])}: {code}; give a checkpoint without it")

@@ -11,14 +11,16 @@ from torch import Tensor
 from llama_mini.checkpoint.families import has_interleaved_pairs, key_table
 from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
-from llama_mini.checkpoint.hf.safetensors_header import cut_rows, weight_dtype
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards, indexed, read_headers, stored
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import INDEX, PICKLES, SINGLE, inside, read_weight_map
+from llama_mini.checkpoint.io.safetensors_header import cut_rows, weight_dtype
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, names_in_file, to_file_name
 from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, describe_directory, told_by_name
+from llama_mini.checkpoint.quantized.methods import quantized_matrices
+from llama_mini.checkpoint.quantized.weight import cut_matrix, read_matrix
 from llama_mini.checkpoint.rows import split_parts, with_split_pairs
-from llama_mini.checkpoint.source import Destination, Rows, Source, rows_per_chunk
+from llama_mini.checkpoint.source import Destination, Rows, Source, StoredCodes, rows_per_chunk
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.machine import DTYPES
 
@@ -32,16 +34,31 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     if weight_map:
         tied = {to_file_name(name, keys) for name in (HEAD, EMBEDDING)} if config.tie_word_embeddings else set[str]()
         tensors = indexed(directory / INDEX, weight_map, tensors, keys, tied)
-    tensors = split_parts(tensors, keys, config, cut_rows)
     if file is None and (directory / ADAPTER_CONFIG).is_file():
         warn(f"{directory} also holds an adapter ({ADAPTER_CONFIG}): it is not applied")
-    dtypes = [weight_dtype(tensor) for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)]
+    matrices = quantized_matrices(directory, raw, tensors)
+    parts = {part.name for matrix in matrices.values() for part in matrix.parts.values()}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    plain, matrices = split_parts(plain, keys, config, cut_rows), split_parts(matrices, keys, config, cut_matrix)
+    dtypes = [weight_dtype(tensor) for name, tensor in plain.items() if not IGNORED_TENSORS.search(name)]
 
     def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
-        selected = (tensors[name] for name in names)
+        selected = (plain[name] for name in names if name not in matrices)
         for tensor, first, rows in read_rows(selected, None if whole else rows_per_chunk, destination):
             yield tensor.name, first, rows
             del rows  # before the next ones are read
+        for matrix in (matrices[name] for name in names if name in matrices):
+            at_once = matrix.shape[0] if whole else rows_per_chunk(matrix.shape[1])
+            for first, rows in read_matrix(matrix, matrix.floats, at_once):
+                yield matrix.name, first, rows
+                del rows
+
+    def read_quantized(names: Collection[str]) -> Iterator[Rows[StoredCodes]]:
+        for matrix in (matrices[name] for name in names):
+            assert matrix.codes is not None
+            for first, rows in read_matrix(matrix, matrix.codes, rows_per_chunk(matrix.shape[1])):
+                yield matrix.name, first, rows
+                del rows
 
     source = Source(
         path=directory if file is None else file,
@@ -50,8 +67,9 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
         config=config,
         dtype=common_dtype(dtypes, raw.get("dtype") or raw.get("torch_dtype")),
         keys=keys,
-        tensors=stored(tensors),
+        tensors=stored(plain) | {name: matrix.stored() for name, matrix in matrices.items()},
         read_rows=read,
+        read_quantized=read_quantized,
     )
     return with_split_pairs(source) if has_interleaved_pairs(source.model_type) else source
 

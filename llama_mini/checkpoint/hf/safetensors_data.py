@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.hf.safetensors_header import (
+from llama_mini.checkpoint.io.safetensors_header import (
     METADATA,
     WEIGHTS,
     SafetensorsTensor,

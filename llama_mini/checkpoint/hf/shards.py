@@ -4,11 +4,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from llama_mini.checkpoint.hf.safetensors_header import WEIGHTS, SafetensorsTensor, read_header
 from llama_mini.checkpoint.io.files import inside
+from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor, read_header
 from llama_mini.checkpoint.keys import IGNORED_TENSORS, KeyTable, whole_name
 from llama_mini.checkpoint.not_models import check_names
-from llama_mini.checkpoint.quantized import check_not_quantized
 from llama_mini.checkpoint.source import StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.validate import join_names
@@ -65,7 +64,6 @@ def read_headers(files: Sequence[Path], weight_map: Mapping[str, str] | None = N
             both = f"{name} is in both {tensors[name].file} and {others[0].file.name}"
             raise CheckpointFormatError(f"{both}; give the path of the file to read, or remove one")
     check_names(files[0].parent, tensors)
-    check_not_quantized(files[0].parent, tensors, any(tensor.dtype not in WEIGHTS for tensor in tensors.values()))
     return tensors
 
 

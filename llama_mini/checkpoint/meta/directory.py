@@ -7,10 +7,11 @@ from torch import Tensor
 
 from llama_mini.checkpoint.hf.directory import common_dtype, no_weights
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
-from llama_mini.checkpoint.hf.safetensors_header import weight_dtype
 from llama_mini.checkpoint.hf.shards import complete_shards, read_headers, stored
+from llama_mini.checkpoint.io.safetensors_header import weight_dtype
 from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS
 from llama_mini.checkpoint.meta.params import read_params
+from llama_mini.checkpoint.quantized.methods import check_not_quantized
 from llama_mini.checkpoint.rows import with_split_pairs
 from llama_mini.checkpoint.source import Rows, Source
 
@@ -22,6 +23,7 @@ def open_meta_directory(directory: Path) -> Source:
         raise no_weights(directory, "params.json, but neither consolidated.safetensors nor *.pth")
     files = complete_shards(directory, names)
     tensors = read_headers(files)
+    check_not_quantized(directory, tensors)
     config = read_params(directory, {name: tensor.shape for name, tensor in tensors.items()})
 
     def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:

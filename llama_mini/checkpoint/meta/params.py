@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.io.files import PARAMS, inside, read_json
-from llama_mini.checkpoint.quantized import quantized
 from llama_mini.errors import ConfigError, warn
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.rope_scaling import Llama3Scaling
@@ -40,7 +39,7 @@ def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
         raise ConfigError(f"{refused[0]} is {short_repr(settings[refused[0]])}; this is not implemented")
     for key in ("quantization_args", "quantization"):
         if settings.get(key):
-            raise ConfigError(f"{key} is {short_repr(settings[key])}: {quantized(settings[key])}")
+            raise ConfigError(f"{key} is {short_repr(settings[key])}; give the checkpoint that is not quantised")
     check_flag("use_scaled_rope", settings.get("use_scaled_rope", False), ConfigError)
     if settings.get("use_biases") not in (None, False):
         raise ConfigError(f"use_biases is {short_repr(settings['use_biases'])}; only False is implemented")

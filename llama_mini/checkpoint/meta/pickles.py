@@ -23,7 +23,7 @@ from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS, names_in_file
 from llama_mini.checkpoint.match import empty_model
 from llama_mini.checkpoint.meta.params import read_params
 from llama_mini.checkpoint.not_models import check_names
-from llama_mini.checkpoint.quantized import check_not_quantized
+from llama_mini.checkpoint.quantized.methods import check_not_quantized
 from llama_mini.checkpoint.rows import split_parts, with_split_pairs
 from llama_mini.checkpoint.source import Rows, Source, StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, warn
@@ -147,7 +147,7 @@ def _load(file: Path) -> dict[str, Tensor]:
         raise CheckpointFormatError(f"{file} holds a {type(tensors).__name__}, not tensors by name")
     texts = [name for name in tensors if isinstance(name, str)]
     check_names(file, texts)
-    check_not_quantized(file, texts, has_codes=False)
+    check_not_quantized(file, texts)
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise CheckpointFormatError(f"{file}: {name!r:.80} is a {type(value).__name__}, not a plain tensor")

@@ -117,7 +117,6 @@ def test_an_absent_eps_is_transformers_default_with_a_warning(absent: dict[str, 
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"num_hidden_layers": 10_001}, "num_hidden_layers must be a whole number from 1 to 10000"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*: the .* by gptq; .*only GGUF"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map is .*never run"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear: factor missing"),
         (

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llama_mini.checkpoint.hf.safetensors_data import read_rows, write_file
-from llama_mini.checkpoint.hf.safetensors_header import SafetensorsTensor, read_header
 from llama_mini.checkpoint.io.atomic import new_directory
+from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor, read_header
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointPathError
 
 

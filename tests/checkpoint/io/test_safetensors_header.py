@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
-from llama_mini.checkpoint.hf.safetensors_header import SafetensorsTensor, read_header, stamp_of, weight_dtype
+from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor, read_header, stamp_of, weight_dtype
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
 
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}

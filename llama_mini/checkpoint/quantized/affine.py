@@ -1,0 +1,99 @@
+"""Codes of up to eight bits, with a scale and a minimum for each group of columns: GPTQ, AWQ and MLX store these."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor
+from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, fault
+from llama_mini.checkpoint.source import QuantizedWeights
+
+GROUP = 32  # columns that share a scale in our own formats
+
+
+class Affine(NamedTuple):
+    """n rows of a matrix: value = scale · code + min. codes (n, columns) uint8; scale and min (n, groups) float32."""
+
+    codes: Tensor
+    scale: Tensor
+    min: Tensor
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Codes of `bits` bits from int32 words, the lowest bits first: (..., words) -> (..., codes) uint8.
+
+    A code may lie in two words, as those of 3, 5 and 6 bits do. The bits of a row of words must be whole codes.
+    """
+    n_bytes = bits // gcd(bits, 8)  # that hold a whole number of codes
+    stored = words.contiguous().view(torch.uint8).unflatten(-1, (-1, n_bytes))
+    codes = []
+    for i in range(8 * n_bytes // bits):
+        byte, shift = divmod(i * bits, 8)
+        code = stored[..., byte] >> shift
+        if shift + bits > 8:
+            code = code | stored[..., byte + 1] << (8 - shift)
+        codes.append(code & ((1 << bits) - 1))
+    return torch.stack(codes, -1).flatten(-2)
+
+
+def unpack_some(words: Tensor, bits: int, first: int, n: int, order: Sequence[int] = range(8)) -> Tensor:
+    """`n` codes of each row from code `first` on; `order` says where in a word of eight codes each of them is."""
+    begin = first // 32
+    codes = unpack(words[:, begin * bits : -(-(first + n) // 32) * bits], bits)
+    ordered = codes.unflatten(-1, (-1, 8))[..., list(order)].flatten(-2)
+    return ordered[:, first - 32 * begin :][:, :n]
+
+
+def affine_matrix(
+    name: str,
+    shape: tuple[int, int],
+    parts: Mapping[str, SafetensorsTensor],
+    method: str,
+    bits: int,
+    group: int | Tensor,
+    decode: Callable[[Parts, int, int], Affine],
+    symmetric: bool = False,
+    by_rows: Collection[str] = (),
+) -> QuantizedMatrix:
+    """A matrix that `decode` reads as codes, scales and minima.
+
+    method: as people call it. group: columns that share a scale, or the group of each column, (columns,) int64.
+    symmetric: the middle code, 2^(bits-1), stands for zero.
+
+    Codes stay as they are if a group is of whole 32 columns and, of eight bits, if they are symmetric.
+    """
+    columns = shape[1]
+    whole = isinstance(group, int) and (group % GROUP == 0 or group >= columns) and columns % GROUP == 0
+    has_codes = whole and (bits <= 4 or (bits == 8 and symmetric))
+
+    def read(parts: Parts, first: int, n: int, step: int = 1) -> Affine:
+        """As `decode` does, with scales and minima for each column, or one in `step` columns."""
+        codes, scale, least = decode(parts, first, n)
+        of_column = torch.arange(0, columns, step) // group if isinstance(group, int) else group
+        return Affine(codes, scale[:, of_column], least[:, of_column])
+
+    def floats(parts: Parts, first: int, n: int) -> Tensor:
+        codes, scale, least = read(parts, first, n)
+        return scale.mul_(codes).add_(least)
+
+    def as_codes(parts: Parts, first: int, n: int) -> QuantizedWeights:
+        codes, scale, least = read(parts, first, n, GROUP)
+        if bits == 8 and not torch.equal(least, -128 * scale):
+            raise fault(matrix.parts["scales"], "is of a symmetric matrix, but its zero points are not all 128")
+        return QuantizedWeights(codes.contiguous(), scale.half(), None if bits == 8 else least.half())
+
+    groups = f"groups of {group}" if isinstance(group, int) else "columns grouped by g_idx"
+    matrix = QuantizedMatrix(
+        name=name,
+        shape=shape,
+        parts=parts,
+        number_format=f"{method} {bits} bits, {groups}{', symmetric' if symmetric else ''}",
+        kept="int4" if has_codes and bits <= 4 else "int8",
+        floats=floats,
+        codes=as_codes if has_codes else None,
+        by_rows=by_rows,
+    )
+    return matrix

@@ -7,10 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.gguf.blocks import Blocks
 from llama_mini.checkpoint.keys import EMBEDDING
 from llama_mini.checkpoint.source import StoredCodes
-from llama_mini.checkpoint.weight_formats import uniform_formats
+from llama_mini.checkpoint.weight_formats import SETTINGS, uniform_formats
 from llama_mini.errors import RequestError
 from llama_mini.model.llama import Llama, TransformerBlock
 from llama_mini.model.norm import RMSNorm
@@ -21,6 +20,7 @@ from llama_mini.optimize.fused_layers import FusedEmbedding, FusedHead, FusedLay
 from llama_mini.optimize.packed_linear import (
     FloatLinear,
     Int4Linear,
+    Int5Linear,
     Int8Linear,
     PackedLinear,
     QuantizedLinear,
@@ -28,7 +28,12 @@ from llama_mini.optimize.packed_linear import (
 )
 from llama_mini.validate import check_choice
 
-FORMATS: dict[str | None, type[PackedLinear]] = {None: FloatLinear, "int8": Int8Linear, "int4": Int4Linear}
+FORMATS: dict[str | None, type[PackedLinear]] = {
+    None: FloatLinear,
+    "int8": Int8Linear,
+    "int5": Int5Linear,
+    "int4": Int4Linear,
+}
 
 
 @dataclass
@@ -47,10 +52,7 @@ class PackedPart:
         """Stores rows from row `first` on, a multiple of BLOCK_ROWS. A bias is stored in one call."""
         if not isinstance(tensor, Tensor):
             assert isinstance(self.linear, QuantizedLinear)
-            if isinstance(tensor, Blocks):
-                self.linear.load_blocks(self.part, tensor, first)
-            else:
-                self.linear.store(self.part, first, *tensor.unpacked())
+            self.linear.load_codes(self.part, tensor, first)
         elif (destination := self.destination(first, len(tensor))) is None:
             self.linear.load(self.part, tensor, first)
         elif destination.data_ptr() != tensor.data_ptr():
@@ -65,7 +67,7 @@ def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -
     Raises RequestError for an unknown setting, or if the model is optimized already.
     """
     if quantize is not None:
-        check_choice("quantize", quantize, [name for name in FORMATS if name], RequestError)
+        check_choice("quantize", quantize, [name for name in SETTINGS if name in FORMATS], RequestError)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     formats = uniform_formats(model.config, quantize)
     for name, part in fuse(model, model.dtype, model.device, formats, kernels).items():
@@ -106,10 +108,8 @@ def fuse(
             window = config.sliding_window if i in config.sliding_layers else None
             layer.attention = FusedAttention(layer.attention, make, window or 0)
             layer.feed_forward = FusedFeedForward(layer.feed_forward, make)
-        formats_of_layers = {part.linear.name for name, part in parts.items() if name.startswith("layers.")}
-        if native and len(formats_of_layers) == 1:  # the operator takes layers of one format
-            model.layers = FusedLayers(model.layers)
         if native:
+            model.layers = FusedLayers(model.layers)
             for norm in model.modules():
                 if type(norm) is RMSNorm:
                     norm.__class__ = FusedRMSNorm  # the same module: its hooks, address and weight stay

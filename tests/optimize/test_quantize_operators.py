@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_mini.checkpoint.gguf.tensors import Blocks
+from llama_mini.checkpoint.gguf.blocks import Blocks
 from llama_mini.optimize.build import ISA_VARIANTS
 from llama_mini.optimize.packed_linear import QuantizedLinear
 from tests.optimize.twins import each_isa, examples, generator, random_matrix, same_bits
@@ -54,7 +54,7 @@ def test_repack_gives_the_bits_of_its_twin(
     twin.kernels = False
     for matrix in (found, twin):
         assert isinstance(matrix, QuantizedLinear)
-        matrix.load_blocks(1, blocks, 16 * first)
+        matrix.load_codes(1, blocks, 16 * first)
     assert all(map(same_bits, found.tensors, twin.tensors))
 
 

@@ -180,8 +180,8 @@ class QuantizedLinear(PackedLinear):
     def load_codes(self, part: int, rows: StoredCodes, first: int = 0) -> None:
         """Stores rows of a part without requantizing them; `first` is a multiple of BLOCK_ROWS.
 
-        They are of this format, or int4 for int5, in whole groups of 32 columns. Raises CheckpointFormatError for a scale
-        or minimum that is not finite.
+        They are codes of this format, or of int4 for int5, in whole groups of 32 columns. Raises CheckpointFormatError
+        for a scale or minimum that is not finite.
         """
         block, ops = self._block(part, first), torch.ops.llama_mini
         if not self.kernels:

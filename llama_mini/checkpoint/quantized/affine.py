@@ -67,7 +67,7 @@ def affine_matrix(
     """
     columns = shape[1]
     whole = isinstance(group, int) and (group % GROUP == 0 or group >= columns) and columns % GROUP == 0
-    has_codes = whole and (bits <= 4 or (bits == 8 and symmetric))
+    has_codes = whole and (bits <= 5 or (bits == 8 and symmetric))
 
     def read(parts: Parts, first: int, n: int, step: int = 1) -> Affine:
         """As `decode` does, with scales and minima for each column, or one in `step` columns."""
@@ -91,7 +91,7 @@ def affine_matrix(
         shape=shape,
         parts=parts,
         number_format=f"{method} {bits} bits, {groups}{', symmetric' if symmetric else ''}",
-        kept="int4" if has_codes and bits <= 4 else "int8",
+        kept="int8" if bits > 5 or not has_codes else "int5" if bits == 5 else "int4",
         floats=floats,
         codes=as_codes if has_codes else None,
         by_rows=by_rows,

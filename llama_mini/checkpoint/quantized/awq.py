@@ -29,7 +29,8 @@ def matrices(
     if bits not in (None, _BITS):
         raise ConfigError(f"bits is {short_repr(bits)}; AWQ has {_BITS}")
     size = 128 if size is None else size
-    check_whole("group_size", size, ConfigError, minimum=-1)
+    if size != -1:
+        check_whole("group_size", size, ConfigError)
     for module, parts in modules(tensors, ("qweight", "qzeros", "scales")):
         (columns, _), (_, rows) = sizes_of(parts["qweight"]), sizes_of(parts["scales"])
         group = columns if size < 1 else size

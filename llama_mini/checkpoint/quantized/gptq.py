@@ -31,7 +31,7 @@ _PACKINGS = {  # AutoRound's packing_format -> GPTQ's checkpoint_format, or AWQ
     "auto_awq": "awq",
     "awq": "awq",
 }
-_BITS = ("2", "3", "4", "8")
+_BITS = (2, 3, 4, 8)
 
 
 def auto_round(settings: Mapping[str, Any], tensors: Mapping[str, SafetensorsTensor]) -> Iterator[QuantizedMatrix]:
@@ -57,11 +57,14 @@ def matrices(
     all_bits, sizes = _stated(settings, "bits", 4), _stated(settings, "group_size", 128)
     symmetric, reordered = _stated(settings, "sym", True), _stated(settings, "desc_act", False)
     for bits in all_bits:
-        check_choice("bits", str(bits), _BITS, ConfigError)
+        if isinstance(bits, bool) or bits not in _BITS:
+            raise ConfigError(f"bits is {short_repr(bits)}; those that are read are {', '.join(map(str, _BITS))}")
     for size in sizes:
-        check_whole("group_size", size, ConfigError, minimum=-1)
-    for flag in (*symmetric, *reordered):
-        check_flag("sym or desc_act", flag, ConfigError)
+        if size != -1:
+            check_whole("group_size", size, ConfigError)
+    for key, flags in (("sym", symmetric), ("desc_act", reordered)):
+        for flag in flags:
+            check_flag(key, flag, ConfigError)
     for module, parts in modules(tensors, ("qweight", "qzeros", "scales"), ("g_idx",)):
         qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
         (n_words, _), (_, n_zeros), (n_groups, rows) = sizes_of(qweight), sizes_of(qzeros), sizes_of(scales)

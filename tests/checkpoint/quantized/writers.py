@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llama_mini.checkpoint.open import open_checkpoint
 from tests.tiny_families import random_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -25,9 +26,11 @@ def write_model(
 ) -> PreTrainedModel:
     """Writes a random model whose matrices `quantize` replaces (None keeps one plain); returns it, dequantised."""
     model = random_model(model_type, 1, **SIZES | {"attention_bias": False, "mlp_bias": False} | changes)
-    model.half().save_pretrained(directory)
-    tensors = load_file(directory / "model.safetensors")
-    values = dict(model.float().named_parameters())
+    values = dict(model.named_parameters())
+    for parameter in values.values():
+        parameter.data.copy_(parameter.half())
+    model.save_pretrained(directory)
+    tensors = {name: tensor.half() for name, tensor in load_file(directory / "model.safetensors").items()}
     for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
         if (made := quantize(name, tensors[name])) is not None:
             del tensors[name]
@@ -90,3 +93,20 @@ def awq(rng: np.random.Generator, shape: tuple[int, int], size: int) -> tuple[St
         pack(array.reshape(len(array), -1, 8)[..., AWQ_ORDER].reshape(array.shape), 4) for array in (codes, zeros)
     ]
     return {"qweight": in_words[0], "qzeros": in_words[1], "scales": scales}, values.T
+
+
+def check_codes(directory: Path, model: PreTrainedModel, wide: bool = False) -> int:
+    """Compares the codes that are kept with the weights: the minimum of a group is rounded to float16.
+
+    wide: the scale is, too. Returns the number of matrices that keep their codes.
+    """
+    source, values = open_checkpoint(directory), dict(model.named_parameters())
+    names = [name for name, stored in source.tensors.items() if stored.has_codes]
+    for name, first, rows in source.read_quantized(names):
+        codes, scale, least = rows.unpacked()
+        assert codes.dtype == torch.uint8
+        scales = scale.double().repeat_interleave(32, 1)
+        minima = -128 * scales if least is None else least.double().repeat_interleave(32, 1)
+        error = (codes * scales + minima - values[name][first : first + len(codes)]).abs()
+        assert (error <= (minima.abs() + wide * codes * scales.abs()) * 2**-11 + 2**-21).all(), name
+    return len(names)

@@ -1,0 +1,93 @@
+"""MLX: quantised by mlx itself, dequantised as mlx does it."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llama_mini.checkpoint.open import open_checkpoint
+from llama_mini.errors import ConfigError
+from llama_mini.model.llama import Llama
+from tests.checkpoint.quantized.writers import check_codes, edit_config, write_model
+from tests.tiny_families import logits
+from tests.tiny_models import random_tokens
+
+TOKENS = random_tokens(1, 9)
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+
+
+def quantized(weight: Tensor, bits: int, group: int, dtype: str) -> tuple[dict[str, Tensor], Any]:
+    made = mx.quantize(mx.array(weight.float().numpy()).astype(getattr(mx, dtype)), group, bits)
+    parts = dict(zip(("weight", "scales", "biases"), made, strict=True))
+    wide = {name: np.array(part.astype(mx.float32)) for name, part in parts.items() if name != "weight"}
+    stored = {name: torch.from_numpy(part).to(getattr(torch, dtype)) for name, part in wide.items()}
+    values = mx.dequantize(made[0], *(mx.array(part) for part in wide.values()), group, bits)
+    return {"weight": torch.from_numpy(np.array(made[0]))} | stored, np.array(values)
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_weights_and_logits(tmp_path: Path, seed: int) -> None:
+    """Each layer has its own bits, groups or none; embedding and head are quantised too."""
+    rng = np.random.default_rng(seed)
+    settings: dict[str, Any] = {"group_size": 64, "bits": 4, "mode": "affine"}
+    dtype = ["float16", "bfloat16", "float32"][seed % 3]
+
+    def quantize(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Any] | None:
+        module = name.removesuffix(".weight")
+        if rng.integers(8) == 0:
+            settings[module] = False
+            return None
+        bits, group = settings["bits"], settings["group_size"]
+        if rng.integers(2):
+            bits, group = int(rng.choice([2, 3, 4, 5, 6, 8])), int(rng.choice([32, 64, 128]))
+            settings[module] = {"group_size": group, "bits": bits}
+        return quantized(weight, bits, group, dtype)
+
+    model = write_model(tmp_path, {}, quantize, **SIZES, tie_word_embeddings=bool(seed % 2))
+    edit_config(tmp_path, {"quantization": settings, "quantization_config": settings})
+    mine = Llama.from_pretrained(tmp_path, dtype="float32")
+    torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=3e-5)
+    check_codes(tmp_path, model, wide=dtype == "float32")
+
+
+@pytest.mark.parametrize(
+    ("bits", "kept", "has_codes"),
+    [
+        (2, "int4", True),
+        (3, "int4", True),
+        (4, "int4", True),
+        (5, "int5", True),
+        (6, "int8", False),
+        (8, "int8", False),
+    ],
+)
+def test_what_is_kept(tmp_path: Path, bits: int, kept: str, has_codes: bool) -> None:
+    write_model(
+        tmp_path,
+        {"quantization": {"group_size": 64, "bits": bits}},
+        lambda _, w: quantized(w, bits, 64, "float16"),
+        **SIZES,
+    )
+    stored = open_checkpoint(tmp_path).tensors["model.layers.0.mlp.down_proj.weight"]
+    assert (stored.number_format, stored.kept, stored.has_codes) == (f"MLX {bits} bits, groups of 64", kept, has_codes)
+    assert stored.n_bytes == 128 * 256 * bits // 8 + 2 * 2 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "quantization.mode is 'mxfp4'; only 'affine'"),
+        ({"group_size": 64, "bits": 4, "lm_head": {"mode": "nvfp4"}}, "quantization.mode is 'nvfp4'; only 'affine'"),
+        ({"group_size": 48, "bits": 4}, "quantization.group_size is 48; MLX has 32, 64, 128"),
+        ({"group_size": 64, "bits": True}, "quantization.bits is True; MLX has 2, 3, 4, 5, 6, 8"),
+        ({"group_size": 64, "bits": 4, "lm_head": {"bits": 7}}, "quantization.bits is 7"),
+    ],
+)
+def test_settings_that_mlx_does_not_write(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    write_model(tmp_path, {"quantization": settings}, lambda _, w: quantized(w, 4, 64, "float16"), **SIZES)
+    with pytest.raises(ConfigError, match=message):
+        open_checkpoint(tmp_path)

@@ -1,0 +1,110 @@
+"""Quantised matrices as a fast model holds them, in parts of fused tensors, in shards and under other names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llama_mini.checkpoint.io.safetensors_header import read_header
+from llama_mini.checkpoint.load import load_model
+from llama_mini.checkpoint.open import open_checkpoint
+from llama_mini.checkpoint.quantized.weight import read_part
+from llama_mini.cli.convert import convert
+from llama_mini.cli.info import describe
+from llama_mini.errors import CheckpointFormatError, LlamaMiniWarning
+from llama_mini.model.llama import Llama
+from llama_mini.optimize import fuser
+from tests.checkpoint.quantized.test_mlx import quantized
+from tests.checkpoint.quantized.writers import awq, gptq, layers_only, write_model
+from tests.optimize.conftest import error
+from tests.tiny_families import logits
+from tests.tiny_models import random_tokens
+
+TOKENS = random_tokens(1, 9)
+INDEX = "model.safetensors.index.json"
+
+
+def write(directory: Path, method: str, bits: int, model_type: str = "llama", **changes: Any) -> Any:
+    rng = np.random.default_rng(bits)
+    settings: dict[str, Any] = {"quant_method": method, "bits": bits, "group_size": 32}
+    if method == "mlx":
+        settings = {"bits": bits, "group_size": 32}
+
+    def quantize(name: str, weight: Tensor) -> Any:
+        shape = tuple(weight.shape)
+        if not layers_only(name, weight):
+            return None
+        if method == "gptq":
+            return gptq(rng, shape, bits, 32, sym=True, v1=True, order=False)
+        return awq(rng, shape, 32) if method == "awq" else quantized(weight, bits, 32, "float16")
+
+    key = "quantization" if method == "mlx" else "quantization_config"
+    return write_model(directory, {key: settings}, quantize, model_type, **changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "tolerance"),
+    [("gptq", 4, 1e-4), ("gptq", 8, 1e-5), ("awq", 4, 2e-3), ("mlx", 3, 2e-3), ("mlx", 5, 2e-3), ("mlx", 6, 2e-2)],
+)
+def test_a_fast_model_holds_the_codes(tmp_path: Path, method: str, bits: int, tolerance: float) -> None:
+    """Where scales and minima are rounded, to float16, the logits show it; six bits are requantised to eight."""
+    model = write(tmp_path, method, bits)
+    fast = load_model(Llama, open_checkpoint(tmp_path), "float32", "cpu", fuser("off"), "auto")
+    assert 0 < error(fast(TOKENS), logits(model, TOKENS)) < tolerance
+
+
+def test_shards_with_an_index(tmp_path: Path) -> None:
+    """The parts of a matrix may lie in different files."""
+    model = write(tmp_path, "gptq", 4)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    weight_map = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, tmp_path / file)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    mine = Llama.from_pretrained(tmp_path, dtype="float32")
+    torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=2e-5)
+    del weight_map["model.layers.0.mlp.up_proj.qzeros"]
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with (
+        pytest.warns(LlamaMiniWarning, match=r"does not name model\.layers\.0\.mlp\.up_proj\.qzeros: not read"),
+        pytest.raises(CheckpointFormatError, match=r"needs model\.layers\.0\.mlp\.up_proj\.qzeros, which no file"),
+    ):
+        open_checkpoint(tmp_path)
+
+
+def test_a_prefix_before_every_name(tmp_path: Path) -> None:
+    model = write(tmp_path, "awq", 4)
+    path = tmp_path / "model.safetensors"
+    save_file({f"language_model.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.warns(LlamaMiniWarning, match=r"begins with 'language_model\.'"):
+        mine = Llama.from_pretrained(tmp_path, dtype="float32")
+    torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
+def test_a_conversion_writes_floats(tmp_path: Path) -> None:
+    model = write(tmp_path / "quantised", "mlx", 4)
+    convert(tmp_path / "quantised", tmp_path / "floats", dtype="float32")
+    mine = Llama.from_pretrained(tmp_path / "floats")
+    torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=3e-5)
+
+
+def test_info_names_the_method(tmp_path: Path) -> None:
+    write(tmp_path, "gptq", 4)
+    assert "GPTQ 4 bits, groups of 32, symmetric" in describe(tmp_path)
+
+
+def test_a_part_that_changed_after_the_header_was_read(tmp_path: Path) -> None:
+    write(tmp_path, "gptq", 4)
+    path = tmp_path / "model.safetensors"
+    tensor = read_header(path)["model.layers.0.mlp.up_proj.qweight"]
+    assert torch.equal(read_part(tensor, 2, 3), load_file(path)[tensor.name][2:5])
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointFormatError, match="it changed while it was read"):
+        read_part(tensor)

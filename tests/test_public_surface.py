@@ -48,8 +48,9 @@ FIELDS = {
     Completion: "text token_ids finish_reason error logprobs stats top_logprobs prompt_logprobs prompt_top_logprobs",
     Chunk: "text token_id finish_reason completion",
     LlamaConfig: "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len norm_eps rope_theta "
-    "rope_scaling sliding_window sliding_layers qkv_bias o_bias mlp_bias tie_word_embeddings "
-    "norm_plan bos_id eos_ids pad_id",
+    "rope_scaling rotary_dim unrotated_layers sliding_window sliding_layers sliding_rope_theta sliding_rope_scaling "
+    "attention_scale attention_softcap qk_norm_after_rope qkv_bias o_bias mlp_bias activation gated_mlp "
+    "embedding_scale logit_scale logit_softcap tie_word_embeddings norm_plan bos_id eos_ids pad_id",
     NormPlan: "attention feed_forward embed final overrides",
 }
 

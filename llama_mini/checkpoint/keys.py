@@ -66,27 +66,6 @@ META_KEYS: KeyTable = {
     "output.weight": "lm_head.weight",
 }
 
-GGUF_KEYS: KeyTable = _with_biases(
-    {
-        "token_embd.weight": "tok_embeddings.weight",
-        "blk.{}.attn_norm.weight": "layers.{}.attention.pre_norm.weight",
-        "blk.{}.attn_q.weight": "layers.{}.attention.q_proj.weight",
-        "blk.{}.attn_k.weight": "layers.{}.attention.k_proj.weight",
-        "blk.{}.attn_v.weight": "layers.{}.attention.v_proj.weight",
-        "blk.{}.attn_output.weight": "layers.{}.attention.o_proj.weight",
-        "blk.{}.attn_q_norm.weight": "layers.{}.attention.q_norm.weight",
-        "blk.{}.attn_k_norm.weight": "layers.{}.attention.k_norm.weight",
-        "blk.{}.post_attention_norm.weight": "layers.{}.attention.out_norm.weight",
-        "blk.{}.ffn_norm.weight": "layers.{}.feed_forward.pre_norm.weight",
-        "blk.{}.ffn_gate.weight": "layers.{}.feed_forward.gate_proj.weight",
-        "blk.{}.ffn_up.weight": "layers.{}.feed_forward.up_proj.weight",
-        "blk.{}.ffn_down.weight": "layers.{}.feed_forward.down_proj.weight",
-        "blk.{}.post_ffw_norm.weight": "layers.{}.feed_forward.out_norm.weight",
-        "output_norm.weight": "norm.weight",
-        "output.weight": "lm_head.weight",
-    }
-)
-
 # Rotary tables in old checkpoints, and those in a GGUF file, which gguf/rope.py reads as settings.
 IGNORED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$|^rope_(freqs|factors_(long|short))\.weight$")
 

@@ -33,14 +33,17 @@ def check_plain(model: nn.Module) -> None:
 
 def check_contents(model: Any, parameters: Mapping[str, Tensor]) -> None:
     """Refuses, with a RequestError, what a checkpoint cannot hold: a rotary table of its own, and missing values."""
-    actual, planned = deepcopy(model.rope).cpu(), type(model.rope)(model.config)
-    for position in (1, 4 * model.config.max_seq_len):  # a long text may have a table of its own
-        both = (rope(torch.tensor([[position]])) for rope in (actual, planned))
-        if not all((a == b).all() for a, b in zip(*both, strict=True)):
-            raise RequestError(
-                "rope is not what the model's config describes (inv_freq or a config was exchanged), and a checkpoint "
-                "holds the config alone: write the change as rope_theta or rope_scaling, or undo it"
-            )
+    for name in ("rope", "sliding_rope"):
+        if (rope := getattr(model, name)) is None:
+            continue
+        actual, planned = deepcopy(rope).cpu(), type(rope)(model.config, name == "sliding_rope")
+        for position in (1, 4 * model.config.max_seq_len):  # a long text may have a table of its own
+            both = (each(torch.tensor([[position]])) for each in (actual, planned))
+            if not all((a == b).all() for a, b in zip(*both, strict=True)):
+                raise RequestError(
+                    f"{name} is not what the model's config describes (inv_freq or a config was exchanged), and a "
+                    "checkpoint holds the config alone: write the change as rope_theta or rope_scaling, or undo it"
+                )
     for name, parameter in parameters.items():
         if parameter.is_meta:
             raise RequestError(f"{name} is on the meta device and has no values; load the model, and save it then")

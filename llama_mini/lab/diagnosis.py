@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.checkpoint.families import OWN
-from llama_mini.checkpoint.gguf.model import shortest
+from llama_mini.checkpoint.gguf.metadata import shortest
 from llama_mini.checkpoint.io.files import CONFIG, PARAMS, inside, read_json
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.load import load_model

@@ -68,4 +68,6 @@ def rebuilt(model: Llama, config: LlamaConfig, parameters: Mapping[str, nn.Param
         parent, _, leaf = name.rpartition(".")
         setattr(tree.get_submodule(parent), leaf, parameters[name])
     tree.rope.inv_freq = model.rope.inv_freq
+    if tree.sliding_rope is not None and model.sliding_rope is not None:
+        tree.sliding_rope.inv_freq = model.sliding_rope.inv_freq
     return tree.train(model.training)

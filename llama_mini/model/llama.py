@@ -31,6 +31,7 @@ class Llama(nn.Module):
         self.norm = build_norm(config.norm_plan.final, config.dim, config.norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.dim, config.vocab_size)
         self.rope = RotaryEmbedding(config)
+        self.sliding_rope = None if config.sliding_rope_theta is None else RotaryEmbedding(config, sliding=True)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Next-token logits. tokens (B, T) int64 -> (B, T, V) float32 (float64 for a float64 model).
@@ -59,17 +60,34 @@ class Llama(nn.Module):
 
     def trunk(self, tokens: Tensor, positions: Tensor, mask: Tensor, kv: list[LayerCache] | None) -> Tensor:
         """Tensors in, tensors out: the one function that is run eagerly, captured or exported."""
-        x = self.embed_norm(self.tok_embeddings(tokens))  # (B, T, C)
-        rope = self.rope(positions, cached=kv is not None)
-        window, sliding = self.config.sliding_window, self.config.sliding_layers
-        near = mask if window is None else within_window(mask, positions, window)
-        masks = [near if i in sliding else mask for i in range(self.config.n_layers)]
-        return self.norm(self.layers(x, rope, masks, kv))
+        x = self.embed_norm(self.embed(tokens))  # (B, T, C)
+        ropes, masks = self.by_layer(positions, mask, cached=kv is not None)
+        return self.norm(self.layers(x, ropes, masks, kv))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        x, scale = self.tok_embeddings(tokens), self.config.embedding_scale
+        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype, device="cpu")
+
+    def by_layer(self, positions: Tensor, mask: Tensor, cached: bool) -> tuple[list[Rope | None], list[Tensor]]:
+        """The rotation of each layer, None for a layer without, and its mask."""
+        config, sliding = self.config, self.config.sliding_layers
+        rope = near_rope = self.rope(positions, cached)
+        if self.sliding_rope is not None:
+            near_rope = self.sliding_rope(positions, cached)
+        near = mask if config.sliding_window is None else within_window(mask, positions, config.sliding_window)
+        ropes = [near_rope if i in sliding else rope for i in range(config.n_layers)]
+        for i in config.unrotated_layers:
+            ropes[i] = None
+        return ropes, [near if i in sliding else mask for i in range(config.n_layers)]
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
         y = self.tok_embeddings.project(x) if self.lm_head is None else self.lm_head(x)
-        return y.to(torch.promote_types(y.dtype, torch.float32))
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        if self.config.logit_scale != 1:
+            y = y * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return y if cap is None else cap * torch.tanh(y / cap)
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `batch` rows of `length` positions, on the model's device and in its dtype."""
@@ -114,11 +132,11 @@ class Llama(nn.Module):
 
 
 class Layers(nn.ModuleList):
-    """The layers in order: (B, T, C) -> (B, T, C). Each gets its own mask and, with a KVCache, its own part of it."""
+    """The layers in order: (B, T, C) -> (B, T, C). Each gets its own rotation, mask and part of the KVCache."""
 
-    def forward(self, x: Tensor, rope: Rope, masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
+    def forward(self, x: Tensor, ropes: list[Rope | None], masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
         for i, layer in enumerate(self):
-            x = layer(x, rope, masks[i], None if kv is None else kv[i])
+            x = layer(x, ropes[i], masks[i], None if kv is None else kv[i])
         return x
 
 
@@ -131,5 +149,5 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(config, attention)
         self.feed_forward = FeedForward(config, feed_forward)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor, kv: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor, kv: LayerCache | None) -> Tensor:
         return self.feed_forward(self.attention(x, rope, mask, kv))

@@ -1,7 +1,7 @@
 """Rotary position embedding: cosines and sines of positions, and the rotation. rope_scaling.py has the scaling rules.
 
-Elements i and i + D/2 of a head are rotated as a pair: the split-half layout of Hugging Face. Meta's files interleave
-the pairs instead. Source: Su et al. 2021 (RoFormer).
+Elements i and i + R/2 of a head are rotated as a pair, R the number of elements that are: the split-half layout of
+Hugging Face. Meta's files interleave the pairs instead. Source: Su et al. 2021 (RoFormer).
 """
 
 from collections.abc import Callable
@@ -15,28 +15,37 @@ from llama_mini.model.rope_scaling import LengthScaling, RopeScaling, exponents
 Rope = tuple[Tensor, Tensor]
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians per position of each pair: (D/2,) float32, rounded as in transformers; with longrope two such rows."""
-    plain = 1.0 / theta ** exponents(head_dim)
+def inverse_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Radians per position of each pair: (R/2,) float32, rounded as in transformers; with longrope two such rows."""
+    plain = 1.0 / theta ** exponents(rotary_dim)
     return plain if scaling is None else scaling.frequencies(plain, theta)
 
 
 class RotaryEmbedding(nn.Module):
-    """positions (B, T) int64 -> cosines and sines, each (B, T, 1, D/2) float32 whatever the model's dtype.
+    """positions (B, T) int64 -> cosines and sines, each (B, T, 1, R/2) float32 whatever the model's dtype.
 
+    R is the config's `rotary_dim`. `sliding`: for the layers with a window, where they have a rotation of their own.
     `cached`: a KVCache keeps what is rotated here; LengthScaling says why that matters.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, sliding: bool = False) -> None:
         super().__init__()
-        self.config = config
-        self.inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.config, self.sliding = config, sliding
+        self.inv_freq = inverse_frequencies(config.rotary_dim, *self.rule)
+
+    @property
+    def rule(self) -> tuple[float, RopeScaling | None]:
+        """The base of the frequencies, and their scaling."""
+        config = self.config
+        if self.sliding and config.sliding_rope_theta is not None:
+            return config.sliding_rope_theta, config.sliding_rope_scaling
+        return config.rope_theta, config.rope_scaling
 
     def forward(self, positions: Tensor, cached: bool = False) -> Rope:
-        scaling, inv_freq, context = self.config.rope_scaling, self.inv_freq, self.config.max_seq_len
+        (theta, scaling), inv_freq, context = self.rule, self.inv_freq, self.config.max_seq_len
         if isinstance(scaling, LengthScaling):
             length = positions.new_full((), context) if cached else positions.max() + 1
-            inv_freq = scaling.for_length(inv_freq, length, context, self.config.rope_theta)
+            inv_freq = scaling.for_length(inv_freq, length, context, theta)
         angles = (positions[..., None].float() * inv_freq)[:, :, None]
         if scaling is None or scaling.magnitude == 1:
             return angles.cos(), angles.sin()
@@ -50,7 +59,10 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotates each pair of x (B, T, heads, D) by its angle, in float32, and rounds once to x's dtype."""
+    """Rotates each pair of x (B, T, heads, D) by its angle, in float32, and rounds once to x's dtype.
+
+    The pairs are those of the first R elements; the others stay.
+    """
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    a, b, *rest = x.split(cos.shape[-1], dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), dim=-1).to(x.dtype)

@@ -7,10 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.gguf.blocks import Blocks
 from llama_mini.checkpoint.keys import EMBEDDING
 from llama_mini.checkpoint.source import StoredCodes
-from llama_mini.checkpoint.weight_formats import uniform_formats
+from llama_mini.checkpoint.weight_formats import SETTINGS, uniform_formats
 from llama_mini.errors import RequestError
 from llama_mini.model.llama import Llama, TransformerBlock
 from llama_mini.model.norm import RMSNorm
@@ -21,6 +20,7 @@ from llama_mini.optimize.fused_layers import FusedEmbedding, FusedHead, FusedLay
 from llama_mini.optimize.packed_linear import (
     FloatLinear,
     Int4Linear,
+    Int5Linear,
     Int8Linear,
     PackedLinear,
     QuantizedLinear,
@@ -28,7 +28,12 @@ from llama_mini.optimize.packed_linear import (
 )
 from llama_mini.validate import check_choice
 
-FORMATS: dict[str | None, type[PackedLinear]] = {None: FloatLinear, "int8": Int8Linear, "int4": Int4Linear}
+FORMATS: dict[str | None, type[PackedLinear]] = {
+    None: FloatLinear,
+    "int8": Int8Linear,
+    "int5": Int5Linear,
+    "int4": Int4Linear,
+}
 
 
 @dataclass
@@ -47,10 +52,7 @@ class PackedPart:
         """Stores rows from row `first` on, a multiple of BLOCK_ROWS. A bias is stored in one call."""
         if not isinstance(tensor, Tensor):
             assert isinstance(self.linear, QuantizedLinear)
-            if isinstance(tensor, Blocks) and tensor.number_format in ("Q4_0", "Q4_1", "Q8_0"):
-                self.linear.load_blocks(self.part, tensor, first)
-            else:
-                self.linear.store(self.part, first, *tensor.unpacked())
+            self.linear.load_codes(self.part, tensor, first)
         elif (destination := self.destination(first, len(tensor))) is None:
             self.linear.load(self.part, tensor, first)
         elif destination.data_ptr() != tensor.data_ptr():
@@ -65,7 +67,7 @@ def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -
     Raises RequestError for an unknown setting, or if the model is optimized already.
     """
     if quantize is not None:
-        check_choice("quantize", quantize, [name for name in FORMATS if name], RequestError)
+        check_choice("quantize", quantize, [name for name in SETTINGS if name in FORMATS], RequestError)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     formats = uniform_formats(model.config, quantize)
     for name, part in fuse(model, model.dtype, model.device, formats, kernels).items():

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_mini.model.attention import Attention
-from llama_mini.model.feed_forward import FeedForward
+from llama_mini.model.feed_forward import ACTIVATIONS, FeedForward
 from llama_mini.model.residual import Residual
 from llama_mini.optimize.packed_linear import PackedLinear
 
@@ -63,7 +62,8 @@ class FusedAttention(FusedBranch, Attention):
     @property
     def supported(self) -> bool:
         per_head = self.q_view[0] == self.n_heads and self.k_view[0] == self.n_kv_heads  # not over all heads at once
-        return super().supported and per_head
+        plain = self.scale is None and self.softcap is None and not self.norm_after_rope
+        return super().supported and per_head and plain
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
         return self.qkv_proj.split(self.qkv_proj(x))
@@ -77,9 +77,14 @@ class FusedFeedForward(FusedBranch, FeedForward):
     down_proj: PackedLinear  # type: ignore[assignment]
 
     def __init__(self, plain: FeedForward, make: MakeLinear) -> None:
-        gate_up_proj = make([plain.gate_proj, plain.up_proj])
-        self.adopt(plain, {"gate_up_proj": gate_up_proj, "down_proj": make([plain.down_proj])})
+        gate = [] if plain.gate_proj is None else [plain.gate_proj]
+        self.adopt(plain, {"gate_up_proj": make([*gate, plain.up_proj]), "down_proj": make([plain.down_proj])})
 
-    def gated(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj.split(self.gate_up_proj(x))
-        return F.silu(gate) * up
+    def hidden(self, x: Tensor) -> Tensor:
+        gate, *up = self.gate_up_proj.split(self.gate_up_proj(x))
+        y = ACTIVATIONS[self.activation](gate)
+        return y * up[0] if up else y
+
+    @property
+    def supported(self) -> bool:
+        return super().supported and self.activation == "silu" and len(self.gate_up_proj.parts) == 2

@@ -26,9 +26,12 @@ class FusedLayers(Layers):
         super().__init__(blocks)
         self._gather()
 
-    def forward(self, x: Tensor, rope: Rope, masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
+    def forward(self, x: Tensor, ropes: list[Rope | None], masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
         if kv is None or 1 not in x.shape[:2] or self._modules != self._fused_children:
-            return super().forward(x, rope, masks, kv)
+            return super().forward(x, ropes, masks, kv)
+        rope = ropes[0]
+        if rope is None or 2 * rope[0].shape[-1] != kv[0].k.shape[-1] or any(other is not rope for other in ropes):
+            return super().forward(x, ropes, masks, kv)
         if (norms := self._whole.norms(x)) is not None:
             return _run([self._whole], [norms], x, rope, kv)
         begin, pending = 0, list[NormLists]()  # norms of the layers from `begin` on, which the next call computes
@@ -37,7 +40,7 @@ class FusedLayers(Layers):
                 pending.append(norms)
                 continue
             x = _run(self._each[begin:i], pending, x, rope, kv[begin:i])
-            x = self[i](x, rope, masks[i], kv[i])
+            x = self[i](x, ropes[i], masks[i], kv[i])
             begin, pending = i + 1, []
         return _run(self._each[begin:], pending, x, rope, kv[begin:])
 

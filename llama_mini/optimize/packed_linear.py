@@ -1,7 +1,7 @@
-"""Linear layers in float, int8 or int4. Each stores one matrix, or several that read the same input, once.
+"""Linear layers in float, int8, int5 or int4. Each stores one matrix, or several that read the same input, once.
 
 Quantized weights lie in blocks of 16 rows. In a block, four neighbouring columns of a row are adjacent, since one VNNI
-instruction multiplies them (native/gemv_int.h). Each part begins with a new block; unused rows and columns are zero.
+instruction multiplies them (native/codes.h). Each part begins with a new block; unused rows and columns are zero.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_mini.checkpoint.gguf.blocks import Blocks
+from llama_mini.checkpoint.source import StoredCodes
 from llama_mini.errors import CheckpointFormatError
 
 BLOCK_ROWS = 16  # rows of a block of quantized weights
@@ -20,6 +21,7 @@ GROUP = 32  # columns that share a scale (and a minimum)
 DECODE_ROWS = 16  # the most input rows that gemv takes; gemm takes more
 _QUANTIZE_ROWS = 512  # rows quantized at a time: a whole embedding in float32 may take as much memory as the model
 _DEQUANTIZE_ROWS = 16384  # rows dequantized at a time where there are no operators
+_REPACKED = {8: ("Q8_0",), 4: ("Q4_0", "Q4_1")}  # by bits: GGUF formats that an operator stores by itself
 
 
 class PackedLinear(nn.Module):
@@ -141,7 +143,10 @@ class FloatLinear(PackedLinear):
 
 
 class QuantizedLinear(PackedLinear):
-    """Weights of 8 or 4 bits, with a float16 scale (and minimum, of 4 bits) for each group of 32 columns of a row."""
+    """Weights as codes of 8, 5 or 4 bits, with a float16 scale for each group of 32 columns of a row.
+
+    With fewer than 8 bits a group has a float16 minimum too.
+    """
 
     qweight: Tensor
     scales: Tensor
@@ -156,7 +161,7 @@ class QuantizedLinear(PackedLinear):
         self.register_buffer("qweight", qweight, persistent=False)
         scales = torch.empty(blocks, self.n_groups, BLOCK_ROWS, dtype=torch.float16)
         self.register_buffer("scales", scales, persistent=False)
-        self.register_buffer("mins", torch.empty_like(scales) if self.bits == 4 else None, persistent=False)
+        self.register_buffer("mins", torch.empty_like(scales) if self.bits < 8 else None, persistent=False)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -172,13 +177,20 @@ class QuantizedLinear(PackedLinear):
                 rows = F.pad(rows, (0, self.n_groups * GROUP - self.columns))
             self.store(part, first + begin, *self.quantize(rows.view(len(rows), self.n_groups, -1)))
 
-    def load_blocks(self, part: int, blocks: Blocks, first: int = 0) -> None:
-        """Stores rows of a part from GGUF blocks without requantizing them; `first` is a multiple of BLOCK_ROWS."""
-        if self.kernels:
-            rows, block = blocks.rows.contiguous(), self._block(part, first)
-            self._check(torch.ops.llama_mini.repack(rows, self.tensors, self.columns, block))
+    def load_codes(self, part: int, rows: StoredCodes, first: int = 0) -> None:
+        """Stores rows of a part without requantizing them; `first` is a multiple of BLOCK_ROWS.
+
+        They are codes of this format, or of int4 for int5, in whole groups of 32 columns. Raises CheckpointFormatError
+        for a scale or minimum that is not finite.
+        """
+        block, ops = self._block(part, first), torch.ops.llama_mini
+        if not self.kernels:
+            self.store(part, first, *rows.unpacked())
+        elif isinstance(rows, Blocks) and rows.number_format in _REPACKED.get(self.bits, ()):
+            self._check(ops.repack(rows.rows.contiguous(), self.tensors, self.columns, block))
         else:
-            self.store(part, first, *blocks.unpacked())
+            codes = [tensor.contiguous() for tensor in rows.unpacked() if tensor is not None]
+            self._check(ops.pack(codes, self.tensors, block))
 
     def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(rows, groups, GROUP) float32 -> weights (rows, columns) uint8, scales and mins (rows, groups)."""
@@ -257,16 +269,35 @@ class Int4Linear(QuantizedLinear):
     name, bits = "int4", 4
 
     def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        most = 2**self.bits - 1
         mins = groups.amin(-1).half()
-        scales = ((groups.amax(-1) - mins.float()) / 15).half()
-        quantized = (groups - mins.float()[..., None]).div_(_divisor(scales)).round_().clamp_(0, 15).to(torch.int8)
+        scales = ((groups.amax(-1) - mins.float()) / most).half()
+        quantized = (groups - mins.float()[..., None]).div_(_divisor(scales)).round_().clamp_(0, most).to(torch.int8)
         return quantized.view(torch.uint8).flatten(1), scales, mins
 
     def pack(self, quads: Tensor) -> Tensor:
         return quads[:, 0::2] | (quads[:, 1::2] << 4)
 
     def unpack(self, vectors: Tensor) -> Tensor:
-        return torch.stack((vectors & 15, vectors >> 4), 2)
+        return torch.stack((vectors & 15, vectors >> 4), 2).flatten(1, 2)
+
+
+class Int5Linear(Int4Linear):
+    """As int4, with five bits, as in GGUF's Q5_1. After the low four bits of a group's codes come the fifth bits."""
+
+    name, bits = "int5", 5
+
+    def pack(self, quads: Tensor) -> Tensor:
+        low = super().pack(quads & 0x0F0F0F0F).unflatten(1, (-1, 4))
+        shifts = torch.arange(GROUP // 4, dtype=torch.int32, device=quads.device)  # bit i is that of quad i
+        fifth = (quads >> 4 & 0x01010101).unflatten(1, (-1, GROUP // 4)) << shifts
+        return torch.cat((low, fifth.sum(-1, keepdim=True, dtype=torch.int32)), -1).flatten(1)
+
+    def unpack(self, vectors: Tensor) -> Tensor:
+        groups = vectors.unflatten(1, (-1, 5))
+        shifts = torch.arange(GROUP // 4, dtype=torch.uint8, device=vectors.device)[:, None]
+        fifth = (groups[:, :, 4:] >> shifts & 1) << 4
+        return super().unpack(groups[:, :, :4].flatten(1, 2)) | fifth.flatten(1, 2)
 
 
 def supported(dtype: torch.dtype, device: torch.device) -> bool:

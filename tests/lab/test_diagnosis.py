@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -176,9 +175,9 @@ def test_absent_eps_in_metas_layout(tmp_path: Path) -> None:
     assert (Path(row.path).name, row.finding) == ("params.json", "norm_eps is absent; 1e-05 is assumed")
 
 
-def test_absent_eps_in_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf.GGUFWriter, "add_layer_norm_rms_eps", lambda *_: None)
-    row = only(doctor(write_family(tmp_path / "model.gguf", random_model("llama", 2))))
+def test_absent_eps_in_gguf(tmp_path: Path) -> None:
+    path = write_family(tmp_path / "model.gguf", random_model("llama", 2), attention__layer_norm_rms_epsilon=None)
+    row = only(doctor(path))
     assert row.severity == "error"
     assert "llama.attention.layer_norm_rms_epsilon is missing" in row.finding
 

@@ -13,6 +13,7 @@ from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import KVCache, LayerCache
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.rope import Rope
 from llama_mini.model.rope_scaling import Llama3Scaling
 from tests import reference
 from tests.tiny_models import TINY, hf_llama, random_tokens, tiny_model
@@ -277,8 +278,8 @@ def test_attention_overrides_are_adopted_in_place() -> None:
     plain = model(tokens)
 
     class Louder(Attention):
-        def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            q, k, v = super().qkv(x)
+        def qkv(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = super().qkv(x, rope)
             return q, k, 2 * v
 
     replacement = Louder(model.config, model.config.norm_plan.layer(1)[0])

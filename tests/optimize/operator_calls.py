@@ -26,10 +26,13 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
         return {"w": w.tensors, "at": torch.tensor([3, 47, 3, 0]), "columns": DIM, "dtype": dtype}
     if name == "rms_norm":
         return {"x": random((BATCH, DIM), dtype, rng), "gain": random_gain(DIM, dtype, rng), "eps": 1e-5, "late": True}
-    if name in ("quantize", "repack"):
+    if name in ("quantize", "pack", "repack"):
         w = random_matrix("int4" if format_ == "float" else format_, [40], 64, dtype, rng)
         if name == "quantize":
             return {"x": random((24, 64), dtype, rng), "w": w.tensors, "block": 1}
+        if name == "pack":
+            codes = torch.full((24, 64), 3, dtype=torch.uint8)
+            return {"rows": [codes, *[torch.ones(24, 2).half()] * (len(w.tensors) - 1)], "w": w.tensors, "block": 1}
         block_bytes = 34 if format_ == "int8" else 20
         return {
             "blocks": torch.full((24, 2 * block_bytes), 3, dtype=torch.uint8),
@@ -99,6 +102,7 @@ def quantized() -> PackedLinear:
     return random_matrix("int8", [HIDDEN], DIM, torch.float32, generator(0))
 
 
+STORE = ("quantize", "pack", "repack")
 LISTS = ("k_caches", "v_caches", "gains", "eps", "late", "matrices", "biases", "windows")
 WRONG = {
     "step: no layers": wrong("layers", **{each: [] for each in LISTS}),
@@ -184,15 +188,11 @@ WRONG = {
     "dequantize_rows: codes cut": wrong("dequantize_rows", w=lambda w: [w[0][:-1], *w[1:]]),
     "dequantize_rows: codes strided": wrong("dequantize_rows", w=lambda w: [strided(w[0]), *w[1:]]),
     "dequantize_rows: least values cut": wrong("dequantize_rows", w=lambda w: [*w[:2], w[2][:-1]]),
-    **{
-        f"{name}: block {block}": wrong(name, block=block)
-        for name in ("quantize", "repack")
-        for block in (-1, 2, 2**60)
-    },
-    **{f"{name}: no tensor": wrong(name, w=[]) for name in ("quantize", "repack")},
-    **{f"{name}: floats": wrong(name, w=[torch.ones(48, 64)]) for name in ("quantize", "repack")},
-    **{f"{name}: codes strided": wrong(name, w=lambda w: [strided(w[0]), *w[1:]]) for name in ("quantize", "repack")},
-    **{f"{name}: scales cut": wrong(name, w=lambda w: [w[0], w[1][:-1], w[2]]) for name in ("quantize", "repack")},
+    **{f"{name}: block {block}": wrong(name, block=block) for name in STORE for block in (-1, 2, 2**60)},
+    **{f"{name}: no tensor": wrong(name, w=[]) for name in STORE},
+    **{f"{name}: floats": wrong(name, w=[torch.ones(48, 64)]) for name in STORE},
+    **{f"{name}: codes strided": wrong(name, w=lambda w: [strided(w[0]), *w[1:]]) for name in STORE},
+    **{f"{name}: scales cut": wrong(name, w=lambda w: [w[0], w[1][:-1], w[2]]) for name in STORE},
     "rms_norm: no gain": wrong("rms_norm", gain=torch.ones(0)),
     "rms_norm: gain too short": wrong("rms_norm", gain=lambda t: t[:-1]),
     "rms_norm: gain strided": wrong("rms_norm", gain=strided),
@@ -204,6 +204,21 @@ WRONG = {
     "quantize: no rows": wrong("quantize", x=lambda x: x[:0]),
     "quantize: no width": wrong("quantize", x=lambda x: x[:, :0]),
     "quantize: float16": wrong("quantize", x=Tensor.half),
+    "pack: strided": wrong("pack", rows=lambda r: [strided(r[0]), *r[1:]]),
+    "pack: codes of int32": wrong("pack", rows=lambda r: [r[0].int(), *r[1:]]),
+    "pack: codes of half a group": wrong("pack", rows=lambda r: [r[0][:, :48].contiguous(), *r[1:]]),
+    "pack: wider": wrong(
+        "pack", rows=[longer(torch.zeros(24, 64, dtype=torch.uint8)), *[torch.ones(24, 4).half()] * 2]
+    ),
+    "pack: no rows": wrong("pack", rows=lambda r: [t[:0] for t in r]),
+    "pack: without minimums": wrong("pack", rows=lambda r: r[:2]),
+    "pack: codes alone": wrong("pack", rows=lambda r: r[:1], w=lambda w: w[:1]),
+    "pack: scales cut": wrong("pack", rows=lambda r: [r[0], r[1][:-1], r[2]]),
+    "pack: scales strided": wrong("pack", rows=lambda r: [r[0], strided(r[1]), r[2]]),
+    "pack: minimums of float32": wrong("pack", rows=lambda r: [*r[:2], r[2].float()]),
+    "repack: blocks for five bits": wrong(
+        "repack", w=lambda _: random_matrix("int5", [40], 64, torch.float32, generator(1)).tensors
+    ),
     "repack: blocks of eight bits": wrong("repack", blocks=torch.zeros(24, 68, dtype=torch.uint8)),
     "repack: half a block": wrong("repack", blocks=lambda t: t[:, :-1].contiguous()),
     "repack: strided": wrong("repack", blocks=strided),

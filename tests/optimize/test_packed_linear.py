@@ -10,10 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_mini.errors import CheckpointFormatError
-from llama_mini.optimize.packed_linear import DECODE_ROWS, FloatLinear, Int4Linear, Int8Linear, PackedLinear, supported
+from llama_mini.optimize.packed_linear import (
+    DECODE_ROWS,
+    FloatLinear,
+    Int4Linear,
+    Int5Linear,
+    Int8Linear,
+    PackedLinear,
+    supported,
+)
 from tests.optimize.twins import examples
 
-KINDS: list[type[PackedLinear]] = [FloatLinear, Int8Linear, Int4Linear]
+KINDS: list[type[PackedLinear]] = [FloatLinear, Int8Linear, Int5Linear, Int4Linear]
 shapes = st.tuples(st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 130))
 
 
@@ -58,10 +66,12 @@ def test_rows_are_near_what_was_put_in_by_half_a_step_of_their_scale(
             continue
         for first in range(0, columns, 32):
             group, back = (t[:, first : first + 32].double() for t in (weight, found))
-            edge = group if group.shape[1] == 32 or kind is not Int4Linear else torch.nn.functional.pad(group, (0, 1))
-            span = edge.amax(-1) - edge.amin(-1) if kind is Int4Linear else group.abs().amax(-1)
-            step = span / (15 if kind is Int4Linear else 127)
-            rounding = group.abs().amax(-1) * 2**-10 + 15 * step * 2**-10  # of scale and least to float16,
+            edge = group if group.shape[1] == 32 or kind is Int8Linear else torch.nn.functional.pad(group, (0, 1))
+            span = group.abs().amax(-1) if kind is Int8Linear else edge.amax(-1) - edge.amin(-1)
+            step = span / {Int8Linear: 127, Int5Linear: 31, Int4Linear: 15}[kind]
+            rounding = (
+                group.abs().amax(-1) * 2**-10 + span * (kind is not Int8Linear) * 2**-10
+            )  # of scale and least to float16,
             smallest = 127 * 2**-25  # whose numbers below 6e-5 are 2^-24 apart, times the largest code
             assert ((back - group).abs().amax(-1) <= step / 2 + rounding + smallest).all()
 
@@ -108,7 +118,7 @@ def test_bfloat16_rounds_its_output_once(kind: type[PackedLinear]) -> None:
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS[1:], ids=lambda kind: kind.name)
 def test_a_large_quantized_matrix_is_dequantized_in_pieces(
     kind: type[PackedLinear], kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,22 +140,30 @@ def test_a_large_quantized_matrix_is_dequantized_in_pieces(
 
 
 def test_weights_are_stored_where_the_operators_read_them() -> None:
-    """Blocks of 16 rows; in a block each vector holds four columns of every row; of 4 bits two vectors in one."""
+    """Blocks of 16 rows; in a block each vector holds four columns of every row; of 4 bits two vectors in one.
+
+    Of 5 bits a fifth vector of a group holds the fifth bits.
+    """
     rng = np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(0, 256, (20, 64), dtype=np.uint8))
     scale = torch.rand(20, 2).half()
     eight = Int8Linear([3, 20], 64, torch.float32, False)
     eight.qweight.zero_()
     eight.store(1, 0, codes, scale, None)
+    five = Int5Linear([3, 20], 64, torch.float32, False)
+    five.store(1, 0, codes & 31, scale, -scale)
     four = Int4Linear([3, 20], 64, torch.float32, False)
     four.store(1, 0, codes & 15, scale, -scale)
-    assert eight.offsets == four.offsets == [0, 16]
+    assert eight.offsets == five.offsets == four.offsets == [0, 16]
     assert eight.qweight.shape == (3, 16, 16, 4)
+    assert five.qweight.shape == (3, 10, 16, 4)
     assert four.qweight.shape == (3, 8, 16, 4)
     for row, column in ((0, 0), (5, 7), (15, 63), (16, 36), (19, 31)):
         block, lane, quad, byte = 1 + row // 16, row % 16, column // 4, column % 4
         assert eight.qweight[block, quad, lane, byte] == codes[row, column]
         assert four.qweight[block, quad // 2, lane, byte] >> 4 * (quad % 2) & 15 == codes[row, column] & 15
+        low, fifth = five.qweight[block].view(2, 5, 16, 4)[column // 32, [quad % 8 // 2, 4], lane, byte].tolist()
+        assert (low >> 4 * (quad % 2) & 15) + 16 * (fifth >> quad % 8 & 1) == codes[row, column] & 31
         assert eight.scales[block, column // 32, lane] == scale[row, column // 32]
         assert four.mins[block, column // 32, lane] == -scale[row, column // 32]
     assert not eight.qweight[0].any()
@@ -168,7 +186,7 @@ def test_numbers_of_a_group_that_eight_and_four_bits_hold_come_back_exactly() ->
     assert torch.equal(floats(four, 0), few / 8 - 0.75)
 
 
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS[1:], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("value", [0.0, 0.375, -2.5])
 def test_equal_numbers_are_no_division_by_zero(kind: type[PackedLinear], value: float) -> None:
     matrix = kind([17], 40, torch.float32, True)
@@ -177,7 +195,7 @@ def test_equal_numbers_are_no_division_by_zero(kind: type[PackedLinear], value: 
     assert torch.isfinite(matrix(torch.ones(2, 40))).all()
 
 
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS[1:], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e8, -1e8])
 def test_what_no_scale_holds_is_refused(kind: type[PackedLinear], value: float) -> None:
     weight = torch.zeros(20, 40)

@@ -1,17 +1,20 @@
-"""Quantizing floats and repacking GGUF blocks: in every ISA variant the bits of PyTorch's own operators."""
+"""Quantizing floats, packing codes, repacking GGUF blocks: in every ISA variant the bits of PyTorch's operators."""
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_mini.checkpoint.gguf.tensors import Blocks
+from llama_mini.checkpoint.gguf.blocks import Blocks
+from llama_mini.checkpoint.source import QuantizedWeights
 from llama_mini.optimize.build import ISA_VARIANTS
-from llama_mini.optimize.packed_linear import QuantizedLinear
-from tests.optimize.twins import each_isa, examples, generator, random_matrix, same_bits
+from llama_mini.optimize.packed_linear import PackedLinear, QuantizedLinear
+from tests.optimize.twins import dense, each_isa, examples, generator, random_matrix, same_bits
 
-CODED = ["int8", "int4"]
+CODED = ["int8", "int5", "int4"]
+Q4_1 = gguf.GGMLQuantizationType.Q4_1
 seeds = st.integers(0, 2**32)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 op = torch.ops.llama_mini
@@ -54,8 +57,43 @@ def test_repack_gives_the_bits_of_its_twin(
     twin.kernels = False
     for matrix in (found, twin):
         assert isinstance(matrix, QuantizedLinear)
-        matrix.load_blocks(1, blocks, 16 * first)
+        matrix.load_codes(1, blocks, 16 * first)
     assert all(map(same_bits, found.tensors, twin.tensors))
+
+
+@pytest.mark.parametrize("format_", CODED)
+@given(seed=seeds, first=st.integers(0, 2), rows=st.integers(1, 40), groups=st.integers(1, 5))
+@examples(30)
+def test_codes_are_packed_as_they_are(isa: str, format_: str, seed: int, first: int, rows: int, groups: int) -> None:
+    """To the bits of its twin; and every code comes back."""
+    rng = generator(seed)
+    found, twin = (random_matrix(format_, [70, 90], 32 * groups, torch.float32, generator(0)) for _ in range(2))
+    twin.kernels = False
+    weights = random_codes(found, rows, groups, rng)
+    for matrix in (found, twin):
+        assert isinstance(matrix, QuantizedLinear)
+        matrix.load_codes(1, weights, 16 * first)
+    assert all(map(same_bits, found.tensors, twin.tensors))
+    scale, least = weights.scale.double()[..., None], -128 * weights.scale if weights.min is None else weights.min
+    values = weights.codes.double().unflatten(1, (-1, 32)) * scale + least.double()[..., None]
+    assert torch.equal(dense(found)[80 + 16 * first :][:rows], values.flatten(1))
+
+
+def random_codes(matrix: PackedLinear, rows: int, groups: int, rng: torch.Generator) -> QuantizedWeights:
+    assert isinstance(matrix, QuantizedLinear)
+    codes = torch.randint(2**matrix.bits, (rows, 32 * groups), generator=rng, dtype=torch.uint8)
+    scale, least = (torch.randn(rows, groups, generator=rng).half() for _ in range(2))
+    return QuantizedWeights(codes, scale, None if matrix.mins is None else least)
+
+
+def test_codes_of_four_bits_are_codes_of_five(isa: str) -> None:
+    four, five = (random_matrix(format_, [20], 64, torch.float32, generator(0)) for format_ in ("int4", "int5"))
+    weights = random_codes(four, 20, 2, generator(1))
+    stored = Blocks(torch.from_numpy(gguf.quants.quantize(np.eye(20, 64, dtype=np.float32), Q4_1)), "Q4_1")
+    for rows in (weights, stored):
+        for matrix in (four, five):
+            matrix.load_codes(0, rows)
+        assert torch.equal(dense(four), dense(five))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e8, -1e8])
@@ -66,6 +104,18 @@ def test_what_no_scale_holds_is_seen_wherever_it_stands(isa: str, format_: str, 
         assert op.quantize(weight, matrix.tensors, 0)
         weight[column % 20, column] = bad
         assert not op.quantize(weight, matrix.tensors, 0)
+
+
+@pytest.mark.parametrize("format_", CODED)
+@pytest.mark.parametrize("bad", [0x7C00, 0xFC00, 0x7E01])
+def test_a_scale_or_minimum_of_codes_that_is_not_finite_is_seen(isa: str, format_: str, bad: int) -> None:
+    matrix = random_matrix(format_, [20], 64, torch.float32, generator(0))
+    codes = [tensor for tensor in random_codes(matrix, 20, 2, generator(1)) if tensor is not None]
+    assert op.pack(codes, matrix.tensors, 0)
+    for spoiled in range(1, len(codes)):
+        wrong = [tensor.clone() for tensor in codes]
+        wrong[spoiled].view(torch.uint16)[17, 1] = bad
+        assert not op.pack(wrong, matrix.tensors, 0)
 
 
 @pytest.mark.parametrize(("number_format", "at"), [("Q8_0", 0), ("Q4_0", 0), ("Q4_1", 0), ("Q4_1", 2)])

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.fusable import NormArgs
-from llama_mini.optimize.packed_linear import FloatLinear, Int4Linear, Int8Linear, PackedLinear
+from llama_mini.optimize.packed_linear import FloatLinear, Int4Linear, Int5Linear, Int8Linear, PackedLinear
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 FORMATS: dict[str, type[PackedLinear]] = {
     "float": FloatLinear,
     "int8": Int8Linear,
+    "int5": Int5Linear,
     "int4": Int4Linear,
 }
 
@@ -75,14 +76,17 @@ def random_matrix(
 
 
 def dense(matrix: PackedLinear) -> Tensor:
-    """The dequantized matrix, (rows, columns) float64, from the layout that gemv_int.h describes."""
+    """The dequantized matrix, (rows, columns) float64, from the layout that codes.h describes."""
     tensors = matrix.tensors
     if len(tensors) == 1:
         return tensors[0].double()
     blocks, steps = matrix.rows // 16, -(-matrix.columns // 32)
-    codes = tensors[0].view(blocks, steps, -1, 1, 16, 4)  # (block, step, vector, half, row, column of four)
+    codes = vectors = tensors[0].view(blocks, steps, -1, 1, 16, 4)  # (block, step, vector, half, row, column of four)
     if len(tensors) == 3:
-        codes = torch.cat((codes & 15, codes >> 4), 3)
+        codes = torch.cat((vectors & 15, vectors >> 4), 3)[:, :, :4]
+    if vectors.shape[2] == 5:
+        for quad in range(8):
+            codes[:, :, quad // 2, quad % 2] += (vectors[:, :, 4, 0] >> quad & 1) << 4
     codes = codes.permute(0, 4, 1, 2, 3, 5).reshape(blocks, 16, steps, 32).double()
     scale = tensors[1].view(blocks, -1, 16).transpose(1, 2)[..., None].double()
     if len(tensors) == 3:

@@ -56,6 +56,7 @@ IGNORED_KEYS |= {"unsloth_version", "_flash_attn_2_enabled", "max_sequence_lengt
 IGNORED_KEYS |= {"temperature", "top_p", "top_k", "max_length", "do_sample", "num_beams", "repetition_penalty"}
 IGNORED_KEYS |= {"_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states"}
 IGNORED_KEYS |= {"problem_type"}
+_SCALINGS = ("rope_scaling", "sliding_rope_scaling")
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -128,7 +129,8 @@ def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dic
                 **special_ids(config),
             }
     own = asdict(config) | {"norm_plan": config.norm_plan.to_dict()}
-    own["rope_scaling"] = config.rope_scaling and config.rope_scaling.to_dict()
+    for name in _SCALINGS:
+        own[name] = getattr(config, name) and getattr(config, name).to_dict()
     return {"model_type": OWN, "dtype": dtype} | own
 
 
@@ -238,11 +240,12 @@ def _from_own(raw: Mapping[str, Any]) -> LlamaConfig:
     if "norm_plan" not in values:
         raise ConfigError("norm_plan missing")
     values["norm_plan"] = NormPlan.from_dict(values["norm_plan"])
-    for name in ("eos_ids", "sliding_layers"):
+    for name in ("eos_ids", "sliding_layers", "unrotated_layers"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
-    if values.get("rope_scaling") is not None:
-        values["rope_scaling"] = RopeScaling.from_dict(values["rope_scaling"])
+    for name in _SCALINGS:
+        if values.get(name) is not None:
+            values[name] = RopeScaling.from_dict(values[name])
     try:
         return LlamaConfig(**values)
     except TypeError as error:  # a field without a default is absent

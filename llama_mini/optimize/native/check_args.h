@@ -8,7 +8,7 @@
 #include "isa.h"
 
 using at::Tensor;
-using at::TensorList;  // a matrix: {floats}, {weights, scales} for int8, or {weights, scales, mins} for int4
+using at::TensorList;  // a matrix: {floats}, {codes, scales} for int8, or {codes, scales, mins} for int5 and int4
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -57,13 +57,14 @@ inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& 
     return m;
   }
   const int64_t blocks = round_up(rows, 16) / 16, groups = round_up(columns, 32) / 32;
-  m.kind = w.size() == 2 ? Kind::INT8 : Kind::INT4;
+  const int64_t bytes = blocks * groups * group_bytes(Kind::INT5);
+  m.kind = w.size() == 2 ? Kind::INT8 : w[0].numel() == bytes ? Kind::INT5 : Kind::INT4;
   m.scales = (const uint16_t*)w[1].const_data_ptr();
-  TORCH_CHECK(w[0].scalar_type() == at::kByte && w[0].numel() == blocks * groups * (m.kind == Kind::INT8 ? 512 : 256),
+  TORCH_CHECK(w[0].scalar_type() == at::kByte && w[0].numel() == blocks * groups * group_bytes(m.kind),
               "quantized weights of ", rows, " x ", columns, ", not ", w[0].sizes());
   TORCH_CHECK(w[1].scalar_type() == at::kHalf && w[1].numel() == blocks * 16 * groups, "scales of ", rows, " x ",
               columns, ", not ", w[1].sizes());
-  if (m.kind == Kind::INT4) {
+  if (w.size() == 3) {
     TORCH_CHECK(w[2].scalar_type() == at::kHalf && w[2].numel() == w[1].numel(), "minimums of ", rows, " x ", columns,
                 ", not ", w[2].sizes());
     m.mins = (const uint16_t*)w[2].const_data_ptr();

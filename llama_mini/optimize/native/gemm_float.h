@@ -60,16 +60,14 @@ void pack_stored(FloatTokens<T>& in, const PaddedRows<T>& lines, int64_t columns
 #ifdef __AMX_BF16__
 // Dequantizes one group of columns of a block of 16 rows into pairs of columns, a vector each, `next` apart.
 inline void widen_group(const Matrix& m, int64_t block, int64_t group, int64_t groups, bf16* out, int64_t next) {
-  const bool four = m.kind == Kind::INT4;
-  const uint8_t* q = (const uint8_t*)m.data + (block * groups + group) * (four ? 256 : 512);
+  const uint8_t* q = (const uint8_t*)m.data + (block * groups + group) * group_bytes(m.kind);
   const int64_t at = (block * groups + group) * BLOCK_ROWS;
-  const f32 scale = half_to_float(m.scales + at), min = four ? half_to_float(m.mins + at) : scale * -128.f;
+  const f32 scale = half_to_float(m.scales + at), min = m.mins != nullptr ? half_to_float(m.mins + at) : scale * -128.f;
   u16 order[2];  // interleaves sixteen first columns and sixteen second ones
   for (int i = 0; i < 2 * LANES; i++) order[i / LANES][i % LANES] = i % 2 * LANES + i / 2;
   const __m512i pairs = load_as<__m512i>(order);
   for (int quad = 0; quad < QUADS; quad++) {
-    u32 v = load_as<u32>(q + (four ? quad / 2 : quad) * 64);
-    if (four) v = (quad % 2 ? v >> 4 : v) & 0x0f0f0f0f;
+    const u32 v = load_quad<u32>(m.kind, q, quad);
     f32 x[4];
     for (int i = 0; i < 4; i++) x[i] = __builtin_convertvector((i32)((v >> 8 * i) & 255), f32) * scale + min;
     for (int i = 0; i < 4; i += 2) {
@@ -86,7 +84,7 @@ void fill_strip(T* out, Strip from, int64_t width) {
   constexpr int64_t NEXT = FloatTokens<T>::STRIPS * LANES * PAIR<T>;
   const Matrix& m = *from.of;
 #ifdef __AMX_BF16__
-  if (AMX<T> && m.kind >= Kind::INT8 && from.row < m.rows) {
+  if (AMX<T> && m.kind >= Kind::INT4 && from.row < m.rows) {
     for (int64_t s = 0; s < width / GROUP; s++)
       widen_group(m, from.row / BLOCK_ROWS, s, width / GROUP, (bf16*)out + s * GROUP / 2 * NEXT, NEXT);
     return;

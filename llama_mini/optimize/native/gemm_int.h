@@ -11,27 +11,25 @@ constexpr int PANEL = 2 * LANES;
 
 struct IntPanel {
   Array<uint8_t> q;           // (groups, QUADS, 2, LANES, 4)
-  Array<float> scales, mins;  // (groups, 2, LANES); mins of int4
+  Array<float> scales, mins;  // (groups, 2, LANES); mins unless int8
   explicit IntPanel(int64_t groups) : q(groups * GROUP * PANEL), scales(groups * PANEL), mins(groups * PANEL) {}
 };
 
 // Rows beyond the end of the matrix are zeros.
 inline void fill_strip(IntPanel& panel, int strip, Strip from, int64_t groups) {
   const Matrix& m = *from.of;
-  const bool four = m.kind == Kind::INT4, in_matrix = from.row < m.rows;
-  const int64_t block = from.row / BLOCK_ROWS, lane = from.row % BLOCK_ROWS, bytes = four ? 256 : 512;
+  const bool in_matrix = from.row < m.rows;
+  const int64_t block = from.row / BLOCK_ROWS, lane = from.row % BLOCK_ROWS;
   for (int64_t s = 0; s < groups; s++) {
     uint8_t* q = panel.q + (s * QUADS * 2 + strip) * 4 * LANES;
-    const uint8_t* source = (const uint8_t*)m.data + (block * groups + s) * bytes + 4 * lane;
+    const uint8_t* source = (const uint8_t*)m.data + (block * groups + s) * group_bytes(m.kind) + 4 * lane;
     for (int quad = 0; quad < QUADS; quad++) {
-      u32 v = {};
-      if (in_matrix) v = load_as<u32>(source + (four ? quad / 2 : quad) * 64);
-      if (four) v = (quad % 2 ? v >> 4 : v) & 0x0f0f0f0f;
+      const u32 v = in_matrix ? load_quad<u32>(m.kind, source, quad) : u32{};
       std::memcpy(q + quad * 8 * LANES, &v, sizeof v);
     }
     const int64_t at = (block * groups + s) * BLOCK_ROWS + lane, to = (2 * s + strip) * LANES;
     store(panel.scales + to, in_matrix ? half_to_float(m.scales + at) : f32{});
-    if (four) store(panel.mins + to, in_matrix ? half_to_float(m.mins + at) : f32{});
+    if (m.mins != nullptr) store(panel.mins + to, in_matrix ? half_to_float(m.mins + at) : f32{});
   }
 }
 
@@ -80,19 +78,19 @@ inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* first, co
 #endif
 
 // out (TILE_TOKENS, 2, LANES): a panel times a tile of tokens.
-template <bool FOUR>
+template <bool HAS_MIN>
 void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile, float* out) {
   f32 acc[TILE_TOKENS][2] = {};
   for (int64_t s = 0; s < in.groups; s++) {
     const int64_t at = (tile * in.groups + s) * TILE_TOKENS;
     i32 sums[TILE_TOKENS][2];
     add_group(sums, panel.q + s * GROUP * PANEL, in.first + at * QUADS, in.second + at * QUADS,
-              in.sixteen_bits[tile * in.groups + s], FOUR ? nullptr : in.start + at);
+              in.sixteen_bits[tile * in.groups + s], HAS_MIN ? nullptr : in.start + at);
     for (int i = 0; i < 2; i++) {
       const f32 scale = load(panel.scales + (2 * s + i) * LANES);
       for (int b = 0; b < TILE_TOKENS; b++)
         acc[b][i] += scale * in.scales[at + b] * __builtin_convertvector(sums[b][i], f32);
-      if (!FOUR) continue;
+      if (!HAS_MIN) continue;
       const f32 min = load(panel.mins + (2 * s + i) * LANES);
       for (int b = 0; b < TILE_TOKENS; b++) acc[b][i] += min * in.total[at + b];
     }
@@ -110,9 +108,9 @@ void times_tokens(int64_t panels, const S& strip, const QuantizedTokens& in, Poo
     Array<float> y(TILE_TOKENS * PANEL);
     for (int64_t p = first; p < last; p++) {
       for (int i = 0; i < 2; i++) fill_strip(panel, i, strip(p, i), in.groups);
-      const bool four = strip(p, 0).of->kind == Kind::INT4;
+      const bool has_min = strip(p, 0).of->mins != nullptr;
       for (int64_t tile = 0; tile < token_tiles(in.count); tile++) {
-        (four ? panel_times<true> : panel_times<false>)(panel, in, tile, y);
+        (has_min ? panel_times<true> : panel_times<false>)(panel, in, tile, y);
         const int64_t remaining = in.count - tile * TILE_TOKENS;
         done(p, tile * TILE_TOKENS, min(remaining, TILE_TOKENS), (const float*)y);
       }

@@ -69,8 +69,9 @@ inline void gemv_block(const Matrix& m, int64_t t, const Input& in, float* out) 
 #else
   if (m.kind == Kind::BFLOAT16) dots((const bf16*)m.data + at * n, rows, n, n, in, out, BLOCK_ROWS);
 #endif
-  if (m.kind == Kind::INT8) gemv_block_int<false>(m, t, in, out);
-  if (m.kind == Kind::INT4) gemv_block_int<true>(m, t, in, out);
+  if (m.kind == Kind::INT8) gemv_block_int<Kind::INT8>(m, t, in, out);
+  if (m.kind == Kind::INT5) gemv_block_int<Kind::INT5>(m, t, in, out);
+  if (m.kind == Kind::INT4) gemv_block_int<Kind::INT4>(m, t, in, out);
   if (m.bias == nullptr) return;
   for (int i = 0; i < rows; i += LANES) {
     const f32 bias = load_first((const T*)m.bias + at + i, rows - i);

@@ -5,16 +5,19 @@
 
 #include <cstdint>
 
-enum class Kind { FLOAT32, BFLOAT16, INT8, INT4 };
+enum class Kind { FLOAT32, BFLOAT16, INT4 = 4, INT5 = 5, INT8 = 8 };  // a quantized kind is its number of bits
+
+// The bytes of the codes of a block of 16 rows and 32 columns. Static, so that each variant has its own.
+static constexpr int64_t group_bytes(Kind kind) { return 64 * (int64_t)kind; }
 
 // rows x columns. Floats as PyTorch stores them; quantized weights in padded blocks of 16 rows and 32 columns
-// (gemv_int.h).
+// (codes.h).
 struct Matrix {
   Kind kind;
   int64_t rows, columns;
   const void* data;
-  const uint16_t* scales;  // float16, of INT8 and INT4
-  const uint16_t* mins;    // float16, of INT4
+  const uint16_t* scales;  // float16, of quantized weights
+  const uint16_t* mins;    // float16, of INT4 and INT5
   const void* bias;        // of the model's dtype; nullptr if there is none
 };
 
@@ -68,6 +71,8 @@ struct Kernels {
   void (*dequantize_rows)(const Matrix&, const int64_t* at, int64_t n, void* out, Pool);
   // Quantizes rows x (n, columns) into the matrix. False if x is not finite, or a scale or minimum exceeds float16.
   bool (*quantize)(const void* x, int64_t n, const Matrix&, Pool);
+  // Stores n rows of codes, a byte each, with the scales and minimums of their groups, without requantizing them.
+  bool (*pack)(const uint8_t* codes, const uint16_t* scales, const uint16_t* mins, int64_t n, const Matrix&, Pool);
   // The same from n rows of GGUF blocks, each of 32 columns and `bytes` bytes.
   bool (*repack)(const uint8_t* blocks, int64_t bytes, int64_t n, const Matrix&, Pool);
 };

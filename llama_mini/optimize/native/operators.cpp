@@ -220,13 +220,13 @@ Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const 
               "quantized weights with memory for ", n, " rows of ", columns, " from block ", block, " on");
   Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, like.options()), like);
   const int64_t groups = round_up(columns, 32) / 32;
-  m.data = (const char*)m.data + block * groups * (m.kind == Kind::INT8 ? 512 : 256);
+  m.data = (const char*)m.data + block * groups * group_bytes(m.kind);
   m.scales += block * groups * 16;
   if (m.mins != nullptr) m.mins += block * groups * 16;
   return m;
 }
 
-// quantize and repack return false if x is not finite, or a scale or minimum exceeds float16.
+// quantize, pack and repack return false if x is not finite, or a scale or minimum exceeds float16.
 bool quantize(const Tensor& x, TensorList w, int64_t block) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be two-dimensional and contiguous, not ", x.sizes());
   const Kernels& kernels = kernels_for(is_float32(x));
@@ -237,14 +237,34 @@ bool quantize(const Tensor& x, TensorList w, int64_t block) {
   return finite;
 }
 
+// from: codes, (n, columns), the scales of their groups, (n, columns / 32), and the minimums if the matrix has them.
+bool pack(TensorList from, TensorList w, int64_t block) {
+  TORCH_CHECK(from.size() == w.size() && from.size() > 1, "needs as many tensors as the matrix has, not ", from.size());
+  const Tensor& codes = from[0];
+  TORCH_CHECK(codes.dim() == 2 && codes.is_contiguous() && codes.scalar_type() == at::kByte && codes.size(1) % 32 == 0,
+              "rows of codes in whole groups, in one piece, not ", codes.sizes(), " ", codes.scalar_type());
+  const int64_t n = codes.size(0), columns = codes.size(1);
+  for (const Tensor& t : from.slice(1))
+    TORCH_CHECK(t.is_contiguous() && t.scalar_type() == at::kHalf && t.numel() == n * (columns / 32),
+                "scales and minimums of ", n, " x ", columns / 32, " groups, not ", t.sizes(), " ", t.scalar_type());
+  const Matrix m = blocks_of(w, block, n, columns, at::empty({0}));
+  const auto scales = (const uint16_t*)from[1].const_data_ptr();
+  const auto mins = from.size() > 2 ? (const uint16_t*)from[2].const_data_ptr() : nullptr;
+  bool finite = false;
+  const Kernels& kernels = kernels_for(true);  // the same for both dtypes
+  with_pool([&](Pool pool) { finite = kernels.pack(codes.const_data_ptr<uint8_t>(), scales, mins, n, m, pool); },
+            threads_for(codes.numel()));
+  return finite;
+}
+
 bool repack(const Tensor& blocks, TensorList w, int64_t columns, int64_t block) {
   TORCH_CHECK(blocks.dim() == 2 && blocks.is_contiguous() && blocks.scalar_type() == at::kByte && columns % 32 == 0,
               "rows of blocks of 32 columns in one piece, not ", blocks.sizes(), " ", blocks.scalar_type());
   const Matrix m = blocks_of(w, block, blocks.size(0), columns, w[w.size() - 1]);
   const int64_t bytes = blocks.size(1) / (columns / 32);
-  TORCH_CHECK(
-      bytes * (columns / 32) == blocks.size(1) && (m.kind == Kind::INT8 ? bytes == 34 : bytes == 18 || bytes == 20),
-      "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, not ", blocks.size(1), " bytes for ", columns, " columns");
+  TORCH_CHECK(bytes * (columns / 32) == blocks.size(1) &&
+                  (m.kind == Kind::INT8 ? bytes == 34 : m.kind == Kind::INT4 && (bytes == 18 || bytes == 20)),
+              "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, not ", blocks.size(1), " bytes for ", columns, " columns");
   bool finite = false;
   const Kernels& kernels = kernels_for(true);  // the same for both dtypes: blocks are bytes
   with_pool(
@@ -269,5 +289,6 @@ TORCH_LIBRARY(llama_mini, m) {
   m.def("rms_norm(Tensor x, Tensor gain, float eps, bool late) -> Tensor", cpu(rms_norm));
   m.def("dequantize_rows(Tensor[] w, Tensor at, int columns, ScalarType dtype) -> Tensor", cpu(dequantize_rows));
   m.def("quantize(Tensor x, Tensor(a!)[] w, int block) -> bool", cpu(quantize));
+  m.def("pack(Tensor[] rows, Tensor(a!)[] w, int block) -> bool", cpu(pack));
   m.def("repack(Tensor blocks, Tensor(a!)[] w, int columns, int block) -> bool", cpu(repack));
 }

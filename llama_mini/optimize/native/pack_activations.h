@@ -6,21 +6,14 @@
 #include <cstdlib>
 #include <new>
 
-#include "isa.h"
-#include "simd.h"
+#include "codes.h"
 
 namespace ISA {
 
-constexpr int BLOCK_ROWS = 16;  // rows of a matrix that are multiplied together
-constexpr int GROUP = 32;       // columns that share a scale, or that a bfloat16 kernel reads at once
-constexpr int QUADS = GROUP / 4;
-
-inline int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP; }
-
 // The bytes of a row; of a quantized matrix, the average over a block.
 inline int64_t row_bytes(const Matrix& m) {
-  if (m.kind < Kind::INT8) return (m.kind == Kind::FLOAT32 ? 4 : 2) * m.columns;
-  return groups_of(m.columns) * (m.kind == Kind::INT8 ? GROUP : GROUP / 2);
+  if (m.scales == nullptr) return (m.kind == Kind::FLOAT32 ? 4 : 2) * m.columns;
+  return groups_of(m.columns) * group_bytes(m.kind) / BLOCK_ROWS;
 }
 
 template <typename T>
@@ -57,7 +50,7 @@ struct Input {
 
 // Stores 32 quantized columns. With VNNI, 16 bits are stored as high bytes (`first`) and low bytes (`second`), and 8
 // bits in `first` alone. Without VNNI, pairs of columns are stored.
-inline void store_quads(const i32* q, bool sixteen_bits, int32_t* first, int32_t* second) {
+inline void store_activations(const i32* q, bool sixteen_bits, int32_t* first, int32_t* second) {
 #ifdef __AVX512VNNI__
   for (int i = 0; i < GROUP / LANES; i++) {
     const i32 low = sixteen_bits ? ((q[i] + 128) & 255) - 128 : i32{};
@@ -81,7 +74,7 @@ inline void quantize_input_group(Input& in, const float* x, int64_t n, float to_
     q[at / LANES] = (i32)(v * to_int + 12582912.f) - 0x4b400000;  // rounds to nearest: 1.5 * 2^23 leaves no fraction
     all += q[at / LANES];
   }
-  store_quads(q, true, in.first + group * QUADS, in.second + group * QUADS);
+  store_activations(q, true, in.first + group * QUADS, in.second + group * QUADS);
   in.sums[group] = (int32_t)sum(__builtin_convertvector(all, f32));  // below 2^24, so exact
 }
 
@@ -120,7 +113,7 @@ inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
 inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
   in.batch = batch;
   int64_t w = in.width = groups_of(n) * GROUP;
-  if (kind == Kind::INT8 || kind == Kind::INT4) {
+  if (kind >= Kind::INT4) {
     in.first.resize(batch * w / 4);
     in.second.resize(batch * w / 4);
     in.sums.resize(batch * w / GROUP);

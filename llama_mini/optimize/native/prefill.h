@@ -32,7 +32,7 @@ void pack_stored(QuantizedTokens& in, const PaddedRows<T>& lines, int64_t column
 // Calls f with empty storage for tokens: QuantizedTokens for a quantized matrix, unless AMX multiplies bfloat16 faster.
 template <typename T, typename F>
 void with_tokens(const Matrix& m, const F& f) {
-  if (m.kind < Kind::INT8 || AMX<T>) {
+  if (m.kind < Kind::INT4 || AMX<T>) {
     FloatTokens<T> in;
     f(in);
   } else {

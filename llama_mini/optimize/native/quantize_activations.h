@@ -46,7 +46,7 @@ inline float quantize_activation_group(const float* x, float peak, bool outlier,
     if (sixteen_bits && !outlier) q[i] <<= 8;
     all += q[i];
   }
-  store_quads(q, sixteen_bits, first, second);
+  store_activations(q, sixteen_bits, first, second);
   return sum(__builtin_convertvector(all, f32));
 }
 

@@ -77,7 +77,7 @@ def test_divisors_of_no_known_rule_are_honoured(tmp_path: Path) -> None:
         ({"rope__scaling__alpha": 2.0}, "rope.scaling.alpha is 2.0; this setting is not implemented"),
         (LINEAR | {"rope_freqs__weight": DIVISORS}, "rope.scaling.factor is 2, and rope_freqs.weight scales"),
         (YARN | LISTS, "rope.scaling.factor is 4, and rope_factors_long.weight scales"),
-        ({"rope_freqs__weight": 2 * DIVISORS[:2]}, "rope_freqs.weight has 2 numbers; a head_dim of 6 needs 3"),
+        ({"rope_freqs__weight": 2 * DIVISORS[:2]}, "rope_freqs.weight has 2 numbers; 6 rotated elements need 3"),
         (LISTS | {"rope_factors_long__weight": -DIVISORS}, r"rope_factors_long.weight\[0\] must be a finite number"),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_null_is_not_given_and_says_nothing() -> None:
         (LONGROPE | {"long_factor": 2.0}, "long_factor must be a list of numbers, not 2.0"),
         ({"rope_type": "longrope", "short_factor": SHORT}, "type longrope: long_factor missing"),
         (LONGROPE | {"short_factor": SHORT[:3]}, "short_factor has 3 numbers, but long_factor 4"),
-        (LONGROPE | {"short_factor": [1.0], "long_factor": [1.0]}, "has 1 numbers; a head_dim of 8 needs 4"),
+        (LONGROPE | {"short_factor": [1.0], "long_factor": [1.0]}, "has 1 numbers; 8 rotated elements need 4"),
         (LONGROPE | {"original_max_position_embeddings": "a"}, "original_max_position_embeddings must be a whole"),
         (LONGROPE | {"original_max_position_embeddings": 1}, "original_max_position_embeddings must be .* from 2"),
     ],

@@ -91,11 +91,11 @@ struct Weights {
   Vector<uint8_t> quantized;
   Vector<uint16_t> scales, mins;
   Weights(Kind kind, int64_t rows, int64_t columns, bool wide)
-      : numbers(wide, kind < Kind::INT8 ? rows * columns : 0), bias(wide, rows) {
+      : numbers(wide, kind < Kind::INT4 ? rows * columns : 0), bias(wide, rows) {
     m.kind = kind, m.rows = rows, m.columns = columns, m.bias = bias.data(), m.data = numbers.data();
-    if (kind < Kind::INT8) return;
+    if (kind < Kind::INT4) return;
     const int64_t blocks = (rows + 15) / 16, groups = (columns + 31) / 32;
-    quantized.resize(blocks * groups * (kind == Kind::INT8 ? 512 : 256));
+    quantized.resize(blocks * groups * group_bytes(kind));
     for (auto& code : quantized) code = (uint8_t)(draw() >> 24);
     scales.assign(blocks * 16 * groups, 0x2400);  // 1/64
     m.data = quantized.data(), m.scales = scales.data();
@@ -129,7 +129,7 @@ struct Heads {
       positions[i] = length > 1 ? start + i : i == 0 ? c.longest - 1 : below(c.longest);
     a.batch = batch, a.length = length, a.kv_heads = c.kv_heads, a.heads = c.kv_heads * c.group;
     a.head_dim = c.dim, a.window = c.window, a.cos = cos.data(), a.sin = sin.data(), a.positions = positions.data();
-    const int64_t block = c.kind < Kind::INT8 ? 1 : 16;
+    const int64_t block = c.kind < Kind::INT4 ? 1 : 16;
     a.k_at = (a.heads * c.dim + block - 1) / block * block;
     a.v_at = a.k_at + (a.kv_heads * c.dim + block - 1) / block * block;
     if (c.norms) a.q = {q_gain.data(), 1e-5f, true}, a.k = {k_gain.data(), 1e-5f, false};
@@ -145,7 +145,7 @@ void spoil(Numbers& x, int64_t fill) {  // NaN and infinity must not become inte
 }
 
 void run(const Kernels& kernels, const Case& c) {
-  const int64_t block = c.kind < Kind::INT8 ? 1 : 16, q_dim = c.kv_heads * c.group * c.dim;
+  const int64_t block = c.kind < Kind::INT4 ? 1 : 16, q_dim = c.kv_heads * c.group * c.dim;
   const int64_t up_at = (c.hidden + block - 1) / block * block;
   Heads heads(c, c.batch, 1);
   const int64_t qkv_rows = heads.a.v_at + (c.kv_heads * c.dim + block - 1) / block * block;
@@ -169,6 +169,8 @@ void run(const Kernels& kernels, const Case& c) {
   spoil(new_rows, c.fill);
   Vector<uint8_t> blocks(n * (q_dim / 32) * block_bytes);
   for (auto& byte : blocks) byte = (uint8_t)(draw() >> 24);
+  Vector<uint8_t> codes(n * (q_dim / 32) * 32);
+  for (auto& code : codes) code = (uint8_t)(draw() >> 24);
   spoil(stream, c.fill);
   with_pool([&](Pool pool) {
     kernels.decode_attention(x.data(), norm, qkv.m, heads.a, o.m, gate_up.m, y.data(), pool);
@@ -179,12 +181,14 @@ void run(const Kernels& kernels, const Case& c) {
     kernels.prefill_feed_forward(between.data(), norm, gate_up.m, up_at, down.m, length, after.data(), pool);
     kernels.gemm(stream.data(), qkv.m, length, tokens.data(), pool);
     kernels.rms_norm(stream.data(), Norm{gain.data(), 1e-5f, c.norms}, length, c.width, after.data(), pool);
-    if (c.kind < Kind::INT8) return;
+    if (c.kind < Kind::INT4) return;
     kernels.dequantize_rows(o.m, rows.data(), (int64_t)rows.size(), floats.data(), pool);
     kernels.quantize(new_rows.data(), n, o.m, pool);
     Matrix whole = o.m;
     whole.columns = q_dim / 32 * 32;
-    kernels.repack(blocks.data(), block_bytes, n, whole, pool);
+    const bool has_min = c.kind != Kind::INT8;
+    kernels.pack(codes.data(), o.scales.data(), has_min ? o.mins.data() : nullptr, n, whole, pool);
+    if (c.kind != Kind::INT5) kernels.repack(blocks.data(), block_bytes, n, whole, pool);
   });
 }
 
@@ -212,9 +216,9 @@ int main(int argc, char** argv) {
 #endif
   int64_t cases = 0;
   for (int wide = 0; wide < 2; wide++)
-    for (int format = 0; format < 3; format++)
+    for (int format = 0; format < 4; format++)
       for (int i = 0; i < 24; i++, cases++) {
-        const Kind kinds[] = {wide ? Kind::FLOAT32 : Kind::BFLOAT16, Kind::INT8, Kind::INT4};
+        const Kind kinds[] = {wide ? Kind::FLOAT32 : Kind::BFLOAT16, Kind::INT8, Kind::INT5, Kind::INT4};
         run(NAME(ISA)[wide ? 0 : 1],
             {wide == 1, below(4) != 0, kinds[format], 1 + below(17), 1 + below(3), 1 + below(5), 2 + 2 * below(35),
              1 + below(90), 1 + below(90), 1 + below(i % 8 ? 70 : 1000), below(3) * below(40), below(6)});

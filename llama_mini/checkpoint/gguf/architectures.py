@@ -1,0 +1,189 @@
+"""What each architecture of a GGUF file means: whose norms it has, how its tensors lie, and which settings it has.
+
+A setting without a key in the metadata is what llama.cpp has in its code (src/models/ has one file for each name).
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import Any
+
+from llama_mini.checkpoint.gguf.metadata import Metadata
+from llama_mini.checkpoint.keys import KeyTable
+from llama_mini.errors import ConfigError
+from llama_mini.model.config import LlamaConfig
+from llama_mini.validate import check_number
+
+_NAMES = {
+    "token_embd": "tok_embeddings",
+    "blk.{}.attn_norm": "layers.{}.attention.pre_norm",
+    "blk.{}.attn_q": "layers.{}.attention.q_proj",
+    "blk.{}.attn_k": "layers.{}.attention.k_proj",
+    "blk.{}.attn_v": "layers.{}.attention.v_proj",
+    "blk.{}.attn_output": "layers.{}.attention.o_proj",
+    "blk.{}.attn_q_norm": "layers.{}.attention.q_norm",
+    "blk.{}.attn_k_norm": "layers.{}.attention.k_norm",
+    "blk.{}.post_attention_norm": "layers.{}.attention.out_norm",
+    "blk.{}.ffn_norm": "layers.{}.feed_forward.pre_norm",
+    "blk.{}.ffn_gate": "layers.{}.feed_forward.gate_proj",
+    "blk.{}.ffn_up": "layers.{}.feed_forward.up_proj",
+    "blk.{}.ffn_down": "layers.{}.feed_forward.down_proj",
+    "blk.{}.post_ffw_norm": "layers.{}.feed_forward.out_norm",
+    "output_norm": "norm",
+    "output": "lm_head",
+}
+_QKV = {"blk.{}.attn_qkv": [("q", "blk.{}.attn_q"), ("k", "blk.{}.attn_k"), ("v", "blk.{}.attn_v")]}
+_GATE_UP = {"blk.{}.ffn_up": [("gate", "blk.{}.ffn_gate"), ("up", "blk.{}.ffn_up")]}
+
+Settings = Callable[[LlamaConfig, Metadata], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One `general.architecture`.
+
+    family: the model_type that has its norms, and as which it is saved.
+    pairs: whether the rotary pairs of q and k lie side by side in the file.
+    partial: whether the first `rope.dimension_count` elements of a head may be rotated alone.
+    joined: whether ffn_up holds the gate too, above itself. Any file may have attn_qkv in place of q, k and v.
+    names: tensor names with another meaning than in most architectures.
+    settings: (the configuration as if it were a LLaMA's, the metadata) -> the fields that differ.
+    """
+
+    family: str
+    pairs: bool = False
+    partial: bool = False
+    joined: bool = False
+    names: KeyTable | None = None
+    settings: Settings = lambda *_: {}
+
+    def keys(self, tensors: Collection[str]) -> KeyTable:
+        """Tensor names, as this file spells them, -> ours."""
+        own = self.names or {}
+        names = {theirs: ours for theirs, ours in _NAMES.items() if ours not in own.values()} | own
+        table = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in names.items() for kind in ("weight", "bias")}
+        for whole, parts in (_QKV | (_GATE_UP if self.joined else {})).items():
+            for kind in ("weight", "bias"):
+                if f"{whole.format(0)}.{kind}" in tensors:
+                    ours = {f"{whole}.{kind}[{part}]": table.pop(f"{name}.{kind}") for part, name in parts}
+                    table |= ours
+        return table
+
+
+def _windows(
+    config: LlamaConfig, file: Metadata, period: int, default: int = 0, scaled: bool = True, theta: float | None = None
+) -> dict[str, Any]:
+    """The layers with a window: all but every `period`-th. Some models rotate them by another base, or unscaled."""
+    window = file.get("attention.sliding_window", default)
+    layers = file.layers("attention.sliding_window_pattern", period, config.n_layers)
+    base = file.get("rope.freq_base_swa", theta or config.rope_theta)
+    scaling = config.rope_scaling if scaled else None
+    if not window or not layers:
+        return {}
+    rope = {"sliding_rope_theta": base, "sliding_rope_scaling": scaling}
+    same = (base, scaling) == (config.rope_theta, config.rope_scaling)
+    return {"sliding_window": window, "sliding_layers": layers, **({} if same else rope)}
+
+
+def _rotated_in_windows(config: LlamaConfig, file: Metadata, default: int = 0) -> dict[str, Any]:
+    """Layers with a window alone know positions, if there are any."""
+    windows = _windows(config, file, period=4, default=default)
+    full = set(range(config.n_layers)).difference(windows.get("sliding_layers", range(config.n_layers)))
+    return {**windows, "unrotated_layers": tuple(sorted(full))}
+
+
+def _gemma(config: LlamaConfig, _: Metadata) -> dict[str, Any]:
+    return {"activation": "gelu_tanh", "embedding_scale": sqrt(config.dim)}
+
+
+def _gemma_2(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
+    return {
+        **_gemma(config, file),
+        **_windows(config, file, period=2, default=4096),
+        "attention_scale": _gemma_scale(config, 46),
+        "attention_softcap": file.get("attn_logit_softcapping", 50.0),
+        "logit_softcap": file.get("final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma_3(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
+    return {
+        **_gemma(config, file),
+        **_windows(config, file, period=6, scaled=False, theta=10_000.0),
+        "attention_scale": _gemma_scale(config, 62),
+        "logit_softcap": file.get("final_logit_softcapping", 0) or None,
+    }
+
+
+def _gemma_scale(config: LlamaConfig, n_layers: int) -> float | None:
+    """The models of 27B, which have `n_layers`, share the width of the stream among their heads."""
+    return (config.dim // config.n_heads) ** -0.5 if config.n_layers == n_layers else None
+
+
+def _granite(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
+    beta, divisor, plan = file.get("residual_scale", 0) or 1.0, file.get("logit_scale"), config.norm_plan
+    check_number("granite.logit_scale", divisor, ConfigError, above=0)
+    unrotated = tuple(range(config.n_layers)) if not file.get("rope.scaling.finetuned", True) else ()
+    return {
+        "embedding_scale": file.get("embedding_scale", 0) or 1.0,
+        "attention_scale": file.get("attention.scale", 0) or None,
+        "logit_scale": 1 / divisor,
+        "unrotated_layers": unrotated,
+        "norm_plan": replace(
+            plan, attention=replace(plan.attention, beta=beta), feed_forward=replace(plan.feed_forward, beta=beta)
+        ),
+    }
+
+
+def _cohere(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
+    return {"logit_scale": file.get("logit_scale", 1.0) or 1.0}
+
+
+ARCHITECTURES = {
+    "llama": Architecture(family="llama", pairs=True),
+    "qwen2": Architecture(family="qwen2"),
+    "qwen3": Architecture(family="qwen3"),
+    "mistral3": Architecture(family="mistral", pairs=True),
+    "internlm2": Architecture(family="llama", pairs=True),
+    "exaone": Architecture(family="llama"),
+    "seed_oss": Architecture(
+        family="seed_oss", names={"blk.{}.post_attention_norm": "layers.{}.feed_forward.pre_norm"}
+    ),
+    "smollm3": Architecture(
+        family="smollm3",
+        pairs=True,
+        settings=lambda config, _: {"unrotated_layers": tuple(range(3, config.n_layers, 4))},
+    ),
+    "ernie4_5": Architecture(family="ernie4_5", pairs=True),
+    "phi3": Architecture(
+        family="phi3", partial=True, joined=True, settings=lambda config, file: _windows(config, file, 0)
+    ),
+    "granite": Architecture(family="granite", pairs=True, settings=_granite),
+    "arcee": Architecture(family="arcee", pairs=True, settings=lambda *_: {"activation": "relu2", "gated_mlp": False}),
+    "hunyuan-dense": Architecture(family="hunyuan_v1_dense", settings=lambda *_: {"qk_norm_after_rope": True}),
+    "gemma": Architecture(family="gemma", partial=True, settings=_gemma),
+    "gemma2": Architecture(family="gemma2", partial=True, settings=_gemma_2),
+    "gemma3": Architecture(family="gemma3_text", partial=True, settings=_gemma_3),
+    "chatglm": Architecture(family="glm", pairs=True, partial=True, joined=True),
+    "glm4": Architecture(family="glm4", pairs=True, partial=True, joined=True),
+    "olmo": Architecture(family="olmo", pairs=True),
+    "olmo2": Architecture(family="olmo2", settings=lambda config, file: _windows(config, file, 4, scaled=False)),
+    "exaone4": Architecture(
+        family="exaone4",
+        settings=lambda config, file: _rotated_in_windows(config, file, 4096 if config.n_layers == 64 else 0),
+    ),
+    "cohere2": Architecture(
+        family="cohere2",
+        pairs=True,
+        partial=True,
+        settings=lambda *both: {**_cohere(*both), **_rotated_in_windows(*both)},
+    ),
+    "command-r": Architecture(family="cohere", pairs=True, partial=True, settings=_cohere),
+    "nemotron": Architecture(
+        family="nemotron", partial=True, settings=lambda *_: {"activation": "relu2", "gated_mlp": False}
+    ),
+    "starcoder2": Architecture(
+        family="starcoder2", settings=lambda *_: {"activation": "gelu_tanh", "gated_mlp": False}
+    ),
+    "stablelm": Architecture(family="stablelm", partial=True),
+}

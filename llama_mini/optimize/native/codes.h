@@ -33,19 +33,20 @@ template <typename V>
   return v | ((i < 4 ? fifth << (4 - i) : fifth >> (i - 4)) & 0x10101010);
 }
 
-// Stores the quads of one row of a group.
-inline void store_quads(Kind kind, const uint32_t* quads, uint8_t* q) {
+// Stores the quads of one row of a group. Of int4, the low four bits of each code.
+[[gnu::always_inline]] inline void store_quads(Kind kind, const uint32_t* quads, uint8_t* q) {
   if (kind == Kind::INT8) {
     for (int i = 0; i < QUADS; i++) std::memcpy(q + i * 64, quads + i, 4);
     return;
   }
-  uint32_t fifth = 0;
   for (int i = 0; i < QUADS; i += 2) {
     const uint32_t both = (quads[i] & 0x0f0f0f0f) | (quads[i + 1] & 0x0f0f0f0f) << 4;
     std::memcpy(q + i / 2 * 64, &both, 4);
-    fifth |= (quads[i] >> 4 & 0x01010101) << i | (quads[i + 1] >> 4 & 0x01010101) << (i + 1);
   }
-  if (kind == Kind::INT5) std::memcpy(q + 4 * 64, &fifth, 4);
+  if (kind == Kind::INT4) return;
+  uint32_t fifth = 0;
+  for (int i = 0; i < QUADS; i++) fifth |= (quads[i] >> 4 & 0x01010101) << i;
+  std::memcpy(q + 4 * 64, &fifth, 4);
 }
 
 }  // namespace ISA

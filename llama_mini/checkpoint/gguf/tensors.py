@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.gguf.blocks import Blocks
+from llama_mini.checkpoint.gguf.blocks import CODES, Blocks
 from llama_mini.checkpoint.gguf.header import GGUFTensor
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.validate import short_repr
@@ -16,12 +16,13 @@ from llama_mini.validate import short_repr
 _CHUNK = 1 << 20  # elements that are in memory as float32 at once, besides the tensor that they go to
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}  # types whose blocks are codes of a format of ours
 
 
 def kept(kind: str) -> tuple[str | None, bool]:
     """The format that a type is kept in, None for floats, and whether its blocks are codes of that format."""
-    return (None, False) if kind in FLOATS else (_CODES.get(kind, "int8"), kind in _CODES)
+    if kind in FLOATS:
+        return None, False
+    return (CODES[kind][0], True) if CODES.get(kind, ("int5",))[0] != "int5" else ("int8", False)
 
 
 def read_blocks(file: BinaryIO, tensor: GGUFTensor, at_once: int) -> Iterator[tuple[int, Blocks]]:
@@ -52,7 +53,8 @@ def read_rows(file: BinaryIO, tensor: GGUFTensor, dtype: torch.dtype, at_once: i
 
     for first, rows in _stored_rows(file, tensor, at_once):
         try:
-            wide = quants.dequantize(rows.numpy(), GGMLQuantizationType[tensor.type])
+            with np.errstate(all="ignore"):  # a broken scale is infinite, and is found where the numbers are used
+                wide = quants.dequantize(rows.numpy(), GGMLQuantizationType[tensor.type])
         except NotImplementedError:
             raise CheckpointFormatError(
                 f"{file.name}: tensor {short_repr(tensor.name)} is {tensor.type}, which cannot be dequantised; "

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
-from llama_mini.checkpoint.io.files import inside, read_json
-from llama_mini.errors import CheckpointError, CheckpointFormatError
+from llama_mini.checkpoint.io.files import ADAPTER_CONFIG
+from llama_mini.errors import CheckpointFormatError
 from llama_mini.validate import join_names, short_repr
 
-ADAPTER_CONFIG = "adapter_config.json"
 _MERGE = "merge it into its model and save the result (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse), then give that"
 _FILES = {  # names of files that hold no weights of a model -> what such a file is
-    "adapter*": f"an adapter, not a whole model: {_MERGE}",
+    "adapter*": f"an adapter without {ADAPTER_CONFIG}, so its scale is unknown: put that file beside it",
     "*.distcp": "a part of a torch.distributed checkpoint: join the parts with `python -m "
     "torch.distributed.checkpoint.format_utils dcp_to_torch`, and convert the pytorch_model.bin that this makes",
     "*mp_rank_* global_step*": "a part of a DeepSpeed checkpoint: join the parts with its zero_to_fp32.py",
@@ -65,29 +64,12 @@ def told_by_name(names: Collection[str]) -> tuple[str, str] | None:
 
 def describe_directory(directory: Path) -> str | None:
     """What a directory that has no weights in a known format holds, to follow its name; None if that is not known."""
-    if (adapter := describe_adapter(directory)) is not None:
-        return adapter
     names = sorted(path.name for folder in (directory, directory / _HUB_DOWNLOADS) for path in folder.glob("*"))
     if (told := told_by_name(names)) is not None:
         return f"holds {told[0]}, {told[1]}"
     if folders := sorted({str(path.parent) for pattern in _FOLDERS for path in directory.glob(pattern)}):
         return f"holds no checkpoint itself, but its folders do; give one of them: {join_names(folders)}"
     return None
-
-
-def describe_adapter(directory: Path) -> str | None:
-    """What the adapter_config.json of PEFT or mlx-lm says, to follow the directory's name; None if there is none."""
-    if not (path := inside(directory, ADAPTER_CONFIG)).is_file():
-        return None
-    try:
-        raw = read_json(path)
-    except CheckpointError:
-        raw = {}
-    kind, base = (
-        next((short_repr(raw[key]) for key in keys if isinstance(raw.get(key), str)), "unknown")
-        for keys in (("peft_type", "fine_tune_type"), ("base_model_name_or_path", "model"))
-    )
-    return f"holds an adapter of type {kind} for the model {base}, not a whole model: {_MERGE}"
 
 
 def describe_config(raw: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
 """An opened checkpoint, whatever its format: what its headers say, and how its tensors are read."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -72,6 +72,8 @@ class Source:
     read_rows: reads tensors as floats, with rotary pairs in the model's order.
     read_quantized: reads tensors with `has_codes` as they are stored.
     gguf: the header of a GGUF file, which also holds the tokenizer.
+    adapters: the directories of the adapters that are merged into it, each with a description for people.
+    tokenizer: the directory of an adapter whose tokenizer comes before that of the checkpoint.
     """
 
     path: Path
@@ -84,6 +86,8 @@ class Source:
     read_rows: ReadRows
     read_quantized: Callable[[Collection[str]], Iterator[Rows[StoredCodes]]] = lambda _: iter(())
     gguf: GGUFHeader | None = None
+    adapters: Mapping[Path, str] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
     @property
     def directory(self) -> Path:

@@ -24,7 +24,6 @@ from tests.tiny_families import logits, random_model
 from tests.tiny_models import HF_TINY, random_tokens
 
 LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-PEFT = {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.1-8B", "r": 4}
 
 
 def refusal(path: Path, expected: type[LlamaMiniError] = CheckpointError) -> str:
@@ -35,48 +34,19 @@ def refusal(path: Path, expected: type[LlamaMiniError] = CheckpointError) -> str
     return str(caught.value)
 
 
-def write_adapter(directory: Path, config: object, file: str = "adapter_model.safetensors") -> Path:
-    directory.mkdir()
-    (directory / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    save_file({LORA: torch.zeros(4, 32)}, directory / file)
-    return directory
+# --- adapters, which are read where their model is: tests/checkpoint/adapters ---
 
 
-# --- adapters ---
-
-
-@pytest.mark.parametrize(
-    ("config", "file", "expected"),
-    [
-        (PEFT, "adapter_model.safetensors", "an adapter of type 'LORA' for the model 'meta-llama/Llama-3.1-8B', not"),
-        ({"fine_tune_type": "lora", "model": "a/b"}, "adapters.safetensors", "of type 'lora' for the model 'a/b', not"),
-        ({"peft_type": 5}, "adapter_model.safetensors", "of type unknown for the model unknown, not a whole model"),
-        ("no JSON", "adapter_model.safetensors", "of type unknown for the model unknown, not a whole model"),
-    ],
-    ids=["PEFT", "mlx-lm", "not stated", "broken"],
-)
-def test_an_adapter_says_of_which_model(tmp_path: Path, config: object, file: str, expected: str) -> None:
-    directory = write_adapter(tmp_path / "lora", config, file)
-    for path in (directory, directory / file):
-        with pytest.raises(CheckpointFormatError) as caught:
-            open_checkpoint(path)
-        assert expected in str(caught.value)
-        assert "merge it into its model" in str(caught.value)
-        assert "merge_and_unload" in str(caught.value)
-
-
-def test_an_adapter_with_the_config_of_its_model(tmp_path: Path) -> None:
+def test_an_adapter_without_its_configuration(tmp_path: Path) -> None:
     random_model("llama", 0).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
-    assert "holds adapter_model.safetensors, an adapter, not a whole model: merge it" in refusal(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT))
-    assert "an adapter of type 'LORA' for the model 'meta-llama/Llama-3.1-8B'" in refusal(tmp_path)
+    assert "holds adapter_model.safetensors, an adapter without adapter_config.json, so its scale" in refusal(tmp_path)
 
 
 def test_an_adapter_beside_a_model_is_warned_of(tmp_path: Path) -> None:
     random_model("llama", 0).save_pretrained(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT))
-    with pytest.warns(LlamaMiniWarning, match=r"also holds an adapter \(adapter_config\.json\): it is not applied"):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.warns(LlamaMiniWarning, match="also holds an adapter .* only if it is given as an adapter"):
         assert open_checkpoint(tmp_path)
 
 
@@ -283,6 +253,6 @@ def test_a_language_model_is_no_other_kind(more: dict[str, Any]) -> None:
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_adapter(tmp_path / "lora", PEFT)
-    assert main(["--model", str(path), "hi"]) == 3
-    assert capsys.readouterr().err.startswith(f"error: {path} holds an adapter of type 'LORA'")
+    (tmp_path / "model.onnx").touch()
+    assert main(["--model", str(tmp_path), "hi"]) == 3
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds model.onnx, made for another runtime")

@@ -13,10 +13,10 @@ from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards, indexed, read_headers, stored
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
-from llama_mini.checkpoint.io.files import INDEX, PICKLES, SINGLE, inside, read_weight_map
+from llama_mini.checkpoint.io.files import ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.io.safetensors_header import cut_rows, weight_dtype
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, names_in_file, to_file_name
-from llama_mini.checkpoint.not_models import ADAPTER_CONFIG, describe_directory, told_by_name
+from llama_mini.checkpoint.not_models import describe_directory, told_by_name
 from llama_mini.checkpoint.quantized.methods import quantized_matrices
 from llama_mini.checkpoint.quantized.weight import cut_matrix, read_matrix
 from llama_mini.checkpoint.rows import split_parts, with_split_pairs
@@ -35,7 +35,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
         tied = {to_file_name(name, keys) for name in (HEAD, EMBEDDING)} if config.tie_word_embeddings else set[str]()
         tensors = indexed(directory / INDEX, weight_map, tensors, keys, tied)
     if file is None and (directory / ADAPTER_CONFIG).is_file():
-        warn(f"{directory} also holds an adapter ({ADAPTER_CONFIG}): it is not applied")
+        warn(f"{directory} also holds an adapter ({ADAPTER_CONFIG}), merged only if it is given as an adapter")
     matrices = quantized_matrices(directory, raw, tensors)
     parts = {part.name for matrix in matrices.values() for part in matrix.parts.values()}
     plain = {name: tensor for name, tensor in tensors.items() if name not in parts}

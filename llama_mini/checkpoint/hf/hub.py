@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from llama_mini.checkpoint.io.files import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
     CONFIG,
     INDEX,
     PARAMS,
@@ -27,7 +29,7 @@ from llama_mini.checkpoint.not_models import told_by_name
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, CheckpointPathError
 from llama_mini.validate import join_names, short_repr
 
-SMALL = [CONFIG, *TOKENIZER_FILES]
+SMALL = [CONFIG, ADAPTER_CONFIG, *TOKENIZER_FILES]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # A branch or tag name that git allows, in ASCII only. No part of it begins with a dot.
 REVISION = re.compile(r"(?![/-])(?!.*(//|/\.|\.\.|@\{))(?!\.)[^\x00-\x20~^:?*\[\\\x7f-\U0010ffff]{1,200}(?<![/.])")
@@ -126,6 +128,7 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
     top = {name for name in names if "/" not in name}
     is_meta = CONFIG not in top and PARAMS in top
     small = [name for name in (*SMALL, *([PARAMS] if is_meta else [])) if name in top]
+    adapter = [name for name in ADAPTERS if name in top][:1] if ADAPTER_CONFIG in top else []
     small += sorted(name for name in names if re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", name))
     if tokenizer_only and top.intersection(VOCABULARIES):
         return small
@@ -136,11 +139,13 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
     if weights and not tokenizer_only:
         if not top.intersection((CONFIG, PARAMS)):
             raise CheckpointIncompleteError(f"{where} holds weights but no {CONFIG}, so their sizes are unknown")
-        return small + weights
+        return small + adapter + weights
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     ggufs = [name for name in ggufs if "mmproj" not in name] or ggufs  # a projector beside its model
     if len(ggufs) == 1:
-        return small + ggufs
+        return small + adapter + ggufs
+    if adapter and not tokenizer_only:
+        return small + adapter
     if ggufs:
         raise CheckpointPathError(
             f"{where} holds {len(ggufs)} GGUF files: download one with `hf download {where} FILE` and give the path "

@@ -15,6 +15,8 @@ from llama_mini.validate import short_repr
 
 CONFIG, PARAMS = "config.json", "params.json"  # of a Hugging Face and of a Meta directory
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights; the index of weights in shards
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")  # of PEFT, mlx-lm, PEFT
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")  # how the names of pickled weights end
 VOCABULARIES = ("tokenizer.json", "tekken.json", "tokenizer.model")  # the first that exists is read
 TOKENIZER_FILES = (

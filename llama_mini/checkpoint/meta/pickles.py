@@ -48,7 +48,7 @@ def open_hf_pickles(directory: Path) -> Source:
     file_of: dict[str, Path] = {}
     tensors: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in _load(file).items():
+        for name, tensor in load_tensors(file).items():
             if name in tensors:
                 raise CheckpointFormatError(f"{name} is in both {file_of[name].name} and {file.name}")
             file_of[name], tensors[name] = file, tensor
@@ -80,7 +80,7 @@ def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
     Raises CheckpointError, ConfigError.
     """
     files = _meta_files(directory)
-    shards = [_load(file) for file in files]
+    shards = [load_tensors(file) for file in files]
     for file, shard in zip(files[1:], shards[1:], strict=True):
         if other := set(shard) ^ set(shards[0]):
             raise CheckpointFormatError(f"{file} and {files[0].name} hold different tensors: {sorted(other)[0]}")
@@ -130,8 +130,8 @@ def _meta_files(directory: Path) -> list[Path]:
     return all_present(directory, [numbers[n].name for n in sorted(numbers)])
 
 
-def _load(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle by name. Raises CheckpointFormatError if it holds anything else."""
+def load_tensors(file: Path, of_model: bool = True) -> dict[str, Tensor]:
+    """The tensors of a pickle by name. Raises CheckpointFormatError if it holds anything else, or no whole model."""
     if (kind := file_kind(file)) not in (FileKind.PICKLE, FileKind.ARCHIVE, FileKind.OTHER):
         raise CheckpointFormatError(f"{file} is not a PyTorch file but {kind.value}")
     try:
@@ -146,8 +146,9 @@ def _load(file: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not tensors:
         raise CheckpointFormatError(f"{file} holds a {type(tensors).__name__}, not tensors by name")
     texts = [name for name in tensors if isinstance(name, str)]
-    check_names(file, texts)
-    check_not_quantized(file, texts)
+    if of_model:
+        check_names(file, texts)
+        check_not_quantized(file, texts)
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise CheckpointFormatError(f"{file}: {name!r:.80} is a {type(value).__name__}, not a plain tensor")

@@ -148,6 +148,7 @@ def test_what_is_no_name(text: str) -> None:
     ("name", "files"),
     [
         ("org/sharded", [*SMALL, INDEX, *SHARDS]),
+        ("org/adapter", ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]),
         ("org/single", [*SMALL, "model.safetensors", "tokenizer.model"]),
         ("org/loose", ["config.json", "tokenizer.model", "a[1].safetensors", "b.safetensors"]),
         ("org/meta", ["params.json", "tokenizer.model", "consolidated.safetensors"]),
@@ -203,7 +204,6 @@ def test_of_a_single_gguf_file_the_path_is_given(online: dict[str, Any], hub: Hu
         ("org/pickled", "Format", r"pickles \('pytorch_model-00001-of-00002.bin'\).*llama-mini convert SRC DST`"),
         ("org/metapickled", "Format", r"pickles \('consolidated.00.pth'\)"),
         ("org/ggufs", "Path", "6 GGUF files: .*'tiny-f16.gguf', 'tiny-q2.gguf', 'tiny-q3.gguf'"),
-        ("org/adapter", "Format", "org/adapter holds adapter_config.json, an adapter, not a whole model: merge it"),
         ("org/empty", "Incomplete", "org/empty holds no weights"),
         ("org/escaping", "Path", "index.json names '../x.safetensors'; only .* of the same folder"),
         ("org/absolute", "Path", "index.json names '/etc/passwd.safetensors'"),
@@ -221,9 +221,7 @@ def test_every_failure_is_one_sentence(online: dict[str, Any], name: str, kind: 
     assert re.search(says, message), message
 
 
-@pytest.mark.parametrize(
-    "repo", ["org/pickled", "org/metapickled", "org/ggufs", "org/adapter", "org/empty", "org/no-config"]
-)
+@pytest.mark.parametrize("repo", ["org/pickled", "org/metapickled", "org/ggufs", "org/empty", "org/no-config"])
 def test_what_is_refused_is_not_downloaded(online: dict[str, Any], hub: Hub, repo: str) -> None:
     assert hub.files(repo) == []
 

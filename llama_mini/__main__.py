@@ -80,7 +80,7 @@ def run_convert(argv: Sequence[str], prog: str) -> int:
         from llama_mini.cli.convert import convert
 
         with one_writer(args.target):  # this also removes the files of earlier runs that were killed
-            convert(resolve(args.source), args.target, args.dtype)
+            convert(resolve(args.source), args.target, args.dtype, options.adapters(args))
         print(args.target)
 
     return exit_code_of(run)

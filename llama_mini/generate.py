@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of, summary, token_ids, with_limit
-from llama_mini.cli.options import DEFAULT_MAX_TOKENS, PROG, check, parser, sampling, template_variables
+from llama_mini.cli.options import DEFAULT_MAX_TOKENS, PROG, adapters, check, parser, sampling, template_variables
 from llama_mini.cli.streams import read_file, read_standard_input, typed_text
 from llama_mini.errors import RequestError
 
@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
     if args.info:
         from llama_mini.cli.info import describe
 
-        print(describe(checkpoint_of(args.model), args.dtype, args.device))
+        merged = adapters(args)
+        print(describe(checkpoint_of(args.model, merged), args.dtype, args.device, merged))
     elif args.interactive:
         from llama_mini.cli import chat
 
@@ -99,7 +100,8 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams, Source]":
         from llama_mini.machine import as_device, as_dtype
         from llama_mini.memory import check_fits
 
-        source = open_checkpoint(resolve(checkpoint_of(args.model)))
+        merged = adapters(args)
+        source = open_checkpoint(resolve(checkpoint_of(args.model, merged)), adapter=merged)
         config, device = source.config, as_device(args.device)
         # LLM checks that one position of cache fits. The command knows how many it needs.
         positions = min(args.max_tokens or DEFAULT_MAX_TOKENS, config.max_seq_len)

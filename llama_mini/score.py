@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_mini import __version__
 from llama_mini.cli.common import checkpoint_of, exit_code_of
-from llama_mini.cli.options import Parser, model_options
+from llama_mini.cli.options import Parser, adapters, model_options
 from llama_mini.cli.streams import read_file
 from llama_mini.errors import RequestError
 
@@ -64,16 +64,21 @@ def run(args: argparse.Namespace) -> None:
     from llama_mini.engine.llm import LLM
     from llama_mini.eval.perplexity import compare, perplexity
 
-    model = checkpoint_of(args.model)
-    llm = LLM(model, args.dtype, args.device, args.quantize, args.kernels, args.threads)
+    merged = adapters(args)
+    model = checkpoint_of(args.model, merged)
+    llm = LLM(model, args.dtype, args.device, args.quantize, args.kernels, args.threads, merged)
     tokens = _encode(texts, llm, args.bos)
     windows = (tokens.ids, args.context, args.stride, tokens.window_bos)
-    facts = {"model": str(model), "format": _format(llm), "texts": args.files or ["standard input"]}
+    facts = {
+        "model": " + ".join([str(model), *args.adapter]),
+        "format": _format(llm),
+        "texts": args.files or ["standard input"],
+    }
     if args.against is None and args.against_dtype is None:
         _print(facts, tokens, llm, perplexity(llm, *windows), None, args.json)
         return
-    against = model if args.against is None else args.against
-    reference = LLM(against, args.against_dtype or args.dtype, args.device, "none", args.kernels, args.threads)
+    against, also = (model, merged) if args.against is None else (args.against, None)
+    reference = LLM(against, args.against_dtype or args.dtype, args.device, "none", args.kernels, args.threads, also)
     comparison = compare(llm, reference, *windows)
     facts |= {"reference": str(against), "reference_format": _format(reference)}
     _print(facts, tokens, llm, comparison.model, comparison, args.json)

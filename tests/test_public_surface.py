@@ -13,7 +13,7 @@ from llama_mini import errors as errors_module
 from llama_mini.generate import parser
 
 SIGNATURES = {
-    LLM: "(model, dtype='auto', device='cpu', quantize='auto', kernels='auto', threads=None)",
+    LLM: "(model, dtype='auto', device='cpu', quantize='auto', kernels='auto', threads=None, adapter=None)",
     LLM.generate: "(self, prompts=None, params=None, **settings)",
     LLM.chat: "(self, messages, params=None, **settings)",
     LLM.completions: "(self, prompts, params=None, **settings)",
@@ -55,8 +55,8 @@ FIELDS = {
 }
 
 OPTIONS = (
-    "--help --prompt --file --interactive --batch --output --info --version --model --dtype --device --quantize "
-    "--kernels --threads "
+    "--help --prompt --file --interactive --batch --output --info --version --model --adapter --dtype --device "
+    "--quantize --kernels --threads "
     "--chat --raw --system --max-tokens --min-tokens --max-time --stop --stop-token --ignore-eos --logit-bias "
     "--repetition-penalty --presence-penalty --frequency-penalty --temperature --top-k --top-p --min-p --seed "
     "--no-stream --stats --json --top-logprobs --prompt-logprobs "

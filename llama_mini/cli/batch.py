@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from llama_mini.checkpoint.hf.hub import SMALL
-from llama_mini.checkpoint.io.files import PARAMS
+from llama_mini.checkpoint.io.files import ADAPTERS, PARAMS
 from llama_mini.checkpoint.source import Source
 from llama_mini.cli.batch_lines import Asked, Line, asked, parse, read_lines
 from llama_mini.cli.common import token_ids, with_limit
@@ -241,9 +241,10 @@ def _check_settings(results: Path, found: Settings, settings: Settings) -> None:
 def _fingerprint(source: Source) -> str:
     """Tells whether a model is the same: a digest of names, sizes, times and samples of its files, not of its path."""
     files = {tensor.file for tensor in source.tensors.values()}
-    if source.gguf is None:  # the configuration, the tokenizer and the chat templates
-        named = {path for name in (*SMALL, PARAMS) if (path := source.directory / name).is_file()}
-        files |= named.union(source.directory.glob("additional_chat_templates/*.jinja"))
+    directories = [*source.adapters, *([source.directory] if source.gguf is None else [])]
+    for directory in directories:  # configurations, tokenizers, chat templates and adapters
+        named = {path for name in (*SMALL, PARAMS, *ADAPTERS) if (path := directory / name).is_file()}
+        files |= named.union(directory.glob("additional_chat_templates/*.jinja"))
     digest = hashlib.sha256()
     for path in sorted(files):
         about = path.stat()

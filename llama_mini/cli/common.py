@@ -3,7 +3,7 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,10 +48,14 @@ def exit_code_of(run: Callable[[], object]) -> int:
     return 0
 
 
-def checkpoint_of(model: str | None) -> str | Path:
-    """What --model names, or the default checkpoint, which is downloaded the first time."""
+def checkpoint_of(model: str | None, adapters: Collection[str] = ()) -> str | Path:
+    """What --model names, else the model of the first adapter, else the default one, downloaded the first time."""
     if model is not None:
         return model
+    if adapters:
+        from llama_mini.checkpoint.open import model_of_adapter  # imports torch
+
+        return model_of_adapter(next(iter(adapters)))
     from llama_mini.cli.default_model import ensure_default_checkpoint
 
     return ensure_default_checkpoint()

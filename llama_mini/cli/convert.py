@@ -22,7 +22,7 @@ from llama_mini.checkpoint.io.files import (
     write_json,
 )
 from llama_mini.checkpoint.match import empty_model, match, read_all
-from llama_mini.checkpoint.open import open_checkpoint
+from llama_mini.checkpoint.open import Adapters, open_checkpoint
 from llama_mini.checkpoint.rows import rows_for_file
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.special_ids import special_ids, with_missing_ids
@@ -38,15 +38,15 @@ COPIED = (*TOKENIZER_FILES, "vocab.json", "merges.txt")
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 
 
-def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None) -> None:
+def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None, adapter: Adapters | None = None) -> None:
     """Writes the directory `target`, complete or not at all, with one tensor in memory at a time.
 
     `dtype=None` keeps the dtype of the weights; quantised ones become bfloat16. Pickles are read too, if they hold
-    nothing but plain tensors.
+    nothing but plain tensors. Adapters are merged.
 
     Raises CheckpointError, ConfigError, TokenizerError.
     """
-    source = open_checkpoint(path, pickles=Llama)
+    source = open_checkpoint(path, Llama, adapter)
     model = empty_model(Llama, source)
     names = match(model, source)
     tokenizer = tokenizer_files(source)
@@ -76,15 +76,20 @@ def write_files(folder: Path, files: dict[str, Any]) -> None:
 
 def tokenizer_files(source: Source) -> dict[str, Any]:
     """File names with their contents: a JSON object, a text, or a file to copy. Raises TokenizerError."""
-    if source.gguf is not None:
-        return _gguf_files(source)
-    copied = {name: path for name in COPIED if exists(path := inside(source.directory, name))}
-    templates = {str(path.relative_to(source.directory)): path for path in template_files(source.directory).values()}
+    files = _directory_files(source.directory) if source.gguf is None else _gguf_files(source)
+    if source.tokenizer is not None:
+        files = {name: files[name] for name in files.keys() & {GENERATION}} | _directory_files(source.tokenizer)
+    if not set(VOCABULARIES) & set(files):
+        warn(f"{source.directory} has no tokenizer; none is written")
+    return files
+
+
+def _directory_files(directory: Path) -> dict[str, Any]:
+    copied = {name: path for name in COPIED if exists(path := inside(directory, name))}
+    templates = {str(path.relative_to(directory)): path for path in template_files(directory).values()}
     files: dict[str, Any] = copied | templates
     if set(copied) - {CHAT_TEMPLATE, GENERATION} == {"tokenizer.model"}:  # Meta's: transformers needs more
         files = meta_tokenizer_files(copied["tokenizer.model"]) | files
-    if not set(VOCABULARIES) & set(files):
-        warn(f"{source.directory} has no tokenizer; none is written")
     return files
 
 

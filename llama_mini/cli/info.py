@@ -6,7 +6,7 @@ import torch
 
 from llama_mini.checkpoint.io.files import VOCABULARIES, exists
 from llama_mini.checkpoint.match import empty_model, match
-from llama_mini.checkpoint.open import open_checkpoint, resolve
+from llama_mini.checkpoint.open import Adapters, open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.weight_formats import quantize_for, weight_bytes, weight_formats
 from llama_mini.cli.common import table
@@ -18,13 +18,15 @@ from llama_mini.model.norm import Norm
 from llama_mini.tokenizer.tokenizer import Tokenizer, open_tokenizer
 
 
-def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> str:
+def describe(
+    name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu", adapter: Adapters | None = None
+) -> str:
     """A table of facts, one per line. Reads and checks headers but no weights; raises the errors of loading.
 
     A checkpoint may have no tokenizer.
     """
     torch_device = as_device(device)
-    source = open_checkpoint(resolve(name))
+    source = open_checkpoint(resolve(name), adapter=adapter)
     model = empty_model(Llama, source)
     names = match(model, source)
     missing = _missing_tokenizer(source)
@@ -36,6 +38,7 @@ def describe(name: str | Path, dtype: torch.dtype | str = "auto", device: str = 
     rows = {
         "path": str(source.path),
         "format": source.format,
+        **({"adapters": "; ".join(source.adapters.values())} if source.adapters else {}),
         "family": source.model_type,
         "parameters": f"{n_parameters:,} in {len(names)} tensors, stored as {_stored_as(source, names)}"
         + (f"; kept as {kept}" if kept else ""),
@@ -59,6 +62,8 @@ def _vocabulary(tokenizer: Tokenizer) -> str:
 
 def _missing_tokenizer(source: Source) -> str | None:
     """Why the checkpoint has no tokenizer; None if it has one, perhaps a broken one."""
+    if source.tokenizer:
+        return None
     if source.gguf:  # llama.cpp's tools write these two names
         absent = source.gguf.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab")
         return "the file has no tokenizer.ggml.model" if absent else None

@@ -24,6 +24,7 @@ SET_BY_THE_COMMAND = ("self", "messages", "add_generation_prompt")  # among the 
 MODEL = "directory, GGUF file or hub name; default: SmolLM2-135M-Instruct, downloaded once"
 _OTHER_NAMES = {  # of llama.cpp, vLLM and transformers; --top_k and the like are read as --top-k
     "--model": "-m",
+    "--adapter": "--lora --adapter-path",
     "--prompt": "-p",
     "--file": "-f",
     "--system": "-sys --system-prompt",
@@ -134,6 +135,7 @@ def info_parser(prog: str) -> argparse.ArgumentParser:
     """The options of `info`, parsed into a namespace with the defaults of `generate --info`."""
     p = Parser(prog=prog, description="Describes a checkpoint without loading its weights.")
     p.add_argument("model", nargs="?", metavar="MODEL", help=MODEL)
+    _adapter(p)
     _dtype_and_device(p.add_argument_group("memory", "for the estimate of memory"))
     return p
 
@@ -147,6 +149,7 @@ def convert_parser(prog: str) -> argparse.ArgumentParser:
     p.add_argument("source", metavar="SRC", help="a directory, a file or a hub name")
     p.add_argument("target", metavar="DST", type=Path, help="the directory to write, new or empty")
     p.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16; default: that of the weights")
+    _adapter(p)
     return p
 
 
@@ -154,6 +157,7 @@ def model_options(p: argparse.ArgumentParser) -> None:
     """Which model, in which number format, on which device."""
     group = p.add_argument_group("model")
     group.add_argument("--model", metavar="M", help=MODEL)
+    _adapter(group)
     _dtype_and_device(group)
     add = group.add_argument
     quantize = "auto (default): keep the bits of a quantised file, unless --dtype is given; none: make them floats; "
@@ -162,6 +166,11 @@ def model_options(p: argparse.ArgumentParser) -> None:
     kernels = "auto (default): fast operators, built once; off: PyTorch's"
     add("--kernels", choices=["auto", "off"], default="auto", help=kernels)
     add("--threads", type=int, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else one per usable core")
+
+
+def _adapter(group: "argparse._ActionsContainer") -> None:
+    what = "merge a LoRA adapter of PEFT or mlx-lm: directory or hub name, F times (default 1); may be repeated"
+    group.add_argument("--adapter", action="append", default=[], metavar="A[=F]", help=what)
 
 
 def _dtype_and_device(group: "argparse._ArgumentGroup") -> None:
@@ -236,6 +245,18 @@ def sampling(args: argparse.Namespace) -> "SamplingParams":
     settings["logit_bias"] = as_dict("--logit-bias", map(_bias, args.logit_bias), RequestError) or None
     settings["stop"] = [typed_text(text, "--stop") for text in args.stop]
     return SamplingParams(**settings)
+
+
+def adapters(args: argparse.Namespace) -> dict[str, float]:
+    """The adapters of --adapter with their weights. Raises RequestError."""
+    pairs = []
+    for text in args.adapter:
+        name, _, weight = text.rpartition("=")
+        try:
+            pairs.append((text, 1.0) if not name or Path(text).exists() else (name, float(weight)))
+        except (OSError, ValueError):  # no number, so it is a part of the name
+            pairs.append((text, 1.0))
+    return as_dict("--adapter", pairs, RequestError)
 
 
 def template_variables(args: argparse.Namespace) -> dict[str, Any]:

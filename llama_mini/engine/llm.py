@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from llama_mini.checkpoint.load import load_model
-from llama_mini.checkpoint.open import open_checkpoint, resolve
+from llama_mini.checkpoint.open import Adapters, open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.weight_formats import check_quantize, quantize_for
 from llama_mini.engine.logprobs import predictions, token_logprobs
@@ -51,6 +51,9 @@ class LLM:
         kernels: `auto` compiles the fast operators the first time, about 10 s; `off` uses PyTorch's operators.
         threads: number of threads of the whole process; None keeps what OMP_NUM_THREADS, MKL_NUM_THREADS or
             torch.set_num_threads has set, and else takes one per core that the process may use.
+        adapter: a LoRA adapter of PEFT or mlx-lm that is merged into the model: a directory or a hub name; several in a
+            list, or with their weights in a mapping, {"org/a": 1, "org/b": 0.5}. (A directory that holds an adapter
+            alone may also be the `model`: it names its model.)
 
     Raises:
         CheckpointError, ConfigError, TokenizerError, RequestError; CapacityError if it does not fit in memory.
@@ -64,15 +67,18 @@ class LLM:
         quantize: str | None = "auto",
         kernels: str = "auto",
         threads: int | None = None,
+        adapter: Adapters | None = None,
     ) -> None:
         if not isinstance(model, str | Path | Source):
             expected = "model must be a path or a hub name, org/name"
             raise RequestError(f"{expected}, not a {type(model).__name__}; save_pretrained writes a model to a path")
+        if isinstance(model, Source) and adapter:
+            raise RequestError("an opened checkpoint takes no adapter: give it to open_checkpoint")
         check_quantize(quantize)  # before the checkpoint is opened or fetched
         set_threads(as_plain(threads))
         started = time.perf_counter()
         device = as_device(device)
-        source = model if isinstance(model, Source) else open_checkpoint(resolve(model))
+        source = model if isinstance(model, Source) else open_checkpoint(resolve(model), adapter=adapter)
         with gc_paused():
             self.tokenizer = open_tokenizer(source)
             self.quantize = quantize_for(source, quantize, dtype, device)

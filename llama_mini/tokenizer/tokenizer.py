@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -244,7 +245,12 @@ def _open(path: Path, files: ConfigFiles) -> tuple[str, Backend]:
 
 def open_tokenizer(source: "Source") -> Tokenizer:
     """The tokenizer of a checkpoint. Raises TokenizerError also if the embedding has no row for an ordinary token."""
-    tokenizer = Tokenizer.from_gguf(source.gguf) if source.gguf else Tokenizer.from_pretrained(source.directory)
+    if source.tokenizer is not None:
+        tokenizer = Tokenizer.from_pretrained(source.tokenizer)
+        with suppress(TokenizerError):  # a text also ends where it does in the adapter's model, as in transformers
+            tokenizer.eos_ids |= open_tokenizer(replace(source, tokenizer=None)).eos_ids
+    else:
+        tokenizer = Tokenizer.from_gguf(source.gguf) if source.gguf else Tokenizer.from_pretrained(source.directory)
     rows = source.config.vocab_size
     if tokenizer.vocab_size > rows:
         problem = f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the embedding has {rows} rows"

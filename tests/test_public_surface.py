@@ -26,7 +26,7 @@ SIGNATURES = {
     Llama.new_cache: "(self, batch, length)",
     Llama.from_pretrained: "(path, dtype=None, device='cpu')",
     Llama.save_pretrained: "(self, path)",
-    RMSNorm: "(dim, eps=1e-06, *, gain='w', cast='early', scale=1.0, device=None, dtype=None)",
+    RMSNorm: "(dim, eps=1e-06, *, gain='w', cast='early', scale=1.0, bias=False, device=None, dtype=None)",
     NormPlan.parse: "(text, n_layers)",
     NormPlan.to_dict: "(self)",
     NormPlan.from_dict: "(data)",
@@ -51,7 +51,7 @@ FIELDS = {
     "rope_scaling rotary_dim unrotated_layers sliding_window sliding_layers sliding_rope_theta sliding_rope_scaling "
     "attention_scale attention_softcap qk_norm_after_rope qkv_bias o_bias mlp_bias activation gated_mlp "
     "embedding_scale logit_scale logit_softcap tie_word_embeddings norm_plan bos_id eos_ids pad_id",
-    NormPlan: "attention feed_forward embed final overrides",
+    NormPlan: "attention feed_forward embed final parallel overrides",
 }
 
 OPTIONS = (

@@ -35,7 +35,7 @@ class Family:
 
     def norm_plan(self, n_layers: int) -> NormPlan:
         plan = NormPlan.parse(self.plan, n_layers)
-        return plan.with_cast("late") if self.late else plan
+        return plan.with_norms(cast="late") if self.late else plan
 
 
 _ALL = (

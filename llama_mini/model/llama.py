@@ -148,6 +148,10 @@ class TransformerBlock(nn.Module):
         attention, feed_forward = config.norm_plan.layer(index)
         self.attention = Attention(config, attention)
         self.feed_forward = FeedForward(config, feed_forward)
+        self.parallel = config.norm_plan.parallel
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Tensor, kv: LayerCache | None) -> Tensor:
-        return self.feed_forward(self.attention(x, rope, mask, kv))
+        if not self.parallel:
+            return self.feed_forward(self.attention(x, rope, mask, kv))
+        h = self.attention.pre_norm(x)  # both branches read it
+        return self.feed_forward(self.attention(x, rope, mask, kv, normed=h), normed=self.feed_forward.pre_norm(h))

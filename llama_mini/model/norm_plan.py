@@ -11,11 +11,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llama_mini.errors import ConfigError
-from llama_mini.model.norm import Cast
+from llama_mini.model.norm import NORMS
 from llama_mini.model.norm_slots import HEAD_SLOTS, SLOTS, BranchPlan, NormSpec, check_slot, known_keys
-from llama_mini.validate import is_whole, short_repr
+from llama_mini.validate import check_flag, is_whole, short_repr
 
 BRANCHES = ("attention", "feed_forward")
+_NOTES: dict[tuple[str, Any], str] = {  # what `NormPlan.name` says of a setting that all norms share
+    **{("kind", kind): f"of kind {kind}" for kind in NORMS if kind != NormSpec.kind},
+    ("gain", "1+w"): "with gain 1+w",
+    ("gain", "none"): "without a gain",
+    ("bias", True): "with a bias",
+    ("cast", "late"): "rounded last",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +59,16 @@ class Override:
 
 @dataclass(frozen=True, kw_only=True)
 class NormPlan:
-    """Where the norms of a model sit, whether its weights come from a checkpoint, a random start or training."""
+    """Where the norms of a model sit, whether its weights come from a checkpoint, a random start or training.
+
+    parallel: both branches of a layer read x, by attention's pre norm, and both outputs are added to x (Cohere 2).
+    """
 
     attention: BranchPlan = field(default_factory=BranchPlan)
     feed_forward: BranchPlan = field(default_factory=BranchPlan)
     embed: NormSpec | None = None
     final: NormSpec | None = field(default_factory=NormSpec)
+    parallel: bool = False
     overrides: tuple[Override, ...] = ()  # where two name the same layer, the later one wins
 
     def __post_init__(self) -> None:
@@ -65,6 +76,7 @@ class NormPlan:
             _check_branch(name, getattr(self, name))
         for name in ("embed", "final"):
             check_slot(name, getattr(self, name), head=False)
+        check_flag("norm plan: parallel", self.parallel, ConfigError)
         if not isinstance(self.overrides, tuple) or not all(isinstance(o, Override) for o in self.overrides):
             raise ConfigError(f"norm plan: overrides must be a tuple of Override, not {short_repr(self.overrides)}")
 
@@ -117,27 +129,38 @@ class NormPlan:
         return plan
 
     def name(self, n_layers: int) -> str:
-        """The text that `parse` turns into this plan, or else its dict. If every cast is late, a note says so."""
-        if self != (early := self.with_cast("early")) and self == self.with_cast("late"):
-            return f"{early.name(n_layers)}, each rounded last"
+        """The text that `parse` turns into this plan, or else its dict. Notes tell what all norms or branches share."""
+        layers = [self.layer(i) for i in range(n_layers)]
+        branches = [branch for layer in layers for branch in layer]
+        slots = [getattr(branch, slot) for branch in branches for slot in SLOTS]
+        norms = [norm for norm in (*slots, self.embed, self.final) if norm is not None]
+        values = {setting: {getattr(norm, setting) for norm in norms} for setting, _ in _NOTES}
+        shared = {setting: of_all.pop() for setting, of_all in values.items() if len(of_all) == 1}
+        notes = [text for (setting, value), text in _NOTES.items() if shared.get(setting) == value]
+        if notes and "bias" in shared:
+            plain = self.with_norms(**{setting: getattr(NormSpec(), setting) for setting in shared})
+            return f"{plain.name(n_layers)}, each {', '.join(notes)}"
+        if len(betas := {branch.beta for branch in branches}) == 1 and (beta := betas.pop()) != 1:
+            plain = self.with_layers([(replace(a, beta=1.0), replace(f, beta=1.0)) for a, f in layers])
+            return f"{plain.name(n_layers)}, each branch times {beta:g}"
         qk = self.attention.q and ("+qk:full" if self.attention.q.view == "full" else "+qk")
         suffixes = (qk or "") + ("+embed" if self.embed else "")
-        n_post = sum(self.layer(i)[0].post is not None for i in range(n_layers))
+        n_post = sum(attention.post is not None for attention, _ in layers)
         for preset in (*PRESETS, f"mix({n_post / n_layers!r})"):
             plan = NormPlan.parse(preset + suffixes, n_layers)
             if replace(plan, final=self.final) == self and self.final in (None, plan.final):
                 return preset + suffixes + ("" if self.final == plan.final else "-final")
         return str(self.to_dict())
 
-    def with_cast(self, cast: Cast) -> "NormPlan":
-        """The same plan with this rounding order in every norm."""
+    def with_norms(self, **settings: Any) -> "NormPlan":
+        """The same plan with these settings (cast="late", gain="1+w", ...) in every norm."""
 
         def branch(norms: BranchPlan) -> BranchPlan:
             slots: dict[str, Any] = {slot: norm(getattr(norms, slot)) for slot in SLOTS}
             return replace(norms, **slots)
 
         def norm(spec: NormSpec | None) -> NormSpec | None:
-            return spec and replace(spec, cast=cast)
+            return spec and replace(spec, **settings)
 
         def override(old: Override) -> Override:
             attention, feed_forward = old.attention, old.feed_forward
@@ -158,6 +181,7 @@ class NormPlan:
             "feed_forward": self.feed_forward.to_dict(),
             "embed": self.embed and self.embed.to_dict(),
             "final": self.final and self.final.to_dict(),
+            **({"parallel": True} if self.parallel else {}),
         } | ({"overrides": [override.to_dict() for override in self.overrides]} if self.overrides else {})
 
     @staticmethod
@@ -169,7 +193,11 @@ class NormPlan:
             raise ConfigError(f"norm plan: overrides must be a list, not {short_repr(entries)}")
         parts: dict[str, Any] = {name: BranchPlan.from_dict(data[name], name) for name in BRANCHES if name in data}
         parts |= {name: NormSpec.from_dict(data[name], name) for name in ("embed", "final") if name in data}
-        return NormPlan(**parts, overrides=tuple(Override.from_dict(entry) for entry in entries))
+        return NormPlan(
+            **parts,
+            parallel=data.get("parallel", False),
+            overrides=tuple(Override.from_dict(entry) for entry in entries),
+        )
 
 
 def _commonest(branches: Sequence[BranchPlan]) -> BranchPlan:
@@ -215,6 +243,7 @@ PRESETS: dict[str, Callable[[int], NormPlan]] = {  # name -> plan for n layers; 
     "lns": _lns,  # LayerNorm Scaling: layer l divides its norm's output by √l
     "sub": lambda n: _everywhere(_SUB),  # Sub-LN
     "normformer": lambda n: NormPlan(attention=_BOTH, feed_forward=_SUB),
+    "parallel": lambda n: NormPlan(attention=_PRE, parallel=True),  # Cohere 2
 }
 SUFFIXES = "+qk, +qk:full, +embed, -final"
 

@@ -29,7 +29,7 @@ class NormSpec:
 
     kind: rms, layer, scale, l2, prms or dyt: a class of norm.py.
     eps: None takes the config's `norm_eps`.
-    gain, cast, scale: as in Norm.
+    gain, cast, scale, bias: as in Norm.
     view: in slots q, k and v only: `head` norms each head (Qwen 3), `full` the whole projection (OLMo 2).
     """
 
@@ -38,6 +38,7 @@ class NormSpec:
     gain: Gain = "w"
     cast: Cast = "early"
     scale: float = 1.0
+    bias: bool = False
     view: View = "head"
 
     def __post_init__(self) -> None:
@@ -49,7 +50,7 @@ class NormSpec:
     def build(self, dim: int, norm_eps: float) -> Norm:
         """The norm module, over `dim` elements."""
         eps = norm_eps if self.eps is None else self.eps
-        return NORMS[self.kind](dim, eps, gain=self.gain, cast=self.cast, scale=self.scale)
+        return NORMS[self.kind](dim, eps, gain=self.gain, cast=self.cast, scale=self.scale, bias=self.bias)
 
     def to_dict(self) -> dict[str, Any]:
         default = NormSpec()

@@ -9,7 +9,7 @@ from llama_mini.model.norm_slots import BranchPlan, build_norm
 class Residual(nn.Module):
     """α·x + β·branch(x), with norms before the branch, on its output, or after the sum, as the plan says.
 
-    Shape: (B, T, C) -> (B, T, C).
+    Shape: (B, T, C) -> (B, T, C). `normed`: what the branch reads in the place of pre_norm(x); parallel layers give it.
     """
 
     def __init__(self, config: LlamaConfig, plan: BranchPlan) -> None:
@@ -19,8 +19,9 @@ class Residual(nn.Module):
         self.post_norm = build_norm(plan.post, config.dim, config.norm_eps)
         self.alpha, self.beta = plan.alpha, plan.beta
 
-    def forward(self, x: Tensor, *context: object) -> Tensor:
-        return self.post_norm(self.add(x, self.out_norm(self.branch(self.pre_norm(x), *context))))
+    def forward(self, x: Tensor, *context: object, normed: Tensor | None = None) -> Tensor:
+        h = self.pre_norm(x) if normed is None else normed
+        return self.post_norm(self.add(x, self.out_norm(self.branch(h, *context))))
 
     def branch(self, x: Tensor, *context: object) -> Tensor:
         raise NotImplementedError

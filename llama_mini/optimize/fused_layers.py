@@ -68,7 +68,7 @@ class _Operands:
             feed_forwards.append(block.feed_forward)
         branches = [branch for pair in zip(attentions, feed_forwards, strict=True) for branch in pair]
         linears = [linear for branch in branches for linear in branch.linears]
-        self._supported = all(branch.supported for branch in branches)
+        self._supported = all(branch.supported for branch in branches) and not any(block.parallel for block in blocks)
         self._norms = FusableNorms(blocks, [norm for branch in branches for norm in branch.norms])
         self.weights = [tensor for linear in linears for tensor in linear.tensors]
         self.biases = [linear.bias_or_empty for linear in linears] if bias else []  # empty tensors take time too

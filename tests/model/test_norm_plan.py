@@ -23,6 +23,7 @@ PLACES = {  # preset: slots of attention, slots of feed-forward, norms outside t
     "lns": LLAMA,
     "sub": ("pre mid", "pre mid", "norm"),
     "normformer": ("pre out", "pre mid", "norm"),
+    "parallel": ("pre", "", "norm"),
     "pre+qk": ("pre q k", "pre", "norm"),
     "out+qk:full": ("out q k", "out", "norm"),
     "peri+qk+embed": ("pre out q k", "pre out", "norm embed_norm"),
@@ -185,7 +186,8 @@ def test_the_same_layers_make_an_equal_plan(plan: str) -> None:
     layers = [made.layer(i) for i in range(N_LAYERS)]
     again = made.with_layers(layers)
     assert [again.layer(i) for i in range(N_LAYERS)] == layers
-    assert NormPlan(embed=made.embed, final=made.final).with_layers(layers) == again == made
+    start = NormPlan(embed=made.embed, final=made.final, parallel=made.parallel)
+    assert start.with_layers(layers) == again == made
 
 
 def test_a_mix_of_one_kind_is_that_kind() -> None:

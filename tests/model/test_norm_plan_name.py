@@ -18,7 +18,7 @@ TEXTS = [
 @pytest.mark.parametrize("cast", ["early", "late"])
 def test_every_preset_and_suffix_is_known_by_its_text(cast: str) -> None:
     for text in TEXTS:
-        found = NormPlan.parse(text, LAYERS).with_cast(cast).name(LAYERS)
+        found = NormPlan.parse(text, LAYERS).with_norms(cast=cast).name(LAYERS)
         assert found == text + (", each rounded last" if cast == "late" and text != "none-final" else "")
 
 
@@ -38,8 +38,8 @@ def test_any_other_plan_is_its_json() -> None:
 @pytest.mark.parametrize("text", ["pre", "lns", "mix(0.5)+qk", "peri+embed", "none"])
 def test_a_cast_reaches_every_norm_and_comes_back(text: str) -> None:
     early = NormPlan.parse(text, LAYERS)
-    late = early.with_cast("late")
+    late = early.with_norms(cast="late")
     specs = [spec for i in range(LAYERS) for branch in late.layer(i) for spec in vars(branch).values()]
     casts = [spec.cast for spec in (*specs, late.embed, late.final) if hasattr(spec, "cast")]
     assert casts == ["late"] * len(casts)
-    assert late.with_cast("early") == early
+    assert late.with_norms(cast="early") == early

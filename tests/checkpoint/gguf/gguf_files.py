@@ -64,8 +64,13 @@ FORMATS = {
 }
 
 
-def write_family(path: Path, model: PreTrainedModel, kind: Kind = Kind.F32, **more: Any) -> Path:
-    """`model` as GGUF, its matrices as `kind`; `more` are metadata, `__` for a dot, or arrays: further tensors."""
+def write_family(
+    path: Path, model: PreTrainedModel, kind: Kind = Kind.F32, fuse_qkv: bool = False, **more: Any
+) -> Path:
+    """`model` as GGUF, its matrices as `kind`; `more` are metadata, `__` for a dot, or arrays: further tensors.
+
+    fuse_qkv: with one tensor for q, k and v of a layer, as by the converter's option --fuse-qkv.
+    """
     config, form = model.config, FORMATS[model.config.model_type]
     architecture = gguf.MODEL_ARCH_NAMES[form.architecture]
     writer = gguf.GGUFWriter(path, architecture)
@@ -84,7 +89,7 @@ def write_family(path: Path, model: PreTrainedModel, kind: Kind = Kind.F32, **mo
             writer.add_uint32(name, value)
         elif value is not None:
             writer.add_float32(name, value)
-    names = gguf.get_tensor_name_map(form.architecture, config.num_hidden_layers)
+    names, tensors = gguf.get_tensor_name_map(form.architecture, config.num_hidden_layers), dict[str, np.ndarray]()
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -95,8 +100,13 @@ def write_family(path: Path, model: PreTrainedModel, kind: Kind = Kind.F32, **mo
             values = values + 1
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
+        tensors[theirs] = values
+    for name in [name for name in tensors if fuse_qkv and ".attn_q." in name]:
+        parts = [tensors.pop(name.replace("attn_q", f"attn_{part}")) for part in "qkv"]
+        tensors[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
+    for name, values in tensors.items():
         used = kind if values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Kind.F32
-        writer.add_tensor(theirs, quants.quantize(values, used), raw_dtype=used)
+        writer.add_tensor(name, quants.quantize(values, used), raw_dtype=used)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

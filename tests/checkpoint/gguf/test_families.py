@@ -13,6 +13,9 @@ from gguf import quants
 from llama_mini.checkpoint.gguf.header import GGUFTensor
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.gguf.tensors import read_tensor
+from llama_mini.checkpoint.keys import to_file_name
+from llama_mini.checkpoint.source import QuantizedWeights, Source
+from llama_mini.errors import CheckpointMismatchError
 from llama_mini.model.llama import Llama
 from tests.checkpoint.gguf.gguf_files import write_family
 from tests.tiny_families import logits, random_model, random_settings
@@ -43,6 +46,33 @@ def test_logits_are_those_of_the_model_it_was_written_from(tmp_path: Path, model
     path = write_family(tmp_path / "model", theirs, **scaling)  # no .gguf: the name does not matter
     tokens = random_tokens(1, 80)
     torch.testing.assert_close(Llama.from_pretrained(path)(tokens), logits(theirs, tokens), rtol=0, atol=2e-5)
+
+
+def codes(source: Source, name: str) -> QuantizedWeights:
+    [(_, _, stored)] = source.read_quantized([to_file_name(name, source.keys)])
+    return stored.unpacked()
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q4_0])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_q_k_and_v_in_one_tensor(tmp_path: Path, model_type: str, kind: Kind) -> None:
+    """Rotary pairs side by side and quantised; split halves and biases."""
+    theirs = random_model(model_type, 0, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    paths = [write_family(tmp_path / str(fused), theirs, kind, fuse_qkv=fused) for fused in (False, True)]
+    plain, fused = (Llama.from_pretrained(path).state_dict() for path in paths)
+    assert plain.keys() == fused.keys()
+    assert all(torch.equal(plain[name], fused[name]) for name in plain)
+    for name in [f"layers.{i}.attention.{part}_proj.weight" for i in range(3) for part in "qkv"]:
+        if kind is Kind.Q4_0:
+            stored, joined = (codes(open_gguf(path), name) for path in paths)
+            assert all(torch.equal(a, b) for a, b in zip(stored, joined, strict=True))
+
+
+def test_a_joined_tensor_of_another_size_is_named(tmp_path: Path) -> None:
+    theirs = random_model("llama", 0, num_attention_heads=4, num_key_value_heads=2)
+    path = write_family(tmp_path / "model", theirs, fuse_qkv=True, attention__head_count_kv=4)
+    with pytest.raises(CheckpointMismatchError, match=r"model: blk\.0\.attn_qkv\.weight has .* rows, but"):
+        open_gguf(path)
 
 
 def block_types() -> list[str]:

@@ -99,7 +99,8 @@ def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: i
         3 * config.hidden_dim * size,  # gate, up and their product
         2 * (config.hidden_dim if mid else config.dim) * (size + wide),  # a norm
     )
-    mask = (3 + size) * whole_blocks(positions)  # bool: full, windowed, temporary; in dtype: added to scores
+    scores = 0 if config.attention_softcap is None else 3 * config.n_heads * wide  # of a capped attention
+    mask = (3 + size + scores) * whole_blocks(positions)  # bool: full, windowed, temporary; in dtype: added to scores
     chunk = min(PREFILL_CHUNK, positions if n_new is None else n_new) * (3 * config.dim * size + branch + mask)
     chunk += 2 * kv * whole_blocks(positions) * size  # a contiguous copy of one layer's keys and values for attention
     sampling = config.vocab_size * (size + 8 * wide)

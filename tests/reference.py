@@ -1,5 +1,6 @@
-"""The forward pass of any norm plan in float64 NumPy, written from the formulas: it shares no code with the package."""
+"""The forward pass of any config in float64 NumPy, written from the formulas: it shares no code with the package."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,25 +23,34 @@ def logits(config: Any, state: Mapping[str, Array], tokens: Array) -> Array:
             return _norm(heads, spec, address, state, config.norm_eps).reshape(x.shape)
         return _norm(x, spec, address, state, config.norm_eps)
 
-    x = norm(state["tok_embeddings.weight"][tokens], "embed_norm", plan.embed)
+    x = norm(config.embedding_scale * state["tok_embeddings.weight"][tokens], "embed_norm", plan.embed)
     for layer in range(config.n_layers):
+        reads = None  # what both branches of a parallel layer read
         for name, branch in (("attention", _attention), ("feed_forward", _feed_forward)):
             found = getattr(plan, name)
             for override in plan.overrides:
                 if override.first <= layer <= override.last and getattr(override, name) is not None:
                     found = getattr(override, name)
             at = f"layers.{layer}.{name}"
-            y = branch(norm(x, f"{at}.pre_norm", found.pre), at, found, config, state, norm)
+            reads = norm(reads if plan.parallel and name == "feed_forward" else x, f"{at}.pre_norm", found.pre)
+            y = branch(reads, at, found, config, state, norm)
             x = found.alpha * x + found.beta * norm(y, f"{at}.out_norm", found.out)
             x = norm(x, f"{at}.post_norm", found.post)
     x = norm(x, "norm", plan.final)
-    return x @ state["tok_embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"].T
+    y = x @ state["tok_embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"].T
+    return capped(config.logit_scale * y, config.logit_softcap)
 
 
-def frequencies(config: Any) -> Array:
-    """Radians per position of each pair (D/2,), with the scaling of LLaMA 3.1."""
-    plain = 1 / config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
-    scaling = config.rope_scaling
+def capped(x: Array, cap: float | None) -> Array:
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
+def frequencies(config: Any, sliding: bool = False) -> Array:
+    """Radians per position of each pair (R/2,), with the scaling of LLaMA 3.1."""
+    own = sliding and config.sliding_rope_theta is not None
+    theta, scaling = (config.sliding_rope_theta if own else config.rope_theta), config.rope_scaling
+    scaling = config.sliding_rope_scaling if own else scaling
+    plain = 1 / theta ** (np.arange(0, config.rotary_dim, 2) / config.rotary_dim)
     if scaling is None:
         return plain
     turns = scaling.original_max_seq_len * plain / (2 * np.pi)  # that a pair makes within the original context
@@ -50,40 +60,72 @@ def frequencies(config: Any) -> Array:
 
 
 def rotate(x: Array, positions: Array, per_position: Array) -> Array:
-    """x (..., T, heads, D): elements i and i + D/2 are one complex number, which turns with its position."""
-    real, imaginary = np.split(x, 2, axis=-1)
-    turned = (real + 1j * imaginary) * np.exp(1j * np.multiply.outer(positions, per_position))[..., None, :]
-    return np.concatenate((turned.real, turned.imag), axis=-1)
+    """x (..., T, heads, D): of R elements, i and i + R/2 are one complex number, which turns with its position."""
+    half = len(per_position)
+    turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * np.multiply.outer(positions, per_position))[
+        ..., None, :
+    ]
+    return np.concatenate((turned.real, turned.imag, x[..., 2 * half :]), axis=-1)
 
 
 def _attention(x: Array, at: str, plan: Any, config: Any, state: Mapping[str, Array], norm: Norm) -> Array:
-    n_tokens, turns = x.shape[1], frequencies(config)
+    positions, layer = np.arange(x.shape[1]), int(at.split(".")[1])
+    sliding = layer in config.sliding_layers
+
+    def turn(y: Array, heads: int) -> Array:
+        if layer in config.unrotated_layers:
+            return y
+        split = y.reshape(*y.shape[:2], heads, config.head_dim)
+        return rotate(split, positions, frequencies(config, sliding)).reshape(y.shape)
 
     def project(which: str, heads: int) -> Array:
-        y = norm(x @ state[f"{at}.{which}_proj.weight"].T, f"{at}.{which}_norm", getattr(plan, which))
+        y = linear(x, f"{at}.{which}_proj", state)
+        if which != "v" and config.qk_norm_after_rope:
+            y = turn(y, heads)
+        y = norm(y, f"{at}.{which}_norm", getattr(plan, which))
+        if which != "v" and not config.qk_norm_after_rope:
+            y = turn(y, heads)
         return np.repeat(y.reshape(*x.shape[:2], heads, config.head_dim), config.n_heads // heads, axis=2)
 
-    q = rotate(project("q", config.n_heads), np.arange(n_tokens), turns)
-    k = rotate(project("k", config.n_kv_heads), np.arange(n_tokens), turns)
-    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(config.head_dim)
-    scores = np.where(np.tri(n_tokens, dtype=bool), scores, -np.inf)
+    q, k, v = project("q", config.n_heads), project("k", config.n_kv_heads), project("v", config.n_kv_heads)
+    scale = 1 / np.sqrt(config.head_dim) if config.attention_scale is None else config.attention_scale
+    scores = capped(np.einsum("bqhd,bkhd->bhqk", q, k) * scale, config.attention_softcap)
+    distance = positions[:, None] - positions
+    seen = (distance >= 0) & (distance < (config.sliding_window if sliding else np.inf))
+    scores = np.where(seen, scores, -np.inf)
     shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
     shares /= shares.sum(axis=-1, keepdims=True)
-    y = np.einsum("bhqk,bkhd->bqhd", shares, project("v", config.n_kv_heads)).reshape(*x.shape[:2], -1)
-    return norm(y, f"{at}.mid_norm", plan.mid) @ state[f"{at}.o_proj.weight"].T
+    y = np.einsum("bhqk,bkhd->bqhd", shares, v).reshape(*x.shape[:2], -1)
+    return linear(norm(y, f"{at}.mid_norm", plan.mid), f"{at}.o_proj", state)
 
 
 def _feed_forward(x: Array, at: str, plan: Any, config: Any, state: Mapping[str, Array], norm: Norm) -> Array:
-    gate = x @ state[f"{at}.gate_proj.weight"].T
-    y = gate / (1 + np.exp(-gate)) * (x @ state[f"{at}.up_proj.weight"].T)
-    return norm(y, f"{at}.mid_norm", plan.mid) @ state[f"{at}.down_proj.weight"].T
+    inner = ACTIVATIONS[config.activation](linear(x, f"{at}.{'gate' if config.gated_mlp else 'up'}_proj", state))
+    if config.gated_mlp:
+        inner = inner * linear(x, f"{at}.up_proj", state)
+    return linear(norm(inner, f"{at}.mid_norm", plan.mid), f"{at}.down_proj", state)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda z: z / (1 + np.exp(-z)),
+    "gelu_tanh": lambda z: (
+        z / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+    ),  # 1 + tanh u = 2 / (1 + e⁻²ᵘ)
+    "gelu": lambda z: z / 2 * (1 + np.vectorize(math.erf)(z / math.sqrt(2))),
+    "relu2": lambda z: np.where(z > 0, z * z, 0),
+}
+
+
+def linear(x: Array, at: str, state: Mapping[str, Array]) -> Array:
+    return x @ state[f"{at}.weight"].T + state.get(f"{at}.bias", 0.0)
 
 
 def _norm(x: Array, spec: Any, address: str, state: Mapping[str, Array], default_eps: float) -> Array:
     weight = state.get(f"{address}.weight")
     gain = {"w": weight, "1+w": None if weight is None else 1 + weight, "none": 1.0}[spec.gain]
     eps = default_eps if spec.eps is None else spec.eps
-    return spec.scale * gain * normalised(x, spec.kind, eps, state.get(f"{address}.alpha"))
+    normed = gain * normalised(x, spec.kind, eps, state.get(f"{address}.alpha"))
+    return spec.scale * (normed + state.get(f"{address}.bias", 0.0))
 
 
 def normalised(x: Array, kind: str, eps: float, alpha: Array | None = None) -> Array:

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ LLAMA_70B = LlamaConfig(
 N_8B, N_70B = 8_030_261_248, 70_553_706_496
 
 
-def tiny(plan: str = "pre", **changes: int) -> LlamaConfig:
+def tiny(plan: str = "pre", **changes: Any) -> LlamaConfig:
     sizes = {"dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 160, "vocab_size": 320} | changes
     return LlamaConfig(max_seq_len=8192, norm_plan=plan, **sizes)
 
@@ -91,6 +92,10 @@ SHAPES = {
     "many heads": tiny(dim=256, n_heads=16, n_kv_heads=16, head_dim=128, hidden_dim=256),
     "peri": tiny("peri+qk", dim=512, n_heads=8, n_kv_heads=8, hidden_dim=1376),
     "mid": tiny("sub", dim=256, n_heads=4, n_kv_heads=4, hidden_dim=2048),
+    "softcap": tiny(dim=512, n_heads=8, n_kv_heads=4, hidden_dim=512, attention_softcap=50.0, logit_softcap=30.0),
+    "parallel": tiny(
+        "parallel", dim=512, n_heads=8, n_kv_heads=4, hidden_dim=1024, activation="relu2", gated_mlp=False
+    ),
 }
 
 

@@ -52,6 +52,8 @@ class Attention(Residual):
         """(B, T, C) -> queries (B, T, H, D), keys and values (B, T, K, D); normed, and q and k rotated."""
         q, k, v = self.project(x)
         q = self.heads(q, self.q_norm, self.q_view, rope)
+        if rope is not None and len(rope) == 3:
+            q = q * rope[2].to(q.dtype)
         k = self.heads(k, self.k_norm, self.k_view, rope)
         return q, k, self.heads(v, self.v_norm, self.v_view, None)
 
@@ -80,8 +82,9 @@ class Attention(Residual):
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         grouped = q.to(wide).unflatten(1, (self.n_kv_heads, -1)).flatten(2, 3)  # (B, K, H/K·T, D)
         scores = (grouped * (scale / cap)) @ k.to(wide).transpose(2, 3)
-        capped = cap * torch.tanh(scores).reshape(*q.shape[:-1], -1)
-        return capped.masked_fill(~mask, -torch.inf)
+        scores = torch.tanh(scores)  # one name: two of them are alive at a time, and they are large
+        scores = cap * scores.view(*q.shape[:-1], -1)
+        return scores.masked_fill(~mask, -torch.inf)
 
 
 def causal_mask(positions: Tensor, length: int) -> Tensor:

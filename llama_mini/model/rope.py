@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.model.config import LlamaConfig
-from llama_mini.model.rope_scaling import LengthScaling, RopeScaling, exponents
+from llama_mini.model.rope_scaling import LengthScaling, RopeScaling, YarnScaling, exponents
 
-Rope = tuple[Tensor, Tensor]
+Rope = tuple[Tensor, ...]  # cosines and sines (B, T, 1, R/2), float32 in any model; with q_growth the factor of queries
 
 
 def inverse_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -22,7 +22,7 @@ def inverse_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling | No
 
 
 class RotaryEmbedding(nn.Module):
-    """positions (B, T) int64 -> cosines and sines, each (B, T, 1, R/2) float32 whatever the model's dtype.
+    """positions (B, T) int64 -> Rope.
 
     R is the config's `rotary_dim`. `sliding`: for the layers with a window, where they have a rotation of their own.
     `cached`: a KVCache keeps what is rotated here; LengthScaling says why that matters.
@@ -47,9 +47,12 @@ class RotaryEmbedding(nn.Module):
             length = positions.new_full((), context) if cached else positions.max() + 1
             inv_freq = scaling.for_length(inv_freq, length, context, theta)
         angles = (positions[..., None].float() * inv_freq)[:, :, None]
-        if scaling is None or scaling.magnitude == 1:
-            return angles.cos(), angles.sin()
-        return angles.cos() * scaling.magnitude, angles.sin() * scaling.magnitude
+        cos, sin = angles.cos(), angles.sin()
+        if scaling is not None and scaling.magnitude != 1:
+            cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+        if isinstance(scaling, YarnScaling) and scaling.q_growth:
+            return cos, sin, scaling.q_factor(positions[:, :, None, None])
+        return cos, sin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
         # Not a buffer: .to(bfloat16) would round it, and with it the angle at position 15,962. Only its device changes.
@@ -63,6 +66,6 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 
     The pairs are those of the first R elements; the others stay.
     """
-    cos, sin = rope
+    cos, sin = rope[:2]
     a, b, *rest = x.split(cos.shape[-1], dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), dim=-1).to(x.dtype)

@@ -143,7 +143,8 @@ class Llama3Scaling(RopeScaling):
 class YarnScaling(RopeScaling):
     """Pairs that turn more than `beta_fast` times within the original context are kept, those with fewer than
     `beta_slow` turns are stretched by `factor`, and a linear ramp lies between; `truncate` rounds its ends outwards to
-    whole pairs. `attention_factor` scales cosines and sines; None: 0.1·ln(factor) + 1, as in the paper."""
+    whole pairs. `attention_factor` scales cosines and sines; None: 0.1·ln(factor) + 1, as in the paper. `q_growth`: the
+    query at position p is multiplied by 1 + q_growth·ln(1 + ⌊p / original_max_seq_len⌋) (llama_4_scaling_beta)."""
 
     rope_type: ClassVar[str] = "yarn"
     factor: float
@@ -152,6 +153,7 @@ class YarnScaling(RopeScaling):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    q_growth: float = 0.0
 
     def __post_init__(self) -> None:
         _check_factor(self.factor)
@@ -165,6 +167,7 @@ class YarnScaling(RopeScaling):
         if self.attention_factor is not None:
             _check_positive("attention_factor", self.attention_factor)
         check_flag("rope_scaling.truncate", self.truncate, ConfigError)
+        check_number("rope_scaling.q_growth", self.q_growth, ConfigError, 0, _LARGEST)
 
     def frequencies(self, plain: Tensor, theta: float) -> Tensor:
         dim = 2 * len(plain)
@@ -187,6 +190,9 @@ class YarnScaling(RopeScaling):
     @property
     def magnitude(self) -> float:
         return yarn_magnitude(self.factor) if self.attention_factor is None else self.attention_factor
+
+    def q_factor(self, positions: Tensor) -> Tensor:
+        return 1 + self.q_growth * torch.log1p(torch.floor(positions / self.original_max_seq_len))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,12 @@ class FusedLayers(Layers):
         if kv is None or 1 not in x.shape[:2] or self._modules != self._fused_children:
             return super().forward(x, ropes, masks, kv)
         rope = ropes[0]
-        if rope is None or 2 * rope[0].shape[-1] != kv[0].k.shape[-1] or any(other is not rope for other in ropes):
+        if (
+            rope is None
+            or len(rope) == 3
+            or 2 * rope[0].shape[-1] != kv[0].k.shape[-1]
+            or any(other is not rope for other in ropes)
+        ):
             return super().forward(x, ropes, masks, kv)
         if (norms := self._whole.norms(x)) is not None:
             return _run([self._whole], [norms], x, rope, kv)

@@ -115,6 +115,8 @@ def numpy_logits(model: Llama, tokens: Tensor) -> np.ndarray:
 def in_float64(model: Llama) -> Llama:
     """All of it: the rotary tables are float32 in any model, so here their frequencies are exchanged."""
     model.double().rope.inv_freq = torch.from_numpy(reference.frequencies(model.config))
+    if model.sliding_rope is not None:
+        model.sliding_rope.inv_freq = torch.from_numpy(reference.frequencies(model.config, sliding=True))
     return model
 
 

@@ -66,8 +66,9 @@ def affine_matrix(
     Codes stay as they are if a group is of whole 32 columns and, of eight bits, if they are symmetric.
     """
     columns = shape[1]
-    whole = isinstance(group, int) and (group % GROUP == 0 or group >= columns) and columns % GROUP == 0
-    has_codes = whole and (bits <= 5 or (bits == 8 and symmetric))
+    group = min(group, columns) if isinstance(group, int) else group
+    is_whole = isinstance(group, int) and group % GROUP == 0 and columns % GROUP == 0
+    has_codes = is_whole and (bits <= 5 or (bits == 8 and symmetric))
 
     def spread(values: Tensor, step: int = 1) -> Tensor:
         """(n, groups) -> a value for each `step` columns."""

@@ -16,7 +16,7 @@ from llama_mini.checkpoint.quantized import awq
 from llama_mini.checkpoint.quantized.affine import Affine, affine_matrix, unpack, unpack_some
 from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, fault, modules, read_part, sizes_of
 from llama_mini.errors import ConfigError
-from llama_mini.validate import check_choice, check_flag, check_whole, short_repr
+from llama_mini.validate import check_choice, check_flag, check_whole, is_whole, short_repr
 
 _LAYOUTS = ("gptq", "gptq_v2")  # checkpoint_format; in the first, zero points are stored less one
 _PACKINGS = {  # AutoRound's packing_format -> GPTQ's checkpoint_format, or AWQ
@@ -56,23 +56,20 @@ def matrices(
         raise ConfigError(f"is_marlin_format is true; the layouts that are read are {', '.join(_LAYOUTS)}")
     all_bits, sizes = _stated(settings, "bits", 4), _stated(settings, "group_size", 128)
     symmetric, reordered = _stated(settings, "sym", True), _stated(settings, "desc_act", False)
-    for bits in all_bits:
-        if isinstance(bits, bool) or bits not in _BITS:
-            raise ConfigError(f"bits is {short_repr(bits)}; those that are read are {', '.join(map(str, _BITS))}")
-    for size in sizes:
-        if size != -1:
-            check_whole("group_size", size, ConfigError)
-    for key, flags in (("sym", symmetric), ("desc_act", reordered)):
-        for flag in flags:
-            check_flag(key, flag, ConfigError)
+    if not is_whole(all_bits[0]) or all_bits[0] not in _BITS:
+        raise ConfigError(f"bits is {short_repr(all_bits[0])}; those that are read are {', '.join(map(str, _BITS))}")
+    if sizes[0] != -1:
+        check_whole("group_size", sizes[0], ConfigError)
+    check_flag("sym", symmetric[0], ConfigError)
+    check_flag("desc_act", reordered[0], ConfigError)
     for module, parts in modules(tensors, ("qweight", "qzeros", "scales"), ("g_idx",)):
         qweight, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
         (n_words, _), (_, n_zeros), (n_groups, rows) = sizes_of(qweight), sizes_of(qzeros), sizes_of(scales)
-        bits = next((b for b in all_bits if n_zeros * 32 == rows * b), all_bits[0])
+        bits = next((b for b in _BITS if b in all_bits and n_zeros * 32 == rows * b), all_bits[0])
         columns = n_words * 32 // bits
-        counts = {columns if size < 1 else size: 1 if size < 1 else -(-columns // size) for size in sizes}
-        size = next((size for size, count in counts.items() if count == n_groups), min(counts))
-        expect(scales, tuple(WEIGHTS), (counts[size], rows))
+        known = [columns if size == -1 else size for size in sizes if is_whole(size) and (size > 0 or size == -1)]
+        size = next((size for size in known if -(-columns // size) == n_groups), known[0])
+        expect(scales, tuple(WEIGHTS), (-(-columns // size), rows))
         expect(qweight, ("I32", "U32"), (columns * bits // 32, rows))
         expect(qzeros, ("I32", "U32"), (n_groups, -(-rows * bits // 32)))
         if rows * bits % 32:

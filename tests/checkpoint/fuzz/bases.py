@@ -22,6 +22,7 @@ from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.tokenizer.meta_vocabulary import meta_tokenizer_files
 from llama_mini.tokenizer.tiktoken_file import N_SPECIAL
+from tests.checkpoint.fuzz import quantized
 from tests.checkpoint.fuzz.gguf import ARRAY, GGUF, STRING, Entry
 from tests.checkpoint.gguf.gguf_files import write_family
 from tests.checkpoint.meta.test_directory import meta_tensors, model, write_meta
@@ -40,8 +41,9 @@ dropout Unigram WordPiece WordLevel Metaspace Precompiled Strip NFC Split Robert
 ids BertPreTokenizer use_scaled_rope ffn_dim_multiplier moe head_dim general.alignment llama.expert_count
 llama.rope.scaling.type tokenizer.ggml.add_space_prefix tokenizer.ggml.precompiled_charsmap
 quantization compression_config quant_method bits vision_config architectures BertModel unheard_of_key general.type
-mmproj split.count model.layers.0.self_attn.q_proj.qweight model.layers.0.mlp.up_proj.weight.absmax lora_A.weight
-score.weight _orig_mod.lm_head.weight module.model.embed_tokens.weight ./model-00001-of-00002.safetensors
+mmproj split.count model.layers.0.self_attn.q_proj.qweight model.layers.0.mlp.up_proj.weight.absmax g_idx qzeros
+scales biases U32 I32 group_size sym desc_act gptq_v2 gptq awq mlx auto-round bitsandbytes version packing_format
+lora_A.weight score.weight _orig_mod.lm_head.weight module.model.embed_tokens.weight ./model-00001-of-00002.safetensors
 """
 TEXTS = ["the apple and the other apples on the table", "12 apples are there", "a text of some words and other words"]
 
@@ -75,6 +77,9 @@ def make_bases(folder: Path, write_gguf: Callable[..., Path]) -> list[Base]:
     bases += [_prefixed(folder / "prefixed"), _other_head(folder / "other-head")]
     bases += [_sentencepiece_directory(folder / "slow"), _own_plan(folder / "own")]
     bases += [_meta(folder / "meta-tiktoken", _tiktoken()), _meta(folder / "meta-sentencepiece", _sentencepiece())]
+    bases += [
+        Base(name, folder / name, quantized.write(folder / name, name), tokenizer=False) for name in quantized.METHODS
+    ]
     bases += [_meta_pickles(folder / "meta-pickles"), _pickle(folder / "pickle")]
     (folder / "gguf-bytes").mkdir()
     gguf = write_gguf(folder / "gguf-bytes" / "tiny.gguf", quantised=True)

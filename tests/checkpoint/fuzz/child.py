@@ -25,6 +25,7 @@ from llama_mini.checkpoint.source import Source
 from llama_mini.cli.convert import tokenizer_files
 from llama_mini.errors import LlamaMiniError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
+from llama_mini.optimize import fuser
 from llama_mini.tokenizer.tokenizer import open_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -142,6 +143,8 @@ def _open(case: dict[str, Any]) -> dict[str, int]:
     """All that is done with a checkpoint but to run it: a digest of each tensor, by its name."""
     source = open_checkpoint(Path(case["path"]), pickles=Llama if case["pickles"] else None)
     model = load_model(Llama, source, torch.float32, "cpu")
+    if any(stored.kept for stored in source.tensors.values()):
+        load_model(Llama, source, torch.float32, "cpu", fuser("off"), "auto")
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if case["compare"]:
         names = match(model, source)
@@ -173,8 +176,9 @@ def _as_their_library_reads_it(source: Source) -> Iterator[tuple[str, Tensor]]:
 
         for file in {stored.file for stored in source.tensors.values()}:
             for name, tensor in load_file(file).items():
-                if name in source.tensors and source.tensors[name].file != file:
-                    continue  # the index names the one in another shard
+                stored = source.tensors.get(name)
+                if stored is not None and (stored.file != file or stored.kept):
+                    continue  # the index names the one in another shard; or it is a part of a quantised matrix
                 if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
                     yield name, tensor.float()
 

@@ -3,14 +3,13 @@
 (GPTQModel's own code needs CUDA or Triton; the layouts are those of its packers and of AutoRound's.)
 """
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,7 +18,7 @@ from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import CheckpointFormatError, ConfigError
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser
-from tests.checkpoint.quantized.writers import check_codes, gptq, layers_only, write_model
+from tests.checkpoint.quantized.writers import check_codes, damage, edit_config, gptq, layers_only, write_model
 from tests.tiny_families import logits
 from tests.tiny_models import random_tokens
 
@@ -72,12 +71,16 @@ def write(directory: Path, changes: dict[str, Any] = {}, **layout: Any) -> PreTr
     )
 
 
-def damage(directory: Path, end: str, change: Callable[[Tensor], Tensor | None]) -> None:
-    """Changes one part of one matrix; None removes it."""
-    path, name = directory / "model.safetensors", f"{PROJECTION}.{end}"
-    tensors = load_file(path)
-    changed = change(tensors.pop(name))
-    save_file(tensors if changed is None else tensors | {name: changed.contiguous()}, path)
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("gptq")
+    write(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,11 @@ def test_layers_of_other_bits_and_groups(tmp_path: Path, key: str) -> None:
         layout = {"bits": bits, "size": size, "sym": True, "v1": True, "order": False}
         return gptq(rng, tuple(weight.shape), **layout) if layers_only(name, weight) else None
 
-    layers = {r"+:(a|aa)+\.0": {"bits": 8, "group_size": 16}, r"layers\.1": {"group_size": 64}, "-:lm_head": {}}
+    layers = {
+        r"+:(a|aa)+\.0": {"bits": 8, "group_size": 16},
+        r"layers\.1": {"group_size": 64},
+        "-:lm_head": {"bits": 16},
+    }
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, key: layers}
     model = write_model(tmp_path, {"quantization_config": settings}, quantize)
     stored = open_checkpoint(tmp_path).tensors
@@ -120,7 +127,7 @@ def test_columns_that_a_group_does_not_divide(tmp_path: Path) -> None:
 def test_group_index_of_zeros(tmp_path: Path) -> None:
     """Files of GPTQ-for-LLaMa without act-order."""
     model = write(tmp_path)
-    damage(tmp_path, "g_idx", torch.zeros_like)
+    damage(tmp_path, f"{PROJECTION}.g_idx", torch.zeros_like)
     assert check_codes(tmp_path, model) == 21
 
 
@@ -144,24 +151,22 @@ def test_group_index_of_zeros(tmp_path: Path) -> None:
         ("g_idx", lambda t: t.float(), r"g_idx' is F32"),
     ],
 )
-def test_damaged_parts_are_named(tmp_path: Path, end: str, change: Any, message: str) -> None:
-    write(tmp_path)
-    damage(tmp_path, end, change)
+def test_damaged_parts_are_named(copy: Path, end: str, change: Any, message: str) -> None:
+    damage(copy, f"{PROJECTION}.{end}", change)
     with pytest.raises(CheckpointFormatError, match=message):
-        open_checkpoint(tmp_path)
+        open_checkpoint(copy)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_scales_that_are_no_numbers(tmp_path: Path, bad: float) -> None:
-    write(tmp_path)
-    damage(tmp_path, "scales", lambda scales: scales.index_fill(1, torch.tensor([5]), bad))
+def test_scales_that_are_no_numbers(copy: Path, bad: float) -> None:
+    damage(copy, f"{PROJECTION}.scales", lambda scales: scales.index_fill(1, torch.tensor([5]), bad))
     with pytest.raises(CheckpointFormatError, match=rf"{PROJECTION}\.scales' holds NaN or infinity"):
-        Llama.from_pretrained(tmp_path)
+        Llama.from_pretrained(copy)
 
 
 def test_eight_bits_that_are_not_symmetric(tmp_path: Path) -> None:
     write(tmp_path, {"bits": 8}, bits=8)
-    damage(tmp_path, "qzeros", lambda zeros: zeros + 1)
+    damage(tmp_path, f"{PROJECTION}.qzeros", lambda zeros: zeros + 1)
     with pytest.raises(CheckpointFormatError, match="is of a symmetric matrix, but its zero points are not all 128"):
         load_model(Llama, open_checkpoint(tmp_path), "float32", "cpu", fuser("off"), "auto")
 
@@ -186,7 +191,7 @@ def test_the_order_of_columns_is_needed(tmp_path: Path) -> None:
         ({"quant_method": "auto-round", "data_type": "mx_fp"}, "data_type is 'mx_fp'"),
     ],
 )
-def test_settings_that_are_not_read(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    write(tmp_path, changes)
+def test_settings_that_are_not_read(copy: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(copy, {"quantization_config": {"quant_method": "gptq"} | changes})
     with pytest.raises(ConfigError, match=message):
-        open_checkpoint(tmp_path)
+        open_checkpoint(copy)

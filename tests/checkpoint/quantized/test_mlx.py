@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.open import open_checkpoint
-from llama_mini.errors import ConfigError
+from llama_mini.errors import CheckpointFormatError, ConfigError
 from llama_mini.model.llama import Llama
-from tests.checkpoint.quantized.writers import check_codes, edit_config, write_model
+from tests.checkpoint.quantized.writers import check_codes, damage, edit_config, write_model
 from tests.tiny_families import logits
 from tests.tiny_models import random_tokens
 
@@ -77,17 +77,41 @@ def test_what_is_kept(tmp_path: Path, bits: int, kept: str, has_codes: bool) -> 
     assert stored.n_bytes == 128 * 256 * bits // 8 + 2 * 2 * 128 * 4
 
 
+def test_settings_that_mlx_does_not_write(tmp_path: Path) -> None:
+    write_model(tmp_path, {}, lambda _, w: quantized(w, 4, 64, "float16"), **SIZES)
+    for settings, message in (
+        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, r"quantization\.mode is 'mxfp4'; only 'affine'"),
+        ({"group_size": 64, "bits": 4, "lm_head": {"mode": "nvfp4"}}, r"quantization\.mode is 'nvfp4'; only 'affine'"),
+        ({"group_size": 48, "bits": 4}, r"quantization\.group_size is 48; MLX has 32, 64, 128"),
+        ({"group_size": 64, "bits": True}, r"quantization\.bits is True; MLX has 2, 3, 4, 5, 6, 8"),
+        ({"group_size": 64, "bits": 4, "lm_head": {"bits": 7}}, r"quantization\.bits is 7"),
+        ({"group_size": 32, "bits": 4}, r"tensor '.*\.weight' is U32 of shape \(.*\), not U32 of \("),
+    ):
+        edit_config(tmp_path, {"quantization": settings})
+        with pytest.raises((CheckpointFormatError, ConfigError), match=message):
+            open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("end", "change", "message"),
     [
-        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "quantization.mode is 'mxfp4'; only 'affine'"),
-        ({"group_size": 64, "bits": 4, "lm_head": {"mode": "nvfp4"}}, "quantization.mode is 'nvfp4'; only 'affine'"),
-        ({"group_size": 48, "bits": 4}, "quantization.group_size is 48; MLX has 32, 64, 128"),
-        ({"group_size": 64, "bits": True}, "quantization.bits is True; MLX has 2, 3, 4, 5, 6, 8"),
-        ({"group_size": 64, "bits": 4, "lm_head": {"bits": 7}}, "quantization.bits is 7"),
+        ("scales", lambda t: t[:-1], r"biases' is F16 of shape \(256, 2\), not .* of \(255, 2\)"),
+        ("biases", lambda t: t[:, :-1], r"biases' is F16 of shape \(256, 1\), not .* of \(256, 2\)"),
+        ("weight", lambda t: t[:, :-1], r"weight' is U32 of shape \(256, 15\), not U32 of \(256, 16\)"),
+        ("weight", lambda t: t.view(torch.int32), r"weight' is I32 of shape"),
+        ("biases", lambda t: None, r"needs .*up_proj\.biases, which no file holds"),
+        ("weight", lambda t: None, r"needs .*up_proj\.weight, which no file holds"),
+        ("biases", lambda t: t.fill_(float("nan")), r"up_proj\.biases' holds NaN or infinity"),
     ],
 )
-def test_settings_that_mlx_does_not_write(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    write_model(tmp_path, {"quantization": settings}, lambda _, w: quantized(w, 4, 64, "float16"), **SIZES)
-    with pytest.raises(ConfigError, match=message):
-        open_checkpoint(tmp_path)
+def test_damaged_parts_are_named(tmp_path: Path, end: str, change: Any, message: str) -> None:
+    write_model(
+        tmp_path,
+        {"quantization": {"bits": 4}},
+        lambda _, w: quantized(w, 4, 64, "float16"),
+        **SIZES,
+        num_hidden_layers=1,
+    )
+    damage(tmp_path, f"model.layers.0.mlp.up_proj.{end}", change)
+    with pytest.raises(CheckpointFormatError, match=message):
+        Llama.from_pretrained(tmp_path)

@@ -47,6 +47,14 @@ def edit_config(directory: Path, settings: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(settings)))
 
 
+def damage(directory: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
+    """Changes one tensor; None removes it."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    changed = change(tensors.pop(name))
+    save_file(tensors if changed is None else tensors | {name: changed.contiguous()}, path)
+
+
 def layers_only(name: str, weight: Tensor) -> bool:
     return "layers" in name
 

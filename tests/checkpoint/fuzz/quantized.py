@@ -1,0 +1,68 @@
+"""Sound checkpoints of each method of quantisation, for the fuzz test to damage."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tests.checkpoint.quantized.test_mlx import quantized as mlx
+from tests.checkpoint.quantized.writers import Stored, awq, gptq, layers_only, write_model
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "vocab_size": 40,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+Quantize = Callable[[tuple[int, int], Tensor], tuple[Stored, Any]]
+METHODS: dict[str, tuple[str, Mapping[str, Any], Quantize]] = {  # where the settings stand, what they are, the parts
+    "gptq": (
+        "quantize_config.json",  # in config.json, gptq or gptq_v2 would decide the values
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "checkpoint_format": "gptq_v2"},
+        lambda shape, _: gptq(_rng(shape), shape, 4, 32, sym=False, v1=False, order=True),
+    ),
+    "gptq-8": (
+        "quantize_config.json",
+        {"quant_method": "gptq", "bits": 8, "group_size": -1, "dynamic": {"-:lm_head": {}}},
+        lambda shape, _: gptq(_rng(shape), shape, 8, -1, sym=True, v1=True, order=None),
+    ),
+    "auto-round": (
+        "quantize_config.json",
+        {"quant_method": "auto-round", "bits": 2, "group_size": 32, "extra_config": {"lm_head": {"bits": 16}}},
+        lambda shape, _: gptq(_rng(shape), shape, 2, 32, sym=False, v1=True, order=None),
+    ),
+    "awq": (
+        "quantization_config",
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+        lambda shape, _: awq(_rng(shape), shape, 32),
+    ),
+    "mlx": (
+        "quantization",
+        {"group_size": 32, "bits": 5, "mode": "affine", "lm_head": {"group_size": 32, "bits": 6}},
+        lambda _, weight: mlx(weight, 5, 32, "float16"),
+    ),
+}
+
+
+def write(folder: Path, method: str) -> tuple[str, ...]:
+    """Writes it, and returns what of it is to be damaged."""
+    where, settings, quantize = METHODS[method]
+
+    def parts(name: str, weight: Tensor) -> tuple[Stored, Any] | None:
+        shape = (weight.shape[0], weight.shape[1])
+        return quantize(shape, weight) if layers_only(name, weight) or method == "mlx" else None
+
+    beside = where.endswith(".json")
+    write_model(folder, {} if beside else {where: settings}, parts, **SIZES, tie_word_embeddings=method == "mlx")
+    if beside:
+        (folder / where).write_text(json.dumps(settings))
+    return ("*config.json", "*.safetensors")
+
+
+def _rng(shape: tuple[int, int]) -> np.random.Generator:
+    return np.random.default_rng(shape)

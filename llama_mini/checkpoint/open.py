@@ -55,6 +55,7 @@ def open_checkpoint(path: Path, pickles: type[nn.Module] | None = None, adapter:
         adapters = [open_adapter(path, 1.0, pickles is not None), *adapters]
         path = _model_of(adapters[0])
     source = with_settled_head(_open_directory(path, pickles) if path.is_dir() else _open_file(path))
+    as_dict("adapter", ((str(adapter.path), adapter) for adapter in adapters), RequestError)  # none twice
     return with_settled_head(merged(source, adapters)) if adapters else source
 
 
@@ -66,7 +67,7 @@ def model_of_adapter(name: str | Path) -> Path:
 def _weights(adapter: Adapters | None) -> Iterable[tuple[str | Path, float]]:
     if adapter is None:
         return ()
-    names = [adapter] if isinstance(adapter, str | Path) else adapter
+    names = adapter if isinstance(adapter, Iterable) and not isinstance(adapter, str) else [adapter]
     pairs = names.items() if isinstance(names, Mapping) else [(name, 1.0) for name in names]
     for name, weight in pairs:
         if not isinstance(name, str | Path):
@@ -88,15 +89,16 @@ def _model_of(adapter: Adapter) -> Path:
     do = "give the model, and the adapter with --adapter (in Python: adapter=)"
     if base is None:
         raise CheckpointPathError(f"{home} holds an adapter that does not name its model; {do}")
-    places = [Path(base), home / base, home.resolve().parent / Path(base).name]
+    beside = home.resolve().parent / (Path(base).name or home.name)
+    places = [Path(base), home / base, beside]
     found = next((place for place in places if exists(place) and place.resolve() != home.resolve()), None)
     try:
         found = found or resolve(f"{base}@{adapter.config.revision}" if adapter.config.revision else base)
     except CheckpointError as error:
-        raise CheckpointPathError(f"the model of the adapter {home} is not found: {error}; {do}") from None
+        raise CheckpointPathError(f"the model of {home} is not found: {error}; {do}") from None
     if not exists(found):
         raise CheckpointPathError(
-            f"{home} holds an adapter for {base:.200}, which is none of {join_names(places)}; {do}"
+            f"{home} holds an adapter for {base:.200}, found at none of {join_names(places)}; {do}"
         )
     if _is_adapter(found):
         raise CheckpointFormatError(f"{home} holds an adapter for {found}, which is an adapter too; {do}")

@@ -166,7 +166,7 @@ def _patterns(raw: Mapping[str, Any], key: str) -> Patterns:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{key} must be an object, not {short_repr(values)}")
     for pattern in values:
-        if len(pattern) > 10_000 or re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+        if len(pattern) > 10_000 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
             raise ConfigError(f"{key}: {short_repr(pattern)} repeats too much; give names or patterns with few *")
     try:
         return tuple((re.compile(rf"(?:.*\.)?(?:{pattern})"), value) for pattern, value in values.items())

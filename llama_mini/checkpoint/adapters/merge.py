@@ -249,8 +249,8 @@ def _changes_of(adapter: Adapter, source: Source) -> Iterator[tuple[str, _Change
             change.check_shapes(total, shape, may_grow=name in (head, embedding))
             yield name, change
     if unknown:
-        what = f"{len(unknown)} tensors for weights that {source.path} does not have: {join_names(unknown)}"
-        raise CheckpointMismatchError(f"{adapter.path} holds {what}; {_made_for(adapter)}")
+        what = f"weights that {source.path} does not have: {join_names(unknown)}"
+        raise CheckpointMismatchError(f"{adapter.path} changes {what}; {_made_for(adapter)}")
 
 
 def _check_replaced(name: str, changes: Sequence[_Change]) -> None:

@@ -1,10 +1,13 @@
 """Random tiny adapters, as PEFT and mlx-lm write them. No tensor is left at its initial zeros."""
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -14,7 +17,7 @@ from llama_mini.model.llama import Llama
 from tests.tiny_models import random_tokens
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TOKENS = random_tokens(2, 30)
+TOKENS = random_tokens(2, 30, vocab_size=96)
 
 
 def saved_base(directory: Path, theirs: PreTrainedModel) -> Path:
@@ -39,7 +42,8 @@ def adapted(base: Path, seed: int = 0, **settings: Any) -> PeftModel:
 
 
 def save(model: PeftModel, directory: Path) -> Path:
-    model.save_pretrained(directory)
+    with warnings.catch_warnings(action="ignore"):  # PEFT tells that it saves an embedding as a whole too
+        model.save_pretrained(directory)
     return directory
 
 
@@ -51,3 +55,12 @@ def ours(path: Path, adapter: Any = None) -> Tensor:
 
 def expect(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def write_adapter(directory: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Path:
+    """An adapter by hand: adapter_config.json and the file that it would have."""
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    name = "adapter_model.safetensors" if "peft_type" in config else "adapters.safetensors"
+    save_file({name: torch.as_tensor(values).contiguous() for name, values in tensors.items()}, directory / name)
+    return directory

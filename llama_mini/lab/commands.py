@@ -17,6 +17,7 @@ from llama_mini.lab.reporting import figures, plan_figures
 from llama_mini.lab.reporting.report import Shell
 from llama_mini.lab.reporting.style import check_drawable, check_picture
 from llama_mini.lab.table import Table
+from llama_mini.lab.theory import Profile
 from llama_mini.lab.tour import tour
 from llama_mini.model.llama import Llama
 from llama_mini.tokenizer.tokenizer import open_tokenizer
@@ -147,13 +148,18 @@ def _tour(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    predicted = lab.predict(args.plan, args.depth)
+    predicted = _predicted(args)
     show(args, predicted.table(), lambda: plan_figures.init_picture(predicted))
 
 
 def _init(args: argparse.Namespace) -> None:
-    measured = lab.init(args.plan, args.depth, dim=args.dim, seeds=args.seeds)
-    show(args, measured.table(), lambda: plan_figures.init_picture(lab.predict(args.plan, args.depth), measured))
+    feed_forward = {"activation": args.activation, "gated": not args.no_gate}
+    measured = lab.init(args.plan, args.depth, dim=args.dim, seeds=args.seeds, **feed_forward)
+    show(args, measured.table(), lambda: plan_figures.init_picture(_predicted(args), measured))
+
+
+def _predicted(args: argparse.Namespace) -> Profile:
+    return lab.predict(args.plan, args.depth, activation=args.activation, gated=not args.no_gate)
 
 
 def _sweep(args: argparse.Namespace) -> None:

@@ -30,7 +30,8 @@ from llama_mini.validate import join_names
 
 Severity = Literal["error", "warning", "note"]
 _USUAL_EPS = (1e-5, 1e-6)
-_USUAL_EPS_OF = {"qwen3": (1e-6,)}  # every other family has published checkpoints with both
+_GLM = (1e-5, 1.5625e-7)
+_USUAL_EPS_OF = {"qwen3": (1e-6,), "glm": _GLM, "glm4": _GLM}  # every other family has published checkpoints with both
 _LARGEST, _SMALLEST = 65504.0, 2.0**-14  # float16's largest and smallest normal numbers
 _MARGIN = 2  # values this factor from the limits are reported too: another text has other extremes
 _JUDGED = ("pre_norm", "mid_norm", "out_norm", "post_norm")  # not final, q, k and v norms: their gains exceed one
@@ -40,6 +41,7 @@ _JUDGED = ("pre_norm", "mid_norm", "out_norm", "post_norm")  # not final, q, k a
 # and 1 once one is subtracted; the median of the lowest hundredth is 0.1, and 1.1 once one is added.
 _MOST_BELOW_ZERO = 0.1
 _LOWEST_HUNDREDTH, _LEAST_MEAN = 0.95, 1.1
+_MOST_LOWEST = 2  # gains that start beyond it, as Gemma 3's do, do not become likely ones when one is subtracted
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def _conventions(norms: Mapping[str, Norm], gains: Mapping[str, Tensor]) -> Iter
         if below_zero > _MOST_BELOW_ZERO:
             what = f"read as `{read_as}`, {below_zero:.0%} of a typical norm's gains are below 0: 1 seems to be missing"
             advice = "set the plan's gain to `1+w`" if read_as == "w" else "add 1 to the weights: they lack it twice"
-        elif lowest > _LOWEST_HUNDREDTH and mean > _LEAST_MEAN:
+        elif _LOWEST_HUNDREDTH < lowest < _MOST_LOWEST and mean > _LEAST_MEAN:
             what = f"read as `{read_as}`, a typical norm's gains start at {lowest:.2f}: 1 seems to be added twice"
             advice = "set the plan's gain to `w`" if read_as == "1+w" else "subtract 1: a converter has added it"
         else:

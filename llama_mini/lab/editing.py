@@ -169,6 +169,11 @@ def _check_against(module: nn.Module, path: str, pattern: str, settings: Mapping
         raise RequestError(f"{name}; freeze is for rms and scale, which divide by the root mean square")
     if "eps" in settings and settings.get("kind", old) == "dyt":
         raise RequestError(f"{short_repr(pattern)}: {path} would be of kind dyt, which has no eps")
+    if isinstance(module, Norm) and module.bias is not None:
+        if (kind := settings.get("kind", old)) != old:
+            raise RequestError(f"{name} with a bias, which kind {kind} does not have")
+        if settings.get("cast") == "early":
+            raise RequestError(f"{name} with a bias, which rounds last: leave cast out")
 
 
 def _is_gain(gain: Any) -> bool:
@@ -218,8 +223,9 @@ def _changed(old: Norm, settings: Mapping[str, Any], device: torch.device) -> No
     if "gain" in settings or resized:
         weight, gain = nn.Parameter(_new_gain(old, cls, settings.get("gain")).to(device), requires_grad=False), "w"
     eps, cast = settings.get("eps", old.eps), settings.get("cast", old.cast)
-    new = cls(old.dim, eps, gain=gain, cast=cast, scale=old.scale, device=device).requires_grad_(False)
-    new.weight = weight
+    bias = old.bias is not None
+    new = cls(old.dim, eps, gain=gain, cast=cast, scale=old.scale, bias=bias, device=device).requires_grad_(False)
+    new.weight, new.bias = weight, old.bias
     if old.kind == new.kind == "dyt":
         new.alpha = old.alpha
     return new

@@ -12,6 +12,7 @@ from llama_mini.errors import RequestError
 from llama_mini.lab.moving import rebuilt
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import READERS, select, slots
+from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
 from llama_mini.model.norm_slots import BranchPlan
@@ -32,12 +33,13 @@ def fold(model: Llama, pattern: str | Sequence[str] | None = None) -> Llama:
     bfloat16 each product of gain and weight is rounded once more. In the default checkpoint the largest error
     against float32 is 0.03 of the largest logit before, and 0.04 to 0.08 after, even if folded in float32.
 
-    A tied head is untied first. The norms keep their weights, set to one, so that the model stays in its family and
-    other programs can open it. Scale factors stay in the norms, and biases need no change. The other parameters are
-    shared with `model`, which does not change.
+    A tied head is untied first. The norms keep their weights, set to a gain of one, so that the model stays in its
+    family and other programs can open it. Scale factors stay in the norms, and so does a LayerNorm's bias, divided by
+    the gain. Biases of matrices need no change. The other parameters are shared with `model`, which does not change.
 
     Raises RequestError, naming the path: for an out, post, embed, q, k or v norm, whose gain cannot be folded, for a
-    norm without a gain, for a model that has nothing to fold, and for one that is edited or optimized.
+    norm without a gain, for one with a bias and a gain of zero, for one that another norm reads, for a model that has
+    nothing to fold, and for one that is edited or optimized.
     """
     check_plain(model)
     paths = _foldable(model) if pattern is None else select(model, pattern)
@@ -53,7 +55,11 @@ def fold(model: Llama, pattern: str | Sequence[str] | None = None) -> Llama:
         if path == "norm" and model.lm_head is None:
             config = replace(config, tie_word_embeddings=False)
             parameters[_HEAD] = parameters[_EMBEDDING]
-        for name in _readers(path):
+        if (bias := parameters.get(f"{path}.bias")) is not None:
+            if not gain.all():
+                raise RequestError(f"{path} has a bias and gains of zero, which cannot be folded; leave it out")
+            parameters[f"{path}.bias"] = _like(bias, bias.detach() / gain)
+        for name in _readers(path, config):
             parameters[name] = _like(parameters[name], parameters[name].detach() * gain)
         weight = parameters[f"{path}.weight"]
         unit = torch.full_like(weight, 0.0 if norm.gain == "1+w" else 1.0)
@@ -70,13 +76,14 @@ def center(model: Llama) -> Llama:
     first, since its rows keep their mean. The other parameters are shared with `model`, which does not change.
     Source: Gupta et al. 2024.
 
-    Raises RequestError, naming the path: for a norm that reads the stream and is absent or not LayerNorm, for a norm
-    that writes the stream, and for a model that is edited or optimized.
+    Raises RequestError, naming the path: for a norm that reads the stream and is absent, not LayerNorm or biased, for a
+    norm that writes the stream, and for a model that is edited or optimized.
     """
     check_plain(model)
-    for path, norm in slots(model).items():
-        _check_centrable(path, norm)
     parameters, plan = dict(model.named_parameters(remove_duplicate=False)), model.config.norm_plan
+    for path, norm in slots(model).items():
+        if not (plan.parallel and path.endswith("feed_forward.pre_norm")):  # there it does not read the stream
+            _check_centrable(path, norm)
     if model.lm_head is None:
         parameters[_HEAD] = parameters[_EMBEDDING]
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -84,7 +91,7 @@ def center(model: Llama) -> Llama:
             parameters[name] = _like(parameter, _without_mean(parameter, dim=1))
         elif ".o_proj." in name or ".down_proj." in name:
             parameters[name] = _like(parameter, _without_mean(parameter, dim=0))
-    layers = [(_rms(a), _rms(f)) for a, f in map(plan.layer, range(model.config.n_layers))]
+    layers = [(_rms(a), f if plan.parallel else _rms(f)) for a, f in map(plan.layer, range(model.config.n_layers))]
     assert plan.final is not None  # _check_centrable refuses a model without it
     plan = replace(plan.with_layers(layers), final=replace(plan.final, kind="rms"))
     return rebuilt(model, replace(model.config, norm_plan=plan, tie_word_embeddings=False), parameters)
@@ -98,11 +105,19 @@ def _foldable(model: Llama) -> list[str]:
     return with_gain
 
 
-def _readers(path: str) -> list[str]:
+def _readers(path: str, config: LlamaConfig) -> list[str]:
     if path == "norm":
         return [_HEAD]
-    layer, _, slot = path.rpartition(".")
-    return [f"{layer}.{reader}.weight" for reader in READERS[f"{layer.rpartition('.')[2]}.{slot}"]]
+    branch, _, slot = path.rpartition(".")
+    layer, _, name = branch.rpartition(".")
+    readers = [f"{branch}.{reader}.weight" for reader in READERS[f"{name}.{slot}"]]
+    if config.norm_plan.parallel and (name, slot) == ("attention", "pre_norm"):
+        if config.norm_plan.layer(int(layer.split(".")[1]))[1].pre is not None:
+            raise RequestError(
+                f"the gain of {path} cannot be folded: {layer}.feed_forward.pre_norm reads it; leave it out"
+            )
+        readers += _readers(f"{layer}.feed_forward.pre_norm", config)
+    return [reader for reader in readers if config.gated_mlp or ".gate_proj." not in reader]
 
 
 def _check_centrable(path: str, norm: nn.Module) -> None:
@@ -117,6 +132,8 @@ def _check_centrable(path: str, norm: nn.Module) -> None:
             f"the model cannot be centred: {path} {actual}; pre and final norms must all be of kind layer, which "
             "subtracts the mean"
         )
+    if slot in ("pre_norm", "norm") and norm.bias is not None:
+        raise RequestError(f"the model cannot be centred: {path} has a bias, which RMSNorm does not have")
 
 
 def _rms(branch: BranchPlan) -> BranchPlan:

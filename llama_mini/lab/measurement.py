@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from llama_mini.errors import RequestError
 from llama_mini.lab.recording import watched
 from llama_mini.lab.study import MOST_SEEDS, Floats, Plan, as_plan, label, progress
 from llama_mini.lab.theory import Profile
-from llama_mini.model.config import LlamaConfig
+from llama_mini.model.config import Activation, LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.validate import check_whole
 
@@ -37,10 +38,13 @@ def own_modes() -> Iterator[None]:
 
 
 @own_modes()
-def init(plan: Plan, depth: int, dim: int = 256, seeds: int = 3) -> Profile:
+def init(
+    plan: Plan, depth: int, dim: int = 256, seeds: int = 3, activation: Activation = "silu", gated: bool = True
+) -> Profile:
     """What `plan` does to one token in a random model: the mean over `seeds` models, and the spread.
 
     Each model has width `dim`, a multiple of 8, four heads and hidden_dim 4·dim, and reads 64 sequences of one token.
+    activation, gated: of the feed-forward layers, as in `predict`.
     The gradient is that of a random direction at x_L, by autograd in float32. A stream that overflows float32 gives inf
     or NaN; that of `none` overflows within eight layers.
 
@@ -50,7 +54,8 @@ def init(plan: Plan, depth: int, dim: int = 256, seeds: int = 3) -> Profile:
     check_whole("seeds", seeds, RequestError, 1, MOST_SEEDS)
     bar = progress(range(seeds), f"init {label(plan):.40}", unit="model")
     with np.errstate(all="ignore"):
-        runs = [_measure(random_llama(plan, depth, dim, _TOKENS, seed), seed) for seed in bar]
+        models = (random_llama(plan, depth, dim, _TOKENS, seed, activation=activation, gated_mlp=gated) for seed in bar)
+        runs = [_measure(model, seed) for seed, model in enumerate(models)]
         moment, gradient, angle = (np.array(values) for values in zip(*runs, strict=True))
         moment_spread, gradient_spread, angle_spread = map(spread_over_seeds, (moment, gradient, angle))
         spread = Profile(label(plan), moment_spread, gradient_spread, angle_spread)
@@ -62,7 +67,7 @@ def spread_over_seeds(values: Floats) -> Floats:
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
 
 
-def random_llama(plan: Plan, depth: int, dim: int, vocab_size: int, seed: int) -> Llama:
+def random_llama(plan: Plan, depth: int, dim: int, vocab_size: int, seed: int, **settings: Any) -> Llama:
     """A random model as theory.py assumes: four heads, hidden_dim 4·dim. The caller's random state does not change."""
     check_whole("dim", dim, RequestError, 8, 16384)
     if dim % 8:
@@ -74,6 +79,7 @@ def random_llama(plan: Plan, depth: int, dim: int, vocab_size: int, seed: int) -
         hidden_dim=4 * dim,
         vocab_size=vocab_size,
         norm_plan=as_plan(plan, depth),
+        **settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -26,7 +26,8 @@ def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
     back gives the original logits, bit for bit.
 
     Raises RequestError, naming the path: for a slot that is taken or has another width, for a q, k or v norm, for a
-    norm outside the layers, and for a model that is edited or optimized.
+    norm outside the layers, for one that both branches of a parallel layer read, and for a model that is edited or
+    optimized.
     """
     check_choice("slot to move to", to, _TARGETS, RequestError)
     check_plain(model)
@@ -44,6 +45,8 @@ def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
             raise RequestError(f"{path} is outside the layers and cannot be moved; give norms of layers.*")
         if slot in HEAD_SLOTS:
             raise RequestError(f"{path} acts on heads and cannot be moved; leave q, k and v norms out")
+        if config.norm_plan.parallel and (slot, at.endswith("attention")) == ("pre", True):
+            raise RequestError(f"{path} is read by both branches of a parallel layer and cannot be moved; leave it out")
         if slot == to:
             raise RequestError(f"{path} is already in the slot {to}; leave it out")
         if getattr(branches[at], to) is not None:

@@ -6,6 +6,8 @@ which the squared gradient grows on its way back through the branch:
     y = α²·S + β²·f        the second moment after the sum
     G = α² + β²·g·b        the growth of the squared gradient, where b is that of the pre norm
 
+In a parallel layer the gradient of the second branch returns to the input of the first: G = G₁·α² + β²·g·b.
+
 A norm multiplies the second moment m by s²/(m + eps), and the squared gradient by the same factor. It also removes the
 gradient along x, but that is one of d directions: its share vanishes as d grows.
 """
@@ -13,16 +15,18 @@ gradient along x, but that is one of d directions: its share vanishes as d grows
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import get_args
 
 import numpy as np
 
 from llama_mini.errors import RequestError
 from llama_mini.lab.study import Floats, Plan, as_json, as_plan, label
 from llama_mini.lab.table import Table
-from llama_mini.model.config import LlamaConfig
+from llama_mini.model.config import Activation, LlamaConfig
 from llama_mini.model.norm_plan import BRANCHES
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
-from llama_mini.validate import short_repr
+from llama_mini.validate import check_choice, short_repr
 
 COVERED = ("rms", "layer", "scale")  # equal at init for large d: the mean has 1/d of the energy, a scalar gain is 1
 TOLERANCES = (0.05, 0.06)  # forward and backward
@@ -87,12 +91,12 @@ class Profile:
         return f"Profile({short_repr(self.plan)}, depth={self.depth}: {', '.join(ends)})"
 
 
-def predict(plan: Plan, depth: int) -> Profile:
+def predict(plan: Plan, depth: int, activation: Activation = "silu", gated: bool = True) -> Profile:
     """What `plan` does to one token in a model of `depth` layers at random init, in the limit of a wide model.
 
     Assumes an embedding N(0, 1), matrices N(0, 1/fan_in), gains 1 and sequences of one token, where q and k norms have
     no effect. The forward part holds at position 0 of any sequence. The gradient is that of a random direction at x_L,
-    before the final norm.
+    before the final norm. activation, gated: of the feed-forward layers, as in LlamaConfig.
 
     As the width grows, the formulas become exact for norms of kind rms, layer and scale. At width 256 and 12 layers the
     error is below 2 % forward and 5 % backward, except for `none`, which squares the second moment and every deviation
@@ -100,9 +104,11 @@ def predict(plan: Plan, depth: int) -> Profile:
     are inf, then NaN.
 
     Raises RequestError for norms of kind l2, which depends on the width, and prms and dyt, which depend on more than
-    second moments; ConfigError for a text that is no plan.
+    second moments; RequestError or ConfigError for what is no plan or no activation.
     """
     norms = as_plan(plan, depth)
+    check_choice("activation", activation, get_args(Activation), RequestError)
+    feed = partial(_feed, activation, gated)
     moments: list[float] = [np.float64(1)]  # a NumPy float, whose division by zero gives inf
     growth: list[float] = []
     cosines: list[float] = []
@@ -110,34 +116,47 @@ def predict(plan: Plan, depth: int) -> Profile:
         if norms.embed is not None:
             moments = [_norm("embed_norm", norms.embed, moments[0])[0]]
         for i in range(depth):
-            attention, feed_forward = (
-                (branch, f"layers.{i}.{name}") for name, branch in zip(BRANCHES, norms.layer(i), strict=True)
-            )
-            mid, grown, cosine = _sublayer(moments[-1], *attention, _attend)
-            out, grown_2, cosine_2 = _sublayer(mid, *feed_forward, _swiglu)
+            attention, feed_forward = norms.layer(i)
+            at = f"layers.{i}."
+            h, b = _pre(moments[-1], attention, at + BRANCHES[0])
+            mid, through, carried, cosine = _sublayer(moments[-1], h, b, attention, at + BRANCHES[0], _attend)
+            if norms.parallel:  # the second branch reads the first one's input, and its gradient returns there
+                h, own = _pre(h, feed_forward, at + BRANCHES[1])
+                out, through_2, carried_2, cosine_2 = _sublayer(mid, h, b * own, feed_forward, at + BRANCHES[1], feed)
+                growth.append((carried + through) * carried_2 + through_2)
+            else:
+                h, b = _pre(mid, feed_forward, at + BRANCHES[1])
+                out, through_2, carried_2, cosine_2 = _sublayer(mid, h, b, feed_forward, at + BRANCHES[1], feed)
+                growth.append((carried + through) * (carried_2 + through_2))
             moments.append(out)
-            growth.append(grown * grown_2)
             cosines.append(cosine * cosine_2)
         gradient = np.sqrt(np.cumprod([1.0, *growth[::-1]])[::-1])
         angle = np.arccos(np.clip(cosines, -1, 1)) / math.pi
     return Profile(label(plan), np.array(moments), gradient, angle)
 
 
-def _sublayer(s: float, plan: BranchPlan, path: str, branch: Callable) -> tuple[float, float, float]:
-    """After one residual branch: second moment, growth of the squared gradient, cosine between input and output."""
-    h, b = (s, 1.0) if plan.pre is None else _norm(f"{path}.pre_norm", plan.pre, s)
+def _pre(s: float, plan: BranchPlan, path: str) -> tuple[float, float]:
+    """What a branch reads: its second moment, and the factor of the squared gradient."""
+    return (s, 1.0) if plan.pre is None else _norm(f"{path}.pre_norm", plan.pre, s)
+
+
+def _sublayer(
+    s: float, h: float, b: float, plan: BranchPlan, path: str, branch: Callable[[float], tuple[float, float]]
+) -> tuple[float, float, float, float]:
+    """After one residual branch that reads h: the second moment; the growth of the squared gradient through the branch,
+    and past it; the cosine between input and output."""
     f, g = branch(h)
     for slot, norm in (("v", plan.v), ("mid", plan.mid), ("out", plan.out)):
         if norm is not None:
             f, factor = _norm(f"{path}.{slot}_norm", norm, f)
             g = g * factor
     y = plan.alpha**2 * s + plan.beta**2 * f
-    growth = plan.alpha**2 + plan.beta**2 * g * b
+    through, past = plan.beta**2 * g * b, plan.alpha**2
     cosine = plan.alpha * np.sqrt(s / y)
     if plan.post is not None:
         y, factor = _norm(f"{path}.post_norm", plan.post, y)
-        growth, cosine = growth * factor, cosine * np.sign(plan.post.scale)
-    return y, growth, cosine
+        through, past, cosine = through * factor, past * factor, cosine * np.sign(plan.post.scale)
+    return y, through, past, cosine
 
 
 def _norm(path: str, norm: NormSpec, moment: float) -> tuple[float, float]:
@@ -156,16 +175,23 @@ def _attend(h: float) -> tuple[float, float]:
     return h, 1.0
 
 
-def _swiglu(h: float) -> tuple[float, float]:
-    silu, slope = silu_moments(h)
-    return h * silu, h * slope + silu
+def _feed(activation: Activation, gated: bool, h: float) -> tuple[float, float]:
+    moment, slope = act_moments(activation, h)
+    return (h * moment, h * slope + moment) if gated else (moment, slope)
 
 
-def silu_moments(h: float) -> tuple[float, float]:
-    """E[silu(√h·z)²] and E[silu'(√h·z)²] for z ~ N(0, 1), to nine digits near h = 1."""
-    r = np.minimum(np.sqrt(h), 1e6)  # beyond this, silu is a ramp
+def act_moments(activation: Activation, h: float) -> tuple[float, float]:
+    """E[act(√h·z)²] and E[act'(√h·z)²] for z ~ N(0, 1), to nine digits near h = 1."""
+    if activation == "relu2":
+        return 1.5 * h * h, 2.0 * h
+    r = np.minimum(np.sqrt(h), 1e6)  # beyond this, the others are a ramp
     z = (np.arange(4000) - 1999.5) * 0.006  # ±12 standard deviations
-    weight = np.exp(-z * z / 2)
-    sigmoid = (1 + np.tanh(r * z / 2)) / 2
-    ramp, slope = z * sigmoid, sigmoid * (1 + r * z * (1 - sigmoid))
-    return h * np.average(ramp**2, weights=weight), np.average(slope**2, weights=weight)
+    x, weight = r * z, np.exp(-z * z / 2)
+    if activation == "gelu":  # each is x times a share p(x) that rises from 0 to 1
+        p, rise = (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2, np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    else:
+        c = math.sqrt(2 / math.pi)
+        u, du = (x / 2, 0.5) if activation == "silu" else (c * (x + 0.044715 * x**3), c * (1 + 0.134145 * x * x))
+        p = (1 + np.tanh(u)) / 2
+        rise = 2 * du * p * (1 - p)
+    return h * np.average((z * p) ** 2, weights=weight), np.average((p + x * rise) ** 2, weights=weight)

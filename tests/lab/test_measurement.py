@@ -1,6 +1,7 @@
 """Random models against the theory of every preset, and the measurement itself against autograd by hand."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,33 @@ import torch
 from llama_mini.errors import ConfigError, RequestError
 from llama_mini.lab import init, predict
 from llama_mini.lab.measurement import random_llama, residual_stream
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from tests.tiny_models import random_tokens, tiny_model
 
 SILU = 0.355775520  # E[silu(z)²], z ~ N(0, 1)
 PRESETS = ["pre", "post", "peri", "out", "deep", "mix(.25)", "lns", "sub", "normformer"]
+SMALL = BranchPlan(pre=NormSpec(), beta=0.2)
 VARIANTS = ["out+qk:full", "pre+qk", "peri+embed", "pre-final"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "activation", "gated"),
+    [
+        ("peri+qk", "gelu_tanh", True),  # Gemma 3
+        ("out+qk", "silu", True),  # EXAONE 4
+        ("parallel", "silu", True),  # Cohere 2
+        (NormPlan.parse("pre", 12).with_norms(kind="layer", gain="none"), "silu", True),  # OLMo 1
+        (NormPlan.parse("pre", 12).with_norms(kind="layer", bias=True, cast="late"), "gelu", False),
+        (NormPlan.parse("pre", 12).with_norms(gain="1+w"), "relu2", False),  # Nemotron
+        (NormPlan(attention=SMALL, feed_forward=SMALL), "silu", True),  # Granite
+    ],
+    ids=["gemma3", "exaone4", "cohere2", "olmo", "starcoder2", "nemotron", "granite"],
+)
+def test_theory_knows_the_plans_of_other_families(plan: Any, activation: Any, gated: bool) -> None:
+    measured, predicted = init(plan, 12, 256, 1, activation, gated), predict(plan, 12, activation, gated)
+    assert measured.close(predicted), measured.deviation(predicted)
+    assert not measured.close(predict("post", 12, activation, gated))
 
 
 @pytest.mark.parametrize(("plan", "seeds"), [*((plan, 3) for plan in PRESETS), *((plan, 1) for plan in VARIANTS)])

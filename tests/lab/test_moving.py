@@ -185,3 +185,18 @@ def test_the_default_checkpoint_there_and_back(smollm2_dir: Path) -> None:
     back = move(there, "layers.*.feed_forward.out_norm", "pre")
     assert back.config == model.config
     assert same_bits(back(tokens), before)
+
+
+def test_norms_with_a_bias_move_and_those_of_parallel_branches_do_not() -> None:
+    plan = NormPlan.parse("pre", 3).with_norms(kind="layer", cast="late", bias=True, gain="1+w")
+    model = tiny_model(2, norm_plan=plan, gated_mlp=False, activation="relu2", embedding_scale=2.0)
+    moved = move(model, "layers.*.*.pre_norm", "out")
+    assert_formula(moved)
+    assert moved.layers[0].attention.out_norm.bias is model.layers[0].attention.pre_norm.bias
+    assert same_bits(move(moved, "layers.*.*.out_norm", "pre")(TOKENS), model(TOKENS))
+    shared = tiny_model(2, norm_plan="parallel")
+    with pytest.raises(RequestError, match=r"layers\.1\.attention\.pre_norm is read by both branches"):
+        move(shared, "layers.1.attention.pre_norm", "out")
+    gemma3 = NormPlan.parse("peri+qk", 3).with_norms(gain="1+w", cast="late")
+    rotation = {"sliding_window": 5, "sliding_layers": (0, 2), "sliding_rope_theta": 100.0, "attention_softcap": 3.0}
+    assert_formula(move(tiny_model(2, norm_plan=gemma3, **rotation), "layers.*.feed_forward.pre_norm", "post"))

@@ -3,15 +3,20 @@
 import json
 import math
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.polynomial.hermite_e import hermegauss
+from torch import Tensor
 
 from llama_mini import NormPlan
 from llama_mini.errors import ConfigError, RequestError
 from llama_mini.lab import predict
-from llama_mini.lab.theory import Profile, silu_moments
+from llama_mini.lab.theory import Profile, act_moments
+from llama_mini.model.feed_forward import ACTIVATIONS
 from llama_mini.model.norm_plan import Override
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
 
@@ -20,24 +25,48 @@ SLOPE = 0.379482352  # E[silu'(z)²]
 EXACT = 3e-5  # eps = 1e-5 in each norm is seen
 
 
-def hermite(h: float) -> tuple[float, float]:
-    """The two integrals by Gauss-Hermite quadrature, which shares no node with the grid of the predictor."""
+def hermite(h: float, activation: Any = "silu") -> tuple[float, float]:
+    """The two integrals by Gauss-Hermite quadrature, of other nodes than the predictor's grid; slopes by autograd."""
     z, weight = hermegauss(180)
-    x = math.sqrt(h) * z
-    sigmoid = 1 / (1 + np.exp(-x))
-    silu, slope = x * sigmoid, sigmoid + x * sigmoid * (1 - sigmoid)
-    return np.average(silu**2, weights=weight), np.average(slope**2, weights=weight)
+    x = torch.from_numpy(math.sqrt(h) * z).requires_grad_()
+    y: Tensor = ACTIVATIONS[activation](x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    return tuple(np.average(values.detach().numpy() ** 2, weights=weight) for values in (y, slope))
 
 
 def test_the_two_integrals() -> None:
-    np.testing.assert_allclose(silu_moments(1.0), (SILU, SLOPE), atol=6e-10)
-    for h in (0.01, 0.3, 2.0):
-        np.testing.assert_allclose(silu_moments(h), hermite(h), rtol=1e-8)
+    np.testing.assert_allclose(act_moments("silu", 1.0), (SILU, SLOPE), atol=6e-10)
+    for activation, h in product(ACTIVATIONS, (0.01, 0.3, 2.0)):
+        kink = 1e-3 if activation == "relu2" else 1e-8  # the quadrature is made for smooth functions
+        np.testing.assert_allclose(act_moments(activation, h), hermite(h, activation), rtol=kink, err_msg=activation)
 
 
-def test_the_integrals_tend_to_those_of_a_ramp() -> None:
-    silu, slope = silu_moments(1e12)
-    np.testing.assert_allclose((silu / 1e12, slope), (0.5, 0.5), rtol=1e-3)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_the_integrals_tend_to_those_of_a_ramp(activation: Any) -> None:
+    moment, slope = act_moments(activation, 1e12)
+    np.testing.assert_allclose((moment / 1e12, slope), (0.5, 0.5), rtol=1e-3)
+
+
+def test_without_a_gate_the_activation_alone_counts() -> None:
+    """relu² of N(0, h): E = 3h²/2 and E of the squared slope 2h; with h = 1 before each branch."""
+    plan = NormPlan(attention=BranchPlan(beta=0.0), feed_forward=BranchPlan(pre=NormSpec(eps=0.0)))
+    profile = predict(plan, 2, activation="relu2", gated=False)
+    np.testing.assert_allclose(profile.second_moment, [1, 2.5, 4], rtol=1e-12)
+    np.testing.assert_allclose(profile.gradient, np.sqrt([3 * (1 + 2 / 2.5), 1 + 2 / 2.5, 1]), rtol=1e-12)
+
+
+def test_a_parallel_layer_adds_what_both_branches_make_of_its_input() -> None:
+    """S grows by f₁ + f₂, both of the normed input, and G = 1 + (g₁ + g₂)/S: neither passes through the other."""
+    s = 1 + (1 + SILU) * np.arange(5)
+    profile = predict("parallel", 4)
+    np.testing.assert_allclose(profile.second_moment, s, rtol=EXACT)
+    growth = 1 + (1 + SILU + SLOPE) / s[:-1]
+    np.testing.assert_allclose(profile.gradient, np.sqrt([*np.cumprod(growth[::-1])[::-1], 1]), rtol=EXACT)
+
+
+def test_an_activation_that_is_none() -> None:
+    with pytest.raises(RequestError, match="unknown activation 'swish'; known: silu, gelu_tanh, gelu, relu2"):
+        predict("pre", 2, activation="swish")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

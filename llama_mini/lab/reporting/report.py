@@ -212,13 +212,16 @@ def _layers(model: Llama, tokens: Tensor) -> dict[str, Any]:
 
 
 def _init(model: Llama) -> dict[str, Any]:
-    plan, depth = model.config.norm_plan, model.config.n_layers
+    config, depth = model.config, model.config.n_layers
+    plan, activation, gated = config.norm_plan, config.activation, config.gated_mlp
     try:
-        predicted = predict(plan, depth)
+        predicted = predict(plan, depth, activation, gated)
     except RequestError as error:
         return {"why_not": str(error)}
-    measured = init(plan, depth, dim=_DIM, seeds=_SEEDS)
-    preset, sizes = plan.name(depth), f"--depth {depth} --dim {_DIM} --seeds {_SEEDS}"
+    measured = init(plan, depth, dim=_DIM, seeds=_SEEDS, activation=activation, gated=gated)
+    options = "" if activation == "silu" else f" --activation {activation}"
+    options += "" if gated else " --no-gate"
+    preset, sizes = plan.name(depth), f"--depth {depth} --dim {_DIM} --seeds {_SEEDS}{options}"
     try:
         NormPlan.parse(preset, depth)
         command = f"{_COMMAND} init {shlex.quote(preset)} {sizes} --picture init.svg"

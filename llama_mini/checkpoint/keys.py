@@ -14,41 +14,65 @@ HEAD, EMBEDDING = "lm_head.weight", "tok_embeddings.weight"  # our names
 
 
 def _with_biases(table: KeyTable) -> KeyTable:
-    """Adds a `.bias` for every projection's `.weight`."""
-    biased = {k: v for k, v in table.items() if v.endswith("_proj.weight")}
-    return table | {k.removesuffix("weight") + "bias": v.removesuffix("weight") + "bias" for k, v in biased.items()}
+    """Adds a `.bias` for every `.weight`, but those of embedding and head."""
+    biased = {theirs: ours for theirs, ours in table.items() if ours not in (HEAD, EMBEDDING)}
+    return table | {k.replace(".weight", ".bias"): v.replace(".weight", ".bias") for k, v in biased.items()}
 
 
-_HUGGING_FACE = _with_biases(
-    {
-        "model.embed_tokens.weight": "tok_embeddings.weight",
-        "model.layers.{}.self_attn.q_proj.weight": "layers.{}.attention.q_proj.weight",
-        "model.layers.{}.self_attn.k_proj.weight": "layers.{}.attention.k_proj.weight",
-        "model.layers.{}.self_attn.v_proj.weight": "layers.{}.attention.v_proj.weight",
-        "model.layers.{}.self_attn.o_proj.weight": "layers.{}.attention.o_proj.weight",
-        "model.layers.{}.mlp.gate_proj.weight": "layers.{}.feed_forward.gate_proj.weight",
-        "model.layers.{}.mlp.up_proj.weight": "layers.{}.feed_forward.up_proj.weight",
-        "model.layers.{}.mlp.down_proj.weight": "layers.{}.feed_forward.down_proj.weight",
-        "model.norm.weight": "norm.weight",
-        "lm_head.weight": "lm_head.weight",
-    }
+def _hugging_face(modules: dict[str, str]) -> KeyTable:
+    """A family's table: `modules` of a layer, theirs -> ours, beside the usual projections or in their place.
+
+    `qkv_proj[q]` is the part of a tensor that holds several parameters, from the first row to the last: see rows.py.
+    """
+    replaced = set(modules.values())
+    modules = {theirs: ours for theirs, ours in _PROJECTIONS.items() if ours not in replaced} | modules
+    names = {"model.embed_tokens.weight": EMBEDDING, "model.norm.weight": "norm.weight", "lm_head.weight": HEAD}
+    for theirs, ours in modules.items():
+        module, bracket, part = theirs.partition("[")
+        names[f"model.layers.{{}}.{module}.weight{bracket}{part}"] = f"layers.{{}}.{ours}.weight"
+    return _with_biases(names)
+
+
+_PROJECTIONS = {
+    "self_attn.q_proj": "attention.q_proj",
+    "self_attn.k_proj": "attention.k_proj",
+    "self_attn.v_proj": "attention.v_proj",
+    "self_attn.o_proj": "attention.o_proj",
+    "mlp.gate_proj": "feed_forward.gate_proj",
+    "mlp.up_proj": "feed_forward.up_proj",
+    "mlp.down_proj": "feed_forward.down_proj",
+}
+_PRE_NORMS = {
+    "input_layernorm": "attention.pre_norm",
+    "post_attention_layernorm": "feed_forward.pre_norm",  # despite its name
+}
+_OUT_NORMS = {
+    "post_attention_layernorm": "attention.out_norm",
+    "post_feedforward_layernorm": "feed_forward.out_norm",
+}
+_QK_NORMS = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
+_QKV = {f"self_attn.qkv_proj[{part}]": f"attention.{part}_proj" for part in "qkv"}
+_GATE_UP = {f"mlp.gate_up_proj[{part}]": f"feed_forward.{part}_proj" for part in ("gate", "up")}
+_VAULT_NORMS = {"input_layernorm": "attention.pre_norm", "pre_feedforward_layernorm": "feed_forward.pre_norm"}
+_GLM4_NORMS = {"post_self_attn_layernorm": "attention.out_norm", "post_mlp_layernorm": "feed_forward.out_norm"}
+
+LLAMA_KEYS = _hugging_face(_PRE_NORMS)
+QWEN3_KEYS = _hugging_face(_PRE_NORMS | _QK_NORMS)
+OLMO2_KEYS = _hugging_face(_OUT_NORMS | _QK_NORMS)
+VAULTGEMMA_KEYS = _hugging_face(_VAULT_NORMS)
+GEMMA2_KEYS = _hugging_face(_VAULT_NORMS | _OUT_NORMS)
+GEMMA3_KEYS = _hugging_face(_VAULT_NORMS | _OUT_NORMS | _QK_NORMS)
+PHI3_KEYS = _hugging_face(_PRE_NORMS | _QKV | _GATE_UP)
+GLM_KEYS = _hugging_face(_PRE_NORMS | _GATE_UP)
+GLM4_KEYS = _hugging_face(_PRE_NORMS | _GATE_UP | _GLM4_NORMS)
+HYPERCLOVAX_KEYS = _hugging_face(
+    _PRE_NORMS | {"post_norm1": "attention.out_norm", "post_norm2": "feed_forward.out_norm"}
 )
-_QK_NORMS = {
-    "model.layers.{}.self_attn.q_norm.weight": "layers.{}.attention.q_norm.weight",
-    "model.layers.{}.self_attn.k_norm.weight": "layers.{}.attention.k_norm.weight",
-}
-LLAMA_KEYS: KeyTable = _HUGGING_FACE | {
-    "model.layers.{}.input_layernorm.weight": "layers.{}.attention.pre_norm.weight",
-    "model.layers.{}.post_attention_layernorm.weight": "layers.{}.feed_forward.pre_norm.weight",  # despite its name
-}
-QWEN3_KEYS: KeyTable = LLAMA_KEYS | _QK_NORMS
-OLMO2_KEYS: KeyTable = (
-    _HUGGING_FACE
-    | _QK_NORMS
-    | {
-        "model.layers.{}.post_attention_layernorm.weight": "layers.{}.attention.out_norm.weight",
-        "model.layers.{}.post_feedforward_layernorm.weight": "layers.{}.feed_forward.out_norm.weight",
-    }
+HUNYUAN_KEYS = _hugging_face(
+    _PRE_NORMS | {"self_attn.query_layernorm": "attention.q_norm", "self_attn.key_layernorm": "attention.k_norm"}
+)
+STARCODER2_KEYS = _hugging_face(
+    _PRE_NORMS | {"mlp.c_fc": "feed_forward.up_proj", "mlp.c_proj": "feed_forward.down_proj"}
 )
 
 META_KEYS: KeyTable = {

@@ -122,7 +122,7 @@ def rows_for_file(
 def reorder_pairs(rows: Tensor, n_heads: int, config: LlamaConfig, to_file: bool) -> Tensor:
     """Rows of a whole q or k weight or bias: rotary pairs side by side -> the halves of each head, or back."""
     heads = rows.reshape(n_heads, config.head_dim, -1)
-    turned, rest = heads.tensor_split([config.head_dim], dim=1)
+    turned, rest = heads.tensor_split([config.rotary_dim], dim=1)
     pairs = turned.unflatten(1, (2, -1) if to_file else (-1, 2))
     return torch.cat((pairs.transpose(1, 2).flatten(1, 2), rest), dim=1).reshape(rows.shape)
 

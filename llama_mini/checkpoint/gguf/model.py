@@ -129,7 +129,7 @@ def _config(metadata: Metadata, header: GGUFHeader) -> LlamaConfig:
             f"but token_embd.weight has {embedding.shape[0]} rows"
         )
     architecture = ARCHITECTURES[metadata.architecture]
-    plan = FAMILIES[architecture.family].norm_plan(1)
+    plan = FAMILIES[architecture.family].norms
     eps = "layer_norm" if plan.final is not None and plan.final.kind == "layer" else "layer_norm_rms"
     sizes = {ours: metadata.get(key) for key, ours in SIZES.items()}
     theta = metadata.get("rope.freq_base", 10_000.0)

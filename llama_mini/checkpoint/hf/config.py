@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN, Family
-from llama_mini.checkpoint.hf.rope import read_rope, rope_to_hf
+from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN
+from llama_mini.checkpoint.families.family import Family
+from llama_mini.checkpoint.hf.layers import layer_keys, layers_to_hf, read_layers
+from llama_mini.checkpoint.hf.rope import read_rope, rope_keys, rope_to_hf
 from llama_mini.checkpoint.io.files import inside, read_json
 from llama_mini.checkpoint.not_models import describe_config
 from llama_mini.checkpoint.quantized.methods import SETTINGS
@@ -16,7 +18,7 @@ from llama_mini.errors import CheckpointIncompleteError, ConfigError, warn
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.rope_scaling import RopeScaling
-from llama_mini.validate import check_choice, check_flag, is_whole, join_names, short_repr
+from llama_mini.validate import check_choice, check_number, is_whole, join_names, short_repr
 
 SIZES = {  # Hugging Face's name -> ours
     "hidden_size": "dim",
@@ -29,25 +31,44 @@ SIZES = {  # Hugging Face's name -> ours
     "max_position_embeddings": "max_seq_len",
 }
 REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
 FIXED_KEYS: dict[str, Any] = {  # only this value is implemented, unless the family reads the key
-    "hidden_act": "silu",
     "attention_bias": False,
+    "attention_out_bias": False,
     "mlp_bias": False,
-    "sliding_window": None,
-    "use_sliding_window": False,
-    "rope_interleaved": False,
-    "partial_rotary_factor": 1.0,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "qkv_bias": False,
+    "bias": False,
     "use_qk_norm": False,
     "qk_layernorm": False,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "sliding_window_pattern": None,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+    "rope_local_base_freq": None,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": None,
+    "alibi": False,
+    "clip_qkv": None,
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
     "embedding_multiplier": 1.0,
     "attention_multiplier": None,
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "use_parallel_residual": False,
+    "use_bidirectional_attention": False,
+    "num_experts": None,
+    "num_local_experts": None,
+    "n_routed_experts": None,
+    "kv_lora_rank": None,
 }
 AUTO_MAP = "auto_map"
-READ_KEYS = {"model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
+READ_KEYS = {"model_type", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
 READ_KEYS |= {"use_mrope", "original_max_position_embeddings", "max_window_layers", "layer_types"}
 READ_KEYS |= {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
 IGNORED_KEYS = {"architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout"}
@@ -55,9 +76,12 @@ IGNORED_KEYS |= {"pretraining_tp", "_name_or_path", "is_llama_config", "transfor
 IGNORED_KEYS |= {"unsloth_version", "_flash_attn_2_enabled", "max_sequence_length", "pad_token", "torchscript"}
 IGNORED_KEYS |= {"temperature", "top_p", "top_k", "max_length", "do_sample", "num_beams", "repetition_penalty"}
 IGNORED_KEYS |= {"_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states"}
-IGNORED_KEYS |= {"problem_type"}
+IGNORED_KEYS |= {"problem_type", "cache_implementation", "_sliding_window_pattern", "eod_token_id"}
+IGNORED_KEYS |= {"resid_pdrop", "embd_pdrop", "residual_dropout", "embedding_dropout", "hidden_dropout"}
+# Where null is a value: the number of query heads, dim / heads, no window, no cap, head_dim ** -0.5.
+NULL_KEYS = {"num_key_value_heads", "head_dim", "sliding_window", "attention_multiplier"}
+NULL_KEYS |= {"final_logit_softcapping", "attn_logit_softcapping"}
 _SCALINGS = ("rope_scaling", "sliding_rope_scaling")
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
@@ -80,32 +104,27 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     if raw["model_type"] == OWN:
         return _from_own(raw)
     family = FAMILIES[raw["model_type"]]
-    _check_keys(raw, family)
-    settings = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
-    for key in ("num_key_value_heads", "head_dim", "sliding_window"):
-        if key in raw and raw[key] is None:  # null: the number of query heads, dim / heads, no window
-            settings.pop(key, None)
-    if raw.get("rms_norm_eps") is None:
-        eps = family.defaults["rms_norm_eps"]
-        warn(f"config.json: rms_norm_eps is absent; {eps} is used, the default of model_type {family.model_type}")
-    sizes = {ours: settings[key] for key, ours in SIZES.items() if key in settings}
+    table = _fields_by_key(family)
+    _check_keys(raw, family, table)
+    settings = _defaults(family) | {key: value for key, value in raw.items() if value is not None or key in NULL_KEYS}
+    if family.eps is not None and raw.get(family.eps) is None:
+        eps = family.defaults["eps"]
+        warn(f"config.json: {family.eps} is absent; {eps} is used, the default of model_type {family.model_type}")
     try:
-        theta, scaling = read_rope(raw, sizes["max_seq_len"])
-        window, layers = _window(raw, settings, family)
-        return LlamaConfig(
-            **sizes,
-            norm_eps=settings["rms_norm_eps"],
-            rope_theta=theta,
-            rope_scaling=scaling,
-            sliding_window=window,
-            sliding_layers=layers,
-            **_biases(settings, family),
-            tie_word_embeddings=settings.get("tie_word_embeddings", False),
-            norm_plan=family.norm_plan(1),
-            **read_special_ids(raw),
-        )
+        values: dict[str, Any] = dict(family.fixed)
+        for key in table.keys() & settings.keys():
+            names, power = table[key]
+            values |= dict.fromkeys(names, _to_field(key, settings[key], power))
+        plan = _plan(family, **{name: values.pop(name) for name in ("beta", "parallel") if name in values})
+        if family.scaled_embedding and is_whole(values["dim"]):
+            values["embedding_scale"] = values["dim"] ** 0.5
+        values |= read_layers(raw, settings, family)
+        if any(raw.get(key) is not None for key in ("rope_theta", "rope_scaling", "rope_parameters")):
+            settings["rope_parameters"] = raw.get("rope_parameters")
+        values |= read_rope(settings, values, family)
+        return LlamaConfig(**values, norm_plan=plan, **read_special_ids(raw))
     except ConfigError as error:
-        raise ConfigError(_translate_keys(str(error))) from None
+        raise ConfigError(_translate_keys(str(error), table)) from None
 
 
 def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dict[str, Any]:
@@ -114,119 +133,117 @@ def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dic
     Its family is the first that has all the settings, and `model_type` is tried first. Without one, it is this
     project's own format.
     """
-    preferred = [FAMILIES[model_type]] if model_type in FAMILIES else []
+    preferred = [FAMILIES[model_type]] if model_type is not None and model_type in FAMILIES else []
     for family in [*preferred, *FAMILIES.values()]:
-        if (settings := _family_settings(config, family)) is not None:
-            return {
-                "architectures": [family.architecture],
-                "model_type": family.model_type,
-                "torch_dtype": dtype,
-                **{key: getattr(config, ours) for key, ours in SIZES.items()},
-                "hidden_act": "silu",
-                "rms_norm_eps": config.norm_eps,
-                **settings,
-                "tie_word_embeddings": config.tie_word_embeddings,
-                **special_ids(config),
-            }
+        raw = _to_family(config, family) | {"torch_dtype": dtype}
+        try:
+            if from_hf(raw) == config:  # or else the family cannot express a setting
+                return raw
+        except ConfigError:
+            continue
     own = asdict(config) | {"norm_plan": config.norm_plan.to_dict()}
     for name in _SCALINGS:
         own[name] = getattr(config, name) and getattr(config, name).to_dict()
     return {"model_type": OWN, "dtype": dtype} | own
 
 
-def _check_keys(raw: Mapping[str, Any], family: Family) -> None:
-    if raw.get(AUTO_MAP):
-        code = "code that comes with a checkpoint is never run"
-        raise ConfigError(f"{AUTO_MAP} is {short_repr(raw[AUTO_MAP])}: {code}; give a checkpoint without it")
-    read_by_family = {
-        "attention_bias": family.biases != "none",  # `qkv` accepts the key and ignores it, as transformers does
-        "mlp_bias": family.biases == "attention+mlp",
-        "sliding_window": family.window != "none",
-        "use_sliding_window": family.window == "listed",
+def _to_family(config: LlamaConfig, family: Family) -> dict[str, Any]:
+    """The config.json of a family, as far as it can express the configuration."""
+    attention = config.norm_plan.attention
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    values |= {"beta": attention.beta, "parallel": config.norm_plan.parallel}
+    keys, written = dict[str, Any](), set[str]()
+    for key, (names, power) in _fields_by_key(family).items():
+        if not written.issuperset(names):  # the first of two keys for the same fields
+            keys[key] = _from_field(key, values[names[0]], power)
+            written |= set(names)
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **keys,
+        **{key: accepted[0] for key, accepted in family.constants.items()},
+        **layers_to_hf(config, family),
+        **rope_to_hf(config, family),
+        **special_ids(config),
     }
+
+
+def _fields_by_key(family: Family) -> dict[str, tuple[tuple[str, ...], float]]:
+    """The keys that the family reads -> the fields that they set, and the power of the value."""
+    table: dict[str, str | tuple[str, float]] = {**SIZES, "tie_word_embeddings": "tie_word_embeddings"}
+    table |= {family.activation: "activation"} if family.activation else {}
+    table |= {family.eps: "norm_eps"} if family.eps else {}
+    table |= family.settings
+    return {k: (tuple(v.split()), 1.0) if isinstance(v, str) else ((v[0],), v[1]) for k, v in table.items()}
+
+
+def _defaults(family: Family) -> dict[str, Any]:
+    acts = {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}
+    return acts | ({family.eps: family.defaults["eps"]} if family.eps else {}) | dict(family.defaults)
+
+
+def _to_field(key: str, value: Any, power: float) -> Any:
+    if key in ("hidden_act", "hidden_activation"):
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            raise ConfigError(f"{key} is {short_repr(value)}; known: {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[value]
+    if power == 1:
+        return value
+    check_number(key, value, ConfigError, above=0)
+    return float(value) ** power
+
+
+def _from_field(key: str, value: Any, power: float) -> Any:
+    if key in ("hidden_act", "hidden_activation"):
+        return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == value)
+    if power == 1 or value is None:
+        return value
+    number = float(f"{value ** (1 / power):.15g}")  # 64, not 63.99999999999999
+    return int(number) if number.is_integer() else number
+
+
+def _plan(family: Family, beta: Any = 1.0, parallel: Any = None) -> NormPlan:
+    """The family's norms, with settings of its config.json. A parallel layer has no norm before the feed-forward."""
+    attention, feed_forward = (replace(b, beta=beta) for b in (family.norms.attention, family.norms.feed_forward))
+    if parallel is None:
+        parallel = family.norms.parallel
+    elif parallel is True:
+        feed_forward = replace(feed_forward, pre=None)
+    return replace(family.norms, attention=attention, feed_forward=feed_forward, parallel=parallel)
+
+
+def _check_keys(raw: Mapping[str, Any], family: Family, table: Mapping[str, Any]) -> None:
+    if raw.get(AUTO_MAP):
+        _check_code(raw[AUTO_MAP], family)
+    read = {*table, *layer_keys(family), *rope_keys(family)}
     for key, value in FIXED_KEYS.items():
-        if not read_by_family.get(key) and raw.get(key) not in (value, None):
-            where = f" in model_type {family.model_type}" if key in read_by_family else ""
-            if key == "hidden_act" and raw[key] == "swish":  # another name of silu
-                continue
-            raise ConfigError(f"{key} is {short_repr(raw[key])}; only {value!r} is implemented{where}")
-    if absent := [key for key in REQUIRED_KEYS if raw.get(key) is None]:
+        accepted = family.constants.get(key, (value,))
+        if key not in read and raw.get(key) is not None and raw[key] not in accepted:
+            values = " and ".join(map(repr, accepted))
+            where = f" in model_type {family.model_type}"
+            raise ConfigError(f"{key} is {short_repr(raw[key])}; only {values} is implemented{where}")
+    if absent := [key for key in REQUIRED_KEYS if raw.get(key) is None and key not in family.defaults]:
         raise ConfigError(f"{', '.join(absent)} missing")
-    unknown = sorted(set(raw) - {*SIZES, *FIXED_KEYS, *SETTINGS, AUTO_MAP, *READ_KEYS, *IGNORED_KEYS})
+    known = {*read, *FIXED_KEYS, *family.constants, *SETTINGS, AUTO_MAP, *READ_KEYS, *IGNORED_KEYS}
+    unknown = sorted(set(raw) - known)
     if norms := [key for key in unknown if "norm" in key.lower() and raw[key] is not None]:
-        raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: rms_norm_eps")
+        raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: {family.eps}")
     if unknown:
         warn(f"config.json: unknown {join_names(unknown)} ignored")
 
 
-def _biases(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    if family.biases == "qkv":
-        return {"qkv_bias": True}
-    attention = settings.get("attention_bias", False) if family.biases != "none" else False
-    check_flag("attention_bias", attention, ConfigError)
-    mlp = settings.get("mlp_bias", False) if family.biases == "attention+mlp" else False
-    return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": mlp}
+def _check_code(auto_map: Any, family: Family) -> None:
+    """Refuses code that comes with a checkpoint, unless it is that of the family's own class, which is built in."""
+    name = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, Mapping) else None
+    if not isinstance(name, str) or name.rpartition(".")[2] != family.architecture:
+        code = "code that comes with a checkpoint is never run"
+        raise ConfigError(f"{AUTO_MAP} is {short_repr(auto_map)}: {code}; give a checkpoint without it")
+    warn(f"config.json: {AUTO_MAP} ignored: code that comes with a checkpoint is never run")
 
 
-def _window(raw: Mapping[str, Any], settings: Mapping[str, Any], family: Family) -> tuple[Any, Any]:
-    """The sliding window, in tokens, and the layers that have it."""
-    n_layers, types = settings["num_hidden_layers"], raw.get("layer_types")
-    if not is_whole(n_layers) or n_layers > 10_000:  # LlamaConfig refuses it
-        return None, None
-    window = settings.get("sliding_window")
-    if family.window == "none" or (family.window == "listed" and not settings.get("use_sliding_window", False)):
-        window = None
-    last = settings.get("max_window_layers", 0) if family.window == "listed" else 0
-    if not is_whole(last):
-        raise ConfigError(f"max_window_layers must be a whole number, not {short_repr(last)}")
-    layers = tuple(range(max(last, 0), n_layers)) if window is not None else ()
-    if types is not None:
-        if not isinstance(types, list) or len(types) != n_layers or not all(t in (FULL, SLIDING) for t in types):
-            raise ConfigError(
-                f"layer_types must list {FULL} or {SLIDING} for each of {n_layers} layers, not {short_repr(types)}"
-            )
-        sliding = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
-        if sliding != layers and (family.window != "listed" or window is None):
-            raise ConfigError(
-                f"layer_types has {len(sliding)} layers of {SLIDING}, but the other keys give a window to {len(layers)}"
-            )
-        layers = sliding
-    return (window, layers) if layers else (None, None)
-
-
-def _family_settings(config: LlamaConfig, family: Family) -> dict[str, Any] | None:
-    """The other keys of the family's config.json, without sizes and ids; None if the family cannot express `config`."""
-    biases = (config.qkv_bias, config.o_bias, config.mlp_bias)
-    possible = {
-        "attention": [(False, False, False), (True, True, False)],
-        "attention+mlp": [(b, b, mlp) for b in (False, True) for mlp in (False, True)],
-        "none": [(False, False, False)],
-        "qkv": [(True, False, False)],
-    }[family.biases]
-    every = config.sliding_layers == tuple(range(config.n_layers))
-    windowed = config.sliding_window is not None
-    if (
-        config.norm_plan != family.norm_plan(config.n_layers)
-        or biases not in possible
-        or (windowed and (family.window == "none" or (family.window == "every" and not every)))
-    ):
-        return None
-    settings = rope_to_hf(config.rope_theta, config.rope_scaling)
-    if family.biases.startswith("attention"):
-        settings["attention_bias"] = config.qkv_bias
-    if family.biases == "attention+mlp":
-        settings["mlp_bias"] = config.mlp_bias
-    if family.window != "none":
-        settings["sliding_window"] = config.sliding_window
-    if family.window == "listed":
-        kinds = [SLIDING if i in config.sliding_layers else FULL for i in range(config.n_layers)]
-        settings |= {"use_sliding_window": windowed, "layer_types": kinds}
-    return settings
-
-
-def _translate_keys(message: str) -> str:
+def _translate_keys(message: str, table: Mapping[str, tuple[tuple[str, ...], float]]) -> str:
     """A message about the fields of LlamaConfig -> one about the keys of config.json."""
-    keys = {ours: key for key, ours in SIZES.items()} | {"norm_eps": "rms_norm_eps"}
+    keys = {ours: key for key, (names, _) in reversed(list(table.items())) for ours in names}
     keys |= {"original_max_seq_len": "original_max_position_embeddings"}
     return re.sub(r"\w+", lambda word: keys.get(word[0], word[0]), message)
 

@@ -1,0 +1,91 @@
+"""What a Hugging Face family is, as data: the names of its tensors, and what the keys of its config.json mean."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from llama_mini.checkpoint.keys import LLAMA_KEYS, KeyTable
+from llama_mini.model.norm_plan import NormPlan
+from llama_mini.model.norm_slots import BranchPlan, NormSpec, View
+from llama_mini.model.rope_scaling import RULES
+
+# Keys of config.json -> the fields of LlamaConfig that they set, or (field, p) where the field is the value to the
+# power of p. `beta` and `parallel` are not fields but parts of the norm plan.
+ROPE_TYPES = ("default", *(rule.rope_type for rule in RULES))
+Settings = Mapping[str, str | tuple[str, float]]
+
+
+def norms(slots: str, spec: NormSpec = NormSpec(), qk: View | None = None) -> NormPlan:  # noqa: B008  (frozen)
+    """A plan with `spec` in the slots of both branches, before the head, and with `qk` on q and k."""
+    specs: dict[str, Any] = dict.fromkeys(slots.split(), spec)
+    branch = BranchPlan(**specs)
+    heads = replace(spec, view=qk) if qk else None
+    return NormPlan(attention=replace(branch, q=heads, k=heads), feed_forward=branch, final=spec)
+
+
+def defaults(eps: float, context: int, n_kv_heads: int | None = None, **others: Any) -> dict[str, Any]:
+    """The values of absent keys. `eps` stands for the family's own key."""
+    heads = {} if n_kv_heads is None else {"num_key_value_heads": n_kv_heads}
+    return {"eps": eps, "max_position_embeddings": context, **heads, **others}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One `model_type`.
+
+    norms: its plan; `settings` may change residual scales.
+    settings: the keys of config.json that only some families read.
+    fixed: the fields of LlamaConfig that its config.json does not state.
+    constants: keys that have one meaning here, with the values that state it; the first is written.
+    defaults: the values of absent keys.
+    eps, activation: the keys of the norms' eps (None: 1e-5) and of the activation (None: `fixed` has it).
+    interleaved: rotary pairs lie side by side in its files.
+    theta: the base of the rotary frequencies, where config.json states none.
+    partial: the share of a head that is rotated, where config.json states none. None: always all.
+    rope_types: those that it has.
+    two_ropes: the layers with a window have a base and a scaling of their own.
+    sliding_theta: their base, where config.json states none; None: that of the other layers.
+    fixed_alpha: "dynamic" scaling with a key `alpha` stretches the base once, whatever the length.
+    scaled_embedding: the embedding is multiplied by √hidden_size.
+    window: the layers with a sliding window: none, every one, those that `layer_types` lists, or listed ones, if
+        `use_sliding_window` is true.
+    pattern: (p, i): without `layer_types`, layer i and every p-th layer from there on have no window.
+    unrotated: the layers without rotary embedding: none, those without a window, these only if others have one, or
+        those with a 0 in `no_rope_layers`.
+    """
+
+    model_type: str
+    architecture: str
+    keys: KeyTable = field(default_factory=lambda: LLAMA_KEYS)
+    norms: NormPlan = norms("pre")  # noqa: RUF009
+    settings: Settings = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    eps: str | None = "rms_norm_eps"
+    activation: str | None = "hidden_act"
+    interleaved: bool = False
+    theta: float = 10_000.0
+    partial: float | None = None
+    rope_types: Collection[str] = ROPE_TYPES
+    two_ropes: bool = False
+    sliding_theta: float | None = None
+    fixed_alpha: bool = False
+    scaled_embedding: bool = False
+    window: Literal["none", "every", "listed", "switched"] = "none"
+    pattern: tuple[int, int] | None = None
+    unrotated: Literal["none", "full", "full_beside_sliding", "listed"] = "none"
+
+
+ATTENTION_BIAS = {"attention_bias": "qkv_bias o_bias"}
+BIASES = {**ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
+QKV_BIAS = {"attention_bias": "qkv_bias"}
+MUP = {  # maximal update parametrisation
+    "embedding_multiplier": "embedding_scale",
+    "attention_multiplier": "attention_scale",
+    "residual_multiplier": "beta",
+}
+USE_BIAS = {"use_bias": "qkv_bias o_bias mlp_bias"}
+NO_GATE = {"gated_mlp": False}
+TIED = {"tie_word_embeddings": True}
+LATE = NormSpec(cast="late")

@@ -1,0 +1,150 @@
+"""The families with LLaMA's placement: a norm before each branch. For Gemma's see gemma.py.
+
+Source of the defaults and of what each key means: the configuration and modeling files of transformers 5.23.
+"""
+
+from llama_mini.checkpoint import keys
+from llama_mini.checkpoint.families.family import (
+    ATTENTION_BIAS,
+    BIASES,
+    LATE,
+    MUP,
+    NO_GATE,
+    QKV_BIAS,
+    TIED,
+    USE_BIAS,
+    Family,
+    defaults,
+    norms,
+)
+
+PRE = (
+    Family(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        settings=BIASES,
+        defaults=defaults(1e-6, 2048),
+    ),
+    Family(
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        window="every",
+        defaults=defaults(1e-6, 131_072, 8, sliding_window=4096),
+    ),
+    Family(
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        constants={"attention_bias": (True, False)},  # ignored, as in transformers
+        fixed={"qkv_bias": True},
+        window="switched",
+        defaults=defaults(1e-6, 32_768, 32, sliding_window=4096, max_window_layers=28),
+    ),
+    Family(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        keys=keys.QWEN3_KEYS,
+        norms=norms("pre", qk="head"),
+        settings=ATTENTION_BIAS,
+        window="switched",
+        defaults=defaults(1e-6, 32_768, 32, head_dim=128, sliding_window=4096, max_window_layers=28),
+    ),
+    Family(
+        model_type="ministral",
+        architecture="MinistralForCausalLM",
+        window="listed",
+        defaults=defaults(1e-6, 131_072, 8, sliding_window=4096),
+    ),
+    Family(
+        model_type="seed_oss",
+        architecture="SeedOssForCausalLM",
+        settings={**QKV_BIAS, "attention_out_bias": "o_bias", "mlp_bias": "mlp_bias"},
+        defaults=defaults(1e-6, 524_288, 8, head_dim=128, attention_bias=True),
+    ),
+    Family(
+        model_type="cwm",
+        architecture="CwmForCausalLM",
+        window="listed",
+        pattern=(4, 0),
+        theta=1_000_000.0,
+        defaults=defaults(1e-5, 131_072, 8, head_dim=128, sliding_window=8192),
+    ),
+    Family(
+        model_type="internlm3",
+        architecture="InternLM3ForCausalLM",
+        settings={**BIASES, "qkv_bias": "qkv_bias o_bias", "bias": "mlp_bias"},
+        defaults=defaults(1e-5, 32_768, 2, head_dim=128),
+    ),
+    Family(
+        model_type="iquestcoder",
+        architecture="IQuestCoderForCausalLM",
+        settings=BIASES,
+        defaults=defaults(1e-5, 131_072, 8, head_dim=128),
+    ),
+    Family(
+        model_type="smollm3",
+        architecture="SmolLM3ForCausalLM",
+        settings=BIASES,
+        theta=2_000_000.0,
+        window="switched",
+        unrotated="listed",
+        defaults=defaults(1e-6, 32_768, 4, no_rope_layer_interval=4, **TIED),
+    ),
+    Family(
+        model_type="ernie4_5",
+        architecture="Ernie4_5ForCausalLM",
+        settings=USE_BIAS,
+        interleaved=True,
+        theta=500_000.0,
+        defaults=defaults(1e-5, 131_072, 2, head_dim=128, **TIED),
+    ),
+    Family(
+        model_type="helium",
+        architecture="HeliumForCausalLM",
+        norms=norms("pre", LATE),
+        settings={**QKV_BIAS, "mlp_bias": "mlp_bias"},
+        interleaved=True,
+        theta=100_000.0,
+        defaults=defaults(1e-8, 4096, 20, head_dim=128),
+    ),
+    Family(
+        model_type="phi3",
+        architecture="Phi3ForCausalLM",
+        keys=keys.PHI3_KEYS,
+        rope_types=("default", "longrope"),
+        window="every",
+        partial=1.0,
+        defaults=defaults(1e-5, 4096),
+    ),
+    Family(
+        model_type="granite",
+        architecture="GraniteForCausalLM",
+        settings={**BIASES, **MUP, "logits_scaling": ("logit_scale", -1)},
+        defaults=defaults(1e-6, 2048, attention_multiplier=1.0),
+    ),
+    Family(
+        model_type="glm",
+        architecture="GlmForCausalLM",
+        keys=keys.GLM_KEYS,
+        settings=QKV_BIAS,
+        interleaved=True,
+        partial=0.5,
+        defaults=defaults(1.5625e-7, 131_072, 2, head_dim=128, attention_bias=True),
+    ),
+    Family(
+        model_type="arcee",
+        architecture="ArceeForCausalLM",
+        settings=BIASES,
+        fixed=NO_GATE,
+        defaults=defaults(1e-5, 4096, hidden_act="relu2"),
+    ),
+    Family(
+        model_type="hunyuan_v1_dense",
+        architecture="HunYuanDenseV1ForCausalLM",
+        keys=keys.HUNYUAN_KEYS,
+        norms=norms("pre", qk="head"),
+        settings=ATTENTION_BIAS,
+        fixed={"qk_norm_after_rope": True},
+        fixed_alpha=True,
+        defaults=defaults(1e-5, 2048),
+    ),
+)

@@ -19,6 +19,7 @@ from llama_mini.checkpoint.io.files import (
     INDEX,
     PARAMS,
     PICKLES,
+    QUANTIZATION_FILES,
     SINGLE,
     TEMPLATES,
     TOKENIZER_FILES,
@@ -29,7 +30,7 @@ from llama_mini.checkpoint.not_models import told_by_name
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, CheckpointPathError
 from llama_mini.validate import join_names, short_repr
 
-SMALL = [CONFIG, ADAPTER_CONFIG, *TOKENIZER_FILES]
+SMALL = [CONFIG, ADAPTER_CONFIG, *QUANTIZATION_FILES, *TOKENIZER_FILES]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # A branch or tag name that git allows, in ASCII only. No part of it begins with a dot.
 REVISION = re.compile(r"(?![/-])(?!.*(//|/\.|\.\.|@\{))(?!\.)[^\x00-\x20~^:?*\[\\\x7f-\U0010ffff]{1,200}(?<![/.])")

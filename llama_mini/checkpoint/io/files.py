@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     *(*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 TEMPLATES = "additional_chat_templates"  # the folder of the templates beside chat_template.jinja
 MAX_JSON_BYTES = 256 * 2**20
 _MAX_DEPTH = 127  # of nested objects and lists: the limit of Rust's serde_json, which other readers use

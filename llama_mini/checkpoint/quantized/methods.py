@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint.io.files import CONFIG, inside, read_json
+from llama_mini.checkpoint.io.files import CONFIG, QUANTIZATION_FILES, inside, read_json
 from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
 from llama_mini.checkpoint.quantized import awq, gptq, mlx
 from llama_mini.checkpoint.quantized.weight import QuantizedMatrix
@@ -24,7 +24,6 @@ SETTINGS = {  # keys of config.json, with the method of those that do not state 
     "compression_config": "compressed-tensors",
     "quantization": "mlx",
 }
-_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 _TENSORS = {  # method -> the ends of the names that it adds; the first method that has one
     "bitsandbytes": ("SCB", "absmax", "quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"),
     "gptq": ("g_idx",),
@@ -124,7 +123,7 @@ def _stated(path: Path, raw: Mapping[str, Any], told: str) -> Stated | None:
 
 def _beside(directory: Path) -> Stated | None:
     """What a file beside config.json says. Raises CheckpointError."""
-    for name, method in _FILES.items():
+    for name, method in QUANTIZATION_FILES.items():
         if (file := inside(directory, name)).is_file():
             settings = read_json(file)
             return str(file), _method(settings) or method, settings

@@ -10,7 +10,7 @@ INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 TOKENIZER += ["chat_template.json", "additional_chat_templates/rag.jinja"]
-SMALL = ["config.json", "generation_config.json", *TOKENIZER]
+SMALL = ["config.json", "generation_config.json", "quantize_config.json", *TOKENIZER]
 CLUTTER = [
     "README.md",
     ".gitattributes",

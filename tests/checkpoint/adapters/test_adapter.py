@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import CheckpointError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
-from tests.checkpoint.adapters.tiny_adapters import TOKENS, adapted, expect, ours, save, saved_base
+from tests.checkpoint.adapters.tiny_adapters import TOKENS, expect, ours, write_adapter
 from tests.tiny_families import logits, random_model
 
 Made = tuple[Path, Path, Tensor]
@@ -25,11 +26,34 @@ SETTINGS = {"num_hidden_layers": 2, "tie_word_embeddings": False, "hidden_size":
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A base, an adapter for it, and the logits of both."""
-    folder = tmp_path_factory.mktemp("made")
-    base = saved_base(folder, random_model("llama", 0, num_key_value_heads=2, head_dim=8, **SETTINGS))
-    theirs = adapted(base, target_modules=["q_proj", "up_proj", "embed_tokens"], use_dora=True)
-    return base, save(theirs, folder / "adapter"), logits(theirs, TOKENS)
+    """A base, an adapter for it as PEFT names its tensors, and the logits of both, in float64 by the formulas."""
+    folder, rng = tmp_path_factory.mktemp("made"), np.random.default_rng(3)
+    theirs = random_model("llama", 0, num_key_value_heads=2, head_dim=8, **SETTINGS)
+    theirs.save_pretrained(folder / "base")
+    saved: dict[str, Any] = {}
+    for layer in (0, 1):
+        for module in ("self_attn.q_proj", "mlp.up_proj"):
+            weight = theirs.get_submodule(f"model.layers.{layer}.{module}").weight
+            a, b = rng.standard_normal((3, weight.shape[1])) / 4, rng.standard_normal((weight.shape[0], 3)) / 2
+            magnitude = rng.uniform(0.5, 2, weight.shape[0])
+            new = weight.detach().double().numpy() + 4 / 3 * b @ a
+            new *= (magnitude / np.linalg.norm(new, axis=1))[:, None]  # DoRA
+            weight.data = torch.from_numpy(new).float()
+            name = f"{MODEL}.layers.{layer}.{module}"
+            saved |= {
+                f"{name}.lora_A.weight": a,
+                f"{name}.lora_B.weight": b,
+                f"{name}.lora_magnitude_vector": magnitude,
+            }
+    embedding = theirs.model.embed_tokens.weight
+    a, b = rng.standard_normal((3, 97)) / 2, rng.standard_normal((16, 3)) / 2
+    whole = rng.standard_normal((97, 16))
+    embedding.data = torch.from_numpy(whole + 4 / 3 * (b @ a).T).float()
+    name = f"{MODEL}.embed_tokens"
+    saved |= {f"{name}.base_layer.weight": whole, f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
+    tensors = {name: torch.from_numpy(values).float() for name, values in saved.items()}
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 4, "use_dora": True, "base_model_name_or_path": "../base"}
+    return folder / "base", write_adapter(folder / "adapter", config, tensors), logits(theirs, TOKENS)
 
 
 def changed(made: Made, folder: Path, change: Callable[[dict[str, Any]], Any], **config: Any) -> Path:
@@ -79,7 +103,7 @@ def test_more_tokens_than_the_model_has(made: Made, tmp_path: Path) -> None:
     added = torch.randn(3, 16)
 
     def grow(tensors: dict[str, Any]) -> None:
-        for part in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
+        for part in ("lora_embedding_A", "lora_embedding_B"):
             del tensors[f"base_model.model.model.embed_tokens.{part}"]
         weight = load_file(base / "model.safetensors")
         del tensors["base_model.model.model.embed_tokens.base_layer.weight"]

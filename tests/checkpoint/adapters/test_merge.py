@@ -1,6 +1,7 @@
 """Logits with adapters merged are those of PEFT, whatever the options; the same for mlx-lm's own layers."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.checkpoint.load import load_model
@@ -23,7 +24,7 @@ from llama_mini.cli.convert import convert
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.model.llama import Llama
 from llama_mini.optimize.fuse import fuser
-from tests.checkpoint.adapters.tiny_adapters import ALL, TOKENS, adapted, expect, ours, save, saved_base, write_adapter
+from tests.checkpoint.adapters.tiny_adapters import TOKENS, expect, ours, write_adapter
 from tests.checkpoint.gguf.gguf_files import write_family
 from tests.checkpoint.meta.test_directory import PARAMS, meta_tensors, model
 from tests.tiny_families import logits, random_model
@@ -31,6 +32,7 @@ from tests.tiny_families import logits, random_model
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:peft", "ignore:.*differs from the embedding, so it is used"
 )
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIONS: dict[str, tuple[bool, dict[str, Any]]] = {  # whether the base is tied, settings of LoraConfig
     "plain": (False, {"lora_alpha": 5}),
     "patterns": (
@@ -57,6 +59,33 @@ OPTIONS: dict[str, tuple[bool, dict[str, Any]]] = {  # whether the base is tied,
     "tied, whole both": (True, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "tied, whole both alike": (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
 }
+
+
+def saved_base(directory: Path, theirs: PreTrainedModel) -> Path:
+    theirs.save_pretrained(directory / "base")
+    return directory / "base"
+
+
+def adapted(base: Path, seed: int = 0, **settings: Any) -> PeftModel:
+    """The model of a directory with a random adapter. `settings` are those of LoraConfig."""
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    model = get_peft_model(theirs, LoraConfig(**{"r": 3, "target_modules": ALL} | settings)).eval()
+    noise = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        size = 0.3 / max(parameter.shape[-1:] or (1,)) ** 0.5
+        if "lora_magnitude" in name:
+            parameter.data *= torch.rand(parameter.shape, generator=noise) + 0.5
+        elif "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=noise) * 2 * size
+        elif parameter.requires_grad:  # whole modules, biases, tokens
+            parameter.data += torch.randn(parameter.shape, generator=noise) * size
+    return model
+
+
+def save(model: PeftModel, directory: Path) -> Path:
+    with warnings.catch_warnings(action="ignore"):  # PEFT tells that it saves an embedding as a whole too
+        model.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor, changed, cut_rows, stamp_of
 from llama_mini.checkpoint.source import QuantizedWeights, StoredTensor
-from llama_mini.errors import CheckpointFormatError
+from llama_mini.errors import CheckpointFormatError, warn
 from llama_mini.validate import join_names, short_repr
 
 _DTYPES = WEIGHTS | {
@@ -98,6 +98,16 @@ def modules(
                 f"{file}: {short_repr(name)} needs {join_names(missing)}, which no file holds; download it again"
             )
         yield module, parts
+
+
+def warn_of_unknown(settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Warns of settings whose names do not begin with one of the known ones."""
+    if unknown := [key for key in settings if not key.startswith(known)]:
+        warn(f"quantization_config: unknown {join_names(unknown)} ignored")
+
+
+def warn_of_activations(method: str) -> None:
+    warn(f"{method} also quantises the activations of this model; here its weights alone are quantised")
 
 
 def expect(tensor: SafetensorsTensor, dtypes: Collection[str], shape: tuple[int, ...]) -> None:

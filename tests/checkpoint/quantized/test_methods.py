@@ -21,7 +21,6 @@ from tests.tiny_models import random_tokens
 PROJECTION = "model.layers.0.self_attn.q_proj"
 KNOWN = "of quantised checkpoints, those of GPTQ, AWQ, AutoRound, MLX"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
 CODES = torch.zeros(8, 8, dtype=torch.int32)
 ONES = torch.ones(8)
 TOKENS = random_tokens(1, 9)
@@ -48,7 +47,6 @@ def add(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
     [
         ({"quantization_config": {"quant_method": "exl3", "bits": 3}}, "exl3"),
         ({"quantization_config": {"quant_method": "hqq", "quant_config": {}}}, "hqq"),
-        ({"quantization_config": MODELOPT}, "modelopt"),
         ({"text_config": {"quantization_config": {"quant_method": "aqlm"}}}, "aqlm"),
         ({"quantization_config": {"quant_method": ["a"], "bits": "4"}}, r"\['a'\]"),
         ({"quantization_config": {"bits": 4}}, None),
@@ -93,7 +91,7 @@ def test_two_methods_in_config_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "method"), [("SCB", "bitsandbytes"), ("weight_packed", "compressed-tensors"), ("weight_scale_inv", "fp8")]
+    ("end", "method"), [("SCB", "bitsandbytes"), ("weight_packed", "compressed-tensors"), ("weight_scale_inv", "FP8")]
 )
 def test_tensors_of_two_methods(tmp_path: Path, end: str, method: str) -> None:
     write_gptq(tmp_path, {"quantization_config": GPTQ})
@@ -116,7 +114,7 @@ def test_a_matrix_that_is_also_plain(tmp_path: Path) -> None:
         ("qzeros", "AWQ"),
         ("biases", "MLX"),
         ("absmax", "bitsandbytes"),
-        ("weight_scale_2", "modelopt"),
+        ("weight_scale_2", "ModelOpt"),
     ],
 )
 def test_tensors_without_settings(tmp_path: Path, end: str, method: str) -> None:
@@ -140,15 +138,6 @@ def test_a_bad_file_beside_the_weights(tmp_path: Path, content: str) -> None:
     write_gptq(tmp_path, {})
     (tmp_path / "quantize_config.json").write_text(content)
     with pytest.raises((CheckpointError, ConfigError), match=r"quantize_config\.json"):
-        open_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("stored", [{"weight_scale_2": ONES}, {"weight": ONES.to(torch.float8_e4m3fn)}])
-def test_modelopt_is_named_by_its_file(tmp_path: Path, stored: dict[str, torch.Tensor]) -> None:
-    random_model("llama", 0).save_pretrained(tmp_path)
-    add(tmp_path, {f"{PROJECTION}.{end}": values for end, values in stored.items()})
-    (tmp_path / "hf_quant_config.json").write_text(json.dumps(MODELOPT))
-    with pytest.raises(ConfigError, match=rf"hf_quant_config\.json is of 'modelopt': {KNOWN}"):
         open_checkpoint(tmp_path)
 
 

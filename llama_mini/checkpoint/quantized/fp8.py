@@ -1,0 +1,69 @@
+"""FP8 with scales beside the weights, as DeepSeek, vLLM, FBGEMM and ModelOpt write it, and ModelOpt's NVFP4."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor
+from llama_mini.checkpoint.quantized.scaled_floats import FP4, OF_ACTIVATIONS, float_matrix
+from llama_mini.checkpoint.quantized.weight import (
+    Parts,
+    QuantizedMatrix,
+    fault,
+    modules,
+    warn_of_activations,
+    warn_of_unknown,
+)
+from llama_mini.errors import ConfigError
+from llama_mini.validate import check_choice, check_whole, short_repr
+
+_KEYS: tuple[str, ...] = (
+    "quant_method",
+    "weight_block_size",
+    "activation_sc",
+    "modules_to_",
+    "ignored_layers",
+    "fmt",
+    "scale_fmt",
+)
+_KEYS += ("dequantize", "expert_dtype", "kv_cache_scheme")
+_MODELOPT_KEYS = ("quant_", "producer", "quantization", "kv_cache_", "group_size", "exclude_modules", "ignore")
+_SCALES = ("weight_scale_inv", "weight_scale")  # either multiplies the weight
+Tensors = Mapping[str, SafetensorsTensor]
+
+
+def matrices(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[QuantizedMatrix]:
+    """The matrices of a checkpoint of FP8 or FBGEMM. Raises CheckpointFormatError, ConfigError."""
+    warn_of_unknown(settings, _KEYS)
+    block = settings.get("weight_block_size")
+    if block is not None:
+        if not isinstance(block, list) or len(block) != 2:
+            raise ConfigError(f"weight_block_size must be [rows, columns], not {short_repr(block)}")
+        for size in block:
+            check_whole("weight_block_size", size, ConfigError)
+    warn_of_activations("FP8")
+    for module, parts in modules(tensors, ("weight",), (*_SCALES, *OF_ACTIVATIONS)):
+        scales = [scale for scale in _SCALES if scale in parts]
+        if len(scales) != 1:
+            raise fault(parts["weight"], f"needs one of {' and '.join(_SCALES)}, but has {len(scales)}")
+        yield float_matrix(module, parts, "FP8", block=tuple(block) if block else None, scale=scales[0])
+
+
+def modelopt(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[QuantizedMatrix]:
+    """The matrices of a checkpoint of ModelOpt. Raises CheckpointFormatError, ConfigError."""
+    warn_of_unknown(settings, _MODELOPT_KEYS)
+    inner = settings.get("quantization", settings)
+    method = inner.get("quant_algo") if isinstance(inner, Mapping) else None
+    check_choice("quant_algo", method, ("FP8", "NVFP4"), ConfigError)
+    warn_of_activations("ModelOpt")
+    whole = ["weight_scale_2"] if method == "NVFP4" else []  # a second scale, of the whole matrix
+    for module, parts in modules(tensors, ("weight", "weight_scale", *whole), OF_ACTIVATIONS):
+        if method == "FP8":
+            yield float_matrix(module, parts, "ModelOpt FP8")
+        else:
+            yield float_matrix(module, parts, "ModelOpt NVFP4", FP4, (1, 16), adjust=_times_second)
+
+
+def _times_second(scales: Tensor, parts: Parts) -> Tensor:
+    return scales * parts["weight_scale_2"]

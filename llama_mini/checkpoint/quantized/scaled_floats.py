@@ -1,0 +1,137 @@
+"""FP8 and FP4 numbers with a scale for each block of a matrix: compressed-tensors, DeepSeek, FBGEMM and ModelOpt."""
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
+from llama_mini.checkpoint.quantized.affine import GROUP
+from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, fault, sizes_of
+from llama_mini.checkpoint.source import QuantizedWeights
+from llama_mini.validate import short_repr
+
+Shape = tuple[int, int]
+FP8, FP4 = ("F8_E4M3", "F8_E5M2"), ("U8",)  # dtypes of the numbers; a byte holds two of FP4
+OF_ACTIVATIONS = (
+    "input_scale",
+    "input_zero_point",
+    "input_global_scale",
+    "input_scale_ub",
+    "activation_scale",
+)  # unused
+_SCALES = (*WEIGHTS, *FP8, "U8", "F8_E8M0")  # of the last two, powers of two, stored as the exponent plus 127
+_HALF = GROUP // 2
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # FP4: a sign, two bits of exponent, one of mantissa
+
+
+def float_matrix(
+    module: str,
+    parts: Mapping[str, SafetensorsTensor],
+    method: str,
+    dtypes: Collection[str] = FP8,
+    block: Shape | None = None,
+    weight: str = "weight",
+    scale: str = "weight_scale",
+    adjust: Callable[[Tensor, Parts], Tensor] | None = None,
+) -> QuantizedMatrix:
+    """A matrix whose value is number · scale of its block.
+
+    method: as people call it. dtypes: of the numbers, FP8 or FP4. block: the rows and columns that share a scale; None:
+    all of them, or those of a row, as the shape of the scales says. weight, scale: the parts that hold these.
+    adjust: (scales, parts) -> scales, where there is a second scale, of the whole matrix.
+
+    FP4 becomes codes of int8 without a detour over floats; see `_fp4_codes`.
+
+    Raises CheckpointFormatError.
+    """
+    stored, is_fp4 = parts[weight], dtypes == FP4
+    expect(stored, dtypes, sizes_of(stored))
+    rows, columns = shape = stored.shape[0], stored.shape[1] * (2 if is_fp4 else 1)
+    block = block or ((1, columns) if parts[scale].shape[:1] == (rows,) else shape)
+    expect_grid(parts[scale], shape, block)
+
+    def read(parts: Parts, first: int, n: int, per: int) -> tuple[Tensor, Tensor]:
+        numbers = _fp4(parts[weight]) if is_fp4 else parts[weight].float()
+        scales = spread(parts[scale], shape, block, first, n, per)
+        return numbers, scales if adjust is None else adjust(scales, parts)
+
+    def floats(parts: Parts, first: int, n: int) -> Tensor:
+        numbers, scales = read(parts, first, n, 1)
+        if not torch.isfinite(numbers.mul_(scales)).all():
+            raise fault(stored, "or its scale holds NaN or infinity")
+        return numbers
+
+    def codes(parts: Parts, first: int, n: int) -> QuantizedWeights:
+        return _fp4_codes(*read(parts, first, n, _HALF))
+
+    has_codes = is_fp4 and columns % GROUP == 0 and block[1] % _HALF == 0
+    return QuantizedMatrix(
+        name=f"{module}.weight",
+        shape=shape,
+        parts=parts,
+        number_format=f"{method}, {describe(shape, block)}",
+        kept="int8",
+        floats=floats,
+        codes=codes if has_codes else None,
+        by_rows=(weight,),
+    )
+
+
+def expect_grid(part: SafetensorsTensor, shape: Shape, block: Shape, dtypes: Collection[str] = _SCALES) -> None:
+    """Raises CheckpointFormatError unless the part has a number for each block; dimensions of one may be left out."""
+    grid = _grid(shape, block)
+    if part.dtype not in dtypes or [n for n in part.shape if n != 1] != [n for n in grid if n != 1]:
+        what = f"is {part.dtype} of shape {short_repr(part.shape)}"
+        raise fault(
+            part, f"{what}, not {' or '.join(dtypes)} for {grid[0]} x {grid[1]} blocks of {block[0]} x {block[1]}"
+        )
+
+
+def spread(scales: Tensor, shape: Shape, block: Shape, first: int, n: int, per: int = 1) -> Tensor:
+    """The scale of each `per` columns of n rows of a matrix from row `first` on: (n, columns / per) float32."""
+    begin = first // block[0]
+    grid = scales.reshape(_grid(shape, block))[begin : (first + n - 1) // block[0] + 1]
+    is_power = scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
+    values = torch.exp2(grid.view(torch.uint8).float() - 127) if is_power else grid.float()
+    rows = values[torch.arange(first, first + n) // block[0] - begin]
+    return rows.repeat_interleave(max(min(block[1], shape[1]) // per, 1), 1)[:, : -(-shape[1] // per)]
+
+
+def describe(shape: Shape, block: Shape) -> str:
+    """Which elements share a scale."""
+    if block == shape:
+        return "one scale"
+    if block[0] > 1:
+        return f"blocks of {block[0]} x {block[1]}"
+    return "a scale for each row" if block[1] == shape[1] else f"groups of {block[1]}"
+
+
+def _grid(shape: Shape, block: Shape) -> Shape:
+    """How many blocks a matrix has, down and across; the last ones may be cut."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def _fp4(packed: Tensor) -> Tensor:
+    """Two numbers a byte, the first in the low bits: (rows, bytes) uint8 -> (rows, 2 · bytes) float32."""
+    table = torch.tensor((*_E2M1, *(-value for value in _E2M1)))
+    return table[torch.stack((packed & 15, packed >> 4), -1).flatten(1).int()]
+
+
+def _fp4_codes(numbers: Tensor, scales: Tensor) -> QuantizedWeights:
+    """FP4 numbers, with a scale for each 16 columns, as codes of int8, with one for each 32.
+
+    Twice a number is whole, and at most 12. So with a scale of 1/2k, codes are exact for k = 1 to 10. Two different
+    scales get the k for which the numbers of the smaller one are most exact; those of the larger one are exact.
+    """
+    pairs = scales.unflatten(-1, (-1, 2))
+    largest = pairs.abs().amax(-1, keepdim=True)
+    ratios = pairs / torch.where(largest == 0, 1.0, largest)
+    steps = torch.tensor([8.0, 10.0, 9.0, 7.0, 6.0, 5.0])  # a power of two first: equal scales keep all their bits
+    levels = ratios[..., None, None] * steps[:, None] * (2 * torch.tensor(_E2M1))
+    errors = (levels - levels.round()).square().sum((-3, -1)) / steps.square()
+    best = steps[errors.argmin(-1, keepdim=True)]
+    codes = 2 * numbers.unflatten(-1, (-1, 2, _HALF)) * (ratios * best)[..., None]
+    return QuantizedWeights(
+        codes.round_().add_(128).flatten(1).to(torch.uint8), (largest / 2 / best)[..., 0].half(), None
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_mini.checkpoint.io.files import CONFIG, QUANTIZATION_FILES, inside, read_json
 from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
-from llama_mini.checkpoint.quantized import awq, compressed_tensors, fp8, gptq, mlx
+from llama_mini.checkpoint.quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq, mlx
 from llama_mini.checkpoint.quantized.weight import QuantizedMatrix
 from llama_mini.errors import CheckpointFormatError, ConfigError, warn
 from llama_mini.validate import join_names, short_repr
@@ -21,6 +21,7 @@ _METHODS: dict[str, tuple[str, Matrices]] = {  # quant_method -> its name, and w
     "fp8": ("FP8", fp8.matrices),
     "fbgemm-fp8": ("FBGEMM FP8", fp8.matrices),
     "modelopt": ("ModelOpt", fp8.modelopt),
+    "bitsandbytes": ("bitsandbytes", bitsandbytes.matrices),
 }
 Stated = tuple[str, str, Mapping[str, Any]]  # where the settings are, the method, and the settings
 SETTINGS = {  # keys of config.json, with the method of those that do not state it

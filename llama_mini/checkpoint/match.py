@@ -46,7 +46,12 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
     if missing := sorted(set(expected) - set(shapes)):
         alone = "; without its head, a model gives vectors and generates no text" if missing == [head] else ""
         faults.append(f"{len(missing)} missing: {join_names(missing)}{alone}")
-    if unexpected := sorted(set(shapes) - set(expected)):
+    others = sorted(set(shapes) - set(expected))
+    if zeros := [
+        name for name in others if name.endswith(".bias") and _is_zero(source, name)
+    ]:  # GPTQ's tools write them
+        warn(f"{source.path}: {join_names(zeros)} left out: biases of zeros, which the model does not have")
+    if unexpected := [name for name in others if name not in zeros]:
         faults.append(f"{len(unexpected)} unexpected: {join_names(unexpected)}")
     if misshaped := sorted(name for name in set(expected) & set(shapes) if expected[name][1] != shapes[name]):
         both = [f"{name} is {shapes[name]}, not {expected[name][1]}" for name in misshaped]
@@ -54,6 +59,10 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
     if faults:
         raise CheckpointMismatchError(f"{source.path}: the tensors do not match the configuration: {'; '.join(faults)}")
     return {name: expected[name][0] for name in source.tensors if name in expected}
+
+
+def _is_zero(source: Source, name: str) -> bool:
+    return not any(rows.any() for *_, rows in source.read([name], torch.float32))
 
 
 def read_all(

@@ -22,15 +22,16 @@ class Affine(NamedTuple):
     min: Tensor
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
+def unpack(words: Tensor, bits: int, order: Sequence[int] = ()) -> Tensor:
     """Codes of `bits` bits from int32 words, the lowest bits first: (..., words) -> (..., codes) uint8.
 
     A code may lie in two words, as those of 3, 5 and 6 bits do. The bits of a row of words must be whole codes.
+    order: where among eight codes the first, second, ... of them are, if not one after another.
     """
-    n_bytes = bits // gcd(bits, 8)  # that hold a whole number of codes
+    n_bytes = bits if order else bits // gcd(bits, 8)  # that hold whole codes
     stored = words.contiguous().view(torch.uint8).unflatten(-1, (-1, n_bytes))
     codes = []
-    for i in range(8 * n_bytes // bits):
+    for i in order or range(8 * n_bytes // bits):
         byte, shift = divmod(i * bits, 8)
         code = stored[..., byte] >> shift
         if shift + bits > 8:
@@ -39,12 +40,11 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return torch.stack(codes, -1).flatten(-2)
 
 
-def unpack_some(words: Tensor, bits: int, first: int, n: int, order: Sequence[int] = range(8)) -> Tensor:
-    """`n` codes of each row from code `first` on; `order` says where in a word of eight codes each of them is."""
+def unpack_some(words: Tensor, bits: int, first: int, n: int, order: Sequence[int] = ()) -> Tensor:
+    """`n` codes of each row from code `first` on."""
     begin = first // 32
-    codes = unpack(words[:, begin * bits : -(-(first + n) // 32) * bits], bits)
-    ordered = codes.unflatten(-1, (-1, 8))[..., list(order)].flatten(-2)
-    return ordered[:, first - 32 * begin :][:, :n]
+    codes = unpack(words[:, begin * bits : -(-(first + n) // 32) * bits], bits, order)
+    return codes[:, first - 32 * begin :][:, :n]
 
 
 def affine_matrix(
@@ -70,21 +70,22 @@ def affine_matrix(
     is_whole = isinstance(group, int) and group % GROUP == 0 and columns % GROUP == 0
     has_codes = is_whole and (bits <= 5 or (bits == 8 and symmetric))
 
-    def read(parts: Parts, first: int, n: int, step: int = 1) -> Affine:
-        """As `decode` does, with scales and minima for each column, or one in `step` columns."""
-        codes, scale, least = decode(parts, first, n)
-        of_column = torch.arange(0, columns, step) // group if isinstance(group, int) else group
-        return Affine(codes, scale[:, of_column], least[:, of_column])
+    def spread(values: Tensor, step: int = 1) -> Tensor:
+        """(n, groups) -> a value for each `step` columns."""
+        if isinstance(group, Tensor):
+            return values[:, group]
+        return values[..., None].expand(-1, -1, -(-group // step)).flatten(1)[:, : columns // step]
 
     def floats(parts: Parts, first: int, n: int) -> Tensor:
-        codes, scale, least = read(parts, first, n)
-        return scale.mul_(codes).add_(least)
+        codes, scale, least = decode(parts, first, n)
+        return codes.float().mul_(spread(scale)).add_(spread(least))
 
     def as_codes(parts: Parts, first: int, n: int) -> QuantizedWeights:
-        codes, scale, least = read(parts, first, n, GROUP)
+        codes, scale, least = decode(parts, first, n)
         if bits == 8 and not torch.equal(least, -128 * scale):
             raise fault(matrix.parts["scales"], "is of a symmetric matrix, but its zero points are not all 128")
-        return QuantizedWeights(codes.contiguous(), scale.half(), None if bits == 8 else least.half())
+        scale, least = (spread(values.half(), GROUP) for values in (scale, least))
+        return QuantizedWeights(codes.contiguous(), scale, None if bits == 8 else least)
 
     groups = f"groups of {group}" if isinstance(group, int) else "columns grouped by g_idx"
     matrix = QuantizedMatrix(

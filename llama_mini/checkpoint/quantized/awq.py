@@ -42,6 +42,6 @@ def matrices(
 
 
 def _decode(parts: Parts, first: int, n: int) -> Affine:
-    codes, zeros = (unpack_some(parts[end], _BITS, first, n, _ORDER).T for end in ("qweight", "qzeros"))
-    scale = parts["scales"][:, first : first + n].T.float()
+    codes, zeros = (unpack_some(parts[end], _BITS, first, n, _ORDER).T.contiguous() for end in ("qweight", "qzeros"))
+    scale = parts["scales"][:, first : first + n].T.float().contiguous()
     return Affine(codes, scale, -scale * zeros)

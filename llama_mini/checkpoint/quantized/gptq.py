@@ -120,5 +120,5 @@ def _decode(bits: int, less_one: bool, parts: Parts, first: int, n: int) -> Affi
     zeros = unpack_some(qzeros, bits, first, n)
     if less_one and bits == 3:
         zeros = zeros + 1 & 7
-    scale = parts["scales"][:, first : first + n].T.float()
+    scale = parts["scales"][:, first : first + n].T.float().contiguous()
     return Affine(unpack(parts["qweight"][:, first : first + n].T, bits), scale, -scale * zeros.T)

@@ -16,7 +16,7 @@ from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.quantized.weight import read_part
 from llama_mini.cli.convert import convert
 from llama_mini.cli.info import describe
-from llama_mini.errors import CheckpointFormatError, LlamaMiniWarning
+from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser
 from tests.checkpoint.quantized.test_mlx import quantized
@@ -108,3 +108,23 @@ def test_a_part_that_changed_after_the_header_was_read(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointFormatError, match="it changed while it was read"):
         read_part(tensor)
+
+
+def test_biases_stay(tmp_path: Path) -> None:
+    model = write(tmp_path, "gptq", 4, "qwen2", attention_bias=None, mlp_bias=None)
+    mine = Llama.from_pretrained(tmp_path, dtype="float32")
+    assert mine.layers[0].attention.q_proj.bias.abs().max() > 0.1
+    torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=2e-5)
+
+
+def test_biases_of_zeros_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """Old tools of GPTQ wrote one for every matrix."""
+    model = write(tmp_path, "gptq", 4)
+    path, name = tmp_path / "model.safetensors", "model.layers.0.self_attn.o_proj.bias"
+    save_file(load_file(path) | {name: torch.zeros(64)}, path)
+    with pytest.warns(LlamaMiniWarning, match=r"o_proj\.bias left out: biases of zeros"):
+        mine = Llama.from_pretrained(tmp_path, dtype="float32")
+    torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=2e-5)
+    save_file(load_file(path) | {name: torch.ones(64)}, path)
+    with pytest.raises(CheckpointMismatchError, match=rf"1 unexpected: {name}"):
+        Llama.from_pretrained(tmp_path)

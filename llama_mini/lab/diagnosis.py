@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.families import OWN
+from llama_mini.checkpoint.families import FAMILIES, OWN
 from llama_mini.checkpoint.gguf.metadata import shortest
 from llama_mini.checkpoint.io.files import CONFIG, PARAMS, inside, read_json
 from llama_mini.checkpoint.keys import to_file_name
@@ -116,8 +116,9 @@ def _of_source(source: Source) -> list[Finding]:
 def _absent_eps(file: Path, source: Source) -> list[Finding]:
     if source.gguf is not None:
         return []  # such a file does not open
-    key = "norm_eps" if file.name == PARAMS or source.model_type == OWN else "rms_norm_eps"
-    if read_json(file).get(key) is not None:
+    own = file.name == PARAMS or source.model_type == OWN
+    key = "norm_eps" if own else FAMILIES[source.model_type].eps
+    if key is None or read_json(file).get(key) is not None:
         return []
     what = f"{key} is absent; {source.config.norm_eps:g} is assumed"
     return [Finding("warning", str(file), what, "write the eps that the model was trained with")]

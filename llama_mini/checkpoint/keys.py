@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 
 from llama_mini.errors import warn
-from llama_mini.validate import short_repr
+from llama_mini.validate import join_names, short_repr
 
 KeyTable = dict[str, str]
 HEAD, EMBEDDING = "lm_head.weight", "tok_embeddings.weight"  # our names
@@ -101,13 +101,14 @@ _FIRST = ("model.embed_tokens.weight", "embed_tokens.weight", HEAD)
 _WRAPPED = re.compile(r"(?:^|\.)layers\.\d+\.((?:_\w+\.)*)")  # a layer's number, then wrappers of PyTorch
 
 
-def names_in_file(table: KeyTable, names: Collection[str]) -> KeyTable:
+def names_in_file(table: KeyTable, names: Collection[str], is_part: bool = False) -> KeyTable:
     """A Hugging Face family's table, with the names as a file spells them.
 
     A model saved without its head (transformers' LlamaModel) has names without `model.`. One saved from within another
     module has a prefix before every name: `_orig_mod.` (torch.compile), `module.` (DDP), `base_model.model.` (PEFT),
     `language_model.` (the text part of a multimodal model, whose head may lie outside). Wrapped layers also have one
-    after their number, such as `_fsdp_wrapped_module.`. What every name has is left out, with a warning.
+    after their number, such as `_fsdp_wrapped_module.`. What every name has is left out, with a warning, unless
+    `names` are part of a larger model's.
     """
     prefix = next((n.removesuffix(first) for first in _FIRST for n in names if f".{n}".endswith(f".{first}")), "")
     heads = [name for name in names if f".{name}".endswith(f".{HEAD}")]
@@ -119,7 +120,7 @@ def names_in_file(table: KeyTable, names: Collection[str]) -> KeyTable:
         return table
     begins = [f"every tensor's name begins with {short_repr(prefix)}"] if prefix else []
     begins += [f"every layer's names begin with {short_repr(inner)}"] if inner else []
-    if begins:
+    if begins and not is_part:
         warn(f"{' and '.join(begins)}, which is left out")
     is_bare = any(name.startswith((f"{prefix}embed_tokens.", f"{prefix}layers.")) for name in others)
     bare = {theirs.removeprefix("model.") if is_bare else theirs: ours for theirs, ours in table.items()}
@@ -132,6 +133,18 @@ def names_in_file(table: KeyTable, names: Collection[str]) -> KeyTable:
 def whole_name(name: str) -> str:
     """The name of the tensor in the file: `NAME` of `NAME[PART]`, where PART is one of the parameters that it holds."""
     return name.partition("[")[0]
+
+
+def text_tensors(names: Collection[str], whole: str) -> set[str]:
+    """The names of the text part of a model of type `whole`: those with the embedding's prefix, and the head."""
+    embedding = next((name for name in names if name.endswith("embed_tokens.weight")), "")
+    prefix = embedding.removesuffix("embed_tokens.weight")
+    if f".{prefix}".endswith(".model."):
+        prefix = prefix.removesuffix("model.")
+    text = {name for name in names if name.startswith(prefix) or f".{name}".endswith(f".{HEAD}")}
+    others = {name.removeprefix("model.").partition(".")[0] for name in set(names) - text}
+    warn(f"of this model of type {whole}, only the text part is read, not {join_names(sorted(others))}")
+    return text
 
 
 def to_file_name(name: str, table: KeyTable) -> str:

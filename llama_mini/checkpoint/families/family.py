@@ -38,6 +38,8 @@ class Family:
     fixed: the fields of LlamaConfig that its config.json does not state.
     constants: keys that have one meaning here, with the values that state it; the first is written.
     defaults: the values of absent keys.
+    sizes: those of absent keys in the text_config of a larger model: hidden_size, intermediate_size, layers, heads,
+        vocab_size. Published ones leave out what equals transformers' default.
     eps, activation: the keys of the norms' eps (None: 1e-5) and of the activation (None: `fixed` has it).
     interleaved: rotary pairs lie side by side in its files.
     theta: the base of the rotary frequencies, where config.json states none.
@@ -62,6 +64,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    sizes: tuple[int, int, int, int, int] | None = None
     eps: str | None = "rms_norm_eps"
     activation: str | None = "hidden_act"
     interleaved: bool = False

@@ -85,15 +85,11 @@ GEMMAS = (
         sliding_theta=10_000.0,
         window="listed",
         pattern=(6, 5),
+        sizes=(2304, 9216, 26, 8, 262_208),
         defaults={
             **GEMMA2_DEFAULTS,
             "max_position_embeddings": 131_072,
             "final_logit_softcapping": None,
-            "vocab_size": 262_208,
-            "hidden_size": 2304,
-            "intermediate_size": 9216,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 8,
         },
     ),
 )

@@ -23,12 +23,14 @@ PRE = (
         model_type="llama",
         architecture="LlamaForCausalLM",
         settings=BIASES,
+        sizes=(4096, 11_008, 32, 32, 32_000),
         defaults=defaults(1e-6, 2048),
     ),
     Family(
         model_type="mistral",
         architecture="MistralForCausalLM",
         window="every",
+        sizes=(4096, 14_336, 32, 32, 32_000),
         defaults=defaults(1e-6, 131_072, 8, sliding_window=4096),
     ),
     Family(
@@ -37,6 +39,7 @@ PRE = (
         constants={"attention_bias": (True, False)},  # ignored, as in transformers
         fixed={"qkv_bias": True},
         window="switched",
+        sizes=(4096, 22_016, 32, 32, 151_936),
         defaults=defaults(1e-6, 32_768, 32, sliding_window=4096, max_window_layers=28),
     ),
     Family(

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN
+from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN, WHOLES
 from llama_mini.checkpoint.families.family import Family
 from llama_mini.checkpoint.hf.layers import layer_keys, layers_to_hf, read_layers
 from llama_mini.checkpoint.hf.rope import read_rope, rope_keys, rope_to_hf
@@ -30,7 +30,9 @@ SIZES = {  # Hugging Face's name -> ours
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_seq_len",
 }
-REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+PART_OF = "part_of"  # our key: the model_type of the model whose text part this is
+_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", *SETTINGS)
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
 FIXED_KEYS: dict[str, Any] = {  # only this value is implemented, unless the family reads the key
     "attention_bias": False,
@@ -68,7 +70,7 @@ FIXED_KEYS: dict[str, Any] = {  # only this value is implemented, unless the fam
     "kv_lora_rank": None,
 }
 AUTO_MAP = "auto_map"
-READ_KEYS = {"model_type", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
+READ_KEYS = {PART_OF, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
 READ_KEYS |= {"use_mrope", "original_max_position_embeddings", "max_window_layers", "layer_types"}
 READ_KEYS |= {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"}
 IGNORED_KEYS = {"architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout"}
@@ -89,11 +91,22 @@ def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
     path = inside(directory, "config.json")
     if not path.exists():
         raise CheckpointIncompleteError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
-    raw = read_json(path)
+    raw = _text_part(read_json(path))
     try:
         return from_hf(raw), raw
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the text part, where the model is one of images and text that is known."""
+    text = raw.get("text_config")
+    if raw.get("model_type") not in WHOLES or not isinstance(text, dict):
+        return raw
+    whole = {key: raw[key] for key in _OF_THE_WHOLE if raw.get(key) is not None and text.get(key) is None}
+    if raw.get("tie_word_embeddings") is not None:  # that of the whole model wins
+        whole["tie_word_embeddings"] = raw["tie_word_embeddings"]
+    return text | whole | {PART_OF: raw["model_type"]}
 
 
 def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
@@ -106,7 +119,9 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     family = FAMILIES[raw["model_type"]]
     table = _fields_by_key(family)
     _check_keys(raw, family, table)
-    settings = _defaults(family) | {key: value for key, value in raw.items() if value is not None or key in NULL_KEYS}
+    settings = _defaults(raw, family) | {
+        key: value for key, value in raw.items() if value is not None or key in NULL_KEYS
+    }
     if family.eps is not None and raw.get(family.eps) is None:
         eps = family.defaults["eps"]
         warn(f"config.json: {family.eps} is absent; {eps} is used, the default of model_type {family.model_type}")
@@ -177,9 +192,10 @@ def _fields_by_key(family: Family) -> dict[str, tuple[tuple[str, ...], float]]:
     return {k: (tuple(v.split()), 1.0) if isinstance(v, str) else ((v[0],), v[1]) for k, v in table.items()}
 
 
-def _defaults(family: Family) -> dict[str, Any]:
+def _defaults(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     acts = {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}
-    return acts | ({family.eps: family.defaults["eps"]} if family.eps else {}) | dict(family.defaults)
+    sizes = dict(zip(REQUIRED_KEYS, family.sizes, strict=True)) if PART_OF in raw and family.sizes else {}
+    return acts | sizes | ({family.eps: family.defaults["eps"]} if family.eps else {}) | dict(family.defaults)
 
 
 def _to_field(key: str, value: Any, power: float) -> Any:
@@ -222,7 +238,7 @@ def _check_keys(raw: Mapping[str, Any], family: Family, table: Mapping[str, Any]
             values = " and ".join(map(repr, accepted))
             where = f" in model_type {family.model_type}"
             raise ConfigError(f"{key} is {short_repr(raw[key])}; only {values} is implemented{where}")
-    if absent := [key for key in REQUIRED_KEYS if raw.get(key) is None and key not in family.defaults]:
+    if absent := [key for key in REQUIRED_KEYS if raw.get(key) is None and key not in _defaults(raw, family)]:
         raise ConfigError(f"{', '.join(absent)} missing")
     known = {*read, *FIXED_KEYS, *family.constants, *SETTINGS, AUTO_MAP, *READ_KEYS, *IGNORED_KEYS}
     unknown = sorted(set(raw) - known)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.families import has_interleaved_pairs, key_table
-from llama_mini.checkpoint.hf.config import read_config
+from llama_mini.checkpoint.hf.config import PART_OF, read_config
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
 from llama_mini.checkpoint.hf.shards import all_present, complete_shards, indexed, read_headers, stored
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.io.safetensors_header import cut_rows, weight_dtype
-from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, names_in_file, to_file_name
+from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, names_in_file, text_tensors, to_file_name
 from llama_mini.checkpoint.not_models import describe_directory, told_by_name
 from llama_mini.checkpoint.quantized.methods import quantized_matrices
 from llama_mini.checkpoint.quantized.weight import cut_matrix, read_matrix
@@ -30,10 +30,12 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     config, raw = read_config(directory)
     files, weight_map = ([file], dict[str, str]()) if file is not None else _files(directory)
     tensors = read_headers(files, weight_map)
-    keys = names_in_file(key_table(raw["model_type"]), tensors)
+    parts = text_tensors(tensors, raw[PART_OF]) if PART_OF in raw else set(tensors)
+    keys = names_in_file(key_table(raw["model_type"]), parts, is_part=PART_OF in raw)
     if weight_map:
         tied = {to_file_name(name, keys) for name in (HEAD, EMBEDDING)} if config.tie_word_embeddings else set[str]()
         tensors = indexed(directory / INDEX, weight_map, tensors, keys, tied)
+    tensors = {name: tensor for name, tensor in tensors.items() if name in parts}
     if file is None and (directory / ADAPTER_CONFIG).is_file():
         warn(f"{directory} also holds an adapter ({ADAPTER_CONFIG}), merged only if it is given as an adapter")
     matrices = quantized_matrices(directory, raw, tensors)

@@ -70,6 +70,12 @@ _TABLE: tuple[tuple[Any, ...], ...] = (  # names; then patterns, each of which s
     ("superbpe", r"\p{N}+", *_ASCII_THREES),
     ("minicpm5", r"\p{N}{1,3}", rf"{_SUFFIX}|{_PREFIX}\p{{L}}+|\p{{N}}+|{_GPT_4}"),
     ("ufakzeka", rf"{_PREFIX}\p{{L}}+|\p{{N}}|{_GPT_4}"),
+    (
+        "jais-2",
+        rf"{_SUFFIX}|{_PREFIX}\p{{L}}+|\p{{N}}{{1,3}}|{_SYMBOLS}[\r\n]*|\s*[\r\n]+|"
+        + "".join(rf"\s{{{n}}}(?!\S)|" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
+        + r"\s",
+    ),
     ("bloom poro-chat gpt3-finnish", _BLOOM),
     ("viking", _BLOOM, r"\p{N}"),
     ("falcon", r"[\p{P}\$\+<=>\^~\|`]+", _GPT_2, r"[0-9][0-9][0-9]"),

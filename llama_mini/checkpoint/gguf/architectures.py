@@ -73,7 +73,7 @@ class Architecture:
 def _windows(
     config: LlamaConfig, file: Metadata, period: int, default: int = 0, scaled: bool = True, theta: float | None = None
 ) -> dict[str, Any]:
-    """The layers with a window: all but every `period`-th. Some models rotate them by another base, or unscaled."""
+    """The layers with a window: all but every `period`-th. They may have a rotary base of their own, or no scaling."""
     window = file.get("attention.sliding_window", default)
     layers = file.layers("attention.sliding_window_pattern", period, config.n_layers)
     base = file.get("rope.freq_base_swa", theta or config.rope_theta)
@@ -86,10 +86,10 @@ def _windows(
 
 
 def _rotated_in_windows(config: LlamaConfig, file: Metadata, default: int = 0) -> dict[str, Any]:
-    """Layers with a window alone know positions, if there are any."""
-    windows = _windows(config, file, period=4, default=default)
-    full = set(range(config.n_layers)).difference(windows.get("sliding_layers", range(config.n_layers)))
-    return {**windows, "unrotated_layers": tuple(sorted(full))}
+    """In a model with a window, the layers without it are not rotated."""
+    windows, given = _windows(config, file, 4, default), file.get("attention.sliding_window", default)
+    sliding = windows.get("sliding_layers", ())
+    return {**windows, "unrotated_layers": tuple(i for i in range(config.n_layers) if given and i not in sliding)}
 
 
 def _gemma(config: LlamaConfig, _: Metadata) -> dict[str, Any]:
@@ -115,9 +115,9 @@ def _gemma_3(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
     }
 
 
-def _gemma_scale(config: LlamaConfig, n_layers: int) -> float | None:
-    """The models of 27B, which have `n_layers`, share the width of the stream among their heads."""
-    return (config.dim // config.n_heads) ** -0.5 if config.n_layers == n_layers else None
+def _gemma_scale(config: LlamaConfig, n_layers: int) -> float:
+    """The models of 27B, which have `n_layers`, take the width of the stream over the heads for the width of a head."""
+    return (config.dim / config.n_heads if config.n_layers == n_layers else config.head_dim) ** -0.5
 
 
 def _granite(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
@@ -135,8 +135,26 @@ def _granite(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
     }
 
 
+def _no_gate(*_: Any) -> dict[str, Any]:
+    return {"activation": "relu2", "gated_mlp": False}
+
+
 def _cohere(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
     return {"logit_scale": file.get("logit_scale", 1.0) or 1.0}
+
+
+def _cohere_2(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
+    required = file.get("attention.sliding_window")
+    return {**_cohere(config, file), **_rotated_in_windows(config, file, default=required)}
+
+
+def _stablelm(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
+    """The tensors decide whether layers are parallel: the converter writes the key as true if config.json has none."""
+    file.get("use_parallel_residual", None)
+    if "blk.0.ffn_norm.weight" in file.tensors:
+        return {}
+    plan = config.norm_plan
+    return {"norm_plan": replace(plan, parallel=True, feed_forward=replace(plan.feed_forward, pre=None))}
 
 
 ARCHITECTURES = {
@@ -159,7 +177,7 @@ ARCHITECTURES = {
         family="phi3", partial=True, joined=True, settings=lambda config, file: _windows(config, file, 0)
     ),
     "granite": Architecture(family="granite", pairs=True, settings=_granite),
-    "arcee": Architecture(family="arcee", pairs=True, settings=lambda *_: {"activation": "relu2", "gated_mlp": False}),
+    "arcee": Architecture(family="arcee", pairs=True, settings=_no_gate),
     "hunyuan-dense": Architecture(family="hunyuan_v1_dense", settings=lambda *_: {"qk_norm_after_rope": True}),
     "gemma": Architecture(family="gemma", partial=True, settings=_gemma),
     "gemma2": Architecture(family="gemma2", partial=True, settings=_gemma_2),
@@ -176,14 +194,13 @@ ARCHITECTURES = {
         family="cohere2",
         pairs=True,
         partial=True,
-        settings=lambda *both: {**_cohere(*both), **_rotated_in_windows(*both)},
+        settings=_cohere_2,
     ),
     "command-r": Architecture(family="cohere", pairs=True, partial=True, settings=_cohere),
-    "nemotron": Architecture(
-        family="nemotron", partial=True, settings=lambda *_: {"activation": "relu2", "gated_mlp": False}
-    ),
+    "nemotron": Architecture(family="nemotron", partial=True, settings=_no_gate),
+    "jais2": Architecture(family="jais2", settings=_no_gate),
     "starcoder2": Architecture(
         family="starcoder2", settings=lambda *_: {"activation": "gelu_tanh", "gated_mlp": False}
     ),
-    "stablelm": Architecture(family="stablelm", partial=True),
+    "stablelm": Architecture(family="stablelm", partial=True, settings=_stablelm),
 }

@@ -36,7 +36,7 @@ class Metadata:
     """
 
     def __init__(self, header: GGUFHeader) -> None:
-        self.values = header.metadata
+        self.values, self.tensors = header.metadata, header.tensors
         self.architecture: Any = self.values.get("general.architecture")
         self._read = IGNORED_KEYS | ROPE_KEYS  # the others are read where they are needed
 

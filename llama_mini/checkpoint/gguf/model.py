@@ -25,7 +25,6 @@ from llama_mini.errors import CheckpointError, CheckpointFormatError, ConfigErro
 from llama_mini.model.config import LlamaConfig
 from llama_mini.validate import check_choice, short_repr
 
-KNOWN = tuple(name for name, architecture in ARCHITECTURES.items() if architecture.family in FAMILIES)
 HEAD = "output.weight"
 SIZES = {  # metadata key, after `llama.` -> our name
     "embedding_length": "dim",
@@ -109,7 +108,7 @@ def gguf_config(header: GGUFHeader) -> LlamaConfig:
         raise CheckpointFormatError(f"{header.path}: {what}")
     try:
         metadata = Metadata(header)
-        check_choice("general.architecture", metadata.architecture, KNOWN, ConfigError)
+        check_choice("general.architecture", metadata.architecture, tuple(ARCHITECTURES), ConfigError)
         metadata.check_fixed()
         config = _config(metadata, header)
         metadata.check_all_read()

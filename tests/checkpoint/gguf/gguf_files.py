@@ -56,6 +56,7 @@ FORMATS = {
     "glm": Format(A.CHATGLM),
     "glm4": Format(A.GLM4),
     "exaone4": Format(A.EXAONE4, keys=_WINDOW),
+    "jais2": Format(A.JAIS2),
     "nemotron": Format(A.NEMOTRON, adds_one=True),
     "starcoder2": Format(A.STARCODER2),
     "stablelm": Format(A.STABLELM, keys={"use_parallel_residual": "use_parallel_residual"}),
@@ -76,7 +77,7 @@ def write_family(
     writer = gguf.GGUFWriter(path, architecture)
     metadata = _metadata(config, form) | {key.replace("__", "."): value for key, value in more.items()}
     for key, value in metadata.items():
-        name = f"{architecture}.{key}"
+        name = key if key.startswith("tokenizer.") else f"{architecture}.{key}"
         if isinstance(value, np.ndarray):
             writer.add_tensor(key, value)
         elif isinstance(value, list):

@@ -9,43 +9,106 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama_mini.checkpoint.gguf.header import GGUFTensor
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.gguf.tensors import read_tensor
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.source import QuantizedWeights, Source
-from llama_mini.errors import CheckpointMismatchError
+from llama_mini.cli.convert import convert
+from llama_mini.errors import CheckpointMismatchError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
-from tests.checkpoint.gguf.gguf_files import write_family
-from tests.tiny_families import logits, random_model, random_settings
+from llama_mini.tokenizer.byte_level import BYTE_LETTERS
+from tests.checkpoint.gguf.gguf_files import FORMATS, write_family
+from tests.tiny_families import logits, random_model
 from tests.tiny_models import random_tokens
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "olmo2"]
 ROPE = {"default": 0, "linear": 1, "yarn": 4}  # kind -> a seed whose random settings have it
+# Settings that their random choices may have, and GGUF files of these architectures cannot state.
+STATED: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    **{name: {"use_sliding_window": False, "layer_types": None} for name in ("qwen2", "qwen3")},
+    "smollm3": {"use_sliding_window": False, "no_rope_layers": None, "no_rope_layer_interval": 4},
+    "arcee": {"hidden_act": "relu2"},
+    "starcoder2": {"sliding_window": None},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh"},
+}
+STATED["gemma3_text"] = STATED["gemma2"]
+STATED["gemma2"] = STATED["gemma2"] | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0}
+for always_tied in ("gemma", "gemma2", "cohere", "cohere2"):
+    STATED.setdefault(always_tied, {})["tie_word_embeddings"] = True
 
 
-def without_window(seed: int, model_type: str) -> int:
-    """The next seed of the same rope type whose settings have no window, which a GGUF file of these does not state."""
-    settings = random_settings(model_type, seed)
-    windowed = settings.get("use_sliding_window") or (model_type == "mistral" and settings["sliding_window"])
-    return without_window(seed + 7, model_type) if windowed else seed
+TOKENIZER = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["a b"]}
+TOKENIZER |= {"tokenizer.ggml.tokens": [*BYTE_LETTERS, "ab"]}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("kind", ROPE)
-def test_logits_are_those_of_the_model_it_was_written_from(tmp_path: Path, model_type: str, kind: str) -> None:
-    theirs = random_model(model_type, without_window(ROPE[kind], model_type))
-    rope = theirs.config.rope_parameters
-    assert rope["rope_type"] == kind
-    scaling: dict[str, Any] = {}
-    if kind != "default":
-        scaling = {"rope__scaling__type": kind, "rope__scaling__factor": float(rope["factor"])}
-    if kind == "yarn":
-        scaling["rope__scaling__original_context_length"] = rope["original_max_position_embeddings"]
-    path = write_family(tmp_path / "model", theirs, **scaling)  # no .gguf: the name does not matter
+def stated_model(model_type: str, kind: str, **changes: Any) -> PreTrainedModel:
+    model = random_model(model_type, ROPE[kind], **STATED.get(model_type, {}) | changes)
+    ropes = model.config.rope_parameters
+    assert ropes.get("full_attention", ropes)["rope_type"] == kind or model_type == "phi3"  # which has its own
+    return model
+
+
+def families(*quick: str) -> list[Any]:
+    """Every family; those that are not `quick` are marked slow."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in FORMATS]
+
+
+@pytest.mark.parametrize("model_type", families(*FORMATS))
+def test_logits_are_those_of_the_model_it_was_written_from(tmp_path: Path, model_type: str) -> None:
+    check_logits(tmp_path, stated_model(model_type, "yarn"))
+
+
+@pytest.mark.parametrize("model_type", families("llama", "mistral", "qwen2", "qwen3", "olmo2", "glm4"))
+@pytest.mark.parametrize("kind", ["default", "linear"])
+def test_logits_with_other_rotary_scaling(tmp_path: Path, model_type: str, kind: str) -> None:
+    check_logits(tmp_path, stated_model(model_type, kind))
+
+
+def check_logits(folder: Path, theirs: PreTrainedModel) -> None:
+    path = write_family(folder / "model", theirs)  # no .gguf: the name does not matter
     tokens = random_tokens(1, 80)
     torch.testing.assert_close(Llama.from_pretrained(path)(tokens), logits(theirs, tokens), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", families("gemma3_text", "phi3", "cohere2"))
+def test_transformers_opens_what_it_is_converted_to(tmp_path: Path, model_type: str) -> None:
+    theirs = stated_model(model_type, "yarn", vocab_size=260)
+    convert(write_family(tmp_path / "model", theirs, **TOKENIZER), tmp_path / "hf")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    assert type(again) is type(theirs) or model_type == "mistral"  # of which no GGUF file tells
+    tokens = random_tokens(1, 80)
+    torch.testing.assert_close(logits(again, tokens), logits(theirs, tokens), rtol=0, atol=2e-5)
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0, atol=1e-6)  # 1 + w - 1 is rounded
+
+
+def test_phi_3_with_lists_of_factors(tmp_path: Path) -> None:
+    """Beyond the original context, with three quarters of a head rotated."""
+    factors = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 3.0, 9.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "type": "longrope"} | factors
+    rope["original_max_position_embeddings"] = 40
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 160}
+    original = {"original_max_position_embeddings": 40}
+    check_logits(tmp_path, random_model("phi3", 0, rope_parameters=rope, **sizes, **original))
+
+
+def test_glm_4v_has_its_pairs_split(tmp_path: Path) -> None:
+    """With sections for images, the converter splits the pairs; of texts, sections change nothing."""
+    theirs = random_model("glm4", 0)
+    tokens, turned = random_tokens(1, 40), int(16 * theirs.config.rope_parameters["partial_rotary_factor"])
+    expected = logits(theirs, tokens)
+    for name, parameter in theirs.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            heads = parameter.data.unflatten(0, (-1, 16))
+            parts = (heads[:, 0:turned:2], heads[:, 1:turned:2], heads[:, turned:])
+            parameter.data.copy_(torch.cat(parts, dim=1).flatten(0, 1))
+    path = write_family(tmp_path / "model", theirs, rope__dimension_sections=[2, 1, 1, 0])
+    with pytest.warns(LlamaMiniWarning, match=r"rope\.dimension_sections ignored"):
+        found = Llama.from_pretrained(path)(tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def codes(source: Source, name: str) -> QuantizedWeights:

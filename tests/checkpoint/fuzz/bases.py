@@ -34,7 +34,18 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 N_PIECES = 300
 SIZES = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
 SIZES |= {"num_hidden_layers": 2}
+# Joined tensors with lists of rotary factors; windows by default, caps and 1 + w; flags of windows, LayerNorm, pairs
+# side by side; scales; biases of norms.
+GGUF_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"use_sliding_window": False, "layer_types": None},
+    "phi3": {"hidden_size": 64, "intermediate_size": 96},
+    "gemma2": {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 30.0, "tie_word_embeddings": True},
+    "cohere2": {"layer_types": ["full_attention", "sliding_attention"], "tie_word_embeddings": True},
+    "granite": {},
+    "stablelm": {"hidden_size": 64, "use_parallel_residual": True},
+}
 MORE_WORDS = """
+attention.sliding_window attention.sliding_window_pattern rope.freq_base_swa blk.0.attn_qkv.weight blk.0.attn_norm.bias
 quantization_config auto_map layer_types gelu longrope gemma2 float16 float8_e4m3fn F16 BF16 F64 I64 BOOL F8_E4M3 F4 C64
 U8 __metadata__ lm_head.weight default added_tokens_decoder chat_template add_bos_token add_eos_token truncation padding
 dropout Unigram WordPiece WordLevel Metaspace Precompiled Strip NFC Split RobertaProcessing Lowercase TemplateProcessing
@@ -83,7 +94,8 @@ def make_bases(folder: Path, write_gguf: Callable[..., Path]) -> list[Base]:
     bases += [_meta_pickles(folder / "meta-pickles"), _pickle(folder / "pickle")]
     (folder / "gguf-bytes").mkdir()
     gguf = write_gguf(folder / "gguf-bytes" / "tiny.gguf", quantised=True)
-    return [*bases, _gguf(gguf), _gguf_sentencepiece(folder / "gguf-pieces"), _gguf_family(folder / "gguf-qwen3")]
+    bases += [_gguf(gguf), _gguf_sentencepiece(folder / "gguf-pieces")]
+    return bases + [_gguf_family(folder / f"gguf-{model_type}", model_type) for model_type in GGUF_FAMILIES]
 
 
 def words_of(bases: list[Base]) -> list[str]:
@@ -228,12 +240,12 @@ def _gguf_sentencepiece(folder: Path) -> Base:
     return _gguf(path)
 
 
-def _gguf_family(folder: Path) -> Base:
+def _gguf_family(folder: Path, model_type: str) -> Base:
+    """With rotary scaling by yarn; matrices of BF16, or Q8_0 where the width allows."""
     folder.mkdir()
-    more = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 48}
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
-    theirs = random_model("qwen3", 0, **SIZES | rope, vocab_size=40)
-    return _gguf(write_family(folder / "tiny.gguf", theirs, Kind.BF16, **more), tokenizer=False)
+    kind = Kind.Q8_0 if model_type == "phi3" else Kind.BF16
+    theirs = random_model(model_type, 4, **SIZES | GGUF_FAMILIES[model_type], vocab_size=40)
+    return _gguf(write_family(folder / "tiny.gguf", theirs, kind), tokenizer=False)
 
 
 def _random(

@@ -169,8 +169,9 @@ def _as_their_library_reads_it(source: Source) -> Iterator[tuple[str, Tensor]]:
 
         for found in GGUFReader(source.path).tensors:
             if ".attn_q." not in found.name and ".attn_k." not in found.name:
-                values = quants.dequantize(found.data, found.tensor_type)
-                yield found.name, torch.from_numpy(values.copy()).float()
+                values = torch.from_numpy(quants.dequantize(found.data, found.tensor_type).copy()).float()
+                adds_one = found.name.endswith("norm.weight") and source.model_type == "gemma2"
+                yield found.name, values - 1 if adds_one else values
     else:
         from safetensors.torch import load_file
 

@@ -128,3 +128,16 @@ def test_biases_of_zeros_that_the_model_does_not_have(tmp_path: Path) -> None:
     save_file(load_file(path) | {name: torch.ones(64)}, path)
     with pytest.raises(CheckpointMismatchError, match=rf"1 unexpected: {name}"):
         Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "mlx"])
+@pytest.mark.parametrize("family", ["phi3", "glm4", "cohere2"])
+def test_rows_that_are_cut_and_reordered(tmp_path: Path, family: str, method: str) -> None:
+    """q, k and v or gate and up in one matrix; rotary pairs side by side."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    sizes |= {"head_dim": 16, "pad_token_id": None}
+    model = write(tmp_path, method, 4, family, **sizes)
+    mine = Llama.from_pretrained(tmp_path, dtype="float32")
+    torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=5e-5)
+    fast = load_model(Llama, open_checkpoint(tmp_path), "float32", "cpu", fuser("off"), "auto")
+    assert 0 < error(fast(TOKENS), logits(model, TOKENS)) < 2e-3

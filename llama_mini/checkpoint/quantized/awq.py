@@ -23,7 +23,11 @@ def matrices(
 ) -> Iterator[QuantizedMatrix]:
     """The matrices of a checkpoint of AWQ. Raises CheckpointFormatError, ConfigError."""
     given = lambda *keys: next((settings[key] for key in keys if settings.get(key) is not None), None)  # noqa: E731
-    layout, bits, size = given("version", "format"), given("bits", "w_bit"), given("group_size", "q_group_size")
+    layout, bits, size = (
+        given("version", "checkpoint_format", "format"),
+        given("bits", "w_bit"),
+        given("group_size", "q_group_size"),
+    )
     if str(layout or "gemm").lower() not in _LAYOUTS:
         raise ConfigError(f"version is {short_repr(layout)}; only the layout 'gemm' is implemented")
     if bits not in (None, _BITS):

@@ -139,5 +139,5 @@ def _method(settings: Mapping[str, Any]) -> str:
     """The method that settings name, in one spelling; empty if they name none."""
     if settings.get("load_in_4bit") is True or settings.get("load_in_8bit") is True:
         return "bitsandbytes"
-    stated = settings.get("quant_method") or ("modelopt" if "producer" in settings else "")
+    stated = settings.get("quant_method") or settings.get("method") or ("modelopt" if "producer" in settings else "")
     return str(stated).lower().replace("_", "-").removeprefix("intel/") if isinstance(stated, str) else repr(stated)

@@ -22,7 +22,7 @@ def kept(kind: str) -> tuple[str | None, bool]:
     """The format that a type is kept in, None for floats, and whether its blocks are codes of that format."""
     if kind in FLOATS:
         return None, False
-    return (CODES[kind][0], True) if CODES.get(kind, ("int5",))[0] != "int5" else ("int8", False)
+    return (CODES[kind][0], True) if kind in CODES else ("int8", False)
 
 
 def read_blocks(file: BinaryIO, tensor: GGUFTensor, at_once: int) -> Iterator[tuple[int, Blocks]]:

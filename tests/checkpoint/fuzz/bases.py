@@ -61,13 +61,17 @@ TEXTS = ["the apple and the other apples on the table", "12 apples are there", "
 
 @dataclass(frozen=True)
 class Base:
-    """A checkpoint in `folder`; `path` is what is opened. Only `damaged` files are."""
+    """A checkpoint in `folder`; `path` is what is opened. Only `damaged` files are.
+
+    settings_decide: config.json says how tensors are read, so that other settings may give other values.
+    """
 
     name: str
     path: Path
     damaged: tuple[str, ...]
     tokenizer: bool = True
     pickles: bool = False
+    settings_decide: bool = False
 
     @property
     def folder(self) -> Path:
@@ -88,9 +92,7 @@ def make_bases(folder: Path, write_gguf: Callable[..., Path]) -> list[Base]:
     bases += [_prefixed(folder / "prefixed"), _other_head(folder / "other-head")]
     bases += [_sentencepiece_directory(folder / "slow"), _own_plan(folder / "own")]
     bases += [_meta(folder / "meta-tiktoken", _tiktoken()), _meta(folder / "meta-sentencepiece", _sentencepiece())]
-    bases += [
-        Base(name, folder / name, quantized.write(folder / name, name), tokenizer=False) for name in quantized.METHODS
-    ]
+    bases += [_quantized(folder / name) for name in quantized.NAMES]
     bases += [_meta_pickles(folder / "meta-pickles"), _pickle(folder / "pickle")]
     (folder / "gguf-bytes").mkdir()
     gguf = write_gguf(folder / "gguf-bytes" / "tiny.gguf", quantised=True)
@@ -142,6 +144,11 @@ def _family(folder: Path, family: str, spelling: str) -> Base:
         raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         write_json(folder / "config.json", raw)
     return Base(folder.name, folder, ("config.json", "*.safetensors"), tokenizer=False)
+
+
+def _quantized(folder: Path) -> Base:
+    damaged = ("*config.json", "*.safetensors")
+    return Base(folder.name, quantized.write(folder, folder.name), damaged, tokenizer=False, settings_decide=True)
 
 
 def _prefixed(folder: Path) -> Base:

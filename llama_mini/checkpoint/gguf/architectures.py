@@ -12,7 +12,8 @@ from llama_mini.checkpoint.gguf.metadata import Metadata
 from llama_mini.checkpoint.keys import KeyTable
 from llama_mini.errors import ConfigError
 from llama_mini.model.config import LlamaConfig
-from llama_mini.validate import check_number
+from llama_mini.model.rope_scaling import YarnScaling
+from llama_mini.validate import check_number, short_repr
 
 _NAMES = {
     "token_embd": "tok_embeddings",
@@ -68,6 +69,14 @@ class Architecture:
                     ours = {f"{whole}.{kind}[{part}]": table.pop(f"{name}.{kind}") for part, name in parts}
                     table |= ours
         return table
+
+
+def _mistral_3(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
+    growth, yarn = file.get("attention.temperature_scale", 0), config.rope_scaling
+    if growth and not isinstance(yarn, YarnScaling):
+        key = f"mistral3.attention.temperature_scale is {short_repr(growth)}"
+        raise ConfigError(f"{key}; without rope.scaling.type yarn it must be 0")
+    return {"rope_scaling": replace(yarn, q_growth=growth)} if isinstance(yarn, YarnScaling) else {}
 
 
 def _windows(
@@ -161,7 +170,7 @@ ARCHITECTURES = {
     "llama": Architecture(family="llama", pairs=True),
     "qwen2": Architecture(family="qwen2"),
     "qwen3": Architecture(family="qwen3"),
-    "mistral3": Architecture(family="mistral", pairs=True),
+    "mistral3": Architecture(family="mistral", pairs=True, settings=_mistral_3),
     "internlm2": Architecture(family="llama", pairs=True),
     "exaone": Architecture(family="llama"),
     "seed_oss": Architecture(

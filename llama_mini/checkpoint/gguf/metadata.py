@@ -13,7 +13,6 @@ FIXED_KEYS = {  # no architecture has another value
     "attention.causal": True,
     "attention.clamp_kqv": 0,
     "attention.max_alibi_bias": 0,
-    "attention.temperature_scale": 0,
     "expert_count": 0,
     "expert_used_count": 0,
     "leading_dense_block_count": 0,
@@ -22,6 +21,7 @@ FIXED_KEYS = {  # no architecture has another value
 }
 NEUTRAL_KEYS = {  # these values change nothing where no setting reads them
     "attention.sliding_window": 0,
+    "attention.temperature_scale": 0,
     "logit_scale": 1,
     "use_parallel_residual": False,
 }

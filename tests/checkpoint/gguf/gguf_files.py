@@ -146,7 +146,11 @@ def _scaling(rope: dict[str, Any], context: int) -> dict[str, Any]:
     kind, original = rope["rope_type"], rope.get("original_max_position_embeddings")
     if kind in ("linear", "yarn"):
         names = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-        names |= {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
+        names |= {
+            "yarn_log_multiplier": "mscale_all_dim",
+            "factor": "factor",
+            "original_context_length": "original_max_position_embeddings",
+        }
         return {"rope.scaling.type": kind} | {f"rope.scaling.{key}": rope.get(name) for key, name in names.items()}
     if kind == "longrope":
         factor = np.sqrt(1 + np.log(context / original) / np.log(original)) if context > original else 1.0

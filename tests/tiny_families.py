@@ -85,6 +85,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "internlm3": HEAD_DIM | {"mlp_bias": FLAGS},
     "iquestcoder": HEAD_DIM | BIASES,
     "ministral": HEAD_DIM,
+    "ministral3": HEAD_DIM | {"sliding_window": (None, 7)},
     "cwm": HEAD_DIM | ACTIVATION,
     "smollm3": BIASES | {"no_rope_layer_interval": (1, 2, 4), "no_rope_layers": (None, [1, 0, 0, 1])},
     "ernie4_5": HEAD_DIM | {"use_bias": FLAGS},
@@ -130,6 +131,10 @@ def _further_settings(model_type: str, pick: Any, rope_parameters: dict[str, Any
             for name in ("short_factor", "long_factor"):
                 rope_parameters[name] = [float(pick(1.0, 1.5, 2.0)) for _ in range(int(16 * share) // 2)]
             settings |= {ORIGINAL: CONTEXT, "max_position_embeddings": 4 * CONTEXT}
+    if model_type == "ministral3":
+        rope_parameters |= ROPES["yarn"] | {"rope_type": "yarn", ORIGINAL: 20, "llama_4_scaling_beta": pick(0.1, 0.6)}
+        for key in set(rope_parameters) - {"rope_type", "rope_theta", "factor", ORIGINAL, "llama_4_scaling_beta"}:
+            del rope_parameters[key]
     if model_type == "internlm3":
         settings["attention_bias"] = settings["mlp_bias"]
     if model_type in LISTED:

@@ -45,6 +45,7 @@ class Family:
     theta: the base of the rotary frequencies, where config.json states none.
     partial: the share of a head that is rotated, where config.json states none. None: always all.
     rope_types: those that it has.
+    growing_queries: queries grow with their position by `llama_4_scaling_beta` (YarnScaling's q_growth).
     two_ropes: the layers with a window have a base and a scaling of their own.
     sliding_theta: their base, where config.json states none; None: that of the other layers.
     fixed_alpha: "dynamic" scaling with a key `alpha` stretches the base once, whatever the length.
@@ -71,6 +72,7 @@ class Family:
     theta: float = 10_000.0
     partial: float | None = None
     rope_types: Collection[str] = ROPE_TYPES
+    growing_queries: bool = False
     two_ropes: bool = False
     sliding_theta: float | None = None
     fixed_alpha: bool = False

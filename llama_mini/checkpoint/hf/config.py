@@ -9,7 +9,7 @@ from typing import Any
 from llama_mini.checkpoint.families import FAMILIES, KNOWN, OWN, WHOLES
 from llama_mini.checkpoint.families.family import Family
 from llama_mini.checkpoint.hf.layers import layer_keys, layers_to_hf, read_layers
-from llama_mini.checkpoint.hf.rope import read_rope, rope_keys, rope_to_hf
+from llama_mini.checkpoint.hf.rope import head_dim, read_rope, rope_keys, rope_to_hf
 from llama_mini.checkpoint.io.files import inside, read_json
 from llama_mini.checkpoint.not_models import describe_config
 from llama_mini.checkpoint.quantized.methods import SETTINGS
@@ -131,8 +131,10 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
             names, power = table[key]
             values |= dict.fromkeys(names, _to_field(key, settings[key], power))
         plan = _plan(family, **{name: values.pop(name) for name in ("beta", "parallel") if name in values})
-        if family.scaled_embedding and is_whole(values["dim"]):
+        if family.scaled_embedding and is_whole(values["dim"]) and 0 < values["dim"] < 2**31:
             values["embedding_scale"] = values["dim"] ** 0.5
+        if values.get("attention_scale") == head_dim(values) ** -0.5:
+            del values["attention_scale"]  # the usual one, which the fused operators know
         values |= read_layers(raw, settings, family)
         if any(raw.get(key) is not None for key in ("rope_theta", "rope_scaling", "rope_parameters")):
             settings["rope_parameters"] = raw.get("rope_parameters")
@@ -154,7 +156,7 @@ def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dic
         try:
             if from_hf(raw) == config:  # or else the family cannot express a setting
                 return raw
-        except ConfigError:
+        except (ConfigError, OverflowError):
             continue
     own = asdict(config) | {"norm_plan": config.norm_plan.to_dict()}
     for name in _SCALINGS:
@@ -167,6 +169,7 @@ def _to_family(config: LlamaConfig, family: Family) -> dict[str, Any]:
     attention = config.norm_plan.attention
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     values |= {"beta": attention.beta, "parallel": config.norm_plan.parallel}
+    values["attention_scale"] = config.attention_scale or config.head_dim**-0.5
     keys, written = dict[str, Any](), set[str]()
     for key, (names, power) in _fields_by_key(family).items():
         if not written.issuperset(names):  # the first of two keys for the same fields
@@ -205,7 +208,7 @@ def _to_field(key: str, value: Any, power: float) -> Any:
         return ACTIVATIONS[value]
     if power == 1:
         return value
-    check_number(key, value, ConfigError, above=0)
+    check_number(key, value, ConfigError, above=0, maximum=10**12)
     return float(value) ** power
 
 
@@ -232,8 +235,7 @@ def _check_keys(raw: Mapping[str, Any], family: Family, table: Mapping[str, Any]
     if raw.get(AUTO_MAP):
         _check_code(raw[AUTO_MAP], family)
     read = {*table, *layer_keys(family), *rope_keys(family)}
-    for key, value in FIXED_KEYS.items():
-        accepted = family.constants.get(key, (value,))
+    for key, accepted in ({key: (value,) for key, value in FIXED_KEYS.items()} | dict(family.constants)).items():
         if key not in read and raw.get(key) is not None and raw[key] not in accepted:
             values = " and ".join(map(repr, accepted))
             where = f" in model_type {family.model_type}"

@@ -16,7 +16,8 @@ _RULES = {rule.rope_type: rule for rule in RULES}
 _OTHER_NAMES = {"su": "longrope", "mrope": "default"}  # of the first Phi-3, and of Qwen2-VL
 _CONTEXT = "original_max_position_embeddings"
 _INFERRED = {"yarn": {"mscale", "mscale_all_dim"}, "longrope": {"factor"}}  # keys that give the attention factor
-_NO_EFFECT = {"finetuned"}  # whether the model was trained with the scaling
+_NO_EFFECT = {"finetuned", "max_position_embeddings"}  # trained with the scaling or not; Ministral 3's copy
+_Q_GROWTH = "llama_4_scaling_beta"
 _MULTIMODAL = {"mrope_section", "mrope_interleaved", "use_mrope"}  # text has the same angles without them
 
 
@@ -79,15 +80,17 @@ def _read(
     if isinstance(context, float) and context.is_integer():
         context = int(context)
     if kind == "dynamic" and family.fixed_alpha and "alpha" in settings:
-        check_number(f"{key}.alpha", settings["alpha"], ConfigError, above=0)
-        check_number("rope_theta", found["rope_theta"], ConfigError, above=0)
-        if (width := _head_dim(sizes)) > 2:
+        check_number(f"{key}.alpha", settings["alpha"], ConfigError, above=0, maximum=10**12)
+        check_number("rope_theta", found["rope_theta"], ConfigError, above=0, maximum=10**12)
+        if (width := head_dim(sizes)) > 2:
             found["rope_theta"] *= settings["alpha"] ** (width / (width - 2))
         return found, {}  # its other keys have no effect
     if kind == "dynamic" and context not in (None, max_seq_len):
         raise ConfigError(f"{key}: {_CONTEXT} is {short_repr(context)}, but dynamic scaling starts from {max_seq_len}")
     names = {f.name for f in fields(_RULES[kind])} | _INFERRED.get(kind, set()) if kind != "default" else set()
-    used = {name: settings.pop(name) for name in names & settings.keys() - {"original_max_seq_len"}}
+    used = {name: settings.pop(name) for name in names & settings.keys() - {"original_max_seq_len", "q_growth"}}
+    if family.growing_queries and _Q_GROWTH in settings:
+        used["q_growth"] = settings.pop(_Q_GROWTH)
     if layers := [name for name, value in settings.items() if isinstance(value, Mapping)]:
         raise ConfigError(
             f"{key}: {join_names(layers)} has settings of its own; only one for all layers is implemented"
@@ -111,20 +114,20 @@ def _rotary_dim(key: str, share: Any, sizes: Mapping[str, Any], family: Family) 
     if family.partial is None and share != 1:
         raise ConfigError(f"{key}: partial_rotary_factor is {short_repr(share)}; only 1 is implemented")
     check_number("partial_rotary_factor", share, ConfigError, above=0, maximum=1)
-    return {} if share == 1 else {"rotary_dim": int(_head_dim(sizes) * share)}
+    return {} if share == 1 else {"rotary_dim": int(head_dim(sizes) * share)}
 
 
-def _head_dim(sizes: Mapping[str, Any]) -> int:
+def head_dim(sizes: Mapping[str, Any]) -> int:
     """The width of a head; 2 where the sizes are such that LlamaConfig refuses them."""
     dim, n_heads, width = (sizes.get(name) for name in ("dim", "n_heads", "head_dim"))
     if width is None and is_whole(dim) and is_whole(n_heads) and n_heads:
         width = dim // n_heads
-    return width if isinstance(width, int) else 2
+    return width if width is not None and is_whole(width) and 0 < width < 2**31 else 2
 
 
 def rope_to_hf(config: LlamaConfig, family: Family) -> dict[str, Any]:
     """The keys of transformers v4, which v5 reads too, and those of v5 where it has others."""
-    scaling = _scaling_to_hf(config.rope_scaling)
+    scaling = _scaling_to_hf(config.rope_scaling, family)
     keys: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": scaling or None}
     if isinstance(config.rope_scaling, LongRopeScaling):  # Phi-3's own key, which wins
         keys[_CONTEXT] = config.rope_scaling.original_max_seq_len
@@ -133,7 +136,9 @@ def rope_to_hf(config: LlamaConfig, family: Family) -> dict[str, Any]:
     full = sliding = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
     if family.two_ropes:
         if (theta := config.sliding_rope_theta) is not None:
-            sliding = {"rope_type": "default", "rope_theta": theta} | _scaling_to_hf(config.sliding_rope_scaling)
+            sliding = {"rope_type": "default", "rope_theta": theta} | _scaling_to_hf(
+                config.sliding_rope_scaling, family
+            )
         keys["rope_local_base_freq"] = sliding["rope_theta"]
         keys["rope_parameters"] = {FULL: full, SLIDING: sliding}
     elif "rope_parameters" in family.defaults:  # transformers would take its default
@@ -141,9 +146,12 @@ def rope_to_hf(config: LlamaConfig, family: Family) -> dict[str, Any]:
     return keys
 
 
-def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any]:
+def _scaling_to_hf(scaling: RopeScaling | None, family: Family) -> dict[str, Any]:
+    keys = {"original_max_seq_len": _CONTEXT, "q_growth": _Q_GROWTH}
     data = {} if scaling is None else scaling.to_dict()
-    return {_CONTEXT if key == "original_max_seq_len" else key: value for key, value in data.items()}
+    if not family.growing_queries:
+        data.pop("q_growth", None)
+    return {keys.get(key, key): value for key, value in data.items()}
 
 
 def _rope_type(key: str, settings: dict[str, Any], family: Family) -> str:

@@ -239,8 +239,13 @@ def test_every_norm_can_be_watched_and_edited_by_its_address() -> None:
         hook.remove()
 
 
-def test_one_exported_decode_step_serves_every_batch_and_length() -> None:
-    model = tiny_model(norm_plan="peri+qk")
+OTHERS = {"sliding_window": 9, "sliding_layers": (0, 2), "sliding_rope_theta": 50.0, "unrotated_layers": (1,)}
+OTHERS |= {"attention_softcap": 3.0, "rotary_dim": 4, "embedding_scale": 7.0, "activation": "gelu_tanh"}
+
+
+@pytest.mark.parametrize("settings", [{}, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["llama", "others"])
+def test_one_exported_decode_step_serves_every_batch_and_length(settings: dict[str, Any]) -> None:
+    model = tiny_model(norm_plan="peri+qk", **settings)
 
     class Trunk(nn.Module):
         def __init__(self) -> None:

@@ -124,12 +124,13 @@ def test_a_plan_of_nothing_but_defaults_has_a_final_norm_alone() -> None:
 
 def test_every_setting_survives_json() -> None:
     spec = NormSpec(eps=1e-7, gain="1+w", cast="late", scale=-0.5)
-    seen = NormSpec(gain="none", view="full")
+    seen = NormSpec(gain="none", view="full", kind="layer", cast="late", bias=True)
     plan = NormPlan(
         attention=BranchPlan(pre=spec, q=seen, k=NormSpec(), v=seen, mid=spec, out=spec, post=spec, alpha=2, beta=0.1),
         feed_forward=BranchPlan(mid=spec, alpha=0.0),
         embed=spec,
         final=None,
+        parallel=True,
         overrides=(
             Override(first=0, last=2, attention=BranchPlan()),
             Override(first=1, last=1, feed_forward=BranchPlan()),

@@ -1,11 +1,14 @@
 """A plan is known by the text that makes it."""
 
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
 from llama_mini.errors import ConfigError
 from llama_mini.model.norm_plan import PRESETS, NormPlan
+from llama_mini.model.norm_slots import NormSpec
 
 LAYERS = 6
 TEXTS = [
@@ -26,6 +29,36 @@ def test_the_presets_that_have_no_final_norm_cannot_lose_it() -> None:
     for text in ("post-final", "deep-final"):
         with pytest.raises(ConfigError, match="-final changes nothing here"):
             NormPlan.parse(text, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "name"),
+    [
+        ("peri+qk", {"gain": "1+w", "cast": "late"}, "peri+qk, each with gain 1+w, rounded last"),  # Gemma 3
+        ("pre", {"kind": "layer", "gain": "none"}, "pre, each of kind layer, without a gain"),  # OLMo 1
+        (
+            "pre",
+            {"kind": "layer", "gain": "1+w", "bias": True, "cast": "late"},
+            "pre, each of kind layer, with gain 1+w, with a bias, rounded last",  # Nemotron
+        ),
+        ("parallel", {"kind": "layer", "cast": "late"}, "parallel, each of kind layer, rounded last"),  # Cohere 2
+    ],
+    ids=["gemma3", "olmo", "nemotron", "cohere2"],
+)
+def test_what_all_norms_share_is_said_in_words(text: str, settings: dict[str, Any], name: str) -> None:
+    plan = NormPlan.parse(text, LAYERS).with_norms(**settings)
+    assert plan.name(LAYERS) == name
+    layers = [(replace(a, beta=0.22), replace(f, beta=0.22)) for a, f in map(plan.layer, range(LAYERS))]
+    scaled = plan.with_layers(layers).name(LAYERS)
+    assert scaled == f"{text}, each branch times 0.22, " + name.removeprefix(f"{text}, ")
+    one = replace(layers[0][0], beta=1.0)
+    assert plan.with_layers([(one, layers[0][1]), *layers[1:]]).name(LAYERS).startswith("{'attention'")
+
+
+def test_a_bias_in_some_norms_alone_is_its_json() -> None:
+    plan = NormPlan.parse("pre", LAYERS).with_norms(kind="layer", cast="late")
+    mixed = replace(plan, final=NormSpec(kind="layer", cast="late", bias=True))
+    assert NormPlan.from_dict(eval(mixed.name(LAYERS))) == mixed
 
 
 def test_any_other_plan_is_its_json() -> None:

@@ -71,7 +71,7 @@ class Attention(Residual):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Queries (B, H, T, D) attend to S keys and values (B, K, S, D): (B, H, T, D)."""
-        if self.softcap is not None:  # the operator cannot cap: the scores come as its mask, and its own are zero
+        if self.softcap is not None:  # the operator has no cap: it takes the scores as its mask, and its own are zero
             q, mask = torch.zeros_like(q), self.capped_scores(q, k, mask, self.softcap)
         # Never is_causal: it aligns the triangle top-left, which is wrong as soon as keys outnumber queries.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, scale=self.scale)

@@ -41,7 +41,7 @@ class LlamaConfig:
             them those of the others (Gemma 3, OLMo 3).
         attention_scale: the factor of q·k; None: head_dim^-½ (query_pre_attn_scalar, attention_multiplier).
         attention_softcap, logit_softcap: c replaces a score or a logit x by c·tanh(x / c); None: x stays.
-        qk_norm_after_rope: whether q and k norms follow the rotation (HunYuan). Their gains then differ in a pair.
+        qk_norm_after_rope: whether q and k norms follow the rotation instead of preceding it (HunYuan).
         qkv_bias, o_bias, mlp_bias: whether q, k, v; the attention's output; gate, up and down have biases.
         activation: silu, gelu_tanh, gelu or relu2, the square of relu (hidden_act).
         gated_mlp: down(act(gate(x)) · up(x)), or without a gate down(act(up(x))).

@@ -65,6 +65,7 @@ class Llama(nn.Module):
         return self.norm(self.layers(x, ropes, masks, kv))
 
     def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> (B, T, C), scaled."""
         x, scale = self.tok_embeddings(tokens), self.config.embedding_scale
         return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype, device="cpu")
 

@@ -25,6 +25,7 @@ class NormRow:
     gain: str
     cast: str
     scale: float
+    bias: bool
     min: float | None
     mean: float | None
     max: float | None
@@ -49,4 +50,4 @@ def _row(path: str, norm: Norm) -> NormRow:
     if gain is not None and not gain.is_meta:
         span = float(gain.min()), float(gain.double().mean()), float(gain.max())
     slot = path.rpartition(".")[2]
-    return NormRow(path, slot, norm.kind, norm.eps, norm.gain, norm.cast, norm.scale, *span)
+    return NormRow(path, slot, norm.kind, norm.eps, norm.gain, norm.cast, norm.scale, norm.bias is not None, *span)

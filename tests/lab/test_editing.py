@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llama_mini import Llama, lab
+from llama_mini.errors import RequestError
 from llama_mini.lab.editing import edited_norms
 from llama_mini.model.norm import Norm
 from llama_mini.model.norm_plan import NormPlan
@@ -208,3 +209,29 @@ def test_parameters_are_shared_unless_changed() -> None:
 
 def norms_of(model: Llama) -> Mapping[str, Norm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Norm)}
+
+
+def test_a_bias_stays_through_an_edit() -> None:
+    biased = NormPlan.parse("pre", 3).with_norms(kind="layer", cast="late", bias=True)
+    model = tiny_model(4, torch.float64, norm_plan=biased)
+    norm = model.get_submodule(PATH)
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 5, norm.dim)))
+    normed = ((x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 0.25).sqrt()).numpy()
+    with lab.edit(model, {PATH: {"eps": 0.25, "gain": ("scale", 2.0)}}):
+        expected = 2 * norm.weight.numpy() * normed + norm.bias.numpy()
+        np.testing.assert_allclose(model.get_submodule(PATH)(x).numpy(), expected, rtol=1e-9, atol=1e-12)
+        assert model.get_submodule(PATH).bias is norm.bias
+    for settings, message in (
+        ({"kind": "rms"}, "is of kind layer with a bias, which kind rms does not have"),
+        ({"cast": "early"}, "is of kind layer with a bias, which rounds last"),
+    ):
+        with pytest.raises(RequestError, match=message), lab.edit(model, {PATH: settings}):
+            pass
+
+
+def test_the_empty_slot_of_a_parallel_layer_can_be_filled() -> None:
+    model = tiny_model(4, norm_plan="parallel")
+    plain = model(TEXT)
+    with lab.edit(model, {PATH: {"kind": "l2"}}):
+        assert (model(TEXT) - plain).abs().max() > 1e-3
+    assert torch.equal(model(TEXT), plain)

@@ -19,7 +19,9 @@ from tests.tiny_models import tiny_model
 
 def test_every_setting_and_the_effective_gain() -> None:
     attention = BranchPlan(
-        pre=NormSpec(gain="1+w", cast="late", eps=1e-3), q=NormSpec(kind="l2", gain="none"), out=NormSpec(kind="layer")
+        pre=NormSpec(gain="1+w", cast="late", eps=1e-3),
+        q=NormSpec(kind="l2", gain="none"),
+        out=NormSpec(kind="layer", cast="late", bias=True),
     )
     plan = NormPlan(attention=attention, feed_forward=BranchPlan(post=NormSpec(kind="scale", scale=0.5)), embed=None)
     model = tiny_model(n_layers=1, norm_plan=plan, norm_eps=1e-5)
@@ -35,7 +37,8 @@ def test_every_setting_and_the_effective_gain() -> None:
     assert table.column("kind") == ["rms", "l2", "layer", "scale", "rms"]
     assert table.column("eps") == [1e-3, 1e-5, 1e-5, 1e-5, 1e-5]
     assert table.column("gain") == ["1+w", "none", "w", "w", "w"]
-    assert table.column("cast") == ["late", "early", "early", "early", "early"]
+    assert table.column("cast") == ["late", "early", "late", "early", "early"]
+    assert table.column("bias") == [False, False, True, False, False]
     assert table.column("scale") == [1, 1, 1, 0.5, 1]
     assert (q.min, q.mean, q.max) == (None, None, None)
     weights = model.layers[0].attention.pre_norm.weight.double().numpy()

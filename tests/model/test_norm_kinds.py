@@ -102,6 +102,39 @@ def test_layer_is_torchs_layer_norm_without_a_bias(dtype: torch.dtype, close: fl
     torch.testing.assert_close(norm(x), theirs(x).detach(), rtol=close, atol=close)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_layer_with_a_bias_is_torchs_layer_norm_bit_for_bit(dtype: torch.dtype) -> None:
+    norm, x = make("layer", 96, dtype, eps=1e-5, cast="late", bias=True)
+    theirs = torch.nn.LayerNorm(96, 1e-5, dtype=dtype)
+    theirs.load_state_dict(norm.state_dict())
+    assert same_bits(norm(x), theirs(x).detach())
+    plus, _ = make("layer", 96, dtype, eps=1e-5, cast="late", bias=True, gain="1+w", scale=0.5)
+    theirs.weight.data, theirs.bias.data = 1 + plus.weight, plus.bias  # rounded to the weight's dtype, as in Nemotron
+    assert same_bits(plus(x), theirs(x).detach() * 0.5)
+    wide = torch.nn.LayerNorm(96, 1e-5).double()
+    wide.load_state_dict(norm.state_dict())
+    exact_y = wide(x.double()).detach().numpy()
+    error = np.abs(norm(x).double().numpy() - exact_y) / np.maximum(np.abs(exact_y), 4)
+    assert error.max() <= (1e-13 if dtype is torch.float64 else 8 * UNIT[torch.float32] + UNIT[dtype])
+
+
+def test_without_a_gain_layer_is_torchs_layer_norm_on_float32() -> None:
+    for dtype in DTYPES:
+        norm, x = make("layer", 96, dtype, eps=1e-5, gain="none")
+        theirs = torch.nn.functional.layer_norm(x.float(), (96,), eps=1e-5).to(dtype)  # OLMo 1
+        assert same_bits(norm(x), theirs)
+
+
+def test_a_bias_has_its_gradient() -> None:
+    norm, x = make("layer", 5, torch.float64, eps=1e-3, cast="late", bias=True)
+    leaves = (x[0, :2].clone().requires_grad_(), *norm.requires_grad_(True).parameters())
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_parameters_and_a_fresh_norm(kind: str) -> None:
     fresh = NORMS[kind](48)

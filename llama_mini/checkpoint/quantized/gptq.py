@@ -14,7 +14,15 @@ from torch import Tensor
 from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
 from llama_mini.checkpoint.quantized import awq
 from llama_mini.checkpoint.quantized.affine import Affine, affine_matrix, unpack, unpack_some
-from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, fault, modules, read_part, sizes_of
+from llama_mini.checkpoint.quantized.weight import (
+    Parts,
+    QuantizedMatrix,
+    expect,
+    fault,
+    modules,
+    read_part,
+    sizes_of,
+)
 from llama_mini.errors import ConfigError
 from llama_mini.validate import check_choice, check_flag, check_whole, is_whole, short_repr
 
@@ -50,6 +58,7 @@ def matrices(
     settings: Mapping[str, Any], tensors: Mapping[str, SafetensorsTensor], method: str = "GPTQ"
 ) -> Iterator[QuantizedMatrix]:
     """The matrices of a checkpoint of GPTQ. Raises CheckpointFormatError, ConfigError."""
+    awq.check_tools(settings, ("bits", "group_size", "is_marlin_format"), method)
     layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     check_choice("checkpoint_format", layout, _LAYOUTS, ConfigError)
     if settings.get("is_marlin_format"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
 from llama_mini.checkpoint.quantized.affine import Affine, affine_matrix, unpack
-from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, modules
+from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, modules, warn_of_unknown
 from llama_mini.errors import ConfigError
 from llama_mini.validate import short_repr
 
@@ -21,6 +21,8 @@ def matrices(settings: Mapping[str, Any], tensors: Mapping[str, SafetensorsTenso
     modes = [own.get("mode", "affine") for own in (settings, *settings.values()) if isinstance(own, Mapping)]
     if other := [mode for mode in modes if mode != "affine"]:  # these have no biases
         raise ConfigError(f"quantization.mode is {short_repr(other[0])}; only 'affine' is implemented")
+    of_model = {key: value for key, value in settings.items() if not isinstance(value, Mapping | bool)}
+    warn_of_unknown(of_model, ("bits", "group_size", "mode", "quant_method"))
     for module, parts in modules(tensors, ("weight", "scales", "biases")):
         own = settings.get(module)
         used = {**settings, **own} if isinstance(own, Mapping) else settings

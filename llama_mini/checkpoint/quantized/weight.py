@@ -102,7 +102,7 @@ def modules(
 
 def warn_of_unknown(settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
     """Warns of settings whose names do not begin with one of the known ones."""
-    if unknown := [key for key in settings if not key.startswith(known)]:
+    if unknown := [key for key, value in settings.items() if value is not None and not key.startswith(known)]:
         warn(f"quantization_config: unknown {join_names(unknown)} ignored")
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint
-from llama_mini.errors import CheckpointFormatError, ConfigError
+from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser
 from tests.checkpoint.quantized.writers import check_codes, damage, edit_config, gptq, layers_only, write_model
@@ -194,4 +194,19 @@ def test_the_order_of_columns_is_needed(tmp_path: Path) -> None:
 def test_settings_that_are_not_read(copy: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(copy, {"quantization_config": {"quant_method": "gptq"} | changes})
     with pytest.raises(ConfigError, match=message):
+        open_checkpoint(copy)
+
+
+def test_unknown_settings_and_activations_are_told(copy: Path) -> None:
+    common = {"quant_method": "gptq", "bits": 4, "group_size": 32, "damp_percent": 0.1, "model_name_or_path": None}
+    edit_config(copy, {"quantization_config": common})
+    open_checkpoint(copy)  # without a warning
+    edit_config(copy, {"quantization_config": common | {"unheard_of": 1, "nothing": None}})
+    with pytest.warns(LlamaMiniWarning, match="quantization_config: unknown unheard_of ignored"):
+        open_checkpoint(copy)
+    edit_config(copy, {"quantization_config": common | {"quant_method": "auto-round", "act_bits": 8}})
+    with pytest.warns(LlamaMiniWarning, match="AutoRound also quantises the activations of this model; here its"):
+        open_checkpoint(copy)
+    edit_config(copy, {"quantization_config": common | {"rotation": "hadamard"}})
+    with pytest.raises(ConfigError, match="rotation is 'hadamard'; only checkpoints without it"):
         open_checkpoint(copy)

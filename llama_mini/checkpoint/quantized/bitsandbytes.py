@@ -6,6 +6,7 @@ are JSON in the bytes of `quant_state.bitsandbytes__nf4`. The tensors tell which
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,10 +61,9 @@ def _int8_matrix(module: str, parts: Tensors) -> QuantizedMatrix:
         scale = values["SCB"].float()[:, None] / 127
         return Affine(values["weight"].view(torch.uint8) + 128, scale, -128 * scale)
 
-    by_rows = ("weight", "SCB")
-    return affine_matrix(
-        f"{module}.weight", (rows, columns), parts, "bitsandbytes", 8, columns, decode, symmetric=True, by_rows=by_rows
-    )
+    name, by_rows = f"{module}.weight", ("weight", "SCB")
+    matrix = affine_matrix(name, (rows, columns), parts, "bitsandbytes", 8, columns, decode, True, by_rows)
+    return replace(matrix, number_format="bitsandbytes int8, a scale for each row")
 
 
 def _four_bit_matrix(module: str, parts: Tensors) -> QuantizedMatrix:

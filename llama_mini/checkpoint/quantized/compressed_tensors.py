@@ -6,6 +6,7 @@ expression after `re:`, or by the module's class. Which matrices are quantised a
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from llama_mini.checkpoint.quantized.scaled_floats import (
     FP8,
     OF_ACTIVATIONS,
     Shape,
+    describe,
     expect_grid,
     float_matrix,
     spread,
@@ -174,7 +176,7 @@ def _matrix(module: str, parts: Tensors, scheme: _Scheme) -> QuantizedMatrix:
         raise fault(stored, f"has {columns} columns, which are no whole groups of {block[1]}")
     if scheme.is_int:
         return _integer_matrix(module, parts, scheme, shape, block, weight)
-    adjust = (lambda scales, parts: scales / parts["weight_global_scale"]) if scheme.has_factor else None
+    adjust = (lambda scales, parts: scales / parts["weight_global_scale"]) if "weight_global_scale" in parts else None
     dtypes = FP4 if scheme.bits == 4 else FP8
     return float_matrix(module, parts, f"compressed-tensors FP{scheme.bits}", dtypes, block, weight, adjust=adjust)
 
@@ -220,7 +222,9 @@ def _integer_matrix(
         return Affine(codes, scale, -zero * scale)
 
     name, by_rows = f"{module}.weight", (weight,)
-    return affine_matrix(name, shape, parts, "compressed-tensors", bits, group, decode, zeros is None, by_rows)
+    matrix = affine_matrix(name, shape, parts, "compressed-tensors", bits, group, decode, zeros is None, by_rows)
+    number_format = matrix.number_format.replace(f"groups of {columns}", describe(shape, block))
+    return replace(matrix, number_format=number_format)
 
 
 def _stored_columns(stored: SafetensorsTensor, rows: int) -> int:

@@ -13,13 +13,9 @@ from llama_mini.validate import short_repr
 
 Shape = tuple[int, int]
 FP8, FP4 = ("F8_E4M3", "F8_E5M2"), ("U8",)  # dtypes of the numbers; a byte holds two of FP4
-OF_ACTIVATIONS = (
-    "input_scale",
-    "input_zero_point",
-    "input_global_scale",
-    "input_scale_ub",
-    "activation_scale",
-)  # unused
+OF_ACTIVATIONS = (  # not used
+    *("input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale"),
+)
 _SCALES = (*WEIGHTS, *FP8, "U8", "F8_E8M0")  # of the last two, powers of two, stored as the exponent plus 127
 _HALF = GROUP // 2
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # FP4: a sign, two bits of exponent, one of mantissa
@@ -41,7 +37,7 @@ def float_matrix(
     all of them, or those of a row, as the shape of the scales says. weight, scale: the parts that hold these.
     adjust: (scales, parts) -> scales, where there is a second scale, of the whole matrix.
 
-    FP4 becomes codes of int8 without a detour over floats; see `_fp4_codes`.
+    Where the blocks are of whole groups, the codes of int8 are chosen so that most numbers are exact.
 
     Raises CheckpointFormatError.
     """
@@ -63,9 +59,13 @@ def float_matrix(
         return numbers
 
     def codes(parts: Parts, first: int, n: int) -> QuantizedWeights:
-        return _fp4_codes(*read(parts, first, n, _HALF))
+        numbers, scales = read(parts, first, n, width)
+        if not (torch.isfinite(numbers).all() and torch.isfinite(scales).all()):
+            raise fault(stored, "or its scale holds NaN or infinity")
+        return _fp4_codes(numbers, scales) if is_fp4 else _fp8_codes(numbers, scales)
 
-    has_codes = is_fp4 and columns % GROUP == 0 and block[1] % _HALF == 0
+    width = _HALF if is_fp4 else GROUP
+    has_codes = columns % GROUP == 0 and (block[1] % width == 0 or block[1] >= columns)
     return QuantizedMatrix(
         name=f"{module}.weight",
         shape=shape,
@@ -116,6 +116,18 @@ def _fp4(packed: Tensor) -> Tensor:
     """Two numbers a byte, the first in the low bits: (rows, bytes) uint8 -> (rows, 2 · bytes) float32."""
     table = torch.tensor((*_E2M1, *(-value for value in _E2M1)))
     return table[torch.stack((packed & 15, packed >> 4), -1).flatten(1).int()]
+
+
+def _fp8_codes(numbers: Tensor, scales: Tensor) -> QuantizedWeights:
+    """FP8 numbers, with a scale for each 32 columns, as codes of int8.
+
+    A step is 1/64 of the power of two that the group's largest number has, an eighth of its last bit: so numbers down
+    to an eighth of that power are exact, and none has a code beyond 120.
+    """
+    groups = numbers.unflatten(1, (-1, GROUP))
+    step = torch.exp2(torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent - 7.0)
+    codes = (groups / step).round_().add_(128)
+    return QuantizedWeights(codes.flatten(1).to(torch.uint8), (step[..., 0] * scales).half(), None)
 
 
 def _fp4_codes(numbers: Tensor, scales: Tensor) -> QuantizedWeights:

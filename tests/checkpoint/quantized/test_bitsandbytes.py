@@ -58,7 +58,7 @@ def test_a_model(tmp_path: Path, name: str) -> None:
             "nf4": "bitsandbytes NF4, blocks of 64, nested",
             "fp4": "bitsandbytes FP4, blocks of 64",
             "in bfloat16": "bitsandbytes NF4, blocks of 64",
-            "int8": "bitsandbytes 8 bits, groups of 64, symmetric",
+            "int8": "bitsandbytes int8, a scale for each row",
         }[name],
         "int8",
     )

@@ -43,9 +43,9 @@ SCHEMES: dict[str, tuple[QuantizationScheme, str, bool]] = {  # with the format 
     "W8A8, one scale": (scheme("Linear", strategy="tensor", inputs=INT8_INPUTS), "int8", True),
     "W8A8, asymmetric": (scheme("Linear", strategy="channel", symmetric=False, inputs=INT8_INPUTS), "int8", False),
     "W4A8": (scheme("Linear", num_bits=4, inputs=INT8_INPUTS, **GROUPS), "int4", True),
-    "FP8": (scheme("Linear", strategy="tensor", inputs=FP8_INPUTS, **FLOATS), "int8", False),
-    "FP8, rows": (scheme("Linear", strategy="channel", inputs=FP8_INPUTS, **FLOATS), "int8", False),
-    "FP8, groups": (scheme("Linear", inputs=FP8_INPUTS, **GROUPS, **FLOATS), "int8", False),
+    "FP8": (scheme("Linear", strategy="tensor", inputs=FP8_INPUTS, **FLOATS), "int8", True),
+    "FP8, rows": (scheme("Linear", strategy="channel", inputs=FP8_INPUTS, **FLOATS), "int8", True),
+    "FP8, groups": (scheme("Linear", inputs=FP8_INPUTS, **GROUPS, **FLOATS), "int8", True),
     "FP8, blocks": (
         scheme("Linear", strategy="block", block_structure=[16, 40], inputs=FP8_INPUTS, **FLOATS),
         "int8",
@@ -53,7 +53,7 @@ SCHEMES: dict[str, tuple[QuantizationScheme, str, bool]] = {  # with the format 
     ),
     "NVFP4": (scheme("Linear", num_bits=4, type="float", strategy="tensor_group", group_size=16), "int8", True),
     "MXFP4": (scheme("Linear", num_bits=4, type="float", scale_dtype=torch.uint8, **GROUPS), "int8", True),
-    "MXFP8": (scheme("Linear", scale_dtype=torch.uint8, **GROUPS, **FLOATS), "int8", False),
+    "MXFP8": (scheme("Linear", scale_dtype=torch.uint8, **GROUPS, **FLOATS), "int8", True),
 }
 
 
@@ -100,7 +100,7 @@ def test_a_matrix(tmp_path: Path, name: str) -> None:
         scale, numbers = scale.float().repeat_interleave(32, 1), codes.float()
         middle = -128 * scale if least is None else least.float().repeat_interleave(32, 1)
         rounding = 2**-11 * (numbers * scale + middle.abs()).abs()  # of scale and minimum to float16
-        rounding += scale / 2 if name == "NVFP4" else 2**-24
+        rounding += scale / 2 if name == "NVFP4" or "FP8" in name else 2**-24
         assert ((numbers * scale + middle - floats).abs() <= rounding).all()
 
 
@@ -132,6 +132,8 @@ def test_a_model(tmp_path: Path, name: str) -> None:
     assert found["lm_head.weight"] == ("F32", None)
     if name == "W4A16":
         assert found["0.mlp.up_proj.weight"] == ("compressed-tensors 4 bits, groups of 32, symmetric", "int4")
+    if name == "W8A8":
+        assert found["0.mlp.up_proj.weight"] == ("compressed-tensors 8 bits, a scale for each row, symmetric", "int8")
     if name == "mixed":
         assert found["0.mlp.down_proj.weight"] == ("compressed-tensors 4 bits, groups of 32", "int4")
         assert found["1.self_attn.q_proj.weight"] == ("compressed-tensors 8 bits, groups of 32, symmetric", "int8")

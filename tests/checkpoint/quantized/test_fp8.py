@@ -60,7 +60,17 @@ def test_scales_of_the_matrix_rows_and_blocks(
     flat = scales.view(-1, 1) if len(grid) < 2 else scales
     expected = Fp8Dequantize(None)._dequantize_one(weight, flat, torch.float32)
     assert torch.equal(floats(matrix), expected)
-    assert (matrix.kept, matrix.codes) == ("int8", None)
+    assert (matrix.kept, matrix.codes is None) == ("int8", block == [32, 16])
+    if matrix.codes is None:
+        return
+    ((_, (codes, scale, none)),) = read_matrix(matrix, matrix.codes, ROWS)
+    assert none is None
+    groups = expected.unflatten(1, (-1, 32))
+    errors = ((codes.float() - 128).unflatten(1, (-1, 32)) * scale.float()[..., None] - groups).abs()
+    limit = 2**-11 * groups.abs()  # of the scale's rounding to float16
+    is_small = groups.abs() < groups.abs().amax(-1, keepdim=True) / 8
+    assert (errors <= limit + is_small * scale.float()[..., None] / 2).all()
+    assert is_small.float().mean() < 0.4
 
 
 @pytest.mark.parametrize("block", [(128, 128), (40, 24), (7, 64), (96, 5)])

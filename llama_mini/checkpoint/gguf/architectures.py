@@ -148,7 +148,13 @@ def _no_gate(*_: Any) -> dict[str, Any]:
     return {"activation": "relu2", "gated_mlp": False}
 
 
+def _refuse_norms_of_heads(file: Metadata) -> None:
+    if (name := "blk.0.attn_q_norm.weight") in file.tensors:
+        raise ConfigError(f"{name} norms each head by gains of its own; that is not implemented in {file.architecture}")
+
+
 def _cohere(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
+    _refuse_norms_of_heads(file)
     return {"logit_scale": file.get("logit_scale", 1.0) or 1.0}
 
 
@@ -159,6 +165,7 @@ def _cohere_2(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
 
 def _stablelm(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
     """The tensors decide whether layers are parallel: the converter writes the key as true if config.json has none."""
+    _refuse_norms_of_heads(file)
     file.get("use_parallel_residual", None)
     if "blk.0.ffn_norm.weight" in file.tensors:
         return {}

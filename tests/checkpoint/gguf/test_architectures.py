@@ -22,12 +22,12 @@ REQUIRED = {
 }
 
 
-def config(architecture: str, n_layers: int = 8, **changes: Any) -> LlamaConfig:
-    """The configuration of a file without tensors; `__` stands for a dot."""
+def config(architecture: str, n_layers: int = 8, more: str = "", **changes: Any) -> LlamaConfig:
+    """The configuration of a file that has an embedding and the tensor `more`; `__` stands for a dot."""
     given = SIZES | EPS | REQUIRED.get(architecture, {}) | {"block_count": n_layers}
     given |= {key.replace("__", "."): value for key, value in changes.items()}
     metadata = {f"{architecture}.{key}": value for key, value in given.items()}
-    tensors = {"token_embd.weight": GGUFTensor("token_embd.weight", (50, 48), "F32", 0, 9600)}
+    tensors = {name: GGUFTensor(name, (50, 48), "F32", 0, 9600) for name in ("token_embd.weight", more)}
     return gguf_config(GGUFHeader(Path("tiny.gguf"), 3, metadata | {"general.architecture": architecture}, tensors))
 
 
@@ -114,6 +114,20 @@ def test_scales_of_granite_and_cohere() -> None:
     assert found == config("granite")
     assert config("cohere2", logit_scale=0.25).logit_scale == 0.25
     assert config("command-r").logit_scale == 1
+
+
+def test_the_tensors_tell_whether_layers_are_parallel() -> None:
+    assert config("stablelm", use_parallel_residual=False).norm_plan.parallel
+    found = config("stablelm", more="blk.0.ffn_norm.weight", use_parallel_residual=True)
+    assert not found.norm_plan.parallel
+
+
+@pytest.mark.parametrize("architecture", ["stablelm", "command-r"])
+def test_norms_of_single_heads_are_refused(architecture: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tiny\.gguf: blk\.0\.attn_q_norm\.weight norms each head by gains of its own"
+    ):
+        config(architecture, more="blk.0.attn_q_norm.weight")
 
 
 def test_a_part_of_a_head_is_rotated() -> None:

@@ -102,3 +102,12 @@ def test_the_model_is_left_as_it_was() -> None:
     doctor(model, TOKENS)
     assert not any(module._forward_hooks for module in model.modules())
     assert same_bits(model(TOKENS), before)
+
+
+def test_large_gains_are_not_taken_for_gains_with_one_added_twice() -> None:
+    plan = NormPlan.parse("peri", 3).with_norms(gain="1+w", cast="late")
+    for added, expected in ((0.0, 4), (1.0, 0)):  # effective gains from 1.5 to 2.5, or beyond 2 as in Gemma 3
+        model = tiny_model(norm_plan=plan)
+        for norm in (module for module in model.modules() if isinstance(module, Norm)):
+            norm.weight += added
+        assert sum("added twice" in row.finding for row in doctor(model)) == expected  # one for each slot

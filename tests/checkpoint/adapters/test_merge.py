@@ -111,13 +111,24 @@ def test_options_of_peft(tmp_path: Path, base_of: dict[bool, Path], name: str) -
     expect(found, expected)
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name in ("mistral", "olmo2") else pytest.mark.slow) for name in FAMILIES]
-)
+DEFAULT = ("phi3", "glm", "olmo2")  # q, k and v in one tensor; rotary pairs side by side; norms elsewhere
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in DEFAULT else pytest.mark.slow) for f in FAMILIES])
 def test_families(tmp_path: Path, family: str) -> None:
     base = saved_base(tmp_path, random_model(family, 1))
     theirs = adapted(base, target_modules="all-linear", use_dora=True)
     expect(ours(base, save(theirs, tmp_path / "adapter")), logits(theirs, TOKENS))
+
+
+@pytest.mark.parametrize(("family", "module"), [("phi3", "qkv_proj"), ("glm", "q_proj")])
+def test_whole_modules_of_other_rows(tmp_path: Path, family: str, module: str) -> None:
+    """Tensors that are several of the model's, or whose rows have another order; also where the base is GGUF."""
+    plain = random_model(family, 1)
+    theirs = adapted(saved_base(tmp_path, plain), target_modules=["o_proj", "gate_up_proj"], modules_to_save=[module])
+    adapter, expected = save(theirs, tmp_path / "adapter"), logits(theirs, TOKENS)
+    expect(ours(adapter), expected)
+    expect(ours(write_family(tmp_path / "model.gguf", plain), adapter), expected)
 
 
 def test_several_with_weights(tmp_path: Path, base_of: dict[bool, Path]) -> None:

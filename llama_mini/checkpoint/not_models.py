@@ -13,8 +13,8 @@ from llama_mini.validate import join_names, short_repr
 
 _MERGE = "merge it into its model and save the result (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse), then give that"
 _FILES = {  # names of files that hold no weights of a model -> what such a file is
-    "adapter*.safetensors adapter*.bin adapter*.npz": f"an adapter without {ADAPTER_CONFIG}, so its scale is unknown: "
-    "put that file beside it",
+    "adapter*.safetensors *_adapters.safetensors adapter*.bin adapter*.npz": "an adapter without "
+    f"{ADAPTER_CONFIG}, so its scale is unknown: put that file beside it",
     "*.distcp": "a part of a torch.distributed checkpoint: join the parts with `python -m "
     "torch.distributed.checkpoint.format_utils dcp_to_torch`, and convert the pytorch_model.bin that this makes",
     "*mp_rank_* global_step*": "a part of a DeepSpeed checkpoint: join the parts with its zero_to_fp32.py",

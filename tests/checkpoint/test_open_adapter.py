@@ -61,6 +61,14 @@ def test_where_its_model_is(
     expect(ours(adapter / "adapter_model.safetensors"), expected)
 
 
+def test_what_training_leaves_beside_it(tmp_path: Path, expected: Tensor) -> None:
+    random_model("llama", 0).save_pretrained(tmp_path / "base")
+    adapter = write(tmp_path / "adapter", "base")
+    for name in ("optimizer.pt", "rng_state.pth", "training_args.bin", "0000100_adapters.safetensors"):
+        (adapter / name).write_bytes(b"")
+    expect(ours(adapter), expected)
+
+
 @pytest.mark.parametrize(("revision", "asked"), [(None, "org/base"), ("v2", "org/base@v2")])
 def test_its_model_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Tensor, revision: str | None, asked: str

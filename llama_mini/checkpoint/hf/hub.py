@@ -133,7 +133,7 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
     small += sorted(name for name in names if re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", name))
     if tokenizer_only and top.intersection(VOCABULARIES):
         return small
-    weights = [n for n in top if n.endswith(".safetensors") and not n.startswith("adapter")]
+    weights = [n for n in top if n.endswith(".safetensors") and told_by_name([n]) is None]
     weights = sorted(name for name in weights if name.startswith("consolidated") == is_meta)
     if not is_meta:  # one file wins over an index, as in hf/directory.py and in transformers
         weights = next(([name] for name in (SINGLE, INDEX) if name in top), weights)

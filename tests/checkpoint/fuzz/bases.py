@@ -22,6 +22,7 @@ from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.tokenizer.meta_vocabulary import meta_tokenizer_files
 from llama_mini.tokenizer.tiktoken_file import N_SPECIAL
+from tests.checkpoint.adapters.tiny_adapters import write_adapter
 from tests.checkpoint.fuzz import quantized
 from tests.checkpoint.fuzz.gguf import ARRAY, GGUF, STRING, Entry
 from tests.checkpoint.gguf.gguf_files import write_family
@@ -89,7 +90,7 @@ def make_bases(folder: Path, write_gguf: Callable[..., Path]) -> list[Base]:
     for family in FAMILIES:
         for spelling in ("v5", "v4"):
             bases.append(_family(folder / f"{family}-{spelling}", family, spelling))
-    bases += [_prefixed(folder / "prefixed"), _other_head(folder / "other-head")]
+    bases += [_prefixed(folder / "prefixed"), _other_head(folder / "other-head"), _adapter(folder / "adapter")]
     bases += [_sentencepiece_directory(folder / "slow"), _own_plan(folder / "own")]
     bases += [_meta(folder / "meta-tiktoken", _tiktoken()), _meta(folder / "meta-sentencepiece", _sentencepiece())]
     bases += [_quantized(folder / name) for name in quantized.NAMES]
@@ -160,6 +161,17 @@ def _prefixed(folder: Path) -> Base:
     }
     save_file(tensors, folder / SINGLE)
     return Base("prefixed", folder, ("config.json", "*.safetensors"), tokenizer=False)
+
+
+def _adapter(folder: Path) -> Base:
+    """A LoRA with DoRA, and its model in a folder of it."""
+    folder.mkdir()
+    _random(folder / "base", "llama")
+    rng, name = torch.Generator().manual_seed(0), "base_model.model.model.layers.1.mlp.up_proj"
+    shapes = {"lora_A.weight": (2, 24), "lora_B.weight": (40, 2), "lora_magnitude_vector": (40,)}
+    tensors = {f"{name}.{part}": torch.randn(shape, generator=rng) for part, shape in shapes.items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_dora": True, "base_model_name_or_path": "base"}
+    return Base("adapter", write_adapter(folder, config, tensors), ("*.json", "*.safetensors"), tokenizer=False)
 
 
 def _other_head(folder: Path) -> Base:

@@ -8,6 +8,7 @@
 `rows_for_file` undoes both when a model is saved.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from llama_mini.checkpoint.families import has_interleaved_pairs, key_table
 from llama_mini.checkpoint.keys import KeyTable, to_file_name, whole_name
-from llama_mini.checkpoint.source import Destination, QuantizedWeights, Rows, Source, StoredCodes
+from llama_mini.checkpoint.source import BLOCK_ROWS, Destination, QuantizedWeights, Rows, Source, StoredCodes
 from llama_mini.errors import CheckpointMismatchError
 from llama_mini.model.config import LlamaConfig
 
@@ -59,15 +60,18 @@ def split_parts(
 def with_split_pairs(source: Source) -> Source:
     """The source of a file that has rotary pairs side by side, with the rows of q and k in the model's order.
 
-    Only one such tensor at a time is in memory as a whole.
+    They are read a few heads at a time, in whole blocks of the packed formats.
     """
-    config = source.config
-    turned = {"layers.{}.attention.q_proj": config.n_heads, "layers.{}.attention.k_proj": config.n_kv_heads}
+    turned = ("layers.{}.attention.q_proj", "layers.{}.attention.k_proj")
     ours_of = {name: source.keys.get(_pattern(name), "").rpartition(".")[0] for name in source.tensors}
-    heads = {name: turned[ours] for name, ours in ours_of.items() if ours in turned}
+    heads = {name for name, ours in ours_of.items() if ours in turned}
+    at_once = math.lcm(source.config.head_dim, BLOCK_ROWS)
 
-    def in_order(name: str, rows: Tensor) -> Tensor:
-        return reorder_pairs(rows, heads[name], config, to_file=False)
+    def are_whole(name: str, end: int) -> bool:
+        return end % at_once == 0 or end == source.tensors[name].shape[0]
+
+    def in_order(parts: list[Tensor]) -> Tensor:
+        return reorder_pairs(torch.cat(parts), source.config, to_file=False)
 
     def read(names: Collection[str], dtype: torch.dtype, into: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
         elsewhere: Destination = lambda name, *at: None if name in heads else into(name, *at)  # noqa: E731
@@ -77,9 +81,10 @@ def with_split_pairs(source: Source) -> Source:
                 yield name, first, rows
                 continue
             waiting.append(rows)
-            if first + len(rows) == source.tensors[name].shape[0]:
-                yield name, 0, in_order(name, torch.cat(waiting))
+            if are_whole(name, end := first + len(rows)):
+                ordered = in_order(waiting)
                 waiting.clear()
+                yield name, end - len(ordered), ordered
 
     def read_quantized(names: Collection[str]) -> Iterator[Rows[StoredCodes]]:
         waiting: list[QuantizedWeights] = []
@@ -88,12 +93,12 @@ def with_split_pairs(source: Source) -> Source:
                 yield name, first, stored
                 continue
             waiting.append(stored.unpacked())
-            if first + len(waiting[-1].codes) == source.tensors[name].shape[0]:
+            if are_whole(name, end := first + len(waiting[-1].codes)):
                 minima = [rows.min for rows in waiting if rows.min is not None]
                 columns = [rows.codes for rows in waiting], [rows.scale for rows in waiting], minima
-                codes, scale, *minimum = (in_order(name, torch.cat(values)) for values in columns if values)
-                yield name, 0, QuantizedWeights(codes, scale, minimum[0] if minimum else None)
+                codes, scale, *minimum = (in_order(values) for values in columns if values)
                 waiting.clear()
+                yield name, end - len(codes), QuantizedWeights(codes, scale, minimum[0] if minimum else None)
 
     return replace(source, read_rows=read, read_quantized=read_quantized)
 
@@ -104,10 +109,10 @@ def rows_for_file(
     """Our parameters -> the tensors of the family's file, with their names. Parts of one tensor wait for each other."""
     keys, waiting = key_table(model_type), dict[str, Tensor]()
     known = _parts(keys)
-    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads} if has_interleaved_pairs(model_type) else {}
+    heads = ("q_proj", "k_proj") if has_interleaved_pairs(model_type) else ()
     for ours, tensor in parameters:
-        if (n_heads := heads.get(ours.split(".")[-2])) is not None:
-            tensor = reorder_pairs(tensor, n_heads, config, to_file=True)
+        if ours.split(".")[-2] in heads:
+            tensor = reorder_pairs(tensor, config, to_file=True)
         name = to_file_name(ours, keys)
         whole = whole_name(name)
         if whole == name:
@@ -119,9 +124,9 @@ def rows_for_file(
             yield whole, torch.cat([waiting.pop(part) for part in parts])
 
 
-def reorder_pairs(rows: Tensor, n_heads: int, config: LlamaConfig, to_file: bool) -> Tensor:
-    """Rows of a whole q or k weight or bias: rotary pairs side by side -> the halves of each head, or back."""
-    heads = rows.reshape(n_heads, config.head_dim, -1)
+def reorder_pairs(rows: Tensor, config: LlamaConfig, to_file: bool) -> Tensor:
+    """Whole heads of a q or k weight or bias: rotary pairs side by side -> the halves of each head, or back."""
+    heads = rows.reshape(len(rows) // config.head_dim, config.head_dim, -1)
     turned, rest = heads.tensor_split([config.rotary_dim], dim=1)
     pairs = turned.unflatten(1, (2, -1) if to_file else (-1, 2))
     return torch.cat((pairs.transpose(1, 2).flatten(1, 2), rest), dim=1).reshape(rows.shape)

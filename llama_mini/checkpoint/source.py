@@ -20,7 +20,7 @@ Destination = Callable[[str, int, tuple[int, ...]], Tensor | None]
 # dtype, and may already lie in `destination`. A matrix comes in chunks of `rows_per_chunk` rows, with `whole` in one.
 ReadRows = Callable[[Collection[str], torch.dtype, Destination, bool], Iterator[Rows[Tensor]]]
 _CHUNK = 1 << 20  # elements of a matrix that are read at once: a whole embedding would be a second model
-_BLOCK = 16  # rows that the packed formats of optimize/ store together
+BLOCK_ROWS = 16  # rows that the packed formats of optimize/ store together
 
 
 class QuantizedWeights(NamedTuple):
@@ -114,6 +114,6 @@ def no_destination(name: str, first: int, shape: tuple[int, ...]) -> None:
     """The `Destination` that always lets the reader allocate."""
 
 
-def rows_per_chunk(columns: int) -> int:
+def rows_per_chunk(columns: int, elements: int | None = None) -> int:
     """How many rows of a matrix are read at once: a multiple of 16, so that packed formats can store each chunk."""
-    return max(_BLOCK, _CHUNK // max(columns, 1) // _BLOCK * _BLOCK)
+    return max(BLOCK_ROWS, (elements or _CHUNK) // max(columns, 1) // BLOCK_ROWS * BLOCK_ROWS)

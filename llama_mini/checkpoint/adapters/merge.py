@@ -55,7 +55,7 @@ class _Change:
     def in_order(self, values: Tensor) -> Tensor:
         """Values for the rows of the adapter's own weight, for the rows of the model's weight."""
         values = values if self.rows is None else values[self.rows]
-        return values if self.heads is None else reorder_pairs(values, self.heads, self.source.config, to_file=False)
+        return values if self.heads is None else reorder_pairs(values, self.source.config, to_file=False)
 
     def check_shapes(self, rows: int, shape: tuple[int, ...], may_grow: bool) -> None:
         """Compares its tensors with a weight of `shape`, of which the adapter sees `rows` rows."""

@@ -16,7 +16,7 @@ from llama_mini.checkpoint.gguf.architectures import ARCHITECTURES
 from llama_mini.checkpoint.gguf.header import GGUFHeader, GGUFTensor, read_header
 from llama_mini.checkpoint.gguf.metadata import Metadata
 from llama_mini.checkpoint.gguf.rope import gguf_scaling, name_tensors
-from llama_mini.checkpoint.gguf.tensors import FLOATS, kept, read_blocks, read_rows, read_tensor
+from llama_mini.checkpoint.gguf.tensors import CHUNK, FLOATS, kept, read_blocks, read_rows, read_tensor
 from llama_mini.checkpoint.not_models import describe_gguf
 from llama_mini.checkpoint.rows import split_parts, with_split_pairs
 from llama_mini.checkpoint.source import Destination, Rows, Source, StoredCodes, StoredTensor, rows_per_chunk
@@ -59,13 +59,14 @@ def open_gguf(path: Path) -> Source:
                 elif whole or len(tensor.shape) == 1:
                     yield name, 0, read_tensor(file, tensor, dtype)
                 else:
-                    for first, rows in read_rows(file, tensor, dtype, rows_per_chunk(tensor.shape[-1])):
+                    for first, rows in read_rows(file, tensor, dtype, rows_per_chunk(tensor.shape[-1], CHUNK)):
                         yield name, first, rows
 
     def read_quantized(names: Collection[str]) -> Iterator[Rows[StoredCodes]]:
         with path.open("rb") as file:
             for name in names:
-                for first, blocks in read_blocks(file, tensors[name], rows_per_chunk(tensors[name].shape[-1])):
+                at_once = rows_per_chunk(tensors[name].shape[-1], CHUNK)
+                for first, blocks in read_blocks(file, tensors[name], at_once):
                     yield name, first, blocks
 
     source = Source(

@@ -13,7 +13,7 @@ from llama_mini.checkpoint.gguf.header import GGUFTensor
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.validate import short_repr
 
-_CHUNK = 1 << 20  # elements that are in memory as float32 at once, besides the tensor that they go to
+CHUNK = 1 << 18  # elements that are in memory at once, besides the tensor that they go to: gguf makes copies in float32
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -33,7 +33,7 @@ def read_blocks(file: BinaryIO, tensor: GGUFTensor, at_once: int) -> Iterator[tu
 def read_tensor(file: BinaryIO, tensor: GGUFTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The whole tensor in its shape, from the open GGUF file that holds it. Raises as `read_rows` does."""
     values = torch.empty(tensor.shape, dtype=dtype, device="cpu")
-    for first, rows in read_rows(file, tensor, dtype, max(1, _CHUNK // tensor.shape[-1])):
+    for first, rows in read_rows(file, tensor, dtype, max(1, CHUNK // tensor.shape[-1])):
         values.view(-1, tensor.shape[-1])[first : first + len(rows)] = rows
     return values
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tests.optimize.twins import Layer, NormArgs, Step, generator, norm_of, random, random_matrix, same_bits
 
+LAYER_FORMATS = ["float", "int8", "int4", "mixed"]  # mixed layers hold int5 too
 NO_NORM = {dtype: NormArgs(torch.empty(0, dtype=dtype), 0.0, 0) for dtype in (torch.float32, torch.bfloat16)}
 
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_mini.optimize.build import ISA_VARIANTS
-from tests.optimize.random_layers import assert_near, follow, random_step, same_caches
-from tests.optimize.twins import FORMATS, each_isa, examples, generator, same_bits, some
+from tests.optimize.random_layers import LAYER_FORMATS, assert_near, follow, random_step, same_caches
+from tests.optimize.twins import each_isa, examples, generator, same_bits, some
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -19,7 +19,7 @@ def tolerance(format_: str, dtype: torch.dtype) -> float:
     return 0.03 if dtype == torch.bfloat16 else 2e-5 if format_ == "float" else 1e-3
 
 
-@pytest.mark.parametrize("format_", [*FORMATS, "mixed"])
+@pytest.mark.parametrize("format_", LAYER_FORMATS)
 @given(
     seed=st.integers(0, 2**32),
     dtype=st.sampled_from(DTYPES),
@@ -62,7 +62,7 @@ def test_layers(
         assert same_caches(row, step.row(b))
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", LAYER_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_thousands_of_positions(isa: str, format_: str, dtype: torch.dtype) -> None:
     step = random_step(3, format_, dtype, 5, 2, 3, 8, 40, 50, longest=2500, windows=(0, 600))
@@ -86,7 +86,7 @@ def test_each_norm_of_a_layer_rounds_where_it_says(isa: str, slot: int, late: in
     assert (y != right).double().mean() < 0.8 * (y != wrong).double().mean()
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", LAYER_FORMATS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_row_and_shows(isa: str, format_: str, bad: float) -> None:
     step = random_step(9, format_, torch.float32, 6, 2, 3, 9, 37, 51)
@@ -98,7 +98,7 @@ def test_what_is_not_finite_stays_in_its_row_and_shows(isa: str, format_: str, b
     assert same_bits(y[others], clean[others])
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", LAYER_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_of_zeros(isa: str, format_: str, dtype: torch.dtype) -> None:
     step = random_step(8, format_, dtype, 3, 2, 3, 9, 37, 51)

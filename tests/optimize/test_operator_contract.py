@@ -21,6 +21,7 @@ from llama_mini.model.llama import Llama
 from llama_mini.optimize import optimize
 from llama_mini.optimize.build import load_kernels
 from tests.optimize.operator_calls import STORE, WRONG, Arguments, called, valid
+from tests.optimize.random_layers import LAYER_FORMATS
 from tests.optimize.twins import FORMATS, same_bits
 from tests.processes import child
 from tests.tiny_models import random_tokens, tiny_model
@@ -66,7 +67,8 @@ def test_a_wrong_call_is_refused_and_writes_nothing(refused: list[str], name: st
 
 
 CODED = [name for name in FORMATS if name != "float"]
-CALLS = [(name, format_) for name in ("layers", "prompt", "gemv", "gemm") for format_ in FORMATS]
+CALLS = [(name, format_) for name in ("layers", "prompt") for format_ in LAYER_FORMATS]
+CALLS += [(name, format_) for name in ("gemv", "gemm") for format_ in FORMATS]
 CALLS += [*(("dequantize_rows", format_) for format_ in CODED), ("rms_norm", "float")]
 
 

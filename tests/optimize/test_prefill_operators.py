@@ -9,6 +9,7 @@ from torch import Tensor
 from llama_mini.optimize.build import ISA_VARIANTS
 from tests.optimize import twins
 from tests.optimize.random_layers import (
+    LAYER_FORMATS,
     NO_NORM,
     assert_near,
     assert_near_caches,
@@ -17,7 +18,7 @@ from tests.optimize.random_layers import (
     random_step,
     same_caches,
 )
-from tests.optimize.twins import FORMATS, Step, each_isa, examples, generator, same_bits
+from tests.optimize.twins import Step, each_isa, examples, generator, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = st.sampled_from(DTYPES)
@@ -44,7 +45,7 @@ def in_parts(step: Step, *ends: int) -> Tensor:
     return torch.cat([step.part(start, end).run() for start, end in zip((0, *ends), ends, strict=False)], 1)
 
 
-@pytest.mark.parametrize("format_", [*FORMATS, "mixed"])
+@pytest.mark.parametrize("format_", LAYER_FORMATS)
 @given(
     seed=seeds,
     dtype=dtypes,
@@ -84,7 +85,7 @@ def test_a_prompt_through_layers(
         assert same_caches(step, parts)
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", LAYER_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_tokens_than_are_taken_together(isa: str, format_: str, dtype: torch.dtype) -> None:
     step = random_prompt(3, format_, dtype, 5, 900, 1, 2, 4, 40, 70)
@@ -167,7 +168,7 @@ def test_any_nan_among_the_keys_shows(isa: str, bits: int) -> None:
     assert step.run().isnan().all()
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", LAYER_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows_and_leaves_earlier_blocks_alone(
@@ -206,7 +207,7 @@ def test_each_norm_of_a_layer_rounds_where_it_says(isa: str, slot: int, late: in
     assert (ours != right_ones).double().mean() < most * (ours != wrong_ones).double().mean()
 
 
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", LAYER_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_of_zeros(isa: str, format_: str, dtype: torch.dtype) -> None:
     step = random_prompt(8, format_, dtype, 3, 20, 2, 3, 9, 37, 51)

@@ -45,27 +45,14 @@ _FORMATS = (
 )
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 _OPTIONAL = ("weight", "weight_packed", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
-_KEYS: tuple[str, ...] = (
-    "quant_method",
-    "config_groups",
-    "format",
-    "ignore",
-    "kv_cache_scheme",
-    "sparsity_config",
-    "transform_config",
+_KEYS = (
+    *("quant_method", "config_groups", "format", "ignore", "kv_cache_scheme", "sparsity_config", "transform_config"),
+    *("quantization_status", "global_compression_ratio", "moe_sparsity_config", "version", "run_compressed"),
 )
-_KEYS += ("quantization_status", "global_compression_ratio", "moe_sparsity_config", "version", "run_compressed")
-_WEIGHT_KEYS: tuple[str, ...] = (
-    "num_bits",
-    "type",
-    "symmetric",
-    "group_size",
-    "strategy",
-    "block_structure",
-    "dynamic",
-    "actorder",
+_WEIGHT_KEYS = (
+    *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"),
+    *("scale_dtype", "zp_dtype", "observer"),
 )
-_WEIGHT_KEYS += ("scale_dtype", "zp_dtype", "observer")
 _SLOW_PATTERN = re.compile(r"\)[*+{]|([*+{?].*){5}")  # could take forever to match
 Tensors = Mapping[str, SafetensorsTensor]
 

@@ -18,17 +18,13 @@ from llama_mini.checkpoint.quantized.weight import (
 from llama_mini.errors import ConfigError
 from llama_mini.validate import check_choice, check_whole, short_repr
 
-_KEYS: tuple[str, ...] = (
-    "quant_method",
-    "weight_block_size",
-    "activation_sc",
-    "modules_to_",
-    "ignored_layers",
-    "fmt",
-    "scale_fmt",
+_KEYS = (
+    *("quant_method", "weight_block_size", "activation_sc", "modules_to_", "ignored_layers", "fmt", "scale_fmt"),
+    *("dequantize", "expert_dtype", "kv_cache_scheme"),
 )
-_KEYS += ("dequantize", "expert_dtype", "kv_cache_scheme")
-_MODELOPT_KEYS = ("quant_", "producer", "quantization", "kv_cache_", "group_size", "exclude_modules", "ignore")
+_MODELOPT_KEYS = (
+    *("quant_", "producer", "quantization", "kv_cache_", "group_size", "exclude_modules", "ignore", "config_groups"),
+)
 _SCALES = ("weight_scale_inv", "weight_scale")  # either multiplies the weight
 Tensors = Mapping[str, SafetensorsTensor]
 
@@ -52,9 +48,10 @@ def matrices(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[Quantize
 
 def modelopt(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[QuantizedMatrix]:
     """The matrices of a checkpoint of ModelOpt. Raises CheckpointFormatError, ConfigError."""
+    inner = settings.get("quantization")  # in hf_quant_config.json
+    settings = {**settings, **inner} if isinstance(inner, Mapping) else settings
     warn_of_unknown(settings, _MODELOPT_KEYS)
-    inner = settings.get("quantization", settings)
-    method = inner.get("quant_algo") if isinstance(inner, Mapping) else None
+    method = settings.get("quant_algo")
     check_choice("quant_algo", method, ("FP8", "NVFP4"), ConfigError)
     warn_of_activations("ModelOpt")
     whole = ["weight_scale_2"] if method == "NVFP4" else []  # a second scale, of the whole matrix

@@ -14,7 +14,7 @@ from llama_mini.validate import short_repr
 Shape = tuple[int, int]
 FP8, FP4 = ("F8_E4M3", "F8_E5M2"), ("U8",)  # dtypes of the numbers; a byte holds two of FP4
 OF_ACTIVATIONS = (  # not used
-    *("input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale"),
+    *("input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale", "output_scale"),
 )
 _SCALES = (*WEIGHTS, *FP8, "U8", "F8_E8M0")  # of the last two, powers of two, stored as the exponent plus 127
 _HALF = GROUP // 2
@@ -140,8 +140,8 @@ def _fp4_codes(numbers: Tensor, scales: Tensor) -> QuantizedWeights:
     largest = pairs.abs().amax(-1, keepdim=True)
     ratios = pairs / torch.where(largest == 0, 1.0, largest)
     steps = torch.tensor([8.0, 10.0, 9.0, 7.0, 6.0, 5.0])  # a power of two first: equal scales keep all their bits
-    levels = ratios[..., None, None] * steps[:, None] * (2 * torch.tensor(_E2M1))
-    errors = (levels - levels.round()).square().sum((-3, -1)) / steps.square()
+    levels = ratios.abs().amin(-1)[..., None, None] * torch.outer(2 * steps, torch.tensor(_E2M1))
+    errors = (levels - levels.round()).square_().sum(-1) / steps.square()
     best = steps[errors.argmin(-1, keepdim=True)]
     codes = 2 * numbers.unflatten(-1, (-1, 2, _HALF)) * (ratios * best)[..., None]
     return QuantizedWeights(

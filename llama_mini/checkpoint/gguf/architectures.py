@@ -36,6 +36,10 @@ _NAMES = {
 _QKV = {"blk.{}.attn_qkv": [("q", "blk.{}.attn_q"), ("k", "blk.{}.attn_k"), ("v", "blk.{}.attn_v")]}
 _GATE_UP = {"blk.{}.ffn_up": [("gate", "blk.{}.ffn_gate"), ("up", "blk.{}.ffn_up")]}
 
+# Granite 4 without state spaces and experts is this architecture too, and keeps these keys of those that have them.
+_OF_HYBRIDS = [f"ssm.{key}" for key in ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")]
+_OF_HYBRIDS.append("expert_shared_feed_forward_length")
+
 Settings = Callable[[LlamaConfig, Metadata], dict[str, Any]]
 
 
@@ -130,6 +134,7 @@ def _gemma_scale(config: LlamaConfig, n_layers: int) -> float:
 
 
 def _granite(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
+    file.ignore(*_OF_HYBRIDS)
     beta, divisor, plan = file.get("residual_scale", 0) or 1.0, file.get("logit_scale"), config.norm_plan
     check_number("granite.logit_scale", divisor, ConfigError, above=0)
     unrotated = tuple(range(config.n_layers)) if not file.get("rope.scaling.finetuned", True) else ()
@@ -166,7 +171,7 @@ def _cohere_2(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
 def _stablelm(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
     """The tensors decide whether layers are parallel: the converter writes the key as true if config.json has none."""
     _refuse_norms_of_heads(file)
-    file.get("use_parallel_residual", None)
+    file.ignore("use_parallel_residual")
     if "blk.0.ffn_norm.weight" in file.tensors:
         return {}
     plan = config.norm_plan

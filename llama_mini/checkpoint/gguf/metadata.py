@@ -67,6 +67,10 @@ class Metadata:
             )
         return tuple(i for i in range(n_layers) if not pattern or i % pattern != pattern - 1)
 
+    def ignore(self, *names: str) -> None:
+        """Accepts any value of these settings, which change nothing in the architecture."""
+        self._read.update(names)
+
     def check_fixed(self) -> None:
         """Refuses another value of a setting that all architectures share."""
         for name in FIXED_KEYS:

@@ -116,6 +116,13 @@ def test_scales_of_granite_and_cohere() -> None:
     assert config("command-r").logit_scale == 1
 
 
+def test_granite_4_without_state_spaces_keeps_their_keys() -> None:
+    keys = ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
+    unused: dict[str, Any] = {f"ssm__{key}": 4 for key in keys} | {"expert_shared_feed_forward_length": 40}
+    per_layer = {"attention__head_count_kv": np.full(8, 2, np.uint32), "expert_count": 0, "expert_used_count": 0}
+    assert config("granite", **unused, **per_layer) == config("granite", attention__head_count_kv=2)
+
+
 def test_the_tensors_tell_whether_layers_are_parallel() -> None:
     assert config("stablelm", use_parallel_residual=False).norm_plan.parallel
     found = config("stablelm", more="blk.0.ffn_norm.weight", use_parallel_residual=True)
@@ -157,6 +164,7 @@ REFUSED = {
         "q_growth must be .* not 'a'",
     ),
     "clamp": ("olmo", {"attention__clamp_kqv": 8.0}, "olmo.attention.clamp_kqv is 8.0; only 0"),
+    "state space": ("llama", {"ssm__conv_kernel": 4}, "llama.ssm.conv_kernel is 4; this setting is not implemented"),
     "experts": ("granite", {"expert_count": 8}, "granite.expert_count is 8"),
     "partial": ("granite", {"rope__dimension_count": 8}, "granite.rope.dimension_count is 8; only .* 16"),
     "odd part": ("phi3", {"rope__dimension_count": 7}, "rotary_dim must be even"),

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import CheckpointFormatError, ConfigError
 from llama_mini.model.llama import Llama
+from llama_mini.optimize import fuser
 from tests.checkpoint.quantized.writers import check_codes, damage, edit_config, write_model
 from tests.tiny_families import logits
 from tests.tiny_models import random_tokens
@@ -115,3 +117,12 @@ def test_damaged_parts_are_named(tmp_path: Path, end: str, change: Any, message:
     damage(tmp_path, f"model.layers.0.mlp.up_proj.{end}", change)
     with pytest.raises(CheckpointFormatError, match=message):
         Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_scales_that_float16_cannot_hold(tmp_path: Path, kernels: str) -> None:
+    write_model(tmp_path, {"quantization": {"bits": 4}}, lambda _, w: quantized(w, 4, 64, "float32"), **SIZES)
+    damage(tmp_path, "model.layers.1.mlp.up_proj.scales", lambda scales: scales * 1e8)
+    with pytest.raises(CheckpointFormatError, match=r"up_proj.* int4 cannot; load it with --quantize none"):
+        load_model(Llama, open_checkpoint(tmp_path), "float32", "cpu", fuser(kernels), "auto")
+    assert Llama.from_pretrained(tmp_path, dtype="float32")

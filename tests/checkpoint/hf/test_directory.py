@@ -56,7 +56,7 @@ def test_every_fault_is_in_one_report(directory: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors["lm_head.weight"], tensors[NORM]
         tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(3, 5)
-        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(48)
         tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(48, 16)
 
     edit(directory, change)

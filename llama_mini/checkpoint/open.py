@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from llama_mini.checkpoint.adapters.adapter import Adapter, open_adapter
+from llama_mini.checkpoint.adapters.config import LARGEST
 from llama_mini.checkpoint.adapters.merge import merged
 from llama_mini.checkpoint.gguf.header import read_header
 from llama_mini.checkpoint.gguf.model import open_gguf
@@ -72,7 +73,7 @@ def _weights(adapter: Adapters | None) -> Iterable[tuple[str | Path, float]]:
     for name, weight in pairs:
         if not isinstance(name, str | Path):
             raise RequestError(f"adapter must be a directory or a hub name, or several, not {short_repr(name)}")
-        check_number(f"the weight of the adapter {name}", weight, RequestError)
+        check_number(f"the weight of the adapter {name}", weight, RequestError, -LARGEST, LARGEST)
     return as_dict("adapter", pairs, RequestError).items()
 
 

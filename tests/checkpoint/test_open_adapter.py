@@ -132,8 +132,8 @@ def test_an_adapter_for_another_model(tmp_path: Path) -> None:
     [
         (5, "adapter must be a directory or a hub name, or several, not 5"),
         ([5], "adapter must be a directory or a hub name, or several, not 5"),
-        ({"a": "2"}, "the weight of the adapter a must be a finite number, not '2'"),
-        ({"a": float("nan")}, "the weight of the adapter a must be a finite number, not nan"),
+        ({"a": "2"}, "the weight of the adapter a must be a finite number from .* not '2'"),
+        ({"a": float("nan")}, "the weight of the adapter a must be a finite number from .* not nan"),
         (["a", "a"], "adapter: 'a' is given twice"),
         ("absent", r"absent has no adapter_config\.json"),
     ],

@@ -23,6 +23,7 @@ from llama_mini.validate import (
 )
 
 _MAX_RANK = 1 << 16
+LARGEST = 1e9  # of alpha, and of the weight of an adapter: float32 must hold their product
 _LORA = "only LoRA is read; merge it into its model with PEFT's merge_and_unload, and give the result"
 _REFUSED: dict[str, tuple[Any, ...]] = {  # keys of PEFT that change what an adapter computes, but for these values
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others also change the base's weights
@@ -103,7 +104,7 @@ def _peft(raw: Mapping[str, Any]) -> AdapterConfig:
         check_flag(key, flag, ConfigError)
     rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
     check_whole("r", rank, ConfigError, 1, _MAX_RANK)
-    check_number("lora_alpha", alpha, ConfigError)
+    check_number("lora_alpha", alpha, ConfigError, -LARGEST, LARGEST)
     tokens = raw.get("trainable_token_indices", {})
     tokens = {"embed_tokens": tokens} if isinstance(tokens, list) else tokens
     ids = list(tokens.values()) if isinstance(tokens, Mapping) else [None]
@@ -113,7 +114,7 @@ def _peft(raw: Mapping[str, Any]) -> AdapterConfig:
     for _, value in ranks:
         check_whole("a rank of rank_pattern", value, ConfigError, 1, _MAX_RANK)
     for _, value in alphas:
-        check_number("a number of alpha_pattern", value, ConfigError)
+        check_number("a number of alpha_pattern", value, ConfigError, -LARGEST, LARGEST)
     return AdapterConfig(
         kind="DoRA" if flags["use_dora"] else "LoRA",
         base=_text(raw, "base_model_name_or_path"),
@@ -138,7 +139,7 @@ def _mlx(raw: Mapping[str, Any]) -> AdapterConfig:
     rank: Any = 1 if kind == "full" else settings.get("rank")
     scale: Any = 1.0 if kind == "full" else settings.get("scale")
     check_whole("lora_parameters.rank", rank, ConfigError, 1, _MAX_RANK)
-    check_number("lora_parameters.scale", scale, ConfigError)
+    check_number("lora_parameters.scale", scale, ConfigError, -LARGEST, LARGEST)
     return AdapterConfig(
         kind={"lora": "LoRA", "dora": "DoRA", "full": "weights"}[kind],
         base=_text(raw, "model"),

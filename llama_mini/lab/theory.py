@@ -120,14 +120,12 @@ def predict(plan: Plan, depth: int, activation: Activation = "silu", gated: bool
             at = f"layers.{i}."
             h, b = _pre(moments[-1], attention, at + BRANCHES[0])
             mid, through, carried, cosine = _sublayer(moments[-1], h, b, attention, at + BRANCHES[0], _attend)
-            if norms.parallel:  # the second branch reads the first one's input, and its gradient returns there
-                h, own = _pre(h, feed_forward, at + BRANCHES[1])
-                out, through_2, carried_2, cosine_2 = _sublayer(mid, h, b * own, feed_forward, at + BRANCHES[1], feed)
-                growth.append((carried + through) * carried_2 + through_2)
-            else:
-                h, b = _pre(mid, feed_forward, at + BRANCHES[1])
-                out, through_2, carried_2, cosine_2 = _sublayer(mid, h, b, feed_forward, at + BRANCHES[1], feed)
-                growth.append((carried + through) * (carried_2 + through_2))
+            grown = carried + through
+            # In a parallel layer the second branch reads the first one's input, and its gradient returns there.
+            reads, begin = (h, b) if norms.parallel else (mid, grown)
+            h, b = _pre(reads, feed_forward, at + BRANCHES[1])
+            out, through, carried, cosine_2 = _sublayer(mid, h, begin * b, feed_forward, at + BRANCHES[1], feed)
+            growth.append(grown * carried + through)
             moments.append(out)
             cosines.append(cosine * cosine_2)
         gradient = np.sqrt(np.cumprod([1.0, *growth[::-1]])[::-1])

@@ -15,7 +15,7 @@ from llama_mini.checkpoint.io.safetensors_header import read_header
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.quantized import fp8
 from llama_mini.checkpoint.quantized.weight import QuantizedMatrix, read_matrix
-from llama_mini.errors import ConfigError, LlamaMiniError, LlamaMiniWarning
+from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
 from tests.checkpoint.quantized.libraries import quantise, scheme
 from tests.checkpoint.quantized.writers import write_model
@@ -160,6 +160,15 @@ def test_faults(tmp_path: Path, changes: dict[str, Any], settings: dict[str, Any
     stored = {part: values for part, values in (WHOLE | changes).items() if values is not None}
     with pytest.raises(LlamaMiniError, match=what):
         list(map(floats, store(tmp_path, stored, {"weight_block_size": [32, 32]} | settings)))
+
+
+def test_nan_is_no_code(tmp_path: Path) -> None:
+    weight = random_fp8(1)
+    weight.view(torch.uint8)[90, 3] = 0x7F
+    (matrix,) = store(tmp_path, WHOLE | {"weight": weight}, {"weight_block_size": [32, 32]})
+    assert matrix.codes is not None
+    with pytest.raises(CheckpointFormatError, match=r"q_proj\.weight' or its scale holds NaN or infinity"):
+        list(read_matrix(matrix, matrix.codes, 16))
 
 
 def test_methods_of_modelopt_that_are_not_read(tmp_path: Path) -> None:

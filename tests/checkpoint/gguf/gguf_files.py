@@ -38,6 +38,7 @@ _GRANITE = {
 FORMATS = {
     "llama": Format(A.LLAMA, interleaves=True),
     "mistral": Format(A.LLAMA, interleaves=True),
+    "ministral3": Format(A.MISTRAL3, interleaves=True),
     "qwen2": Format(A.QWEN2),
     "qwen3": Format(A.QWEN3),
     "olmo2": Format(A.OLMO2),
@@ -139,6 +140,7 @@ def _metadata(config: Any, form: Format) -> dict[str, Any]:
         pattern = [kind == "sliding_attention" for kind in config.layer_types]
         if not form.period or pattern != [i % form.period != form.period - 1 for i in range(len(pattern))]:
             metadata["attention.sliding_window_pattern"] = pattern
+    metadata["attention.temperature_scale"] = rope.get("llama_4_scaling_beta")
     return metadata | _scaling(rope, config.max_position_embeddings) | {k: given(name) for k, name in form.keys.items()}
 
 

@@ -27,7 +27,7 @@ from tests.tiny_models import random_tokens
 ROPE = {"default": 0, "linear": 1, "yarn": 4}  # kind -> a seed whose random settings have it
 # Settings that their random choices may have, and GGUF files of these architectures cannot state.
 STATED: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": None},
+    **{name: {"sliding_window": None} for name in ("mistral", "ministral3")},
     **{name: {"use_sliding_window": False, "layer_types": None} for name in ("qwen2", "qwen3")},
     "smollm3": {"use_sliding_window": False, "no_rope_layers": None, "no_rope_layer_interval": 4},
     "arcee": {"hidden_act": "relu2"},
@@ -47,7 +47,10 @@ TOKENIZER |= {"tokenizer.ggml.tokens": [*BYTE_LETTERS, "ab"]}
 def stated_model(model_type: str, kind: str, **changes: Any) -> PreTrainedModel:
     model = random_model(model_type, ROPE[kind], **STATED.get(model_type, {}) | changes)
     ropes = model.config.rope_parameters
-    assert ropes.get("full_attention", ropes)["rope_type"] == kind or model_type == "phi3"  # which has its own
+    assert ropes.get("full_attention", ropes)["rope_type"] == kind or model_type in (
+        "phi3",
+        "ministral3",
+    )  # which have their own
     return model
 
 

@@ -33,7 +33,8 @@ SIZES = {  # Hugging Face's name -> ours
 REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 PART_OF = "part_of"  # our key: the model_type of the model whose text part this is
 _OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", *SETTINGS)
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS |= {"gelu_new": "gelu_tanh", "relu2": "relu2"}
 FIXED_KEYS: dict[str, Any] = {  # only this value is implemented, unless the family reads the key
     "attention_bias": False,
     "attention_out_bias": False,
@@ -127,9 +128,12 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
         warn(f"config.json: {family.eps} is absent; {eps} is used, the default of model_type {family.model_type}")
     try:
         values: dict[str, Any] = dict(family.fixed)
-        for key in table.keys() & settings.keys():
-            names, power = table[key]
-            values |= dict.fromkeys(names, _to_field(key, settings[key], power))
+        for key, (names, power) in table.items():
+            if key in settings:
+                value = _to_field(key, settings[key], power)
+                if any(values.get(name, value) != value for name in names):
+                    raise ConfigError(f"{key} is {short_repr(settings[key])}, but another key says otherwise")
+                values |= dict.fromkeys(names, value)
         plan = _plan(family, **{name: values.pop(name) for name in ("beta", "parallel") if name in values})
         if family.scaled_embedding and is_whole(values["dim"]) and 0 < values["dim"] < 2**31:
             values["embedding_scale"] = values["dim"] ** 0.5

@@ -24,7 +24,7 @@ _MULTIMODAL = {"mrope_section", "mrope_interleaved", "use_mrope"}  # text has th
 def rope_keys(family: Family) -> set[str]:
     """The keys of config.json that this file reads for this family only."""
     share = {"partial_rotary_factor"} if family.partial is not None else set[str]()
-    return share | ({"rope_local_base_freq"} if family.sliding_theta is not False else set())
+    return share | ({"rope_local_base_freq"} if family.two_ropes else set())
 
 
 def read_rope(raw: Mapping[str, Any], sizes: Mapping[str, Any], family: Family) -> dict[str, Any]:

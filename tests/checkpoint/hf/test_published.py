@@ -133,6 +133,8 @@ def test_a_familys_own_code_is_ignored_with_a_warning() -> None:
             "sliding_window_pattern must be a whole",
         ),
         ({"model_type": "hunyuan_v1_dense", "rope_scaling": {"type": "dynamic", "alpha": -1}}, "alpha must be"),
+        ({"model_type": "llama", "rope_local_base_freq": 1e4}, "rope_local_base_freq is 10000.0; only None"),
+        ({"model_type": "internlm3", "bias": True, "mlp_bias": False}, "bias is True, but another key says otherwise"),
         ({"model_type": "llama", "num_local_experts": 8}, "num_local_experts is 8; only None"),
         ({"model_type": "mixtral"}, "'mixtral' is a mixture of experts, which is not read; the model_types that can"),
         ({"model_type": "deepseek_v3"}, "'deepseek_v3' is a mixture of experts"),

@@ -10,8 +10,9 @@ import torch
 from gguf import GGML_QUANT_SIZES, quants
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from llama_mini import LLM, Llama
+from llama_mini import LLM, Llama, Tokenizer
 from llama_mini.checkpoint.gguf.blocks import CODES
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.load import load_model
@@ -24,7 +25,7 @@ from llama_mini.optimize.packed_linear import PackedLinear
 from tests.checkpoint.gguf import gguf_files
 from tests.checkpoint.gguf.random_blocks import random_blocks
 from tests.optimize.conftest import KERNELS, error
-from tests.optimize.test_loading import floats_of, parts
+from tests.optimize.test_loading import TEXT, floats_of, parts
 from tests.tiny_families import random_model
 from tests.tiny_models import random_tokens
 
@@ -151,3 +152,17 @@ def test_a_scale_that_no_format_holds_is_one_sentence(
     ):
         kept(path, kernels)
     load_model(Llama, open_checkpoint(path), "float32", "cpu", fuser(kernels), "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q5_0, Kind.Q5_1, Kind.MXFP4], ids=lambda kind: kind.name)
+def test_the_default_checkpoint_loses_nothing_at_its_own_bits(tmp_path: Path, smollm2_dir: Path, kind: Kind) -> None:
+    """Quantised by gguf itself; codes and operators against the same weights as floats, over 1,024 tokens."""
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+    path = gguf_files.write_family(tmp_path / "model", theirs, kind)
+    tokens = torch.tensor([Tokenizer.from_pretrained(smollm2_dir).encode(TEXT.read_text(encoding="utf-8"))[:1024]])
+
+    def nats(model: Llama) -> float:
+        return float(torch.nn.functional.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:]))
+
+    assert abs(nats(kept(path)) - nats(Llama.from_pretrained(path, dtype="float32"))) < 0.005

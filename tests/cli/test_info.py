@@ -1,6 +1,7 @@
 """--info on every format: it says what is there, reads no tensor's data, and refuses what loading would refuse."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,10 @@ def test_the_default_checkpoint_and_its_gguf_file(smollm2_dir: Path, smollm2_ggu
     converted = rows(smollm2_dir)
     for key in ("family", "shape", "norms", "context", "chat template"):
         assert gguf[key] == converted[key]
+    assert "kept as" not in gguf["parameters"] + converted["parameters"]  # `rows` asks for a dtype, so for floats
+    kept = describe(smollm2_gguf)
+    assert "MiB); kept as int4, int8\n" in kept
+    assert re.search(r"memory +weights 92\.\d MiB in int4, int8 and (bfloat16|float32), cache", kept)
 
 
 def test_a_checkpoint_without_a_tokenizer(

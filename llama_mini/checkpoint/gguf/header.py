@@ -27,7 +27,12 @@ _USUAL_TYPES = {  # the common part of `_ggml_types`, which saves the import of 
     1: ("F16", 1, 2),
     2: ("Q4_0", 32, 18),
     3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
 }
 _MIN_ENTRY_BYTES = 8 + 4 + 1  # a key's length, a value's type, a value

@@ -29,25 +29,20 @@ class FusedLayers(Layers):
     def forward(self, x: Tensor, ropes: list[Rope | None], masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
         if kv is None or 1 not in x.shape[:2] or self._modules != self._fused_children:
             return super().forward(x, ropes, masks, kv)
-        rope = ropes[0]
-        if (
-            rope is None
-            or len(rope) == 3
-            or 2 * rope[0].shape[-1] != kv[0].k.shape[-1]
-            or any(other is not rope for other in ropes)
-        ):
-            return super().forward(x, ropes, masks, kv)
-        if (norms := self._whole.norms(x)) is not None:
-            return _run([self._whole], [norms], x, rope, kv)
+        if all(rope is ropes[0] for rope in ropes) and (norms := self._whole.norms(x, ropes[0])) is not None:
+            return _run([self._whole], [norms], x, ropes[0], kv)
         begin, pending = 0, list[NormLists]()  # norms of the layers from `begin` on, which the next call computes
         for i, layer in enumerate(self._each):
-            if (norms := layer.norms(x)) is not None:
+            norms = layer.norms(x, ropes[i])
+            if norms is None or ropes[i] is not ropes[begin]:
+                x = _run(self._each[begin:i], pending, x, ropes[begin], kv[begin:i])
+                begin, pending = i, []
+            if norms is None:
+                x = self[i](x, ropes[i], masks[i], kv[i])
+                begin = i + 1
+            else:
                 pending.append(norms)
-                continue
-            x = _run(self._each[begin:i], pending, x, rope, kv[begin:i])
-            x = self[i](x, ropes[i], masks[i], kv[i])
-            begin, pending = i + 1, []
-        return _run(self._each[begin:], pending, x, rope, kv[begin:])
+        return _run(self._each[begin:], pending, x, ropes[-1], kv[begin:])
 
     def _gather(self) -> None:
         self._fused_children = dict(self._modules)
@@ -79,17 +74,22 @@ class _Operands:
         self.biases = [linear.bias_or_empty for linear in linears] if bias else []  # empty tensors take time too
         self.windows = [attention.window for attention in attentions]
         self.heads, self.hidden_dim = attentions[0].n_heads, feed_forwards[0].down_proj.columns
+        self._pairs = attentions[0].head_dim // 2
 
-    def norms(self, x: Tensor) -> NormLists | None:
-        """The norms' arguments; None if these layers must run module by module."""
-        return self._norms.args(x) if self._supported else None
+    def norms(self, x: Tensor, rope: Rope | None) -> NormLists | None:
+        """The norms' arguments; None if these layers must run module by module.
+
+        The operator turns whole heads, and does not scale the queries by their positions.
+        """
+        turns_all = rope is not None and len(rope) == 2 and rope[0].shape[-1] == self._pairs
+        return self._norms.args(x) if self._supported and turns_all else None
 
 
 def _run(
-    layers: Sequence[_Operands], norms: Sequence[NormLists], x: Tensor, rope: Rope, caches: Sequence[LayerCache]
+    layers: Sequence[_Operands], norms: Sequence[NormLists], x: Tensor, rope: Rope | None, caches: Sequence[LayerCache]
 ) -> Tensor:
-    """x (B, T, C) through consecutive layers; x itself if there are none."""
-    if not layers:
+    """x (B, T, C) through consecutive layers with one rotation; x itself if there are none."""
+    if not layers or rope is None:
         return x
     return torch.ops.llama_mini.layers.default(
         x,

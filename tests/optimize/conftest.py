@@ -1,6 +1,8 @@
 """Fast models beside plain ones of the very same weights."""
 
 import copy
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_mini import KVCache, Llama
 from llama_mini.model.linear import Linear
-from llama_mini.optimize import optimize
+from llama_mini.optimize import fuse, optimize
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.fused_layers import FusedEmbedding, FusedHead
@@ -45,7 +47,18 @@ def compiler(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def fast_of(plain: Llama, quantize: str | None = None, kernels: str = "auto") -> Llama:
-    return optimize(copy.deepcopy(plain), quantize, kernels)
+    """A fast copy. `mixed`: each matrix in a format of its own, as in files that are quantised so."""
+    fast = copy.deepcopy(plain)
+    if quantize != "mixed":
+        return optimize(fast, quantize, kernels)
+    tensors = {name: parameter.detach() for name, parameter in fast.named_parameters()}
+    fused = {name: re.sub("[qkv]_proj|gate_proj|up_proj", "", name) for name, t in tensors.items() if t.ndim == 2}
+    kinds = itertools.cycle(("int5", "int8", None, "int4", "int8"))
+    kind_of = {matrix: next(kinds) for matrix in dict.fromkeys(fused.values())}
+    formats = {name: kind for name, matrix in fused.items() if (kind := kind_of[matrix])}
+    for name, part in fuse(fast, fast.dtype, fast.device, formats, kernels).items():
+        part.load(tensors[name])
+    return fast
 
 
 def plain_of(fast: Llama, plain: Llama) -> Llama:
@@ -57,12 +70,12 @@ def plain_of(fast: Llama, plain: Llama) -> Llama:
         assert isinstance(feed_forward, FusedFeedForward)
         _widen(attention.qkv_proj, [theirs.attention.q_proj, theirs.attention.k_proj, theirs.attention.v_proj])
         _widen(attention.o_proj, [theirs.attention.o_proj])
-        _widen(feed_forward.gate_up_proj, [theirs.feed_forward.gate_proj, theirs.feed_forward.up_proj])
+        gate, up = theirs.feed_forward.gate_proj, theirs.feed_forward.up_proj
+        _widen(feed_forward.gate_up_proj, [up] if gate is None else [gate, up])
         _widen(feed_forward.down_proj, [theirs.feed_forward.down_proj])
     if isinstance(fast.lm_head, FusedHead):
         _widen(fast.lm_head.linear, [twin.lm_head])
-    else:
-        assert isinstance(fast.tok_embeddings, FusedEmbedding)
+    if isinstance(fast.tok_embeddings, FusedEmbedding):
         _widen(fast.tok_embeddings.head.linear, [twin.tok_embeddings])
     return twin
 

@@ -153,7 +153,9 @@ def test_step_and_prompt_are_one_operator_for_each_run_of_layers_that_it_support
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantize"), [(torch.bfloat16, None), *((d, q) for d in DTYPES for q in ("int8", "int4"))], ids=str
+    ("dtype", "quantize"),
+    [*((torch.bfloat16, q) for q in (None, "mixed")), *((d, q) for d in DTYPES for q in ("int8", "int4"))],
+    ids=str,
 )
 @pytest.mark.parametrize("shape", ["mqa, tied, biases, no multiple of 16", "head_dim 80, tied, windows in some layers"])
 @pytest.mark.parametrize("batch", [2, 3, 7, 16])

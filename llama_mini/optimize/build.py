@@ -79,6 +79,7 @@ def _register_fakes() -> None:
     """The shape and dtype that each operator returns, which torch.export and torch.compile need."""
     fakes = {
         "layers": lambda x, *_: x.new_empty(x.shape),
+        "attend": lambda qkv, k, *_: qkv.new_empty(len(qkv), 1, (qkv.shape[2] - 2 * k.shape[1]) * qkv.shape[3]),
         "gemv": lambda x, w, bias, rows: x.new_empty(*x.shape[:-1], rows, dtype=torch.float32),
         "gemm": lambda x, w, bias, rows: x.new_empty(*x.shape[:-1], rows),
         "dequantize_rows": lambda w, at, columns, dtype: at.new_empty(*at.shape, columns, dtype=dtype),

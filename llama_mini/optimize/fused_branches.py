@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from llama_mini.model.attention import Attention
 from llama_mini.model.feed_forward import ACTIVATIONS, FeedForward
+from llama_mini.model.kv_cache import LayerCache
 from llama_mini.model.residual import Residual
-from llama_mini.optimize.packed_linear import PackedLinear
+from llama_mini.model.rope import Rope
+from llama_mini.optimize.packed_linear import PackedLinear, needs_grad
 
 MakeLinear = Callable[[Sequence[nn.Linear]], PackedLinear]
 _UNSUPPORTED = ("out_norm", "post_norm", "mid_norm", "v_norm")  # slots whose norms no operator computes
@@ -64,6 +67,14 @@ class FusedAttention(FusedBranch, Attention):
         per_head = self.q_view[0] == self.n_heads and self.k_view[0] == self.n_kv_heads  # not over all heads at once
         plain = self.scale is None and self.softcap is None and not self.norm_after_rope
         return super().supported and per_head and plain
+
+    def branch(self, x: Tensor, rope: Rope | None, mask: Tensor, kv: LayerCache | None) -> Tensor:  # type: ignore[override]
+        if kv is None or x.shape[1] > 1 or not self.qkv_proj.kernels or needs_grad(x):
+            return super().branch(x, rope, mask, kv)
+        qkv = torch.cat(self.qkv(x, rope), 2)  # one token of each row; PyTorch's attention takes ten times as long
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        cache, window, cap = (kv.k, kv.v, kv.positions), self.window, self.softcap or 0.0
+        return self.o_proj(self.mid_norm(torch.ops.llama_mini.attend(qkv, *cache, window, scale, cap)))
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
         return self.qkv_proj.split(self.qkv_proj(x))

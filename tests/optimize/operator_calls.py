@@ -40,6 +40,17 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
             "columns": 64,
             "block": 1,
         }
+    if name == "attend":
+        k, v = (random((BATCH, KV_HEADS, 11, HEAD_DIM), dtype, rng) for _ in range(2))
+        return {
+            "qkv": random((BATCH, 1, HEADS + 2 * KV_HEADS, HEAD_DIM), dtype, rng),
+            "k_cache": k,
+            "v_cache": v,
+            "positions": torch.tensor([[3], [0], [10]]),
+            "window": 4,
+            "scale": 0.3,
+            "softcap": 2.0,
+        }
     prompt = name == "prompt"
     angles = torch.rand(BATCH, HEAD_DIM // 2, generator=rng)
     rows = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM]
@@ -155,6 +166,15 @@ WRONG = {
     "prompt: heads below zero": wrong("prompt", heads=-2),
     "prompt: no KV heads": wrong("prompt", **dict.fromkeys(LISTS[:2], lambda v: [t[:, :0] for t in v])),
     "prompt: gain too short": wrong("prompt", gains=last(lambda t: t[:-1])),
+    "attend: strided": wrong("attend", qkv=strided),
+    "attend: two tokens of a row": wrong("attend", qkv=lambda x: x.transpose(0, 1).contiguous()),
+    "attend: keys and values alone": wrong("attend", qkv=lambda x: x[:, :, : 2 * KV_HEADS].contiguous()),
+    "attend: heads no multiple": wrong("attend", qkv=lambda x: x[:, :, 1:].contiguous()),
+    "attend: another head_dim": wrong("attend", qkv=lambda x: x[..., :10].contiguous()),
+    "attend: integers": wrong("attend", qkv=as_long),
+    "attend: cache of bfloat16": wrong("attend", k_cache=Tensor.bfloat16),
+    "attend: cache of fewer rows": wrong("attend", v_cache=lambda t: t[:1]),
+    "attend: position past the end": wrong("attend", positions=torch.tensor([[3], [0], [11]])),
     "prompt: last matrix longer": wrong("prompt", matrices=last(longer)),
     "prompt: last bias too long": wrong("prompt", biases=last(lambda _: torch.ones(DIM + 1))),
     "prompt: integers": wrong("prompt", x=as_long),

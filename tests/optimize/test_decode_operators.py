@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llama_mini.optimize.build import ISA_VARIANTS
 from tests.optimize.random_layers import LAYER_FORMATS, assert_near, follow, random_step, same_caches
-from tests.optimize.twins import each_isa, examples, generator, same_bits, some
+from tests.optimize.twins import each_isa, examples, generator, random, same_bits, some
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -71,6 +71,52 @@ def test_rows_of_thousands_of_positions(isa: str, format_: str, dtype: torch.dty
     y = step.run()
     assert_near(y, expected, tolerance(format_, dtype))
     assert same_bits(alone.run(), y[3:4])
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    dtype=st.sampled_from(DTYPES),
+    batch=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 8),
+    half=st.integers(1, 40),
+    window=st.sampled_from([0, 7, 300]),
+    scale=st.floats(0.01, 2),
+    softcap=st.sampled_from([0.0, 1.0, 50.0]),
+)
+@examples(25)
+def test_attend(
+    isa: str,
+    seed: int,
+    dtype: torch.dtype,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    half: int,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> None:
+    """Against float64; a row has the bits that it has alone."""
+    rng, heads, dim = generator(seed), kv_heads * group, 2 * half
+    positions = torch.randint(600, (batch, 1), generator=rng)
+    k, v = (random((batch, kv_heads, 610, dim), dtype, rng) for _ in range(2))
+    qkv = random((batch, 1, heads + 2 * kv_heads, dim), dtype, rng)
+    caches = k.clone(), v.clone()
+    y = torch.ops.llama_mini.attend(qkv, *caches, positions, window, scale, softcap)
+    for b, at in enumerate(positions[:, 0].tolist()):
+        q, k[b, :, at], v[b, :, at] = qkv[b, 0].split((heads, kv_heads, kv_heads))
+        first = max(0, at + 1 - window) if window else 0
+        keys, values = (t[b, :, first : at + 1].double().repeat_interleave(group, 0) for t in (k, v))
+        scores = torch.einsum("hd,hsd->hs", q.double(), keys) * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        expected = torch.einsum("hs,hsd->hd", scores.softmax(-1), values).flatten()
+        assert_near(y[b, 0].double(), expected, 0.012 if dtype == torch.bfloat16 else 2e-5)
+        alone = torch.ops.llama_mini.attend(
+            qkv[b : b + 1], k[b : b + 1].clone(), v[b : b + 1].clone(), positions[b : b + 1], window, scale, softcap
+        )
+        assert same_bits(alone, y[b : b + 1])
+    assert all(map(same_bits, caches, (k, v)))
 
 
 @pytest.mark.parametrize("slot", range(4))

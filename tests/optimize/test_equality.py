@@ -43,6 +43,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_layers": (1,),
     },
 }  # fmt: skip
+SHAPES_OF_FAMILIES: dict[str, dict[str, Any]] = {  # which no operator takes through whole layers
+    "soft caps, a scale, windows": {
+        "attention_softcap": 2.0, "attention_scale": 0.4, "sliding_window": 30, "sliding_layers": (1,),
+        "activation": "gelu_tanh", "norm_plan": "peri+qk",
+    },
+    "mqa, partial rotation": {"n_heads": 5, "n_kv_heads": 1, "head_dim": 80, "rotary_dim": 20, "gated_mlp": False},
+}  # fmt: skip
 OTHER_PLANS = (
     "post", "peri", "out+qk:full", "deep", "lns", "sub", "mix(.5)", "pre+qk:full", "normformer"
 )  # fmt: skip
@@ -157,12 +164,15 @@ def test_step_and_prompt_are_one_operator_for_each_run_of_layers_that_it_support
     [*((torch.bfloat16, q) for q in (None, "mixed")), *((d, q) for d in DTYPES for q in ("int8", "int4"))],
     ids=str,
 )
-@pytest.mark.parametrize("shape", ["mqa, tied, biases, no multiple of 16", "head_dim 80, tied, windows in some layers"])
+@pytest.mark.parametrize(
+    "shape",
+    ["mqa, tied, biases, no multiple of 16", "head_dim 80, tied, windows in some layers", *SHAPES_OF_FAMILIES],
+)
 @pytest.mark.parametrize("batch", [2, 3, 7, 16])
 def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(
     batch: int, shape: str, dtype: torch.dtype, quantize: str | None
 ) -> None:
-    fast = fast_of(tiny_model(6, dtype, max_seq_len=1024, **SHAPES[shape]), quantize)
+    fast = fast_of(tiny_model(6, dtype, max_seq_len=1024, **(SHAPES | SHAPES_OF_FAMILIES)[shape]), quantize)
     lengths = [(1, 255, 31, 300, 2, 16, 511, 90)[row % 8] + row // 8 for row in range(batch)]
     together = fast.new_cache(batch, 520)
     prompts(fast, together, lengths)

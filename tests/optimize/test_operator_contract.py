@@ -69,7 +69,7 @@ def test_a_wrong_call_is_refused_and_writes_nothing(refused: list[str], name: st
 CODED = [name for name in FORMATS if name != "float"]
 CALLS = [(name, format_) for name in ("layers", "prompt") for format_ in LAYER_FORMATS]
 CALLS += [(name, format_) for name in ("gemv", "gemm") for format_ in FORMATS]
-CALLS += [*(("dequantize_rows", format_) for format_ in CODED), ("rms_norm", "float")]
+CALLS += [*(("dequantize_rows", format_) for format_ in CODED), ("rms_norm", "float"), ("attend", "float")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

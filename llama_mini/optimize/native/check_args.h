@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <vector>
 
 #include "isa.h"
@@ -73,8 +74,8 @@ inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& 
 }
 
 inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool quantized, const Norm& q, const Norm& k,
-                           const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache,
-                           const Tensor& positions, int64_t heads, int64_t window) {
+                           const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions, int64_t heads,
+                           int64_t window) {
   Attention a{};
   a.batch = batch, a.length = length, a.heads = heads, a.window = window, a.q = q, a.k = k;
   TORCH_CHECK(k_cache.dim() == 4 && k_cache.size(0) == batch && k_cache.sizes() == v_cache.sizes() &&
@@ -89,19 +90,23 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
               "needs a token, an even head_dim, and heads that are a multiple of the KV heads; not ", heads,
               " heads for a cache of ", k_cache.sizes());
   a.k_at = next_part(heads * a.head_dim, quantized), a.v_at = a.k_at + next_part(a.kv_heads * a.head_dim, quantized);
-  const int64_t angles = batch * length * a.head_dim / 2;
-  for (const auto* t : {&cos, &sin})
-    TORCH_CHECK(t->is_contiguous() && t->scalar_type() == at::kFloat && t->numel() == angles, "cos and sin: ", angles,
-                " float32, not ", t->sizes());
+  a.scale = 1.f / std::sqrt((float)a.head_dim);
   TORCH_CHECK(positions.is_contiguous() && positions.scalar_type() == at::kLong && positions.numel() == batch * length,
               "positions of ", batch, " x ", length, " tokens, not ", positions.sizes());
-  a.cos = cos.const_data_ptr<float>(), a.sin = sin.const_data_ptr<float>();
   a.positions = positions.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < batch * length; i++)
     TORCH_CHECK(a.positions[i] >= 0 && a.positions[i] < k_cache.size(2), "position ", a.positions[i], " in a cache of ",
                 k_cache.size(2));
   a.k_cache = k_cache.data_ptr(), a.v_cache = v_cache.data_ptr();
   return a;
+}
+
+inline void set_rope(Attention& a, const Tensor& cos, const Tensor& sin) {
+  const int64_t angles = a.batch * a.length * a.head_dim / 2;
+  for (const auto* t : {&cos, &sin})
+    TORCH_CHECK(t->is_contiguous() && t->scalar_type() == at::kFloat && t->numel() == angles, "cos and sin: ", angles,
+                " float32, not ", t->sizes());
+  a.cos = cos.const_data_ptr<float>(), a.sin = sin.const_data_ptr<float>();
 }
 
 inline void check_prompt(const Attention& a) {

@@ -28,12 +28,17 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t dim)
 template <typename T, typename X>
 inline void prepare_head(const X* from, const Norm& norm, const float* cos, const float* sin, int64_t dim, float* to) {
   norm_row<T>(from, norm, dim, to);
-  rotate(to, cos, sin, dim);
+  if (cos != nullptr) rotate(to, cos, sin, dim);
   for (int64_t i = 0; i < dim; i += LANES) store_first(to + i, round_to<T>(load_first(to + i, dim - i)), dim - i);
 }
 
 // scores[n] -> e^(score - maximum); returns their sum, and the maximum in `most`.
-inline float softmax_chunk(float* scores, int64_t n, float scale, float& most) {
+inline float softmax_chunk(float* scores, int64_t n, float scale, float softcap, float& most) {
+  if (softcap > 0) {
+    for (int64_t i = 0; i < n; i += LANES)  // tanh(y) = 1 - 2 / (e^2y + 1)
+      store(scores + i, softcap - 2 * softcap / (exp(load(scores + i) * (2 * scale / softcap)) + 1.f));
+    scale = 1;
+  }
   for (int64_t i = n; i < (n + LANES - 1) / LANES * LANES; i++) scores[i] = MASKED;
   f32 top = splat(NO_SCORE), total = {};
   for (int64_t i = 0; i < n; i += LANES) {
@@ -83,7 +88,8 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
   const int64_t position = a.positions[b], seen = position + 1;
   const int64_t oldest = a.window > 0 && seen > a.window ? seen - a.window : 0;
   const int64_t from = max(chunk * CHUNK, oldest), to = min((chunk + 1) * CHUNK, seen);
-  const float *row = qkv + b * width, *cos = a.cos + b * dim / 2, *sin = a.sin + b * dim / 2;
+  const float *row = qkv + b * width, *cos = a.cos, *sin = a.sin;
+  if (cos != nullptr) cos += b * dim / 2, sin += b * dim / 2;
   T* k = (T*)a.k_cache + b * a.cache_row + h * a.cache_head;
   T* v = (T*)a.v_cache + b * a.cache_row + h * a.cache_head;
   Array<float> heads(group * dim), scores(group * CHUNK);
@@ -98,7 +104,7 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
   dots(k + from * dim, to - from, dim, dim, in, scores, CHUNK);
   float* out = part + 2 * group;
   for (int64_t g = 0; g < group; g++)
-    part[g] = softmax_chunk(scores + g * CHUNK, to - from, 1.f / __builtin_sqrtf((float)dim), part[group + g]);
+    part[g] = softmax_chunk(scores + g * CHUNK, to - from, a.scale, a.softcap, part[group + g]);
   int64_t g = 0;
   for (; g + 4 <= group; g += 4)
     weighted_values<4>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);

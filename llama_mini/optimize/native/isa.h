@@ -33,11 +33,12 @@ struct Attention {
   int64_t heads, kv_heads, head_dim;
   int64_t k_at, v_at;  // where k and v begin in a row of q, k and v
   Norm q, k;
-  const float *cos, *sin;  // (batch, length, head_dim / 2)
+  const float *cos, *sin;  // (batch, length, head_dim / 2); nullptr if q and k are rotated already
   void *k_cache, *v_cache;
   int64_t cache_row, cache_head;  // elements between rows, and between heads, of the cache
   const int64_t* positions;       // (batch, length): of the new tokens
   int64_t window;                 // positions that a token sees, its own included; 0: all
+  float scale, softcap;           // for decoding: the factor of q·k; c replaces a score x by c·tanh(x / c); 0: x stays
 };
 
 // Runs work(context, first, last) on chunks of 0..n in several threads, and waits for all of them.
@@ -53,6 +54,8 @@ struct Kernels {
   // out (batch, dim) = x + o(attention(qkv(norm(x)))), for one new token a row; `next` is the gate_up that follows.
   void (*decode_attention)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o,
                            const Matrix& next, void* out, Pool);
+  // out (batch, heads * head_dim) = attention(qkv), for one new token a row, without norms or a rotation.
+  void (*attend)(const void* qkv, const Attention&, void* out, Pool);
   // out (batch, dim) = x + down(silu(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up; `next` follows.
   void (*decode_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
                               const Matrix* next, int64_t batch, void* out, Pool);

@@ -68,6 +68,15 @@ void decode_attention(const void* x, const Norm& norm, const Matrix& qkv, const 
 }
 
 template <typename T>
+void attend(const void* qkv, const Attention& a, void* out, Pool pool) {
+  const int64_t q_dim = a.heads * a.head_dim, width = q_dim + 2 * a.kv_heads * a.head_dim;
+  Array<float> rows(a.batch * width), y(a.batch * q_dim);
+  copy_row((const T*)qkv, a.batch * width, (float*)rows);
+  attend_decode<T>(a, rows, width, y, pool);
+  copy_row((const float*)y, a.batch * q_dim, (T*)out);
+}
+
+template <typename T>
 void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, const Matrix& down,
                          const Matrix* next, int64_t batch, void* out, Pool pool) {
   const int64_t hidden = down.columns;
@@ -148,6 +157,7 @@ bool quantize(const void* x, int64_t n, const Matrix& m, Pool pool) {
 template <typename T>
 constexpr Kernels kernels_of() {
   return {decode_attention<T>,
+          attend<T>,
           decode_feed_forward<T>,
           prefill_attention<T>,
           prefill_feed_forward<T>,

@@ -129,8 +129,9 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   for (size_t i = 0; i < n; i++) {  // check everything before a cache is written
     TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes(), "the caches differ in size: ", k_caches[i].sizes());
     attentions.push_back(attention(x, x.size(0), x.size(1), quantized(4 * i), norm(4 * i + 1, k_caches[i].size(-1)),
-                                   norm(4 * i + 2, k_caches[i].size(-1)), cos, sin, k_caches[i], v_caches[i], positions,
-                                   heads, windows[i]));
+                                   norm(4 * i + 2, k_caches[i].size(-1)), k_caches[i], v_caches[i], positions, heads,
+                                   windows[i]));
+    set_rope(attentions[i], cos, sin);
   }
   check_prompt(attentions[0]);
   std::vector<Norm> norms;
@@ -160,6 +161,22 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
       now = out.const_data_ptr();
     }
   });
+  return out;
+}
+
+// Attention of one new token of each row; qkv (batch, 1, heads + 2 KV heads, head_dim) is normed and rotated. Appends
+// the new keys and values to the cache. softcap 0: none.
+Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions, int64_t window,
+              double scale, double softcap) {
+  TORCH_CHECK(
+      qkv.dim() == 4 && qkv.size(1) == 1 && qkv.is_contiguous() && k_cache.dim() == 4 && qkv.size(3) == k_cache.size(3),
+      "one token of each row, in one piece, with the cache's head_dim, not ", qkv.sizes());
+  const int64_t batch = qkv.size(0), heads = qkv.size(2) - 2 * k_cache.size(1);
+  const Kernels& kernels = kernels_for(is_float32(qkv));
+  Attention a = attention(qkv, batch, 1, false, Norm{}, Norm{}, k_cache, v_cache, positions, heads, window);
+  a.scale = (float)scale, a.softcap = (float)softcap;
+  Tensor out = at::empty({batch, 1, heads * a.head_dim}, qkv.options());
+  with_pool([&](Pool pool) { kernels.attend(qkv.const_data_ptr(), a, out.data_ptr(), pool); });
   return out;
 }
 
@@ -284,6 +301,10 @@ TORCH_LIBRARY(llama_mini, m) {
       "Tensor[] gains, float[] eps, int[] late, Tensor[] matrices, Tensor[] biases, int[] windows, int heads, "
       "int hidden) -> Tensor",
       cpu(layers));
+  m.def(
+      "attend(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, int window, float scale, "
+      "float softcap) -> Tensor",
+      cpu(attend));
   m.def("gemv(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor", cpu(gemv));
   m.def("gemm(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor", cpu(gemm));
   m.def("rms_norm(Tensor x, Tensor gain, float eps, bool late) -> Tensor", cpu(rms_norm));

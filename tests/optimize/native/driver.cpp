@@ -127,6 +127,7 @@ struct Heads {
     const int64_t start = below(c.longest - length + 1);
     for (int64_t i = 0; i < batch * length; i++)
       positions[i] = length > 1 ? start + i : i == 0 ? c.longest - 1 : below(c.longest);
+    a.scale = .5f, a.softcap = (float)below(2);
     a.batch = batch, a.length = length, a.kv_heads = c.kv_heads, a.heads = c.kv_heads * c.group;
     a.head_dim = c.dim, a.window = c.window, a.cos = cos.data(), a.sin = sin.data(), a.positions = positions.data();
     const int64_t block = c.kind < Kind::INT4 ? 1 : 16;
@@ -172,8 +173,12 @@ void run(const Kernels& kernels, const Case& c) {
   Vector<uint8_t> codes(n * (q_dim / 32) * 32);
   for (auto& code : codes) code = (uint8_t)(draw() >> 24);
   spoil(stream, c.fill);
+  Numbers bare_qkv(c.wide, c.batch * (q_dim + 2 * c.kv_heads * c.dim)), attended(c.wide, c.batch * q_dim);
   with_pool([&](Pool pool) {
     kernels.decode_attention(x.data(), norm, qkv.m, heads.a, o.m, gate_up.m, y.data(), pool);
+    Attention bare = heads.a;
+    bare.q = bare.k = Norm{}, bare.cos = bare.sin = nullptr;
+    kernels.attend(bare_qkv.data(), bare, attended.data(), pool);
     kernels.decode_feed_forward(y.data(), norm, gate_up.m, up_at, down.m, &qkv.m, c.batch, z.data(), pool);
     kernels.gemv(x.data(), gate_up.m, 1, gate_and_up.data(), pool);
     kernels.gemv(activated.data(), down.m, c.batch, projected.data(), pool);

@@ -5,7 +5,6 @@ A setting without a key in the metadata is what llama.cpp has in its code (src/m
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from math import sqrt
 from typing import Any
 
 from llama_mini.checkpoint.gguf.metadata import Metadata
@@ -106,7 +105,7 @@ def _rotated_in_windows(config: LlamaConfig, file: Metadata, default: int = 0) -
 
 
 def _gemma(config: LlamaConfig, _: Metadata) -> dict[str, Any]:
-    return {"activation": "gelu_tanh", "embedding_scale": sqrt(config.dim)}
+    return {"activation": "gelu_tanh", "embedding_scale": config.dim**0.5}
 
 
 def _gemma_2(config: LlamaConfig, file: Metadata) -> dict[str, Any]:

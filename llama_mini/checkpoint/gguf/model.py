@@ -158,4 +158,7 @@ def _config(metadata: Metadata, header: GGUFHeader) -> LlamaConfig:
                 f"{metadata.architecture}.{key} is {short_repr(metadata.get(key))}; "
                 f"only the width of a head, {value}, is implemented"
             )
-    return replace(config, **architecture.settings(config, metadata))
+    own = architecture.settings(config, metadata)
+    if own.get("attention_scale") == config.head_dim**-0.5:
+        del own["attention_scale"]  # the usual one, which the fused operators know
+    return replace(config, **own)

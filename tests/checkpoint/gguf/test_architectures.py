@@ -52,7 +52,7 @@ def test_a_file_with_sizes_alone(architecture: str) -> None:
 def test_gemma_2_and_3_have_settings_that_no_key_states() -> None:
     found = config("gemma2")
     assert (found.sliding_layers, found.sliding_rope_theta) == ((0, 2, 4, 6), None)
-    assert (found.attention_softcap, found.logit_softcap, found.attention_scale) == (50.0, 30.0, 0.25)
+    assert (found.attention_softcap, found.logit_softcap, found.attention_scale) == (50.0, 30.0, None)
     assert config("gemma2", 46).attention_scale == 12**-0.5  # the model of 27B: width / heads, not the heads' own width
     found = config("gemma2", attention__sliding_window=9, final_logit_softcapping=20.0, attn_logit_softcapping=25.0)
     assert (found.sliding_window, found.attention_softcap, found.logit_softcap) == (9, 25.0, 20.0)
@@ -62,7 +62,7 @@ def test_gemma_2_and_3_have_settings_that_no_key_states() -> None:
     assert found.sliding_layers == (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13)
     assert (found.sliding_rope_theta, found.sliding_rope_scaling) == (10_000.0, None)
     assert found.rope_scaling is not None
-    assert (found.attention_scale, found.attention_softcap, found.logit_softcap) == (0.25, None, None)
+    assert (found.attention_scale, found.attention_softcap, found.logit_softcap) == (None, None, None)
     assert config("gemma3", 62).attention_scale == 12**-0.5
     assert config("gemma3", attention__sliding_window=9, rope__freq_base_swa=777.0).sliding_rope_theta == 777.0
 
@@ -112,6 +112,7 @@ def test_scales_of_granite_and_cohere() -> None:
     assert found.norm_plan.attention.beta == found.norm_plan.feed_forward.beta == 0.22
     found = config("granite", embedding_scale=0.0, residual_scale=0.0, attention__scale=0.0)  # as if they were absent
     assert found == config("granite")
+    assert config("granite", attention__scale=0.25).attention_scale is None  # the usual one
     assert config("cohere2", logit_scale=0.25).logit_scale == 0.25
     assert config("command-r").logit_scale == 1
 

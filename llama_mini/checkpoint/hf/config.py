@@ -35,41 +35,29 @@ PART_OF = "part_of"  # our key: the model_type of the model whose text part this
 _OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", *SETTINGS)
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 ACTIVATIONS |= {"gelu_new": "gelu_tanh", "relu2": "relu2"}
-FIXED_KEYS: dict[str, Any] = {  # only this value is implemented, unless the family reads the key
-    "attention_bias": False,
-    "attention_out_bias": False,
-    "mlp_bias": False,
-    "use_bias": False,
-    "use_qkv_bias": False,
-    "qkv_bias": False,
-    "bias": False,
-    "use_qk_norm": False,
-    "qk_layernorm": False,
-    "sliding_window": None,
-    "use_sliding_window": False,
-    "sliding_window_pattern": None,
-    "rope_interleaved": False,
-    "partial_rotary_factor": 1.0,
-    "rope_local_base_freq": None,
-    "no_rope_layers": None,
-    "no_rope_layer_interval": None,
-    "alibi": False,
-    "clip_qkv": None,
-    "final_logit_softcapping": None,
-    "attn_logit_softcapping": None,
-    "query_pre_attn_scalar": None,
-    "embedding_multiplier": 1.0,
-    "attention_multiplier": None,
-    "residual_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "logit_scale": 1.0,
-    "use_parallel_residual": False,
-    "use_bidirectional_attention": False,
-    "num_experts": None,
-    "num_local_experts": None,
-    "n_routed_experts": None,
-    "kv_lora_rank": None,
-}
+_FALSE: tuple[str, ...] = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "use_qkv_bias", "qkv_bias")
+_FALSE += (
+    "bias",
+    "alibi",
+    "use_qk_norm",
+    "qk_layernorm",
+    "use_sliding_window",
+    "rope_interleaved",
+    "use_parallel_residual",
+)
+_FALSE += ("use_bidirectional_attention",)
+_NULL: tuple[str, ...] = ("sliding_window", "sliding_window_pattern", "rope_local_base_freq", "no_rope_layers")
+_NULL += (
+    "no_rope_layer_interval",
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+)
+_NULL += ("clip_qkv", "num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank")
+_ONE = ("partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
+# Only this value is implemented, unless the family reads the key.
+FIXED_KEYS: dict[str, Any] = {**dict.fromkeys(_FALSE, False), **dict.fromkeys(_NULL), **dict.fromkeys(_ONE, 1.0)}
 AUTO_MAP = "auto_map"
 READ_KEYS = {PART_OF, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
 READ_KEYS |= {"use_mrope", "original_max_position_embeddings", "max_window_layers", "layer_types"}

@@ -12,11 +12,11 @@ from llama_mini.checkpoint.families import WHOLES
 from llama_mini.checkpoint.hf.config import read_config
 from llama_mini.errors import CheckpointMismatchError, ConfigError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
-from tests.tiny_families import EPS, logits, random_settings
+from tests.tiny_families import logits, random_settings
 from tests.tiny_models import random_tokens
 
 TEXT = {"gemma3": "gemma3_text", "mistral3": "mistral", "llava_next": "mistral", "exaone4_5": "exaone4"}
-TEXT |= {"lighton_ocr": "qwen3", "aya_vision": "cohere2", "cohere2_vision": "cohere2"}
+TEXT |= {"lighton_ocr": "qwen3"}
 TEXT |= dict.fromkeys(("internvl", "llava_onevision", "got_ocr2"), "qwen2")
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
@@ -27,7 +27,6 @@ def random_whole(model_type: str) -> Any:
     text = TEXT.get(model_type, "llama")
     settings = random_settings(text, 1) | {"model_type": text, "pad_token_id": None, "tie_word_embeddings": False}
     settings |= {"final_logit_softcapping": None} if text == "gemma3_text" else {}
-    settings[EPS.get(text, "rms_norm_eps")] = settings.pop("rms_norm_eps")
     config = AutoConfig.for_model(
         model_type, text_config=settings, vision_config=VISION, image_token_index=5, tie_word_embeddings=False
     )

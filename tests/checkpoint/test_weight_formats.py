@@ -26,6 +26,7 @@ from tests.checkpoint.gguf import gguf_files
 from tests.checkpoint.gguf.random_blocks import random_blocks
 from tests.optimize.conftest import KERNELS, error
 from tests.optimize.test_loading import TEXT, floats_of, parts
+from tests.test_memory import peak
 from tests.tiny_families import random_model
 from tests.tiny_models import random_tokens
 
@@ -166,3 +167,11 @@ def test_the_default_checkpoint_loses_nothing_at_its_own_bits(tmp_path: Path, sm
         return float(torch.nn.functional.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:]))
 
     assert abs(nats(kept(path)) - nats(Llama.from_pretrained(path, dtype="float32"))) < 0.005
+
+
+def test_loading_codes_takes_a_few_megabytes_beside_them(smollm2_gguf: Path) -> None:
+    source = open_checkpoint(smollm2_gguf)
+    codes = weight_bytes(source, torch.bfloat16, "auto")
+    fuse = fuser("auto")
+    most = peak(lambda: load_model(Llama, source, torch.bfloat16, "cpu", fuse, "auto"))
+    assert codes <= most < codes + 10 * 2**20

@@ -12,17 +12,8 @@ FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*PRE,
 OWN = "llama_mini"  # the model_type of a model that no family describes; it is saved under our own names
 KNOWN = (*FAMILIES, OWN)
 # Models of images and text whose text part, in `text_config`, is a family and computes text as that does alone.
-WHOLES: tuple[str, ...] = (
-    "exaone4_5",
-    "gemma3",
-    "got_ocr2",
-    "idefics3",
-    "internvl",
-    "lighton_ocr",
-    "llava",
-    "llava_next",
-)
-WHOLES += ("llava_onevision", "mistral3", "smolvlm", "vipllava")
+WHOLES: tuple[str, ...] = ("exaone4_5", "gemma3", "got_ocr2", "idefics3", "internvl", "lighton_ocr", "llava")
+WHOLES += ("llava_next", "llava_onevision", "mistral3", "smolvlm", "vipllava")
 
 
 def has_interleaved_pairs(model_type: str) -> bool:

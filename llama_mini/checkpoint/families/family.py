@@ -9,9 +9,9 @@ from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.norm_slots import BranchPlan, NormSpec, View
 from llama_mini.model.rope_scaling import RULES
 
+ROPE_TYPES = ("default", *(rule.rope_type for rule in RULES))
 # Keys of config.json -> the fields of LlamaConfig that they set, or (field, p) where the field is the value to the
 # power of p. `beta` and `parallel` are not fields but parts of the norm plan.
-ROPE_TYPES = ("default", *(rule.rope_type for rule in RULES))
 Settings = Mapping[str, str | tuple[str, float]]
 
 

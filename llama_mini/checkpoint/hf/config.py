@@ -36,25 +36,11 @@ _OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 ACTIVATIONS |= {"gelu_new": "gelu_tanh", "relu2": "relu2"}
 _FALSE: tuple[str, ...] = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "use_qkv_bias", "qkv_bias")
-_FALSE += (
-    "bias",
-    "alibi",
-    "use_qk_norm",
-    "qk_layernorm",
-    "use_sliding_window",
-    "rope_interleaved",
-    "use_parallel_residual",
-)
-_FALSE += ("use_bidirectional_attention",)
+_FALSE += ("bias", "alibi", "use_qk_norm", "qk_layernorm", "use_sliding_window", "rope_interleaved")
+_FALSE += ("use_parallel_residual", "use_bidirectional_attention")
 _NULL: tuple[str, ...] = ("sliding_window", "sliding_window_pattern", "rope_local_base_freq", "no_rope_layers")
-_NULL += (
-    "no_rope_layer_interval",
-    "final_logit_softcapping",
-    "attn_logit_softcapping",
-    "query_pre_attn_scalar",
-    "attention_multiplier",
-)
-_NULL += ("clip_qkv", "num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank")
+_NULL += ("no_rope_layer_interval", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar")
+_NULL += ("attention_multiplier", "clip_qkv", "num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank")
 _ONE = ("partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
 # Only this value is implemented, unless the family reads the key.
 FIXED_KEYS: dict[str, Any] = {**dict.fromkeys(_FALSE, False), **dict.fromkeys(_NULL), **dict.fromkeys(_ONE, 1.0)}

@@ -28,6 +28,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "sliding_rope_theta": (9.0, WINDOW, 3),
     "sliding_rope_scaling": (LinearScaling(factor=3.0), {**WINDOW, "sliding_rope_theta": 50.0}, 3),
     "attention_scale": (1.5, {}, 0),
+    "attention_scale: windows": (1.5, WINDOW, 0),
     "attention_softcap": (0.5, {}, 0),
     "qk_norm_after_rope": (True, {"norm_plan": "pre+qk"}, 0),
     "qkv_bias": (True, {}, 1),

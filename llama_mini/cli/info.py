@@ -1,6 +1,7 @@
 """The command `info`: what a checkpoint is, without loading its weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,16 @@ from llama_mini.memory import cache_bytes, work_bytes
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
+from llama_mini.model.rope_scaling import RopeScaling
 from llama_mini.tokenizer.tokenizer import Tokenizer, open_tokenizer
+
+_NUMBERS = {  # settings of LlamaConfig, as `beyond_llama` names them
+    "attention_scale": "attention scale",
+    "attention_softcap": "scores capped at",
+    "embedding_scale": "embedding times",
+    "logit_scale": "logits times",
+    "logit_softcap": "logits capped at",
+}
 
 
 def describe(
@@ -45,7 +55,8 @@ def describe(
         "shape": f"{config.n_layers} layers, dim {config.dim}, hidden {config.hidden_dim}, {config.n_heads} heads of "
         f"{config.head_dim}, {config.n_kv_heads} KV heads, {'tied' if config.tie_word_embeddings else 'untied'} head",
         "norms": _norms(config, model),
-        "context": f"{config.max_seq_len:,} tokens, {_rope(config)}{_window(config)}",
+        "context": f"{config.max_seq_len:,} tokens, {_rope(config.rope_theta, config.rope_scaling)}{_window(config)}",
+        **({"beyond LLaMA": further} if (further := beyond_llama(config)) else {}),
         "tokenizer": _vocabulary(tokenizer) if tokenizer else f"none ({missing})",
         "chat template": "yes" if tokenizer and tokenizer.has_chat_template else "no",
         "memory": _memory(source, quantize, torch_dtype, torch_device, kept),
@@ -77,18 +88,37 @@ def _norms(config: LlamaConfig, model: Llama) -> str:
     return f"{config.norm_plan.name(config.n_layers)}: {len(norms)} norms, eps {eps or 'none'}"
 
 
-def _rope(config: LlamaConfig) -> str:
-    scaling = config.rope_scaling
-    if scaling is None:
-        return f"rope base {config.rope_theta:,g}"
+def _rope(theta: float, scaling: RopeScaling | None) -> str:
     factor = getattr(scaling, "factor", None)
-    return f"rope base {config.rope_theta:,g}, {scaling.rope_type}" + (f" × {factor:g}" if factor else "")
+    kind = "" if scaling is None else f", {scaling.rope_type}" + (f" × {factor:g}" if factor else "")
+    return f"rope base {theta:,g}{kind}"
 
 
 def _window(config: LlamaConfig) -> str:
     if config.sliding_window is None:
         return ""
-    return f", window of {config.sliding_window:,} in {len(config.sliding_layers)} of {config.n_layers} layers"
+    theta, scaling = config.sliding_rope_theta, config.sliding_rope_scaling
+    return f", window of {config.sliding_window:,} in {len(config.sliding_layers)} of {config.n_layers} layers" + (
+        f" with {_rope(theta, scaling)}" if theta else ""
+    )
+
+
+def beyond_llama(config: LlamaConfig) -> str:
+    """What the model computes that LLaMA does not, beside norms and windows; empty for LLaMA."""
+    has_bias = {"q, k, v": config.qkv_bias, "o": config.o_bias, "MLP": config.mlp_bias}
+    biases = ", ".join(part for part, has in has_bias.items() if has)
+    settings: dict[str, Any] = {  # what is said where the value is true
+        "attention and MLP in parallel": config.norm_plan.parallel,
+        f"activation {config.activation}": config.activation != "silu",
+        "no gate": not config.gated_mlp,
+        f"biases of {biases}": biases,
+        f"{config.rotary_dim} of {config.head_dim} elements of a head rotated": config.rotary_dim < config.head_dim,
+        f"no rotary embedding in {len(config.unrotated_layers)} of {config.n_layers} layers": config.unrotated_layers,
+        "q and k norms after rotary embedding": config.qk_norm_after_rope,
+    }
+    values = {name: getattr(config, name) for name in _NUMBERS}
+    numbers = [f"{_NUMBERS[name]} {n:g}" for name, n in values.items() if n != getattr(LlamaConfig, name)]
+    return "; ".join([*(text for text, holds in settings.items() if holds), *numbers])
 
 
 def _stored_as(source: Source, names: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from llama_mini.cli.info import describe
+from llama_mini.cli.info import beyond_llama, describe
 from llama_mini.errors import CheckpointMismatchError
 from llama_mini.generate import main
+from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from tests.checkpoint.meta.test_directory import PARAMS, meta_tensors, model
 from tests.tiny_families import random_model
@@ -68,6 +70,43 @@ def test_windows_are_told(tmp_path: Path, tiny_dir: Path) -> None:
     window = {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 1, "vocab_size": 260}
     random_model("qwen2", 0, **window).save_pretrained(tmp_path)
     assert rows(with_tokenizer(tmp_path, tiny_dir))["context"].endswith(", window of 1,024 in 2 of 3 layers")
+
+
+def test_what_a_model_has_beyond_llama(tmp_path: Path, tiny_dir: Path) -> None:
+    assert "beyond LLaMA" not in rows(tiny_dir)
+    changes = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16, "final_logit_softcapping": 30.0}
+    random_model("gemma3_text", 1, hidden_size=36, attention_bias=False, **changes).save_pretrained(tmp_path)
+    found = rows(tmp_path)
+    assert found["context"].endswith(", linear × 2.5, window of 5 in 3 of 4 layers with rope base 2,000")
+    expected = "activation gelu_tanh; attention scale 0.25; embedding times 6; logits capped at 30"
+    assert found["beyond LLaMA"] == expected
+
+
+def test_every_setting_beyond_llama_is_told() -> None:
+    config = LlamaConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=16, vocab_size=16)
+    told = {
+        "rotary_dim": (4, "4 of 8 elements of a head rotated"),
+        "unrotated_layers": ((1,), "no rotary embedding in 1 of 2 layers"),
+        "attention_scale": (1.0, "attention scale 1"),
+        "attention_softcap": (50.0, "scores capped at 50"),
+        "qk_norm_after_rope": (True, "q and k norms after rotary embedding"),
+        "qkv_bias": (True, "biases of q, k, v"),
+        "o_bias": (True, "biases of o"),
+        "mlp_bias": (True, "biases of MLP"),
+        "activation": ("relu2", "activation relu2"),
+        "gated_mlp": (False, "no gate"),
+        "embedding_scale": (6.0, "embedding times 6"),
+        "logit_scale": (0.0625, "logits times 0.0625"),
+        "logit_softcap": (30.0, "logits capped at 30"),
+        "norm_plan": ("parallel", "attention and MLP in parallel"),
+    }
+    in_other_rows = "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len norm_eps rope_theta "
+    in_other_rows += "rope_scaling sliding_window sliding_layers sliding_rope_theta sliding_rope_scaling "
+    in_other_rows += "tie_word_embeddings bos_id eos_ids pad_id"
+    assert {field.name for field in fields(config)} == set(told) | set(in_other_rows.split())
+    assert beyond_llama(config) == ""
+    for name, (value, text) in told.items():
+        assert beyond_llama(replace(config, **{name: value})) == text  # type: ignore[arg-type]
 
 
 def test_a_meta_directory(tmp_path: Path, tiny_dir: Path) -> None:

@@ -178,6 +178,7 @@ void run(const Kernels& kernels, const Case& c) {
     kernels.decode_attention(x.data(), norm, qkv.m, heads.a, o.m, gate_up.m, y.data(), pool);
     Attention bare = heads.a;
     bare.q = bare.k = Norm{}, bare.cos = bare.sin = nullptr;
+    bare.k_at = q_dim, bare.v_at = q_dim + c.kv_heads * c.dim;  // its parts are not padded
     kernels.attend(bare_qkv.data(), bare, attended.data(), pool);
     kernels.decode_feed_forward(y.data(), norm, gate_up.m, up_at, down.m, &qkv.m, c.batch, z.data(), pool);
     kernels.gemv(x.data(), gate_up.m, 1, gate_and_up.data(), pool);

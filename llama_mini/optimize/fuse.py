@@ -17,15 +17,8 @@ from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.fusable import FusedRMSNorm
 from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.fused_layers import FusedEmbedding, FusedHead, FusedLayers
-from llama_mini.optimize.packed_linear import (
-    FloatLinear,
-    Int4Linear,
-    Int5Linear,
-    Int8Linear,
-    PackedLinear,
-    QuantizedLinear,
-    supported,
-)
+from llama_mini.optimize.packed_linear import FloatLinear, PackedLinear, supported
+from llama_mini.optimize.quantized_linear import Int4Linear, Int5Linear, Int8Linear, QuantizedLinear
 from llama_mini.validate import check_choice
 
 FORMATS: dict[str | None, type[PackedLinear]] = {
@@ -49,7 +42,7 @@ class PackedPart:
         return self.linear.bias_destination(self.part) if self.bias else self.linear.destination(self.part, first, n)
 
     def load(self, tensor: Tensor | StoredCodes, first: int = 0) -> None:
-        """Stores rows from row `first` on, a multiple of BLOCK_ROWS. A bias is stored in one call."""
+        """Stores rows from row `first` on, a multiple of `block_rows`. A bias is stored in one call."""
         if not isinstance(tensor, Tensor):
             assert isinstance(self.linear, QuantizedLinear)
             self.linear.load_codes(self.part, tensor, first)

@@ -11,7 +11,8 @@ from llama_mini.checkpoint.weight_formats import uniform_formats
 from llama_mini.errors import RequestError
 from llama_mini.optimize import fuse, is_fused, optimize
 from llama_mini.optimize.fused_layers import FusedLayers
-from llama_mini.optimize.packed_linear import FloatLinear, Int4Linear, Int8Linear, PackedLinear, QuantizedLinear
+from llama_mini.optimize.packed_linear import FloatLinear, PackedLinear
+from llama_mini.optimize.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
 from tests.optimize.conftest import DTYPES, FORMATS, KERNELS, Seen, error, fast_of, plain_of, prompts, steps
 from tests.tiny_models import random_tokens, tiny_model
 

@@ -22,7 +22,8 @@ from llama_mini.memory import check_fits
 from llama_mini.model.norm import RMSNorm
 from llama_mini.optimize import fuser
 from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
-from llama_mini.optimize.packed_linear import Int4Linear, Int8Linear, PackedLinear
+from llama_mini.optimize.packed_linear import PackedLinear
+from llama_mini.optimize.quantized_linear import Int4Linear, Int8Linear
 from tests.checkpoint.gguf.gguf_files import interleaved, write_family
 from tests.optimize.conftest import FORMATS, KERNELS, error, fast_of
 from tests.test_memory import peak

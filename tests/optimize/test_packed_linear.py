@@ -10,15 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_mini.errors import CheckpointFormatError
-from llama_mini.optimize.packed_linear import (
-    DECODE_ROWS,
-    FloatLinear,
-    Int4Linear,
-    Int5Linear,
-    Int8Linear,
-    PackedLinear,
-    supported,
-)
+from llama_mini.optimize.packed_linear import DECODE_ROWS, FloatLinear, PackedLinear, supported
+from llama_mini.optimize.quantized_linear import Int4Linear, Int5Linear, Int8Linear
 from tests.optimize.twins import examples
 
 KINDS: list[type[PackedLinear]] = [FloatLinear, Int8Linear, Int5Linear, Int4Linear]
@@ -130,7 +123,7 @@ def test_a_large_quantized_matrix_is_dequantized_in_pieces(
         asked.append(len(rows))
         return lookup(rows)
 
-    monkeypatch.setattr("llama_mini.optimize.packed_linear._DEQUANTIZE_ROWS", 256)
+    monkeypatch.setattr("llama_mini.optimize.quantized_linear._DEQUANTIZE_ROWS", 256)
     monkeypatch.setattr(matrix, "lookup", counted)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((20, 33))).float()
     y = matrix.forward_torch(x)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from llama_mini.checkpoint.gguf.blocks import Blocks
 from llama_mini.checkpoint.source import QuantizedWeights
 from llama_mini.optimize.build import ISA_VARIANTS
-from llama_mini.optimize.packed_linear import PackedLinear, QuantizedLinear
+from llama_mini.optimize.packed_linear import PackedLinear
+from llama_mini.optimize.quantized_linear import QuantizedLinear
 from tests.optimize.twins import dense, each_isa, examples, generator, random_matrix, same_bits
 
 CODED = ["int8", "int5", "int4"]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.fusable import NormArgs
-from llama_mini.optimize.packed_linear import FloatLinear, Int4Linear, Int5Linear, Int8Linear, PackedLinear
+from llama_mini.optimize.packed_linear import FloatLinear, PackedLinear
+from llama_mini.optimize.quantized_linear import Int4Linear, Int5Linear, Int8Linear
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 FORMATS: dict[str, type[PackedLinear]] = {

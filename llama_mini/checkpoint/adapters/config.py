@@ -12,15 +12,7 @@ from typing import Any
 
 from llama_mini.checkpoint.io.files import ADAPTER_CONFIG, inside, read_json
 from llama_mini.errors import ConfigError, warn
-from llama_mini.validate import (
-    check_choice,
-    check_flag,
-    check_number,
-    check_whole,
-    is_token,
-    join_names,
-    short_repr,
-)
+from llama_mini.validate import check_choice, check_flag, check_number, check_whole, is_token, join_names, short_repr
 
 _MAX_RANK = 1 << 16
 LARGEST = 1e9  # of alpha, and of the weight of an adapter: float32 must hold their product

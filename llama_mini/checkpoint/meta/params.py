@@ -16,10 +16,7 @@ READ_KEYS |= {"use_scaled_rope", "rope_scaling_factor", "quantization_args", "qu
 IGNORED_KEYS = {"max_batch_size", "model_parallel_size", "use_biases"}
 REFUSED_KEYS = {"lora_args", "moe", "vision_encoder", "vision_chunk_size"}
 REFUSED_KEYS |= {"yarn", "llama_4_scaling"}  # of Mistral's own params.json
-LLAMA_3_2 = {
-    (2048, 16),
-    (3072, 28),
-}  # dim and layers of its text models; params.json does not state their factor
+LLAMA_3_2 = {(2048, 16), (3072, 28)}  # dim and layers of its text models; params.json does not state their factor
 
 
 def read_params(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:

@@ -14,15 +14,7 @@ from torch import Tensor
 from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
 from llama_mini.checkpoint.quantized import awq
 from llama_mini.checkpoint.quantized.affine import Affine, affine_matrix, unpack, unpack_some
-from llama_mini.checkpoint.quantized.weight import (
-    Parts,
-    QuantizedMatrix,
-    expect,
-    fault,
-    modules,
-    read_part,
-    sizes_of,
-)
+from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, fault, modules, read_part, sizes_of
 from llama_mini.errors import ConfigError
 from llama_mini.validate import check_choice, check_flag, check_whole, is_whole, short_repr
 

@@ -37,12 +37,12 @@ def test_pairs_are_split_and_joined(heads: int, width: int, rotary: int, columns
         dim=8, n_layers=1, n_heads=heads, head_dim=width, rotary_dim=rotary, hidden_dim=4, vocab_size=9
     )
     rows = torch.arange(heads * width).view(-1, *[1] * len(columns)).expand(-1, *columns)
-    ours = reorder_pairs(rows, heads, config, to_file=False)
+    ours = reorder_pairs(rows, config, to_file=False)
     expected = np.arange(heads * width).reshape(heads, width)
     turned = expected[:, :rotary]
     expected = np.concatenate((turned[:, ::2], turned[:, 1::2], expected[:, rotary:]), axis=1)
     assert np.array_equal(ours.reshape(heads * width, -1)[:, 0].numpy(), expected.reshape(-1))
-    assert torch.equal(reorder_pairs(ours, heads, config, to_file=True), rows)
+    assert torch.equal(reorder_pairs(ours, config, to_file=True), rows)
 
 
 def test_parts_are_the_rows_of_their_tensor(tmp_path: Path) -> None:

@@ -1,21 +1,17 @@
 """The files of an adapter: which of its tensors change which weight, and how they are read."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
 from llama_mini.checkpoint.adapters.config import AdapterConfig, read_adapter_config
-from llama_mini.checkpoint.hf.safetensors_data import read_rows
+from llama_mini.checkpoint.hf.safetensors_data import reader, stored
 from llama_mini.checkpoint.io.files import ADAPTER_CONFIG, ADAPTERS, exists, inside
 from llama_mini.checkpoint.io.safetensors_header import read_header, weight_dtype
-from llama_mini.checkpoint.source import Destination, ReadRows, Rows, StoredTensor, rows_per_chunk
+from llama_mini.checkpoint.source import ReadRows, StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, warn
-from llama_mini.machine import dtype_name
 from llama_mini.validate import join_names, short_repr
 
 # a, b: W + scale · B·A, B (rows, rank), A (rank, columns). magnitude: DoRA's length of each row, or of each column of
@@ -105,24 +101,14 @@ def _tensors(directory: Path, pickles: bool) -> tuple[dict[str, StoredTensor], R
                 f"{directory} holds its adapter as a pickle, {names[0]}, which can run code when it is opened; "
                 f"merge it once: llama-mini convert MODEL NEW_DIRECTORY --adapter {directory}"
             )
-        from llama_mini.checkpoint.meta.pickles import load_tensors  # for conversion only
+        from llama_mini.checkpoint.meta.pickles import in_memory, load_tensors, stored_tensor  # for conversion only
 
         loaded = load_tensors(file, of_model=False)
-        in_memory: ReadRows = lambda names, *_: ((name, 0, loaded[name]) for name in names)  # noqa: E731
-        return {
-            name: StoredTensor(file, tuple(t.shape), dtype_name(t.dtype), t.nbytes) for name, t in loaded.items()
-        }, in_memory
+        return {name: stored_tensor(file, tensor) for name, tensor in loaded.items()}, in_memory(loaded)
     header = read_header(file)
-
-    def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
-        at_once = None if whole else rows_per_chunk
-        for tensor, first, rows in read_rows((header[name] for name in names), at_once, destination):
-            yield tensor.name, first, rows
-            del rows  # before the next ones are read
-
-    return {
-        name: StoredTensor(file, t.shape, dtype_name(weight_dtype(t)), t.end - t.begin) for name, t in header.items()
-    }, read
+    for tensor in header.values():
+        weight_dtype(tensor)  # refused now, not when it is read
+    return stored(header), reader(header)
 
 
 def _part(name: str, config: AdapterConfig) -> tuple[str, Role, Part]:

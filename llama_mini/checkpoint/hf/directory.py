@@ -2,16 +2,17 @@
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.families import has_interleaved_pairs, key_table
 from llama_mini.checkpoint.hf.config import PART_OF, read_config
-from llama_mini.checkpoint.hf.safetensors_data import read_rows
-from llama_mini.checkpoint.hf.shards import all_present, complete_shards, indexed, read_headers, stored
+from llama_mini.checkpoint.hf.safetensors_data import reader, stored
+from llama_mini.checkpoint.hf.shards import all_present, complete_shards, indexed, read_headers
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, inside, read_weight_map
 from llama_mini.checkpoint.io.safetensors_header import cut_rows, weight_dtype
@@ -23,6 +24,8 @@ from llama_mini.checkpoint.rows import split_parts, with_split_pairs
 from llama_mini.checkpoint.source import Destination, Rows, Source, StoredCodes, rows_per_chunk
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.machine import DTYPES
+
+T = TypeVar("T")
 
 
 def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
@@ -42,18 +45,15 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     parts = {part.name for matrix in matrices.values() for part in matrix.parts.values()}
     plain = {name: tensor for name, tensor in tensors.items() if name not in parts}
     plain, matrices = split_parts(plain, keys, config, cut_rows), split_parts(matrices, keys, config, cut_matrix)
-    dtypes = [weight_dtype(tensor) for name, tensor in plain.items() if not IGNORED_TENSORS.search(name)]
+    read_plain = reader(plain)
 
-    def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
-        selected = (plain[name] for name in names if name not in matrices)
-        for tensor, first, rows in read_rows(selected, None if whole else rows_per_chunk, destination):
-            yield tensor.name, first, rows
-            del rows  # before the next ones are read
+    def read(names: Collection[str], dtype: torch.dtype, to: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
+        yield from read_plain([name for name in names if name in plain], dtype, to, whole)
         for matrix in (matrices[name] for name in names if name in matrices):
             at_once = matrix.shape[0] if whole else rows_per_chunk(matrix.shape[1])
             for first, rows in read_matrix(matrix, matrix.floats, at_once):
                 yield matrix.name, first, rows
-                del rows
+                del rows  # before the next ones are read
 
     def read_quantized(names: Collection[str]) -> Iterator[Rows[StoredCodes]]:
         for matrix in (matrices[name] for name in names):
@@ -67,7 +67,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
         format=f"Hugging Face directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
         model_type=raw["model_type"],
         config=config,
-        dtype=common_dtype(dtypes, raw.get("dtype") or raw.get("torch_dtype")),
+        dtype=common_dtype(plain, weight_dtype, raw.get("dtype") or raw.get("torch_dtype")),
         keys=keys,
         tensors=stored(plain) | {name: matrix.stored() for name, matrix in matrices.items()},
         read_rows=read,
@@ -76,9 +76,9 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
     return with_split_pairs(source) if has_interleaved_pairs(source.model_type) else source
 
 
-def common_dtype(dtypes: Collection[torch.dtype], stated: object) -> torch.dtype:
-    """The model's dtype: that of its tensors. If they differ, the config's, or else one that holds all of them."""
-    distinct = set(dtypes)
+def common_dtype(tensors: Mapping[str, T], dtype_of: Callable[[T], torch.dtype], stated: object = None) -> torch.dtype:
+    """The model's dtype: that of its tensors. If they differ, that of config.json, or else one that holds all."""
+    distinct = {dtype_of(tensor) for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)}
     if len(distinct) > 1 and isinstance(stated, str) and stated in DTYPES:
         return DTYPES[stated]
     return functools.reduce(torch.promote_types, distinct) if distinct else torch.float32

@@ -7,7 +7,7 @@ To save, it needs all tensors in memory at once. Two threads read as fast as the
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from llama_mini.checkpoint.io.safetensors_header import (
     stamp_of,
     weight_dtype,
 )
-from llama_mini.checkpoint.source import Destination, no_destination
+from llama_mini.checkpoint.source import Destination, ReadRows, Rows, StoredTensor, no_destination, rows_per_chunk
 from llama_mini.errors import CheckpointPathError
 
 _AHEAD = 2  # batches that are read while the caller uses the one before; only one if they hold whole tensors
@@ -32,6 +32,22 @@ _BATCH = 1 << 21  # bytes that a thread reads at once: handing it each small ten
 Item = TypeVar("Item")
 Chunk = tuple[SafetensorsTensor, int, Tensor, int]  # a tensor, its first row here, memory for the rows, their byte
 _NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
+
+
+def stored(tensors: Mapping[str, SafetensorsTensor]) -> dict[str, StoredTensor]:
+    return {name: StoredTensor(t.file, t.shape, t.dtype, t.end - t.begin) for name, t in tensors.items()}
+
+
+def reader(tensors: Mapping[str, SafetensorsTensor]) -> ReadRows:
+    """Reads plain tensors, as `Source.read_rows` does; their rows have the file's dtype."""
+
+    def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
+        selected, at_once = (tensors[name] for name in names), None if whole else rows_per_chunk
+        for tensor, first, rows in read_rows(selected, at_once, destination):
+            yield tensor.name, first, rows
+            del rows  # before the next ones are read
+
+    return read
 
 
 def read_rows(

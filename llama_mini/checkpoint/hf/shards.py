@@ -8,7 +8,6 @@ from llama_mini.checkpoint.io.files import inside
 from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor, read_header
 from llama_mini.checkpoint.keys import IGNORED_TENSORS, KeyTable, whole_name
 from llama_mini.checkpoint.not_models import check_names
-from llama_mini.checkpoint.source import StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.validate import join_names
 
@@ -89,7 +88,3 @@ def indexed(
     if extra := sorted(name for name in tensors.keys() - kept.keys() if not IGNORED_TENSORS.search(name)):
         warn(f"{index} does not name {join_names(extra)}: not read")
     return kept
-
-
-def stored(tensors: Mapping[str, SafetensorsTensor]) -> dict[str, StoredTensor]:
-    return {name: StoredTensor(t.file, t.shape, t.dtype, t.end - t.begin) for name, t in tensors.items()}

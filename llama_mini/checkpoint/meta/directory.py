@@ -1,19 +1,16 @@
 """A Meta directory: params.json and `consolidated.safetensors`. Pickles must be converted first."""
 
-from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from torch import Tensor
-
 from llama_mini.checkpoint.hf.directory import common_dtype, no_weights
-from llama_mini.checkpoint.hf.safetensors_data import read_rows
-from llama_mini.checkpoint.hf.shards import complete_shards, read_headers, stored
+from llama_mini.checkpoint.hf.safetensors_data import reader, stored
+from llama_mini.checkpoint.hf.shards import complete_shards, read_headers
 from llama_mini.checkpoint.io.safetensors_header import weight_dtype
-from llama_mini.checkpoint.keys import IGNORED_TENSORS, META_KEYS
+from llama_mini.checkpoint.keys import META_KEYS
 from llama_mini.checkpoint.meta.params import read_params
 from llama_mini.checkpoint.quantized.methods import check_not_quantized
 from llama_mini.checkpoint.rows import with_split_pairs
-from llama_mini.checkpoint.source import Rows, Source
+from llama_mini.checkpoint.source import Source
 
 
 def open_meta_directory(directory: Path) -> Source:
@@ -25,20 +22,14 @@ def open_meta_directory(directory: Path) -> Source:
     tensors = read_headers(files)
     check_not_quantized(directory, tensors)
     config = read_params(directory, {name: tensor.shape for name, tensor in tensors.items()})
-
-    def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
-        for tensor, first, rows in read_rows(tensors[name] for name in names):
-            yield tensor.name, first, rows
-            del rows  # before the next ones are read
-
     source = Source(
         path=directory,
         format=f"Meta directory, {len(files)} safetensors file{'s' if len(files) > 1 else ''}",
         model_type="llama",
         config=config,
-        dtype=common_dtype([weight_dtype(t) for name, t in tensors.items() if not IGNORED_TENSORS.search(name)], None),
+        dtype=common_dtype(tensors, weight_dtype),
         keys=META_KEYS,
         tensors=stored(tensors),
-        read_rows=read,
+        read_rows=reader(tensors),
     )
     return with_split_pairs(source)

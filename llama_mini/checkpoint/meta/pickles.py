@@ -5,7 +5,7 @@ holds one tensor at a time.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,7 +25,7 @@ from llama_mini.checkpoint.meta.params import read_params
 from llama_mini.checkpoint.not_models import check_names
 from llama_mini.checkpoint.quantized.methods import check_not_quantized
 from llama_mini.checkpoint.rows import split_parts, with_split_pairs
-from llama_mini.checkpoint.source import Rows, Source, StoredTensor
+from llama_mini.checkpoint.source import ReadRows, Rows, Source, StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.machine import dtype_name
 from llama_mini.validate import join_names
@@ -54,22 +54,15 @@ def open_hf_pickles(directory: Path) -> Source:
             file_of[name], tensors[name] = file, tensor
     keys = names_in_file(key_table(raw["model_type"]), tensors)
     tensors = split_parts(tensors, keys, config, lambda tensor, _, first, n: tensor[first : first + n])
-
-    def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:
-        return ((name, 0, tensors[name]) for name in names)
-
     source = Source(
         path=directory,
         format=f"Hugging Face directory, {len(files)} pickled file{'s' if len(files) > 1 else ''}",
         model_type=raw["model_type"],
         config=config,
-        dtype=common_dtype(
-            [tensor.dtype for name, tensor in tensors.items() if not IGNORED_TENSORS.search(name)],
-            raw.get("dtype") or raw.get("torch_dtype"),
-        ),
+        dtype=common_dtype(tensors, lambda tensor: tensor.dtype, raw.get("dtype") or raw.get("torch_dtype")),
         keys=keys,
-        tensors={n: _stored(file_of[whole_name(n)], tensor, tuple(tensor.shape)) for n, tensor in tensors.items()},
-        read_rows=read,
+        tensors={name: stored_tensor(file_of[whole_name(name)], tensor) for name, tensor in tensors.items()},
+        read_rows=in_memory(tensors),
     )
     return with_split_pairs(source) if has_interleaved_pairs(source.model_type) else source
 
@@ -86,13 +79,13 @@ def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
             raise CheckpointFormatError(f"{file} and {files[0].name} hold different tensors: {sorted(other)[0]}")
     full_vocabulary = {name: (t.shape[0] * len(shards), *t.shape[1:]) for name, t in shards[0].items() if t.ndim}
     config = read_params(directory, full_vocabulary)
-    stored = {name: _stored(files[0], tensor, tuple(tensor.shape)) for name, tensor in shards[0].items()}
+    stored = {name: stored_tensor(files[0], tensor) for name, tensor in shards[0].items()}
     source = Source(
         path=directory,
         format=f"Meta directory, {len(files)} pickled file{'s' if len(files) > 1 else ''}",
         model_type="llama",
         config=config,
-        dtype=common_dtype([t.dtype for name, t in shards[0].items() if not IGNORED_TENSORS.search(name)], None),
+        dtype=common_dtype(shards[0], lambda tensor: tensor.dtype),
         keys=META_KEYS,
         tensors=stored,
         read_rows=lambda *_: iter(()),
@@ -113,8 +106,7 @@ def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
             yield name, 0, merged
 
     tensors = {
-        name: before if merges[name] is None else _stored(before.file, shards[0][name], shapes[name])
-        for name, before in stored.items()
+        name: before if merges[name] is None else replace(before, shape=shapes[name]) for name, before in stored.items()
     }
     return with_split_pairs(replace(source, tensors=tensors, read_rows=read))
 
@@ -159,9 +151,13 @@ def load_tensors(file: Path, of_model: bool = True) -> dict[str, Tensor]:
     return tensors
 
 
-def _stored(file: Path, tensor: Tensor, shape: Shape) -> StoredTensor:
-    kind = dtype_name(tensor.dtype)
-    return StoredTensor(file, shape, kind, tensor.numel() * tensor.element_size())
+def stored_tensor(file: Path, tensor: Tensor) -> StoredTensor:
+    return StoredTensor(file, tuple(tensor.shape), dtype_name(tensor.dtype), tensor.nbytes)
+
+
+def in_memory(tensors: Mapping[str, Tensor]) -> ReadRows:
+    """The `Source.read_rows` of tensors that are in memory, or mapped."""
+    return lambda names, *_: ((name, 0, tensors[name]) for name in names)
 
 
 def _merge_of(shapes: list[Shape], joined: Shape | None) -> tuple[int, int] | None:

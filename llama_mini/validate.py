@@ -5,10 +5,11 @@ setting, what was expected and what was found: `top_p must be a finite number fr
 """
 
 import math
+import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from llama_mini.errors import LlamaMiniError
+from llama_mini.errors import LlamaMiniError, warn
 
 _MAX_NAMES = 12
 
@@ -43,6 +44,21 @@ def check_flag(name: str, value: Any, error: type[LlamaMiniError]) -> None:
 def check_choice(name: str, value: Any, known: Collection[str], error: type[LlamaMiniError]) -> None:
     if not isinstance(value, str) or value not in known:
         raise error(f"unknown {name} {short_repr(value)}; known: {', '.join(known)}")
+
+
+def compile_pattern(name: str, pattern: str, error: type[LlamaMiniError], repetitions: int) -> re.Pattern[str]:
+    """A regular expression that a checkpoint holds. Refuses broken ones, and those that could take forever to match."""
+    if len(pattern) > 10_000 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > repetitions:
+        raise error(f"{name}: {short_repr(pattern)} repeats too much; give names or patterns with few *")
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as problem:
+        raise error(f"{name}: {short_repr(pattern)} is a broken pattern: {problem}; correct it") from None
+
+
+def warn_unknown(where: str, names: Iterable[str]) -> None:
+    if unknown := sorted(names):
+        warn(f"{where}: unknown {join_names(unknown)} ignored")
 
 
 def check_token_ids(ids: Iterable[int], vocab_size: int, error: type[LlamaMiniError]) -> None:

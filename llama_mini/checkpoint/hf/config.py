@@ -18,7 +18,7 @@ from llama_mini.errors import CheckpointIncompleteError, ConfigError, warn
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.rope_scaling import RopeScaling
-from llama_mini.validate import check_choice, check_number, is_whole, join_names, short_repr
+from llama_mini.validate import check_choice, check_number, is_whole, join_names, short_repr, warn_unknown
 
 SIZES = {  # Hugging Face's name -> ours
     "hidden_size": "dim",
@@ -224,8 +224,7 @@ def _check_keys(raw: Mapping[str, Any], family: Family, table: Mapping[str, Any]
     unknown = sorted(set(raw) - known)
     if norms := [key for key in unknown if "norm" in key.lower() and raw[key] is not None]:
         raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: {family.eps}")
-    if unknown:
-        warn(f"config.json: unknown {join_names(unknown)} ignored")
+    warn_unknown("config.json", unknown)
 
 
 def _check_code(auto_map: Any, family: Family) -> None:

@@ -8,7 +8,7 @@ from llama_mini.checkpoint.io.files import PARAMS, inside, read_json
 from llama_mini.errors import ConfigError, warn
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.rope_scaling import Llama3Scaling
-from llama_mini.validate import check_flag, is_finite, is_whole, join_names, short_repr
+from llama_mini.validate import check_flag, is_finite, is_whole, join_names, short_repr, warn_unknown
 
 READ_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "ffn_dim_multiplier"}
 READ_KEYS |= {"vocab_size", "norm_eps", "max_seq_len", "sliding_window", "rope_theta"}
@@ -43,8 +43,7 @@ def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     unknown = sorted(set(settings) - READ_KEYS - IGNORED_KEYS)
     if norms := [key for key in unknown if "norm" in key.lower()]:
         raise ConfigError(f"unknown {join_names(norms)}, which may change a norm; known: norm_eps")
-    if unknown:
-        warn(f"{PARAMS}: unknown {join_names(unknown)} ignored")
+    warn_unknown(PARAMS, unknown)
     if absent := [key for key in ("dim", "n_layers", "n_heads") if key not in settings]:
         raise ConfigError(f"{', '.join(absent)} missing")
     if "norm_eps" not in settings:

@@ -48,7 +48,7 @@ def unpack_some(words: Tensor, bits: int, first: int, n: int, order: Sequence[in
 
 
 def affine_matrix(
-    name: str,
+    module: str,
     shape: tuple[int, int],
     parts: Mapping[str, SafetensorsTensor],
     method: str,
@@ -89,7 +89,7 @@ def affine_matrix(
 
     groups = f"groups of {group}" if isinstance(group, int) else "columns grouped by g_idx"
     matrix = QuantizedMatrix(
-        name=name,
+        name=f"{module}.weight",
         shape=shape,
         parts=parts,
         number_format=f"{method} {bits} bits, {groups}{', symmetric' if symmetric else ''}",

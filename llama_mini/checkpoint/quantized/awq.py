@@ -61,7 +61,7 @@ def matrices(
         expect(parts["scales"], tuple(WEIGHTS), (n_groups, rows))
         for end, n in (("qweight", columns), ("qzeros", n_groups)):
             expect(parts[end], ("I32", "U32"), (n, -(-rows // 8)))
-        yield affine_matrix(f"{module}.weight", (rows, columns), parts, method, _BITS, group, _decode)
+        yield affine_matrix(module, (rows, columns), parts, method, _BITS, group, _decode)
 
 
 def check_tools(settings: Mapping[str, Any], known: tuple[str, ...], method: str) -> None:

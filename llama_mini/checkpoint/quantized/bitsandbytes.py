@@ -7,7 +7,7 @@ are JSON in the bytes of `quant_state.bitsandbytes__nf4`. The tensors tell which
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +61,8 @@ def _int8_matrix(module: str, parts: Tensors) -> QuantizedMatrix:
         scale = values["SCB"].float()[:, None] / 127
         return Affine(values["weight"].view(torch.uint8) + 128, scale, -128 * scale)
 
-    name, by_rows = f"{module}.weight", ("weight", "SCB")
-    matrix = affine_matrix(name, (rows, columns), parts, "bitsandbytes", 8, columns, decode, True, by_rows)
+    by_rows = ("weight", "SCB")
+    matrix = affine_matrix(module, (rows, columns), parts, "bitsandbytes", 8, columns, decode, True, by_rows)
     return replace(matrix, number_format="bitsandbytes int8, a scale for each row")
 
 
@@ -73,8 +73,7 @@ def _four_bit_matrix(module: str, parts: Tensors) -> QuantizedMatrix:
         raise fault(
             weight, f"needs {' or '.join(f'{module}.{part}' for part in _STATES.values())}, which no file holds"
         )
-    state = _read_state(parts[_STATES[kind]], kind)
-    (rows, columns), block, nested_block, offset = state
+    rows, columns, block, nested_block, offset = _read_state(parts[_STATES[kind]], kind)
     n_blocks = -(-rows * columns // block)
     # Of whatever dtype (bnb_4bit_quant_storage), these are bytes.
     stored = weight._replace(dtype="U8", shape=(weight.end - weight.begin,))
@@ -140,17 +139,11 @@ def _in_eight_bits(table: Tensor) -> tuple[Tensor, Tensor]:
     return ((table * best).round() + 128).to(torch.uint8), best
 
 
-class _State(NamedTuple):
-    """The settings of a quantised matrix. nested_block: None without nested statistics."""
+def _read_state(part: SafetensorsTensor, kind: str) -> tuple[int, int, int, int | None, float]:
+    """Rows, columns, the size of a block, that of a block of nested statistics (None: not nested), and their offset.
 
-    shape: tuple[int, int]
-    block: int
-    nested_block: int | None
-    offset: float
-
-
-def _read_state(part: SafetensorsTensor, kind: str) -> _State:
-    """Raises CheckpointFormatError unless the part is JSON whose values can be true."""
+    Raises CheckpointFormatError unless the part is JSON whose values can be true.
+    """
     n_bytes = part.end - part.begin
     if n_bytes > _LARGEST_STATE:
         raise fault(part, f"has {n_bytes} bytes, not JSON of up to {_LARGEST_STATE}")
@@ -162,12 +155,12 @@ def _read_state(part: SafetensorsTensor, kind: str) -> _State:
     if not isinstance(state, dict) or state.get("quant_type") != kind:
         raise fault(part, f"must be a JSON object whose quant_type is {kind}, not {short_repr(state)}")
     shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
-    nested = [state.get("nested_blocksize")] if "nested_blocksize" in state else []
+    block, *nested = (state.get(key) for key in ("blocksize", "nested_blocksize") if key == "blocksize" or key in state)
     if not isinstance(shape, list) or len(shape) != 2:
         raise fault(part, f"must hold a shape of two numbers, not {short_repr(shape)}")
-    for size in (*shape, state.get("blocksize"), *nested):
+    for size in (*shape, block, *nested):
         if not is_whole(size) or not 0 < size < 1 << 31:
             raise fault(part, f"holds {short_repr(size)} where a size must be")
     if not is_finite(offset):
         raise fault(part, f"must hold a finite nested_offset, not {short_repr(offset)}")
-    return _State((shape[0], shape[1]), state["blocksize"], nested[0] if nested else None, offset)
+    return *shape, block, nested[0] if nested else None, offset

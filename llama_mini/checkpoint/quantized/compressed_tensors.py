@@ -4,7 +4,6 @@
 expression after `re:`, or by the module's class. Which matrices are quantised at all, the tensors tell.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from llama_mini.checkpoint.quantized.scaled_floats import (
     FP8,
     OF_ACTIVATIONS,
     Shape,
+    check_block,
     describe,
     expect_grid,
     float_matrix,
@@ -37,7 +37,7 @@ from llama_mini.checkpoint.quantized.weight import (
     warn_of_unknown,
 )
 from llama_mini.errors import ConfigError, warn
-from llama_mini.validate import check_choice, check_flag, check_whole, join_names, short_repr
+from llama_mini.validate import check_choice, check_flag, check_whole, compile_pattern, join_names, short_repr
 
 _FORMATS = (
     *("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "nvfp4-pack-quantized"),
@@ -53,7 +53,6 @@ _WEIGHT_KEYS = (
     *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"),
     *("scale_dtype", "zp_dtype", "observer"),
 )
-_SLOW_PATTERN = re.compile(r"\)[*+{]|([*+{?].*){5}")  # could take forever to match
 Tensors = Mapping[str, SafetensorsTensor]
 
 
@@ -114,36 +113,27 @@ def _scheme(where: str, weights: Any) -> _Scheme:
     check_flag(f"{where}.symmetric", settings["symmetric"], ConfigError)
     strategy = settings.get("strategy", {None: "tensor", -1: "channel"}.get(group, "group"))
     check_choice(f"{where}.strategy", strategy, _STRATEGIES, ConfigError)
-    block: Any = {"tensor": (None, None), "channel": (1, None)}.get(strategy, (1, group))
+    block: tuple[int | None, int | None] = {"tensor": (None, None), "channel": (1, None)}.get(strategy, (1, group))
     if strategy == "block":
-        block = settings.get("block_structure")
-        if not isinstance(block, list) or len(block) != 2:
-            raise ConfigError(f"{where}.block_structure must be [rows, columns], not {short_repr(block)}")
-    if strategy not in ("tensor", "channel"):
-        for size in block:
-            check_whole(f"{where}.{'block_structure' if strategy == 'block' else 'group_size'}", size, ConfigError)
-    return _Scheme(bits, kind == "int", settings["symmetric"], tuple(block), strategy == "tensor_group")
+        block = check_block(f"{where}.block_structure", settings.get("block_structure"))
+    elif strategy not in ("tensor", "channel"):
+        check_whole(f"{where}.group_size", group, ConfigError)
+    return _Scheme(bits, kind == "int", settings["symmetric"], block, strategy == "tensor_group")
 
 
 def _scheme_of(module: str, schemes: Mapping[str, _Scheme]) -> _Scheme:
     """The scheme of the most specific target: a name, else a regular expression, else a class."""
     kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
     for target in sorted(schemes, key=lambda target: (target == kind, target.startswith("re:"), target)):
-        if target in (module, kind) or (target.startswith("re:") and _matches(target[3:], module)):
+        pattern = target.removeprefix("re:")
+        if target in (module, kind) or (
+            pattern != target and compile_pattern("targets", pattern, ConfigError, repetitions=4).match(module)
+        ):
             return schemes[target]
     targets = join_names(map(short_repr, schemes))
     raise ConfigError(
         f"{short_repr(module)} is quantised, but none of the targets of config_groups names it: {targets}"
     )
-
-
-def _matches(pattern: str, module: str) -> bool:
-    if _SLOW_PATTERN.search(pattern):
-        raise ConfigError(f"the target {short_repr(pattern)} of config_groups has too many repetitions; list names")
-    try:
-        return re.match(pattern, module) is not None
-    except re.error as error:
-        raise ConfigError(f"the target {short_repr(pattern)} of config_groups is wrong: {error}; correct it") from None
 
 
 def _matrix(module: str, parts: Tensors, scheme: _Scheme) -> QuantizedMatrix:
@@ -208,8 +198,7 @@ def _integer_matrix(
         scale = spread(values["weight_scale"], shape, block, first, n, block[1])
         return Affine(codes, scale, -zero * scale)
 
-    name, by_rows = f"{module}.weight", (weight,)
-    matrix = affine_matrix(name, shape, parts, "compressed-tensors", bits, group, decode, zeros is None, by_rows)
+    matrix = affine_matrix(module, shape, parts, "compressed-tensors", bits, group, decode, zeros is None, (weight,))
     number_format = matrix.number_format.replace(f"groups of {columns}", describe(shape, block))
     return replace(matrix, number_format=number_format)
 

@@ -3,20 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor
-from llama_mini.checkpoint.quantized.scaled_floats import FP4, OF_ACTIVATIONS, float_matrix
-from llama_mini.checkpoint.quantized.weight import (
-    Parts,
-    QuantizedMatrix,
-    fault,
-    modules,
-    warn_of_activations,
-    warn_of_unknown,
-)
+from llama_mini.checkpoint.quantized.scaled_floats import FP4, OF_ACTIVATIONS, check_block, float_matrix
+from llama_mini.checkpoint.quantized.weight import QuantizedMatrix, fault, modules, warn_of_activations, warn_of_unknown
 from llama_mini.errors import ConfigError
-from llama_mini.validate import check_choice, check_whole, short_repr
+from llama_mini.validate import check_choice
 
 _KEYS = (
     *("quant_method", "weight_block_size", "activation_sc", "modules_to_", "ignored_layers", "fmt", "scale_fmt"),
@@ -33,17 +24,13 @@ def matrices(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[Quantize
     """The matrices of a checkpoint of FP8 or FBGEMM. Raises CheckpointFormatError, ConfigError."""
     warn_of_unknown(settings, _KEYS)
     block = settings.get("weight_block_size")
-    if block is not None:
-        if not isinstance(block, list) or len(block) != 2:
-            raise ConfigError(f"weight_block_size must be [rows, columns], not {short_repr(block)}")
-        for size in block:
-            check_whole("weight_block_size", size, ConfigError)
+    block = None if block is None else check_block("weight_block_size", block)
     warn_of_activations("FP8")
     for module, parts in modules(tensors, ("weight",), (*_SCALES, *OF_ACTIVATIONS)):
         scales = [scale for scale in _SCALES if scale in parts]
         if len(scales) != 1:
             raise fault(parts["weight"], f"needs one of {' and '.join(_SCALES)}, but has {len(scales)}")
-        yield float_matrix(module, parts, "FP8", block=tuple(block) if block else None, scale=scales[0])
+        yield float_matrix(module, parts, "FP8", block=block, scale=scales[0])
 
 
 def modelopt(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[QuantizedMatrix]:
@@ -59,8 +46,5 @@ def modelopt(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[Quantize
         if method == "FP8":
             yield float_matrix(module, parts, "ModelOpt FP8")
         else:
-            yield float_matrix(module, parts, "ModelOpt NVFP4", FP4, (1, 16), adjust=_times_second)
-
-
-def _times_second(scales: Tensor, parts: Parts) -> Tensor:
-    return scales * parts["weight_scale_2"]
+            adjust = lambda scales, parts: scales * parts["weight_scale_2"]  # noqa: E731
+            yield float_matrix(module, parts, "ModelOpt NVFP4", FP4, (1, 16), adjust=adjust)

@@ -20,16 +20,9 @@ from llama_mini.validate import check_choice, check_flag, check_whole, is_whole,
 
 _LAYOUTS = ("gptq", "gptq_v2")  # checkpoint_format; in the first, zero points are stored less one
 _PACKINGS = {  # AutoRound's packing_format -> GPTQ's checkpoint_format, or AWQ
-    "auto_round:auto_gptq": "gptq",
-    "auto_round:gptq": "gptq",
-    "auto_gptq": "gptq",
-    "gptq": "gptq",
-    "auto_round": "gptq_v2",
-    "auto_round:gptqmodel": "gptq_v2",
-    "auto_round:auto_awq": "awq",
-    "auto_round:awq": "awq",
-    "auto_awq": "awq",
-    "awq": "awq",
+    **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq", "auto_gptq", "gptq"), "gptq"),
+    **dict.fromkeys(("auto_round", "auto_round:gptqmodel"), "gptq_v2"),
+    **dict.fromkeys(("auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq"), "awq"),
 }
 _BITS = (2, 3, 4, 8)
 
@@ -78,7 +71,7 @@ def matrices(
         if any(reordered) and "g_idx" not in parts and n_groups > 1:
             raise fault(qweight, f"needs {module}.g_idx, since desc_act is true")
         yield affine_matrix(
-            f"{module}.weight",
+            module,
             (rows, columns),
             parts,
             method,

@@ -34,7 +34,7 @@ def matrices(settings: Mapping[str, Any], tensors: Mapping[str, SafetensorsTenso
             expect(parts[end], tuple(WEIGHTS), (rows, n_groups))
         expect(parts["weight"], ("U32",), (rows, columns * bits // 32))
         yield affine_matrix(
-            f"{module}.weight", (rows, columns), parts, "MLX", bits, group, partial(_decode, bits), by_rows=tuple(parts)
+            module, (rows, columns), parts, "MLX", bits, group, partial(_decode, bits), by_rows=tuple(parts)
         )
 
 

@@ -1,6 +1,7 @@
 """FP8 and FP4 numbers with a scale for each block of a matrix: compressed-tensors, DeepSeek, FBGEMM and ModelOpt."""
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTens
 from llama_mini.checkpoint.quantized.affine import GROUP
 from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, fault, sizes_of
 from llama_mini.checkpoint.source import QuantizedWeights
-from llama_mini.validate import short_repr
+from llama_mini.errors import ConfigError
+from llama_mini.validate import check_whole, short_repr
 
 Shape = tuple[int, int]
 FP8, FP4 = ("F8_E4M3", "F8_E5M2"), ("U8",)  # dtypes of the numbers; a byte holds two of FP4
@@ -76,6 +78,15 @@ def float_matrix(
         codes=codes if has_codes else None,
         by_rows=(weight,),
     )
+
+
+def check_block(name: str, sizes: Any) -> Shape:
+    """A setting as the rows and columns that share a scale. Raises ConfigError."""
+    if not isinstance(sizes, list) or len(sizes) != 2:
+        raise ConfigError(f"{name} must be [rows, columns], not {short_repr(sizes)}")
+    for size in sizes:
+        check_whole(name, size, ConfigError)
+    return sizes[0], sizes[1]
 
 
 def expect_grid(part: SafetensorsTensor, shape: Shape, block: Shape, dtypes: Collection[str] = _SCALES) -> None:

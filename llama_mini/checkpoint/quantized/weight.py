@@ -10,7 +10,7 @@ from torch import Tensor
 from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor, changed, cut_rows, stamp_of
 from llama_mini.checkpoint.source import QuantizedWeights, StoredTensor
 from llama_mini.errors import CheckpointFormatError, warn
-from llama_mini.validate import join_names, short_repr
+from llama_mini.validate import join_names, short_repr, warn_unknown
 
 _DTYPES = WEIGHTS | {
     "I64": torch.int64,
@@ -102,8 +102,8 @@ def modules(
 
 def warn_of_unknown(settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
     """Warns of settings whose names do not begin with one of the known ones."""
-    if unknown := [key for key, value in settings.items() if value is not None and not key.startswith(known)]:
-        warn(f"quantization_config: unknown {join_names(unknown)} ignored")
+    stated = [key for key, value in settings.items() if value is not None]
+    warn_unknown("quantization_config", (key for key in stated if not key.startswith(known)))
 
 
 def warn_of_activations(method: str) -> None:

@@ -63,7 +63,7 @@ def test_scales(tmp_path: Path) -> None:
         (PEFT | {"rank_pattern": {"q": -1}}, "a rank of rank_pattern must be a whole number"),
         (PEFT | {"alpha_pattern": {"q": None}}, "a number of alpha_pattern must be a finite number"),
         (PEFT | {"alpha_pattern": ["q"]}, "alpha_pattern must be an object"),
-        (PEFT | {"alpha_pattern": {"q(": 1}}, "alpha_pattern holds a broken pattern: missing"),
+        (PEFT | {"alpha_pattern": {"q(": 1}}, "alpha_pattern: .* is a broken pattern: missing"),
         (PEFT | {"base_model_name_or_path": 7}, "base_model_name_or_path must be a path or a hub name, not 7"),
         (PEFT | {"trainable_token_indices": [1.5]}, "trainable_token_indices must be lists of token ids"),
         (PEFT | {"trainable_token_indices": "all"}, "trainable_token_indices must be lists of token ids"),

@@ -262,9 +262,9 @@ def test_settings_that_are_refused(tmp_path: Path, changes: dict[str, Any], what
             ["Embedding", "k_proj"],
             r"'layers\.0\.q_proj' is quantised, but none of the targets .*: 'Embedding', 'k_proj'",
         ),
-        (["re:("], r"target '\(' of config_groups is wrong: missing \)"),
-        (["re:(a+)+$"], "has too many repetitions; list names"),
-        (["re:" + ".*" * 9 + "x"], "has too many repetitions; list names"),
+        (["re:("], r"targets: '\(' is a broken pattern: missing \)"),
+        (["re:(a+)+$"], "targets: .* repeats too much; give names"),
+        (["re:" + ".*" * 9 + "x"], "targets: .* repeats too much; give names"),
     ],
 )
 def test_targets_that_name_no_matrix(tmp_path: Path, targets: list[str], what: str) -> None:

@@ -92,6 +92,15 @@ CHOICES: dict[str, dict[str, Any]] = {
     "helium": BIASES | {"head_dim": (16,)},
     "phi3": PARTIAL | {"sliding_window": (None, 7)},
     "granite": BIASES | MUP,
+    "granitemoehybrid": MUP
+    | {
+        "attention_bias": FLAGS,
+        "shared_intermediate_size": (24, 40),
+        "position_embedding_type": (None, "rope"),
+        "layer_types": (["attention"] * 3,),
+        "num_local_experts": (0,),
+        "mamba_n_heads": (1,),
+    },
     "hyperclovax": BIASES | MUP | {"attention_multiplier": (None, 0.3), "logits_scaling": (1.0, 0.35)},
     "gemma": GEMMA,
     "gemma2": GEMMA_2,

@@ -63,6 +63,11 @@ VAULTGEMMA_KEYS = _hugging_face(_VAULT_NORMS)
 GEMMA2_KEYS = _hugging_face(_VAULT_NORMS | _OUT_NORMS)
 GEMMA3_KEYS = _hugging_face(_VAULT_NORMS | _OUT_NORMS | _QK_NORMS)
 PHI3_KEYS = _hugging_face(_PRE_NORMS | _QKV | _GATE_UP)
+GRANITE_HYBRID_KEYS = _hugging_face(
+    _PRE_NORMS
+    | {f"shared_mlp.input_linear[{part}]": f"feed_forward.{part}_proj" for part in ("gate", "up")}
+    | {"shared_mlp.output_linear": "feed_forward.down_proj"}
+)
 GLM_KEYS = _hugging_face(_PRE_NORMS | _GATE_UP)
 GLM4_KEYS = _hugging_face(_PRE_NORMS | _GATE_UP | _GLM4_NORMS)
 HYPERCLOVAX_KEYS = _hugging_face(

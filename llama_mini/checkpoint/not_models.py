@@ -37,7 +37,8 @@ _ARCHITECTURES = {  # in the name of an architecture or model_type -> what that 
     "whisper|wav2vec|hubert|speech|audio|forctc|tts": "a model of speech",
     "clip|vit|dino|image|vision|llava": "a model of images",
     "conditionalgeneration|^t5|bart": "an encoder with a decoder",
-    "moe|mixtral|dbrx|gpt_?oss|deepseek_?v|llama_?4|qwen3_?next|solar_?open": "a mixture of experts, which is not read",
+    "moe(?!hybrid)|mixtral|dbrx|gpt_?oss|deepseek_?v|llama_?4|qwen3_?next|solar_?open": "a mixture of experts, which "
+    "is not read",
     "mamba|rwkv|xlstm|lfm|recurrent|jamba|bamba|falcon_?h|nemotron_?h|olmo_?hybrid": "a state space or recurrent "
     "model, which is not read",
     "minicpm3|youtu": "a model with latent attention (MLA), which is not read",

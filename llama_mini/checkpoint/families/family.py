@@ -53,8 +53,8 @@ class Family:
     window: the layers with a sliding window: none, every one, those that `layer_types` lists, or listed ones, if
         `use_sliding_window` is true.
     pattern: (p, i): without `layer_types`, layer i and every p-th layer from there on have no window.
-    unrotated: the layers without rotary embedding: none, those without a window, these only if others have one, or
-        those with a 0 in `no_rope_layers`.
+    unrotated: the layers without rotary embedding: none, those without a window, these only if others have one, those
+        with a 0 in `no_rope_layers`, or all unless `position_embedding_type` is "rope".
     """
 
     model_type: str
@@ -79,7 +79,7 @@ class Family:
     scaled_embedding: bool = False
     window: Literal["none", "every", "listed", "switched"] = "none"
     pattern: tuple[int, int] | None = None
-    unrotated: Literal["none", "full", "full_beside_sliding", "listed"] = "none"
+    unrotated: Literal["none", "full", "full_beside_sliding", "listed", "stated"] = "none"
 
 
 ATTENTION_BIAS = {"attention_bias": "qkv_bias o_bias"}
@@ -90,6 +90,7 @@ MUP = {  # maximal update parametrisation
     "attention_multiplier": "attention_scale",
     "residual_multiplier": "beta",
 }
+GRANITE: Settings = {**MUP, "logits_scaling": ("logit_scale", -1)}
 USE_BIAS = {"use_bias": "qkv_bias o_bias mlp_bias"}
 NO_GATE = {"gated_mlp": False}
 TIED = {"tie_word_embeddings": True}

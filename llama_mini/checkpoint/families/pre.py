@@ -7,8 +7,8 @@ from llama_mini.checkpoint import keys
 from llama_mini.checkpoint.families.family import (
     ATTENTION_BIAS,
     BIASES,
+    GRANITE,
     LATE,
-    MUP,
     NO_GATE,
     QKV_BIAS,
     TIED,
@@ -157,8 +157,19 @@ PRE = (
     Family(
         model_type="granite",
         architecture="GraniteForCausalLM",
-        settings={**BIASES, **MUP, "logits_scaling": ("logit_scale", -1)},
+        settings={**BIASES, **GRANITE},
         defaults=defaults(1e-6, 2048, attention_multiplier=1.0),
+    ),
+    Family(  # Granite 4 without state spaces and experts
+        model_type="granitemoehybrid",
+        architecture="GraniteMoeHybridForCausalLM",
+        keys=keys.GRANITE_HYBRID_KEYS,
+        settings={**ATTENTION_BIAS, **GRANITE, "shared_intermediate_size": "hidden_dim"},
+        constants={"num_local_experts": (0,), "normalization_function": ("rmsnorm",)},
+        unrotated="stated",
+        defaults=defaults(
+            1e-6, 2048, attention_multiplier=1.0, shared_intermediate_size=1024, intermediate_size=11_008
+        ),
     ),
     Family(
         model_type="glm",
@@ -183,6 +194,7 @@ PRE = (
         norms=norms("pre", qk="head"),
         settings=ATTENTION_BIAS,
         fixed={"qk_norm_after_rope": True},
+        constants={"use_qk_norm": (True,), "norm_type": ("rms",), "use_cla": (False,)},  # vLLM reads these
         fixed_alpha=True,
         defaults=defaults(1e-5, 2048),
     ),

@@ -32,7 +32,7 @@ SIZES = {  # Hugging Face's name -> ours
 }
 REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 PART_OF = "part_of"  # our key: the model_type of the model whose text part this is
-_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", *SETTINGS)
+_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 ACTIVATIONS |= {"gelu_new": "gelu_tanh", "relu2": "relu2"}
 _FALSE: tuple[str, ...] = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "use_qkv_bias", "qkv_bias")
@@ -78,9 +78,9 @@ def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
     text = raw.get("text_config")
     if raw.get("model_type") not in WHOLES or not isinstance(text, dict):
         return raw
-    whole = {key: raw[key] for key in _OF_THE_WHOLE if raw.get(key) is not None and text.get(key) is None}
-    if raw.get("tie_word_embeddings") is not None:  # that of the whole model wins
-        whole["tie_word_embeddings"] = raw["tie_word_embeddings"]
+    whole = {
+        key: raw[key] for key in (*_OF_THE_WHOLE, *SETTINGS) if raw.get(key) is not None
+    }  # it wins, as in transformers
     return text | whole | {PART_OF: raw["model_type"]}
 
 
@@ -148,15 +148,10 @@ def _to_family(config: LlamaConfig, family: Family) -> dict[str, Any]:
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     values |= {"beta": attention.beta, "parallel": config.norm_plan.parallel}
     values["attention_scale"] = config.attention_scale or config.head_dim**-0.5
-    keys, written = dict[str, Any](), set[str]()
-    for key, (names, power) in _fields_by_key(family).items():
-        if not written.issuperset(names):  # the first of two keys for the same fields
-            keys[key] = _from_field(key, values[names[0]], power)
-            written |= set(names)
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **keys,
+        **{key: _from_field(key, values[names[0]], power) for key, (names, power) in _fields_by_key(family).items()},
         **{key: accepted[0] for key, accepted in family.constants.items()},
         **layers_to_hf(config, family),
         **rope_to_hf(config, family),
@@ -166,7 +161,8 @@ def _to_family(config: LlamaConfig, family: Family) -> dict[str, Any]:
 
 def _fields_by_key(family: Family) -> dict[str, tuple[tuple[str, ...], float]]:
     """The keys that the family reads -> the fields that they set, and the power of the value."""
-    table: dict[str, str | tuple[str, float]] = {**SIZES, "tie_word_embeddings": "tie_word_embeddings"}
+    sizes = {key: field for key, field in SIZES.items() if field not in family.settings.values()}
+    table: dict[str, str | tuple[str, float]] = {**sizes, "tie_word_embeddings": "tie_word_embeddings"}
     table |= {family.activation: "activation"} if family.activation else {}
     table |= {family.eps: "norm_eps"} if family.eps else {}
     table |= family.settings
@@ -230,7 +226,8 @@ def _check_keys(raw: Mapping[str, Any], family: Family, table: Mapping[str, Any]
 def _check_code(auto_map: Any, family: Family) -> None:
     """Refuses code that comes with a checkpoint, unless it is that of the family's own class, which is built in."""
     name = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, Mapping) else None
-    if not isinstance(name, str) or name.rpartition(".")[2] != family.architecture:
+    own = family.architecture.replace("_", "")  # the first ERNIE 4.5 has one more
+    if not isinstance(name, str) or name.rpartition(".")[2].replace("_", "") != own:
         code = "code that comes with a checkpoint is never run"
         raise ConfigError(f"{AUTO_MAP} is {short_repr(auto_map)}: {code}; give a checkpoint without it")
     warn(f"config.json: {AUTO_MAP} ignored: code that comes with a checkpoint is never run")

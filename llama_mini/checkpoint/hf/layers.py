@@ -10,13 +10,19 @@ from llama_mini.validate import check_whole, is_whole, short_repr
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _KEYS = {"none": set[str](), "every": {"sliding_window"}, "listed": {"sliding_window", "sliding_window_pattern"}}
+_OF_HYBRIDS = {f"mamba_{key}" for key in ("n_heads", "n_groups", "d_state", "d_head", "d_conv", "expand")}
+_OF_HYBRIDS |= {"mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias", "time_step_limit"}
+_OF_HYBRIDS |= {"intermediate_size", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"}
 _KEYS["switched"] = {"sliding_window", "use_sliding_window", "max_window_layers"}
 
 
 def layer_keys(family: Family) -> set[str]:
     """The keys of config.json that this file reads for a family."""
-    rotary = {"no_rope_layers", "no_rope_layer_interval"} if family.unrotated == "listed" else set()
-    return _KEYS[family.window] | rotary
+    rotary = {
+        "listed": {"no_rope_layers", "no_rope_layer_interval"},
+        "stated": {"position_embedding_type", *_OF_HYBRIDS},
+    }
+    return _KEYS[family.window] | rotary.get(family.unrotated, set())
 
 
 def read_layers(raw: Mapping[str, Any], settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -29,6 +35,10 @@ def read_layers(raw: Mapping[str, Any], settings: Mapping[str, Any], family: Fam
         window = None
     unrotated = _listed_unrotated(settings, n_layers) if family.unrotated == "listed" else ()
     layers = () if window is None else _default_sliding(settings, family, n_layers, unrotated, types is not None)
+    if family.unrotated == "stated":
+        types = [FULL if kind == "attention" else kind for kind in types] if isinstance(types, list) else types
+        if types is None or (isinstance(types, list) and ("mamba" in types or "linear_attention" in types)):
+            raise ConfigError(f"layer_types is {short_repr(types)}: state spaces are not read")  # null: all are such
     if types is not None:
         if not isinstance(types, list) or len(types) != n_layers or not all(t in (FULL, SLIDING) for t in types):
             raise ConfigError(
@@ -40,6 +50,8 @@ def read_layers(raw: Mapping[str, Any], settings: Mapping[str, Any], family: Fam
                 f"layer_types has {len(sliding)} layers of {SLIDING}, but the other keys give a window to {len(layers)}"
             )
         layers = sliding
+    if family.unrotated == "stated":
+        unrotated = () if settings.get("position_embedding_type") == "rope" else tuple(range(n_layers))
     if family.unrotated == "full" or (family.unrotated == "full_beside_sliding" and window is not None):
         unrotated = tuple(i for i in range(n_layers) if i not in layers)
     sliding_window = window if layers else None
@@ -59,6 +71,10 @@ def layers_to_hf(config: LlamaConfig, family: Family) -> dict[str, Any]:
         keys["sliding_window"] = family.defaults["sliding_window"]  # no layer uses it, but transformers needs one
     if family.unrotated == "listed":
         keys["no_rope_layers"] = [int(i not in config.unrotated_layers) for i in range(config.n_layers)]
+    if family.unrotated == "stated":
+        keys["layer_types"] = ["attention"] * config.n_layers
+        keys["position_embedding_type"] = None if config.unrotated_layers else "rope"
+        keys["mamba_n_heads"] = 1  # transformers' default may not divide the width
     return keys
 
 

@@ -10,6 +10,7 @@ import pytest
 from llama_mini.checkpoint.gguf.architectures import ARCHITECTURES
 from llama_mini.checkpoint.gguf.header import GGUFHeader, GGUFTensor
 from llama_mini.checkpoint.gguf.model import gguf_config
+from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.errors import ConfigError
 from llama_mini.model.config import LlamaConfig
 
@@ -103,7 +104,9 @@ def test_layers_without_rotation() -> None:
     found = config("exaone4", 64)  # the model of 32B
     assert (found.sliding_window, found.sliding_layers[:4], found.unrotated_layers[:2]) == (4096, (0, 1, 2, 4), (3, 7))
     assert config("granite", rope__scaling__finetuned=True).unrotated_layers == ()
-    assert config("granite", 3, rope__scaling__finetuned=False).unrotated_layers == (0, 1, 2)
+    unrotated = config("granite", 3, rope__scaling__finetuned=False)
+    assert unrotated.unrotated_layers == (0, 1, 2)
+    assert to_hf(unrotated, "float32", "granite")["model_type"] == "granitemoehybrid"
 
 
 def test_scales_of_granite_and_cohere() -> None:

@@ -13,6 +13,7 @@ from tests.tiny_models import HF_TINY
 
 SIZES = {"hidden_size": 2560, "num_hidden_layers": 12, "num_attention_heads": 160, "intermediate_size": 48}
 SIZES |= {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ALL_ATTENTION = {"layer_types": ["attention"] * 12, "num_local_experts": 0}
 LINEAR = {"rope_type": "linear", "factor": 8.0}
 YARN = {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1}
 HUNYUAN = {"type": "dynamic", "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0}
@@ -46,13 +47,16 @@ PUBLISHED: list[dict[str, Any]] = [  # the keys of v4, with smaller sizes
         "sliding_window": 262_144,
         "resid_pdrop": 0.0,
     },
-    {"model_type": "hunyuan_v1_dense", "rope_scaling": HUNYUAN, "rope_theta": 10_000.0, "head_dim": 16},
+    {"model_type": "hunyuan_v1_dense", "rope_scaling": HUNYUAN, "rope_theta": 10_000.0, "head_dim": 16}
+    | {"use_qk_norm": True, "norm_type": "rms", "use_cla": False},
     {"model_type": "cohere2", "sliding_window_pattern": 4, "logit_scale": 0.25, "rope_theta": 50_000.0},
     {"model_type": "glm4", "partial_rotary_factor": 0.5, "attention_bias": False, "head_dim": 16},
     {"model_type": "stablelm", "partial_rotary_factor": 0.25, "use_qkv_bias": True, "hidden_dropout": 0.0},
     {"model_type": "nemotron", "partial_rotary_factor": 0.5, "norm_eps": 1e-5, "hidden_act": "relu2"},
     {"model_type": "granite", "logits_scaling": 13, "attention_multiplier": 0.015625, "residual_multiplier": 0.22}
     | {"embedding_multiplier": 12},
+    {"model_type": "granitemoehybrid", "shared_intermediate_size": 64, "position_embedding_type": "rope"}
+    | {"normalization_function": "rmsnorm", "mamba_d_state": 128, "mamba_d_head": "auto", "logits_scaling": 10},
     {"model_type": "starcoder2", "norm_type": "layer_norm", "mlp_type": "default", "norm_epsilon": 1e-5},
     {
         "model_type": "internlm3",
@@ -65,6 +69,7 @@ PUBLISHED: list[dict[str, Any]] = [  # the keys of v4, with smaller sizes
 
 def published(raw: dict[str, Any]) -> dict[str, Any]:
     eps = FAMILIES[raw["model_type"]].eps
+    raw = ALL_ATTENTION | raw if raw["model_type"] == "granitemoehybrid" else raw
     return SIZES | ({} if eps is None else {eps: 1e-5}) | raw
 
 
@@ -89,7 +94,7 @@ def test_absent_keys_have_the_defaults_of_transformers(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_absent_eps_and_head_width_are_those_of_transformers(model_type: str) -> None:
-    raw = SIZES | {"model_type": model_type}
+    raw = SIZES | {"model_type": model_type} | (ALL_ATTENTION if model_type == "granitemoehybrid" else {})
     theirs: Any = AutoConfig.for_model(**raw)
     if (eps := FAMILIES[model_type].eps) is None:
         assert from_hf(raw).norm_eps == 1e-5
@@ -100,11 +105,12 @@ def test_an_absent_eps_and_head_width_are_those_of_transformers(model_type: str)
     assert config.head_dim == (getattr(theirs, "head_dim", None) or 16)
 
 
-CODE = "modeling_phi3.Phi3ForCausalLM"
+CODE = {"phi3": "modeling_phi3.Phi3ForCausalLM", "ernie4_5": "modeling_ernie4_5.Ernie4_5_ForCausalLM"}
 
 
-def test_a_familys_own_code_is_ignored_with_a_warning() -> None:
-    raw = HF_TINY | {"model_type": "phi3", "auto_map": {"AutoModelForCausalLM": CODE}}
+@pytest.mark.parametrize("model_type", CODE)
+def test_a_familys_own_code_is_ignored_with_a_warning(model_type: str) -> None:
+    raw = HF_TINY | {"model_type": model_type, "auto_map": {"AutoModelForCausalLM": CODE[model_type]}}
     with pytest.warns(LlamaMiniWarning, match="auto_map ignored: code that comes with a checkpoint is never run"):
         from_hf(raw)
     with pytest.raises(ConfigError, match=r"auto_map is .*never run"):
@@ -141,7 +147,13 @@ def test_a_familys_own_code_is_ignored_with_a_warning() -> None:
         ({"model_type": "mamba2"}, "'mamba2' is a state space or recurrent model"),
         ({"model_type": "minicpm3"}, "'minicpm3' is a model with latent attention"),
         ({"model_type": "granite_swa"}, "'granite_swa' is a model with learned attention sinks"),
-        ({"model_type": "granitemoehybrid"}, "'granitemoehybrid' is a mixture of experts"),
+        ({"model_type": "granitemoeshared"}, "'granitemoeshared' is a mixture of experts"),
+        ({"model_type": "granitemoehybrid", "num_local_experts": 72}, "num_local_experts is 72; only 0"),
+        ({"model_type": "granitemoehybrid"}, "layer_types is None: state spaces are not read"),
+        (
+            {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]},
+            r"layer_types is \['mamba', .*spaces",
+        ),
     ],
 )
 def test_what_a_family_does_not_have_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

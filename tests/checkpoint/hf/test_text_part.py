@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from llama_mini.checkpoint.families import WHOLES
 from llama_mini.checkpoint.hf.config import read_config
@@ -64,6 +64,17 @@ def test_published_text_configs_leave_out_the_sizes_of_transformers_default(tmp_
     assert (config.sliding_layers, config.tie_word_embeddings) == (sliding, True)
     assert (config.rope_theta, config.sliding_rope_theta) == (1e6, 1e4)
     assert (config.eos_ids, raw["torch_dtype"]) == ((1, 106), "bfloat16")
+
+
+def test_ids_of_the_whole_win_over_those_of_the_text_part(tmp_path: Path) -> None:
+    """transformers v5 writes its defaults for the text part."""
+    ids = {"eos_token_id": [1, 106], "bos_token_id": 2, "pad_token_id": 0}
+    text = {"model_type": "gemma3_text", "eos_token_id": 1, "bos_token_id": 5, "rms_norm_eps": 1e-6}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=VISION, **ids)
+    config.save_pretrained(tmp_path)
+    ours, theirs = read_config(tmp_path)[0], GenerationConfig.from_model_config(config)
+    assert list(ours.eos_ids) == theirs.eos_token_id == [1, 106]
+    assert (ours.bos_id, ours.pad_id) == (theirs.bos_token_id, theirs.pad_token_id) == (2, 0)
 
 
 def test_what_no_family_reads_is_refused_by_name(tmp_path: Path) -> None:

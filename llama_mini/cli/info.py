@@ -115,6 +115,7 @@ def beyond_llama(config: LlamaConfig) -> str:
         f"{config.rotary_dim} of {config.head_dim} elements of a head rotated": config.rotary_dim < config.head_dim,
         f"no rotary embedding in {len(config.unrotated_layers)} of {config.n_layers} layers": config.unrotated_layers,
         "q and k norms after rotary embedding": config.qk_norm_after_rope,
+        "queries scaled by position": getattr(config.rope_scaling, "q_growth", 0),
     }
     values = {name: getattr(config, name) for name in _NUMBERS}
     numbers = [f"{_NUMBERS[name]} {n:g}" for name, n in values.items() if n != getattr(LlamaConfig, name)]

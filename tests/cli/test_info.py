@@ -17,6 +17,7 @@ from llama_mini.errors import CheckpointMismatchError
 from llama_mini.generate import main
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
+from llama_mini.model.rope_scaling import YarnScaling
 from tests.checkpoint.meta.test_directory import PARAMS, meta_tensors, model
 from tests.tiny_families import random_model
 
@@ -99,9 +100,10 @@ def test_every_setting_beyond_llama_is_told() -> None:
         "logit_scale": (0.0625, "logits times 0.0625"),
         "logit_softcap": (30.0, "logits capped at 30"),
         "norm_plan": ("parallel", "attention and MLP in parallel"),
+        "rope_scaling": (YarnScaling(factor=4, original_max_seq_len=64, q_growth=0.1), "queries scaled by position"),
     }
     in_other_rows = "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len norm_eps rope_theta "
-    in_other_rows += "rope_scaling sliding_window sliding_layers sliding_rope_theta sliding_rope_scaling "
+    in_other_rows += "sliding_window sliding_layers sliding_rope_theta sliding_rope_scaling "
     in_other_rows += "tie_word_embeddings bos_id eos_ids pad_id"
     assert {field.name for field in fields(config)} == set(told) | set(in_other_rows.split())
     assert beyond_llama(config) == ""

@@ -17,7 +17,7 @@ from llama_mini.checkpoint.families import has_interleaved_pairs, key_table
 from llama_mini.checkpoint.io.files import VOCABULARIES, exists, inside
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, to_file_name, whole_name
 from llama_mini.checkpoint.rows import reorder_pairs
-from llama_mini.checkpoint.source import Destination, Rows, Source, no_destination
+from llama_mini.checkpoint.source import Destination, Rows, Source, StoredTensor, no_destination
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError
 from llama_mini.validate import join_names
 
@@ -137,10 +137,10 @@ def merged(source: Source, adapters: Sequence[Adapter]) -> Source:
         both = [c for c in changes.get(embedding, ()) if c.adapter.config.is_mlx or "tokens" in c.parts]
         changes[head] = [*changes.get(head, ()), *both]
         stored, other = (embedding, head) if embedding in tensors else (head, embedding)
-        tensors[other], tied[other] = replace(tensors[stored], has_codes=False), stored
+        tensors[other], tied[other] = _requantised(tensors[stored]), stored
     for name, each in changes.items():
         _check_replaced(name, each)
-        tensors[name] = replace(tensors[name], has_codes=False)
+        tensors[name] = _requantised(tensors[name])
         if whole := next((change for change in each if "whole" in change.parts), None):
             shape = tensors.pop(name).shape  # and back at the end: it is read after those of the model
             new = whole.adapter.tensors[whole.parts["whole"].name]
@@ -251,6 +251,11 @@ def _changes_of(adapter: Adapter, source: Source) -> Iterator[tuple[str, _Change
     if unknown:
         what = f"weights that {source.path} does not have: {join_names(unknown)}"
         raise CheckpointMismatchError(f"{adapter.path} changes {what}; {_made_for(adapter)}")
+
+
+def _requantised(stored: StoredTensor) -> StoredTensor:
+    """A changed tensor. Rounded to four bits again, most of a small change would be lost: int8 holds it."""
+    return replace(stored, has_codes=False, kept=stored.kept and "int8")
 
 
 def _check_replaced(name: str, changes: Sequence[_Change]) -> None:

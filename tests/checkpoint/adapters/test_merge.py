@@ -161,7 +161,7 @@ def test_bases_of_other_formats(tmp_path: Path) -> None:
     expect(ours(tmp_path / "meta", adapter), expected)
 
 
-def test_a_quantised_base_keeps_its_bits(tmp_path: Path) -> None:
+def test_a_quantised_base(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     plain = random_model("llama", 0, tie_word_embeddings=False, head_dim=16, **sizes)
     theirs = adapted(saved_base(tmp_path, plain), target_modules=["v_proj", "down_proj"])
@@ -170,7 +170,8 @@ def test_a_quantised_base_keeps_its_bits(tmp_path: Path) -> None:
     base, merged = open_checkpoint(gguf), open_checkpoint(gguf, adapter=adapter)
     changed = {name for name in base.tensors if "attn_v" in name or "ffn_down" in name}
     for name, stored in merged.tensors.items():
-        assert stored.kept == base.tensors[name].kept
+        before = base.tensors[name].kept
+        assert stored.kept == (before and "int8" if name in changed else before)
         assert stored.has_codes == (base.tensors[name].has_codes and name not in changed)
     deltas = {f"blk.{i}.attn_v.weight": theirs.base_model.model.model.layers[i].self_attn.v_proj for i in range(3)}
     for name, delta in deltas.items():
@@ -180,7 +181,7 @@ def test_a_quantised_base_keeps_its_bits(tmp_path: Path) -> None:
         load_model(Llama, merged, torch.float32, "cpu", fuser("off"), quantize)(TOKENS) for quantize in ("none", "auto")
     )
     expect(floats, ours(gguf, adapter))
-    assert 0 < (kept - floats).abs().mean() < 0.1 * floats.std()  # v and down are quantised again
+    assert 0 < (kept - floats).abs().mean() < 0.01 * floats.std()  # v and down are quantised again, to eight bits
 
 
 @pytest.mark.parametrize("tied", [False, True])

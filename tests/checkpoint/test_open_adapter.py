@@ -69,7 +69,7 @@ def test_what_training_leaves_beside_it(tmp_path: Path, expected: Tensor) -> Non
     expect(ours(adapter), expected)
 
 
-@pytest.mark.parametrize(("revision", "asked"), [(None, "org/base"), ("v2", "org/base@v2")])
+@pytest.mark.parametrize(("revision", "asked"), [(None, "org/base"), ("v2", "org/base@v2"), ("unsloth", "org/base")])
 def test_its_model_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Tensor, revision: str | None, asked: str
 ) -> None:

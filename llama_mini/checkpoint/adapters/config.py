@@ -119,7 +119,7 @@ def _peft(raw: Mapping[str, Any]) -> AdapterConfig:
     return AdapterConfig(
         kind="DoRA" if flags["use_dora"] else "LoRA",
         base=_text(raw, "base_model_name_or_path"),
-        revision=_text(raw, "revision"),
+        revision=None if raw.get("revision") == "unsloth" else _text(raw, "revision"),  # Unsloth writes it
         is_mlx=False,
         rank=rank,
         alpha=alpha,
@@ -141,6 +141,9 @@ def _mlx(raw: Mapping[str, Any]) -> AdapterConfig:
     scale: Any = 1.0 if kind == "full" else settings.get("scale")
     check_whole("lora_parameters.rank", rank, ConfigError, 1, _MAX_RANK)
     check_number("lora_parameters.scale", scale, ConfigError, -LARGEST, LARGEST)
+    # Before 0.15, mlx-lm multiplied by alpha / rank. Files that say num_layers are later, and alpha is without effect.
+    known = {"rank", "scale", "dropout", "keys", *(["alpha"] if "num_layers" in raw else [])}
+    warn_unknown(f"{ADAPTER_CONFIG}: lora_parameters", settings.keys() - known)
     return AdapterConfig(
         kind={"lora": "LoRA", "dora": "DoRA", "full": "weights"}[kind],
         base=_text(raw, "model"),

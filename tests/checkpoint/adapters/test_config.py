@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,17 @@ def test_what_is_no_object(tmp_path: Path, raw: str) -> None:
 def test_unknown_keys_are_one_warning(tmp_path: Path, raw: dict[str, Any]) -> None:
     with pytest.warns(LlamaMiniWarning, match=r"adapter_config\.json: unknown new_key, other_key ignored"):
         read(tmp_path, raw | {"new_key": 1, "other_key": 2, "absent": None})
+
+
+@pytest.mark.parametrize("layers", ["lora_layers", "num_layers"])
+def test_alpha_of_mlx_lm(tmp_path: Path, layers: str) -> None:
+    """Versions before 0.15 used it; those after 0.19, which write num_layers, do not, but wrote it for long."""
+    raw = MLX | {layers: 16, "lora_parameters": MLX["lora_parameters"] | {"alpha": 16.0, "keys": ["q_proj"]}}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read(tmp_path, raw)
+    expected = ["adapter_config.json: lora_parameters: unknown alpha ignored"] if layers == "lora_layers" else []
+    assert [str(warning.message) for warning in caught] == expected
 
 
 LONG = ["([a-z._0-9]+)+!", "(a|a)*b", "(?:x+x+)+y", ".*.*.*.*!", "q" * 20_000, "(.){1,9}!"]

@@ -95,10 +95,10 @@ META_KEYS: KeyTable = {
     "output.weight": "lm_head.weight",
 }
 
-# Rotary tables in old checkpoints, and those in a GGUF file, which gguf/rope.py reads as settings. Scales of a cache of
-# eight bits, which the settings of a quantised checkpoint may ask for.
+# Rotary tables in old checkpoints, and those in a GGUF file, which gguf/rope.py reads as settings. Scales and zero
+# points of a cache of eight bits, which the settings of a quantised checkpoint may ask for.
 IGNORED_TENSORS = re.compile(
-    r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs|(k|v|kv|q|prob)_scale)$|^rope_(freqs|factors_(long|short))\.weight$"
+    r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs|(k|v|kv|q|prob)_(scale|zero_point))$|^rope_(freqs|factors_(long|short))\.weight$"
 )
 
 # The first of these that a file has, after whatever prefix, shows the prefix of all names.

@@ -4,6 +4,7 @@
 expression after `re:`, or by the module's class. Which matrices are quantised at all, the tensors tell.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -34,9 +35,10 @@ from llama_mini.checkpoint.quantized.weight import (
     read_part,
     sizes_of,
     warn_of_activations,
+    warn_of_cache,
     warn_of_unknown,
 )
-from llama_mini.errors import ConfigError, warn
+from llama_mini.errors import ConfigError
 from llama_mini.validate import check_choice, check_flag, check_whole, compile_pattern, join_names, short_repr
 
 _FORMATS = (
@@ -76,7 +78,7 @@ def matrices(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[Quantize
 
 def _schemes(settings: Mapping[str, Any]) -> dict[str, _Scheme]:
     """Each target's scheme."""
-    groups = settings.get("config_groups")
+    groups = settings.get("config_groups") or {}  # none where only the cache or the sparsity is stated
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise ConfigError(f"config_groups must be an object of objects, not {short_repr(groups)}")
     for part in (settings, *groups.values()):
@@ -88,8 +90,7 @@ def _schemes(settings: Mapping[str, Any]) -> dict[str, _Scheme]:
             raise ConfigError(f"{key} is {short_repr(value)}; only checkpoints without it can be read")
     if any(group.get("input_activations") for group in groups.values()):
         warn_of_activations("compressed-tensors")
-    if settings.get("kv_cache_scheme"):
-        warn("kv_cache_scheme of quantization_config ignored: the cache keeps the model's dtype")
+    warn_of_cache(settings)
     schemes: dict[str, _Scheme] = {}
     for name, group in groups.items():
         targets = group.get("targets")
@@ -115,7 +116,10 @@ def _scheme(where: str, weights: Any) -> _Scheme:
     check_choice(f"{where}.strategy", strategy, _STRATEGIES, ConfigError)
     block: tuple[int | None, int | None] = {"tensor": (None, None), "channel": (1, None)}.get(strategy, (1, group))
     if strategy == "block":
-        block = check_block(f"{where}.block_structure", settings.get("block_structure"))
+        stated = settings.get("block_structure")
+        if isinstance(stated, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", stated):  # as old versions wrote it
+            stated = [*map(int, stated.split("x"))]
+        block = check_block(f"{where}.block_structure", stated)
     elif strategy not in ("tensor", "channel"):
         check_whole(f"{where}.group_size", group, ConfigError)
     return _Scheme(bits, kind == "int", settings["symmetric"], block, strategy == "tensor_group")

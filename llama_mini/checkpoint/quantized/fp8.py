@@ -5,7 +5,14 @@ from typing import Any
 
 from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor
 from llama_mini.checkpoint.quantized.scaled_floats import FP4, OF_ACTIVATIONS, check_block, float_matrix
-from llama_mini.checkpoint.quantized.weight import QuantizedMatrix, fault, modules, warn_of_activations, warn_of_unknown
+from llama_mini.checkpoint.quantized.weight import (
+    QuantizedMatrix,
+    fault,
+    modules,
+    warn_of_activations,
+    warn_of_cache,
+    warn_of_unknown,
+)
 from llama_mini.errors import ConfigError
 from llama_mini.validate import check_choice
 
@@ -26,6 +33,7 @@ def matrices(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[Quantize
     block = settings.get("weight_block_size")
     block = None if block is None else check_block("weight_block_size", block)
     warn_of_activations("FP8")
+    warn_of_cache(settings)
     for module, parts in modules(tensors, ("weight",), (*_SCALES, *OF_ACTIVATIONS)):
         scales = [scale for scale in _SCALES if scale in parts]
         if len(scales) != 1:
@@ -41,6 +49,7 @@ def modelopt(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[Quantize
     method = settings.get("quant_algo")
     check_choice("quant_algo", method, ("FP8", "NVFP4"), ConfigError)
     warn_of_activations("ModelOpt")
+    warn_of_cache(settings)
     whole = ["weight_scale_2"] if method == "NVFP4" else []  # a second scale, of the whole matrix
     for module, parts in modules(tensors, ("weight", "weight_scale", *whole), OF_ACTIVATIONS):
         if method == "FP8":

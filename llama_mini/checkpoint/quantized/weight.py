@@ -110,6 +110,11 @@ def warn_of_activations(method: str) -> None:
     warn(f"{method} also quantises the activations of this model; here its weights alone are quantised")
 
 
+def warn_of_cache(settings: Mapping[str, Any]) -> None:
+    if found := [key for key in ("kv_cache_scheme", "kv_cache_quant_algo") if settings.get(key)]:
+        warn(f"{found[0]} of quantization_config ignored: the key/value cache keeps the model's dtype")
+
+
 def expect(tensor: SafetensorsTensor, dtypes: Collection[str], shape: tuple[int, ...]) -> None:
     """Raises CheckpointFormatError, which names the tensor, if it has another dtype or shape."""
     if tensor.dtype not in dtypes or tensor.shape != shape:

@@ -242,7 +242,7 @@ def test_faults(tmp_path: Path, name: str) -> None:
             "sparsity_config is .*sparse-24.*; only checkpoints without",
         ),
         ({"transform_config": {"config_groups": {}}}, "transform_config is .*; only checkpoints without it"),
-        ({"config_groups": None}, "config_groups must be an object of objects, not None"),
+        ({"config_groups": None}, r"q_proj' is quantised, but none of the targets of config_groups names it"),
         ({"config_groups": {"W4A16": ["Linear"]}}, "config_groups must be an object of objects"),
         ({"config_groups": {"g": {"targets": "Linear"}}}, "g.targets must be a list of names, not 'Linear'"),
         ({"config_groups": {"g": {"targets": ["Linear"], "weights": 4}}}, "g.weights must be an object, not 4"),

@@ -178,8 +178,12 @@ def test_methods_of_modelopt_that_are_not_read(tmp_path: Path) -> None:
 
 def test_what_is_not_used_is_said(tmp_path: Path) -> None:
     with pytest.warns(LlamaMiniWarning) as told:
-        store(tmp_path, WHOLE, {"weight_block_size": [32, 32], "new_key": 1})
-    assert [str(warning.message) for warning in told] == ["quantization_config: unknown new_key ignored", f"FP8 {ALSO}"]
+        store(tmp_path, WHOLE, {"weight_block_size": [32, 32], "new_key": 1, "kv_cache_scheme": "static"})
+    assert [str(warning.message).partition(" of ")[0] for warning in told] == [
+        "quantization_config: unknown new_key ignored",
+        "FP8 also quantises the activations",
+        "kv_cache_scheme",
+    ]
 
 
 def test_the_file_of_modelopt(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from safetensors.torch import load_file, save_file
 
 from llama_mini.checkpoint.meta.params import from_params
@@ -14,6 +15,7 @@ from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.cli.convert import convert
 from llama_mini.errors import CheckpointError, CheckpointFormatError, ConfigError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
+from tests.checkpoint.quantized.libraries import save_compressed, scheme
 from tests.checkpoint.quantized.writers import edit_config, gptq, layers_only, write_model
 from tests.tiny_families import logits, random_model
 from tests.tiny_models import random_tokens
@@ -131,6 +133,35 @@ def test_settings_in_a_file_beside_the_weights(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text(json.dumps(GPTQ))
     mine = Llama.from_pretrained(tmp_path, dtype="float32")
     torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*no tensor is quantised")
+def test_a_quantised_cache_alone(tmp_path: Path) -> None:
+    """compressed-tensors may state no group of matrices; the cache has scales and zero points."""
+    model = random_model("llama", 0)
+    model.save_pretrained(tmp_path)
+    settings = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}, "config_groups": None}
+    edit_config(tmp_path, {"quantization_config": settings | {"kv_cache_scheme": {"num_bits": 8}}})
+    add(tmp_path, {f"{PROJECTION[:-6]}{end}": ONES.clone() for end in ("k_scale", "k_zero_point", "v_zero_point")})
+    with pytest.warns(LlamaMiniWarning, match="kv_cache_scheme of .* ignored: the key/value cache keeps the model's"):
+        mine = Llama.from_pretrained(tmp_path, dtype="float32")
+    torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=2e-5)
+
+
+def test_sizes_of_blocks_as_text(tmp_path: Path) -> None:
+    """As old versions of compressed-tensors wrote them, and as it still reads them."""
+    how = scheme("Linear", num_bits=8, type="float", strategy="block", block_structure=[16, 32])
+    model, path = save_compressed(tmp_path, {"group": how}), tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    weights["block_structure"] = "16x32"
+    assert QuantizationArgs(**weights).block_structure == [16, 32]
+    path.write_text(json.dumps(config))
+    mine = Llama.from_pretrained(tmp_path, dtype="float32")
+    torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=2e-5)
+    path.write_text(json.dumps(config).replace("16x32", "16x"))
+    with pytest.raises(ConfigError, match=r"block_structure must be \[rows, columns\], not '16x'"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["no JSON", json.dumps(GPTQ | {"bits": 5})])

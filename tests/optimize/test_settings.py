@@ -9,7 +9,7 @@ import torch
 from llama_mini import Llama, LlamaConfig, NormPlan
 from llama_mini.model.norm_slots import HEAD_SLOTS, SLOTS, BranchPlan, NormSpec
 from llama_mini.model.rope_scaling import LinearScaling, YarnScaling
-from tests.optimize.conftest import KERNELS, Seen, error, fast_of, plain_of, prompts, steps
+from tests.optimize.conftest import Seen, error, fast_of, plain_of, prompts, steps
 from tests.optimize.test_equality import tolerance
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -73,7 +73,7 @@ def differ(one: Llama, other: Llama) -> bool:
     return error(one(tokens), other(tokens)) > 1e-2
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("off", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("quantize", [None, "mixed"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_means_the_same_in_a_fast_model(name: str, quantize: str | None, kernels: str) -> None:

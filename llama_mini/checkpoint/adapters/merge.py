@@ -25,13 +25,13 @@ _OUTER = re.compile(r"^(model\.|language_model\.|text_model\.)*")  # what the na
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Change:
     """What one adapter does to one weight.
 
     target: the weight's name in the model of transformers.
     rows: those of the adapter's tensors that belong to the weight; None: all. (Phi-3 has q, k and v in one.)
-    heads: their number if the adapter has the rotary pairs of q or k side by side.
+    interleaved: whether they are of q or k, with the two elements of each rotary pair side by side.
     """
 
     source: Source
@@ -39,13 +39,18 @@ class _Change:
     target: str
     parts: Mapping[Role, Part]
     rows: slice | None
-    heads: int | None
+    interleaved: bool
+
+    @property
+    def module(self) -> str:
+        """The target as adapter_config.json names it."""
+        return self.target.removesuffix(".weight")
 
     @property
     def token_ids(self) -> Sequence[int]:
         """The rows that `tokens` holds."""
         named = self.adapter.config.token_ids.items()
-        return next((ids for module, ids in named if f".{self.target}".endswith(f".{module}.weight")), ())
+        return next((ids for module, ids in named if f".{self.module}".endswith(f".{module}")), ())
 
     @property
     def by_columns(self) -> bool:
@@ -55,7 +60,7 @@ class _Change:
     def in_order(self, values: Tensor) -> Tensor:
         """Values for the rows of the adapter's own weight, for the rows of the model's weight."""
         values = values if self.rows is None else values[self.rows]
-        return values if self.heads is None else reorder_pairs(values, self.source.config, to_file=False)
+        return reorder_pairs(values, self.source.config, to_file=False) if self.interleaved else values
 
     def check_shapes(self, rows: int, shape: tuple[int, ...], may_grow: bool) -> None:
         """Compares its tensors with a weight of `shape`, of which the adapter sees `rows` rows."""
@@ -63,7 +68,7 @@ class _Change:
         if "whole" in self.parts:
             found = self.adapter.tensors[self.parts["whole"].name].shape
             rows = found[0] if may_grow and len(found) == 2 else rows
-        rank, ids = self.adapter.config.rank_of(self.target.removesuffix(".weight")), self.token_ids
+        rank, ids = self.adapter.config.rank_of(self.module), self.token_ids
         expected: dict[Role, tuple[int, ...]] = {
             "whole": (rows, *shape[1:]),
             "a": (rank, columns),
@@ -106,7 +111,7 @@ class _Loaded:
         """W + scale · B·A for some rows of W, the first of which has index `first`."""
         if "a" not in self.parts:
             return rows
-        scale = self.change.adapter.config.scale_of(self.change.target.removesuffix(".weight"))
+        scale = self.change.adapter.config.scale_of(self.change.module)
         return torch.addmm(rows, self.parts["b"][first : first + len(rows)], self.parts["a"], alpha=scale)
 
     def new(self, rows: Tensor, first: int) -> Tensor:
@@ -200,7 +205,7 @@ class _Merge:
                     yield name, first, rows
                     del rows
             elif (change := replaced.get(name)) is not None:
-                there, in_place = [change.parts["whole"].name], change.rows is None and change.heads is None
+                there, in_place = [change.parts["whole"].name], change.rows is None and not change.interleaved
                 for _, first, rows in change.adapter.read_rows(there, dtype, place, whole or not in_place):
                     yield name, first, rows if in_place else change.in_order(rows)
                     del rows
@@ -221,7 +226,7 @@ def _changes_of(adapter: Adapter, source: Source) -> Iterator[tuple[str, _Change
     for theirs, ours in key_table(source.model_type).items():
         table.setdefault(_OUTER.sub("", whole_name(theirs)), []).append(ours)
     config, tensors, unknown = source.config, source.tensors, list[str]()
-    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads} if has_interleaved_pairs(source.model_type) else {}
+    has_pairs = has_interleaved_pairs(source.model_type)
     head, embedding = to_file_name(HEAD, source.keys), to_file_name(EMBEDDING, source.keys)
     tied = {head: embedding, embedding: head} if config.tie_word_embeddings else {}
     for target, parts in adapter.changes.items():
@@ -238,14 +243,8 @@ def _changes_of(adapter: Adapter, source: Source) -> Iterator[tuple[str, _Change
         for name, shape in shapes.items():
             rows = slice(first, first + shape[0]) if len(names) > 1 else None
             first += shape[0]
-            change = _Change(
-                source=source,
-                adapter=adapter,
-                target=target,
-                parts=parts,
-                rows=rows,
-                heads=heads.get(names[name].split(".")[-2]),
-            )
+            interleaved = has_pairs and names[name].split(".")[-2] in ("q_proj", "k_proj")
+            change = _Change(source, adapter, target, parts, rows, interleaved)
             change.check_shapes(total, shape, may_grow=name in (head, embedding))
             yield name, change
     if unknown:

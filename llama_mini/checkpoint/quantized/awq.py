@@ -58,7 +58,7 @@ def matrices(
         (columns, _), (_, rows) = sizes_of(parts["qweight"]), sizes_of(parts["scales"])
         group = columns if size < 1 else size
         n_groups = -(-columns // group)
-        expect(parts["scales"], tuple(WEIGHTS), (n_groups, rows))
+        expect(parts["scales"], WEIGHTS, (n_groups, rows))
         for end, n in (("qweight", columns), ("qzeros", n_groups)):
             expect(parts[end], ("I32", "U32"), (n, -(-rows // 8)))
         yield affine_matrix(module, (rows, columns), parts, method, _BITS, group, _decode)

@@ -53,7 +53,7 @@ def _int8_matrix(module: str, parts: Tensors) -> QuantizedMatrix:
     weight = parts["weight"]
     rows, columns = sizes_of(weight)
     expect(weight, ["I8"], (rows, columns))
-    expect(parts["SCB"], list(WEIGHTS), (rows,))
+    expect(parts["SCB"], WEIGHTS, (rows,))
     if (layout := parts.get("weight_format")) is not None and read_part(layout).any():
         raise fault(layout, "is not 0, rows one after another; save the checkpoint with a newer bitsandbytes")
 

@@ -63,7 +63,7 @@ def matrices(
         columns = n_words * 32 // bits
         known = [columns if size == -1 else size for size in sizes if is_whole(size) and (size > 0 or size == -1)]
         size = next((size for size in known if -(-columns // size) == n_groups), known[0])
-        expect(scales, tuple(WEIGHTS), (-(-columns // size), rows))
+        expect(scales, WEIGHTS, (-(-columns // size), rows))
         expect(qweight, ("I32", "U32"), (columns * bits // 32, rows))
         expect(qzeros, ("I32", "U32"), (n_groups, -(-rows * bits // 32)))
         if rows * bits % 32:

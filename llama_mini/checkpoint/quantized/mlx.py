@@ -30,8 +30,8 @@ def matrices(settings: Mapping[str, Any], tensors: Mapping[str, SafetensorsTenso
         scales = parts["scales"]
         rows, n_groups = scales.shape if len(scales.shape) == 2 else (0, 0)
         columns = n_groups * group
-        for end in ("scales", "biases"):
-            expect(parts[end], tuple(WEIGHTS), (rows, n_groups))
+        for part in (scales, parts["biases"]):
+            expect(part, WEIGHTS, (rows, n_groups))
         expect(parts["weight"], ("U32",), (rows, columns * bits // 32))
         yield affine_matrix(
             module, (rows, columns), parts, "MLX", bits, group, partial(_decode, bits), by_rows=tuple(parts)

@@ -19,6 +19,7 @@ from llama_mini.checkpoint.io.safetensors_header import (
     METADATA,
     WEIGHTS,
     SafetensorsTensor,
+    Tensors,
     changed,
     position,
     stamp_of,
@@ -34,11 +35,11 @@ Chunk = tuple[SafetensorsTensor, int, Tensor, int]  # a tensor, its first row he
 _NAMES = {dtype: name for name, dtype in WEIGHTS.items()}
 
 
-def stored(tensors: Mapping[str, SafetensorsTensor]) -> dict[str, StoredTensor]:
+def stored(tensors: Tensors) -> dict[str, StoredTensor]:
     return {name: StoredTensor(t.file, t.shape, t.dtype, t.end - t.begin) for name, t in tensors.items()}
 
 
-def reader(tensors: Mapping[str, SafetensorsTensor]) -> ReadRows:
+def reader(tensors: Tensors) -> ReadRows:
     """Reads plain tensors, as `Source.read_rows` does; their rows have the file's dtype."""
 
     def read(names: Collection[str], _: torch.dtype, destination: Destination, whole: bool) -> Iterator[Rows[Tensor]]:

@@ -7,6 +7,7 @@ name, the library silently keeps the last; here they are an error.
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,9 @@ class SafetensorsTensor(NamedTuple):
     dtype: str
     begin: int
     end: int
+
+
+Tensors = Mapping[str, SafetensorsTensor]  # of a checkpoint, by name
 
 
 def read_header(path: Path) -> dict[str, SafetensorsTensor]:

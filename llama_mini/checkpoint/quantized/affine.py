@@ -1,13 +1,13 @@
 """Codes of up to eight bits, with a scale and a minimum for each group of columns: GPTQ, AWQ and MLX store these."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import gcd
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor
+from llama_mini.checkpoint.io.safetensors_header import Tensors
 from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, fault
 from llama_mini.checkpoint.source import QuantizedWeights
 
@@ -50,7 +50,7 @@ def unpack_some(words: Tensor, bits: int, first: int, n: int, order: Sequence[in
 def affine_matrix(
     module: str,
     shape: tuple[int, int],
-    parts: Mapping[str, SafetensorsTensor],
+    parts: Tensors,
     method: str,
     bits: int,
     group: int | Tensor,

@@ -7,7 +7,7 @@ in the same way: (groups, rows / 8). `scales` is (groups, rows).
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
+from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, Tensors
 from llama_mini.checkpoint.quantized.affine import Affine, affine_matrix, unpack_some
 from llama_mini.checkpoint.quantized.weight import (
     Parts,
@@ -36,9 +36,7 @@ _TOOLS = (
 )
 
 
-def matrices(
-    settings: Mapping[str, Any], tensors: Mapping[str, SafetensorsTensor], method: str = "AWQ"
-) -> Iterator[QuantizedMatrix]:
+def matrices(settings: Mapping[str, Any], tensors: Tensors, method: str = "AWQ") -> Iterator[QuantizedMatrix]:
     """The matrices of a checkpoint of AWQ. Raises CheckpointFormatError, ConfigError."""
     check_tools(settings, _KEYS, method)
     given = lambda *keys: next((settings[key] for key in keys if settings.get(key) is not None), None)  # noqa: E731

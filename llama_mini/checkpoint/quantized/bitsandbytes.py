@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.io.files import decode_json
-from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
+from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor, Tensors
 from llama_mini.checkpoint.quantized.affine import GROUP, Affine, affine_matrix
 from llama_mini.checkpoint.quantized.weight import (
     Parts,
@@ -33,7 +33,6 @@ _STATES = {kind: f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", 
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 _KEYS = ("quant_method", "load_in_", "_load_in_", "bnb_4bit_", "llm_int8_")
 _LARGEST_STATE = 4096  # bytes
-Tensors = Mapping[str, SafetensorsTensor]
 
 
 def matrices(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[QuantizedMatrix]:

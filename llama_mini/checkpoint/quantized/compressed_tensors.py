@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor
+from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor, Tensors
 from llama_mini.checkpoint.quantized.affine import Affine, affine_matrix, unpack, unpack_some
 from llama_mini.checkpoint.quantized.scaled_floats import (
     FP4,
@@ -55,7 +55,6 @@ _WEIGHT_KEYS = (
     *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"),
     *("scale_dtype", "zp_dtype", "observer"),
 )
-Tensors = Mapping[str, SafetensorsTensor]
 
 
 class _Scheme(NamedTuple):

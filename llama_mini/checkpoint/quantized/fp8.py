@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llama_mini.checkpoint.io.safetensors_header import SafetensorsTensor
+from llama_mini.checkpoint.io.safetensors_header import Tensors
 from llama_mini.checkpoint.quantized.scaled_floats import FP4, OF_ACTIVATIONS, check_block, float_matrix
 from llama_mini.checkpoint.quantized.weight import (
     QuantizedMatrix,
@@ -24,7 +24,6 @@ _MODELOPT_KEYS = (
     *("quant_", "producer", "quantization", "kv_cache_", "group_size", "exclude_modules", "ignore", "config_groups"),
 )
 _SCALES = ("weight_scale_inv", "weight_scale")  # either multiplies the weight
-Tensors = Mapping[str, SafetensorsTensor]
 
 
 def matrices(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[QuantizedMatrix]:

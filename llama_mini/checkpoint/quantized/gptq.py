@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
+from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor, Tensors
 from llama_mini.checkpoint.quantized import awq
 from llama_mini.checkpoint.quantized.affine import Affine, affine_matrix, unpack, unpack_some
 from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, fault, modules, read_part, sizes_of
@@ -27,7 +27,7 @@ _PACKINGS = {  # AutoRound's packing_format -> GPTQ's checkpoint_format, or AWQ
 _BITS = (2, 3, 4, 8)
 
 
-def auto_round(settings: Mapping[str, Any], tensors: Mapping[str, SafetensorsTensor]) -> Iterator[QuantizedMatrix]:
+def auto_round(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[QuantizedMatrix]:
     """The matrices of a checkpoint of AutoRound. Raises CheckpointFormatError, ConfigError."""
     packing = settings.get("packing_format") or "auto_round:auto_gptq"
     check_choice("packing_format", packing, _PACKINGS, ConfigError)
@@ -39,9 +39,7 @@ def auto_round(settings: Mapping[str, Any], tensors: Mapping[str, SafetensorsTen
     return matrices({**settings, "checkpoint_format": layout}, tensors, "AutoRound")
 
 
-def matrices(
-    settings: Mapping[str, Any], tensors: Mapping[str, SafetensorsTensor], method: str = "GPTQ"
-) -> Iterator[QuantizedMatrix]:
+def matrices(settings: Mapping[str, Any], tensors: Tensors, method: str = "GPTQ") -> Iterator[QuantizedMatrix]:
     """The matrices of a checkpoint of GPTQ. Raises CheckpointFormatError, ConfigError."""
     awq.check_tools(settings, ("bits", "group_size", "is_marlin_format"), method)
     layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"

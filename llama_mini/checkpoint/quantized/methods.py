@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.io.files import CONFIG, QUANTIZATION_FILES, inside, read_json
-from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
+from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, Tensors
 from llama_mini.checkpoint.quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq, mlx
 from llama_mini.checkpoint.quantized.weight import QuantizedMatrix
 from llama_mini.errors import CheckpointFormatError, ConfigError, warn
 from llama_mini.validate import join_names, short_repr
 
-Matrices = Callable[[Mapping[str, Any], Mapping[str, SafetensorsTensor]], Iterator[QuantizedMatrix]]
+Matrices = Callable[[Mapping[str, Any], Tensors], Iterator[QuantizedMatrix]]
 _METHODS: dict[str, tuple[str, Matrices]] = {  # quant_method -> its name, and what reads it
     "gptq": ("GPTQ", gptq.matrices),
     "awq": ("AWQ", awq.matrices),
@@ -42,9 +42,7 @@ _KNOWN = f"those of {', '.join(name for name, _ in _METHODS.values())} and GGUF 
 _DO = f"of quantised checkpoints, {_KNOWN}: give one of these, or the original in bfloat16 or float16"
 
 
-def quantized_matrices(
-    directory: Path, raw: Mapping[str, Any], tensors: Mapping[str, SafetensorsTensor]
-) -> dict[str, QuantizedMatrix]:
+def quantized_matrices(directory: Path, raw: Mapping[str, Any], tensors: Tensors) -> dict[str, QuantizedMatrix]:
     """The quantised matrices of a checkpoint by name; other tensors are plain. raw: config.json.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
+from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, Tensors
 from llama_mini.checkpoint.quantized.affine import Affine, affine_matrix, unpack
 from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, modules, warn_of_unknown
 from llama_mini.errors import ConfigError
@@ -16,7 +16,7 @@ from llama_mini.validate import short_repr
 _BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
-def matrices(settings: Mapping[str, Any], tensors: Mapping[str, SafetensorsTensor]) -> Iterator[QuantizedMatrix]:
+def matrices(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[QuantizedMatrix]:
     """The matrices of a checkpoint of MLX. Raises CheckpointFormatError, ConfigError."""
     modes = [own.get("mode", "affine") for own in (settings, *settings.values()) if isinstance(own, Mapping)]
     if other := [mode for mode in modes if mode != "affine"]:  # these have no biases

@@ -1,12 +1,12 @@
 """FP8 and FP4 numbers with a scale for each block of a matrix: compressed-tensors, DeepSeek, FBGEMM and ModelOpt."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor
+from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor, Tensors
 from llama_mini.checkpoint.quantized.affine import GROUP
 from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, fault, sizes_of
 from llama_mini.checkpoint.source import QuantizedWeights
@@ -25,7 +25,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # FP4: a sign, two bits of exp
 
 def float_matrix(
     module: str,
-    parts: Mapping[str, SafetensorsTensor],
+    parts: Tensors,
     method: str,
     dtypes: Collection[str] = FP8,
     block: Shape | None = None,

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor, changed, cut_rows, stamp_of
+from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor, Tensors, changed, cut_rows, stamp_of
 from llama_mini.checkpoint.source import QuantizedWeights, StoredTensor
 from llama_mini.errors import CheckpointFormatError, warn
 from llama_mini.validate import join_names, short_repr, warn_unknown
@@ -44,7 +44,7 @@ class QuantizedMatrix:
 
     name: str
     shape: tuple[int, int]
-    parts: Mapping[str, SafetensorsTensor]
+    parts: Tensors
     number_format: str
     kept: str
     floats: Callable[[Parts, int, int], Tensor]
@@ -78,7 +78,7 @@ def cut_matrix(matrix: QuantizedMatrix, name: str, first: int, n: int) -> Quanti
 
 
 def modules(
-    tensors: Mapping[str, SafetensorsTensor], required: Collection[str], optional: Collection[str] = ()
+    tensors: Tensors, required: Collection[str], optional: Collection[str] = ()
 ) -> Iterator[tuple[str, dict[str, SafetensorsTensor]]]:
     """Each quantised module's name, and its tensors by the ends of their names. One with a `weight` alone is plain.
 

@@ -46,10 +46,7 @@ _PRE_NORMS = {
     "input_layernorm": "attention.pre_norm",
     "post_attention_layernorm": "feed_forward.pre_norm",  # despite its name
 }
-_OUT_NORMS = {
-    "post_attention_layernorm": "attention.out_norm",
-    "post_feedforward_layernorm": "feed_forward.out_norm",
-}
+_OUT_NORMS = {"post_attention_layernorm": "attention.out_norm", "post_feedforward_layernorm": "feed_forward.out_norm"}
 _QK_NORMS = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
 _QKV = {f"self_attn.qkv_proj[{part}]": f"attention.{part}_proj" for part in "qkv"}
 _GATE_UP = {f"mlp.gate_up_proj[{part}]": f"feed_forward.{part}_proj" for part in ("gate", "up")}

@@ -3,6 +3,8 @@
 Source of the defaults and of what each key means: the configuration and modeling files of transformers 5.23.
 """
 
+from dataclasses import replace
+
 from llama_mini.checkpoint import keys
 from llama_mini.checkpoint.families.family import (
     ATTENTION_BIAS,
@@ -10,32 +12,41 @@ from llama_mini.checkpoint.families.family import (
     LATE,
     MUP,
     NO_GATE,
-    QKV_BIAS,
     TIED,
     USE_BIAS,
     Family,
     defaults,
     norms,
 )
+from llama_mini.checkpoint.families.pre import GLM
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
 
 _BIASED = NormSpec(kind="layer", cast="late", bias=True)
 _LAYER = NormSpec(kind="layer", cast="late")
-_COHERE = NormPlan(attention=BranchPlan(pre=_LAYER), final=_LAYER, parallel=True)
+_COHERE = Family(
+    "cohere",
+    "CohereForCausalLM",
+    norms=NormPlan(attention=BranchPlan(pre=_LAYER), final=_LAYER, parallel=True),
+    settings={**ATTENTION_BIAS, "logit_scale": "logit_scale"},
+    eps="layer_norm_eps",
+    interleaved=True,
+    theta=500_000.0,
+    defaults=defaults(1e-5, 8192, logit_scale=0.0625, **TIED),
+)
 
 ELSEWHERE = (
     Family(
-        model_type="olmo2",
-        architecture="Olmo2ForCausalLM",
+        "olmo2",
+        "Olmo2ForCausalLM",
         keys=keys.OLMO2_KEYS,
         norms=norms("out", LATE, qk="full"),
         settings=ATTENTION_BIAS,
         defaults=defaults(1e-5, 2048),
     ),
     Family(
-        model_type="olmo3",
-        architecture="Olmo3ForCausalLM",
+        "olmo3",
+        "Olmo3ForCausalLM",
         keys=keys.OLMO2_KEYS,
         norms=norms("out", LATE, qk="full"),
         settings=ATTENTION_BIAS,
@@ -46,8 +57,8 @@ ELSEWHERE = (
         defaults=defaults(1e-5, 2048, sliding_window=4096),
     ),
     Family(
-        model_type="exaone4",
-        architecture="Exaone4ForCausalLM",
+        "exaone4",
+        "Exaone4ForCausalLM",
         keys=keys.OLMO2_KEYS,
         norms=norms("out", qk="head"),
         window="listed",
@@ -56,35 +67,26 @@ ELSEWHERE = (
         defaults=defaults(1e-5, 2048, 32, sliding_window=4096),
     ),
     Family(
-        model_type="hyperclovax",
-        architecture="HyperCLOVAXForCausalLM",
+        "hyperclovax",
+        "HyperCLOVAXForCausalLM",
         keys=keys.HYPERCLOVAX_KEYS,
         norms=norms("pre out"),
         settings={**BIASES, **MUP, "logits_scaling": "logit_scale"},
         constants={"use_post_norm": (True,)},
         defaults=defaults(1e-6, 2048),
     ),
+    replace(GLM, model_type="glm4", architecture="Glm4ForCausalLM", keys=keys.GLM4_KEYS, norms=norms("pre out")),
     Family(
-        model_type="glm4",
-        architecture="Glm4ForCausalLM",
-        keys=keys.GLM4_KEYS,
-        norms=norms("pre out"),
-        settings=QKV_BIAS,
-        interleaved=True,
-        partial=0.5,
-        defaults=defaults(1.5625e-7, 131_072, 2, head_dim=128, attention_bias=True),
-    ),
-    Family(
-        model_type="olmo",
-        architecture="OlmoForCausalLM",
+        "olmo",
+        "OlmoForCausalLM",
         norms=norms("pre", NormSpec(kind="layer", gain="none")),
         settings=ATTENTION_BIAS,
         eps=None,
         defaults=defaults(1e-5, 2048),
     ),
     Family(
-        model_type="nemotron",
-        architecture="NemotronForCausalLM",
+        "nemotron",
+        "NemotronForCausalLM",
         norms=norms("pre", NormSpec(kind="layer", gain="1+w", bias=True, cast="late")),
         settings=BIASES,
         fixed=NO_GATE,
@@ -93,8 +95,8 @@ ELSEWHERE = (
         defaults=defaults(1e-5, 4096, hidden_act="relu2"),
     ),
     Family(
-        model_type="jais2",
-        architecture="Jais2ForCausalLM",
+        "jais2",
+        "Jais2ForCausalLM",
         norms=norms("pre", _BIASED),
         settings=BIASES,
         fixed=NO_GATE,
@@ -102,8 +104,8 @@ ELSEWHERE = (
         defaults=defaults(1e-5, 8192, hidden_act="relu2", attention_bias=True, mlp_bias=True),
     ),
     Family(
-        model_type="stablelm",
-        architecture="StableLmForCausalLM",
+        "stablelm",
+        "StableLmForCausalLM",
         norms=norms("pre", _BIASED),
         settings={"use_qkv_bias": "qkv_bias", "use_parallel_residual": "parallel"},
         eps="layer_norm_eps",
@@ -111,8 +113,8 @@ ELSEWHERE = (
         defaults=defaults(1e-5, 4096, 32),
     ),
     Family(
-        model_type="starcoder2",
-        architecture="Starcoder2ForCausalLM",
+        "starcoder2",
+        "Starcoder2ForCausalLM",
         keys=keys.STARCODER2_KEYS,
         norms=norms("pre", _BIASED),
         settings=USE_BIAS,
@@ -122,26 +124,15 @@ ELSEWHERE = (
         window="every",
         defaults=defaults(1e-5, 4096, 2, hidden_act="gelu_pytorch_tanh", use_bias=True, **TIED),
     ),
-    Family(
-        model_type="cohere",
-        architecture="CohereForCausalLM",
-        norms=_COHERE,
-        settings={**ATTENTION_BIAS, "logit_scale": "logit_scale"},
-        eps="layer_norm_eps",
-        interleaved=True,
-        theta=500_000.0,
-        defaults=defaults(1e-5, 8192, logit_scale=0.0625, **TIED),
-    ),
-    Family(
+    _COHERE,
+    replace(
+        _COHERE,
         model_type="cohere2",
         architecture="Cohere2ForCausalLM",
-        norms=_COHERE,
-        settings={**ATTENTION_BIAS, "logit_scale": "logit_scale"},
-        eps="layer_norm_eps",
-        interleaved=True,
+        theta=10_000.0,
         window="listed",
         pattern=(4, 3),
         unrotated="full",
-        defaults=defaults(1e-5, 8192, logit_scale=0.0625, sliding_window=4096, **TIED),
+        defaults={**_COHERE.defaults, "sliding_window": 4096},
     ),
 )

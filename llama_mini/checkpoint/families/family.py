@@ -1,7 +1,7 @@
 """What a Hugging Face family is, as data: the names of its tensors, and what the keys of its config.json mean."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal
 
 from llama_mini.checkpoint.keys import LLAMA_KEYS, KeyTable
@@ -29,7 +29,7 @@ def defaults(eps: float, context: int, n_kv_heads: int | None = None, **others: 
     return {"eps": eps, "max_position_embeddings": context, **heads, **others}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Family:
     """One `model_type`.
 
@@ -59,6 +59,7 @@ class Family:
 
     model_type: str
     architecture: str
+    _: KW_ONLY
     keys: KeyTable = field(default_factory=lambda: LLAMA_KEYS)
     norms: NormPlan = norms("pre")  # noqa: RUF009
     settings: Settings = field(default_factory=dict)

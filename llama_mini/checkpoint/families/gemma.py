@@ -3,96 +3,68 @@
 Source of the defaults and of what each key means: the configuration and modeling files of transformers 5.23.
 """
 
+from dataclasses import replace
+
 from llama_mini.checkpoint import keys
-from llama_mini.checkpoint.families.family import (
-    ATTENTION_BIAS,
-    TIED,
-    Family,
-    Settings,
-    defaults,
-    norms,
-)
+from llama_mini.checkpoint.families.family import ATTENTION_BIAS, TIED, Family, Settings, defaults, norms
 from llama_mini.model.norm_slots import NormSpec
 
-GEMMA = NormSpec(gain="1+w", cast="late")
-GEMMA_SETTINGS: Settings = {
+_NORM = NormSpec(gain="1+w", cast="late")
+_SETTINGS: Settings = {
     **ATTENTION_BIAS,
     "query_pre_attn_scalar": ("attention_scale", -0.5),
     "final_logit_softcapping": "logit_softcap",
 }
-GEMMA2_SETTINGS: Settings = {**GEMMA_SETTINGS, "attn_logit_softcapping": "attention_softcap"}
-GEMMA2_DEFAULTS = defaults(
-    1e-6,
-    8192,
-    4,
-    head_dim=256,
-    query_pre_attn_scalar=256,
-    sliding_window=4096,
-    final_logit_softcapping=30.0,
-    attn_logit_softcapping=50.0,
-    **TIED,
+_GEMMA2_SETTINGS: Settings = {**_SETTINGS, "attn_logit_softcapping": "attention_softcap"}
+_SIZES = defaults(1e-6, 8192, 4, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, **TIED)
+_DEFAULTS = {**_SIZES, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
+_GEMMA2 = Family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    keys=keys.GEMMA2_KEYS,
+    norms=norms("pre out", _NORM),
+    settings=_GEMMA2_SETTINGS,
+    activation="hidden_activation",
+    constants={"hidden_act": ("gelu_pytorch_tanh",)},  # transformers does not read it
+    scaled_embedding=True,
+    window="listed",
+    pattern=(2, 1),
+    defaults=_DEFAULTS,
 )
 
 GEMMAS = (
     Family(
-        model_type="gemma",
-        architecture="GemmaForCausalLM",
-        norms=norms("pre", GEMMA),
+        "gemma",
+        "GemmaForCausalLM",
+        norms=norms("pre", _NORM),
         settings=ATTENTION_BIAS,
-        constants={  # "gelu" means gelu_pytorch_tanh here: transformers' GemmaConfig
-            "hidden_act": ("gelu_pytorch_tanh", "gelu"),
-            "hidden_activation": ("gelu_pytorch_tanh",),
-        },
+        # "gelu" means gelu_pytorch_tanh here: transformers' GemmaConfig
+        constants={"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": ("gelu_pytorch_tanh",)},
         fixed={"activation": "gelu_tanh"},
         activation=None,
         scaled_embedding=True,
         defaults=defaults(1e-6, 8192, 16, head_dim=256, **TIED),
     ),
-    Family(
-        model_type="gemma2",
-        architecture="Gemma2ForCausalLM",
-        keys=keys.GEMMA2_KEYS,
-        norms=norms("pre out", GEMMA),
-        settings=GEMMA2_SETTINGS,
-        activation="hidden_activation",
-        constants={"hidden_act": ("gelu_pytorch_tanh",)},  # transformers does not read it
-        scaled_embedding=True,
-        window="listed",
-        pattern=(2, 1),
-        defaults=GEMMA2_DEFAULTS,
-    ),
-    Family(
+    _GEMMA2,
+    replace(
+        _GEMMA2,
         model_type="vaultgemma",
         architecture="VaultGemmaForCausalLM",
         keys=keys.VAULTGEMMA_KEYS,
-        norms=norms("pre", GEMMA),
-        settings=GEMMA2_SETTINGS,
-        activation="hidden_activation",
-        constants={"hidden_act": ("gelu_pytorch_tanh",)},  # transformers does not read it
-        scaled_embedding=True,
-        window="listed",
-        pattern=(2, 1),
-        defaults=GEMMA2_DEFAULTS,
+        norms=norms("pre", _NORM),
     ),
-    Family(
+    replace(
+        _GEMMA2,
         model_type="gemma3_text",
         architecture="Gemma3ForCausalLM",
         keys=keys.GEMMA3_KEYS,
-        norms=norms("pre out", GEMMA, qk="head"),
-        settings=GEMMA_SETTINGS,
-        activation="hidden_activation",
-        constants={"hidden_act": ("gelu_pytorch_tanh",)},  # transformers does not read it
-        scaled_embedding=True,
+        norms=norms("pre out", _NORM, qk="head"),
+        settings=_SETTINGS,
         theta=1_000_000.0,
         two_ropes=True,
         sliding_theta=10_000.0,
-        window="listed",
         pattern=(6, 5),
         sizes=(2304, 9216, 26, 8, 262_208),
-        defaults={
-            **GEMMA2_DEFAULTS,
-            "max_position_embeddings": 131_072,
-            "final_logit_softcapping": None,
-        },
+        defaults={**_DEFAULTS, "max_position_embeddings": 131_072, "final_logit_softcapping": None},
     ),
 )

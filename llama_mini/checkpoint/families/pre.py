@@ -18,24 +18,35 @@ from llama_mini.checkpoint.families.family import (
     norms,
 )
 
+_FACTOR_16 = {"rope_theta": 1_000_000.0, "factor": 16.0}
+GLM = Family(
+    "glm",
+    "GlmForCausalLM",
+    keys=keys.GLM_KEYS,
+    settings=QKV_BIAS,
+    interleaved=True,
+    partial=0.5,
+    defaults=defaults(1.5625e-7, 131_072, 2, head_dim=128, attention_bias=True),
+)
+
 PRE = (
     Family(
-        model_type="llama",
-        architecture="LlamaForCausalLM",
+        "llama",
+        "LlamaForCausalLM",
         settings=BIASES,
         sizes=(4096, 11_008, 32, 32, 32_000),
         defaults=defaults(1e-6, 2048),
     ),
     Family(
-        model_type="mistral",
-        architecture="MistralForCausalLM",
+        "mistral",
+        "MistralForCausalLM",
         window="every",
         sizes=(4096, 14_336, 32, 32, 32_000),
         defaults=defaults(1e-6, 131_072, 8, sliding_window=4096),
     ),
     Family(
-        model_type="qwen2",
-        architecture="Qwen2ForCausalLM",
+        "qwen2",
+        "Qwen2ForCausalLM",
         constants={"attention_bias": (True, False)},  # ignored, as in transformers
         fixed={"qkv_bias": True},
         window="switched",
@@ -43,8 +54,8 @@ PRE = (
         defaults=defaults(1e-6, 32_768, 32, sliding_window=4096, max_window_layers=28),
     ),
     Family(
-        model_type="qwen3",
-        architecture="Qwen3ForCausalLM",
+        "qwen3",
+        "Qwen3ForCausalLM",
         keys=keys.QWEN3_KEYS,
         norms=norms("pre", qk="head"),
         settings=ATTENTION_BIAS,
@@ -52,14 +63,11 @@ PRE = (
         defaults=defaults(1e-6, 32_768, 32, head_dim=128, sliding_window=4096, max_window_layers=28),
     ),
     Family(
-        model_type="ministral",
-        architecture="MinistralForCausalLM",
-        window="listed",
-        defaults=defaults(1e-6, 131_072, 8, sliding_window=4096),
+        "ministral", "MinistralForCausalLM", window="listed", defaults=defaults(1e-6, 131_072, 8, sliding_window=4096)
     ),
     Family(
-        model_type="ministral3",
-        architecture="Ministral3ForCausalLM",
+        "ministral3",
+        "Ministral3ForCausalLM",
         window="every",
         rope_types=("yarn",),
         growing_queries=True,
@@ -68,26 +76,20 @@ PRE = (
             262_144,
             8,
             head_dim=128,
-            rope_parameters={
-                "rope_type": "yarn",
-                "rope_theta": 1_000_000.0,
-                "factor": 16.0,
-                "original_max_position_embeddings": 16_384,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "llama_4_scaling_beta": 0.1,
-            },
+            rope_parameters=_FACTOR_16
+            | {"rope_type": "yarn", "original_max_position_embeddings": 16_384}
+            | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
         ),
     ),
     Family(
-        model_type="seed_oss",
-        architecture="SeedOssForCausalLM",
+        "seed_oss",
+        "SeedOssForCausalLM",
         settings={**QKV_BIAS, "attention_out_bias": "o_bias", "mlp_bias": "mlp_bias"},
         defaults=defaults(1e-6, 524_288, 8, head_dim=128, attention_bias=True),
     ),
     Family(
-        model_type="cwm",
-        architecture="CwmForCausalLM",
+        "cwm",
+        "CwmForCausalLM",
         window="listed",
         pattern=(4, 0),
         theta=1_000_000.0,
@@ -97,31 +99,21 @@ PRE = (
             8,
             head_dim=128,
             sliding_window=8192,
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": 1_000_000.0,
-                "factor": 16.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
+            rope_parameters=_FACTOR_16
+            | {"rope_type": "llama3", "original_max_position_embeddings": 8192}
+            | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
         ),
     ),
     Family(
-        model_type="internlm3",
-        architecture="InternLM3ForCausalLM",
+        "internlm3",
+        "InternLM3ForCausalLM",
         settings={**BIASES, "qkv_bias": "qkv_bias o_bias", "bias": "mlp_bias"},
         defaults=defaults(1e-5, 32_768, 2, head_dim=128),
     ),
+    Family("iquestcoder", "IQuestCoderForCausalLM", settings=BIASES, defaults=defaults(1e-5, 131_072, 8, head_dim=128)),
     Family(
-        model_type="iquestcoder",
-        architecture="IQuestCoderForCausalLM",
-        settings=BIASES,
-        defaults=defaults(1e-5, 131_072, 8, head_dim=128),
-    ),
-    Family(
-        model_type="smollm3",
-        architecture="SmolLM3ForCausalLM",
+        "smollm3",
+        "SmolLM3ForCausalLM",
         settings=BIASES,
         theta=2_000_000.0,
         window="switched",
@@ -129,16 +121,16 @@ PRE = (
         defaults=defaults(1e-6, 32_768, 4, no_rope_layer_interval=4, **TIED),
     ),
     Family(
-        model_type="ernie4_5",
-        architecture="Ernie4_5ForCausalLM",
+        "ernie4_5",
+        "Ernie4_5ForCausalLM",
         settings=USE_BIAS,
         interleaved=True,
         theta=500_000.0,
         defaults=defaults(1e-5, 131_072, 2, head_dim=128, **TIED),
     ),
     Family(
-        model_type="helium",
-        architecture="HeliumForCausalLM",
+        "helium",
+        "HeliumForCausalLM",
         norms=norms("pre", LATE),
         settings={**QKV_BIAS, "mlp_bias": "mlp_bias"},
         interleaved=True,
@@ -146,8 +138,8 @@ PRE = (
         defaults=defaults(1e-8, 4096, 20, head_dim=128),
     ),
     Family(
-        model_type="phi3",
-        architecture="Phi3ForCausalLM",
+        "phi3",
+        "Phi3ForCausalLM",
         keys=keys.PHI3_KEYS,
         rope_types=("default", "longrope"),
         window="every",
@@ -155,14 +147,14 @@ PRE = (
         defaults=defaults(1e-5, 4096),
     ),
     Family(
-        model_type="granite",
-        architecture="GraniteForCausalLM",
+        "granite",
+        "GraniteForCausalLM",
         settings={**BIASES, **GRANITE},
         defaults=defaults(1e-6, 2048, attention_multiplier=1.0),
     ),
     Family(  # Granite 4 without state spaces and experts
-        model_type="granitemoehybrid",
-        architecture="GraniteMoeHybridForCausalLM",
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
         keys=keys.GRANITE_HYBRID_KEYS,
         settings={**ATTENTION_BIAS, **GRANITE, "shared_intermediate_size": "hidden_dim"},
         constants={"num_local_experts": (0,), "normalization_function": ("rmsnorm",)},
@@ -171,25 +163,13 @@ PRE = (
             1e-6, 2048, attention_multiplier=1.0, shared_intermediate_size=1024, intermediate_size=11_008
         ),
     ),
+    GLM,
     Family(
-        model_type="glm",
-        architecture="GlmForCausalLM",
-        keys=keys.GLM_KEYS,
-        settings=QKV_BIAS,
-        interleaved=True,
-        partial=0.5,
-        defaults=defaults(1.5625e-7, 131_072, 2, head_dim=128, attention_bias=True),
+        "arcee", "ArceeForCausalLM", settings=BIASES, fixed=NO_GATE, defaults=defaults(1e-5, 4096, hidden_act="relu2")
     ),
     Family(
-        model_type="arcee",
-        architecture="ArceeForCausalLM",
-        settings=BIASES,
-        fixed=NO_GATE,
-        defaults=defaults(1e-5, 4096, hidden_act="relu2"),
-    ),
-    Family(
-        model_type="hunyuan_v1_dense",
-        architecture="HunYuanDenseV1ForCausalLM",
+        "hunyuan_v1_dense",
+        "HunYuanDenseV1ForCausalLM",
         keys=keys.HUNYUAN_KEYS,
         norms=norms("pre", qk="head"),
         settings=ATTENTION_BIAS,

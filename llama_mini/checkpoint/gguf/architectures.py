@@ -210,12 +210,7 @@ ARCHITECTURES = {
         family="exaone4",
         settings=lambda config, file: _rotated_in_windows(config, file, 4096 if config.n_layers == 64 else 0),
     ),
-    "cohere2": Architecture(
-        family="cohere2",
-        pairs=True,
-        partial=True,
-        settings=_cohere_2,
-    ),
+    "cohere2": Architecture(family="cohere2", pairs=True, partial=True, settings=_cohere_2),
     "command-r": Architecture(family="cohere", pairs=True, partial=True, settings=_cohere),
     "nemotron": Architecture(family="nemotron", partial=True, settings=_no_gate),
     "jais2": Architecture(family="jais2", settings=_no_gate),

@@ -22,19 +22,10 @@ _SCALARS = dict(enumerate(map(np.dtype, ("u1", "i1", "<u2", "<i2", "<u4", "<i4",
 _SCALARS |= {10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8")}
 _MAX_ARRAY_DEPTH = 4
 _MAX_DIMENSIONS = 4
-_USUAL_TYPES = {  # the common part of `_ggml_types`, which saves the import of `gguf`
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
-}
+# The common part of `_ggml_types`, which saves the import of `gguf`.
+_USUAL_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20)}
+_USUAL_TYPES |= {6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34)}
+_USUAL_TYPES |= {12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210)}
 _MIN_ENTRY_BYTES = 8 + 4 + 1  # a key's length, a value's type, a value
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name's length, a count of dimensions, one dimension, a type, an offset
 

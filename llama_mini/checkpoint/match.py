@@ -47,9 +47,7 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
         alone = "; without its head, a model gives vectors and generates no text" if missing == [head] else ""
         faults.append(f"{len(missing)} missing: {join_names(missing)}{alone}")
     others = sorted(set(shapes) - set(expected))
-    if zeros := [
-        name for name in others if name.endswith(".bias") and _is_zero(source, name)
-    ]:  # GPTQ's tools write them
+    if zeros := [name for name in others if name.endswith(".bias") and _is_zero(source, name)]:
         warn(f"{source.path}: {join_names(zeros)} left out: biases of zeros, which the model does not have")
     if unexpected := [name for name in others if name not in zeros]:
         faults.append(f"{len(unexpected)} unexpected: {join_names(unexpected)}")
@@ -62,6 +60,7 @@ def match(model: nn.Module, source: Source) -> dict[str, str]:
 
 
 def _is_zero(source: Source, name: str) -> bool:
+    """Whether a tensor is of zeros, as the biases are that GPTQ's tools write."""
     return not any(rows.any() for *_, rows in source.read([name], torch.float32))
 
 

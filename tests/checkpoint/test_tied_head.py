@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llama_mini.checkpoint.hf import directory as directory_module
+from llama_mini.checkpoint.hf import safetensors_data
 from llama_mini.checkpoint.hf.safetensors_data import read_rows
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.weight_formats import weight_bytes
@@ -142,8 +142,8 @@ def test_only_equal_heads_are_read_to_the_end(tmp_path: Path, monkeypatch: pytes
             chunks.append(chunk[2])
             yield chunk
 
-    monkeypatch.setattr(directory_module, "read_rows", counted)
-    monkeypatch.setattr(directory_module, "rows_per_chunk", lambda _: 16)
+    monkeypatch.setattr(safetensors_data, "read_rows", counted)
+    monkeypatch.setattr(safetensors_data, "rows_per_chunk", lambda _: 16)
     open_checkpoint(write(tmp_path / "equal", lambda embedding: embedding))
     assert [len(rows) for rows in chunks] == 2 * 6 * [16] + 2 * [1]
     chunks.clear()

@@ -3,8 +3,9 @@
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from llama_mini.checkpoint.not_models import describe_directory, told_by_name
 from llama_mini.checkpoint.quantized.methods import quantized_matrices
 from llama_mini.checkpoint.quantized.weight import cut_matrix, read_matrix
 from llama_mini.checkpoint.rows import split_parts, with_split_pairs
-from llama_mini.checkpoint.source import Destination, Rows, Source, StoredCodes, rows_per_chunk
+from llama_mini.checkpoint.source import Destination, Rows, Source, rows_per_chunk
 from llama_mini.errors import CheckpointError, CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.machine import DTYPES
 
@@ -49,18 +50,14 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
 
     def read(names: Collection[str], dtype: torch.dtype, to: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
         yield from read_plain([name for name in names if name in plain], dtype, to, whole)
-        for matrix in (matrices[name] for name in names if name in matrices):
+        yield from read_matrices([name for name in names if name in matrices], attrgetter("floats"), whole)
+
+    def read_matrices(names: Collection[str], decode_of: Callable[..., Any], whole: bool = False) -> Iterator[Rows]:
+        for matrix in (matrices[name] for name in names):
             at_once = matrix.shape[0] if whole else rows_per_chunk(matrix.shape[1])
-            for first, rows in read_matrix(matrix, matrix.floats, at_once):
+            for first, rows in read_matrix(matrix, decode_of(matrix), at_once):
                 yield matrix.name, first, rows
                 del rows  # before the next ones are read
-
-    def read_quantized(names: Collection[str]) -> Iterator[Rows[StoredCodes]]:
-        for matrix in (matrices[name] for name in names):
-            assert matrix.codes is not None
-            for first, rows in read_matrix(matrix, matrix.codes, rows_per_chunk(matrix.shape[1])):
-                yield matrix.name, first, rows
-                del rows
 
     source = Source(
         path=directory if file is None else file,
@@ -71,7 +68,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
         keys=keys,
         tensors=stored(plain) | {name: matrix.stored() for name, matrix in matrices.items()},
         read_rows=read,
-        read_quantized=read_quantized,
+        read_quantized=lambda names: read_matrices(names, attrgetter("codes")),
     )
     return with_split_pairs(source) if has_interleaved_pairs(source.model_type) else source
 

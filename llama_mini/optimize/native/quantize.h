@@ -1,5 +1,5 @@
-// Makes quantized weights of floats, of codes, or of GGUF blocks. The bits are those of packed_linear.py with PyTorch's
-// own operators.
+// Makes quantized weights of floats, of codes, or of GGUF blocks. The bits are those of quantized_linear.py with
+// PyTorch's own operators.
 #pragma once
 
 #include "gemv_int.h"

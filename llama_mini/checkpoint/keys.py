@@ -1,10 +1,10 @@
-"""Tensor names of each family and format: name in the file <-> ours. `{}` stands for the layer's number.
+"""Tensor names in files <-> ours. `{}` stands for the layer's number.
 
 One Hugging Face name can mean different norm slots in different families, so each family has its own table.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from llama_mini.errors import warn
 from llama_mini.validate import join_names, short_repr
@@ -13,24 +13,19 @@ KeyTable = dict[str, str]
 HEAD, EMBEDDING = "lm_head.weight", "tok_embeddings.weight"  # our names
 
 
-def _with_biases(table: KeyTable) -> KeyTable:
-    """Adds a `.bias` for every `.weight`, but those of embedding and head."""
-    biased = {theirs: ours for theirs, ours in table.items() if ours not in (HEAD, EMBEDDING)}
-    return table | {k.replace(".weight", ".bias"): v.replace(".weight", ".bias") for k, v in biased.items()}
-
-
-def _hugging_face(modules: dict[str, str]) -> KeyTable:
+def hugging_face_keys(modules: Mapping[str, str]) -> KeyTable:
     """A family's table: `modules` of a layer, theirs -> ours, beside the usual projections or in their place.
 
     `qkv_proj[q]` is the part of a tensor that holds several parameters, from the first row to the last: see rows.py.
     """
-    replaced = set(modules.values())
-    modules = {theirs: ours for theirs, ours in _PROJECTIONS.items() if ours not in replaced} | modules
-    names = {"model.embed_tokens.weight": EMBEDDING, "model.norm.weight": "norm.weight", "lm_head.weight": HEAD}
-    for theirs, ours in modules.items():
-        module, bracket, part = theirs.partition("[")
-        names[f"model.layers.{{}}.{module}.weight{bracket}{part}"] = f"layers.{{}}.{ours}.weight"
-    return _with_biases(names)
+    usual = {theirs: ours for theirs, ours in _PROJECTIONS.items() if ours not in modules.values()}
+    names = {"model.embed_tokens.weight": EMBEDDING, "lm_head.weight": HEAD}
+    for kind in ("weight", "bias"):
+        names[f"model.norm.{kind}"] = f"norm.{kind}"
+        for theirs, ours in {**usual, **modules}.items():
+            module, bracket, part = theirs.partition("[")
+            names[f"model.layers.{{}}.{module}.{kind}{bracket}{part}"] = f"layers.{{}}.{ours}.{kind}"
+    return names
 
 
 _PROJECTIONS = {
@@ -42,40 +37,15 @@ _PROJECTIONS = {
     "mlp.up_proj": "feed_forward.up_proj",
     "mlp.down_proj": "feed_forward.down_proj",
 }
-_PRE_NORMS = {
+PRE_NORMS = {
     "input_layernorm": "attention.pre_norm",
     "post_attention_layernorm": "feed_forward.pre_norm",  # despite its name
 }
-_OUT_NORMS = {"post_attention_layernorm": "attention.out_norm", "post_feedforward_layernorm": "feed_forward.out_norm"}
-_QK_NORMS = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
-_QKV = {f"self_attn.qkv_proj[{part}]": f"attention.{part}_proj" for part in "qkv"}
-_GATE_UP = {f"mlp.gate_up_proj[{part}]": f"feed_forward.{part}_proj" for part in ("gate", "up")}
-_VAULT_NORMS = {"input_layernorm": "attention.pre_norm", "pre_feedforward_layernorm": "feed_forward.pre_norm"}
-_GLM4_NORMS = {"post_self_attn_layernorm": "attention.out_norm", "post_mlp_layernorm": "feed_forward.out_norm"}
-
-LLAMA_KEYS = _hugging_face(_PRE_NORMS)
-QWEN3_KEYS = _hugging_face(_PRE_NORMS | _QK_NORMS)
-OLMO2_KEYS = _hugging_face(_OUT_NORMS | _QK_NORMS)
-VAULTGEMMA_KEYS = _hugging_face(_VAULT_NORMS)
-GEMMA2_KEYS = _hugging_face(_VAULT_NORMS | _OUT_NORMS)
-GEMMA3_KEYS = _hugging_face(_VAULT_NORMS | _OUT_NORMS | _QK_NORMS)
-PHI3_KEYS = _hugging_face(_PRE_NORMS | _QKV | _GATE_UP)
-GRANITE_HYBRID_KEYS = _hugging_face(
-    _PRE_NORMS
-    | {f"shared_mlp.input_linear[{part}]": f"feed_forward.{part}_proj" for part in ("gate", "up")}
-    | {"shared_mlp.output_linear": "feed_forward.down_proj"}
-)
-GLM_KEYS = _hugging_face(_PRE_NORMS | _GATE_UP)
-GLM4_KEYS = _hugging_face(_PRE_NORMS | _GATE_UP | _GLM4_NORMS)
-HYPERCLOVAX_KEYS = _hugging_face(
-    _PRE_NORMS | {"post_norm1": "attention.out_norm", "post_norm2": "feed_forward.out_norm"}
-)
-HUNYUAN_KEYS = _hugging_face(
-    _PRE_NORMS | {"self_attn.query_layernorm": "attention.q_norm", "self_attn.key_layernorm": "attention.k_norm"}
-)
-STARCODER2_KEYS = _hugging_face(
-    _PRE_NORMS | {"mlp.c_fc": "feed_forward.up_proj", "mlp.c_proj": "feed_forward.down_proj"}
-)
+OUT_NORMS = {"post_attention_layernorm": "attention.out_norm", "post_feedforward_layernorm": "feed_forward.out_norm"}
+QK_NORMS = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
+QKV = {f"self_attn.qkv_proj[{part}]": f"attention.{part}_proj" for part in "qkv"}
+GATE_UP = {f"mlp.gate_up_proj[{part}]": f"feed_forward.{part}_proj" for part in ("gate", "up")}
+GEMMA_NORMS = {"input_layernorm": "attention.pre_norm", "pre_feedforward_layernorm": "feed_forward.pre_norm"}
 
 META_KEYS: KeyTable = {
     "tok_embeddings.weight": "tok_embeddings.weight",

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama_mini.checkpoint.keys import QWEN3_KEYS, names_in_file
+from llama_mini.checkpoint.families import key_table
+from llama_mini.checkpoint.keys import names_in_file
 from llama_mini.cli.convert import convert
 from llama_mini.errors import CheckpointMismatchError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
@@ -122,7 +123,8 @@ def test_one_name_without_it_is_a_mismatch(tmp_path: Path, plain: str) -> None:
 
 
 def test_names_without_a_prefix_keep_their_table() -> None:
-    names = [name.replace("{}", "0") for name in QWEN3_KEYS]
-    assert names_in_file(QWEN3_KEYS, names) == QWEN3_KEYS
+    table = key_table("qwen3")
+    names = [name.replace("{}", "0") for name in table]
+    assert names_in_file(table, names) == table
     assert names_in_file({}, ["tok_embeddings.weight", "norm.weight"]) == {}
-    assert names_in_file(QWEN3_KEYS, []) == QWEN3_KEYS
+    assert names_in_file(table, []) == table

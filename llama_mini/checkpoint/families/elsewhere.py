@@ -22,6 +22,7 @@ from llama_mini.checkpoint.families.pre import GLM
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
 
+_GLM4_NORMS = {"post_self_attn_layernorm": "attention.out_norm", "post_mlp_layernorm": "feed_forward.out_norm"}
 _BIASED = NormSpec(kind="layer", cast="late", bias=True)
 _LAYER = NormSpec(kind="layer", cast="late")
 _COHERE = Family(
@@ -39,7 +40,7 @@ ELSEWHERE = (
     Family(
         "olmo2",
         "Olmo2ForCausalLM",
-        keys=keys.OLMO2_KEYS,
+        modules=keys.OUT_NORMS | keys.QK_NORMS,
         norms=norms("out", LATE, qk="full"),
         settings=ATTENTION_BIAS,
         defaults=defaults(1e-5, 2048),
@@ -47,7 +48,7 @@ ELSEWHERE = (
     Family(
         "olmo3",
         "Olmo3ForCausalLM",
-        keys=keys.OLMO2_KEYS,
+        modules=keys.OUT_NORMS | keys.QK_NORMS,
         norms=norms("out", LATE, qk="full"),
         settings=ATTENTION_BIAS,
         theta=500_000.0,
@@ -59,7 +60,7 @@ ELSEWHERE = (
     Family(
         "exaone4",
         "Exaone4ForCausalLM",
-        keys=keys.OLMO2_KEYS,
+        modules=keys.OUT_NORMS | keys.QK_NORMS,
         norms=norms("out", qk="head"),
         window="listed",
         pattern=(4, 3),
@@ -69,13 +70,19 @@ ELSEWHERE = (
     Family(
         "hyperclovax",
         "HyperCLOVAXForCausalLM",
-        keys=keys.HYPERCLOVAX_KEYS,
+        modules=keys.PRE_NORMS | {"post_norm1": "attention.out_norm", "post_norm2": "feed_forward.out_norm"},
         norms=norms("pre out"),
         settings={**BIASES, **MUP, "logits_scaling": "logit_scale"},
         constants={"use_post_norm": (True,)},
         defaults=defaults(1e-6, 2048),
     ),
-    replace(GLM, model_type="glm4", architecture="Glm4ForCausalLM", keys=keys.GLM4_KEYS, norms=norms("pre out")),
+    replace(
+        GLM,
+        model_type="glm4",
+        architecture="Glm4ForCausalLM",
+        modules={**GLM.modules, **_GLM4_NORMS},
+        norms=norms("pre out"),
+    ),
     Family(
         "olmo",
         "OlmoForCausalLM",
@@ -115,7 +122,7 @@ ELSEWHERE = (
     Family(
         "starcoder2",
         "Starcoder2ForCausalLM",
-        keys=keys.STARCODER2_KEYS,
+        modules=keys.PRE_NORMS | {"mlp.c_fc": "feed_forward.up_proj", "mlp.c_proj": "feed_forward.down_proj"},
         norms=norms("pre", _BIASED),
         settings=USE_BIAS,
         fixed=NO_GATE,

@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
-from llama_mini.checkpoint.keys import LLAMA_KEYS, KeyTable
+from llama_mini.checkpoint.keys import PRE_NORMS, KeyTable, hugging_face_keys
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.norm_slots import BranchPlan, NormSpec, View
 from llama_mini.model.rope_scaling import RULES
@@ -33,6 +34,7 @@ def defaults(eps: float, context: int, n_kv_heads: int | None = None, **others: 
 class Family:
     """One `model_type`.
 
+    modules: of a layer in its files, theirs -> ours, beside the usual projections or in their place.
     norms: its plan; `settings` may change residual scales.
     settings: the keys of config.json that only some families read.
     fixed: the fields of LlamaConfig that its config.json does not state.
@@ -60,7 +62,7 @@ class Family:
     model_type: str
     architecture: str
     _: KW_ONLY
-    keys: KeyTable = field(default_factory=lambda: LLAMA_KEYS)
+    modules: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
     norms: NormPlan = norms("pre")  # noqa: RUF009
     settings: Settings = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +83,11 @@ class Family:
     window: Literal["none", "every", "listed", "switched"] = "none"
     pattern: tuple[int, int] | None = None
     unrotated: Literal["none", "full", "full_beside_sliding", "listed", "stated"] = "none"
+
+    @cached_property
+    def keys(self) -> KeyTable:
+        """The names of its tensors -> ours."""
+        return hugging_face_keys(self.modules)
 
 
 ATTENTION_BIAS = {"attention_bias": "qkv_bias o_bias"}

@@ -22,7 +22,7 @@ _FACTOR_16 = {"rope_theta": 1_000_000.0, "factor": 16.0}
 GLM = Family(
     "glm",
     "GlmForCausalLM",
-    keys=keys.GLM_KEYS,
+    modules=keys.PRE_NORMS | keys.GATE_UP,
     settings=QKV_BIAS,
     interleaved=True,
     partial=0.5,
@@ -56,7 +56,7 @@ PRE = (
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
-        keys=keys.QWEN3_KEYS,
+        modules=keys.PRE_NORMS | keys.QK_NORMS,
         norms=norms("pre", qk="head"),
         settings=ATTENTION_BIAS,
         window="switched",
@@ -140,7 +140,7 @@ PRE = (
     Family(
         "phi3",
         "Phi3ForCausalLM",
-        keys=keys.PHI3_KEYS,
+        modules=keys.PRE_NORMS | keys.QKV | keys.GATE_UP,
         rope_types=("default", "longrope"),
         window="every",
         partial=1.0,
@@ -155,7 +155,9 @@ PRE = (
     Family(  # Granite 4 without state spaces and experts
         "granitemoehybrid",
         "GraniteMoeHybridForCausalLM",
-        keys=keys.GRANITE_HYBRID_KEYS,
+        modules=keys.PRE_NORMS
+        | {f"shared_mlp.input_linear[{part}]": f"feed_forward.{part}_proj" for part in ("gate", "up")}
+        | {"shared_mlp.output_linear": "feed_forward.down_proj"},
         settings={**ATTENTION_BIAS, **GRANITE, "shared_intermediate_size": "hidden_dim"},
         constants={"num_local_experts": (0,), "normalization_function": ("rmsnorm",)},
         unrotated="stated",
@@ -170,7 +172,8 @@ PRE = (
     Family(
         "hunyuan_v1_dense",
         "HunYuanDenseV1ForCausalLM",
-        keys=keys.HUNYUAN_KEYS,
+        modules=keys.PRE_NORMS
+        | {f"self_attn.{name}_layernorm": f"attention.{name[0]}_norm" for name in ("query", "key")},
         norms=norms("pre", qk="head"),
         settings=ATTENTION_BIAS,
         fixed={"qk_norm_after_rope": True},

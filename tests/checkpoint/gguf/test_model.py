@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.gguf.header import read_header
 from llama_mini.checkpoint.gguf.model import gguf_config
-from llama_mini.checkpoint.keys import LLAMA_KEYS, to_file_name
+from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, ConfigError
 from llama_mini.model.llama import Llama
 
@@ -21,7 +22,7 @@ Write = Callable[..., Path]
 def read(path: Path) -> dict[str, torch.Tensor]:
     """The tensors under their Hugging Face names."""
     model = Llama.from_pretrained(path, dtype="float32")
-    return {to_file_name(name, LLAMA_KEYS): tensor for name, tensor in model.state_dict().items()}
+    return {to_file_name(name, key_table("llama")): tensor for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("tied", [True, False])

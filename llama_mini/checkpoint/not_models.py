@@ -9,7 +9,7 @@ from typing import Any
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.io.files import ADAPTER_CONFIG
 from llama_mini.errors import CheckpointFormatError
-from llama_mini.validate import join_names, short_repr
+from llama_mini.validate import is_whole, join_names, short_repr
 
 _MERGE = "merge it into its model and save the result (PEFT: merge_and_unload; mlx-lm: mlx_lm.fuse), then give that"
 _FILES = {  # names of files that hold no weights of a model -> what such a file is
@@ -30,6 +30,8 @@ _HUB_DOWNLOADS = ".cache/huggingface/download"  # where `hf download --local-dir
 _FOLDERS = ("*/config.json", "snapshots/*/config.json", "*/params.json", "*/*.gguf")
 _DRAFT = "a draft head, which predicts for another model: give that model"
 _CLASSIFIER = "a classifier or reward model, which generates no text"
+_EXPERTS = "a mixture of experts, which is not read"
+_LATENT = "a model with latent attention (MLA), which is not read"
 _ARCHITECTURES = {  # in the name of an architecture or model_type -> what that is
     "classification|questionanswering|reward": _CLASSIFIER,
     "eagle|medusa|speculator": _DRAFT,
@@ -37,17 +39,18 @@ _ARCHITECTURES = {  # in the name of an architecture or model_type -> what that 
     "whisper|wav2vec|hubert|speech|audio|forctc|tts": "a model of speech",
     "clip|vit|dino|image|vision|llava": "a model of images",
     "conditionalgeneration|^t5|bart": "an encoder with a decoder",
-    "moe(?!hybrid)|mixtral|dbrx|gpt_?oss|deepseek_?v|llama_?4|qwen3_?next|solar_?open": "a mixture of experts, which "
-    "is not read",
-    "mamba|rwkv|xlstm|lfm|recurrent|jamba|bamba|falcon_?h|nemotron_?h|olmo_?hybrid": "a state space or recurrent "
+    "moe(?!hybrid)|mixtral|dbrx|gpt_?oss|deepseek_?v|llama_?4|qwen3_?next|solar_?open": _EXPERTS,
+    "mamba|zamba|rwkv|xlstm|lfm|recurrent|jamba|bamba|falcon_?h|nemotron_?h|olmo_?hybrid": "a state space or recurrent "
     "model, which is not read",
-    "minicpm3|youtu": "a model with latent attention (MLA), which is not read",
+    "minicpm3|youtu": _LATENT,
     "granite_?swa": "a model with learned attention sinks, which is not read",
 }
 _PARTS = {  # keys of config.json -> what a model with such a part is
     "vision_config": "a model of images and text",
     "audio_config": "a model of sound and text",
     "is_encoder_decoder": "an encoder with a decoder",
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), _EXPERTS),
+    "kv_lora_rank": _LATENT,
 }
 _TENSORS = {  # in a tensor's name -> what that tells
     r"(^|\.)lora_|\.(base_layer|modules_to_save|original_module)\.": f"an adapter that is not merged: {_MERGE}",
@@ -82,7 +85,7 @@ def describe_directory(directory: Path) -> str | None:
 def describe_config(raw: Mapping[str, Any]) -> str | None:
     """What a config.json describes if not a language model: the key, and what it means. None if it may be one."""
     for key, what in _PARTS.items():
-        if raw.get(key):
+        if raw.get(key) and not (is_whole(raw[key]) and raw[key] == 1):  # one expert is a feed-forward layer
             return f"{key} is {short_repr(raw[key])}: this is {what}"
     stated = raw.get("architectures")
     for name in (*(stated if isinstance(stated, list) else ()), raw.get("model_type")):

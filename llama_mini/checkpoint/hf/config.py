@@ -40,7 +40,7 @@ _FALSE += ("bias", "alibi", "use_qk_norm", "qk_layernorm", "use_sliding_window",
 _FALSE += ("use_parallel_residual", "use_bidirectional_attention")
 _NULL: tuple[str, ...] = ("sliding_window", "sliding_window_pattern", "rope_local_base_freq", "no_rope_layers")
 _NULL += ("no_rope_layer_interval", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar")
-_NULL += ("attention_multiplier", "clip_qkv", "num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank")
+_NULL += ("attention_multiplier", "clip_qkv")
 _ONE = ("partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
 # Only this value is implemented, unless the family reads the key.
 FIXED_KEYS: dict[str, Any] = {**dict.fromkeys(_FALSE, False), **dict.fromkeys(_NULL), **dict.fromkeys(_ONE, 1.0)}
@@ -55,6 +55,7 @@ IGNORED_KEYS |= {"temperature", "top_p", "top_k", "max_length", "do_sample", "nu
 IGNORED_KEYS |= {"_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states"}
 IGNORED_KEYS |= {"problem_type", "cache_implementation", "_sliding_window_pattern", "eod_token_id"}
 IGNORED_KEYS |= {"resid_pdrop", "embd_pdrop", "residual_dropout", "embedding_dropout", "hidden_dropout"}
+IGNORED_KEYS |= {"num_experts", "num_local_experts", "n_routed_experts"}  # none, or else not_models.py refuses it
 # Where null is a value: the number of query heads, dim / heads, no window, no cap, head_dim ** -0.5.
 NULL_KEYS = {"num_key_value_heads", "head_dim", "sliding_window", "attention_multiplier"}
 NULL_KEYS |= {"final_logit_softcapping", "attn_logit_softcapping"}

@@ -108,6 +108,12 @@ def test_an_absent_eps_and_head_width_are_those_of_transformers(model_type: str)
 CODE = {"phi3": "modeling_phi3.Phi3ForCausalLM", "ernie4_5": "modeling_ernie4_5.Ernie4_5_ForCausalLM"}
 
 
+@pytest.mark.parametrize("experts", [0, 1])
+def test_no_experts_or_a_single_one_are_no_mixture(experts: int) -> None:
+    raw = HF_TINY | {"model_type": "llama"}
+    assert from_hf(raw | {"num_experts": experts, "num_local_experts": experts}) == from_hf(raw)
+
+
 @pytest.mark.parametrize("model_type", CODE)
 def test_a_familys_own_code_is_ignored_with_a_warning(model_type: str) -> None:
     raw = HF_TINY | {"model_type": model_type, "auto_map": {"AutoModelForCausalLM": CODE[model_type]}}
@@ -141,14 +147,17 @@ def test_a_familys_own_code_is_ignored_with_a_warning(model_type: str) -> None:
         ({"model_type": "hunyuan_v1_dense", "rope_scaling": {"type": "dynamic", "alpha": -1}}, "alpha must be"),
         ({"model_type": "llama", "rope_local_base_freq": 1e4}, "rope_local_base_freq is 10000.0; only None"),
         ({"model_type": "internlm3", "bias": True, "mlp_bias": False}, "bias is True, but another key says otherwise"),
-        ({"model_type": "llama", "num_local_experts": 8}, "num_local_experts is 8; only None"),
+        ({"model_type": "minimax_m2", "num_local_experts": 256}, "num_local_experts is 256: .* a mixture of experts"),
+        ({"model_type": "dots1", "n_routed_experts": 128}, "n_routed_experts is 128: .* a mixture of experts"),
+        ({"model_type": "llama", "num_experts": 8}, "num_experts is 8: this is a mixture of experts, which is not"),
+        ({"model_type": "llama", "kv_lora_rank": 512}, r"kv_lora_rank is 512: this is a model with latent attention"),
         ({"model_type": "mixtral"}, "'mixtral' is a mixture of experts, which is not read; the model_types that can"),
         ({"model_type": "deepseek_v3"}, "'deepseek_v3' is a mixture of experts"),
         ({"model_type": "mamba2"}, "'mamba2' is a state space or recurrent model"),
         ({"model_type": "minicpm3"}, "'minicpm3' is a model with latent attention"),
         ({"model_type": "granite_swa"}, "'granite_swa' is a model with learned attention sinks"),
         ({"model_type": "granitemoeshared"}, "'granitemoeshared' is a mixture of experts"),
-        ({"model_type": "granitemoehybrid", "num_local_experts": 72}, "num_local_experts is 72; only 0"),
+        ({"model_type": "granitemoehybrid", "num_local_experts": 72}, "num_local_experts is 72: .* mixture"),
         ({"model_type": "granitemoehybrid"}, "layer_types is None: state spaces are not read"),
         (
             {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]},

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,11 @@ def test_a_wrong_call_is_refused_and_writes_nothing(refused: list[str], name: st
 
 
 CODED = [name for name in FORMATS if name != "float"]
-CALLS = [(name, format_) for name in ("layers", "prompt") for format_ in LAYER_FORMATS]
+CALLS: list[Any] = [
+    pytest.param(name, format_, marks=pytest.mark.slow if format_ in ("int8", "int4") else ())  # mixed layers hold both
+    for name in ("layers", "prompt")
+    for format_ in LAYER_FORMATS
+]
 CALLS += [(name, format_) for name in ("gemv", "gemm") for format_ in FORMATS]
 CALLS += [*(("dequantize_rows", format_) for format_ in CODED), ("rms_norm", "float"), ("attend", "float")]
 

@@ -9,7 +9,7 @@ from llama_mini.checkpoint.gguf.rope import ROPE_KEYS
 from llama_mini.errors import ConfigError
 from llama_mini.validate import is_whole, short_repr
 
-FIXED_KEYS = {  # no architecture has another value
+NEUTRAL_KEYS = {  # these values change nothing; others are refused where no setting reads the key
     "attention.causal": True,
     "attention.clamp_kqv": 0,
     "attention.max_alibi_bias": 0,
@@ -18,8 +18,6 @@ FIXED_KEYS = {  # no architecture has another value
     "leading_dense_block_count": 0,
     "nextn_predict_layers": 0,
     "pooling_type": 0,
-}
-NEUTRAL_KEYS = {  # these values change nothing where no setting reads them
     "attention.sliding_window": 0,
     "attention.temperature_scale": 0,
     "logit_scale": 1,
@@ -71,25 +69,19 @@ class Metadata:
         """Accepts any value of these settings, which change nothing in the architecture."""
         self._read.update(names)
 
-    def check_fixed(self) -> None:
-        """Refuses another value of a setting that all architectures share."""
-        for name in FIXED_KEYS:
-            self._check(name, FIXED_KEYS)
-
     def check_all_read(self) -> None:
         """Refuses the settings that nothing has read, and that would change something."""
+        unread = {
+            f"{self.architecture}.{name}": value for name, value in NEUTRAL_KEYS.items() if name not in self._read
+        }
+        for key, neutral in unread.items():
+            value = self.values.get(key, neutral)
+            if isinstance(value, np.ndarray) or value != neutral:
+                raise ConfigError(f"{key} is {short_repr(value)}; only {neutral!r} is implemented")
         for key, value in self.values.items():
             name = key.removeprefix(f"{self.architecture}.")
-            if name in NEUTRAL_KEYS and name not in self._read:
-                self._check(name, NEUTRAL_KEYS)
-            elif name not in (key, *FIXED_KEYS, *NEUTRAL_KEYS, *self._read):
+            if name not in (key, *NEUTRAL_KEYS, *self._read):
                 raise ConfigError(f"{key:.80} is {short_repr(value)}; this setting is not implemented")
-
-    def _check(self, name: str, implemented: dict[str, Any]) -> None:
-        key = f"{self.architecture}.{name}"
-        value = self.values.get(key, implemented[name])
-        if isinstance(value, np.ndarray) or value != implemented[name]:
-            raise ConfigError(f"{key} is {short_repr(value)}; only {implemented[name]!r} is implemented")
 
 
 def shortest(value: Any) -> Any:

@@ -110,7 +110,6 @@ def gguf_config(header: GGUFHeader) -> LlamaConfig:
     try:
         metadata = Metadata(header)
         check_choice("general.architecture", metadata.architecture, tuple(ARCHITECTURES), ConfigError)
-        metadata.check_fixed()
         config = _config(metadata, header)
         metadata.check_all_read()
         return config

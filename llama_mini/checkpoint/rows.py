@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,38 +67,33 @@ def with_split_pairs(source: Source) -> Source:
     heads = {name for name, ours in ours_of.items() if ours in turned}
     at_once = math.lcm(source.config.head_dim, BLOCK_ROWS)
 
-    def are_whole(name: str, end: int) -> bool:
-        return end % at_once == 0 or end == source.tensors[name].shape[0]
-
-    def in_order(parts: list[Tensor]) -> Tensor:
-        return reorder_pairs(torch.cat(parts), source.config, to_file=False)
-
-    def read(names: Collection[str], dtype: torch.dtype, into: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
-        elsewhere: Destination = lambda name, *at: None if name in heads else into(name, *at)  # noqa: E731
-        waiting: list[Tensor] = []
-        for name, first, rows in source.read_rows(names, dtype, elsewhere, whole):
+    def in_order(
+        chunks: Iterator[Rows[Any]], split: Callable[[Any], list[Tensor]], join: Callable[..., Any]
+    ) -> Iterator[Rows[Any]]:
+        """split, join: what holds some rows <-> tensors with a row for each of them."""
+        waiting: list[list[Tensor]] = []
+        for name, first, rows in chunks:
             if name not in heads:
                 yield name, first, rows
                 continue
-            waiting.append(rows)
-            if are_whole(name, end := first + len(rows)):
-                ordered = in_order(waiting)
+            waiting.append(split(rows))
+            end = first + len(waiting[-1][0])
+            if end % at_once == 0 or end == source.tensors[name].shape[0]:
+                begin = end - sum(len(values) for values, *_ in waiting)
+                columns = map(torch.cat, zip(*waiting, strict=True))
+                ordered = join(*(reorder_pairs(values, source.config, to_file=False) for values in columns))
                 waiting.clear()
-                yield name, end - len(ordered), ordered
+                yield name, begin, ordered
+                del ordered  # before the next ones are read
+
+    def read(names: Collection[str], dtype: torch.dtype, into: Destination, whole: bool) -> Iterator[Rows[Tensor]]:
+        elsewhere: Destination = lambda name, *at: None if name in heads else into(name, *at)  # noqa: E731
+        return in_order(source.read_rows(names, dtype, elsewhere, whole), lambda rows: [rows], lambda rows: rows)
 
     def read_quantized(names: Collection[str]) -> Iterator[Rows[StoredCodes]]:
-        waiting: list[QuantizedWeights] = []
-        for name, first, stored in source.read_quantized(names):
-            if name not in heads:
-                yield name, first, stored
-                continue
-            waiting.append(stored.unpacked())
-            if are_whole(name, end := first + len(waiting[-1].codes)):
-                minima = [rows.min for rows in waiting if rows.min is not None]
-                columns = [rows.codes for rows in waiting], [rows.scale for rows in waiting], minima
-                codes, scale, *minimum = (in_order(values) for values in columns if values)
-                waiting.clear()
-                yield name, end - len(codes), QuantizedWeights(codes, scale, minimum[0] if minimum else None)
+        split = lambda rows: [values for values in rows.unpacked() if values is not None]  # noqa: E731
+        join = lambda codes, scale, least=None: QuantizedWeights(codes, scale, least)  # noqa: E731
+        return in_order(source.read_quantized(names), split, join)
 
     return replace(source, read_rows=read, read_quantized=read_quantized)
 

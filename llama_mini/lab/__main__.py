@@ -79,7 +79,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     for command in (predict, init):
         command.add_argument("plan", nargs="?", default="pre", help="a preset such as out+qk; default: %(default)s")
         command.add_argument("--depth", type=int, default=16, metavar="N", help="layers; default: %(default)s")
-        command.add_argument("--activation", default="silu", metavar="A", help="also gelu_tanh, gelu or relu2")
+        command.add_argument("--activation", default="silu", metavar="A", help="silu (default), gelu_tanh, gelu, relu2")
         command.add_argument("--no-gate", action="store_true", help="feed-forward layers without a gate")
     init.add_argument("--dim", type=int, default=256, metavar="N", help="width; default: %(default)s")
     init.add_argument("--seeds", type=int, default=3, metavar="N", help="random models; default: %(default)s")

@@ -136,7 +136,8 @@ def _check(adapter: Adapter) -> None:
         for part, axis in ((parts["a"], 0), (parts["b"], 1)):
             shape = adapter.tensors[part.name].shape
             if len(shape) != 2 or shape[1 - axis if part.transposed else axis] != rank:
-                raise CheckpointFormatError(f"{where}: {part.name} is {shape}, but its rank should be {rank}")
+                stated = f"its rank should be {rank}, as {ADAPTER_CONFIG} says; download both again"
+                raise CheckpointFormatError(f"{where}: {part.name} is {shape}, but {stated}")
     for key, patterns in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
         if idle := [p.pattern[12:-1] for p, _ in patterns if not any(map(p.fullmatch, modules))]:
             warn(f"{where}: {key} names {join_names(idle)}, which the adapter does not change")

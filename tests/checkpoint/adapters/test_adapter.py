@@ -135,7 +135,7 @@ def without(name: str) -> Callable[[dict[str, Any]], None]:
     ("change", "message"),
     [
         (put(f"{Q}.lora_A.weight", torch.zeros(2, 16)), r"q_proj\.lora_A\.weight is \(2, 16\), but its rank .* be 3"),
-        (put(f"{Q}.lora_A.weight", torch.zeros(3)), r"lora_A\.weight is \(3,\), but its rank should be 3"),
+        (put(f"{Q}.lora_A.weight", torch.zeros(3)), r"A\.weight is \(3,\), but its rank should be 3, as adapter_con"),
         (put(f"{Q}.lora_A.weight", torch.zeros(3, 24)), r"A\.weight is \(3, 24\), but .* needs \(3, 16\); .* give"),
         (put(f"{Q}.lora_B.weight", torch.zeros(12, 3)), r"B\.weight is \(12, 3\), but .* needs \(16, 3\); the adap"),
         (put(f"{Q}.lora_magnitude_vector", torch.ones(3)), r"lora_magnitude_vector is \(3,\), but .* needs \(16,\)"),

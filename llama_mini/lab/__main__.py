@@ -13,7 +13,7 @@ from llama_mini.cli.common import checkpoint_of, exit_code_of
 from llama_mini.cli.options import Parser
 
 PROG = "python -m llama_mini.lab"
-PRE_NORMS = "layers.*.*.pre_norm"
+LAYER_NORMS = "layers.*.*.*"
 PLANS = ("pre", "post", "peri", "out+qk", "deep")
 
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 def run(args: argparse.Namespace) -> None:
     """Does what the parsed options ask for. Raises LlamaMiniError."""
     if "settings" in args and "=" in args.pattern:  # a setting, in a command line without a pattern
-        args.settings, args.pattern = [args.pattern, *args.settings], PRE_NORMS
+        args.settings, args.pattern = [args.pattern, *args.settings], LAYER_NORMS
     from llama_mini.lab import commands
 
     if "model" in args:
@@ -59,8 +59,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     move = add("move", "measure the cost of moving norms to another slot", model, text)
     fold = add("fold", "fold gains into the weights that read them, and compare", model, text)
     for command, pattern in (
-        (ablate, PRE_NORMS),
-        (edit, PRE_NORMS),
+        (ablate, LAYER_NORMS),
+        (edit, LAYER_NORMS),
         (move, "layers.*.feed_forward.pre_norm"),
     ):
         command.add_argument(

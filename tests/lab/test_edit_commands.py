@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from llama_mini import Llama, Tokenizer, lab
+from llama_mini import Llama, NormPlan, Tokenizer, lab
 from llama_mini.lab.__main__ import main
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -36,7 +37,7 @@ def test_pattern_and_settings_mean_the_same_in_edit_ablate_and_python(
 ) -> None:
     assert main([command, *words, "--model", str(tiny_dir), *TEXT, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    ours, pattern = Llama.from_pretrained(tiny_dir), words[0] if "," in "".join(words) else "layers.*.*.pre_norm"
+    ours, pattern = Llama.from_pretrained(tiny_dir), words[0] if "," in "".join(words) else "layers.*.*.*"
     if command == "ablate":
         assert [row["dloss"] for row in rows] == lab.ablate(ours, ids, pattern, **settings).column("dloss")
     else:
@@ -51,6 +52,16 @@ def saved(model: Llama, folder: Path) -> list[str]:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder)
     return ["--model", str(folder), *TEXT]
+
+
+def test_without_a_pattern_the_norms_of_any_placement_are_frozen(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Llama.from_pretrained(tiny_dir).config
+    config = replace(config, norm_plan=NormPlan.parse("out", config.n_layers))
+    assert main(["ablate", *saved(Llama(config), tmp_path), "--json"]) == 0
+    paths = [row["path"] for row in json.loads(capsys.readouterr().out)]
+    assert paths[:2] == ["layers.0.attention.out_norm", "layers.0.feed_forward.out_norm"]
 
 
 @pytest.fixture

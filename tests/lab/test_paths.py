@@ -65,7 +65,10 @@ def test_empty_slots_only_if_asked_for() -> None:
         ("layers.3-1.*.pre_norm", r"'layers.3-1.\*.pre_norm' matches no norm; the norms are layers.0.attention"),
         ("layers.0-99.*.pre_norm", r"'layers.99.\*.pre_norm' matches no norm"),  # a part of the range is there
         ("layers.*", "matches no norm"),
-        ("layers.*.attention.q_norm", "matches only empty slots: layers.0.attention.q_norm.*give a kind"),
+        (
+            "layers.*.attention.q_norm",
+            "only empty slots, such as layers.0.attention.q_norm; give a kind.*, or .* layers.0.attention.pre",
+        ),
         (["norm", "norn"], "'norn' matches no norm"),
         ("norm,norn,layers.0.*.*", "^'norn' matches no norm; the norms are layers.0.attention.pre_norm, "),
         ("norm,", "'' matches no norm"),

@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_loads_equal_tensors_or_is_refused(make_bench: Call
 PLANT = """
 import os
 import time
-from llama_mini.checkpoint.hf import directory as hf_directory
+from llama_mini.checkpoint.hf import directory as hf_directory, safetensors_data
 from llama_mini.errors import ConfigError
 
 class PanicException(BaseException):
@@ -227,13 +227,13 @@ def read_config(directory, read=hf_directory.read_config):
             raise unguarded("a" * 2001)
     return config, raw
 
-def read_rows(tensors, chunks, destination, read=hf_directory.read_rows):
+def read_rows(tensors, chunks, destination, read=safetensors_data.read_rows):
     rows = read(tensors, chunks, destination)
     return ((tensor, first, rows.neg_() if planted[-1] == "tensors" else rows) for tensor, first, rows in rows)
 
 planted = []
 hf_directory.read_config = read_config
-hf_directory.read_rows = read_rows
+safetensors_data.read_rows = read_rows
 """
 
 

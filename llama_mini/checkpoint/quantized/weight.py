@@ -118,9 +118,8 @@ def warn_of_cache(settings: Mapping[str, Any]) -> None:
 def expect(tensor: SafetensorsTensor, dtypes: Collection[str], shape: tuple[int, ...]) -> None:
     """Raises CheckpointFormatError, which names the tensor, if it has another dtype or shape."""
     if tensor.dtype not in dtypes or tensor.shape != shape:
-        raise fault(
-            tensor, f"is {tensor.dtype} of shape {short_repr(tensor.shape)}, not {' or '.join(dtypes)} of {shape}"
-        )
+        wanted = f"{' or '.join(dtypes)} of {shape} as the settings ask"
+        raise fault(tensor, f"is {tensor.dtype} of shape {short_repr(tensor.shape)}, not {wanted}")
 
 
 def sizes_of(tensor: SafetensorsTensor) -> tuple[int, int]:

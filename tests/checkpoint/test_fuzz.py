@@ -237,6 +237,7 @@ safetensors_data.read_rows = read_rows
 """
 
 
+@pytest.mark.slow
 def test_every_kind_of_fault_is_seen(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench({"tiny"}, before=PLANT)
     (tiny,) = bench.bases

@@ -64,8 +64,11 @@ def with_split_pairs(source: Source) -> Source:
     """
     turned = ("layers.{}.attention.q_proj", "layers.{}.attention.k_proj")
     ours_of = {name: source.keys.get(_pattern(name), "").rpartition(".")[0] for name in source.tensors}
-    heads = {name for name, ours in ours_of.items() if ours in turned}
-    at_once = math.lcm(source.config.head_dim, BLOCK_ROWS)
+    head_dim = source.config.head_dim
+    heads = {  # of whole heads: `match` reports any other, and may read it before
+        name for name, ours in ours_of.items() if ours in turned and sum(source.tensors[name].shape[:1]) % head_dim == 0
+    }
+    at_once = math.lcm(head_dim, BLOCK_ROWS)
 
     def in_order(
         chunks: Iterator[Rows[Any]], split: Callable[[Any], list[Tensor]], join: Callable[..., Any]

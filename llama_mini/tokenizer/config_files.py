@@ -107,7 +107,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> tuple[AddedToken
     if "added_tokens_decoder" in settings:
         try:
             return tuple(
-                AddedToken(id=int(key), content=_text(token), **{flag: token.get(flag, False) for flag in flags})
+                AddedToken(id=int(key), content=_text(token), **{flag: _flag(token, flag) for flag in flags})
                 for key, token in settings["added_tokens_decoder"].items()
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -120,6 +120,13 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> tuple[AddedToken
     return tuple(
         AddedToken(id=id, content=content, special=content in named) for content, id in read_json(path).items()
     )
+
+
+def _flag(token: dict[str, Any], name: str) -> bool:
+    value = token.get(name)
+    if not isinstance(value, bool | None):
+        raise TypeError(f"{name} is {value!r:.40}, not true or false")
+    return bool(value)
 
 
 def _chat_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]:

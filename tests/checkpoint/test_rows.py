@@ -109,3 +109,11 @@ def test_quantised_while_loading_they_are_those_of_a_plain_file(
     assert any(isinstance(module, PackedLinear) for module in ours.modules())
     tokens = random_tokens(1, 20)
     assert torch.equal(ours(tokens), plain(tokens))
+
+
+def test_an_unexpected_bias_that_is_of_no_whole_heads_is_named(tmp_path: Path) -> None:
+    random_model("ernie4_5", 0, use_bias=False).save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.self_attn.q_proj.bias"
+    save_file(tensors | {name: torch.ones(9)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointMismatchError, match=f"1 unexpected: {name}"):
+        Llama.from_pretrained(tmp_path)

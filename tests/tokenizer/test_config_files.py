@@ -62,7 +62,14 @@ def test_a_processor_has_the_template_of_an_older_checkpoint(write_directory: Wr
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", {"added_tokens_decoder": {"x": {}}}, {"chat_template": 3}, {"chat_template": [{"name": "default"}]}],
+    [
+        "{",
+        "[]",
+        {"added_tokens_decoder": {"x": {}}},
+        {"added_tokens_decoder": {"7": {"content": "x", "rstrip": "y"}}},
+        {"chat_template": 3},
+        {"chat_template": [{"name": "default"}]},
+    ],
 )
 def test_a_broken_tokenizer_config_is_an_error(write_directory: Write, content: Any) -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llama_mini.checkpoint.code_formats import holds_codes
 from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
@@ -15,7 +16,7 @@ from llama_mini.checkpoint.io.files import SINGLE, write_json
 from llama_mini.checkpoint.match import Model, empty_model, match, read_all, with_progress
 from llama_mini.checkpoint.plain import check_contents, check_plain
 from llama_mini.checkpoint.rows import rows_for_file
-from llama_mini.checkpoint.source import Source, StoredCodes, StoredTensor
+from llama_mini.checkpoint.source import Source, StoredCodes
 from llama_mini.checkpoint.special_ids import special_ids
 from llama_mini.checkpoint.weight_formats import weight_bytes, weight_formats
 from llama_mini.errors import CheckpointFormatError
@@ -79,7 +80,14 @@ def load_model(
         return sinks[name].destination(first, shape[0]) if name in sinks else state[name][first : first + shape[0]]
 
     what = f"quantising to {quantize}" if quantize in ("int8", "int4") else "loading"
-    as_codes = [f for f, name in names.items() if _keeps_codes(source.tensors[f], formats.get(name))]
+    as_codes = [
+        f
+        for f, name in names.items()
+        if name in formats
+        and (stored := source.tensors[f]).has_codes
+        and stored.kept is not None
+        and holds_codes(formats[name], stored.kept)
+    ]
     for file_name, first, codes in with_progress(source.read_quantized(as_codes), len(as_codes), what):
         load(names[file_name], codes, first)
     # A tensor that is quantised again is not rounded to the model's dtype in between.
@@ -91,11 +99,6 @@ def load_model(
                 load(name, rows, first)
     model.load_state_dict(state, assign=True, strict=True)
     return model.to(device).eval().requires_grad_(False)
-
-
-def _keeps_codes(stored: StoredTensor, wanted: str | None) -> bool:
-    """Whether a tensor's own codes are codes of the format `wanted`: five bits hold four."""
-    return stored.has_codes and (stored.kept == wanted or (stored.kept, wanted) == ("int4", "int5"))
 
 
 def save_model(model: nn.Module, path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from llama_mini.checkpoint.code_formats import FORMATS, common_format
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, to_file_name
 from llama_mini.checkpoint.source import Source, StoredTensor
 from llama_mini.errors import RequestError
@@ -12,7 +13,6 @@ from llama_mini.machine import dtype_name
 from llama_mini.model.config import LlamaConfig
 from llama_mini.validate import check_choice
 
-BITS = {"int8": 8.5, "int5": 6.0, "int4": 5.0}  # of a weight in each format, with its share of scale and minimum
 SETTINGS = ("auto", "none", "int8", "int4")  # of `quantize`
 
 
@@ -38,8 +38,8 @@ def quantize_for(source: Source, quantize: str | None, dtype: torch.dtype | str,
 def weight_formats(source: Source, quantize: str) -> dict[str, str]:
     """The format of each matrix that is held as codes, by the parameter's name; all others are floats.
 
-    "auto" takes the format that a tensor says it is kept in. Matrices that a fast model joins into one get the widest
-    format of them, so that none loses bits.
+    "auto" takes the format that a tensor says it is kept in. Matrices that a fast model joins into one get a common
+    format, so that none loses bits.
     """
     if quantize != "auto":
         return uniform_formats(source.config, quantize)
@@ -47,7 +47,7 @@ def weight_formats(source: Source, quantize: str) -> dict[str, str]:
     for group in _joined(source.config):
         kept = [stored.kept for name in group if (stored := _stored(source, name)) is not None]
         if kept and all(kept):
-            formats |= dict.fromkeys(group, max(map(str, kept), key=BITS.__getitem__))
+            formats |= dict.fromkeys(group, common_format([*map(str, kept)]))
     return formats
 
 
@@ -70,7 +70,7 @@ def weight_bytes(source: Source, dtype: torch.dtype, quantize: str) -> int:
     for name, kind in weight_formats(source, quantize).items():
         if (tensor := _stored(source, name)) is not None:
             floats -= math.prod(tensor.shape)
-            codes += math.prod(tensor.shape) * BITS[kind] / 8
+            codes += math.prod(tensor.shape) * FORMATS[kind].bits_per_weight / 8
     return floats * dtype.itemsize + int(codes)
 
 

@@ -1,0 +1,55 @@
+"""The formats in which a matrix is held in memory as codes: whole numbers of a few bits that share scales."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # GGUF's kvalues_iq4nl
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # FP4 of MX and NVFP4, doubled
+# The quantiles of NF4 (QLoRA, Dettmers 2023), in steps of 1/112, which suit them best; those of bitsandbytes' FP4 are
+# multiples of 1/12, but for 1/192, and so of 1/120.
+_NF4 = (-112, -78, -59, -44, -32, -21, -10, 0, 9, 18, 28, 38, 49, 63, 81, 112)
+_FP4 = (0, 1, 80, 120, 40, 60, 20, 30, 0, -1, -80, -120, -40, -60, -20, -30)
+
+
+@dataclass(frozen=True)
+class CodeFormat:
+    """Codes of 2 to 8 bits, with a float16 scale, and maybe a minimum, for each `group` columns of a row.
+
+    A code stands for scale · code + min with `has_min`, scale · table[code] with a table (16 whole numbers from -128
+    to 127), and else scale · (code − 2^(bits − 1)).
+    """
+
+    bits: int
+    group: int = 32
+    has_min: bool = True
+    table: tuple[int, ...] | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bits + 16 * (1 + self.has_min) / self.group
+
+
+FORMATS = {
+    **{f"int{bits}": CodeFormat(bits) for bits in (2, 3, 4, 5, 6)},
+    "int8": CodeFormat(8, has_min=False),
+    "int2g16": CodeFormat(2, 16),  # Q2_K
+    "int3g16": CodeFormat(3, 16, False),  # Q3_K
+    "int6g16": CodeFormat(6, 16, False),  # Q6_K
+    "iq4": CodeFormat(4, 32, False, _IQ4),
+    "mxfp4": CodeFormat(4, 32, False, _E2M1),
+    "nvfp4": CodeFormat(4, 16, False, _E2M1),
+    "nf4": CodeFormat(4, 32, False, _NF4),
+    "fp4": CodeFormat(4, 32, False, _FP4),
+}
+
+
+def common_format(names: Iterable[str]) -> str:
+    """The format of matrices that are joined into one: the widest, if it holds the codes of all; else int8."""
+    widest = max(names, key=lambda name: FORMATS[name].bits)
+    return widest if all(holds_codes(widest, name) for name in names) else "int8"
+
+
+def holds_codes(wanted: str, kept: str) -> bool:
+    """Whether codes of the format `kept` are codes of `wanted` too: five bits with a minimum hold four."""
+    one, other = FORMATS[wanted], FORMATS[kept]
+    return wanted == kept or (one.has_min and other.has_min and one.group == other.group and one.bits >= other.bits)

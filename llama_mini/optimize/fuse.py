@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from llama_mini.checkpoint.code_formats import FORMATS
 from llama_mini.checkpoint.keys import EMBEDDING
 from llama_mini.checkpoint.source import StoredCodes
 from llama_mini.checkpoint.weight_formats import SETTINGS, uniform_formats
@@ -18,15 +19,8 @@ from llama_mini.optimize.fusable import FusedRMSNorm
 from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.fused_layers import FusedEmbedding, FusedHead, FusedLayers
 from llama_mini.optimize.packed_linear import FloatLinear, PackedLinear, supported
-from llama_mini.optimize.quantized_linear import Int4Linear, Int5Linear, Int8Linear, QuantizedLinear
+from llama_mini.optimize.quantized_linear import QuantizedLinear
 from llama_mini.validate import check_choice
-
-FORMATS: dict[str | None, type[PackedLinear]] = {
-    None: FloatLinear,
-    "int8": Int8Linear,
-    "int5": Int5Linear,
-    "int4": Int4Linear,
-}
 
 
 @dataclass
@@ -84,7 +78,8 @@ def fuse(
     names = {module: name for name, module in model.named_modules()}
 
     def make(linears: Sequence[nn.Linear | nn.Embedding]) -> PackedLinear:
-        (kind,) = {FORMATS[formats.get(f"{names[linear]}.weight")] for linear in linears}
+        (name,) = {formats.get(f"{names[linear]}.weight") for linear in linears}
+        kind = FloatLinear if name is None else partial(QuantizedLinear, name)
         bias = getattr(linears[0], "bias", None) is not None
         rows, columns = [linear.weight.shape[0] for linear in linears], linears[0].weight.shape[1]
         packed = kind(rows, columns, dtype, native, bias)

@@ -22,7 +22,7 @@ class PackedLinear(nn.Module):
     Shape: (..., columns) -> (..., width); the output of part i begins at `offsets[i]`.
     """
 
-    name: ClassVar[str]
+    name: str
     block_rows: ClassVar[int] = 1  # each part begins at a multiple of it
 
     def __init__(

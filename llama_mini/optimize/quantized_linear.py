@@ -1,54 +1,59 @@
-"""Linear layers in int8, int5 or int4.
+"""Linear layers whose weights are codes of a few bits, in any of the formats of checkpoint/code_formats.py.
 
-Quantized weights lie in blocks of 16 rows. In a block, four neighbouring columns of a row are adjacent, since one VNNI
-instruction multiplies them (native/codes.h). Each part begins with a new block; unused rows and columns are zero.
+Codes lie in blocks of 16 rows. In a block, four neighbouring columns of a row are adjacent, since one VNNI instruction
+multiplies them, and each of a code's bits lies in a vector by itself or beside others (native/codes.h). Each part
+begins with a new block; unused rows and columns are zero.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_mini.checkpoint.code_formats import FORMATS
 from llama_mini.checkpoint.gguf.blocks import Blocks
 from llama_mini.checkpoint.source import StoredCodes
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.optimize.packed_linear import PackedLinear, supported
 
-BLOCK_ROWS = 16  # rows of a block of quantized weights
-GROUP = 32  # columns that share a scale (and a minimum)
+BLOCK_ROWS = 16  # rows of a block of codes
+COLUMNS = 32  # of a row that lie together; they have one scale or two
+_QUADS = COLUMNS // 4
 _QUANTIZE_ROWS = 512  # rows quantized at a time: a whole embedding in float32 may take as much memory as the model
 _DEQUANTIZE_ROWS = 16384  # rows dequantized at a time where there are no operators
-_REPACKED = {8: ("Q8_0",), 4: ("Q4_0", "Q4_1")}  # by bits: GGUF formats that an operator stores by itself
+_REPACKED = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1")}  # GGUF types that an operator stores by itself
 
 
 class QuantizedLinear(PackedLinear):
-    """Weights as codes of 8, 5 or 4 bits, with a float16 scale for each group of 32 columns of a row.
-
-    With fewer than 8 bits a group has a float16 minimum too.
-    """
+    """Weights as codes of a format, by its name in `FORMATS`: float16 scales for groups of columns, maybe minimums."""
 
     block_rows = BLOCK_ROWS
-    bits: ClassVar[int]
     qweight: Tensor
     scales: Tensor
     mins: Tensor | None
+    table: Tensor | None
 
-    def __init__(self, parts: Sequence[int], columns: int, dtype: torch.dtype, *rest: Any, **named: Any) -> None:
-        super().__init__(parts, columns, dtype, *rest, **named)
-        self.n_groups = -(-columns // GROUP)
-        blocks, vectors = self.rows // BLOCK_ROWS, self.n_groups * self.bits
-        qweight = torch.empty(blocks, vectors, BLOCK_ROWS, 4, dtype=torch.uint8)
-        self.register_buffer("qweight", qweight, persistent=False)
+    def __init__(self, name: str, parts: Sequence[int], columns: int, dtype: torch.dtype, *rest: Any) -> None:
+        super().__init__(parts, columns, dtype, *rest)
+        self.name, self.format = name, FORMATS[name]
+        steps = -(-columns // COLUMNS)
+        self.n_groups, blocks = steps * (COLUMNS // self.format.group), self.rows // BLOCK_ROWS
         scales = torch.empty(blocks, self.n_groups, BLOCK_ROWS, dtype=torch.float16)
-        self.register_buffer("scales", scales, persistent=False)
-        self.register_buffer("mins", torch.empty_like(scales) if self.bits < 8 else None, persistent=False)
+        buffers = {
+            "qweight": torch.empty(blocks, steps * self.format.bits, BLOCK_ROWS, 4, dtype=torch.uint8),
+            "scales": scales,
+            "mins": torch.empty_like(scales) if self.format.has_min else None,
+            "table": None if self.format.table is None else torch.tensor(self.format.table, dtype=torch.float16),
+        }
+        for buffer, tensor in buffers.items():
+            self.register_buffer(buffer, tensor, persistent=False)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.qweight, self.scales] if self.mins is None else [self.qweight, self.scales, self.mins]
+        return [t for t in (self.qweight, self.scales, self.mins, self.table) if t is not None]
 
     def load(self, part: int, weight: Tensor, first: int = 0) -> None:
         if self.kernels and supported(weight.dtype, weight.device):
@@ -56,40 +61,52 @@ class QuantizedLinear(PackedLinear):
             return
         for begin in range(0, len(weight), _QUANTIZE_ROWS):
             rows = weight[begin : begin + _QUANTIZE_ROWS].float()
-            if self.columns % GROUP:
-                rows = F.pad(rows, (0, self.n_groups * GROUP - self.columns))
+            rows = F.pad(rows, (0, self.n_groups * self.format.group - self.columns))
             self.store(part, first + begin, *self.quantize(rows.view(len(rows), self.n_groups, -1)))
 
     def load_codes(self, part: int, rows: StoredCodes, first: int = 0) -> None:
         """Stores rows of a part without requantizing them; `first` is a multiple of BLOCK_ROWS.
 
-        They are codes of this format, or of int4 for int5, in whole groups of 32 columns. Raises CheckpointFormatError
-        for a scale or minimum that is not finite.
+        They are codes that this format holds (`holds_codes`), in whole groups. Raises CheckpointFormatError for a scale
+        or minimum that is not finite.
         """
         block, ops = self._block(part, first), torch.ops.llama_mini
         if not self.kernels:
             self.store(part, first, *rows.unpacked())
-        elif isinstance(rows, Blocks) and rows.number_format in _REPACKED.get(self.bits, ()):
+        elif isinstance(rows, Blocks) and rows.number_format in _REPACKED.get(self.name, ()):
             self._check(ops.repack(rows.rows.contiguous(), self.tensors, self.columns, block))
         else:
             codes = [tensor.contiguous() for tensor in rows.unpacked() if tensor is not None]
             self._check(ops.pack(codes, self.tensors, block))
 
     def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(rows, groups, GROUP) float32 -> weights (rows, columns) uint8, scales and mins (rows, groups)."""
-        raise NotImplementedError
+        """(rows, groups, COLUMNS) float32 -> codes (rows, columns) uint8, scales and mins (rows, groups).
 
-    def store(self, part: int, first: int, quantized: Tensor, scales: Tensor, mins: Tensor | None) -> None:
+        For int8, as GGUF's Q8_0 has it, and for groups of 32 with a minimum, as Q4_1.
+        """
+        if self.name == "int8":
+            scales = (groups.abs().amax(-1) / 127).half()
+            codes = (groups / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)  # PyTorch is slow at uint8
+            return codes.view(torch.uint8).add_(128).flatten(1), scales, None
+        if not self.format.has_min or self.format.group != COLUMNS:
+            raise NotImplementedError(f"floats are not quantized to {self.name}")
+        most, mins = 2**self.format.bits - 1, groups.amin(-1).half()
+        scales = ((groups.amax(-1) - mins.float()) / most).half()
+        codes = (groups - mins.float()[..., None]).div_(_divisor(scales)).round_().clamp_(0, most).to(torch.int8)
+        return codes.view(torch.uint8).flatten(1), scales, mins
+
+    def store(self, part: int, first: int, codes: Tensor, scales: Tensor, mins: Tensor | None) -> None:
         """Stores what `quantize` returns for rows of a part, from row `first` on, a multiple of BLOCK_ROWS."""
         self._check(all(bool(torch.isfinite(t).all()) for t in (scales, mins) if t is not None))
-        padding = -len(quantized) % BLOCK_ROWS  # zeros fill the last block of a part
-        blocks = slice(self._block(part, first), self._block(part, first + len(quantized) + padding))
-        quads = F.pad(quantized, (0, 0, 0, padding)).view(torch.int32)  # four columns move as one number
+        padding = -len(codes) % BLOCK_ROWS  # zeros fill the last block of a part, and the last columns of a row
+        blocks = slice(self._block(part, first), self._block(part, first + len(codes) + padding))
+        quads = F.pad(codes, (0, -codes.shape[1] % COLUMNS, 0, padding)).view(torch.int32)  # four columns as one number
         vectors = self.pack(quads).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2)
         self.qweight[blocks].view(torch.int32).copy_(vectors[..., None])
         for buffer, values in ((self.scales, scales), (self.mins, mins)):
             if buffer is not None and values is not None:
-                buffer[blocks] = F.pad(values, (0, 0, 0, padding)).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2)
+                values = F.pad(values, (0, self.n_groups - values.shape[1], 0, padding))
+                buffer[blocks] = values.unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2)
 
     def _block(self, part: int, row: int) -> int:
         return (self.offsets[part] + row) // BLOCK_ROWS
@@ -99,18 +116,32 @@ class QuantizedLinear(PackedLinear):
             raise CheckpointFormatError(f"a matrix of {self.columns} columns holds numbers that {self.name} cannot")
 
     def pack(self, quads: Tensor) -> Tensor:
-        """Quantized weights as they are stored; an int32 is four columns: (rows, quads) -> (rows, vectors)."""
-        return quads
+        """Codes as they are stored; an int32 is four columns: (rows, quads) -> (rows, vectors)."""
+        if self.format.bits == 8:
+            return quads
+        groups, planes = quads.unflatten(1, (-1, _QUADS)), list[Tensor]()
+        for width, at in _planes(self.format.bits):
+            shifts = torch.arange(0, 8, width, dtype=torch.int32, device=quads.device)
+            bits = (groups >> at & (2**width - 1) * 0x01010101).unflatten(2, (width, -1)) << shifts
+            planes.append(bits.sum(-1, dtype=torch.int32))
+        return torch.cat(planes, 2).flatten(1)
 
     def unpack(self, vectors: Tensor) -> Tensor:
         """The inverse of `pack`, on bytes: (n, vectors, 4) -> (n, quads, 4)."""
-        return vectors
+        if self.format.bits == 8:
+            return vectors
+        planes = vectors.unflatten(1, (-1, self.format.bits)).split([w for w, _ in _planes(self.format.bits)], 2)
+        quads = vectors.new_zeros(len(vectors), planes[0].shape[1], _QUADS, 4)
+        for (width, at), plane in zip(_planes(self.format.bits), planes, strict=True):
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=vectors.device)[:, None]
+            quads |= ((plane[:, :, :, None] >> shifts & 2**width - 1) << at).flatten(2, 3)
+        return quads.flatten(1, 2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        scales, mins = self.scales, self.mins
+        scales, others = self.scales, (self.mins, self.table)
         super()._apply(fn, recurse)
         self.scales = scales.to(self.qweight.device)  # .to(dtype) changes input and output, not the scales
-        self.mins = None if mins is None else mins.to(self.qweight.device)
+        self.mins, self.table = (None if t is None else t.to(self.qweight.device) for t in others)
         return self
 
     def lookup(self, rows: Tensor) -> Tensor:
@@ -118,12 +149,13 @@ class QuantizedLinear(PackedLinear):
             return torch.ops.llama_mini.dequantize_rows(self.tensors, rows, self.columns, self.dtype)
         shape, rows = rows.shape, rows.flatten()
         block, row = rows // BLOCK_ROWS, rows % BLOCK_ROWS
-        quantized = self.unpack(self.qweight[block, :, row]).reshape(len(rows), self.n_groups, -1).float()
-        scales = self.scales[block, :, row].float()[..., None]
-        if self.mins is None:
-            values = (quantized - 128) * scales
-        else:
-            values = quantized * scales + self.mins[block, :, row].float()[..., None]
+        codes = self.unpack(self.qweight[block, :, row]).reshape(len(rows), self.n_groups, -1)
+        values = codes.float() if self.table is None else self.table.float()[codes.int()]
+        if self.mins is None and self.table is None:
+            values -= 2 ** (self.format.bits - 1)
+        values *= self.scales[block, :, row].float()[..., None]
+        if self.mins is not None:
+            values += self.mins[block, :, row].float()[..., None]
         return values.flatten(1)[:, : self.columns].to(self.dtype).reshape(*shape, -1)
 
     def forward_torch(self, x: Tensor) -> Tensor:
@@ -135,54 +167,15 @@ class QuantizedLinear(PackedLinear):
         return y
 
 
-class Int8Linear(QuantizedLinear):
-    """w = scale · (q − 128), with a scale for each group, as in GGUF's Q8_0."""
-
-    name, bits = "int8", 8
-
-    def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        scales = (groups.abs().amax(-1) / 127).half()
-        quantized = (groups / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)  # PyTorch is slow at uint8
-        return quantized.view(torch.uint8).add_(128).flatten(1), scales, None
-
-
-class Int4Linear(QuantizedLinear):
-    """w = scale · q + min, with a scale and a minimum for each group, as in GGUF's Q4_1. Two weights a byte."""
-
-    name, bits = "int4", 4
-
-    def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        most = 2**self.bits - 1
-        mins = groups.amin(-1).half()
-        scales = ((groups.amax(-1) - mins.float()) / most).half()
-        quantized = (groups - mins.float()[..., None]).div_(_divisor(scales)).round_().clamp_(0, most).to(torch.int8)
-        return quantized.view(torch.uint8).flatten(1), scales, mins
-
-    def pack(self, quads: Tensor) -> Tensor:
-        return quads[:, 0::2] | (quads[:, 1::2] << 4)
-
-    def unpack(self, vectors: Tensor) -> Tensor:
-        return torch.stack((vectors & 15, vectors >> 4), 2).flatten(1, 2)
-
-
-class Int5Linear(Int4Linear):
-    """As int4, with five bits, as in GGUF's Q5_1. After the low four bits of a group's codes come the fifth bits."""
-
-    name, bits = "int5", 5
-
-    def pack(self, quads: Tensor) -> Tensor:
-        low = super().pack(quads & 0x0F0F0F0F).unflatten(1, (-1, 4))
-        shifts = torch.arange(GROUP // 4, dtype=torch.int32, device=quads.device)  # bit i is that of quad i
-        fifth = (quads >> 4 & 0x01010101).unflatten(1, (-1, GROUP // 4)) << shifts
-        return torch.cat((low, fifth.sum(-1, keepdim=True, dtype=torch.int32)), -1).flatten(1)
-
-    def unpack(self, vectors: Tensor) -> Tensor:
-        groups = vectors.unflatten(1, (-1, 5))
-        shifts = torch.arange(GROUP // 4, dtype=torch.uint8, device=vectors.device)[:, None]
-        fifth = (groups[:, :, 4:] >> shifts & 1) << 4
-        return super().unpack(groups[:, :, :4].flatten(1, 2)) | fifth.flatten(1, 2)
+def _planes(bits: int) -> Iterator[tuple[int, int]]:
+    """The powers of two whose sum is `bits`, the largest first, and where the bits of each begin in a code."""
+    at = 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            yield width, at
+            at += width
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """A group of zeros, or in int4 of equal numbers, has scale 0. Divided by infinity, its weights become 0."""
+    """A group of zeros, or with a minimum of equal numbers, has scale 0. Divided by infinity, its weights become 0."""
     return torch.where(scales == 0, math.inf, scales.float())[..., None]

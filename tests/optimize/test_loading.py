@@ -23,7 +23,7 @@ from llama_mini.model.norm import RMSNorm
 from llama_mini.optimize import fuser
 from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.packed_linear import PackedLinear
-from llama_mini.optimize.quantized_linear import Int4Linear, Int8Linear
+from llama_mini.optimize.quantized_linear import QuantizedLinear
 from tests.checkpoint.gguf.gguf_files import interleaved, write_family
 from tests.optimize.conftest import FORMATS, KERNELS, error, fast_of
 from tests.test_memory import peak
@@ -69,7 +69,7 @@ def floats_of(matrix: PackedLinear, part: int) -> Tensor:
     return matrix.lookup(torch.arange(begin, begin + matrix.parts[part]))
 
 
-def quantized_of(matrix: Int4Linear, part: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantized_of(matrix: QuantizedLinear, part: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights (rows, columns), scales and mins (rows, columns / 32), from blocks of sixteen rows."""
     begin, rows, steps = matrix.offsets[part], matrix.parts[part], matrix.n_groups
     quads = torch.stack((matrix.qweight & 15, matrix.qweight >> 4), 2)  # (blocks, vectors, 2, 16, 4)
@@ -147,7 +147,8 @@ def test_four_bit_blocks_are_not_requantized(tmp_path: Path, kind: Kind, family:
     model = loaded(write_family(tmp_path / "model", theirs, kind), "int4")
     state = theirs.state_dict()
     for name, (matrix, part) in parts(model).items():
-        assert isinstance(matrix, Int4Linear)
+        assert isinstance(matrix, QuantizedLinear)
+        assert matrix.name == "int4"
         key = f"model.{name}.weight".replace("attention", "self_attn").replace("feed_forward", "mlp")
         blocks = quants.quantize(state[key].numpy(), kind).reshape(matrix.parts[part], matrix.columns // 32, -1)
         for found, expected in zip(quantized_of(matrix, part), stored_codes(blocks, kind), strict=True):
@@ -168,7 +169,8 @@ def test_eight_bit_blocks_are_not_requantized(tmp_path: Path, family: str) -> No
     plain, model = Llama.from_pretrained(path, dtype="float32"), loaded(path, "int8")
     weights = dict(plain.named_parameters())
     for name, (matrix, part) in (parts(model) | {"lm_head": (model.lm_head.linear, 0)}).items():
-        assert isinstance(matrix, Int8Linear)
+        assert isinstance(matrix, QuantizedLinear)
+        assert matrix.name == "int8"
         assert matrix.qweight.min() == 0
         assert torch.equal(floats_of(matrix, part), weights[f"{name}.weight"]), name
     head = loaded(path, "int4").lm_head.linear
@@ -222,7 +224,8 @@ def test_the_default_checkpoints_file_is_not_requantized(smollm2_dir: Path) -> N
         _, layer, _, projection = name.split(".")
         info = header.tensors[f"blk.{layer}.{names[projection]}.weight"]
         blocks = np.asarray(data[info.offset : info.offset + info.n_bytes]).reshape(*info.shape[:1], -1, 20)
-        assert isinstance(matrix, Int4Linear)
+        assert isinstance(matrix, QuantizedLinear)
+        assert matrix.name == "int4"
         for found, expected in zip(quantized_of(matrix, part), stored_codes(blocks, Kind.Q4_1), strict=True):
             ours = found.numpy()
             if heads := {"q_proj": 9, "k_proj": 3}.get(projection):
@@ -297,4 +300,4 @@ def test_norms_and_the_untied_embedding_stay_as_they_are(tmp_path: Path) -> None
     assert torch.equal(model.tok_embeddings.weight, plain.tok_embeddings.weight)
     norms = {name: module for name, module in plain.named_modules() if isinstance(module, RMSNorm)}
     assert all(torch.equal(model.get_submodule(name).weight, norm.weight) for name, norm in norms.items())
-    assert isinstance(model.lm_head.linear, Int8Linear)
+    assert model.lm_head.linear.name == "int8"

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_mini.errors import CheckpointFormatError
-from llama_mini.optimize.packed_linear import DECODE_ROWS, FloatLinear, PackedLinear, supported
-from llama_mini.optimize.quantized_linear import Int4Linear, Int5Linear, Int8Linear
-from tests.optimize.twins import examples
+from llama_mini.optimize.packed_linear import DECODE_ROWS, PackedLinear, supported
+from llama_mini.optimize.quantized_linear import QuantizedLinear
+from tests.optimize.twins import examples, linear_of
 
-KINDS: list[type[PackedLinear]] = [FloatLinear, Int8Linear, Int5Linear, Int4Linear]
+KINDS = ["float", "int8", "int5", "int4"]
 shapes = st.tuples(st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 130))
 
 
 def random_matrix(
-    kind: type[PackedLinear],
+    kind: str,
     parts: list[int],
     columns: int,
     dtype: torch.dtype = torch.float32,
@@ -30,7 +30,7 @@ def random_matrix(
     rng = np.random.default_rng([columns, *parts])
     weights = [torch.from_numpy(rng.standard_normal((rows, columns))).to(dtype) for rows in parts]
     biases = [torch.from_numpy(rng.standard_normal(rows)).to(dtype) for rows in parts] if bias else []
-    matrix = kind(parts, columns, dtype, kernels, bias)
+    matrix = linear_of(kind)(parts, columns, dtype, kernels, bias)
     for part, weight in enumerate(weights):
         matrix.load(part, weight)
     for part, numbers in enumerate(biases):
@@ -43,35 +43,33 @@ def floats(matrix: PackedLinear, part: int) -> Tensor:
     return matrix.lookup(torch.arange(begin, begin + matrix.parts[part]))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS)
 @given(shape=shapes)
 @examples(25)
-def test_rows_are_near_what_was_put_in_by_half_a_step_of_their_scale(
-    kind: type[PackedLinear], shape: tuple[list[int], int]
-) -> None:
+def test_rows_are_near_what_was_put_in_by_half_a_step_of_their_scale(kind: str, shape: tuple[list[int], int]) -> None:
     parts, columns = shape
     matrix, weights, _ = random_matrix(kind, parts, columns)
     for part, weight in enumerate(weights):
         found = floats(matrix, part)
         assert found.shape == weight.shape
-        if kind is FloatLinear:
+        if kind == "float":
             assert torch.equal(found, weight)
             continue
         for first in range(0, columns, 32):
             group, back = (t[:, first : first + 32].double() for t in (weight, found))
-            edge = group if group.shape[1] == 32 or kind is Int8Linear else torch.nn.functional.pad(group, (0, 1))
-            span = group.abs().amax(-1) if kind is Int8Linear else edge.amax(-1) - edge.amin(-1)
-            step = span / {Int8Linear: 127, Int5Linear: 31, Int4Linear: 15}[kind]
+            edge = group if group.shape[1] == 32 or kind == "int8" else torch.nn.functional.pad(group, (0, 1))
+            span = group.abs().amax(-1) if kind == "int8" else edge.amax(-1) - edge.amin(-1)
+            step = span / {"int8": 127, "int5": 31, "int4": 15}[kind]
             rounding = (
-                group.abs().amax(-1) * 2**-10 + span * (kind is not Int8Linear) * 2**-10
+                group.abs().amax(-1) * 2**-10 + span * (kind != "int8") * 2**-10
             )  # of scale and least to float16,
             smallest = 127 * 2**-25  # whose numbers below 6e-5 are 2^-24 apart, times the largest code
             assert ((back - group).abs().amax(-1) <= step / 2 + rounding + smallest).all()
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_rows_are_found_in_any_order_by_numbers_that_lie_apart(kind: type[PackedLinear], kernels: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_found_in_any_order_by_numbers_that_lie_apart(kind: str, kernels: bool) -> None:
     matrix, _, _ = random_matrix(kind, [70], 40, kernels=kernels)
     rows = torch.tensor([69, 1, 0, 2, 16, 3, 16, 4, 3, 5])[::2]
     assert torch.equal(matrix.lookup(rows), floats(matrix, 0)[rows])
@@ -79,11 +77,11 @@ def test_rows_are_found_in_any_order_by_numbers_that_lie_apart(kind: type[Packed
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS)
 @given(shape=shapes, n=st.integers(1, 40))
 @examples(12)
 def test_products_are_those_of_its_rows_for_few_and_many(
-    kind: type[PackedLinear], kernels: bool, bias: bool, shape: tuple[list[int], int], n: int
+    kind: str, kernels: bool, bias: bool, shape: tuple[list[int], int], n: int
 ) -> None:
     parts, columns = shape
     matrix, _, biases = random_matrix(kind, parts, columns, kernels=kernels, bias=bias)
@@ -97,8 +95,8 @@ def test_products_are_those_of_its_rows_for_few_and_many(
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 if kernels else 1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_bfloat16_rounds_its_output_once(kind: type[PackedLinear]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_rounds_its_output_once(kind: str) -> None:
     matrix, _, _ = random_matrix(kind, [40, 24], 96, torch.bfloat16)
     for n in (1, DECODE_ROWS, DECODE_ROWS + 1):
         x = torch.from_numpy(np.random.default_rng(n).standard_normal((n, 96))).bfloat16()
@@ -106,14 +104,14 @@ def test_bfloat16_rounds_its_output_once(kind: type[PackedLinear]) -> None:
         assert y.dtype == torch.bfloat16
         for part, found in enumerate(matrix.split(y)):
             expected = x.double() @ floats(matrix, part).double().T
-            eight_bits = n > DECODE_ROWS and kind is not FloatLinear and torch.ops.llama_mini.isa_variants()[0] != "amx"
+            eight_bits = n > DECODE_ROWS and kind != "float" and torch.ops.llama_mini.isa_variants()[0] != "amx"
             assert (found.double() - expected).norm() < (7e-3 if eight_bits else 4e-3) * expected.norm()
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("kind", KINDS[1:], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_large_quantized_matrix_is_dequantized_in_pieces(
-    kind: type[PackedLinear], kernels: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrix, _, biases = random_matrix(kind, [300, 290], 33, kernels=kernels, bias=True)
     asked: list[int] = []
@@ -140,12 +138,12 @@ def test_weights_are_stored_where_the_operators_read_them() -> None:
     rng = np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(0, 256, (20, 64), dtype=np.uint8))
     scale = torch.rand(20, 2).half()
-    eight = Int8Linear([3, 20], 64, torch.float32, False)
+    eight = QuantizedLinear("int8", [3, 20], 64, torch.float32, False)
     eight.qweight.zero_()
     eight.store(1, 0, codes, scale, None)
-    five = Int5Linear([3, 20], 64, torch.float32, False)
+    five = QuantizedLinear("int5", [3, 20], 64, torch.float32, False)
     five.store(1, 0, codes & 31, scale, -scale)
-    four = Int4Linear([3, 20], 64, torch.float32, False)
+    four = QuantizedLinear("int4", [3, 20], 64, torch.float32, False)
     four.store(1, 0, codes & 15, scale, -scale)
     assert eight.offsets == five.offsets == four.offsets == [0, 16]
     assert eight.qweight.shape == (3, 16, 16, 4)
@@ -168,8 +166,8 @@ def test_numbers_of_a_group_that_eight_and_four_bits_hold_come_back_exactly() ->
     whole = torch.from_numpy(rng.integers(-127, 128, (9, 96))).float()
     whole[:, ::32] = 127
     eight, four = (
-        Int8Linear([9], 96, torch.float32, False),
-        Int4Linear([9], 96, torch.float32, False),
+        QuantizedLinear("int8", [9], 96, torch.float32, False),
+        QuantizedLinear("int4", [9], 96, torch.float32, False),
     )
     eight.load(0, whole / 64)
     assert torch.equal(floats(eight, 0), whole / 64)
@@ -179,28 +177,28 @@ def test_numbers_of_a_group_that_eight_and_four_bits_hold_come_back_exactly() ->
     assert torch.equal(floats(four, 0), few / 8 - 0.75)
 
 
-@pytest.mark.parametrize("kind", KINDS[1:], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("value", [0.0, 0.375, -2.5])
-def test_equal_numbers_are_no_division_by_zero(kind: type[PackedLinear], value: float) -> None:
-    matrix = kind([17], 40, torch.float32, True)
+def test_equal_numbers_are_no_division_by_zero(kind: str, value: float) -> None:
+    matrix = linear_of(kind)([17], 40, torch.float32, True)
     matrix.load(0, torch.full((17, 40), value))
     torch.testing.assert_close(floats(matrix, 0), torch.full((17, 40), value), rtol=1e-3, atol=0)
     assert torch.isfinite(matrix(torch.ones(2, 40))).all()
 
 
-@pytest.mark.parametrize("kind", KINDS[1:], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e8, -1e8])
-def test_what_no_scale_holds_is_refused(kind: type[PackedLinear], value: float) -> None:
+def test_what_no_scale_holds_is_refused(kind: str, value: float) -> None:
     weight = torch.zeros(20, 40)
     weight[18, 35] = value
-    with pytest.raises(CheckpointFormatError, match=f"^a matrix of 40 columns holds numbers that {kind.name} cannot"):
-        kind([20], 40, torch.float32, True).load(0, weight)
+    with pytest.raises(CheckpointFormatError, match=f"^a matrix of 40 columns holds numbers that {kind} cannot"):
+        linear_of(kind)([20], 40, torch.float32, True).load(0, weight)
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, DECODE_ROWS + 1])
-def test_gradients_of_the_input_flow_through(kind: type[PackedLinear], kernels: bool, n: int) -> None:
+def test_gradients_of_the_input_flow_through(kind: str, kernels: bool, n: int) -> None:
     first, _, _ = random_matrix(kind, [48], 32, kernels=kernels)
     second, _, _ = random_matrix(kind, [7], 48, kernels=kernels)
     x = torch.from_numpy(np.random.default_rng(n).standard_normal((n, 32))).float().requires_grad_()
@@ -211,8 +209,8 @@ def test_gradients_of_the_input_flow_through(kind: type[PackedLinear], kernels: 
 
 
 def test_a_matrix_says_what_it_is() -> None:
-    matrix, _, _ = random_matrix(Int4Linear, [70, 10], 33)
-    assert repr(matrix) == "Int4Linear(33 -> 70 + 10, int4)"
+    matrix, _, _ = random_matrix("int4", [70, 10], 33)
+    assert repr(matrix) == "QuantizedLinear(33 -> 70 + 10, int4)"
     assert matrix.n_bytes == 6 * 2 * (256 + 32 + 32)
 
 

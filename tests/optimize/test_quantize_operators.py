@@ -82,7 +82,7 @@ def test_codes_are_packed_as_they_are(isa: str, format_: str, seed: int, first: 
 
 def random_codes(matrix: PackedLinear, rows: int, groups: int, rng: torch.Generator) -> QuantizedWeights:
     assert isinstance(matrix, QuantizedLinear)
-    codes = torch.randint(2**matrix.bits, (rows, 32 * groups), generator=rng, dtype=torch.uint8)
+    codes = torch.randint(2**matrix.format.bits, (rows, 32 * groups), generator=rng, dtype=torch.uint8)
     scale, least = (torch.randn(rows, groups, generator=rng).half() for _ in range(2))
     return QuantizedWeights(codes, scale, None if matrix.mins is None else least)
 

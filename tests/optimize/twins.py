@@ -5,6 +5,7 @@ than one token of a row; `isa` is the ISA variant that the native operators use.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
@@ -15,15 +16,10 @@ from torch import Tensor
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.fusable import NormArgs
 from llama_mini.optimize.packed_linear import FloatLinear, PackedLinear
-from llama_mini.optimize.quantized_linear import Int4Linear, Int5Linear, Int8Linear
+from llama_mini.optimize.quantized_linear import QuantizedLinear
 
 Test = TypeVar("Test", bound=Callable[..., Any])
-FORMATS: dict[str, type[PackedLinear]] = {
-    "float": FloatLinear,
-    "int8": Int8Linear,
-    "int5": Int5Linear,
-    "int4": Int4Linear,
-}
+FORMATS = ["float", "int8", "int5", "int4"]
 
 
 def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -63,12 +59,17 @@ def random_gain(width: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
     return (torch.rand(width, generator=rng) + 0.5).to(dtype)
 
 
+def linear_of(format_: str) -> Callable[..., PackedLinear]:
+    """Makes an empty matrix in a format."""
+    return FloatLinear if format_ == "float" else partial(QuantizedLinear, format_)
+
+
 def random_matrix(
     format_: str, parts: Sequence[int], columns: int, dtype: torch.dtype, rng: torch.Generator, bias: bool = False
 ) -> PackedLinear:
     """A matrix in a format; `mixed`: in one at random."""
-    format_ = list(FORMATS)[int(torch.randint(len(FORMATS), (), generator=rng))] if format_ == "mixed" else format_
-    matrix = FORMATS[format_](list(parts), columns, dtype, True, bias)
+    format_ = FORMATS[int(torch.randint(len(FORMATS), (), generator=rng))] if format_ == "mixed" else format_
+    matrix = linear_of(format_)(list(parts), columns, dtype, True, bias)
     for i, rows in enumerate(parts):
         matrix.load(i, random((rows, columns), dtype, rng, columns**-0.5))
         if bias:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from llama_mini.model.kv_cache import BLOCK, whole_blocks
 PREFILL_CHUNK = 512  # tokens of a prompt per forward pass: enough for fast matrix products, with bounded memory
 ATTENTION_BYTES_PER_THREAD = 2**18  # 64 x 512 scores in float32, and a copy
 WeightBytes = Callable[[torch.dtype, str], int]  # (dtype, quantize) -> bytes of a checkpoint's weights in memory
+Need = Callable[[torch.dtype, str, int], int]  # (dtype, quantize, positions) -> bytes of the model and its cache
 _FORMATS = {  # what to advise where no dtype fits; the most bits come first, since they are closest to the weights
     "auto": "--dtype auto --quantize auto",
     "int8": "--quantize int8",
@@ -34,18 +36,20 @@ def check_fits(
     `available` is in bytes; None asks the machine. If the machine does not say, the check passes.
     Raises CapacityError with the numbers and with what would fit.
     """
+
+    def need(dtype: torch.dtype, quantize: str, positions: int) -> int:
+        return weights(dtype, quantize) + cache_bytes(config, positions, dtype) + work_bytes(config, positions, dtype)
+
     available = available_memory(device) if available is None else available
-    n_bytes = weights(dtype, quantize)
-    need = _need(config, n_bytes, dtype, positions)
-    if available is None or need <= available:
+    if available is None or need(dtype, quantize, positions) <= available:
         return
     cache, work = cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
     form = {"none": f"in {dtype_name(dtype)}", "auto": "as it is stored"}.get(quantize, f"in {quantize}")
     raise CapacityError(
-        f"the model needs {format_bytes(need)} {form} ({format_bytes(n_bytes)} of weights, "
-        f"{format_bytes(cache)} of cache for {positions} positions, {format_bytes(work)} of work memory), "
-        f"but {device} has {format_bytes(available)} available; "
-        + _advice(config, weights, dtype, positions, available, quantize)
+        f"the model needs {format_bytes(need(dtype, quantize, positions))} {form} "
+        f"({format_bytes(weights(dtype, quantize))} of weights, {format_bytes(cache)} of cache for {positions} "
+        f"positions, {format_bytes(work)} of work memory), but {device} has {format_bytes(available)} available; "
+        + _advice(need, dtype, quantize, positions, available)
     )
 
 
@@ -70,8 +74,8 @@ def check_cache_fits(
     if available is None or need(positions) <= available:
         return
     cache, work = rows * cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype, n_new)
-    n_blocks = bisect_right(range(BLOCK, whole_blocks(positions), BLOCK), available, key=need)
-    advice = f"{BLOCK * n_blocks} positions would fit" if n_blocks else "no prompt at all fits beside the model"
+    longest = _longest(positions, available, need)
+    advice = f"{longest} positions would fit" if longest else "no prompt at all fits beside the model"
     prompts = "a prompt" if rows == 1 else f"{rows} prompts"
     raise CapacityError(
         f"{prompts} with {positions} positions of cache, {format_bytes(cache)}, and {format_bytes(work)} of work "
@@ -107,39 +111,32 @@ def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: i
     return max(chunk + torch.get_num_threads() * ATTENTION_BYTES_PER_THREAD, sampling)
 
 
-def _need(config: LlamaConfig, weights: int, dtype: torch.dtype, positions: int) -> int:
-    return weights + cache_bytes(config, positions, dtype) + work_bytes(config, positions, dtype)
-
-
-def _advice(
-    config: LlamaConfig, weights: WeightBytes, dtype: torch.dtype, positions: int, available: int, quantize: str
-) -> str:
+def _advice(need: Need, dtype: torch.dtype, quantize: str, positions: int, available: int) -> str:
     """Which changes of dtype, context or format would fit; a narrower dtype and a shorter context come first."""
     narrow = torch.bfloat16 if quantize == "none" and dtype.itemsize > torch.bfloat16.itemsize else dtype
 
-    def fits(dtype: torch.dtype, quantize: str) -> bool:
-        return _need(config, weights(dtype, quantize), dtype, positions) <= available
+    def fits(quantize: str) -> bool:
+        return need(narrow, quantize, positions) <= available
 
     def longest(dtype: torch.dtype, quantize: str) -> int:
-        return _longest(config, weights(dtype, quantize), dtype, positions, available)
+        return _longest(positions, available, partial(need, dtype, quantize))
 
     to_narrow = f"--dtype {dtype_name(narrow)}"
-    ways = [to_narrow] if fits(narrow, quantize) else []
+    ways = [to_narrow] if fits(quantize) else []
     if shorter := longest(dtype, quantize):
         ways.append(f"a context of {shorter} positions")
     changes = [(to_narrow, quantize), *((change, name) for name, change in _FORMATS.items())]
     if not ways and not longest(narrow, quantize):
-        ways = [change for change, name in changes if fits(narrow, name)][:1]
+        ways = [change for change, name in changes if fits(name)][:1]
     if not ways:
         lengths = ((change, longest(narrow, name)) for change, name in changes)
         ways = [f"{change} with a context of {n} positions" for change, n in lengths if n][:1]
     if ways:
         return f"{' or '.join(ways)} would fit"
-    least = _need(config, weights(narrow, "int4"), narrow, min(positions, BLOCK))
-    return f"no dtype, format or context fits: the least, int4 with a context of {BLOCK}, needs {format_bytes(least)}"
+    least = format_bytes(need(narrow, "int4", min(positions, BLOCK)))
+    return f"no dtype, format or context fits: the least, int4 with a context of {BLOCK}, needs {least}"
 
 
-def _longest(config: LlamaConfig, weights: int, dtype: torch.dtype, positions: int, available: int) -> int:
+def _longest(positions: int, available: int, need: Callable[[int], int]) -> int:
     """The longest context below `positions` that fits, in whole blocks; 0 if none does."""
-    shorter = range(BLOCK, whole_blocks(positions), BLOCK)
-    return BLOCK * bisect_right(shorter, available, key=lambda n: _need(config, weights, dtype, n))
+    return BLOCK * bisect_right(range(BLOCK, whole_blocks(positions), BLOCK), available, key=need)

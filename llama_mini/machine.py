@@ -5,7 +5,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from math import ceil
 from pathlib import Path, PurePosixPath
@@ -18,13 +18,7 @@ from llama_mini.validate import check_whole
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 MAX_THREADS = 1024  # with tens of thousands, OpenMP ends the process
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _OTHER_NAMES = {  # of llama.cpp, safetensors, NumPy and PyTorch
     **dict.fromkeys(["fp32", "f32", "float"], "float32"),
     **dict.fromkeys(["fp16", "f16", "half"], "float16"),
@@ -88,8 +82,8 @@ def _was_set(threads: int) -> bool:
     """Whether someone chose PyTorch's number of threads: else it is one of the machine's own numbers."""
     if os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS"):
         return True
-    physical = _physical_cores() or _allowed_cores()
-    return threads not in (_allowed_cores(), physical, min(_allowed_cores(), physical), os.cpu_count())
+    allowed, physical = _allowed_cores(), _physical_cores()
+    return threads not in (allowed, physical, min(allowed, physical), os.cpu_count())
 
 
 @contextmanager
@@ -128,8 +122,7 @@ def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
 
     With more threads than cores, the threads would wait for each other at every operator.
     """
-    cores = min(_allowed_cores(), _physical_cores() or _allowed_cores())
-    return max(1, min([cores, *_core_quotas(proc, cgroups)]))
+    return max(1, min([_allowed_cores(), _physical_cores(), *_core_quotas(proc, cgroups)]))
 
 
 def _allowed_cores() -> int:
@@ -137,11 +130,11 @@ def _allowed_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _physical_cores() -> int | None:
-    try:
-        return psutil.cpu_count(logical=False)
-    except OSError:  # no /proc
-        return None
+def _physical_cores() -> int:
+    """Of the machine; where it does not say, the logical cores of the process."""
+    with suppress(OSError):  # no /proc
+        return psutil.cpu_count(logical=False) or _allowed_cores()
+    return _allowed_cores()
 
 
 @contextmanager
@@ -162,27 +155,19 @@ def available_memory(device: torch.device, proc: Path = PROC, cgroups: Path = CG
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    limits = [*_free_memory(), *_free_address_space(), *_free_in_control_groups(proc, cgroups)]
+    limits = [*_free_memory(), *_free_in_control_groups(proc, cgroups)]
     return max(0, min(limits)) if limits else None
 
 
 def _free_memory() -> Iterator[int]:
-    try:
+    """Free bytes of the machine, and of address space below the soft limit of `ulimit -v`, if there is one."""
+    with suppress(OSError):  # no /proc
         yield psutil.virtual_memory().available
-    except OSError:  # no /proc
-        return
-
-
-def _free_address_space() -> Iterator[int]:
-    """Bytes of address space below the soft limit of `ulimit -v`, if there is one."""
-    if hasattr(psutil, "RLIMIT_AS"):
-        try:
-            process = psutil.Process()
-            soft, _ = process.rlimit(psutil.RLIMIT_AS)
-            if soft != psutil.RLIM_INFINITY:
-                yield soft - process.memory_info().vms
-        except (OSError, psutil.Error):  # no /proc
-            return
+    with suppress(OSError, psutil.Error, AttributeError):  # the last: a system without this limit
+        process = psutil.Process()
+        soft, _ = process.rlimit(psutil.RLIMIT_AS)
+        if soft != psutil.RLIM_INFINITY:
+            yield soft - process.memory_info().vms
 
 
 def _free_in_control_groups(proc: Path, cgroups: Path) -> Iterator[int]:

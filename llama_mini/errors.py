@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _MAX_LENGTH = 1900
 
@@ -63,6 +65,15 @@ class CapacityError(LlamaMiniError):
 
 class NumericalError(LlamaMiniError):
     """The model produced NaN or infinity."""
+
+
+@contextmanager
+def errors_about(what: object) -> Iterator[None]:
+    """Puts the file or the parameter that an error is about before its message."""
+    try:
+        yield
+    except LlamaMiniError as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 class LlamaMiniWarning(UserWarning):

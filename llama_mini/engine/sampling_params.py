@@ -1,7 +1,7 @@
 """SamplingParams: how one request samples and when it stops. The constructor checks every value."""
 
 import math
-import warnings
+import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_mini.errors import LlamaMiniWarning, RequestError
+from llama_mini.errors import RequestError, errors_about, warn
 from llama_mini.validate import (
     as_plain,
     check_flag,
@@ -100,11 +100,7 @@ def _settings(keywords: Mapping[str, Any], temperature: float = 0.0) -> dict[str
         if do_sample and given == 0:
             raise RequestError("do_sample=True needs a temperature above 0, not 0: leave one of them out")
         if not do_sample and given:
-            warnings.warn(
-                f"do_sample=False is greedy: the temperature of {short_repr(given)} has no effect",
-                LlamaMiniWarning,
-                stacklevel=3,
-            )
+            warn(f"do_sample=False is greedy: the temperature of {short_repr(given)} has no effect")
         settings["temperature"] = (given or temperature or 1.0) if do_sample else 0.0
     return settings
 
@@ -229,24 +225,13 @@ class SamplingParams:
 
     def generator(self) -> torch.Generator:
         """A new random generator, seeded with `seed` or at random."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+        return torch.Generator().manual_seed(secrets.randbits(64) if self.seed is None else self.seed)
 
     @cached_property
     def changes_logits(self) -> bool:
         """Whether anything before the temperature changes the logits."""
-        return bool(
-            self.logit_bias
-            or self.repetition_penalty != 1
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.min_tokens
-            or self.logits_processors
-        )
+        used = self.logit_bias, self.presence_penalty, self.frequency_penalty, self.min_tokens, self.logits_processors
+        return self.repetition_penalty != 1 or any(used)
 
 
 def _checked_biases(biases: Any) -> dict[int, float]:
@@ -268,7 +253,5 @@ def _checked_biases(biases: Any) -> dict[int, float]:
 def check_vocab(params: SamplingParams, vocab_size: int) -> None:
     """Raises RequestError for a token id outside of the model's vocabulary."""
     for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
-        try:
+        with errors_about(name):
             check_token_ids(ids, vocab_size, RequestError)
-        except RequestError as error:
-            raise RequestError(f"{name}: {error}") from None

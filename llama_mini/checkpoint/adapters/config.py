@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.io.files import ADAPTER_CONFIG, inside, read_json
-from llama_mini.errors import ConfigError
+from llama_mini.errors import ConfigError, errors_about
 from llama_mini.validate import (
     check_choice,
     check_flag,
@@ -85,12 +85,8 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     """Raises CheckpointError, and ConfigError that names the file, the key and its value."""
     path = inside(directory, ADAPTER_CONFIG)
     raw = {key: value for key, value in read_json(path).items() if value is not None}
-    try:
-        if "peft_type" not in raw and _MLX_READ & raw.keys():
-            return _mlx(raw)
-        return _peft(raw)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    with errors_about(path):
+        return _mlx(raw) if "peft_type" not in raw and _MLX_READ & raw.keys() else _peft(raw)
 
 
 def _peft(raw: Mapping[str, Any]) -> AdapterConfig:

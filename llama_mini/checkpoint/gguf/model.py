@@ -21,7 +21,7 @@ from llama_mini.checkpoint.not_models import describe_gguf
 from llama_mini.checkpoint.rows import split_parts, with_split_pairs
 from llama_mini.checkpoint.source import Destination, Rows, Source, StoredCodes, StoredTensor, rows_per_chunk
 from llama_mini.checkpoint.special_ids import gguf_special_ids
-from llama_mini.errors import CheckpointError, CheckpointFormatError, ConfigError
+from llama_mini.errors import CheckpointFormatError, ConfigError, errors_about
 from llama_mini.model.config import LlamaConfig
 from llama_mini.validate import check_choice, short_repr
 
@@ -41,10 +41,8 @@ def open_gguf(path: Path) -> Source:
     config = gguf_config(header)
     architecture = ARCHITECTURES[header.metadata["general.architecture"]]
     keys = architecture.keys(header.tensors)
-    try:
+    with errors_about(path):
         tensors = split_parts(header.tensors, keys, config, _cut)
-    except CheckpointError as error:
-        raise type(error)(f"{path}: {error}") from None
     matrix_types = {tensor.type for tensor in tensors.values() if len(tensor.shape) > 1}
     is_quantized = not matrix_types <= set(FLOATS)
     final = config.norm_plan.final

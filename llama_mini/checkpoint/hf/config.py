@@ -14,7 +14,7 @@ from llama_mini.checkpoint.io.files import inside, read_json
 from llama_mini.checkpoint.not_models import describe_config
 from llama_mini.checkpoint.quantized.methods import SETTINGS
 from llama_mini.checkpoint.special_ids import read_special_ids, special_ids
-from llama_mini.errors import CheckpointIncompleteError, ConfigError, warn
+from llama_mini.errors import CheckpointIncompleteError, ConfigError, errors_about, warn
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.rope_scaling import RopeScaling
@@ -68,10 +68,8 @@ def read_config(directory: Path) -> tuple[LlamaConfig, dict[str, Any]]:
     if not path.exists():
         raise CheckpointIncompleteError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
     raw = _text_part(read_json(path))
-    try:
+    with errors_about(path):
         return from_hf(raw), raw
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:

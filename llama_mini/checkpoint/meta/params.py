@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_mini.checkpoint.io.files import PARAMS, inside, read_json
-from llama_mini.errors import ConfigError, warn
+from llama_mini.errors import ConfigError, errors_about, warn
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.rope_scaling import Llama3Scaling
 from llama_mini.validate import check_flag, is_finite, is_whole, join_names, short_repr, warn_unknown
@@ -23,10 +23,8 @@ def read_params(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> Llama
     """The configuration in a directory whose tensors have `shapes`. Raises CheckpointError, ConfigError."""
     path = inside(directory, PARAMS)
     raw = read_json(path)
-    try:
+    with errors_about(path):
         return from_params(raw, shapes)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:

@@ -14,11 +14,18 @@ import numpy as np
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.special_ids import END_TOKENS
 from llama_mini.errors import TokenizerError, warn
-from llama_mini.tokenizer.byte_level import byte_level_parts
-from llama_mini.tokenizer.config_files import ConfigFiles
+from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 from llama_mini.tokenizer.pre_tokenizers import ADD_BOS, IGNORE_MERGES, PRE_TOKENIZERS
-from llama_mini.tokenizer.sentencepiece_bpe import BYTE_TOKENS, PieceType, merges_by_score, sentencepiece_parts
-from llama_mini.tokenizer.tokenizer_json import Token, added_token, tokenizer_config, tokenizer_json
+from llama_mini.tokenizer.tokenizer_json import (
+    BYTE_TOKENS,
+    PieceType,
+    Token,
+    byte_level_parts,
+    merges_by_score,
+    sentencepiece_parts,
+    tokenizer_config,
+    tokenizer_json,
+)
 from llama_mini.validate import check_flag, join_names, short_repr
 
 # Types that become added tokens: matched before the BPE model sees the text, or never matched by text.
@@ -73,9 +80,9 @@ class GGUFVocabulary:
         parts = self._sentencepiece_parts() if self.is_sentencepiece else self._byte_level_parts()
         is_phi_3 = re.search("phi-?3", str(self._metadata.get("general.name")), re.IGNORECASE) is not None
         added = [
-            added_token(
-                id,
-                self._tokens[id],
+            AddedToken(
+                id=id,
+                content=self._tokens[id],
                 special=type_ != PieceType.USER_DEFINED,
                 rstrip=is_phi_3 and self._tokens[id] not in _KEPT_SPACE,
             )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llama_mini.errors import TokenizerError
-from llama_mini.tokenizer.byte_level import BYTE_LETTERS
+from llama_mini.tokenizer.tokenizer_json import BYTE_LETTERS
 
 Step = dict[str, Any]
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")

@@ -10,11 +10,19 @@ from tqdm import tqdm
 from llama_mini.errors import TokenizerError
 from llama_mini.tokenizer import Tokenizer
 from llama_mini.tokenizer.backend import any_of, is_control
-from llama_mini.tokenizer.byte_level import BYTE_LETTERS, byte_level_parts
-from llama_mini.tokenizer.sentencepiece_bpe import PieceType, merges_by_score, sentencepiece_parts
+from llama_mini.tokenizer.config_files import AddedToken
 from llama_mini.tokenizer.sentencepiece_file import Model, read_model
 from llama_mini.tokenizer.tiktoken_file import LLAMA_3_TEMPLATE, LLAMA_3_WORDS, N_SPECIAL, TiktokenFile
-from llama_mini.tokenizer.tokenizer_json import added_token, split, tokenizer_config, tokenizer_json
+from llama_mini.tokenizer.tokenizer_json import (
+    BYTE_LETTERS,
+    PieceType,
+    byte_level_parts,
+    merges_by_score,
+    sentencepiece_parts,
+    split,
+    tokenizer_config,
+    tokenizer_json,
+)
 
 Files = dict[str, dict[str, Any] | str | Path]
 
@@ -41,7 +49,7 @@ def _tiktoken_files(vocabulary: TiktokenFile) -> Files:
     vocab = {content: rank for rank, content in enumerate(contents)}
     merges = [[contents[left], contents[right]] for left, right in _merges_by_rank(tokens)]
     parts = byte_level_parts(vocab, merges, [LLAMA_3_WORDS], ignore_merges=True)
-    added = [added_token(id, content, special=True) for content, id in vocabulary.control_ids.items()]
+    added = [AddedToken(id=id, content=content, special=True) for content, id in vocabulary.control_ids.items()]
     (bos_id,), _ = vocabulary.frame
     return {
         "tokenizer.json": tokenizer_json(parts, added, bos=(vocabulary.names["bos_token"], bos_id)),
@@ -88,7 +96,7 @@ def _sentencepiece_files(path: Path, data: bytes) -> Files:
         squeezes_spaces=bool(model.normalizer.get(4, True)),
     )
     special = set(ids_of(PieceType.UNKNOWN, PieceType.CONTROL))
-    added = [added_token(id, contents[id], special=id in special) for id in sorted(special | markers)]
+    added = [AddedToken(id=id, content=contents[id], special=id in special) for id in sorted(special | markers)]
     bos = (contents[named["bos"]], named["bos"]) if "bos" in named else None
     return {
         "tokenizer.json": tokenizer_json(_keeping_whole(parts, words) if words else parts, added, bos),

@@ -13,7 +13,7 @@ import sentencepiece
 from llama_mini.errors import TokenizerError
 from llama_mini.tokenizer.backend import AddedTokens, Piece, encode_each, is_control, native_failures_as
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
-from llama_mini.tokenizer.sentencepiece_bpe import PieceType
+from llama_mini.tokenizer.tokenizer_json import PieceType
 
 
 class SentencePieceFile:

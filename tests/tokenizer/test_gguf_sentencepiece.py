@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
 from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
-from llama_mini.tokenizer.sentencepiece_bpe import BYTE_TOKENS, merges_by_score
+from llama_mini.tokenizer.tokenizer_json import BYTE_TOKENS, merges_by_score
 
 # No merge of a trained vocabulary has a better score than its parts; here some do, as in a unigram vocabulary.
 SCORES = {"▁": -2, "a": -3, "b": -3, "c": -3, "ab": -4.5, "bc": -4, "abc": -9, "▁a": -4.2, "▁ab": -3.5, "ca": -4.1}

@@ -12,9 +12,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.errors import LlamaMiniWarning, TokenizerError
-from llama_mini.tokenizer.byte_level import BYTE_LETTERS
 from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.pre_tokenizers import PRE_TOKENIZERS
+from llama_mini.tokenizer.tokenizer_json import BYTE_LETTERS
 
 BYTES = bytes_to_unicode()
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", *BYTES.values(), "Ġt", "he", "Ġthe", "12", "ĠĠ"]

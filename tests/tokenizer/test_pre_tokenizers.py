@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from llama_mini.tokenizer.byte_level import BYTE_LETTERS, byte_level_parts
 from llama_mini.tokenizer.pre_tokenizers import ADD_BOS, IGNORE_MERGES, PRE_TOKENIZERS
+from llama_mini.tokenizer.tokenizer_json import BYTE_LETTERS, byte_level_parts
 
 # Any two bytes are a token, so that nearly every change of a split changes the tokens; so are some whole words, which
 # merges do not reach.

@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from llama_mini.errors import TokenizerError
 from llama_mini.tokenizer import DecodeStream, Tokenizer
-from llama_mini.tokenizer.byte_level import BYTE_LETTERS
+from llama_mini.tokenizer.tokenizer_json import BYTE_LETTERS
 
 Spec = dict[str, Any]
 Open = Callable[..., Tokenizer]

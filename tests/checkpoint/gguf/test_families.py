@@ -19,7 +19,7 @@ from llama_mini.checkpoint.source import QuantizedWeights, Source
 from llama_mini.cli.convert import convert
 from llama_mini.errors import CheckpointMismatchError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
-from llama_mini.tokenizer.byte_level import BYTE_LETTERS
+from llama_mini.tokenizer.tokenizer_json import BYTE_LETTERS
 from tests.checkpoint.gguf.gguf_files import FORMATS, write_family
 from tests.tiny_families import logits, random_model
 from tests.tiny_models import random_tokens

@@ -12,21 +12,25 @@ from llama_mini.errors import NumericalError
 from llama_mini.lab.cost import Score, score
 from llama_mini.lab.editing import edited_norms, swapped
 from llama_mini.lab.paths import select
-from llama_mini.lab.recording import as_tokens, watched
+from llama_mini.lab.recording import watched
 from llama_mini.lab.study import progress
 from llama_mini.lab.table import Table
+from llama_mini.lab.texts import Ids, as_texts
 from llama_mini.model.llama import Llama
+
+_COSTS = ("dloss", "se", "kl", "top1")
 
 
 @dataclass(frozen=True)
 class AblatedNorm:
-    """The cost of one edited norm. dloss, kl and top1 are those of Score.
+    """The cost of one edited norm. dloss, its standard error se, kl and top1 are those of Score.
 
     error: where NaN or infinity first appear, if the edit ends in them; the costs are then NaN. Else None.
     """
 
     path: str
     dloss: float
+    se: float
     kl: float
     top1: float
     error: str | None = None
@@ -41,25 +45,24 @@ class SkippedLayer:
 
     layer: int
     dloss: float
+    se: float
     kl: float
     top1: float
     angle: float
     error: str | None = None
 
 
-def ablate(
-    model: Llama, ids: Tensor | Sequence[int], pattern: str | Sequence[str] | None = None, **settings: Any
-) -> Table[AblatedNorm]:
+def ablate(model: Llama, ids: Ids, pattern: str | Sequence[str] | None = None, **settings: Any) -> Table[AblatedNorm]:
     """The cost in nats of editing norms one by one, in the order of the forward pass.
 
     pattern: one pattern of norms or several; None: every norm.
-    settings: those of `edit`, by default freeze="mean". The statistic for `freeze` is measured once, on the same ids,
-        in the unchanged model.
+    settings: those of `edit`, by default freeze="quadratic". The statistic for `freeze` is measured once, on the same
+        ids, in the unchanged model.
 
     Raises RequestError as `edit` does; NumericalError if the logits of the unchanged model are not finite.
     """
     if settings.keys() <= {"keep"}:
-        settings = {"freeze": "mean"} | settings
+        settings = {"freeze": "quadratic"} | settings
     paths = select(model, pattern, empty="kind" in settings)
     modules = edited_norms(model, dict.fromkeys(paths, settings), ids)
     base = score(model, ids)
@@ -69,7 +72,7 @@ def ablate(
     return Table(rows)
 
 
-def skip_layers(model: Llama, ids: Tensor | Sequence[int]) -> Table[SkippedLayer]:
+def skip_layers(model: Llama, ids: Ids) -> Table[SkippedLayer]:
     """The cost of skipping each layer, one by one, and the angle by which each turns the residual stream."""
     base = score(model, ids)
     angles = _angles(model, ids)
@@ -86,25 +89,26 @@ class _PassThrough(nn.Module):
         return x
 
 
-def _cost(model: Llama, ids: Tensor | Sequence[int], modules: dict[str, nn.Module], base: Score) -> dict[str, Any]:
+def _cost(model: Llama, ids: Ids, modules: dict[str, nn.Module], base: Score) -> dict[str, Any]:
     with swapped(model, modules):
         try:
             changed = score(model, ids, against=base)
         except NumericalError as error:
-            return {"dloss": math.nan, "kl": math.nan, "top1": math.nan, "error": str(error)}
-    return {"dloss": changed.dloss, "kl": changed.kl, "top1": changed.top1}
+            return dict.fromkeys(_COSTS, math.nan) | {"error": str(error)}
+    return {name: getattr(changed, name) for name in _COSTS}
 
 
-def _angles(model: Llama, ids: Tensor | Sequence[int]) -> list[float]:
+def _angles(model: Llama, ids: Ids) -> list[float]:
     """By layer, the mean over tokens of the angle between input and output, in units of π."""
+    texts = as_texts(model, ids)
     angles: dict[str, float] = {}
 
     def record(name: str, x: Tensor, y: Tensor) -> None:
         u, v = (nn.functional.normalize(z.double(), dim=-1) for z in (x, y))
         half = torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))  # arccos loses small angles
-        angles[name] = float(half.mean()) * 2 / math.pi
+        angles[name] = float(half[texts.real].mean()) * 2 / math.pi
 
     layers = {str(i): layer for i, layer in enumerate(model.layers)}
     with torch.inference_mode(), watched(layers, record):
-        model(as_tokens(model, ids))
+        model(texts.tokens)
     return [angles[name] for name in layers]

@@ -1,6 +1,7 @@
-"""The cost of a change to a model: its loss on a text, and how far its predictions differ from those before."""
+"""The cost of a change to a model: its loss on texts, and how far its predictions differ from those before."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,27 +10,36 @@ from torch import Tensor
 from llama_mini.engine.logprobs import LOGITS_AT_ONCE, kl_divergence, token_logprobs
 from llama_mini.engine.runner import first_nonfinite
 from llama_mini.errors import NumericalError, RequestError
-from llama_mini.lab.recording import as_tokens
+from llama_mini.lab.texts import Ids, Texts, as_texts
 from llama_mini.model.llama import Llama
+
+_ENOUGH_TEXTS = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """The loss of a model on a text, and the differences from a base.
+    """The loss of a model on texts, and the differences from a base. Padding counts nowhere.
 
     Attributes:
-        tokens: the text, (B, T) int64.
-        loss: mean negative log-likelihood in nats, over all tokens but the first of each sequence.
+        texts: the texts as a batch.
+        loss: mean negative log-likelihood in nats, over all tokens but the first of each text.
+        losses: that of each token, (B, T - 1) float64; NaN where the text has ended.
         logits: (B, T, V) float32, float64 for a float64 model.
         dloss: loss minus that of the base; None without a base.
+        se: the standard error of dloss. The same tokens are scored twice, so it is that of a mean of differences: the
+            standard deviation of the tokens' differences over √tokens. Tokens of one text depend on each other, so
+            from 8 texts on it is the same over the texts' mean differences, weighted by their numbers of tokens. NaN
+            for a single token; None without a base.
         kl: KL(base ‖ this), the mean over positions, in nats; None without a base.
         top1: share of positions where both have the same likeliest token; None without a base.
     """
 
-    tokens: Tensor
+    texts: Texts
     loss: float
+    losses: Tensor
     logits: Tensor
     dloss: float | None = None
+    se: float | None = None
     kl: float | None = None
     top1: float | None = None
 
@@ -38,51 +48,69 @@ class Score:
         return float(torch.tensor(self.loss, dtype=torch.float64, device="cpu").exp())
 
     def __repr__(self) -> str:
-        moved = "" if self.dloss is None else f", dloss={self.dloss:+.4f}, kl={self.kl:.4g}, top1={self.top1:.4f}"
-        return f"Score(loss={self.loss:.4f}, perplexity={self.perplexity:.4g}{moved})"
+        moved = f", dloss={self.dloss:+.4f}, se={self.se:.2g}, kl={self.kl:.4g}, top1={self.top1:.4f}"
+        return f"Score(loss={self.loss:.4f}, perplexity={self.perplexity:.4g}{'' if self.dloss is None else moved})"
 
 
-def score(model: Llama, ids: Tensor | Sequence[int], against: Score | None = None) -> Score:
-    """Scores token ids, (T,), (B, T) or a list. `against`: a base, an earlier score of the same ids to compare with.
+def score(model: Llama, ids: Ids, against: Score | None = None) -> Score:
+    """Scores token ids: (T,), (B, T) or a list of texts. `against`: an earlier score of the same ids to compare with.
 
-    Raises RequestError if there is no token to predict, or if text or vocabulary differ from the base's;
+    Raises RequestError if there is no token to predict, or if texts or vocabulary differ from the base's;
     NumericalError, naming the first module and token, if the logits hold NaN or infinity.
     """
-    tokens = as_tokens(model, ids)
-    if against is not None and not torch.equal(against.tokens.cpu(), tokens.cpu()):
+    texts = as_texts(model, ids)
+    if against is not None and not all(map(_same, against.texts, texts)):
         raise RequestError(
-            f"the base has another text, {_size(against.tokens)}, than this score, {_size(tokens)}: score the same ids"
+            f"the base has another text, {_size(against.texts)}, than this score, {_size(texts)}: score the same ids"
         )
     with torch.inference_mode():
-        logits = model(tokens)
-        if not all(part.isfinite().all() for part in _in_parts(logits.flatten(0, 1))):
+        logits = model(texts.tokens)
+        if not all(part.isfinite().all() for part in _in_parts(logits, texts)):
             # Hooks make an operator that computes several modules step aside, and with it perhaps its fault.
-            first = first_nonfinite(model, map(model, [tokens])) or "an operator that computes several modules"
-            raise NumericalError(f"NaN or infinity in the logits, first at {first}")
-        loss = _loss(logits, tokens)
+            first = first_nonfinite(model, map(model, [texts.tokens]))
+            where = first or "an operator that computes several modules"
+            raise NumericalError(f"NaN or infinity in the logits, first at {where}")
+        losses = _losses(logits, texts)
+    loss = float(losses.nanmean())
     if against is None:
-        return Score(tokens, loss, logits)
+        return Score(texts, loss, losses, logits)
     if against.logits.shape != logits.shape:
         raise RequestError(f"the base has a vocabulary of {against.logits.shape[-1]}, this model {logits.shape[-1]}")
-    kl, same = 0.0, 0
-    for p, q in zip(_in_parts(against.logits.flatten(0, 1)), _in_parts(logits.flatten(0, 1)), strict=True):
+    kl, same, n = 0.0, 0, int(texts.real.sum())
+    for p, q in zip(_in_parts(against.logits, texts), _in_parts(logits, texts), strict=True):
         kl += float(kl_divergence(p, q).sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
-    return Score(tokens, loss, logits, loss - against.loss, kl / tokens.numel(), same / tokens.numel())
+    se = standard_error(losses - against.losses)
+    return Score(texts, loss, losses, logits, loss - against.loss, se, kl / n, same / n)
 
 
-def _loss(logits: Tensor, tokens: Tensor) -> float:
-    total = 0.0
-    for x, ids in zip(logits[:, :-1], tokens[:, 1:], strict=True):
-        for pair in zip(_in_parts(x), _in_parts(ids), strict=True):
-            total -= float(token_logprobs(*pair).double().sum())
-    return total / tokens[:, 1:].numel()
+def standard_error(differences: Tensor) -> float:
+    """That of the mean of (B, N) numbers, NaN where a text has none: see Score.se."""
+    apart = differences - differences.nanmean()
+    if len(apart) < _ENOUGH_TEXTS:
+        apart = apart[~apart.isnan()][:, None]
+    n = int((~apart.isnan()).sum())
+    groups = len(apart)
+    return math.sqrt(float(apart.nansum(1).square().sum()) * groups / (groups - 1)) / n if groups > 1 else math.nan
 
 
-def _in_parts(x: Tensor) -> tuple[Tensor, ...]:
-    """The rows in parts: a log-softmax of all logits at once would take as much memory again."""
-    return x.split(LOGITS_AT_ONCE)
+def _losses(logits: Tensor, texts: Texts) -> Tensor:
+    predicted = Texts(texts.tokens[:, 1:], texts.real[:, 1:])
+    pairs = zip(_in_parts(logits, predicted), _in_parts(predicted.tokens, predicted), strict=True)
+    losses = torch.full(predicted.real.shape, torch.nan, dtype=torch.float64, device=logits.device)
+    losses[predicted.real] = -torch.cat([token_logprobs(*pair).double() for pair in pairs])
+    return losses
 
 
-def _size(tokens: Tensor) -> str:
-    return " × ".join(map(str, tokens.shape))
+def _in_parts(x: Tensor, texts: Texts) -> Iterator[Tensor]:
+    """The rows (B, T, ...) without padding, in parts: a log-softmax of all logits would take as much memory again."""
+    for row, real in zip(x, texts.real, strict=True):
+        yield from row[: int(real.sum())].split(LOGITS_AT_ONCE)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.cpu(), other.cpu())
+
+
+def _size(texts: Texts) -> str:
+    return " × ".join(map(str, texts.tokens.shape))

@@ -3,7 +3,7 @@
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,8 +22,9 @@ from llama_mini.checkpoint.source import Source
 from llama_mini.errors import ConfigError, LlamaMiniWarning
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import slots
-from llama_mini.lab.recording import as_tokens, watched
+from llama_mini.lab.recording import watched
 from llama_mini.lab.table import Table
+from llama_mini.lab.texts import Ids, Texts, as_texts
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm, PartialRMSNorm
 from llama_mini.validate import join_names
@@ -55,13 +56,13 @@ class Finding:
     advice: str
 
 
-def doctor(subject: str | Path | Llama, ids: Tensor | Sequence[int] | None = None) -> Table[Finding]:
+def doctor(subject: str | Path | Llama, ids: Ids | None = None) -> Table[Finding]:
     """Likely problems of the norms of a checkpoint (a path or hub name) or a model. An empty table means none.
 
     It looks for an eps that is absent, zero or unusual for the family; for norm tensors that are missing, or that no
     norm reads; for gains that are NaN, infinite, huge, all zero or never trained; and for `1+w` gains read as `w`, or
-    the reverse. With the token ids of a text, (T,) or (B, T), it also looks for inputs of norms that are small beside
-    eps, or that float16 cannot hold. Without a text, only the headers and norms of a checkpoint are read.
+    the reverse. With the token ids of texts, (T,), (B, T) or a list, it also looks for inputs of norms that are small
+    beside eps, or that float16 cannot hold. Without a text, only the headers and norms of a checkpoint are read.
 
     Raises CheckpointError if there is no checkpoint; RequestError for ids that the model cannot read.
     """
@@ -79,12 +80,12 @@ def doctor(subject: str | Path | Llama, ids: Tensor | Sequence[int] | None = Non
     return _with_text(_of_source(source), lambda: load_model(Llama, source, torch.float32, "cpu"), ids)
 
 
-def _with_text(rows: list[Finding], load: Callable[[], Llama], ids: Tensor | Sequence[int] | None) -> Table[Finding]:
+def _with_text(rows: list[Finding], load: Callable[[], Llama], ids: Ids | None) -> Table[Finding]:
     """The findings, and if there is a text and the model can run, those on the inputs of its norms."""
     if ids is None or any(row.severity == "error" for row in rows):
         return Table(rows)
     model = load()
-    return Table(rows + _measured(model, as_tokens(model, ids)))
+    return Table(rows + _measured(model, as_texts(model, ids)))
 
 
 def _of_source(source: Source) -> list[Finding]:
@@ -213,11 +214,12 @@ class _Seen:
     finite: bool = True
 
 
-def _measured(model: Llama, tokens: Tensor) -> list[Finding]:
+def _measured(model: Llama, texts: Texts) -> list[Finding]:
     norms = _norms(model)
     seen = {path: _Seen() for path in norms}
 
     def record(path: str, x: Tensor, y: Tensor) -> None:
+        x, y = x[texts.real], y[texts.real]
         norm, wide = seen[path], x.to(torch.promote_types(x.dtype, torch.float32))
         norm.moment = min(norm.moment, float(_moment(norms[path], wide).min()))
         norm.smallest = min(norm.smallest, float(wide.pow(2).mean(-1).sqrt().min()))
@@ -225,7 +227,7 @@ def _measured(model: Llama, tokens: Tensor) -> list[Finding]:
         norm.finite &= bool(x.isfinite().all() and y.isfinite().all())
 
     with watched(norms, record), torch.inference_mode():
-        model(tokens)
+        model(texts.tokens)
     return [finding for path, norm in norms.items() for finding in _risks(path, norm, seen[path])]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from llama_mini.errors import RequestError
 from llama_mini.lab.paths import select
+from llama_mini.lab.texts import Ids, Texts, as_texts
 from llama_mini.model.llama import Llama
-from llama_mini.validate import check_choice, check_token_ids
+from llama_mini.validate import check_choice
 
 MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
 _JUMP = 10  # the layer where a massive activation is born raises the ratio by at least this factor
@@ -37,6 +38,7 @@ class Record:
     rms: √(mean x²) over the last dimension, x.shape[:-1], float32.
     mean_energy: the mean's share of the energy, (mean x)² / mean x², averaged over all positions.
     max_over_median: the largest |x| over the (lower) median of all |x|. peak: that element, and its position.
+    Padding is in x, y and rms, and in no other statistic.
     """
 
     x: Tensor | None
@@ -57,10 +59,13 @@ class ResidualStream:
 
 
 class Recording(Mapping[str, Record]):
-    """The records of one text by the norm's path, in the order of the forward pass; `.resid` is the residual stream."""
+    """The records by the norm's path, in the order of the forward pass.
 
-    def __init__(self, records: dict[str, Record], resid: ResidualStream) -> None:
-        self._records, self.resid = records, resid
+    resid: the residual stream. texts: what was read; its `real` is False where a text is padded.
+    """
+
+    def __init__(self, records: dict[str, Record], resid: ResidualStream, texts: Texts) -> None:
+        self._records, self.resid, self.texts = records, resid, texts
 
     def __getitem__(self, path: str) -> Record:
         return self._records[path]
@@ -74,11 +79,11 @@ class Recording(Mapping[str, Record]):
 
 def capture(
     model: Llama,
-    ids: Tensor | Sequence[int],
+    ids: Ids,
     at: str | Sequence[str] | None = None,
     keep: Literal["tensors", "stats"] = "tensors",
 ) -> Recording:
-    """Runs the model once on token ids, (T,), (B, T) or a list, and records the norms and the residual stream.
+    """Runs the model once on token ids, (T,), (B, T) or a list of texts, and records the norms and the residual stream.
 
     at: one pattern or several of the norms to record; None: all. The stream's statistics are always kept. Its tensors
         are kept only if `at` is None, so that `at` limits the memory.
@@ -87,7 +92,7 @@ def capture(
     Raises RequestError for a pattern that matches no norm, and for ids that the model cannot read.
     """
     check_choice("keep", keep, ("tensors", "stats"), RequestError)
-    tokens = as_tokens(model, ids, at_least=1)
+    texts = as_texts(model, ids, at_least=1)
     paths = select(model, at)
     branches = [f"layers.{i}.{name}" for i in range(len(model.layers)) for name in ("attention", "feed_forward")]
     whole_stream = keep == "tensors" and at is None
@@ -95,34 +100,17 @@ def capture(
     stream: list[Record] = []
 
     def see_norm(path: str, x: Tensor, y: Tensor) -> None:
-        records[path] = _record(x, y, keep == "tensors")
+        records[path] = _record(x, y, texts.real, keep == "tensors")
 
     def see_branch(path: str, x: Tensor, y: Tensor) -> None:
         points = (y,) if stream else (x, y)
-        stream.extend(_record(point, None, whole_stream) for point in points)
+        stream.extend(_record(point, None, texts.real, whole_stream) for point in points)
 
     norms, residuals = ({path: model.get_submodule(path) for path in group} for group in (paths, branches))
     with torch.no_grad(), watched(norms, see_norm), watched(residuals, see_branch):
-        model(tokens)
-    pre, mid, post = stream[:-1:2], stream[1::2], stream[2::2]
-    return Recording({path: records[path] for path in paths}, ResidualStream(tuple(pre), tuple(mid), tuple(post)))
-
-
-def as_tokens(model: Llama, ids: Tensor | Sequence[int], at_least: int = 2) -> Tensor:
-    """Token ids as (B, T) int64 on the model's device; raises RequestError if T < `at_least` or an id is unknown."""
-    if model.device.type == "meta":
-        raise RequestError("the model is on the meta device, where it has no weights: load it on cpu or cuda")
-    try:
-        tokens = torch.as_tensor(ids, device=model.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RequestError(f"token ids must be a tensor or list of whole numbers: {error}") from None
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
-        raise RequestError(f"token ids must be whole numbers, not {tokens.dtype}")
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < at_least:
-        raise RequestError(f"token ids must be (T,) or (B, T), T at least {at_least}, not {tuple(tokens.shape)}")
-    check_token_ids((int(tokens.min()), int(tokens.max())), model.config.vocab_size, RequestError)
-    return tokens.to(torch.int64)
+        model(texts.tokens)
+    resid = ResidualStream(*(tuple(points) for points in (stream[:-1:2], stream[1::2], stream[2::2])))
+    return Recording({path: records[path] for path in paths}, resid, texts)
 
 
 @contextmanager
@@ -169,17 +157,19 @@ def massive_activation(recording: Recording) -> MassiveActivation | None:
     return born
 
 
-def _record(x: Tensor, y: Tensor | None, keep: bool) -> Record:
+def _record(x: Tensor, y: Tensor | None, real: Tensor, keep: bool) -> Record:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     energy, size = wide.pow(2).mean(-1), wide.abs()
-    in_mean = torch.where(energy > 0, wide.mean(-1).pow(2) / energy, energy)  # zeros give 0; NaN stays
-    largest = int(size.argmax())
-    row, token, dim = (int(i) for i in np.unravel_index(largest, x.flatten(2).shape))
+    in_mean = torch.where(energy > 0, wide.mean(-1).pow(2) / energy, energy)[real]  # zeros give 0; NaN stays
+    rows, tokens = real.nonzero(as_tuple=True)
+    of_texts = size[rows, tokens].flatten(1)
+    largest, dim = (int(i) for i in np.unravel_index(int(of_texts.argmax()), of_texts.shape))
+    row, token = int(rows[largest]), int(tokens[largest])
     return Record(
         x=x if keep else None,
         y=y if keep else None,
         rms=energy.sqrt().float(),
         mean_energy=float(in_mean.double().mean()),
-        max_over_median=float(size.max() / size.median()),
-        peak=Peak(row, token, dim, float(wide.flatten()[largest])),
+        max_over_median=float(of_texts.max() / of_texts.median()),
+        peak=Peak(row, token, dim, float(wide[row, token].flatten()[dim])),
     )

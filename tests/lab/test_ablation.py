@@ -70,8 +70,8 @@ def frozen(norm: nn.Module, theirs: LlamaForCausalLM, keep_first: bool) -> Calla
 SETTINGS: dict[str, dict[str, Any]] = {
     "mean, token 0 apart": {},
     "mean": {"keep": "none"},
-    "mean, said, token 0 apart": {"freeze": "mean"},
-    "mean, said": {"freeze": "mean", "keep": "none"},
+    "mean, said, token 0 apart": {"freeze": "quadratic"},
+    "mean, said": {"freeze": "quadratic", "keep": "none"},
     "gain": {"gain": ("scale", 2.0)},
     "eps": {"eps": 0.3},
     "skip": {"skip": True},
@@ -107,7 +107,9 @@ def test_ablate_against_transformers(
         assert row.top1 == pytest.approx(top1, abs=1 / TEXT.numel()), row.path
 
 
-@pytest.mark.parametrize("settings", [{"gain": "one"}, {"freeze": "mean"}, {"freeze": "mean", "keep": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"gain": "one"}, {"freeze": "quadratic"}, {"freeze": "quadratic", "keep": "none"}], ids=str
+)
 @pytest.mark.parametrize("pattern", [["norm", "layers.1-2.feed_forward.pre_norm"], "norm,layers.1-2.feed*.pre_norm"])
 def test_ablate_is_edit_norm_by_norm_and_leaves_the_model_as_it_was(
     pattern: str | list[str], settings: dict[str, Any], ours: Llama
@@ -120,10 +122,10 @@ def test_ablate_is_edit_norm_by_norm_and_leaves_the_model_as_it_was(
     for row in table:
         with lab.edit(ours, {row.path: settings}, TEXT):
             alone = lab.score(ours, TEXT, against=base)
-        assert (row.dloss, row.kl, row.top1) == (alone.dloss, alone.kl, alone.top1)
+        assert (row.dloss, row.se, row.kl, row.top1) == (alone.dloss, alone.se, alone.kl, alone.top1)
     assert {name: module for name, module in ours.named_modules() if module is not before[name]} == {}
     assert torch.equal(ours(TEXT), expected)
-    assert str(table).splitlines()[0].split() == ["path", "dloss", "kl", "top1"]
+    assert str(table).splitlines()[0].split() == ["path", "dloss", "se", "kl", "top1"]
 
 
 def test_ablate_fills_empty_slots_one_by_one(ours: Llama) -> None:
@@ -138,7 +140,7 @@ def test_ablate_fills_empty_slots_one_by_one(ours: Llama) -> None:
 def test_other_families_go_through_capture_edit_and_ablate(family: str, tmp_path: Path) -> None:
     random_model(family, seed=0).save_pretrained(tmp_path)
     model = Llama.from_pretrained(tmp_path)
-    table = lab.ablate(model, TEXT, freeze="mean")
+    table = lab.ablate(model, TEXT, freeze="quadratic")
     assert table.column("path") == lab.norms(model).column("path") == list(lab.capture(model, TEXT))
     assert len(table) == 13
     assert all(row.kl > 0 for row in table)
@@ -170,10 +172,10 @@ def with_a_row_of_zeros(ours: Llama) -> Llama:
 def test_an_edit_that_ends_in_nan_is_a_row_that_says_where(with_a_row_of_zeros: Llama) -> None:
     table = lab.ablate(with_a_row_of_zeros, TEXT, eps=0.0)
     assert table[0].error == ZEROS.format(0)
-    assert np.isnan([table[0].dloss, table[0].kl, table[0].top1]).all()
+    assert np.isnan([table[0].dloss, table[0].se, table[0].kl, table[0].top1]).all()
     assert len(table) == 7
     assert all(row.error is None and np.isfinite([row.dloss, row.kl, row.top1]).all() for row in table[1:])
-    assert str(table).splitlines()[0].split() == ["path", "dloss", "kl", "top1", "error"]
+    assert str(table).splitlines()[0].split() == ["path", "dloss", "se", "kl", "top1", "error"]
 
 
 def test_a_skip_that_ends_in_nan_is_a_row_that_says_where(with_a_row_of_zeros: Llama) -> None:
@@ -253,7 +255,7 @@ def test_freezing_is_survivable_with_token_0_apart_once_its_massive_activation_i
     assert min(apart[:3]) > 0.3
     base = lab.score(model, ids)
     for keep, (low, high) in {"first": (0.0, 0.1), "none": (5.0, 20.0)}.items():
-        edits = {"layers.12-29.attention.pre_norm": {"freeze": "mean", "keep": keep}}
+        edits = {"layers.12-29.attention.pre_norm": {"freeze": "quadratic", "keep": keep}}
         with lab.edit(model, edits, ids):
             assert low < lab.score(model, ids, against=base).dloss < high
 

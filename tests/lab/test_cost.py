@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_mini import Llama
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.cost import score
-from llama_mini.lab.recording import as_tokens
+from llama_mini.lab.texts import as_texts
 from tests.tiny_models import hf_llama, random_tokens, tiny_model
 
 TEXT = random_tokens(2, 300)  # longer than one piece of the log-softmax
@@ -61,22 +61,26 @@ def test_ids_in_every_form() -> None:
     row = TEXT[0]
     forms: list[Any] = [row, row[None], row.tolist(), [row.tolist()], row.numpy(), row.int(), row.to(torch.uint8)]
     assert len({score(model, form).loss for form in forms}) == 1
-    assert as_tokens(model, [3], at_least=1).tolist() == [[3]]
-    assert as_tokens(model, row.int()).dtype == torch.int64
+    assert as_texts(model, [3], at_least=1).tokens.tolist() == [[3]]
+    assert as_texts(model, row.int()).tokens.dtype == torch.int64
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([5], r"T at least 2, not \(1, 1\)"),
+        ([5], r"T at least 2, not \(1,\)"),
         ([], "whole numbers|T at least 2"),
-        (torch.zeros(0, 5, dtype=torch.int64), r"T at least 2, not \(0, 5\)"),
+        (torch.zeros(0, 5, dtype=torch.int64), "there is no text"),
         (torch.zeros(2, 2, 2, dtype=torch.int64), r"not \(2, 2, 2\)"),
         (torch.tensor(3), r"not \(\)"),
         ([1.0, 2.0], "whole numbers, not torch.float32"),
         ([True, False], "whole numbers, not torch.bool"),
         ([1j, 2], "whole numbers, not torch.complex64"),
-        ([[1, 2], [3]], "whole numbers"),
+        ([[1, 2], [3]], r"T at least 2, not \(1,\)"),
+        ([[1, 2], []], r"T at least 2, not \(0,\)|whole numbers"),
+        ([[1, 2], 3], r"T at least 2, not \(\)"),
+        ([[[1, 2]], [[3, 4]]], r"not \(1, 2\)"),
+        (["The capital"], "whole numbers"),
         ("The capital", "whole numbers"),
         (None, "whole numbers"),
         ([10**30, 1], "whole numbers"),

@@ -50,7 +50,7 @@ def residual_rms_picture(recording: Recording) -> "Figure":
     resid, depth = recording.resid, len(recording.resid.resid_pre)
     points = [r for pair in zip(resid.resid_pre, resid.resid_mid, strict=True) for r in pair] + [resid.resid_post[-1]]
     x = np.arange(len(points)) / 2
-    others = [besides_first(point.rms) for point in points]
+    others = [besides_first(point.rms, recording.texts.real) for point in points]
     low, middle, high = (np.array([float(rms.quantile(q)) for rms in others]) for q in (0.1, 0.5, 0.9))
     axes.plot(x, middle, color=BLUE, label="before a norm: the stream, median token")
     axes.fill_between(x, low, high, color=BLUE, alpha=0.25, linewidth=0, label="its 10 to 90 % of tokens")
@@ -61,7 +61,7 @@ def residual_rms_picture(recording: Recording) -> "Figure":
     for branch, color, marker in (("attention", GREEN, "o"), ("feed_forward", VERMILION, "s"), ("", INK, "D")):
         own = {path: norm for path, norm in norms.items() if norm.branch == branch}
         inside = {path: norm for path, norm in own.items() if norm.slot in ("mid_norm", "out_norm")}
-        before = [_median(besides_first(recording[path].rms)) for path in inside]
+        before = [_median(besides_first(recording[path].rms, recording.texts.real)) for path in inside]
         after = [_median_rms_after(recording, path) for path in own]
         name = f"a norm of {_named(branch)}" if branch else "a norm of the model"
         looks: Any = {"linestyle": "", "color": color, "marker": marker, "markersize": 4}
@@ -182,9 +182,9 @@ def _position(norm: _Address) -> float:
     return norm.layer + within + (0.5 if norm.branch == "feed_forward" else 0)
 
 
-def besides_first(rms: Tensor) -> Tensor:
-    """The RMS of all tokens but the first of a sequence, which is often massive. A sequence of one token keeps it."""
-    return (rms[:, 1:] if rms.shape[1] > 1 else rms).flatten().double()
+def besides_first(rms: Tensor, real: Tensor) -> Tensor:
+    """The RMS of all tokens but the first of a text, which is often massive. Texts of one token keep it."""
+    return (rms[:, 1:][real[:, 1:]] if rms.shape[1] > 1 else rms).flatten().double()
 
 
 def _median(values: Tensor) -> float:
@@ -195,7 +195,7 @@ def _median_rms_after(recording: Recording, path: str) -> float:
     y = recording[path].y
     if y is None:
         raise RequestError(f"the recording kept no tensors of {path}: capture with keep='tensors'")
-    return _median(besides_first(y.double().pow(2).mean(-1).sqrt()))
+    return _median(besides_first(y.double().pow(2).mean(-1).sqrt(), recording.texts.real))
 
 
 def _named(branch: str) -> str:

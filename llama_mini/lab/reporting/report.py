@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from llama_mini.lab.diagnosis import doctor
 from llama_mini.lab.measurement import init
 from llama_mini.lab.norm_table import norms
 from llama_mini.lab.paths import select
-from llama_mini.lab.recording import MASSIVE, Recording, as_tokens, capture, massive_activation
+from llama_mini.lab.recording import MASSIVE, Recording, capture, massive_activation
 from llama_mini.lab.reporting import figures, plan_figures, style
 from llama_mini.lab.reporting.diagram import diagram, layer_kinds, ranges
 from llama_mini.lab.reporting.style import check_drawable, svg, write_whole
 from llama_mini.lab.study import label, progress
 from llama_mini.lab.table import Table
+from llama_mini.lab.texts import Ids, Texts, as_texts
 from llama_mini.lab.theory import Profile, predict
 from llama_mini.lab.training import Race
 from llama_mini.machine import dtype_name
@@ -51,7 +52,7 @@ class Shell:
 def report(
     path: str | Path,
     model: Llama,
-    ids: Tensor | Sequence[int],
+    ids: Ids,
     *,
     tokenizer: Tokenizer | None = None,
     name: str = "a model",
@@ -60,7 +61,7 @@ def report(
 ) -> Path:
     """Writes one HTML file that needs no network and no script, and returns its path.
 
-    ids: the text, (T,), (B, T) or a list. Each norm and each layer costs a forward pass over it, and all activations
+    ids: the texts, (T,), (B, T) or a list. Each norm and each layer costs a forward pass over it, and all activations
         of one pass are held at once.
     tokenizer: to show tokens as text.
     name: of the checkpoint, for the title.
@@ -71,16 +72,16 @@ def report(
     Raises RequestError for ids that the model cannot read, a file that cannot be written, or without matplotlib.
     """
     target = Path(path)
-    tokens = as_tokens(model, ids)
+    texts = as_texts(model, ids)
     check_drawable(target)
     sections: dict[str, Callable[[], Any]] = {
-        "facts": lambda: _facts(model, tokens, tokenizer, name),
+        "facts": lambda: _facts(model, texts, tokenizer, name),
         "plan": lambda: _plan(model),
-        "activations": lambda: _activations(capture(model, tokens), tokens, tokenizer),
-        "costs": lambda: _costs(model, tokens),
+        "activations": lambda: _activations(capture(model, texts), tokenizer),
+        "costs": lambda: _costs(model, texts),
         "gains": lambda: _gains(model),
-        "layers": lambda: _layers(model, tokens),
-        "findings": lambda: doctor(model, tokens),
+        "layers": lambda: _layers(model, texts),
+        "findings": lambda: doctor(model, texts),
         "init": lambda: _init(model),
         "race": lambda: race and _race(race),
     }
@@ -118,16 +119,16 @@ def _share(value: float) -> str:
 # --- the sections: what the template needs for each ---
 
 
-def _facts(model: Llama, tokens: Tensor, tokenizer: Tokenizer | None, name: str) -> dict[str, str]:
-    config, base = model.config, score(model, tokens)
+def _facts(model: Llama, texts: Texts, tokenizer: Tokenizer | None, name: str) -> dict[str, str]:
+    config, base = model.config, score(model, texts)
     return {
         "model": name,
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}, {dtype_name(model.dtype)}",
         "shape": f"{config.n_layers} layers, dim {config.dim}, hidden {config.hidden_dim}, {config.n_heads} heads of "
         f"{config.head_dim}, {config.n_kv_heads} KV heads, vocabulary {config.vocab_size:,}",
         "norms": f"{config.norm_plan.name(config.n_layers)}: {len(norms(model))}",
-        "text": f"{tokens.numel():,} tokens in {len(tokens)} row{'s' if len(tokens) > 1 else ''}"
-        + (f", beginning {_decode(tokenizer, tokens[0, :24])}" if tokenizer else ""),
+        "text": f"{int(texts.real.sum()):,} tokens in {len(texts.real)} row{'s' if len(texts.real) > 1 else ''}"
+        + (f", beginning {_decode(tokenizer, texts.tokens[0][texts.real[0]][:24])}" if tokenizer else ""),
         "loss on it": f"{base.loss:.4f} nats per token, perplexity {base.perplexity:.4g}",
         "made by": f"llama_mini {llama_mini.__version__}, torch {torch.__version__}",
     }
@@ -139,29 +140,30 @@ def _plan(model: Llama) -> dict[str, Any]:
     return {"depth": depth, "kinds": kinds, "columns": diagram(plan, depth)}
 
 
-def _activations(recording: Recording, tokens: Tensor, tokenizer: Tokenizer | None) -> tuple[Any, Any]:
+def _activations(recording: Recording, tokenizer: Tokenizer | None) -> tuple[Any, Any]:
     """The data on the residual stream, and on its massive elements."""
     ends = recording.resid.resid_pre[0], recording.resid.resid_post[-1]
-    first, last = (float(figures.besides_first(point.rms).quantile(0.5)) for point in ends)
+    first, last = (float(figures.besides_first(point.rms, recording.texts.real).quantile(0.5)) for point in ends)
     stream = {"svg": svg(figures.residual_rms_picture(recording), "rms"), "first": first, "last": last}
     born = massive_activation(recording)
     massive = {
         "svg": svg(figures.massive_picture(recording), "massive"),
         "born": born,
-        "token": _decode(tokenizer, tokens[born.row, born.token]) if born and tokenizer else "",
+        "token": _decode(tokenizer, recording.texts.tokens[born.row, born.token]) if born and tokenizer else "",
         "most": _MOST_ELEMENTS,
-        "elements": _massive_elements(recording, tokens, tokenizer),
+        "elements": _massive_elements(recording, tokenizer),
     }
     return stream, massive
 
 
-def _massive_elements(recording: Recording, tokens: Tensor, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+def _massive_elements(recording: Recording, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
     """The elements that are massive in any layer's output: the first such layer, and their largest value."""
-    rows: dict[tuple[int, ...], dict[str, Any]] = {}
+    texts, rows = recording.texts, dict[tuple[int, ...], dict[str, Any]]()
     for layer, record in enumerate(recording.resid.resid_post):
         assert record.x is not None
         x = record.x.float()
-        times = x.abs() / x.abs().median()
+        times = x.abs() / x[texts.real].abs().median()
+        times[~texts.real] = 0
         top = times.flatten().topk(min(_MOST_ELEMENTS, times.numel()))
         for index in top.indices[top.values >= MASSIVE]:
             place = row, token, dim = tuple(int(i) for i in torch.unravel_index(index, x.shape))
@@ -169,18 +171,18 @@ def _massive_elements(recording: Recording, tokens: Tensor, tokenizer: Tokenizer
             largest["largest in layer"] = layer
             if place not in rows:
                 rows[place] = {"first in layer": layer, "row": row, "token": token, "dimension": dim} | largest
-                rows[place] |= {"text": _decode(tokenizer, tokens[row, token])} if tokenizer else {}
+                rows[place] |= {"text": _decode(tokenizer, texts.tokens[row, token])} if tokenizer else {}
             elif largest["times the median"] > rows[place]["times the median"]:
                 rows[place] |= largest
     return sorted(rows.values(), key=lambda row: -row["times the median"])[:_MOST_ELEMENTS]
 
 
-def _costs(model: Llama, tokens: Tensor) -> dict[str, Any]:
+def _costs(model: Llama, texts: Texts) -> dict[str, Any]:
     table = norms(model)
     paths = [row.path for row in table if row.kind in _FREEZABLE]
     if not paths:
         return {"rows": [], "kinds": " or ".join(_FREEZABLE)}
-    rows = ablate(model, tokens, paths)
+    rows = ablate(model, texts, paths)
     patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
     return {
         "svg": svg(figures.norm_cost_picture(rows), "cost"),
@@ -205,8 +207,8 @@ def _gains(model: Llama) -> dict[str, Any]:
     }
 
 
-def _layers(model: Llama, tokens: Tensor) -> dict[str, Any]:
-    rows = skip_layers(model, tokens)
+def _layers(model: Llama, texts: Texts) -> dict[str, Any]:
+    rows = skip_layers(model, texts)
     done = sorted((row for row in rows if row.error is None), key=lambda row: row.dloss)
     return {"svg": svg(figures.skip_picture(rows), "skip"), "rows": rows, "done": done}
 

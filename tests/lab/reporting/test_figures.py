@@ -71,7 +71,7 @@ def test_a_recording_without_tensors_is_refused() -> None:
 def test_a_bar_is_as_high_as_the_cost_and_stands_at_its_layer() -> None:
     costs = {"embed_norm": 0.4, "layers.0.attention.pre_norm": -0.1, "layers.1.feed_forward.pre_norm": 0.2}
     costs |= {"layers.1.attention.out_norm": 0.3, "norm": 0.5}
-    figure = figures.norm_cost_picture([AblatedNorm(path, cost, 0.0, 1.0) for path, cost in costs.items()])
+    figure = figures.norm_cost_picture([AblatedNorm(path, cost, 0.01, 0.0, 1.0) for path, cost in costs.items()])
     bars = {
         axes.get_ylabel().partition(":")[0]: {
             (container.get_label(), round(bar.get_x() + bar.get_width() / 2, 6)): bar.get_height()
@@ -112,7 +112,7 @@ def test_massive_activations_are_drawn_over_the_median() -> None:
 
 
 def test_a_cost_far_above_the_others_does_not_flatten_them() -> None:
-    rows = [SkippedLayer(i, cost, 0.0, 1.0, 0.1) for i, cost in enumerate([9.0, 0.01, -0.02, 0.03])]
+    rows = [SkippedLayer(i, cost, 0.01, 0.0, 1.0, 0.1) for i, cost in enumerate([9.0, 0.01, -0.02, 0.03])]
     assert figures.skip_picture(rows).axes[0].get_yscale() == "symlog"
     assert figures.skip_picture(rows[1:]).axes[0].get_yscale() == "linear"
 
@@ -122,7 +122,7 @@ def test_every_preset_can_be_drawn(plan: str, tmp_path: Path) -> None:
     model = tiny_model(1, norm_plan=plan)  # a warning of matplotlib's, such as a missing glyph, is an error here
     recording = lab.capture(model, IDS)
     norms = lab.norms(model)
-    costs = [AblatedNorm(row.path, 0.1 * i, 0.0, 1.0) for i, row in enumerate(norms)]
+    costs = [AblatedNorm(row.path, 0.1 * i, 0.01, 0.0, 1.0) for i, row in enumerate(norms)]
     drawn = [figures.residual_rms_picture(recording), figures.massive_picture(recording)]
     drawn.append(figures.norm_cost_picture(costs))
     if plan == "none":

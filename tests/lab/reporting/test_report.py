@@ -232,8 +232,8 @@ def test_costs_that_are_nan_are_said_and_not_taken_for_the_highest(
 ) -> None:
     model, where, nan = tiny_model(), "NaN or infinity in the logits, first at norm, token 0", math.nan
     monkeypatch.setattr(report_module, "predict", lambda *_: (_ for _ in ()).throw(RequestError("no theory")))
-    frozen = [AblatedNorm("norm", nan, nan, nan, where), AblatedNorm("layers.0.attention.pre_norm", -1, 1, 1)]
-    skipped = [SkippedLayer(0, nan, nan, nan, 0.1, where), SkippedLayer(1, 2.5, 1, 1, 0.1)]
+    frozen = [AblatedNorm("norm", nan, nan, nan, nan, where), AblatedNorm("layers.0.attention.pre_norm", -1, 0.1, 1, 1)]
+    skipped = [SkippedLayer(0, nan, nan, nan, nan, 0.1, where), SkippedLayer(1, 2.5, 0.1, 1, 1, 0.1)]
     monkeypatch.setattr(report_module, "ablate", lambda *_: Table(frozen[: 1 + n_finite]))
     monkeypatch.setattr(report_module, "skip_layers", lambda *_: Table(skipped[: 1 + n_finite]))
     text = Page(report(tmp_path / "a.html", model, IDS)).text

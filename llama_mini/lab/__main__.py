@@ -67,8 +67,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
             "pattern", nargs="?", default=pattern, help="norms, such as layers.0-3.*.*,norm; default: %(default)s"
         )
     fold.add_argument("pattern", nargs="?", help="norms; default: all whose gain can be folded")
-    for command, default in ((ablate, "freeze=mean"), (edit, "eps=1e-3")):
-        what = f"such as eps=1e-3 kind=layer; with freeze=mean, keep=none freezes token 0 too; default: {default}"
+    for command, default in ((ablate, "freeze=quadratic"), (edit, "eps=1e-3")):
+        what = f"such as eps=1e-3 kind=layer or freeze=median keep=massive; default: {default}"
         command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=what)
     move.add_argument("--to", default="out", metavar="SLOT", help="pre, mid, out or post; default: %(default)s")
     for command in (move, fold):
@@ -106,8 +106,16 @@ def _shared() -> list[argparse.ArgumentParser]:
     form.add_argument("--csv", action="store_true", help="print CSV")
     model.add_argument("--model", metavar="M", help="directory, file or hub name; default: SmolLM2-135M-Instruct")
     model.add_argument("--dtype", default="float32", metavar="D", help="default: %(default)s")
-    text.add_argument("--text", type=Path, metavar="FILE", help="default: the start of Alice in Wonderland")
-    text.add_argument("--tokens", type=int, default=256, metavar="N", help="its first N tokens; default: %(default)s")
+    text.add_argument(
+        "--text", type=Path, metavar="FILE", action="append", help="several times: several texts; default: Alice"
+    )
+    for name, default, what in (
+        ("offset", 0, "leave out the first N tokens of each text"),
+        ("tokens", 256, "then read N tokens"),
+        ("rows", 1, "so many times, one row after another"),
+    ):
+        text.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what}; default: %(default)s")
+    text.add_argument("--bos", action="store_true", help="begin each row with the tokenizer's BOS token")
     picture.add_argument("--picture", type=Path, metavar="FILE", help="also draw a picture: .png or .svg")
     return parsers
 

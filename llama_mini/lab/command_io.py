@@ -10,6 +10,7 @@ from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.errors import CheckpointPathError, RequestError
 from llama_mini.lab.cost import Score
+from llama_mini.lab.keep import keep_words
 from llama_mini.lab.recording import Recording
 from llama_mini.lab.reporting.style import save
 from llama_mini.lab.table import Table
@@ -32,17 +33,33 @@ def read_model(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     return load_model(Llama, source, args.dtype, "cpu"), open_tokenizer(source)
 
 
-def read_ids(tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
-    """The first --tokens tokens of the text. Raises RequestError if there are fewer than two."""
-    check_whole("--tokens", args.tokens, RequestError, 2)
-    try:
-        text = sample_text() if args.text is None else args.text.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointPathError(f"cannot read {args.text}: {getattr(error, 'strerror', error)}") from None
-    ids = tokenizer.encode(text)[: args.tokens]
-    if len(ids) < 2:
-        raise RequestError(f"{args.text} has {len(ids)} tokens; at least 2 are needed")
-    return ids
+def read_ids(tokenizer: Tokenizer, args: argparse.Namespace) -> list[list[int]]:
+    """--rows rows of --tokens tokens of each text, the last one perhaps shorter; --bos puts BOS before each.
+
+    Raises RequestError if a row has fewer than two tokens, or if the tokenizer has no BOS.
+    """
+    for name, least in (("offset", 0), ("tokens", 2), ("rows", 1)):
+        check_whole(f"--{name}", getattr(args, name), RequestError, least)
+    bos = [tokenizer.bos_id] if args.bos and tokenizer.bos_id is not None else []
+    if args.bos and not bos:
+        raise RequestError("the tokenizer has no BOS token: leave --bos out")
+    rows = []
+    for path in args.text or [None]:
+        try:
+            text = sample_text() if path is None else path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointPathError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+        ids = tokenizer.encode(text, add_special_tokens=not args.bos)
+        for row in range(args.rows):
+            start = args.offset + row * args.tokens
+            part = ids[start : start + args.tokens]
+            if len(part) < 2:
+                raise RequestError(
+                    f"{path or 'the default text'} has {len(ids)} tokens, so row {row}, from token {start} on, has "
+                    f"{len(part)}; at least 2 are needed"
+                )
+            rows.append([*bos, *part])
+    return rows
 
 
 def read_settings(pairs: list[str]) -> dict[str, Any]:
@@ -52,7 +69,7 @@ def read_settings(pairs: list[str]) -> dict[str, Any]:
         key, _, value = pair.partition("=")
         if not key or not value:
             raise RequestError(f"an edit is written KEY=VALUE, such as eps=1e-3, not {short_repr(pair)}")
-        settings.append((key, _value(value)))
+        settings.append((key, keep_words(value) if key == "keep" else _value(value)))
     return as_dict("the edit", settings, RequestError)
 
 
@@ -90,11 +107,12 @@ def captured(recording: Recording) -> Table[Any]:
     for point in ("resid_pre", "resid_mid", "resid_post"):
         records |= {f"layers.{i}.{point}": record for i, record in enumerate(getattr(recording.resid, point))}
     columns = ("rms", "mean_energy", "max_over_median", "peak_token", "peak_dim", "peak")
-    rows = {path: (float(r.rms.mean()), r.mean_energy, r.max_over_median, *r.peak[1:]) for path, r in records.items()}
+    rms = {path: float(r.rms[recording.texts.real].mean()) for path, r in records.items()}
+    rows = {path: (rms[path], r.mean_energy, r.max_over_median, *r.peak[1:]) for path, r in records.items()}
     return Table([SimpleNamespace(path=p, **dict(zip(columns, row, strict=True))) for p, row in rows.items()])
 
 
 def scores(by_model: dict[str, Score]) -> Table[Any]:
     """A row for each model; columns as in Score."""
-    columns = ("loss", "perplexity", "dloss", "kl", "top1")
+    columns = ("loss", "perplexity", "dloss", "se", "kl", "top1")
     return Table([SimpleNamespace(model=m, **{c: getattr(s, c) for c in columns}) for m, s in by_model.items()])

@@ -54,7 +54,7 @@ def _capture(args: argparse.Namespace) -> None:
     recording = lab.capture(model, ids, at=args.at, keep="stats" if args.picture is None else "tensors")
     show(args, captured(recording), lambda: figures.residual_rms_picture(recording))
     if not (args.json or args.csv) and (massive := lab.massive_activation(recording)) is not None:
-        token = tokenizer.decode([ids[massive.token]])
+        token = tokenizer.decode([ids[massive.row][massive.token]])
         print(
             f"massive activation: dimension {massive.dim}, token {massive.token} {token!r}, "
             f"born in layer {massive.layer}, {massive.times_median:,.0f} times the median"
@@ -109,7 +109,7 @@ def _rebuild(args: argparse.Namespace, rebuild: Callable[[Llama], Llama], name: 
             args.save_tokenizer(open_checkpoint(checkpoint(args)), folder)
 
 
-def _compare(args: argparse.Namespace, base: Score, model: Llama, ids: list[int], name: str) -> None:
+def _compare(args: argparse.Namespace, base: Score, model: Llama, ids: list[list[int]], name: str) -> None:
     show(args, scores({"as it is": base, name: lab.score(model, ids, against=base)}))
 
 
@@ -119,15 +119,21 @@ def _report(args: argparse.Namespace) -> None:
     check_drawable(args.target)
     path = checkpoint(args)
     model, tokenizer = read_model(args)
-    ids, shell = read_ids(tokenizer, args), Shell(_words(args, "model", "dtype"), _words(args, "text", "tokens"))
+    text = _words(args, "text", "offset", "tokens", "rows", "bos")
+    ids, shell = read_ids(tokenizer, args), Shell(_words(args, "model", "dtype"), text)
     race = lab.race(RACERS)
     print(lab.report(args.target, model, ids, tokenizer=tokenizer, name=path.name, race=race, shell=shell))
 
 
 def _words(args: argparse.Namespace, *names: str) -> str:
     """The options of these names as the user would type them."""
-    values = {name: getattr(args, name) for name in names}
-    return shlex.join(word for name, v in values.items() if v is not None for word in (f"--{name}", str(v)))
+    words: list[str] = []
+    for name in names:
+        value = getattr(args, name)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one is not False:
+                words += [f"--{name}"] if one is True else [f"--{name}", str(one)]
+    return shlex.join(words)
 
 
 def _tour(args: argparse.Namespace) -> None:

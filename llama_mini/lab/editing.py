@@ -4,7 +4,7 @@ An edit puts another module into a norm's slot, and the original module back whe
 edit does not change are shared, not copied.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, get_args
 
@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.errors import RequestError
+from llama_mini.lab.freezing import FREEZE, Frozen, frozen_norms
+from llama_mini.lab.keep import as_keep
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import select, slot_width, slots
-from llama_mini.lab.recording import as_tokens, watched
+from llama_mini.lab.texts import Ids
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import NORMS, Cast, Norm, RMSNorm
 from llama_mini.validate import check_choice, check_flag, check_number, is_finite, join_names, short_repr
 
 Edits = Mapping[str, Mapping[str, Any]]
 _SETTINGS = ("eps", "kind", "gain", "cast", "freeze", "keep", "skip")
-KEEP = ("first", "none")  # the first one is the default
 
 
 @contextmanager
-def edit(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) -> Iterator[Llama]:
+def edit(model: Llama, edits: Edits, ids: Ids | None = None) -> Iterator[Llama]:
     """Changes norms inside a `with` block: {pattern: settings}. Two patterns may not match the same norm: nest edits.
 
     eps: a finite number of at least 0.
@@ -35,15 +36,15 @@ def edit(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) 
     gain: 2.0 sets the effective gain, ("scale", 2.0) multiplies it, "mean" replaces it by its mean, "one" by 1.
     cast: "early" or "late".
     freeze: compute g·x/c with a constant c, measured on `ids` in the model before this edit. Kinds rms and scale only.
-        "mean": one c per norm, c² = mean(x²) + eps over the whole text, in q and k norms over the heads too. "token":
-        one c per position, so that this setting alone changes no bit on the same text.
-    keep: with freeze, which tokens keep their own statistic and are left out of the mean: "first" (the default), token
-        0 of each text, which is often massive, or "none".
+        c is one number per norm, in q and k norms over the heads too: of the r = √(mean x² + eps) of the vectors it is
+        "quadratic", the root of their mean square; "arithmetic", their mean (Heimersheim 2024; Baroni et al. 2025);
+        or "median". "token": one c per position, so that this setting alone changes no bit on the same text.
+    keep: with freeze, which tokens keep their own statistic and are left out of c; see keep.py. "first" is the default.
+        Whether a token is massive is decided by its input in the edited model, and the median of the unedited one.
     skip: True removes the norm, and its scale with it.
-    ids: the text for `freeze`; no other setting needs it.
+    ids: the texts for `freeze`; no other setting needs them.
 
-    `freeze="token"` and `keep="first"` depend on positions. So inside the block the model must read each text from its
-    first token: it refuses to continue from a cache. An edited model is neither saved, moved, folded nor centred.
+    An edited model is neither saved, moved, folded nor centred.
 
     Raises RequestError, naming the pattern: for settings, kinds and values that are unknown, contradict each other or
     would do nothing, and for a text that a frozen norm was not measured on.
@@ -52,7 +53,7 @@ def edit(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) 
         yield model
 
 
-def edited_norms(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None = None) -> dict[str, nn.Module]:
+def edited_norms(model: Llama, edits: Edits, ids: Ids | None = None) -> dict[str, nn.Module]:
     """The modules that an edit puts into the slots, by path. The model is not changed. Arguments and errors: `edit`."""
     if not isinstance(edits, Mapping):
         raise RequestError(f"edits must be a mapping of patterns to settings, not {short_repr(edits)}")
@@ -76,11 +77,10 @@ def edited_norms(model: Llama, edits: Edits, ids: Tensor | Sequence[int] | None 
         raise RequestError(
             f"{short_repr(chosen[frozen[0]][0])}: freeze needs ids, the text to measure the statistic on"
         )
-    energies = _energies(model, frozen, ids) if frozen else {}
-    return {
-        path: _edited(model, path, known[path], settings, energies.get(path)).train(known[path].training)
-        for path, (_, settings) in chosen.items()
-    }
+    modules = {path: _edited(model, path, known[path], settings) for path, (_, settings) in chosen.items()}
+    if ids is not None and frozen:
+        modules |= frozen_norms(model, {path: (modules[path], chosen[path][1]) for path in frozen}, ids)
+    return {path: module.train(known[path].training) for path, module in modules.items()}
 
 
 @contextmanager
@@ -92,48 +92,10 @@ def swapped(model: Llama, modules: Mapping[str, nn.Module]) -> Iterator[None]:
             if module is not model.get_submodule(path):
                 module.edited = True  # type: ignore[assignment]  # so that the model is not saved as if it were plain
             _put(model, path, module)
-        if any(isinstance(module, Frozen) and module.knows_positions for module in modules.values()):
-            stack.callback(model.rope.register_forward_pre_hook(_refuse_continuation).remove)
+        frozen = [module for module in modules.values() if isinstance(module, Frozen)]
+        for reading in {norm.reading for norm in frozen}:
+            stack.enter_context(reading.follows(model, tokens=any(norm.keep.ids for norm in frozen)))
         yield
-
-
-class Frozen(RMSNorm):
-    """RMSNorm whose reciprocal root is a constant, 1/c: one number for all rows, or (B, T, ..., 1), by position."""
-
-    kind = "frozen"
-    inverse_root: Tensor
-
-    def __init__(self, norm: Norm, inverse_root: Tensor, keep: str) -> None:
-        super().__init__(norm.dim, norm.eps, gain=norm.gain, cast=norm.cast, scale=norm.scale, device="meta")
-        self.weight = norm.weight
-        self.register_buffer("inverse_root", inverse_root, persistent=False)
-        self.keep = keep
-
-    @property
-    def knows_positions(self) -> bool:
-        return self.keep != "none" or self.inverse_root.ndim > 0
-
-    def normalise(self, wide: Tensor) -> Tensor:
-        normed = wide * self._inverse_root_for(wide)
-        kept = kept_tokens(self.keep, wide)
-        normed[:, kept] = super().normalise(wide[:, kept])
-        return normed
-
-    def _inverse_root_for(self, wide: Tensor) -> Tensor:
-        root = self.inverse_root
-        if root.ndim == 0:
-            return root
-        if root.shape[0] not in (1, wide.shape[0]) or root.shape[1] < wide.shape[1]:
-            raise RequestError(
-                f"a norm frozen by token was measured on {root.shape[0]} texts of {root.shape[1]} tokens and reads "
-                f"{wide.shape[0]} of {wide.shape[1]}: score the text it was measured on"
-            )
-        return root[:, : wide.shape[1]]
-
-
-def kept_tokens(keep: str, x: Tensor) -> Tensor:
-    """Which positions of x (B, T, ...) keep their own statistic when a norm is frozen: (T,) bool."""
-    return (torch.arange(x.shape[1], device=x.device) == 0) & (keep == "first")
 
 
 def _check(settings: Any) -> None:
@@ -149,8 +111,8 @@ def _check(settings: Any) -> None:
     if not _is_gain(gain):
         raise RequestError(f"gain must be a number, ('scale', number), 'mean' or 'one', not {short_repr(gain)}")
     check_choice("cast", settings.get("cast", "early"), get_args(Cast), RequestError)
-    check_choice("freeze", settings.get("freeze", "mean"), ("mean", "token"), RequestError)
-    check_choice("keep", settings.get("keep", KEEP[0]), KEEP, RequestError)
+    check_choice("freeze", settings.get("freeze", "token"), FREEZE, RequestError)
+    as_keep(settings.get("keep", "none"))
     check_flag("skip", settings.get("skip", False), RequestError)
     if "keep" in settings and "freeze" not in settings:
         raise RequestError("keep needs freeze: give both, or leave it out")
@@ -182,23 +144,8 @@ def _is_gain(gain: Any) -> bool:
     return gain in ("mean", "one") if isinstance(gain, str) else is_finite(gain)
 
 
-def _energies(model: Llama, paths: Sequence[str], ids: Tensor | Sequence[int] | None) -> dict[str, Tensor]:
-    """mean(x²) of each vector that the norms see on a text: (B, T, ..., 1), computed as RMSNorm does."""
-    energies: dict[str, Tensor] = {}
-
-    def record(path: str, x: Tensor, _: Tensor) -> None:
-        energies[path] = x.to(torch.promote_types(x.dtype, torch.float32)).pow(2).mean(-1, keepdim=True)
-
-    tokens = as_tokens(model, ids)  # type: ignore[arg-type]  # the caller has refused None
-    with torch.no_grad(), watched({path: model.get_submodule(path) for path in paths}, record):
-        model(tokens)
-    return energies
-
-
-def _edited(
-    model: Llama, path: str, module: nn.Module, settings: Mapping[str, Any], energy: Tensor | None
-) -> nn.Module:
-    """The module for one slot."""
+def _edited(model: Llama, path: str, module: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+    """The module for one slot, but for `freeze`."""
     if settings.get("skip"):
         return nn.Identity()
     if "skip" in settings:
@@ -206,13 +153,7 @@ def _edited(
     if not isinstance(module, Norm):  # an empty slot gets a norm of unit gain
         width = slot_width(model.config, path)
         module = RMSNorm(width, model.config.norm_eps, device=model.device, dtype=model.dtype)
-    norm = _changed(module, settings, model.device)
-    if energy is None:
-        return norm
-    keep = settings.get("keep", KEEP[0])
-    if settings["freeze"] == "mean":
-        energy = energy[:, ~kept_tokens(keep, energy)].mean()
-    return Frozen(norm, torch.rsqrt(energy + norm.eps), keep)
+    return _changed(module, settings, model.device)
 
 
 def _changed(old: Norm, settings: Mapping[str, Any], device: torch.device) -> Norm:
@@ -247,11 +188,3 @@ def _new_gain(old: Norm, cls: type[Norm], change: Any) -> Tensor:
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def _refuse_continuation(_: nn.Module, args: tuple[Tensor]) -> None:
-    if args[0][..., 0].any():
-        raise RequestError(
-            "a norm is frozen by position, but the cache already holds tokens: read the whole text at once, or freeze "
-            "the mean with keep='none'"
-        )

@@ -257,7 +257,7 @@ def test_the_tour_counts_on_real_activations(
         (["edit", "norm", "colour=red"], 2, "colour"),
         (["edit", "keep=none"], 2, "keep needs freeze"),
         (["ablate", "norm,norn"], 2, "'norn' matches no norm; the norms are "),
-        (["ablate", "keep=all"], 2, "unknown keep 'all'; known: first, none"),
+        (["ablate", "keep=all"], 2, "unknown keep 'all'; known: none, first, massive"),
         (["capture", "--tokens", "1"], 2, "--tokens must be a whole number of at least 2, not 1"),
         (["capture", "--text", "/absent"], 3, "cannot read /absent"),
         (["tour", "--csv"], 2, "leave --csv out"),

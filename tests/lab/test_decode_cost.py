@@ -104,7 +104,7 @@ def edit_that_raises(model: Llama) -> None:
 
 def edit_whose_step_raises(model: Llama) -> None:
     frozen = {"layers.*.*.pre_norm": {"freeze": "token"}}
-    with pytest.raises(RequestError, match="frozen by position"), lab.edit(model, frozen, TEXT):
+    with pytest.raises(RequestError, match="frozen by token was measured"), lab.edit(model, frozen, TEXT):
         decode(model)
 
 

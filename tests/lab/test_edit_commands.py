@@ -24,10 +24,10 @@ def ids(tiny_dir: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("command", "words", "settings"),
     [
-        ("ablate", [], {"freeze": "mean"}),
-        ("ablate", ["keep=none"], {"freeze": "mean", "keep": "none"}),
-        ("edit", ["freeze=mean"], {"freeze": "mean"}),
-        ("edit", ["freeze=mean", "keep=none"], {"freeze": "mean", "keep": "none"}),
+        ("ablate", [], {"freeze": "quadratic"}),
+        ("ablate", ["keep=none"], {"freeze": "quadratic", "keep": "none"}),
+        ("edit", ["freeze=quadratic"], {"freeze": "quadratic"}),
+        ("edit", ["freeze=quadratic", "keep=none"], {"freeze": "quadratic", "keep": "none"}),
         ("ablate", ["layers.0.attention.*,norm", "eps=0.5"], {"eps": 0.5}),
         ("edit", ["layers.0.attention.*,norm", "eps=0.5"], {"eps": 0.5}),
     ],

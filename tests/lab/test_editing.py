@@ -53,11 +53,14 @@ FORMULAS = {  # settings -> x, g -> y, in float64
         {"kind": "l2", "eps": 2.0, "gain": 0.3},
         lambda x, g: 0.3 * x / np.sqrt((x**2).sum(-1, keepdims=True) + 2),
     ),
-    "freeze mean": ({"freeze": "mean", "keep": "none"}, lambda x, g: g * x / np.sqrt((x**2).mean() + EPS)),
+    "freeze mean": ({"freeze": "quadratic", "keep": "none"}, lambda x, g: g * x / np.sqrt((x**2).mean() + EPS)),
     "freeze token": ({"freeze": "token"}, lambda x, g: g * x / np.sqrt(square(x) + EPS)),
-    "freeze, gain": ({"freeze": "mean", "keep": "none", "gain": "one"}, lambda x, g: x / np.sqrt((x**2).mean() + EPS)),
+    "freeze, gain": (
+        {"freeze": "quadratic", "keep": "none", "gain": "one"},
+        lambda x, g: x / np.sqrt((x**2).mean() + EPS),
+    ),
     "freeze, keep first": (
-        {"freeze": "mean"},
+        {"freeze": "quadratic"},
         lambda x, g: (
             g
             * x
@@ -92,7 +95,7 @@ def test_a_frozen_norm_keeps_its_statistic_when_its_input_changes() -> None:
     model = tiny_model(norm_plan="pre+embed")
     path = "layers.0.attention.pre_norm"
     x = lab.capture(model, TEXT)[path].x.double().numpy()
-    for freeze, c in {"token": np.sqrt(square(x) + EPS), "mean": np.sqrt((x**2).mean() + EPS)}.items():
+    for freeze, c in {"token": np.sqrt(square(x) + EPS), "quadratic": np.sqrt((x**2).mean() + EPS)}.items():
         with lab.edit(model, {path: {"freeze": freeze, "keep": "none"}, "embed_norm": {"gain": ("scale", 3.0)}}, TEXT):
             y = lab.capture(model, TEXT)[path].y.double().numpy()
         np.testing.assert_allclose(y, gain_of(model, path) * 3 * x / c, rtol=1e-5, atol=1e-6)
@@ -196,7 +199,7 @@ def test_parameters_are_shared_unless_changed() -> None:
     model = tiny_model(norm_plan=GEMMA)
     weights = {path: module.weight for path, module in norms_of(model).items()}
     pre, out = "layers.0.attention.pre_norm", "layers.0.feed_forward.out_norm"
-    for path, settings in {pre: {"eps": 1.0, "cast": "early", "kind": "layer"}, out: {"freeze": "mean"}}.items():
+    for path, settings in {pre: {"eps": 1.0, "cast": "early", "kind": "layer"}, out: {"freeze": "quadratic"}}.items():
         (module,) = edited_norms(model, {path: settings}, TEXT).values()
         assert module.weight is weights[path]
     (dyt,) = edited_norms(model, {"layers.0.feed_forward.pre_norm": {"cast": "late"}}).values()

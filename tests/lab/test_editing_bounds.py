@@ -18,6 +18,7 @@ from tests.tiny_models import random_tokens, tiny_model
 
 TEXT = random_tokens(2, 23)
 PATH = "layers.1.feed_forward.pre_norm"
+KEPT: list[Any] = ["none", "first", {"massive": 1.1}, [3, 21], {"ids": TEXT[0, 19:22].tolist()}]
 KINDS = NormPlan(
     attention=BranchPlan(pre=NormSpec()),
     feed_forward=BranchPlan(pre=NormSpec(kind="dyt")),
@@ -59,7 +60,7 @@ def test_an_edit_is_undone(settings: dict[str, Any]) -> None:
 def test_a_measurement_that_fails_leaves_no_hooks() -> None:
     model = tiny_model()
     model.norm.dim = 5
-    with pytest.raises(ValueError, match="over 5 elements"), lab.edit(model, {PATH: {"freeze": "mean"}}, TEXT):
+    with pytest.raises(ValueError, match="over 5 elements"), lab.edit(model, {PATH: {"freeze": "quadratic"}}, TEXT):
         pass
     assert n_hooks(model) == 0
 
@@ -87,7 +88,7 @@ def test_nested_edits_undo_in_order() -> None:
         {"cast": "late"},
         {"gain": ("scale", 2.0)},
         {"skip": True},
-        {"freeze": "mean"},
+        {"freeze": "quadratic"},
     ],
     ids=str,
 )
@@ -129,32 +130,34 @@ def test_an_edit_that_changes_nothing_is_no_reason_not_to_save(tmp_path: Path) -
 
 def test_inside_inference_mode_and_while_training() -> None:
     model = tiny_model()
-    with torch.inference_mode(), lab.edit(model, {PATH: {"freeze": "mean", "gain": 2.0}}, TEXT):
+    with torch.inference_mode(), lab.edit(model, {PATH: {"freeze": "quadratic", "gain": 2.0}}, TEXT):
         expected = model(TEXT).clone()
     model.requires_grad_(True)
-    with lab.edit(model, {PATH: {"freeze": "mean", "gain": 2.0}}, TEXT):
+    with lab.edit(model, {PATH: {"freeze": "quadratic", "gain": 2.0}}, TEXT):
         logits = model(TEXT)
         logits.square().mean().backward()
     assert torch.equal(logits, expected)
     assert model.layers[0].attention.q_proj.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("settings", [{"freeze": "token", "keep": "none"}, {"freeze": "mean"}])
-def test_positions_are_whole_texts(settings: dict[str, Any]) -> None:
-    """A frozen norm that tells positions apart cannot tell those of a cache; a plain mean can do without."""
+@pytest.mark.parametrize(
+    "settings",
+    [{"freeze": "token", "keep": "none"}, *({"freeze": "quadratic", "keep": keep} for keep in KEPT)],
+    ids=str,
+)
+def test_a_text_may_be_read_in_parts(settings: dict[str, Any]) -> None:
+    """A frozen norm knows the tokens, and their positions after those that a cache holds."""
     model = tiny_model()
+    plain = model(TEXT)
     with lab.edit(model, {PATH: settings}, TEXT):
-        cache = model.new_cache(2, 30)
-        torch.testing.assert_close(model(TEXT[:, :20], cache), model(TEXT)[:, :20], rtol=0, atol=1e-5)
-        with pytest.raises(RequestError, match=r"cache already holds tokens: .* with keep='none'"):
-            model(TEXT[:, 20:], cache)
-    cache.truncate(0, 20)
-    cache.truncate(1, 20)
-    model(TEXT[:, 20:], cache)
-    with lab.edit(model, {PATH: {"freeze": "mean", "keep": "none"}}, TEXT):
         cache, whole = model.new_cache(2, 30), model(TEXT)
-        model(TEXT[:, :20], cache)
-        torch.testing.assert_close(model(TEXT[:, 20:], cache), whole[:, 20:], rtol=0, atol=1e-5)
+        first, rest = model(TEXT[:, :20], cache), model(TEXT[:, 20:], cache)
+        torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=0, atol=1e-5)
+    if settings["freeze"] != "token":
+        assert (plain - whole).abs().max() > 1e-3
+    if settings["keep"] != "none":
+        with lab.edit(model, {PATH: settings | {"keep": "none"}}, TEXT):
+            assert (model(TEXT)[:, 20:] - whole[:, 20:]).abs().max() > 1e-4
 
 
 def test_a_text_that_was_not_measured_is_refused() -> None:
@@ -195,15 +198,16 @@ NAME = r"'layers.1.\*.pre_norm'"
         ({"gain": torch.ones(48)}, "gain must be a number"),
         ({"cast": "middle"}, "unknown cast 'middle'; known: early, late"),
         ({"cast": torch.ones(2)}, "unknown cast"),
-        ({"freeze": "text"}, "unknown freeze 'text'; known: mean, token"),
-        ({"freeze": "mean", "keep": True}, "unknown keep True; known: first, none"),
+        ({"freeze": "text"}, "unknown freeze 'text'; known: quadratic, arithmetic, median, token"),
+        ({"freeze": "quadratic", "keep": True}, "unknown keep True; known: none, first, massive, a list"),
+        ({"freeze": "mean"}, "unknown freeze 'mean'"),
         ({"skip": "yes"}, "skip must be true or false"),
         ({"keep": "first"}, "keep needs freeze: give both"),
         ({"skip": True, "eps": 1e-3}, "with skip, eps would change nothing"),
-        ({"skip": True, "freeze": "mean"}, "with skip, freeze would change nothing"),
-        ({"freeze": "mean", "eps": 1e-3}, "with freeze, eps would change nothing"),
-        ({"freeze": "mean", "kind": "rms"}, "with freeze, kind would change nothing"),
-        ({"freeze": "mean"}, "freeze needs ids"),
+        ({"skip": True, "freeze": "quadratic"}, "with skip, freeze would change nothing"),
+        ({"freeze": "quadratic", "eps": 1e-3}, "with freeze, eps would change nothing"),
+        ({"freeze": "quadratic", "kind": "rms"}, "with freeze, kind would change nothing"),
+        ({"freeze": "quadratic"}, "freeze needs ids"),
         ({"kind": "dyt", "eps": 1e-3}, "kind dyt, which has no eps"),
     ],
 )
@@ -222,13 +226,13 @@ def test_settings_that_the_norm_has_no_use_for_are_refused() -> None:
     model = tiny_model(norm_plan=KINDS)
     dyt, layer = "layers.*.feed_forward.pre_norm", "norm"
     with pytest.raises(RequestError, match=r"'norm': norm is of kind layer; freeze is for rms and scale"):
-        edited_norms(model, {layer: {"freeze": "mean"}}, TEXT)
+        edited_norms(model, {layer: {"freeze": "quadratic"}}, TEXT)
     with pytest.raises(RequestError, match=r"layers.0.feed_forward.pre_norm would be of kind dyt, which has no eps"):
         edited_norms(model, {dyt: {"eps": 0.1}})
     (rms,) = edited_norms(model, {"layers.0.feed_forward.pre_norm": {"eps": 0.1, "kind": "rms"}}).values()
     assert rms.eps == 0.1
     pre = "layers.0.attention.pre_norm"
-    with lab.edit(model, {pre: {"freeze": "mean"}}, TEXT):
+    with lab.edit(model, {pre: {"freeze": "quadratic"}}, TEXT):
         with pytest.raises(RequestError, match="kind frozen; give all its settings in one edit"):
             edited_norms(model, {pre: {"gain": 2.0}})
         assert isinstance(model.get_submodule(pre), Frozen)
@@ -245,4 +249,4 @@ def test_patterns_that_share_a_norm_or_are_no_mapping_are_refused() -> None:
     with pytest.raises(RequestError, match="matches only empty slots"):
         edited_norms(model, {"layers.*.*.out_norm": {"eps": 0.1}})
     with pytest.raises(RequestError, match="T at least 2"):
-        edited_norms(model, {PATH: {"freeze": "mean"}}, [1])
+        edited_norms(model, {PATH: {"freeze": "quadratic"}}, [1])

@@ -1,0 +1,121 @@
+"""Which tokens keep their own statistic when a norm is frozen: `keep` of edit, ablate and all that freezes norms.
+
+    "none"                   no token
+    "first"                  token 0 of each text, which is often massive
+    "massive"                tokens whose input to the norm has an RMS above 2.5 times the median; {"massive": 4.0}
+    [0, 5], {"ids": [1, 2]}  the tokens at these positions; the tokens with these ids, such as BOS
+    ["first", {"ids": [1]}]  several of these
+
+On the command line: none, first, massive, massive:4, 0,5, ids:1,2, and several as first+ids:1,2.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_mini.errors import RequestError
+from llama_mini.model.llama import Llama
+from llama_mini.validate import as_plain, check_number, check_whole, is_whole, short_repr
+
+TIMES_MEDIAN = 2.5
+_KNOWN = "none, first, massive, a list of positions, {'ids': [...]}, {'massive': times the median} or a list of these"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Tokens at these positions, with these ids, or whose RMS is above so many times the median."""
+
+    positions: tuple[int, ...] = ()
+    ids: tuple[int, ...] = ()
+    times_median: float | None = None
+
+    def mask(self, rms: Tensor, median: float, reading: "Reading") -> Tensor:
+        """Which tokens are kept: (B, T) bool. rms: (B, T), of their inputs to the norm."""
+        kept = torch.zeros_like(rms, dtype=torch.bool)
+        if self.times_median is not None:
+            kept |= rms > self.times_median * median
+        for values, wanted in ((reading.positions, self.positions), (reading.tokens, self.ids)):
+            if wanted:
+                kept |= torch.isin(values, torch.tensor(wanted, device=rms.device))
+        return kept
+
+
+class Reading:
+    """The tokens (B, T) and positions, (1, T) or (B, T), that the model reads at the moment."""
+
+    tokens: Tensor
+    positions: Tensor
+
+    @contextmanager
+    def follows(self, model: Llama, tokens: bool) -> Iterator[None]:
+        """Follows what the model reads until the block ends; tokens only on demand."""
+        with ExitStack() as hooks:
+            hooks.enter_context(model.rope.register_forward_pre_hook(self._positions))
+            if tokens:
+                hooks.enter_context(model.tok_embeddings.register_forward_pre_hook(self._tokens))
+            yield
+
+    def _tokens(self, _: nn.Module, args: tuple[Tensor]) -> None:
+        self.tokens = args[0]
+
+    def _positions(self, _: nn.Module, args: tuple[Tensor]) -> None:
+        self.positions = args[0]
+
+
+def as_keep(keep: Any) -> Keep:
+    """Parses `keep`. Raises RequestError for a word or value that is unknown."""
+    if keep == "none":
+        return Keep()
+    keep = as_plain(keep)
+    parts = [as_plain(part) for part in keep] if isinstance(keep, list | tuple) else [keep]
+    positions: list[int] = []
+    ids: list[int] = []
+    times: list[float] = []
+    for part in parts:
+        match part:
+            case "first":
+                positions.append(0)
+            case "massive":
+                times.append(TIMES_MEDIAN)
+            case {"massive": k, **rest} if not rest:
+                check_number("massive in keep", k, RequestError, above=0)
+                times.append(k)
+            case {"ids": several, **rest} if not rest and isinstance(as_plain(several), list | tuple):
+                ids += as_plain(several)
+            case _ if is_whole(part):
+                positions.append(part)
+            case _:
+                raise RequestError(f"unknown keep {short_repr(part)}; known: {_KNOWN}")
+    if not parts or len(times) > 1:
+        raise RequestError(f"keep is {short_repr(keep)}: give one of {_KNOWN}, and massive once")
+    for name, numbers in (("a position", positions), ("an id", ids)):
+        for number in numbers:
+            check_whole(f"{name} in keep", number, RequestError, 0)
+    return Keep(tuple(positions), tuple(ids), *times)
+
+
+def keep_words(text: str) -> Any:
+    """`keep` as the command line writes it, such as first+ids:1,2. Words that mean nothing stay as they are."""
+    parts: list[Any] = []
+    for word in text.split("+"):
+        name, _, value = word.partition(":")
+        if name == "ids":
+            parts.append({"ids": [_number(one) for one in value.split(",")]})
+        elif name == "massive" and value:
+            parts.append({"massive": _number(value)})
+        else:
+            parts += [_number(one) for one in word.split(",")]
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], str) else parts
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

@@ -1,10 +1,13 @@
 """Fixtures that several test files share."""
 
+import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -32,12 +35,21 @@ def tiny_dir() -> Path:
     return TINY
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all of a file, so that what its tests share is made once; and one all that measures time."""
-    for item in items:
-        if not any(item.iter_markers("xdist_group")):
-            clock = item.get_closest_marker("clock") is not None
-            item.add_marker(pytest.mark.xdist_group("clock" if clock else str(item.path)))
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected lives to the end: without this, each search for garbage reads all of it."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def one_clock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of the tests that measure time, one runs at a time, whichever worker has its file."""
+    clock = request.node.get_closest_marker("clock") is not None
+    with FileLock(tmp_path_factory.getbasetemp().parent / "clock.lock") if clock else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,6 @@
 """The formats in which a matrix is held in memory as codes: whole numbers of a few bits that share scales."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # GGUF's kvalues_iq4nl
@@ -43,7 +43,7 @@ FORMATS = {
 }
 
 
-def common_format(names: Iterable[str]) -> str:
+def common_format(names: Collection[str]) -> str:
     """The format of matrices that are joined into one: the widest, if it holds the codes of all; else int8."""
     widest = max(names, key=lambda name: FORMATS[name].bits)
     return widest if all(holds_codes(widest, name) for name in names) else "int8"

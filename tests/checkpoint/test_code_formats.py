@@ -1,0 +1,62 @@
+"""The formats of codes: their tables against those of the libraries that write them, and which holds which."""
+
+import itertools
+
+import pytest
+import torch
+from bitsandbytes import functional
+from compressed_tensors.compressors.nvfp4.base import unpack_fp4_from_uint8
+from gguf import quants
+
+from llama_mini.checkpoint.code_formats import FORMATS, common_format, holds_codes
+
+STEPS = {"nf4": 112, "fp4": 120}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("iq4", quants.IQ4_NL), ("mxfp4", quants.MXFP4), ("nvfp4", quants.NVFP4)])
+def test_tables_of_gguf(name: str, kind: type) -> None:
+    assert FORMATS[name].table == tuple(kind.kvalues)
+
+
+def test_fp4_of_compressed_tensors() -> None:
+    packed = torch.arange(16, dtype=torch.uint8)[:, None]  # a code in the low half of each byte
+    numbers = unpack_fp4_from_uint8(packed, 16, 2, torch.float32)[:, 0]
+    assert FORMATS["mxfp4"].table == FORMATS["nvfp4"].table == tuple((2 * numbers).int().tolist())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_tables_of_bitsandbytes(name: str) -> None:
+    """Rounded to the steps in which they are most exact."""
+    table = functional.get_4bit_type(name, device="cpu").double()
+    found = torch.tensor(FORMATS[name].table).double()
+    assert torch.equal((table * STEPS[name]).round(), found)
+    steps = torch.arange(16, 127.5, 0.25).double()
+    errors = ((table[:, None] * steps).round() / steps - table[:, None]).square().sum(0)
+    assert (found / STEPS[name] - table).square().sum() <= errors.min() * 1.001
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_code_of_a_table_is_a_signed_byte(name: str) -> None:
+    table = FORMATS[name].table
+    if table is not None:
+        assert FORMATS[name].bits == 4
+        assert len(table) == 16
+        assert all(-128 <= value <= 127 for value in table)
+
+
+def test_bits_per_weight() -> None:
+    expected = {"int2": 3, "int4": 5, "int6": 7, "int8": 8.5, "int2g16": 4, "int3g16": 4, "int6g16": 7, "iq4": 4.5}
+    expected |= {"mxfp4": 4.5, "nvfp4": 5, "nf4": 4.5}
+    assert {name: FORMATS[name].bits_per_weight for name in expected} == expected
+
+
+def test_a_common_format_holds_the_codes_of_all_or_is_int8() -> None:
+    for names in itertools.combinations_with_replacement(FORMATS, 3):
+        found = common_format(names)
+        assert found == common_format(names[::-1])
+        holding = [wanted for wanted in names if all(holds_codes(wanted, name) for name in names)]
+        assert found == (holding[0] if holding else "int8")
+    assert common_format(["int4", "int5", "int3"]) == "int5"
+    assert (
+        common_format(["int4", "int6g16"]) == common_format(["nf4", "fp4"]) == common_format(["int4", "iq4"]) == "int8"
+    )

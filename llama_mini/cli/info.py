@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from llama_mini.checkpoint.code_formats import FORMATS
 from llama_mini.checkpoint.io.files import VOCABULARIES, exists
 from llama_mini.checkpoint.match import empty_model, match
 from llama_mini.checkpoint.open import Adapters, open_checkpoint, resolve
@@ -44,14 +45,14 @@ def describe(
     config, quantize = source.config, quantize_for(source, "auto", dtype, torch_device)
     torch_dtype = as_dtype(dtype, torch_device)
     n_parameters = sum(p.numel() for p in model.parameters())
-    kept = ", ".join(sorted(set(weight_formats(source, quantize).values())))
+    kept = sorted(set(weight_formats(source, quantize).values()), key=lambda name: (FORMATS[name].bits, name))
     rows = {
         "path": str(source.path),
         "format": source.format,
         **({"adapters": "; ".join(source.adapters.values())} if source.adapters else {}),
         "family": source.model_type,
         "parameters": f"{n_parameters:,} in {len(names)} tensors, stored as {_stored_as(source, names)}"
-        + (f"; kept as {kept}" if kept else ""),
+        + (f"; kept as {', '.join(f'{FORMATS[name].bits}-bit codes ({name})' for name in kept)}" if kept else ""),
         "shape": f"{config.n_layers} layers, dim {config.dim}, hidden {config.hidden_dim}, {config.n_heads} heads of "
         f"{config.head_dim}, {config.n_kv_heads} KV heads, {'tied' if config.tie_word_embeddings else 'untied'} head",
         "norms": _norms(config, model),
@@ -59,7 +60,7 @@ def describe(
         **({"beyond LLaMA": further} if (further := beyond_llama(config)) else {}),
         "tokenizer": _vocabulary(tokenizer) if tokenizer else f"none ({missing})",
         "chat template": "yes" if tokenizer and tokenizer.has_chat_template else "no",
-        "memory": _memory(source, quantize, torch_dtype, torch_device, kept),
+        "memory": _memory(source, quantize, torch_dtype, torch_device, ", ".join(kept)),
     }
     return table(rows)
 

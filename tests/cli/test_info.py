@@ -130,7 +130,7 @@ def test_the_default_checkpoint_and_its_gguf_file(smollm2_dir: Path, smollm2_ggu
         assert gguf[key] == converted[key]
     assert "kept as" not in gguf["parameters"] + converted["parameters"]  # `rows` asks for a dtype, so for floats
     kept = describe(smollm2_gguf)
-    assert "MiB); kept as int4, int8\n" in kept
+    assert "MiB); kept as 4-bit codes (int4), 8-bit codes (int8)\n" in kept
     assert re.search(r"memory +weights 92\.\d MiB in int4, int8 and (bfloat16|float32), cache", kept)
 
 

@@ -48,8 +48,10 @@ class Score:
         return float(torch.tensor(self.loss, dtype=torch.float64, device="cpu").exp())
 
     def __repr__(self) -> str:
-        moved = f", dloss={self.dloss:+.4f}, se={self.se:.2g}, kl={self.kl:.4g}, top1={self.top1:.4f}"
-        return f"Score(loss={self.loss:.4f}, perplexity={self.perplexity:.4g}{'' if self.dloss is None else moved})"
+        moved = ""
+        if self.dloss is not None:
+            moved = f", dloss={self.dloss:+.4f} ± {self.se:.2g}, kl={self.kl:.4g}, top1={self.top1:.4f}"
+        return f"Score(loss={self.loss:.4f}, perplexity={self.perplexity:.4g}{moved})"
 
 
 def score(model: Llama, ids: Ids, against: Score | None = None) -> Score:

@@ -46,7 +46,8 @@ def test_change_against_float64() -> None:
     assert changed.top1 == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).mean(), abs=1e-12)
     assert 0 < changed.top1 < 1
     assert repr(changed).startswith(f"Score(loss={changed.loss:.4f}, perplexity=")
-    assert f"dloss={changed.dloss:+.4f}" in repr(changed)
+    assert f"dloss={changed.dloss:+.4f} ± {changed.se:.2g}, kl=" in repr(changed)
+    assert repr(base) == f"Score(loss={base.loss:.4f}, perplexity={base.perplexity:.4g})"
 
 
 def test_the_same_model_costs_nothing() -> None:

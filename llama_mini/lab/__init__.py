@@ -15,6 +15,7 @@ _HOME = {  # no module has a function's name: importing the module would hide th
     "ablate": "ablation",
     "skip_layers": "ablation",
     "move": "moving",
+    "insert": "inserting",
     "fold": "folding",
     "center": "folding",
     "doctor": "diagnosis",

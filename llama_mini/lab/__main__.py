@@ -57,11 +57,13 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     edit = add("edit", "measure the cost of editing norms", model, text)
     add("skip", "measure the cost of skipping each layer", model, text, picture)
     move = add("move", "measure the cost of moving norms to another slot", model, text)
+    insert = add("insert", "measure the cost of new norms in empty slots", model, text)
     fold = add("fold", "fold gains into the weights that read them, and compare", model, text)
     for command, pattern in (
         (ablate, LAYER_NORMS),
         (edit, LAYER_NORMS),
         (move, "layers.*.feed_forward.pre_norm"),
+        (insert, "layers.*.*.out_norm"),
     ):
         command.add_argument(
             "pattern", nargs="?", default=pattern, help="norms, such as layers.0-3.*.*,norm; default: %(default)s"
@@ -71,7 +73,11 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         what = f"such as eps=1e-3 kind=layer or freeze=median keep=massive; default: {default}"
         command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=what)
     move.add_argument("--to", default="out", metavar="SLOT", help="pre, mid, out or post; default: %(default)s")
-    for command in (move, fold):
+    gain = "lstsq (default): the gains that change the function least, fitted on the text; one: all gains 1"
+    insert.add_argument("--gain", choices=["lstsq", "one"], default="lstsq", help=gain)
+    norm = """settings of the norms as in a plan, such as '{"kind": "layer"}'; default: RMSNorm"""
+    insert.add_argument("--norm", default="{}", metavar="JSON", help=norm)
+    for command in (move, insert, fold):
         command.add_argument("--save", type=Path, metavar="DIR", help="write the new model to this folder")
 
     predict = add("predict", "predict second moments, gradients and angles of a plan at random init", picture)

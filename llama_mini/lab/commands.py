@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_mini import lab
 from llama_mini.checkpoint.io.atomic import check_new, new_directory
+from llama_mini.checkpoint.io.files import decode_json
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.command_io import captured, checkpoint, read_ids, read_model, read_settings, scores, show
@@ -20,6 +21,7 @@ from llama_mini.lab.table import Table
 from llama_mini.lab.theory import Profile
 from llama_mini.lab.tour import tour
 from llama_mini.model.llama import Llama
+from llama_mini.model.norm_slots import NormSpec, known_keys
 from llama_mini.tokenizer.tokenizer import open_tokenizer
 
 WIDTHS = {"en": 100, "ko": 55}  # a Korean letter is two columns wide
@@ -90,18 +92,27 @@ def _check_finite(rows: Table[Any]) -> None:
 
 
 def _move(args: argparse.Namespace) -> None:
-    _rebuild(args, lambda model: lab.move(model, args.pattern, to=args.to), f"moved to {args.to}")
+    _rebuild(args, lambda model, _: lab.move(model, args.pattern, to=args.to), f"moved to {args.to}")
+
+
+def _insert(args: argparse.Namespace) -> None:
+    try:
+        norm = NormSpec(**known_keys(decode_json(args.norm), NormSpec, "--norm"))
+    except ValueError as error:
+        raise RequestError(f'--norm {error}; write it as in a plan, such as {{"kind": "layer"}}') from None
+    _rebuild(args, lambda model, ids: lab.insert(model, args.pattern, ids, args.gain, norm), "with new norms")
 
 
 def _fold(args: argparse.Namespace) -> None:
-    _rebuild(args, lambda model: lab.fold(model, args.pattern), "folded")
+    _rebuild(args, lambda model, _: lab.fold(model, args.pattern), "folded")
 
 
-def _rebuild(args: argparse.Namespace, rebuild: Callable[[Llama], Llama], name: str) -> None:
+def _rebuild(args: argparse.Namespace, rebuild: Callable[[Llama, list[list[int]]], Llama], name: str) -> None:
     if args.save is not None:
         check_new(args.save)
     model, tokenizer = read_model(args)
-    new, ids = rebuild(model), read_ids(tokenizer, args)
+    ids = read_ids(tokenizer, args)
+    new = rebuild(model, ids)
     _compare(args, lab.score(model, ids), new, ids, name)
     if args.save is not None:
         with new_directory(args.save) as folder:  # so that it has all or nothing
@@ -178,6 +189,6 @@ def _race(args: argparse.Namespace) -> None:
     show(args, race.table(), lambda: plan_figures.race_picture(race))
 
 
-_OF_A_CHECKPOINT = (_norms, _doctor, _capture, _ablate, _edit, _skip, _move, _fold, _report, _tour)
+_OF_A_CHECKPOINT = (_norms, _doctor, _capture, _ablate, _edit, _skip, _move, _insert, _fold, _report, _tour)
 _OF_A_PLAN = (_predict, _init, _sweep, _race)
 COMMANDS = {command.__name__[1:]: command for command in (*_OF_A_CHECKPOINT, *_OF_A_PLAN)}

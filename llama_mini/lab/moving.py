@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +12,14 @@ from llama_mini.errors import RequestError
 from llama_mini.lab.paths import select, slot_width
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
+from llama_mini.model.norm import Norm
 from llama_mini.model.norm_plan import BRANCHES
-from llama_mini.model.norm_slots import HEAD_SLOTS
+from llama_mini.model.norm_slots import HEAD_SLOTS, NormSpec
 from llama_mini.validate import check_choice
 
+Placed = tuple[NormSpec | None, nn.Module]  # what a slot gets: its plan, and the module whose parameters it takes over
 _TARGETS = ("pre", "mid", "out", "post")
+_OUTSIDE = {"embed_norm": "embed", "norm": "final"}  # slot outside the layers -> its name in the plan
 
 
 def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
@@ -31,17 +35,11 @@ def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
     """
     check_choice("slot to move to", to, _TARGETS, RequestError)
     check_plain(model)
-    config, n_layers = model.config, model.config.n_layers
-    branches = {
-        f"layers.{i}.{name}": branch
-        for i in range(n_layers)
-        for name, branch in zip(BRANCHES, config.norm_plan.layer(i), strict=True)
-    }
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    config, norms = model.config, dict[str, Placed]()
     for path in select(model, pattern):
         at, _, slot = path.rpartition(".")
-        slot = slot.removesuffix("_norm")
-        if at not in branches:
+        slot, target = slot.removesuffix("_norm"), f"{at}.{to}_norm"
+        if not at:
             raise RequestError(f"{path} is outside the layers and cannot be moved; give norms of layers.*")
         if slot in HEAD_SLOTS:
             raise RequestError(f"{path} acts on heads and cannot be moved; leave q, k and v norms out")
@@ -49,18 +47,46 @@ def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
             raise RequestError(f"{path} is read by both branches of a parallel layer and cannot be moved; leave it out")
         if slot == to:
             raise RequestError(f"{path} is already in the slot {to}; leave it out")
-        if getattr(branches[at], to) is not None:
-            raise RequestError(f"{at}.{to}_norm is taken, so {path} cannot move there; move that norm first")
-        width, new_width = slot_width(config, path), slot_width(config, f"{at}.{to}_norm")
+        if target in norms or isinstance(model.get_submodule(target), Norm):
+            raise RequestError(f"{target} is taken, so {path} cannot move there; move that norm first")
+        width, new_width = slot_width(config, path), slot_width(config, target)
         if width != new_width:
             raise RequestError(
                 f"{path} is {width} wide and the {to} slot of its branch {new_width}; choose a slot of its width"
             )
-        branches[at] = replace(branches[at], **{slot: None, to: getattr(branches[at], slot)})
-        for name, _ in model.get_submodule(path).named_parameters():
-            parameters[f"{at}.{to}_norm.{name}"] = parameters.pop(f"{path}.{name}")
-    layers = [(branches[f"layers.{i}.attention"], branches[f"layers.{i}.feed_forward"]) for i in range(n_layers)]
-    return rebuilt(model, replace(config, norm_plan=config.norm_plan.with_layers(layers)), parameters)
+        norms |= {path: (None, nn.Identity()), target: (spec_at(config, path), model.get_submodule(path))}
+    return with_norms(model, norms)
+
+
+def with_norms(model: Llama, norms: Mapping[str, Placed]) -> Llama:
+    """A new model with these norms in its slots, and a plan that says so; it shares all other parameters."""
+    plan, parameters = model.config.norm_plan, dict(model.named_parameters(remove_duplicate=False))
+    layers = [dict(zip(BRANCHES, plan.layer(i), strict=True)) for i in range(model.config.n_layers)]
+    for path, (spec, norm) in norms.items():
+        layer, branch, slot = _place(path)
+        change: dict[str, Any] = {slot: spec}
+        if branch:
+            layers[layer][branch] = replace(layers[layer][branch], **change)
+        else:
+            plan = replace(plan, **change)
+        parameters = {name: p for name, p in parameters.items() if not name.startswith(f"{path}.")}
+        parameters |= {f"{path}.{name}": parameter for name, parameter in norm.named_parameters()}
+    plan = plan.with_layers([(branches["attention"], branches["feed_forward"]) for branches in layers])
+    return rebuilt(model, replace(model.config, norm_plan=plan), parameters)
+
+
+def spec_at(config: LlamaConfig, path: str) -> NormSpec | None:
+    """The norm that the plan has in the slot at `path`; None for an empty one."""
+    layer, branch, slot = _place(path)
+    return getattr(config.norm_plan.layer(layer)[BRANCHES.index(branch)] if branch else config.norm_plan, slot)
+
+
+def _place(path: str) -> tuple[int, str, str]:
+    """Layer, branch and slot as the plan names them; the embed and final slots have no branch."""
+    if path in _OUTSIDE:
+        return 0, "", _OUTSIDE[path]
+    _, layer, branch, slot = path.split(".")
+    return int(layer), branch, slot.removesuffix("_norm")
 
 
 def rebuilt(model: Llama, config: LlamaConfig, parameters: Mapping[str, nn.Parameter]) -> Llama:

@@ -35,6 +35,7 @@ ON_A_TEXT = {
     "edit": ["layers.0.*.pre_norm", "eps=1e-3", "gain=scale:0.5"],
     "skip": [],
     "move": ["layers.*.feed_forward.pre_norm", "--to", "out"],
+    "insert": [],
     "fold": [],
 }
 OF_A_PLAN = {
@@ -128,7 +129,20 @@ def test_a_moved_model_is_saved(model: list[str], tmp_path: Path, capsys: pytest
     assert {row.slot for row in moved if "feed_forward" in row.path} == {"out_norm"}
 
 
-@pytest.mark.parametrize("command", ["move", "fold"])
+def test_an_inserted_norm_is_the_one_that_was_asked_for(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["insert", "layers.0.attention.out_norm", "--gain", "one", *model, *TEXT]
+    out([*words, "--norm", '{"kind": "layer", "eps": 0.5}', "--save", str(tmp_path / "new")], capsys)
+    rows = {row.path: row for row in lab.norms(Llama.from_pretrained(tmp_path / "new"))}
+    new = rows["layers.0.attention.out_norm"]
+    assert (new.kind, new.eps, new.min, new.max) == ("layer", 0.5, 1.0, 1.0)
+    for wrong, message in (("{kind}", "--norm is not JSON"), ('{"kin": 1}', "unknown kin; known:"), ("3", "an object")):
+        assert main([*words, "--norm", wrong]) in (2, 3)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["move", "insert", "fold"])
 def test_a_saved_model_has_its_tokenizer(
     command: str, model: list[str], tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

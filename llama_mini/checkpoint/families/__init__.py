@@ -4,11 +4,10 @@ from collections.abc import Mapping
 
 from llama_mini.checkpoint.families.elsewhere import ELSEWHERE
 from llama_mini.checkpoint.families.family import Family
-from llama_mini.checkpoint.families.gemma import GEMMAS
 from llama_mini.checkpoint.families.pre import PRE
 from llama_mini.checkpoint.keys import KeyTable
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*PRE, *ELSEWHERE, *GEMMAS)}
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*PRE, *ELSEWHERE)}
 OWN = "llama_mini"  # the model_type of a model that no family describes; it is saved under our own names
 KNOWN = (*FAMILIES, OWN)
 # Models of images and text whose text part, in `text_config`, is a family and computes text as that does alone.

@@ -1,4 +1,4 @@
-"""The families whose norms sit elsewhere or are of another kind: OLMo, EXAONE, GLM-4 and others.
+"""The families whose norms sit elsewhere or are of another kind: OLMo, EXAONE, GLM-4, Gemma and others.
 
 Source of the defaults and of what each key means: the configuration and modeling files of transformers 5.23.
 """
@@ -15,6 +15,7 @@ from llama_mini.checkpoint.families.family import (
     TIED,
     USE_BIAS,
     Family,
+    Settings,
     defaults,
     norms,
 )
@@ -34,6 +35,29 @@ _COHERE = Family(
     interleaved=True,
     theta=500_000.0,
     defaults=defaults(1e-5, 8192, logit_scale=0.0625, **TIED),
+)
+_GEMMA_NORM = NormSpec(gain="1+w", cast="late")  # and norms on both sides of a branch from Gemma 2 on
+_GEMMA3_SETTINGS: Settings = {
+    **ATTENTION_BIAS,
+    "query_pre_attn_scalar": ("attention_scale", -0.5),
+    "final_logit_softcapping": "logit_softcap",
+}
+_GEMMA2 = Family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    modules=keys.GEMMA_NORMS | keys.OUT_NORMS,
+    norms=norms("pre out", _GEMMA_NORM),
+    settings={**_GEMMA3_SETTINGS, "attn_logit_softcapping": "attention_softcap"},
+    activation="hidden_activation",
+    constants={"hidden_act": ("gelu_pytorch_tanh",)},  # transformers does not read it
+    scaled_embedding=True,
+    window="listed",
+    pattern=(2, 1),
+    defaults={
+        **defaults(1e-6, 8192, 4, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, **TIED),
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
 )
 
 ELSEWHERE = (
@@ -141,5 +165,39 @@ ELSEWHERE = (
         pattern=(4, 3),
         unrotated="full",
         defaults={**_COHERE.defaults, "sliding_window": 4096},
+    ),
+    Family(
+        "gemma",
+        "GemmaForCausalLM",
+        norms=norms("pre", _GEMMA_NORM),
+        settings=ATTENTION_BIAS,
+        # "gelu" means gelu_pytorch_tanh here: transformers' GemmaConfig
+        constants={"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": ("gelu_pytorch_tanh",)},
+        fixed={"activation": "gelu_tanh"},
+        activation=None,
+        scaled_embedding=True,
+        defaults=defaults(1e-6, 8192, 16, head_dim=256, **TIED),
+    ),
+    _GEMMA2,
+    replace(
+        _GEMMA2,
+        model_type="vaultgemma",
+        architecture="VaultGemmaForCausalLM",
+        modules=keys.GEMMA_NORMS,
+        norms=norms("pre", _GEMMA_NORM),
+    ),
+    replace(
+        _GEMMA2,
+        model_type="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        modules=keys.GEMMA_NORMS | keys.OUT_NORMS | keys.QK_NORMS,
+        norms=norms("pre out", _GEMMA_NORM, qk="head"),
+        settings=_GEMMA3_SETTINGS,
+        theta=1_000_000.0,
+        two_ropes=True,
+        sliding_theta=10_000.0,
+        pattern=(6, 5),
+        sizes=(2304, 9216, 26, 8, 262_208),
+        defaults={**_GEMMA2.defaults, "max_position_embeddings": 131_072, "final_logit_softcapping": None},
     ),
 )

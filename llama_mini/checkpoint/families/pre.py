@@ -1,4 +1,4 @@
-"""The families with LLaMA's placement: a norm before each branch. For Gemma's see gemma.py.
+"""The families with LLaMA's placement: a norm before each branch. Gemma's is in elsewhere.py.
 
 Source of the defaults and of what each key means: the configuration and modeling files of transformers 5.23.
 """

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_mini.errors import ConfigError, warn
+from llama_mini.errors import ConfigError, LlamaMiniError, warn
 from llama_mini.validate import is_whole, short_repr
 
 if TYPE_CHECKING:  # it imports torch, which a tokenizer does not need
@@ -58,16 +58,21 @@ def with_missing_ids(config: "LlamaConfig", raw: Mapping[str, Any]) -> "LlamaCon
 
 def gguf_special_ids(metadata: Mapping[str, Any], vocab_size: int, path: Path) -> dict[str, Any]:
     """The fields of a LlamaConfig, from a GGUF file's metadata. Raises ConfigError."""
-    bos, eos, pad = (_gguf_id(metadata, name, vocab_size, path) for name in ("bos", "eos", "padding"))
+    names = ("bos", "eos", "padding")
+    bos, eos, pad = (gguf_token_id(metadata, name, vocab_size, path, ConfigError) for name in names)
     return {"bos_id": bos, "eos_ids": () if eos is None else (eos,), "pad_id": pad}
 
 
-def _gguf_id(metadata: Mapping[str, Any], name: str, vocab_size: int, path: Path) -> int | None:
+def gguf_token_id(
+    metadata: Mapping[str, Any], name: str, vocab_size: int, path: Path, error: type[LlamaMiniError]
+) -> int | None:
+    """The id that a GGUF file states. One outside the vocabulary is ignored with a warning, as llama.cpp does."""
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
-    if value is not None and not is_whole(value):
-        raise ConfigError(f"{key} must be a whole number, not {short_repr(value)}")
-    if value is None or 0 <= value < vocab_size:
+    if value is None or (is_whole(value) and 0 <= value < vocab_size):
         return value
-    warn(f"{path}: {key} must be a token from 0 to {vocab_size - 1}, not {value}; ignored")  # as llama.cpp does
+    problem = f"{key} must be a token from 0 to {vocab_size - 1}, not {short_repr(value)}"
+    if not is_whole(value):
+        raise error(problem)
+    warn(f"{path}: {problem}; ignored")
     return None

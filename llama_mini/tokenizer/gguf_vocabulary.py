@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader
-from llama_mini.checkpoint.special_ids import END_TOKENS
-from llama_mini.errors import TokenizerError, warn
+from llama_mini.checkpoint.special_ids import END_TOKENS, gguf_token_id
+from llama_mini.errors import TokenizerError, errors_about, warn
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 from llama_mini.tokenizer.pre_tokenizers import ADD_BOS, IGNORE_MERGES, PRE_TOKENIZERS
 from llama_mini.tokenizer.tokenizer_json import (
@@ -239,17 +239,11 @@ class GGUFVocabulary:
         return numbers
 
     def _token_id(self, name: str) -> int | None:
-        value = self._get(f"{name}_token_id")
-        if type(value) is int and 0 <= value < len(self._tokens):
-            return value
-        if value is not None:
-            problem = f"must be a token from 0 to {len(self._tokens) - 1}, not {short_repr(value)}"
-            fault = self._fault(f"{name}_token_id", problem)
-            if type(value) is not int:
-                raise fault
-            warn(f"{fault}; ignored")
+        n_tokens = len(self._tokens)
+        with errors_about(self.path):
+            id = gguf_token_id(self._metadata, name, n_tokens, self.path, TokenizerError)
         usual, type_ = _USUAL_IDS.get(name, (0, 0))
-        return usual if self.is_sentencepiece and self._types[usual : usual + 1] == [type_] else None
+        return usual if id is None and self.is_sentencepiece and self._types[usual : usual + 1] == [type_] else id
 
     @property
     def _pre(self) -> str:

@@ -99,7 +99,7 @@ REFUSED = {
     "no heads": ({"llama.attention.head_count": 0}, ConfigError, "n_heads must be .* not 0"),
     "text": ({"llama.embedding_length": "32"}, ConfigError, "dim must be .* not '32'"),
     "vocabulary": ({"llama.vocab_size": 300}, ConfigError, "vocab_size is 300, but token_embd.weight has 263 rows"),
-    "token": ({"tokenizer.ggml.bos_token_id": "a"}, ConfigError, "bos_token_id must be a whole number, not 'a'"),
+    "token": ({"tokenizer.ggml.bos_token_id": "a"}, ConfigError, "bos_token_id must be a token from 0 to .*, not 'a'"),
 }
 
 

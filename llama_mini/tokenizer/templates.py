@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import cache
 
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.config_files import NAMED
@@ -14,7 +15,7 @@ class Templates:
 
     def __init__(self, templates: Mapping[str, str]) -> None:
         self._templates = templates
-        self._read: dict[str, tuple[list[str], str]] = {}
+        self._read_by = cache(read_by)
 
     def choose(self, wanted: object, tools: bool) -> str:
         """The template that is wanted, by name or itself as Jinja text; else the usual one."""
@@ -45,11 +46,6 @@ class Templates:
     def all_variables(self) -> frozenset[str]:
         usual = (self._templates.get(name) for name in ("default", "tool_use"))
         return frozenset().union(*(self.variables(template) for template in usual if template is not None))
-
-    def _read_by(self, template: str) -> tuple[list[str], str]:
-        if template not in self._read:
-            self._read[template] = read_by(template)
-        return self._read[template]
 
     def _known(self) -> str:
         return join_names(map(repr, self._templates))

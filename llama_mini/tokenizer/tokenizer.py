@@ -40,6 +40,9 @@ class Tokenizer(TransformersNames):
     eos_ids: all ids that end a text: those where transformers' generate stops (generation_config.json, or else
         config.json), the eos_token of tokenizer_config.json (in many chat models the end of a turn), and those of the
         vocabulary (LLaMA 3's end_of_text, eom and eot). A GGUF model stops where it stops in llama.cpp.
+    eos_id: the eos_token that the checkpoint names, one of `eos_ids`; None if it names none.
+    control_ids: those of special tokens, and of words that look like markers: a user's message never becomes them.
+    strips_space: whether decoding drops the space at the start of a text that encoding added (SentencePiece).
     vocab_size: the highest id of the vocabulary plus one; a model may have more rows.
     kind: a description for people: "tokenizer.json", "tekken.json", "tiktoken", "SentencePiece", "GGUF SentencePiece".
 
@@ -58,9 +61,10 @@ class Tokenizer(TransformersNames):
         self.chat_template = templates.get("default")  # the text of the checkpoint's template; None if it has none
         self.vocab_size = backend.vocab_size
         self._model_vocab_size = max(files.model_vocab_size, backend.vocab_size)
-        bos, self._eos_id = self._named_id("bos_token"), self._named_id("eos_token")
+        self.strips_space, self.control_ids = backend.strips_space, frozenset(backend.control_ids.values())
+        bos, self.eos_id = self._named_id("bos_token"), self._named_id("eos_token")
         self.bos_id = bos if bos is not None else next(iter(backend.frame[0]), files.bos_id)
-        named = [] if self._eos_id is None else [self._eos_id]
+        named = [] if self.eos_id is None else [self.eos_id]
         self.eos_ids = backend.eos_ids | frozenset(files.eos_ids) | frozenset(named)
 
     @classmethod
@@ -136,26 +140,11 @@ class Tokenizer(TransformersNames):
             return b""
         return self._backend.token_bytes(id)
 
-    @property
-    def control_ids(self) -> frozenset[int]:
-        """The ids of special tokens, and of words that look like markers: a user's message never becomes them."""
-        return frozenset(self._backend.control_ids.values())
-
     @cached_property
     def special_tokens(self) -> Mapping[str, int]:
         """Text -> id of the tokens that decoding leaves out, the longest text first."""
         ids = {text: id for text, id in self._backend.control_ids.items() if text and id in self._backend.special_ids}
         return {text: ids[text] for text in sorted(ids, key=len, reverse=True)}
-
-    @property
-    def strips_space(self) -> bool:
-        """Whether decoding drops the space at the start of a text that encoding added (SentencePiece)."""
-        return self._backend.strips_space
-
-    @property
-    def eos_id(self) -> int | None:
-        """The eos_token that the checkpoint names, one of `eos_ids`; None when it names none."""
-        return self._eos_id
 
     @property
     def has_chat_template(self) -> bool:

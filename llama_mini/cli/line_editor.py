@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from llama_mini.cli.streams import as_text, check_whole_line, typed_text
 from llama_mini.errors import RequestError
@@ -19,20 +19,12 @@ CONTINUED = "... "
 LINE = "a line of standard input"
 
 
-class Reader(Protocol):
-    """Reads texts from the user; `help` says how to type several lines."""
+def open_reader(completions: Iterable[str]) -> "Reader":
+    """prompt-toolkit's editor if there is a terminal and it is installed, else plain lines.
 
-    help: str
-
-    def read(self, draft: str) -> str:
-        """The next text. An editor begins with `draft`.
-
-        Raises EOFError at the end of input, KeyboardInterrupt for Ctrl-C on an empty line.
-        """
-
-
-def open_reader(completions: Iterable[str]) -> Reader:
-    """prompt-toolkit's editor if there is a terminal and it is installed, else plain lines."""
+    Of both, `help` says how to type several lines, and `read` gives the next text; the editor begins with a draft. It
+    raises EOFError at the end of input, KeyboardInterrupt for Ctrl-C on an empty line.
+    """
     if sys.stdin.isatty() and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         with suppress(ImportError):
             return Editor(completions)
@@ -120,6 +112,9 @@ class Editor:
 
     def read(self, draft: str) -> str:
         return self._session.prompt(default=draft)
+
+
+Reader = Lines | Editor
 
 
 def _history() -> "tuple[History, str]":

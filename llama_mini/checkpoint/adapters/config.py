@@ -5,7 +5,7 @@ Sources: LoraConfig of PEFT 0.21, CONFIG_DEFAULTS of mlx-lm 0.32.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,32 +96,23 @@ def _peft(raw: Mapping[str, Any]) -> AdapterConfig:
         if raw.get(key) not in allowed:
             raise ConfigError(f"{key} is {short_repr(raw[key])}, which is not implemented; {_LORA}")
     warn_unknown(ADAPTER_CONFIG, raw.keys() - _READ - _IGNORED - _REFUSED.keys())
-    flags = {key: raw.get(key, False) for key in ("use_rslora", "use_dora")}
-    for key, flag in flags.items():
-        check_flag(key, flag, ConfigError)
-    rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
-    check_whole("r", rank, ConfigError, 1, _MAX_RANK)
-    check_number("lora_alpha", alpha, ConfigError, -LARGEST, LARGEST)
+    for key in ("use_rslora", "use_dora"):
+        check_flag(key, raw.get(key, False), ConfigError)
     tokens = raw.get("trainable_token_indices", {})
     tokens = {"embed_tokens": tokens} if isinstance(tokens, list) else tokens
     ids = list(tokens.values()) if isinstance(tokens, Mapping) else [None]
     if not all(isinstance(each, list) and all(map(is_token, each)) for each in ids):
         raise ConfigError(f"trainable_token_indices must be lists of token ids, not {short_repr(tokens)}")
-    ranks, alphas = _patterns(raw, "rank_pattern"), _patterns(raw, "alpha_pattern")
-    for _, value in ranks:
-        check_whole("a rank of rank_pattern", value, ConfigError, 1, _MAX_RANK)
-    for _, value in alphas:
-        check_number("a number of alpha_pattern", value, ConfigError, -LARGEST, LARGEST)
     return AdapterConfig(
-        kind="DoRA" if flags["use_dora"] else "LoRA",
+        kind="DoRA" if raw.get("use_dora") else "LoRA",
         base=_text(raw, "base_model_name_or_path"),
         revision=None if raw.get("revision") == "unsloth" else _text(raw, "revision"),  # Unsloth writes it
         is_mlx=False,
-        rank=rank,
-        alpha=alpha,
-        ranks=ranks,
-        alphas=alphas,
-        by_root=flags["use_rslora"],
+        rank=_rank("r", raw.get("r", 8)),
+        alpha=_alpha("lora_alpha", raw.get("lora_alpha", 8)),
+        ranks=_patterns(raw, "rank_pattern", _rank),
+        alphas=_patterns(raw, "alpha_pattern", _alpha),
+        by_root=raw.get("use_rslora", False),
         token_ids=tokens,
     )
 
@@ -133,10 +124,6 @@ def _mlx(raw: Mapping[str, Any]) -> AdapterConfig:
     settings = raw.get("lora_parameters", {})
     if not isinstance(settings, Mapping):
         raise ConfigError(f"lora_parameters must be an object, not {short_repr(settings)}")
-    rank: Any = 1 if kind == "full" else settings.get("rank")
-    scale: Any = 1.0 if kind == "full" else settings.get("scale")
-    check_whole("lora_parameters.rank", rank, ConfigError, 1, _MAX_RANK)
-    check_number("lora_parameters.scale", scale, ConfigError, -LARGEST, LARGEST)
     # Before 0.15, mlx-lm multiplied by alpha / rank. Files that say num_layers are later, and alpha is without effect.
     known = {"rank", "scale", "dropout", "keys", *(["alpha"] if "num_layers" in raw else [])}
     warn_unknown(f"{ADAPTER_CONFIG}: lora_parameters", settings.keys() - known)
@@ -144,10 +131,20 @@ def _mlx(raw: Mapping[str, Any]) -> AdapterConfig:
         kind={"lora": "LoRA", "dora": "DoRA", "full": "weights"}[kind],
         base=_text(raw, "model"),
         is_mlx=True,
-        rank=rank,
-        alpha=scale,
+        rank=1 if kind == "full" else _rank("lora_parameters.rank", settings.get("rank")),
+        alpha=1.0 if kind == "full" else _alpha("lora_parameters.scale", settings.get("scale")),
         token_ids={},
     )
+
+
+def _rank(key: str, value: Any) -> int:
+    check_whole(key, value, ConfigError, 1, _MAX_RANK)
+    return value
+
+
+def _alpha(key: str, value: Any) -> float:
+    check_number(key, value, ConfigError, -LARGEST, LARGEST)
+    return value
 
 
 def _text(raw: Mapping[str, Any], key: str) -> str | None:
@@ -156,14 +153,16 @@ def _text(raw: Mapping[str, Any], key: str) -> str | None:
     return value or None
 
 
-def _patterns(raw: Mapping[str, Any], key: str) -> Patterns:
-    """Regular expressions for the end of a module's name."""
+def _patterns(raw: Mapping[str, Any], key: str, checked: Callable[[str, Any], Any]) -> Patterns:
+    """Regular expressions for the end of a module's name, with their values."""
     values = raw.get(key, {})
     if not isinstance(values, Mapping):
         raise ConfigError(f"{key} must be an object, not {short_repr(values)}")
-    for pattern in values:
+    patterns = []
+    for pattern, value in values.items():
         compile_pattern(key, pattern, ConfigError, repetitions=3)
-    return tuple((re.compile(rf"(?:.*\.)?(?:{pattern})"), value) for pattern, value in values.items())
+        patterns.append((re.compile(rf"(?:.*\.)?(?:{pattern})"), checked(f"a number of {key}", value)))
+    return tuple(patterns)
 
 
 def _matching(patterns: Patterns, module: str, default: Any) -> Any:

@@ -61,7 +61,7 @@ def test_scales(tmp_path: Path) -> None:
             r"lora_alpha must be a finite number from -1000000000\.0 to 1000000000\.0, not 1",
         ),
         (PEFT | {"use_dora": 1}, "use_dora must be true or false, not 1"),
-        (PEFT | {"rank_pattern": {"q": -1}}, "a rank of rank_pattern must be a whole number"),
+        (PEFT | {"rank_pattern": {"q": -1}}, "a number of rank_pattern must be a whole number"),
         (PEFT | {"alpha_pattern": {"q": None}}, "a number of alpha_pattern must be a finite number"),
         (PEFT | {"alpha_pattern": ["q"]}, "alpha_pattern must be an object"),
         (PEFT | {"alpha_pattern": {"q(": 1}}, "alpha_pattern: .* is a broken pattern: missing"),

@@ -117,5 +117,4 @@ def save_model(model: nn.Module, path: Path) -> None:
             directory / SINGLE,
             ((name, p.dtype, tuple(p.shape)) for name, p in shapes),
             (p.cpu().contiguous() for _, p in rows_for_file(parameters.items(), raw["model_type"], config)),
-            {"format": "pt"},
         )

@@ -65,7 +65,7 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None, ad
     with new_directory(target) as folder:
         write_json(folder / "config.json", hf_config)
         write_files(folder, {GENERATION: special_ids(config)} | tokenizer)
-        write_file(folder / SINGLE, entries, tensors(), {"format": "pt"})
+        write_file(folder / SINGLE, entries, tensors())
 
 
 def write_files(folder: Path, files: dict[str, Any]) -> None:

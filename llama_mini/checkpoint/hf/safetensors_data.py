@@ -147,10 +147,7 @@ def _fill(path: Path, chunks: list[Chunk]) -> None:
 
 
 def write_file(
-    path: Path,
-    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
-    tensors: Iterator[Tensor],
-    metadata: Mapping[str, str],
+    path: Path, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], tensors: Iterator[Tensor]
 ) -> None:
     """Writes the header, then `tensors` in the order of `entries`, with only one in memory at a time.
 
@@ -161,7 +158,7 @@ def write_file(
         ValueError: `tensors` do not match `entries`.
     """
     entries = list(entries)
-    header = _header_bytes(entries, metadata)
+    header = _header_bytes(entries)
     n_bytes = len(header) + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in entries)
     try:
         with path.open("wb") as file:
@@ -183,8 +180,8 @@ def write_file(
         ) from None
 
 
-def _header_bytes(entries: list[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {METADATA: dict(metadata)}
+def _header_bytes(entries: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    header: dict[str, Any] = {METADATA: {"format": "pt"}}
     end = 0
     for name, dtype, shape in entries:
         if name in header:

@@ -35,7 +35,7 @@ def random_tensors(seed: int = 0) -> dict[str, Tensor]:
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
     entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_file(path, entries, iter(tensors.values()), {"format": "pt"})
+    write_file(path, entries, iter(tensors.values()))
 
 
 def read_whole(found: Iterable[SafetensorsTensor]) -> Iterator[tuple[SafetensorsTensor, Tensor]]:
@@ -191,14 +191,14 @@ def test_transformers_reads_what_is_written(tmp_path: Path, tiny_dir: Path) -> N
 def test_tensors_that_were_not_announced_are_refused(tmp_path: Path, tensors: list[Tensor], message: str) -> None:
     entries = [("a", torch.float32, (2, 3)), ("b", torch.float32, (4,))]
     with pytest.raises(ValueError, match=message):
-        write_file(tmp_path / "model.safetensors", entries, iter(tensors), {})
+        write_file(tmp_path / "model.safetensors", entries, iter(tensors))
 
 
 @pytest.mark.parametrize("name", ["a", "__metadata__"])
 def test_a_name_is_announced_once(tmp_path: Path, name: str) -> None:
     entries = [("a", torch.float32, (1,)), (name, torch.float32, (1,))]
     with pytest.raises(ValueError, match=f"the name {name} is announced twice or is reserved"):
-        write_file(tmp_path / "model.safetensors", entries, iter([torch.zeros(1)] * 2), {})
+        write_file(tmp_path / "model.safetensors", entries, iter([torch.zeros(1)] * 2))
 
 
 @pytest.mark.parametrize("n", [1, 10**6])
@@ -239,7 +239,7 @@ def peak():  # getrusage would count the process that this one was forked from
 entries = [(str(i), torch.float32, (2**23,)) for i in range(6)]  # 32 MiB each
 tensors = (torch.full((2**23,), float(i)) for i in range(6))
 before = peak()
-write_file(Path(sys.argv[1]), entries, tensors, {})
+write_file(Path(sys.argv[1]), entries, tensors)
 print((peak() - before) // 1024)
 """
     path = tmp_path / "model.safetensors"

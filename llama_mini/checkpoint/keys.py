@@ -28,15 +28,8 @@ def hugging_face_keys(modules: Mapping[str, str]) -> KeyTable:
     return names
 
 
-_PROJECTIONS = {
-    "self_attn.q_proj": "attention.q_proj",
-    "self_attn.k_proj": "attention.k_proj",
-    "self_attn.v_proj": "attention.v_proj",
-    "self_attn.o_proj": "attention.o_proj",
-    "mlp.gate_proj": "feed_forward.gate_proj",
-    "mlp.up_proj": "feed_forward.up_proj",
-    "mlp.down_proj": "feed_forward.down_proj",
-}
+_PROJECTIONS = {f"self_attn.{part}_proj": f"attention.{part}_proj" for part in "qkvo"}
+_PROJECTIONS |= {f"mlp.{part}_proj": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")}
 PRE_NORMS = {
     "input_layernorm": "attention.pre_norm",
     "post_attention_layernorm": "feed_forward.pre_norm",  # despite its name

@@ -30,24 +30,18 @@ MAX_BIAS = 1e30  # larger than any logit, and the sum of both is finite in float
 MAX_SEQUENCES = 16384  # vLLM's limit: all answers to a prompt are held in memory before the first one runs
 MINUS_ONE_IS_UNSET = ("top_k", "seed", "max_tokens")  # as vLLM, llama.cpp and LM Studio write it
 
-ALIASES = {  # names in transformers, OpenAI, llama.cpp, Ollama, lm-eval and Meta's llama3 -> the field here
-    "max_new_tokens": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "n_predict": "max_tokens",
-    "num_predict": "max_tokens",
-    "max_gen_toks": "max_tokens",
-    "max_gen_len": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "temp": "temperature",
-    "random_seed": "seed",
-    "repeat_penalty": "repetition_penalty",
-    "num_return_sequences": "n",
-    "eos_token_id": "stop_token_ids",
-    "stop_strings": "stop",
-    "stop_sequences": "stop",
-    "until": "stop",
-    "logprobs": "top_logprobs",
+_OTHER_NAMES = {  # in transformers, OpenAI, llama.cpp, Ollama, lm-eval and Meta's llama3
+    "max_tokens": "max_new_tokens max_completion_tokens n_predict num_predict max_gen_toks max_gen_len",
+    "min_tokens": "min_new_tokens",
+    "temperature": "temp",
+    "seed": "random_seed",
+    "repetition_penalty": "repeat_penalty",
+    "n": "num_return_sequences",
+    "stop_token_ids": "eos_token_id",
+    "stop": "stop_strings stop_sequences until",
+    "top_logprobs": "logprobs",
 }
+ALIASES = {alias: field for field, aliases in _OTHER_NAMES.items() for alias in aliases.split()}
 ELSEWHERE = {  # settings of others that have no field here -> what to do
     "max_length": "give max_tokens, which counts new tokens alone",
     "min_length": "give min_tokens, which counts new tokens alone",

@@ -21,18 +21,9 @@ MAX_CHARS = 400_000  # tiktoken panics on much more at once
 MAX_RUN = 25_000  # characters in a row, all white space or none: tiktoken's merging is quadratic within a word
 N_SPECIAL = 256
 LLAMA_3_SPECIAL = (  # LLaMA 3.1's names; in 3.0, the fifth, sixth, ninth and last two have reserved names
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|step_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    "<|image|>",
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>"),
 )
 # The dialogue of Meta's llama3/chat_format.py, contents not stripped. That code encodes a content separately from the
 # line breaks before it: if the content begins with another, the ids here differ, but the text is the same.

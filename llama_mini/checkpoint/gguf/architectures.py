@@ -4,7 +4,7 @@ A setting without a key in the metadata is what llama.cpp has in its code (src/m
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from llama_mini.checkpoint.gguf.metadata import Metadata
@@ -42,7 +42,7 @@ _OF_HYBRIDS.append("expert_shared_feed_forward_length")
 Settings = Callable[[LlamaConfig, Metadata], dict[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Architecture:
     """One `general.architecture`.
 
@@ -55,6 +55,7 @@ class Architecture:
     """
 
     family: str
+    _: KW_ONLY
     pairs: bool = False
     partial: bool = False
     joined: bool = False
@@ -178,44 +179,35 @@ def _stablelm(config: LlamaConfig, file: Metadata) -> dict[str, Any]:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(family="llama", pairs=True),
-    "qwen2": Architecture(family="qwen2"),
-    "qwen3": Architecture(family="qwen3"),
-    "mistral3": Architecture(family="mistral", pairs=True, settings=_mistral_3),
-    "internlm2": Architecture(family="llama", pairs=True),
-    "exaone": Architecture(family="llama"),
-    "seed_oss": Architecture(
-        family="seed_oss", names={"blk.{}.post_attention_norm": "layers.{}.feed_forward.pre_norm"}
-    ),
+    "llama": Architecture("llama", pairs=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "mistral3": Architecture("mistral", pairs=True, settings=_mistral_3),
+    "internlm2": Architecture("llama", pairs=True),
+    "exaone": Architecture("llama"),
+    "seed_oss": Architecture("seed_oss", names={"blk.{}.post_attention_norm": "layers.{}.feed_forward.pre_norm"}),
     "smollm3": Architecture(
-        family="smollm3",
-        pairs=True,
-        settings=lambda config, _: {"unrotated_layers": tuple(range(3, config.n_layers, 4))},
+        "smollm3", pairs=True, settings=lambda config, _: {"unrotated_layers": tuple(range(3, config.n_layers, 4))}
     ),
-    "ernie4_5": Architecture(family="ernie4_5", pairs=True),
-    "phi3": Architecture(
-        family="phi3", partial=True, joined=True, settings=lambda config, file: _windows(config, file, 0)
-    ),
-    "granite": Architecture(family="granite", pairs=True, settings=_granite),
-    "arcee": Architecture(family="arcee", pairs=True, settings=_no_gate),
-    "hunyuan-dense": Architecture(family="hunyuan_v1_dense", settings=lambda *_: {"qk_norm_after_rope": True}),
-    "gemma": Architecture(family="gemma", partial=True, settings=_gemma),
-    "gemma2": Architecture(family="gemma2", partial=True, settings=_gemma_2),
-    "gemma3": Architecture(family="gemma3_text", partial=True, settings=_gemma_3),
-    "chatglm": Architecture(family="glm", pairs=True, partial=True, joined=True),
-    "glm4": Architecture(family="glm4", pairs=True, partial=True, joined=True),
-    "olmo": Architecture(family="olmo", pairs=True),
-    "olmo2": Architecture(family="olmo2", settings=lambda config, file: _windows(config, file, 4, scaled=False)),
+    "ernie4_5": Architecture("ernie4_5", pairs=True),
+    "phi3": Architecture("phi3", partial=True, joined=True, settings=lambda config, file: _windows(config, file, 0)),
+    "granite": Architecture("granite", pairs=True, settings=_granite),
+    "arcee": Architecture("arcee", pairs=True, settings=_no_gate),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense", settings=lambda *_: {"qk_norm_after_rope": True}),
+    "gemma": Architecture("gemma", partial=True, settings=_gemma),
+    "gemma2": Architecture("gemma2", partial=True, settings=_gemma_2),
+    "gemma3": Architecture("gemma3_text", partial=True, settings=_gemma_3),
+    "chatglm": Architecture("glm", pairs=True, partial=True, joined=True),
+    "glm4": Architecture("glm4", pairs=True, partial=True, joined=True),
+    "olmo": Architecture("olmo", pairs=True),
+    "olmo2": Architecture("olmo2", settings=lambda config, file: _windows(config, file, 4, scaled=False)),
     "exaone4": Architecture(
-        family="exaone4",
-        settings=lambda config, file: _rotated_in_windows(config, file, 4096 if config.n_layers == 64 else 0),
+        "exaone4", settings=lambda config, file: _rotated_in_windows(config, file, 4096 if config.n_layers == 64 else 0)
     ),
-    "cohere2": Architecture(family="cohere2", pairs=True, partial=True, settings=_cohere_2),
-    "command-r": Architecture(family="cohere", pairs=True, partial=True, settings=_cohere),
-    "nemotron": Architecture(family="nemotron", partial=True, settings=_no_gate),
-    "jais2": Architecture(family="jais2", settings=_no_gate),
-    "starcoder2": Architecture(
-        family="starcoder2", settings=lambda *_: {"activation": "gelu_tanh", "gated_mlp": False}
-    ),
-    "stablelm": Architecture(family="stablelm", partial=True, settings=_stablelm),
+    "cohere2": Architecture("cohere2", pairs=True, partial=True, settings=_cohere_2),
+    "command-r": Architecture("cohere", pairs=True, partial=True, settings=_cohere),
+    "nemotron": Architecture("nemotron", partial=True, settings=_no_gate),
+    "jais2": Architecture("jais2", settings=_no_gate),
+    "starcoder2": Architecture("starcoder2", settings=lambda *_: {"activation": "gelu_tanh", "gated_mlp": False}),
+    "stablelm": Architecture("stablelm", partial=True, settings=_stablelm),
 }

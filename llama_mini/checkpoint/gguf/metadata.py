@@ -10,16 +10,10 @@ from llama_mini.errors import ConfigError
 from llama_mini.validate import is_whole, short_repr
 
 NEUTRAL_KEYS = {  # these values change nothing; others are refused where no setting reads the key
+    **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "attention.sliding_window"), 0),
+    **dict.fromkeys(("expert_count", "expert_used_count", "leading_dense_block_count", "nextn_predict_layers"), 0),
+    **dict.fromkeys(("attention.temperature_scale", "pooling_type"), 0),
     "attention.causal": True,
-    "attention.clamp_kqv": 0,
-    "attention.max_alibi_bias": 0,
-    "expert_count": 0,
-    "expert_used_count": 0,
-    "leading_dense_block_count": 0,
-    "nextn_predict_layers": 0,
-    "pooling_type": 0,
-    "attention.sliding_window": 0,
-    "attention.temperature_scale": 0,
     "logit_scale": 1,
     "use_parallel_residual": False,
 }

@@ -1,6 +1,7 @@
 """Atomic writes: a file or directory is complete and synced to disk, or absent. It is written aside, then renamed."""
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -36,11 +37,9 @@ def new_directory(target: Path) -> Iterator[Path]:
     Raises CheckpointPathError if `target` is a file or a folder that is not empty, or cannot be written.
     """
     check_new(target)
-    temporary = None
+    temporary = target.parent / f"{partial_prefix(target)}{secrets.token_hex(8)}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=partial_prefix(target), dir=target.parent))
-        temporary.chmod(0o777 & ~_umask())
+        temporary.mkdir(parents=True)  # with the permissions of any folder, which mkdtemp does not give
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             _sync(file)
@@ -49,21 +48,13 @@ def new_directory(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointPathError(f"cannot write {target}: {error.strerror}") from None
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_new(target: Path) -> None:
     """Refuses a place for a directory that is taken, with a CheckpointPathError."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointPathError(f"{target} exists already; give a new or an empty directory")
-
-
-def _umask() -> int:
-    """The permission bits that this process withholds from new files."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(path: Path) -> None:

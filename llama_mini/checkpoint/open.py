@@ -11,6 +11,7 @@ from llama_mini.checkpoint.adapters.merge import merged
 from llama_mini.checkpoint.gguf.header import read_header
 from llama_mini.checkpoint.gguf.model import open_gguf
 from llama_mini.checkpoint.hf.directory import open_hf_directory
+from llama_mini.checkpoint.hf.hub import resolve
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import ADAPTER_CONFIG, ADAPTERS, CONFIG, PARAMS, PICKLES, exists, inside
 from llama_mini.checkpoint.match import with_settled_head
@@ -22,18 +23,6 @@ from llama_mini.validate import as_dict, check_number, join_names, short_repr
 
 # One or several adapters: directories or hub names; a mapping gives each a weight, else it is 1.
 Adapters = str | Path | Iterable[str | Path] | Mapping[str | Path, float]
-
-
-def resolve(name: str | Path) -> Path:
-    """The path if it exists on disk, else the snapshot of a hub name in the standard cache. Raises CheckpointError."""
-    path = Path(name)
-    if name == "":
-        raise CheckpointPathError("the model's name is empty; give a directory, a file or a hub name, org/name")
-    if exists(path) or isinstance(name, Path):
-        return path
-    from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
-
-    return fetch_from_hub(name) if is_hub_name(name) else path
 
 
 def open_checkpoint(path: Path, pickles: type[nn.Module] | None = None, adapter: Adapters | None = None) -> Source:

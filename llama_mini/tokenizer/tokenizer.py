@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_mini.checkpoint.gguf.header import GGUFHeader, read_header
-from llama_mini.checkpoint.hf.hub import fetch_from_hub, is_hub_name
+from llama_mini.checkpoint.hf.hub import resolve
 from llama_mini.checkpoint.io.file_kind import FileKind, file_kind
 from llama_mini.checkpoint.io.files import VOCABULARIES, exists, inside
 from llama_mini.errors import RequestError, TokenizerError, warn
@@ -74,7 +74,7 @@ class Tokenizer(TransformersNames):
         The content of a vocabulary decides its kind. In a directory, tokenizer.json comes before the others.
         Raises TokenizerError if there is none or it is broken, CheckpointError if a file or repository is unreadable.
         """
-        path = _fetched(path)
+        path = resolve(path, tokenizer_only=True)
         candidates = [inside(path, name) for name in VOCABULARIES] if path.is_dir() else [path]
         vocabulary = next((candidate for candidate in candidates if exists(candidate)), None)
         if vocabulary is None:
@@ -201,12 +201,6 @@ class Tokenizer(TransformersNames):
         if id is None:
             warn(f"tokenizer_config.json has the {name} {content!r}, which the vocabulary does not hold; ignored")
         return id
-
-
-def _fetched(name: str | Path) -> Path:
-    """The path if it exists, else the tokenizer files of a hub name, in the standard cache."""
-    path = Path(name)
-    return path if exists(path) or isinstance(name, Path) or not is_hub_name(name) else fetch_from_hub(name, True)
 
 
 def _open(path: Path, files: ConfigFiles) -> tuple[str, Backend]:

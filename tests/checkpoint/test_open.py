@@ -115,7 +115,7 @@ def test_what_is_on_disk_wins_over_a_hub_name(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert resolve("org/name") == Path("org/name")
-    monkeypatch.setattr("llama_mini.checkpoint.hf.hub.fetch_from_hub", lambda name: Path("fetched") / name)
+    monkeypatch.setattr("llama_mini.checkpoint.hf.hub.fetch_from_hub", lambda name, _: Path("fetched") / name)
     assert resolve("org/other@v1") == Path("fetched/org/other@v1")
     assert resolve("no/such/path") == Path("no/such/path")
     assert resolve(Path("org/other")) == Path("org/other")  # a Path means a path

@@ -76,7 +76,7 @@ def test_its_model_on_the_hub(
     random_model("llama", 0).save_pretrained(tmp_path / "snapshot")
     names = []
     monkeypatch.setattr(
-        "llama_mini.checkpoint.hf.hub.fetch_from_hub", lambda name: names.append(name) or tmp_path / "snapshot"
+        "llama_mini.checkpoint.hf.hub.fetch_from_hub", lambda name, _: names.append(name) or tmp_path / "snapshot"
     )
     expect(ours(write(tmp_path / "base", "org/base", revision=revision)), expected)  # its own name is no model's
     assert names == [asked]
@@ -84,7 +84,9 @@ def test_its_model_on_the_hub(
 
 def test_an_adapter_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Tensor) -> None:
     random_model("llama", 0).save_pretrained(tmp_path / "base")
-    monkeypatch.setattr("llama_mini.checkpoint.hf.hub.fetch_from_hub", lambda name: write(tmp_path / "fetched", None))
+    monkeypatch.setattr(
+        "llama_mini.checkpoint.hf.hub.fetch_from_hub", lambda name, _: write(tmp_path / "fetched", None)
+    )
     expect(ours(tmp_path / "base", "org/adapter"), expected)
 
 

@@ -24,6 +24,7 @@ from llama_mini.checkpoint.io.files import (
     TEMPLATES,
     TOKENIZER_FILES,
     VOCABULARIES,
+    exists,
     read_weight_map,
 )
 from llama_mini.checkpoint.not_models import told_by_name
@@ -34,6 +35,15 @@ SMALL = [CONFIG, ADAPTER_CONFIG, *QUANTIZATION_FILES, *TOKENIZER_FILES]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # A branch or tag name that git allows, in ASCII only. No part of it begins with a dot.
 REVISION = re.compile(r"(?![/-])(?!.*(//|/\.|\.\.|@\{))(?!\.)[^\x00-\x20~^:?*\[\\\x7f-\U0010ffff]{1,200}(?<![/.])")
+
+
+def resolve(name: str | Path, tokenizer_only: bool = False) -> Path:
+    """The path if it exists on disk, else the snapshot of a hub name in the standard cache. Raises CheckpointError."""
+    if name == "":
+        raise CheckpointPathError("the model's name is empty; give a directory, a file or a hub name, org/name")
+    if isinstance(name, Path) or exists(Path(name)) or not is_hub_name(name):
+        return Path(name)
+    return fetch_from_hub(name, tokenizer_only)
 
 
 def is_hub_name(text: str) -> bool:

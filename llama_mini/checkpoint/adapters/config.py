@@ -124,6 +124,8 @@ def _mlx(raw: Mapping[str, Any]) -> AdapterConfig:
     settings = raw.get("lora_parameters", {})
     if not isinstance(settings, Mapping):
         raise ConfigError(f"lora_parameters must be an object, not {short_repr(settings)}")
+    rank = 1 if kind == "full" else _rank("lora_parameters.rank", settings.get("rank"))
+    scale = 1.0 if kind == "full" else _alpha("lora_parameters.scale", settings.get("scale"))
     # Before 0.15, mlx-lm multiplied by alpha / rank. Files that say num_layers are later, and alpha is without effect.
     known = {"rank", "scale", "dropout", "keys", *(["alpha"] if "num_layers" in raw else [])}
     warn_unknown(f"{ADAPTER_CONFIG}: lora_parameters", settings.keys() - known)
@@ -131,8 +133,8 @@ def _mlx(raw: Mapping[str, Any]) -> AdapterConfig:
         kind={"lora": "LoRA", "dora": "DoRA", "full": "weights"}[kind],
         base=_text(raw, "model"),
         is_mlx=True,
-        rank=1 if kind == "full" else _rank("lora_parameters.rank", settings.get("rank")),
-        alpha=1.0 if kind == "full" else _alpha("lora_parameters.scale", settings.get("scale")),
+        rank=rank,
+        alpha=scale,
         token_ids={},
     )
 

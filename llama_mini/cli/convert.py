@@ -71,7 +71,12 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None, ad
 def write_files(folder: Path, files: dict[str, Any]) -> None:
     """Writes what `tokenizer_files` returns."""
     for name, content in files.items():
-        _write(folder / name, content)
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, dict):
+            write_json(path, content)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else read_bytes(content))
 
 
 def tokenizer_files(source: Source) -> dict[str, Any]:
@@ -115,13 +120,3 @@ def _with_special_ids(config: LlamaConfig, files: dict[str, Any]) -> LlamaConfig
         if n_tokens > config.vocab_size:
             raise TokenizerError(f"the tokenizer has {n_tokens} tokens, but the embedding has {config.vocab_size} rows")
     return with_missing_ids(config, generation) if isinstance(generation, dict) else config
-
-
-def _write(path: Path, content: dict[str, Any] | str | Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    if isinstance(content, dict):
-        write_json(path, content)
-    elif isinstance(content, str):
-        path.write_text(content, encoding="utf-8", newline="")
-    else:
-        path.write_bytes(read_bytes(content))

@@ -10,9 +10,10 @@ from llama_mini.model.config import LlamaConfig
 from llama_mini.model.rope_scaling import Llama3Scaling
 from llama_mini.validate import check_flag, is_finite, is_whole, join_names, short_repr, warn_unknown
 
-READ_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "ffn_dim_multiplier"}
-READ_KEYS |= {"vocab_size", "norm_eps", "max_seq_len", "sliding_window", "rope_theta"}
-READ_KEYS |= {"use_scaled_rope", "rope_scaling_factor", "quantization_args", "quantization"}
+FIELDS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "norm_eps", "max_seq_len", "rope_theta"}
+FIELDS |= {"sliding_window"}  # of LlamaConfig, which has Meta's defaults
+READ_KEYS = {*FIELDS, "hidden_dim", "multiple_of", "ffn_dim_multiplier", "vocab_size", "use_scaled_rope"}
+READ_KEYS |= {"rope_scaling_factor", "quantization_args", "quantization"}
 IGNORED_KEYS = {"max_batch_size", "model_parallel_size", "use_biases"}
 REFUSED_KEYS = {"lora_args", "moe", "vision_encoder", "vision_chunk_size"}
 REFUSED_KEYS |= {"yarn", "llama_4_scaling"}  # of Mistral's own params.json
@@ -46,18 +47,12 @@ def from_params(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
         raise ConfigError(f"{', '.join(absent)} missing")
     if "norm_eps" not in settings:
         warn(f"{PARAMS}: norm_eps is absent; 1e-05 is used, the default of Meta's own code")
-    window = {"sliding_window": settings["sliding_window"]} if "sliding_window" in settings else {}
+    given = {key: settings[key] for key in FIELDS if key in settings}
     return LlamaConfig(
-        **{key: settings[key] for key in ("dim", "n_layers", "n_heads")},
-        n_kv_heads=settings.get("n_kv_heads", settings["n_heads"]),
-        **({"head_dim": settings["head_dim"]} if "head_dim" in settings else {}),
+        **given if "max_seq_len" in given else given | {"max_seq_len": _context(settings)},
         hidden_dim=_hidden_dim(settings),
         vocab_size=_vocab_size(settings, shapes),
-        max_seq_len=settings["max_seq_len"] if "max_seq_len" in settings else _context(settings),
-        norm_eps=settings.get("norm_eps", 1e-5),
-        rope_theta=settings.get("rope_theta", 10_000.0),
         rope_scaling=_scaling(settings),
-        **window,
         tie_word_embeddings="output.weight" not in shapes,
     )
 

@@ -8,7 +8,8 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -41,13 +42,12 @@ def run(args: argparse.Namespace) -> None:
     elif args.interactive:
         from llama_mini.cli import chat
 
-        llm, params, _ = _load(args)
-        chat.run(llm, params, args.system, template_variables(args))
+        with _loaded(args) as (llm, params, _):
+            chat.run(llm, params, args.system, template_variables(args))
     elif args.batch is not None:
         from llama_mini.cli.batch import open_batch, settings_of
 
-        with open_batch(args.batch, args.output) as batch:
-            llm, params, source = _load(args)
+        with open_batch(args.batch, args.output) as batch, _loaded(args) as (llm, params, source):
             batch.answer(llm, params, args, settings_of(args, llm, source))
     else:
         _answer(args)
@@ -65,12 +65,12 @@ def _answer(args: argparse.Namespace) -> None:
     prompt = _prompt(args)
     if not prompt:
         raise RequestError("the prompt is empty: give PROMPT, or text on standard input")
-    llm, params, _ = _load(args)
-    ids = token_ids(llm, args, prompt)
     streamed = not (args.json or args.no_stream)
-    for chunk in llm.stream(ids, with_limit(llm, ids, params)):
-        if streamed:
-            print(chunk.text, end="", flush=True)
+    with _loaded(args) as (llm, params, _):
+        ids = token_ids(llm, args, prompt)
+        for chunk in llm.stream(ids, with_limit(llm, ids, params)):
+            if streamed:
+                print(chunk.text, end="", flush=True)
     completion = chunk.completion
     assert completion is not None
     if args.json:
@@ -84,6 +84,19 @@ def _answer(args: argparse.Namespace) -> None:
         stats = completion.stats
         peak = "–" if stats.peak_memory_bytes is None else f"{stats.peak_memory_bytes / 2**20:.0f} MiB"
         print(f"load {stats.load_seconds:.2f} s · {summary(stats)} · peak memory {peak}", file=sys.stderr)
+
+
+@contextmanager
+def _loaded(args: argparse.Namespace) -> "Iterator[tuple[LLM, SamplingParams, Source]]":
+    """What `_load` returns, with the edits of --edit."""
+    loaded = _load(args)
+    if args.edit is None:
+        yield loaded
+        return
+    from llama_mini.lab.edits_file import edited_by
+
+    with edited_by(loaded[0], args.edit):
+        yield loaded
 
 
 def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams, Source]":

@@ -43,7 +43,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("--stride", type=int, metavar="N", help=stride)
     bos = "rule (default): where the checkpoint's tokenizer adds it; each: before every window; none: nowhere"
     add("--bos", choices=["rule", "each", "none"], default="rule", help=bos)
-    against = p.add_argument_group("comparison", "Either adds a second model, the reference, which is not quantised.")
+    against = p.add_argument_group(
+        "comparison", "Either adds a second model, the reference, neither quantised nor edited."
+    )
     against.add_argument("--against", metavar="M", help="checkpoint of the reference; default: that of --model")
     against.add_argument("--against-dtype", metavar="D", help="dtype of the reference; default: that of --dtype")
     return p
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     texts = _read_texts(args.files)
     from llama_mini.engine.llm import LLM
     from llama_mini.eval.perplexity import compare, perplexity
+    from llama_mini.lab.edits_file import edited_by
 
     merged = adapters(args)
     model = checkpoint_of(args.model, merged)
@@ -71,15 +74,18 @@ def run(args: argparse.Namespace) -> None:
     windows = (tokens.ids, args.context, args.stride, tokens.window_bos)
     facts = {
         "model": " + ".join([str(model), *args.adapter]),
-        "format": _format(llm),
+        "format": _format(llm) + (f", edited by {args.edit}" if args.edit is not None else ""),
         "texts": args.files or ["standard input"],
     }
     if args.against is None and args.against_dtype is None:
-        _print(facts, tokens, llm, perplexity(llm, *windows), None, args.json)
+        with edited_by(llm, args.edit):
+            scored = perplexity(llm, *windows)
+        _print(facts, tokens, llm, scored, None, args.json)
         return
     against, also = (model, merged) if args.against is None else (args.against, None)
     reference = LLM(against, args.against_dtype or args.dtype, args.device, "none", args.kernels, args.threads, also)
-    comparison = compare(llm, reference, *windows)
+    with edited_by(llm, args.edit):
+        comparison = compare(llm, reference, *windows)
     facts |= {"reference": str(against), "reference_format": _format(reference)}
     _print(facts, tokens, llm, comparison.model, comparison, args.json)
 

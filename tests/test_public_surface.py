@@ -56,7 +56,7 @@ FIELDS = {
 
 OPTIONS = (
     "--help --prompt --file --interactive --batch --output --info --version --model --adapter --dtype --device "
-    "--quantize --kernels --threads "
+    "--edit --quantize --kernels --threads "
     "--chat --raw --system --max-tokens --min-tokens --max-time --stop --stop-token --ignore-eos --logit-bias "
     "--repetition-penalty --presence-penalty --frequency-penalty --temperature --top-k --top-p --min-p --seed "
     "--no-stream --stats --json --top-logprobs --prompt-logprobs "

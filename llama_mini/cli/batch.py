@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from llama_mini.checkpoint.hf.hub import SMALL
-from llama_mini.checkpoint.io.files import ADAPTERS, PARAMS
+from llama_mini.checkpoint.io.files import ADAPTERS, PARAMS, read_json
 from llama_mini.checkpoint.source import Source
 from llama_mini.cli.batch_lines import Asked, Line, asked, parse, read_lines
 from llama_mini.cli.common import token_ids, with_limit
@@ -135,9 +135,10 @@ def settings_of(args: argparse.Namespace, llm: LLM, source: Source) -> Settings:
     """What answers depend on besides their line: the model, the dtype, and the options that differ from the default."""
     defaults = parser()
     defaults.set_defaults(quantize="none")  # as it came out, like the dtype
+    options = vars(args) | {"quantize": llm.quantize, "edit": args.edit and read_json(Path(args.edit))}
     given = {
         name: value
-        for name, value in (vars(args) | {"quantize": llm.quantize}).items()
+        for name, value in options.items()
         if name not in NOT_COMPARED and value != defaults.get_default(name)
     }
     return {"model": _fingerprint(source), "dtype": dtype_name(llm.model.dtype)} | given

@@ -160,6 +160,7 @@ def model_options(p: argparse.ArgumentParser) -> None:
     _adapter(group)
     _dtype_and_device(group)
     add = group.add_argument
+    add("--edit", metavar="FILE", help="change norms: a JSON object {pattern: settings}, as for lab.edit")
     quantize = "auto (default): keep the bits of a quantised file, unless --dtype is given; none: make them floats; "
     quantize += "int8 or int4: quantise the weights while loading"
     add("--quantize", choices=["auto", "none", "int8", "int4"], default="auto", metavar="Q", help=quantize)
@@ -209,6 +210,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuses options of `generate` that contradict each other. Raises RequestError."""
     one_prompt = {"--no-stream": args.no_stream, "--stats": args.stats, "--json": args.json}
     for mode, given, others in (
+        ("--info", args.info, {"--edit": args.edit is not None}),
         ("--interactive", args.interactive, one_prompt | {"--raw": args.raw}),
         ("--batch", args.batch is not None, one_prompt),
     ):

@@ -5,6 +5,7 @@ Requests are tokenized by the rules of lm-eval's own `hf` model, so that both re
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from llama_mini.engine.prefix_cache import common_prefix_length
 from llama_mini.engine.runner import DECODE_BATCH
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import NumericalError, RequestError
+from llama_mini.lab.edits_file import edited_by
 from llama_mini.memory import check_cache_fits
 from llama_mini.validate import check_whole, join_names, short_repr
 
@@ -38,6 +40,7 @@ class LlamaMiniLM(TemplateLM):
         batch_size: number of answers to generate at once, or `auto`; it does not change their text.
         max_length: tokens per window; default: the model's context.
         add_bos_token: False adds no tokens around a text; True and None add those of the checkpoint's rule.
+        edit: a JSON file of edits of norms, as for `--edit`.
         prefix_token_id: the token that replaces an empty context; default: BOS, or else the end-of-text token.
     """
 
@@ -53,6 +56,7 @@ class LlamaMiniLM(TemplateLM):
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
+        edit: str | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = _batch_size(batch_size)
@@ -60,6 +64,8 @@ class LlamaMiniLM(TemplateLM):
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # lm-eval's command passes cuda:0 by default
         self.llm = LLM(self.pretrained, dtype, device, quantize, kernels, threads)
+        self._edits = ExitStack()  # which this object keeps open
+        self._edits.enter_context(edited_by(self.llm, edit))
         limit = self.llm.config.max_seq_len
         self.max_length = limit if max_length is None else max_length
         check_whole("max_length", self.max_length, RequestError, 2, limit, ", the model's context")

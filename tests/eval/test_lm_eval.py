@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from llama_mini import lab
 from llama_mini.errors import RequestError
 from llama_mini.eval.lm_eval import LlamaMiniLM
 
@@ -278,3 +279,14 @@ def test_the_default_checkpoint(smollm2_dir: Path) -> None:
     settings = {"until": ["\n\n", "."], "max_gen_toks": 24}
     answers = instances("generate_until", ("The capital of France is", settings), ("Once upon a time", settings))
     assert ours.generate_until(answers, disable_tqdm=True) == theirs.generate_until(answers, disable_tqdm=True)
+
+
+def test_edits_of_norms(tiny_dir: Path, tmp_path: Path) -> None:
+    edits = {"layers.*.*.pre_norm": {"gain": ["scale", -1.5]}, "norm": {"eps": 0.5}}
+    (tmp_path / "edits.json").write_text(json.dumps(edits), encoding="utf-8")
+    plain, edited = (LlamaMiniLM(str(tiny_dir), dtype="float32", edit=edit) for edit in (None, tmp_path / "edits.json"))
+    requests = instances("loglikelihood", *PAIRS[:2])
+    expected = plain.loglikelihood(requests)
+    with lab.edit(plain.llm.model, edits):
+        found = plain.loglikelihood(requests)
+    assert edited.loglikelihood(requests) == found != expected

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
+from xdist import is_xdist_controller
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -36,8 +36,10 @@ def tiny_dir() -> Path:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[None]:
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
     """What is imported and collected lives to the end: without this, each search for garbage reads all of it."""
+    if not is_xdist_controller(session):  # which starts the workers, and would wait for torch before that
+        one_torch_thread()
     gc.disable()
     yield
     gc.freeze()
@@ -63,10 +65,12 @@ def one_core() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def one_thread(one_core: None) -> Iterator[None]:
     """Whatever a test sets, the next one and its fixtures start with one thread."""
-    torch.set_num_threads(1)
+    one_torch_thread()
     yield
-    torch.set_num_threads(1)
+    one_torch_thread()
 
 
-def pytest_sessionstart() -> None:
+def one_torch_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)

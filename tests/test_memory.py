@@ -90,7 +90,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(name, marks=pytest.mark.slow if name in ("wide", "mid") else ()) for name in SHAPES]
+)
 def test_the_work_is_bounded_and_not_by_far(shape: str) -> None:
     torch.manual_seed(0)
     config = SHAPES[shape]

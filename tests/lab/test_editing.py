@@ -119,7 +119,9 @@ GEMMA = NormPlan(
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("plan", ["pre", "out+qk:full", GEMMA], ids=["pre", "out+qk:full", "every kind of gain"])
 def test_a_change_that_alters_nothing_costs_nothing(dtype: torch.dtype, plan: Any) -> None:
     model = tiny_model(dtype=dtype, norm_plan=plan)

@@ -67,7 +67,7 @@ def test_every_recorded_input_gives_the_recorded_bits(name: str, dtype: str) -> 
 def test_the_bits_do_not_depend_on_the_instruction_set() -> None:
     test = f"{__file__}::{test_every_recorded_input_gives_the_recorded_bits.__name__}"
     narrow = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", test]
     done = subprocess.run(command, env=narrow, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert f"{len(RECORDED)} passed" in done.stdout

@@ -53,9 +53,9 @@ def test_logits_and_greedy_tokens_equal_transformers(prompt: str, llm: LLM, thei
     assert ours.token_ids == expected
 
 
-@pytest.mark.parametrize("new", [6, pytest.param(24, marks=pytest.mark.slow)])
-def test_a_batch_of_real_prompts_is_each_alone(llm: LLM, new: int) -> None:
-    params = SamplingParams(max_tokens=new)
+@pytest.mark.slow  # a batch is compared with what transformers gave of each prompt above, and by bits in optimize/
+def test_a_batch_of_real_prompts_is_each_alone(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=24)
     together = llm.generate(PROMPTS, params)
     assert [c.token_ids for c in together] == [llm.generate(p, params)[0].token_ids for p in PROMPTS]
 

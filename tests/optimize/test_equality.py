@@ -214,6 +214,7 @@ def test_answers_of_the_default_checkpoint_have_the_same_bits_in_a_batch(smollm2
         assert (together.token_ids, together.logprobs) == (alone.token_ids, alone.logprobs)
 
 
+@pytest.mark.slow  # tests/model/test_real_checkpoint.py has the recorded text of a batch, too
 def test_greedy_text_in_float32_is_the_plain_models(smollm2_dir) -> None:
     """Token by token: where the plain model reads the whole text, each argmax is the token that follows."""
     tokenizer, plain = Tokenizer.from_pretrained(smollm2_dir), Llama.from_pretrained(smollm2_dir, dtype="float32")

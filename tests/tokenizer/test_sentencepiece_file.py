@@ -87,7 +87,7 @@ def test_tokens_that_a_hugging_face_directory_adds(llama_model: bytes, write_dir
         Tokenizer.from_pretrained(path)
 
 
-@pytest.mark.parametrize("char", ["a", "^", " ", "\n", "é"])
+@pytest.mark.parametrize("char", ["a", " ", *(pytest.param(char, marks=pytest.mark.slow) for char in "^\né")])
 def test_a_million_characters_in_a_row(llama_model: bytes, write_directory: Callable[..., Any], char: str) -> None:
     tokenizer = Tokenizer.from_pretrained(write_directory({"tokenizer.model": llama_model}))
     started = time.process_time()

@@ -46,7 +46,7 @@ def test_special_tokens_are_numbered_as_in_llama_3_1(both: tuple[Tokenizer, Toke
     assert json.vocab_size == model.vocab_size
 
 
-@pytest.mark.parametrize("char", ["a", "^", " ", "\n", "é"])
+@pytest.mark.parametrize("char", ["a", " ", *(pytest.param(char, marks=pytest.mark.slow) for char in "^\né")])
 def test_a_million_characters_in_a_row(both: tuple[Tokenizer, Tokenizer], char: str) -> None:
     started = time.process_time()
     ids = both[0].encode(char * 1_000_000)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -120,18 +121,22 @@ def test_the_engine_reads_no_pickle_and_names_the_command(tmp_path: Path) -> Non
         Llama.from_pretrained(directory / "consolidated.00.pth")
 
 
-def test_the_command_is_as_it_is_named(tmp_path: Path) -> None:
+def test_the_command_is_as_it_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = write_meta(tmp_path / "meta", model(), 2)
     arguments = [str(directory), str(tmp_path / "hf")]
     command = [sys.executable, "-m", "llama_mini", "convert", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'hf'}\n")
     assert done.stderr == f"warning: {directory} has no tokenizer; none is written\n"
-    done = subprocess.run(
-        [sys.executable, "scripts/convert.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    monkeypatch.setattr(sys, "argv", ["scripts/convert.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / "convert.py"), run_name="__main__")
+    assert end.value.code == 3
+    assert capfd.readouterr().err.endswith(
+        f"error: {tmp_path / 'hf'} exists already; give a new or an empty directory\n"
     )
-    assert done.returncode == 3
-    assert done.stderr.endswith(f"error: {tmp_path / 'hf'} exists already; give a new or an empty directory\n")
 
 
 class Hostile:

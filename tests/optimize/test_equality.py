@@ -67,9 +67,16 @@ def tolerance(dtype: torch.dtype, quantize: str | None, kernels: str) -> float:
     return 3e-4 if quantized else 2e-5
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(
+    ("dtype", "kernels"),
+    [
+        *((torch.float32, kernels) for kernels in KERNELS),
+        (torch.bfloat16, "auto"),
+        pytest.param(torch.bfloat16, "off", marks=pytest.mark.slow),  # one shape of it is among the batches below
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("quantize", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prompts_and_steps_of_any_length_are_the_plain_models(
     shape: str, dtype: torch.dtype, quantize: str | None, kernels: str
@@ -97,7 +104,7 @@ def run(model: Llama, lengths: Sequence[int], n: int, chunks: Sequence[int] = (1
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("quantize", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 2, 5, 16])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow), 5, 16])
 def test_every_batch_after_prompts_in_chunks(
     batch: int, dtype: torch.dtype, quantize: str | None, kernels: str
 ) -> None:

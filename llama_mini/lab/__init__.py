@@ -9,7 +9,6 @@ from typing import Any
 _HOME = {  # no module has a function's name: importing the module would hide the function
     "norms": "norm_table",
     "capture": "recording",
-    "massive_activation": "recording",
     "score": "cost",
     "edit": "editing",
     "ablate": "ablation",

@@ -24,12 +24,11 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Does what the parsed options ask for. Raises LlamaMiniError."""
-    if "settings" in args and "=" in args.pattern:  # a setting, in a command line without a pattern
-        args.settings, args.pattern = [args.pattern, *args.settings], LAYER_NORMS
+    if "settings" in args and "=" in (args.pattern or ""):  # a setting, in a command line without a pattern
+        args.settings, args.pattern = [args.pattern, *args.settings], None if "a" in args else LAYER_NORMS
     from llama_mini.lab import commands
 
-    if "model" in args:
-        args.checkpoint = lambda: checkpoint_of(args.model)
+    args.checkpoint = lambda name: checkpoint_of(name or args.model)
     if getattr(args, "save", None) is not None:  # the lab does not import the commands
         from llama_mini.cli.convert import tokenizer_files, write_files
 
@@ -53,6 +52,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("doctor", "look for likely problems of the norms", model, text)
     capture = add("capture", "show what each norm reads, and the residual stream, on a text", model, text, picture)
     capture.add_argument("--at", metavar="PATTERN", action="append", help="norms to show; default: all")
+    capture.add_argument("--massive", action="store_true", help="show the massive activations alone, layer by layer")
     ablate = add("ablate", "measure the cost of freezing each norm's statistic", model, text, picture)
     edit = add("edit", "measure the cost of editing norms", model, text)
     add("skip", "measure the cost of skipping each layer", model, text, picture)

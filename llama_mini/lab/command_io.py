@@ -6,12 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.errors import CheckpointPathError, RequestError
 from llama_mini.lab.cost import Score
 from llama_mini.lab.keep import keep_words
-from llama_mini.lab.recording import Recording
+from llama_mini.lab.recording import Record, Recording
 from llama_mini.lab.reporting.style import save
 from llama_mini.lab.table import Table
 from llama_mini.lab.training import sample_text
@@ -24,12 +26,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def checkpoint(args: argparse.Namespace) -> Path:
-    return resolve(args.checkpoint())
+def checkpoint(args: argparse.Namespace, name: str | None = None) -> Path:
+    """The checkpoint of this name, or else that of --model."""
+    return resolve(args.checkpoint(name))
 
 
-def read_model(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    source = open_checkpoint(checkpoint(args))
+def read_model(args: argparse.Namespace, name: str | None = None) -> tuple[Llama, Tokenizer]:
+    source = open_checkpoint(checkpoint(args, name))
     return load_model(Llama, source, args.dtype, "cpu"), open_tokenizer(source)
 
 
@@ -97,19 +100,40 @@ def show(
         print(table.to_csv(), end="")
     else:
         print(table if len(table) else empty)
-    if picture is not None and args.picture is not None:
+    if picture is not None:
+        draw(args, picture)
+
+
+def draw(args: argparse.Namespace, picture: "Callable[[], Figure]") -> None:
+    if args.picture is not None:
         save(picture(), args.picture)
 
 
 def captured(recording: Recording) -> Table[Any]:
-    """The norms in the order of the forward pass, then the residual stream by point and layer; columns as in Record."""
+    """The norms in the order of the forward pass, then the residual stream by point and layer; columns as in Record.
+
+    `rms` is the root mean square over all tokens; `first` and `median` tell them apart.
+    """
     records = dict(recording)
     for point in ("resid_pre", "resid_mid", "resid_post"):
         records |= {f"layers.{i}.{point}": record for i, record in enumerate(getattr(recording.resid, point))}
-    columns = ("rms", "mean_energy", "max_over_median", "peak_token", "peak_dim", "peak")
-    rms = {path: float(r.rms[recording.texts.real].mean()) for path, r in records.items()}
-    rows = {path: (rms[path], r.mean_energy, r.max_over_median, *r.peak[1:]) for path, r in records.items()}
-    return Table([SimpleNamespace(path=p, **dict(zip(columns, row, strict=True))) for p, row in rows.items()])
+    several = len(recording.texts.real) > 1
+    return Table([_captured(path, record, recording.texts.real, several) for path, record in records.items()])
+
+
+def _captured(path: str, record: Record, real: Tensor, several: bool) -> SimpleNamespace:
+    return SimpleNamespace(
+        path=path,
+        rms=float(record.rms[real].double().square().mean().sqrt()),
+        first=record.first,
+        median=record.median,
+        mean_energy=record.mean_energy,
+        max_over_median=record.max_over_median,
+        peak_row=record.peak.row if several else None,
+        peak_token=record.peak.token,
+        peak_dim=record.peak.dim,
+        peak=record.peak.value,
+    )
 
 
 def scores(by_model: dict[str, Score]) -> Table[Any]:

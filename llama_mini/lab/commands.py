@@ -14,6 +14,7 @@ from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.command_io import captured, checkpoint, read_ids, read_model, read_settings, scores, show
 from llama_mini.lab.cost import Score
+from llama_mini.lab.massive_activations import MASSIVE, lives
 from llama_mini.lab.reporting import figures, plan_figures
 from llama_mini.lab.reporting.report import Shell
 from llama_mini.lab.reporting.style import check_drawable, check_picture
@@ -54,13 +55,11 @@ def _capture(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
     ids = read_ids(tokenizer, args)
     recording = lab.capture(model, ids, at=args.at, keep="stats" if args.picture is None else "tensors")
-    show(args, captured(recording), lambda: figures.residual_rms_picture(recording))
-    if not (args.json or args.csv) and (massive := lab.massive_activation(recording)) is not None:
-        token = tokenizer.decode([ids[massive.row][massive.token]])
-        print(
-            f"massive activation: dimension {massive.dim}, token {massive.token} {token!r}, "
-            f"born in layer {massive.layer}, {massive.times_median:,.0f} times the median"
-        )
+    table = recording.massive() if args.massive else captured(recording)
+    show(args, table, lambda: figures.residual_rms_picture(recording))
+    life = lives(recording.massive(), recording.texts.tokens, tokenizer)
+    if len(life) and not (args.json or args.csv or args.massive):
+        print(f"\nmassive activations, {MASSIVE} times the median of a layer's output and more, by token\n{life}")
 
 
 def _ablate(args: argparse.Namespace) -> None:
@@ -75,7 +74,7 @@ def _edit(args: argparse.Namespace) -> None:
     ids, settings = read_ids(tokenizer, args), read_settings(args.settings) or {"eps": 1e-3}
     base = lab.score(model, ids)
     with lab.edit(model, {args.pattern: settings}, ids):
-        _compare(args, base, model, ids, f"{args.pattern} {settings}")
+        _show_cost(args, base, model, ids, f"{args.pattern} {settings}")
 
 
 def _skip(args: argparse.Namespace) -> None:
@@ -113,14 +112,14 @@ def _rebuild(args: argparse.Namespace, rebuild: Callable[[Llama, list[list[int]]
     model, tokenizer = read_model(args)
     ids = read_ids(tokenizer, args)
     new = rebuild(model, ids)
-    _compare(args, lab.score(model, ids), new, ids, name)
+    _show_cost(args, lab.score(model, ids), new, ids, name)
     if args.save is not None:
         with new_directory(args.save) as folder:  # so that it has all or nothing
             new.save_pretrained(folder)
             args.save_tokenizer(open_checkpoint(checkpoint(args)), folder)
 
 
-def _compare(args: argparse.Namespace, base: Score, model: Llama, ids: list[list[int]], name: str) -> None:
+def _show_cost(args: argparse.Namespace, base: Score, model: Llama, ids: list[list[int]], name: str) -> None:
     show(args, scores({"as it is": base, name: lab.score(model, ids, against=base)}))
 
 
@@ -189,6 +188,7 @@ def _race(args: argparse.Namespace) -> None:
     show(args, race.table(), lambda: plan_figures.race_picture(race))
 
 
-_OF_A_CHECKPOINT = (_norms, _doctor, _capture, _ablate, _edit, _skip, _move, _insert, _fold, _report, _tour)
+_WATCHING = (_norms, _doctor, _capture)
+_OF_A_CHECKPOINT = (*_WATCHING, _ablate, _edit, _skip, _move, _insert, _fold, _report, _tour)
 _OF_A_PLAN = (_predict, _init, _sweep, _race)
 COMMANDS = {command.__name__[1:]: command for command in (*_OF_A_CHECKPOINT, *_OF_A_PLAN)}

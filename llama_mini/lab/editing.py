@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.errors import RequestError
-from llama_mini.lab.freezing import FREEZE, Frozen, frozen_norms
+from llama_mini.lab.freezing import FREEZABLE, FREEZE, Frozen, frozen_norms
 from llama_mini.lab.keep import as_keep
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import select, slot_width, slots
@@ -127,8 +127,8 @@ def _check_against(module: nn.Module, path: str, pattern: str, settings: Mapping
     name = f"{short_repr(pattern)}: {path} is of kind {old}"
     if old == "frozen" and "skip" not in settings:
         raise RequestError(f"{name}; give all its settings in one edit")
-    if "freeze" in settings and old not in ("rms", "scale"):
-        raise RequestError(f"{name}; freeze is for rms and scale, which divide by the root mean square")
+    if "freeze" in settings and old not in FREEZABLE:
+        raise RequestError(f"{name}; freeze is for {' and '.join(FREEZABLE)}, which divide by the root mean square")
     if "eps" in settings and settings.get("kind", old) == "dyt":
         raise RequestError(f"{short_repr(pattern)}: {path} would be of kind dyt, which has no eps")
     if isinstance(module, Norm) and module.bias is not None:

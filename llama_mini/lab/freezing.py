@@ -15,6 +15,7 @@ from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm, RMSNorm
 from llama_mini.validate import check_token_ids
 
+FREEZABLE = ("rms", "scale")  # kinds that divide by the root mean square
 FREEZE = ("quadratic", "arithmetic", "median", "token")
 
 

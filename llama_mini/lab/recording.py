@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.errors import RequestError
+from llama_mini.lab.massive_activations import MASSIVE, MassiveElement
 from llama_mini.lab.paths import select
+from llama_mini.lab.table import Table
 from llama_mini.lab.texts import Ids, Texts, as_texts
 from llama_mini.model.llama import Llama
 from llama_mini.validate import check_choice
 
-MASSIVE = 100  # times the median; Sun et al. find hundreds to thousands
-_JUMP = 10  # the layer where a massive activation is born raises the ratio by at least this factor
-
 
 class Peak(NamedTuple):
-    """The element of largest magnitude. In a q, k or v norm that sees each head, dim counts through all heads."""
+    """A large element. In a q, k or v norm that sees each head, dim counts through all heads."""
 
     row: int
     token: int
@@ -36,17 +35,22 @@ class Record:
     x, y: a norm's input and output, (B, T, C), in q, k and v norms also (B, T, H, D). A point of the residual stream
         has no y. Both are None where only statistics are kept.
     rms: √(mean x²) over the last dimension, x.shape[:-1], float32.
+    first, median: of rms, that of the first token (the median over the texts), and the median of the other tokens.
     mean_energy: the mean's share of the energy, (mean x)² / mean x², averaged over all positions.
     max_over_median: the largest |x| over the (lower) median of all |x|. peak: that element, and its position.
+    massive: the elements of at least 100 times that median.
     Padding is in x, y and rms, and in no other statistic.
     """
 
     x: Tensor | None
     y: Tensor | None
     rms: Tensor
+    first: float
+    median: float
     mean_energy: float
     max_over_median: float
     peak: Peak
+    massive: list[Peak]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +79,16 @@ class Recording(Mapping[str, Record]):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def massive(self) -> Table[MassiveElement]:
+        """The massive elements of each layer's output: where they are born, erased, and born again."""
+        return Table(
+            [
+                MassiveElement(layer, *one, record.max_over_median * abs(one.value / record.peak.value))
+                for layer, record in enumerate(self.resid.resid_post)
+                for one in record.massive
+            ]
+        )
 
 
 def capture(
@@ -126,50 +140,45 @@ def watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor
         yield
 
 
-class MassiveActivation(NamedTuple):
-    """One element of a layer's output that is far larger than the rest.
-
-    layer: the layer where it is born. row, token, dim: its position. times_median: its magnitude over the median of
-    the layer's output. growth: that ratio over the ratio of maximum to median in the layer's input.
-    """
-
-    layer: int
-    row: int
-    token: int
-    dim: int
-    value: float
-    times_median: float
-    growth: float
-
-
-def massive_activation(recording: Recording) -> MassiveActivation | None:
-    """The massive activation of the layer where max/median grows most from input to output: there it is born.
-
-    None if no layer raises that ratio at least tenfold, to 100 or more. `keep="stats"` is enough for it.
-    Source: Sun et al. 2024, "Massive Activations in Large Language Models".
-    """
-    born: MassiveActivation | None = None
-    resid = recording.resid
-    for layer, (before, after) in enumerate(zip(resid.resid_pre, resid.resid_post, strict=True)):
-        ratio, growth = after.max_over_median, after.max_over_median / before.max_over_median
-        if ratio >= MASSIVE and growth >= max(_JUMP, born.growth if born else 0):
-            born = MassiveActivation(layer, *after.peak, ratio, growth)
-    return born
-
-
 def _record(x: Tensor, y: Tensor | None, real: Tensor, keep: bool) -> Record:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    energy, size = wide.pow(2).mean(-1), wide.abs()
+    energy = wide.pow(2).mean(-1)
     in_mean = torch.where(energy > 0, wide.mean(-1).pow(2) / energy, energy)[real]  # zeros give 0; NaN stays
     rows, tokens = real.nonzero(as_tuple=True)
-    of_texts = size[rows, tokens].flatten(1)
-    largest, dim = (int(i) for i in np.unravel_index(int(of_texts.argmax()), of_texts.shape))
-    row, token = int(rows[largest]), int(tokens[largest])
+    of_texts, rms = wide[rows, tokens].flatten(1), energy.sqrt().float()
+    size = of_texts.abs()
+    median = size.median()
+
+    def element(index: Sequence[int]) -> Peak:
+        place, dim = index
+        return Peak(int(rows[place]), int(tokens[place]), dim, float(of_texts[place, dim]))
+
+    first, middle = first_and_median(rms, real)
+    largest = np.unravel_index(int(size.argmax()), size.shape)
     return Record(
         x=x if keep else None,
         y=y if keep else None,
-        rms=energy.sqrt().float(),
+        rms=rms,
+        first=first,
+        median=middle,
         mean_energy=float(in_mean.double().mean()),
-        max_over_median=float(of_texts.max() / of_texts.median()),
-        peak=Peak(row, token, dim, float(wide[row, token].flatten()[dim])),
+        max_over_median=float(size.max() / median),
+        peak=element([int(i) for i in largest]),
+        massive=[element(at) for at in ((size >= MASSIVE * median) & (median > 0)).nonzero().tolist()],
     )
+
+
+def besides_first(values: Tensor, real: Tensor) -> Tensor:
+    """The values (B, T, ...) of all tokens but each text's first, which is often massive: (N,), float64.
+
+    real: (B, T), which tokens are not padding. A batch of texts of one token keeps them.
+    """
+    others = real.clone()
+    others[:, 0] = not others[:, 1:].any()
+    return values[others].flatten().double()
+
+
+def first_and_median(values: Tensor, real: Tensor) -> tuple[float, float]:
+    """The median over the texts' first tokens, and that over the other tokens, of values (B, T, ...)."""
+    first = values[:, 0].flatten().double()
+    return float(first.quantile(0.5)), float(besides_first(values, real).quantile(0.5))

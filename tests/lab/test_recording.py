@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from llama_mini import Llama, Tokenizer, lab
 from llama_mini.errors import RequestError
-from llama_mini.lab.recording import Record, massive_activation
+from llama_mini.lab.recording import Record
 from tests.tiny_families import random_model
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -106,6 +106,8 @@ def assert_statistics(record: Record, x: Tensor) -> None:
     row, token, dim, value = record.peak
     assert (row, token, dim) == np.unravel_index(np.abs(flat).argmax(), flat.shape)
     assert value == pytest.approx(flat[row, token, dim], rel=1e-7)
+    assert record.first == pytest.approx(np.median(rms(x)[:, 0]), rel=1e-6)
+    assert record.median == pytest.approx(np.median(rms(x)[:, 1:]), rel=1e-6)
 
 
 @pytest.mark.parametrize("plan", ["pre", "peri+qk+embed", "out+qk:full", "post"])
@@ -208,35 +210,3 @@ def test_hooks_are_gone_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> N
 def test_one_token_and_inference_mode() -> None:
     with torch.inference_mode():
         assert lab.capture(tiny_model(), [3])["norm"].rms.shape == (1, 1)
-
-
-def test_a_planted_massive_activation_is_found() -> None:
-    model = tiny_model(n_layers=4)
-    assert massive_activation(lab.capture(model, TEXT)) is None
-    model.layers[2].feed_forward.down_proj.weight[17] *= 3000
-    found = massive_activation(lab.capture(model, TEXT, at="norm", keep="stats"))
-    resid = lab.capture(model, TEXT).resid
-    y, x = (point[2].x.abs().double().numpy() for point in (resid.resid_post, resid.resid_pre))
-    assert (found.layer, found.dim) == (2, 17)
-    assert (found.row, found.token, found.dim) == np.unravel_index(y.argmax(), y.shape)
-    assert abs(found.value) == pytest.approx(y.max())
-    assert found.times_median == pytest.approx(y.max() / np.median(y), rel=1e-2)
-    assert found.growth == pytest.approx(found.times_median / (x.max() / np.median(x)), rel=1e-2)
-
-
-@pytest.mark.parametrize("text", ["Fourscore and seven years ago our fathers", "def f(x):\n    return x + 1\n"])
-def test_the_massive_activation_of_the_default_checkpoint(default: tuple[Llama, Any, Tokenizer], text: str) -> None:
-    """Dimension 507 of token 0, born in layer 11; the numbers against transformers' hidden states."""
-    model, theirs, tokenizer = default
-    ids = tokenizer.encode(text)
-    found = massive_activation(lab.capture(model, ids, keep="stats"))
-    with torch.no_grad():
-        states = theirs(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    ratios = [float(s.abs().max() / s.abs().median()) for s in states[:-1]]  # the last one is normed already
-    born = int(np.argmax(np.divide(ratios[1:], ratios[:-1])))
-    assert (found.layer, found.row, found.token, found.dim) == (born, 0, 0, 507) == (11, 0, 0, 507)
-    assert found.value == pytest.approx(float(states[12][0, 0, 507]), rel=1e-4)
-    assert found.times_median == pytest.approx(ratios[12], rel=1e-3)
-    assert found.times_median > 5_000
-    assert found.growth == pytest.approx(ratios[12] / ratios[11], rel=1e-3)
-    assert found.growth > 50

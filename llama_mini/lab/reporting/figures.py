@@ -8,8 +8,9 @@ from torch import Tensor
 
 from llama_mini.errors import RequestError
 from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
+from llama_mini.lab.massive_activations import MASSIVE
 from llama_mini.lab.norm_table import NormRow
-from llama_mini.lab.recording import MASSIVE, Recording
+from llama_mini.lab.recording import Recording, besides_first
 from llama_mini.lab.reporting.style import (
     BLUE,
     GREEN,
@@ -55,13 +56,18 @@ def residual_rms_picture(recording: Recording) -> "Figure":
     axes.plot(x, middle, color=BLUE, label="before a norm: the stream, median token")
     axes.fill_between(x, low, high, color=BLUE, alpha=0.25, linewidth=0, label="its 10 to 90 % of tokens")
     if points[0].rms.shape[-1] > 1:
-        first = [_median(point.rms[:, 0]) for point in points]
-        axes.plot(x, first, color=PURPLE, linestyle="--", label="before a norm: the stream, first token")
+        axes.plot(
+            x,
+            [point.first for point in points],
+            color=PURPLE,
+            linestyle="--",
+            label="before a norm: the stream, first token",
+        )
     norms = {path: norm for path in recording if (norm := _address(path, depth)).slot not in _HEADS}
     for branch, color, marker in (("attention", GREEN, "o"), ("feed_forward", VERMILION, "s"), ("", INK, "D")):
         own = {path: norm for path, norm in norms.items() if norm.branch == branch}
         inside = {path: norm for path, norm in own.items() if norm.slot in ("mid_norm", "out_norm")}
-        before = [_median(besides_first(recording[path].rms, recording.texts.real)) for path in inside]
+        before = [recording[path].median for path in inside]
         after = [_median_rms_after(recording, path) for path in own]
         name = f"a norm of {_named(branch)}" if branch else "a norm of the model"
         looks: Any = {"linestyle": "", "color": color, "marker": marker, "markersize": 4}
@@ -86,7 +92,7 @@ def norm_cost_picture(costs: Sequence[AblatedNorm]) -> "Figure":
         for branch, (x, paths) in branches.items():
             axes.bar(x, [values[path] for path in paths], 0.38, color=_BRANCH[branch][0], label=_named(branch))
         axes.margins(x=0.015)  # no tick beyond the last layer
-        _signed_scale(axes, [values[path] for _, paths in branches.values() for path in paths])
+        signed_scale(axes, [values[path] for _, paths in branches.values() for path in paths])
         axes.set_ylabel(f"{slot}: change of loss\n(nats per token)")
         legend_above(axes, 3)
     return figure
@@ -135,7 +141,7 @@ def skip_picture(rows: Sequence[SkippedLayer]) -> "Figure":
     figure, (cost, angle) = new_figure(2, 2.3)
     layers = [row.layer for row in rows]
     cost.bar(layers, [row.dloss for row in rows], color=BLUE)
-    _signed_scale(cost, [row.dloss for row in rows])
+    signed_scale(cost, [row.dloss for row in rows])
     cost.set_xlim(-0.7, len(layers) - 0.3)
     cost.set_ylabel("change of loss\n(nats per token)")
     angle.plot(layers, [row.angle for row in rows], color=VERMILION, marker="o", markersize=4)
@@ -182,11 +188,6 @@ def _position(norm: _Address) -> float:
     return norm.layer + within + (0.5 if norm.branch == "feed_forward" else 0)
 
 
-def besides_first(rms: Tensor, real: Tensor) -> Tensor:
-    """The RMS of all tokens but the first of a text, which is often massive. Texts of one token keep it."""
-    return (rms[:, 1:][real[:, 1:]] if rms.shape[1] > 1 else rms).flatten().double()
-
-
 def _median(values: Tensor) -> float:
     return float(values.double().quantile(0.5))  # torch's own median is the lower of two
 
@@ -202,7 +203,7 @@ def _named(branch: str) -> str:
     return branch.replace("_", "-") or "embedding, final"
 
 
-def _signed_scale(axes: "Axes", values: Sequence[float]) -> None:
+def signed_scale(axes: "Axes", values: Sequence[float]) -> None:
     """Linear if the values are of similar size, else logarithmic on both sides of zero."""
     size = np.abs([value for value in values if np.isfinite(value) and value])
     if len(size) and size.max() > 30 * np.median(size):

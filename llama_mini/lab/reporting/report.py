@@ -16,10 +16,12 @@ from llama_mini.errors import ConfigError, RequestError
 from llama_mini.lab.ablation import ablate, skip_layers
 from llama_mini.lab.cost import score
 from llama_mini.lab.diagnosis import doctor
+from llama_mini.lab.freezing import FREEZABLE
+from llama_mini.lab.massive_activations import MASSIVE, lives
 from llama_mini.lab.measurement import init
 from llama_mini.lab.norm_table import norms
 from llama_mini.lab.paths import select
-from llama_mini.lab.recording import MASSIVE, Recording, capture, massive_activation
+from llama_mini.lab.recording import Recording, capture
 from llama_mini.lab.reporting import figures, plan_figures, style
 from llama_mini.lab.reporting.diagram import diagram, layer_kinds, ranges
 from llama_mini.lab.reporting.style import check_drawable, svg, write_whole
@@ -36,8 +38,7 @@ from llama_mini.validate import join_names
 
 _TEMPLATE = "report.html.jinja"
 _COMMAND = "python -m llama_mini.lab"
-_MOST_ELEMENTS = 12
-_FREEZABLE = ("rms", "scale")  # they divide by the root mean square
+_MOST_TOKENS = 12
 _DIM, _SEEDS = 256, 3  # of the random models
 
 
@@ -143,45 +144,23 @@ def _plan(model: Llama) -> dict[str, Any]:
 def _activations(recording: Recording, tokenizer: Tokenizer | None) -> tuple[Any, Any]:
     """The data on the residual stream, and on its massive elements."""
     ends = recording.resid.resid_pre[0], recording.resid.resid_post[-1]
-    first, last = (float(figures.besides_first(point.rms, recording.texts.real).quantile(0.5)) for point in ends)
+    first, last = (point.median for point in ends)
     stream = {"svg": svg(figures.residual_rms_picture(recording), "rms"), "first": first, "last": last}
-    born = massive_activation(recording)
+    life = lives(recording.massive(), recording.texts.tokens, tokenizer)
     massive = {
         "svg": svg(figures.massive_picture(recording), "massive"),
-        "born": born,
-        "token": _decode(tokenizer, recording.texts.tokens[born.row, born.token]) if born and tokenizer else "",
-        "most": _MOST_ELEMENTS,
-        "elements": _massive_elements(recording, tokenizer),
+        "tokens": len(life),
+        "most": _MOST_TOKENS,
+        "lives": Table(life[:_MOST_TOKENS]),
     }
     return stream, massive
 
 
-def _massive_elements(recording: Recording, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
-    """The elements that are massive in any layer's output: the first such layer, and their largest value."""
-    texts, rows = recording.texts, dict[tuple[int, ...], dict[str, Any]]()
-    for layer, record in enumerate(recording.resid.resid_post):
-        assert record.x is not None
-        x = record.x.float()
-        times = x.abs() / x[texts.real].abs().median()
-        times[~texts.real] = 0
-        top = times.flatten().topk(min(_MOST_ELEMENTS, times.numel()))
-        for index in top.indices[top.values >= MASSIVE]:
-            place = row, token, dim = tuple(int(i) for i in torch.unravel_index(index, x.shape))
-            largest = {"largest value": float(x[place]), "times the median": float(times[place])}
-            largest["largest in layer"] = layer
-            if place not in rows:
-                rows[place] = {"first in layer": layer, "row": row, "token": token, "dimension": dim} | largest
-                rows[place] |= {"text": _decode(tokenizer, texts.tokens[row, token])} if tokenizer else {}
-            elif largest["times the median"] > rows[place]["times the median"]:
-                rows[place] |= largest
-    return sorted(rows.values(), key=lambda row: -row["times the median"])[:_MOST_ELEMENTS]
-
-
 def _costs(model: Llama, texts: Texts) -> dict[str, Any]:
     table = norms(model)
-    paths = [row.path for row in table if row.kind in _FREEZABLE]
+    paths = [row.path for row in table if row.kind in FREEZABLE]
     if not paths:
-        return {"rows": [], "kinds": " or ".join(_FREEZABLE)}
+        return {"rows": [], "kinds": " or ".join(FREEZABLE)}
     rows = ablate(model, texts, paths)
     patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
     return {

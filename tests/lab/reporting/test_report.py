@@ -14,7 +14,7 @@ import torch
 from llama_mini import lab
 from llama_mini.errors import RequestError
 from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
-from llama_mini.lab.recording import capture, massive_activation
+from llama_mini.lab.recording import capture
 from llama_mini.lab.reporting import report as report_module
 from llama_mini.lab.reporting.report import report
 from llama_mini.lab.reporting.style import DARK, LIGHT, SVG
@@ -151,22 +151,21 @@ def test_the_numbers_are_those_of_the_lab(massive: Llama, written: Path) -> None
 
 
 def test_the_planted_massive_activation_is_found(massive: Llama, written: Path) -> None:
-    born = massive_activation(capture(massive, IDS))
-    assert born is not None
-    assert (born.layer, born.row, born.token, born.dim) == (1, 1, 13, 7)
+    found = capture(massive, IDS).massive()
+    assert {(e.row, e.token, e.dim) for e in found} == {(1, 13, 7)}
+    assert min(e.layer for e in found) == 1
+    largest = max(found, key=lambda e: e.times_median)
     text = Page(written).text
-    assert "A massive activation is born in layer 1, in dimension 7 at token 13" in text
-    rows = re.findall("<tr>(.*?)</tr>", written.read_text())
-    cells = [re.findall("<td[^>]*>(.*?)</td>", row) for row in rows]
-    (first, *_) = [row for row in cells if len(row) == 8]
-    assert first[:4] == ["1", "1", "13", "7"]
-    after = [point.x for point in capture(massive, IDS).resid.resid_post]
-    times = [float(x[1, 13, 7].abs() / x.abs().median()) for x in after if x is not None]
-    assert int(first[6]) == int(np.argmax(times))
-    assert float(first[5].replace(",", "")) == pytest.approx(max(times), rel=1e-3)
-    x = after[int(first[6])]
+    assert f"The largest massive activation is dimension 7 at token 13, {HOSTILE!r}" in text
+    assert f", in the output of layer {largest.layer}:" in text
+    cells = [re.findall("<td[^>]*>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", written.read_text())]
+    (row,) = [row for row in cells if len(row) == 9 and row[:2] == ["1", "13"]]
+    assert row[3:6] == ["1–2", "1", "7"]
+    x = capture(massive, IDS).resid.resid_post[largest.layer].x
     assert x is not None
-    assert float(first[4].replace(",", "")) == pytest.approx(float(x[1, 13, 7]), rel=1e-3)
+    assert float(row[6].replace(",", "")) == pytest.approx(float(x[1, 13, 7]), rel=1e-3)
+    assert float(row[7].replace(",", "")) == pytest.approx(float(x[1, 13, 7].abs() / x.abs().median()), rel=1e-3)
+    assert row[8] == str(largest.layer)
 
 
 @pytest.fixture

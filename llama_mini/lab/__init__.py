@@ -9,6 +9,7 @@ from typing import Any
 _HOME = {  # no module has a function's name: importing the module would hide the function
     "norms": "norm_table",
     "capture": "recording",
+    "attention": "attention_heads",
     "score": "cost",
     "edit": "editing",
     "ablate": "ablation",

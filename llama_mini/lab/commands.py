@@ -15,7 +15,7 @@ from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.command_io import captured, checkpoint, read_ids, read_model, read_settings, scores, show
 from llama_mini.lab.cost import Score
 from llama_mini.lab.massive_activations import MASSIVE, lives
-from llama_mini.lab.reporting import figures, plan_figures
+from llama_mini.lab.reporting import figures, plan_figures, stream_figures
 from llama_mini.lab.reporting.report import Shell
 from llama_mini.lab.reporting.style import check_drawable, check_picture
 from llama_mini.lab.table import Table
@@ -60,6 +60,12 @@ def _capture(args: argparse.Namespace) -> None:
     life = lives(recording.massive(), recording.texts.tokens, tokenizer)
     if len(life) and not (args.json or args.csv or args.massive):
         print(f"\nmassive activations, {MASSIVE} times the median of a layer's output and more, by token\n{life}")
+
+
+def _attention(args: argparse.Namespace) -> None:
+    model, tokenizer = read_model(args)
+    rows = lab.attention(model, read_ids(tokenizer, args))
+    show(args, rows, lambda: stream_figures.attention_picture(rows))
 
 
 def _ablate(args: argparse.Namespace) -> None:
@@ -188,7 +194,7 @@ def _race(args: argparse.Namespace) -> None:
     show(args, race.table(), lambda: plan_figures.race_picture(race))
 
 
-_WATCHING = (_norms, _doctor, _capture)
+_WATCHING = (_norms, _doctor, _capture, _attention)
 _OF_A_CHECKPOINT = (*_WATCHING, _ablate, _edit, _skip, _move, _insert, _fold, _report, _tour)
 _OF_A_PLAN = (_predict, _init, _sweep, _race)
 COMMANDS = {command.__name__[1:]: command for command in (*_OF_A_CHECKPOINT, *_OF_A_PLAN)}

@@ -54,6 +54,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     capture.add_argument("--at", metavar="PATTERN", action="append", help="norms to show; default: all")
     capture.add_argument("--massive", action="store_true", help="show the massive activations alone, layer by layer")
     add("attention", "show what each head attends to, beside the residual stream", model, text, picture)
+    add("gradients", "show the gradient of the loss along the stream and at each norm", model, text, picture)
     ablate = add("ablate", "measure the cost of freezing each norm's statistic", model, text, picture)
     edit = add("edit", "measure the cost of editing norms", model, text)
     add("skip", "measure the cost of skipping each layer", model, text, picture)

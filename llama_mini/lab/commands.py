@@ -68,6 +68,12 @@ def _attention(args: argparse.Namespace) -> None:
     show(args, rows, lambda: stream_figures.attention_picture(rows))
 
 
+def _gradients(args: argparse.Namespace) -> None:
+    model, tokenizer = read_model(args)
+    rows = lab.gradients(model, read_ids(tokenizer, args))
+    show(args, rows, lambda: stream_figures.gradient_picture(rows))
+
+
 def _ablate(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
     costs = lab.ablate(model, read_ids(tokenizer, args), args.pattern, **read_settings(args.settings))
@@ -194,7 +200,7 @@ def _race(args: argparse.Namespace) -> None:
     show(args, race.table(), lambda: plan_figures.race_picture(race))
 
 
-_WATCHING = (_norms, _doctor, _capture, _attention)
+_WATCHING = (_norms, _doctor, _capture, _attention, _gradients)
 _OF_A_CHECKPOINT = (*_WATCHING, _ablate, _edit, _skip, _move, _insert, _fold, _report, _tour)
 _OF_A_PLAN = (_predict, _init, _sweep, _race)
 COMMANDS = {command.__name__[1:]: command for command in (*_OF_A_CHECKPOINT, *_OF_A_PLAN)}

@@ -22,7 +22,7 @@ from tests.tiny_families import random_model
 
 TINY = Path(__file__).parent.parent / "tiny"
 TEXT = ["--tokens", "24"]
-HAS_PICTURE = ("norms", "capture", "attention", "ablate", "skip", "predict", "init", "sweep", "race")
+HAS_PICTURE = ("norms", "capture", "attention", "gradients", "ablate", "skip", "predict", "init", "sweep", "race")
 PRE = ["attention.pre_norm", "feed_forward.pre_norm"]
 SLOTS = {
     "llama": PRE,
@@ -38,6 +38,7 @@ ON_A_TEXT = {
     "insert": [],
     "fold": [],
     "attention": [],
+    "gradients": [],
 }
 OF_A_PLAN = {
     "predict": ["peri", "--depth", "3"],
@@ -83,7 +84,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, ["--model", str(folder)]
 
 
-@pytest.mark.parametrize("command", ["capture", "attention", "edit", "ablate", "skip", "norms", "doctor"])
+@pytest.mark.parametrize("command", ["capture", "attention", "gradients", "edit", "ablate", "skip", "norms", "doctor"])
 def test_every_family_goes_through_every_command(
     command: str, family: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

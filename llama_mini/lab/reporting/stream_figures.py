@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_mini.lab.attention_heads import AttentionHead
+from llama_mini.lab.gradient_flow import Gradient
 from llama_mini.lab.reporting.style import (
     BLUE,
+    GREEN,
     PURPLE,
+    VERMILION,
     layer_ticks,
     legend_above,
     log_scale,
@@ -45,4 +48,39 @@ def attention_picture(rows: Sequence[AttentionHead]) -> "Figure":
     heads.yaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # it is a MaxNLocator
     layer_ticks(heads, mass.shape[1] - 1)
     figure.colorbar(mesh, ax=panels, label="attention to the first token", aspect=40)
+    return figure
+
+
+@styled
+def gradient_picture(rows: Sequence[Gradient]) -> "Figure":
+    """The gradient along the stream by layer, and how much larger the first token's is at each norm, after and before.
+
+    q, k and v norms are left out.
+    """
+    by_point = {row.point: row for row in rows}
+    depth = sum(point.endswith(".resid_post") for point in by_point)
+    figure, (stream, ratio) = new_figure(2, 2.6)
+    points = [by_point[f"layers.{i}.{name}"] for i in range(depth) for name in ("resid_pre", "resid_mid")]
+    points.append(by_point[f"layers.{depth - 1}.resid_post"])
+    x = np.arange(len(points)) / 2
+    stream.plot(x, [row.median for row in points], color=BLUE, label="the stream, median token")
+    stream.plot(x, [row.first for row in points], color=PURPLE, linestyle="--", label="the stream, first token")
+    stream.set_ylabel("gradient (RMS)")
+    for branch, color, marker in (("attention", GREEN, "o"), ("feed_forward", VERMILION, "s")):
+        for part, fill, place in (("output", color, "after"), ("input", "none", "before")):
+            own = [
+                (int(point.split(".")[1]) + (0.5 if branch == "feed_forward" else 0), row.first / row.median)
+                for point, row in by_point.items()
+                if f".{branch}." in point and point.endswith(f"_norm.{part}") and point.split(".")[3][0] not in "qkv"
+            ]
+            if own:
+                label = f"{place} a norm of {branch.replace('_', '-')}"
+                ratio.plot(
+                    *zip(*own, strict=True), marker, color=color, markerfacecolor=fill, markersize=4, label=label
+                )
+    ratio.set(xlabel="layer (feed-forward at the half)", ylabel="gradient: first token\nover median token")
+    for axes in (stream, ratio):
+        log_scale(axes)
+        legend_above(axes, 2)
+    layer_ticks(ratio, depth)
     return figure

@@ -10,6 +10,7 @@ _HOME = {  # no module has a function's name: importing the module would hide th
     "norms": "norm_table",
     "capture": "recording",
     "attention": "attention_heads",
+    "compare": "comparison",
     "gradients": "gradient_flow",
     "score": "cost",
     "edit": "editing",

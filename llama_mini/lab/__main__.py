@@ -55,6 +55,11 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     capture.add_argument("--massive", action="store_true", help="show the massive activations alone, layer by layer")
     add("attention", "show what each head attends to, beside the residual stream", model, text, picture)
     add("gradients", "show the gradient of the loss along the stream and at each norm", model, text, picture)
+    compare = add("compare", "show two checkpoints side by side: losses, gains, streams and costs", text, picture)
+    for name in "ab":
+        compare.add_argument(name, metavar=name.upper(), help="directory, file or hub name")
+    compare.add_argument("pattern", nargs="?", help="norms whose cost is measured; default: all that can be")
+    compare.add_argument("--dtype", default="float32", metavar="D", help="of both; default: %(default)s")
     ablate = add("ablate", "measure the cost of freezing each norm's statistic", model, text, picture)
     edit = add("edit", "measure the cost of editing norms", model, text)
     add("skip", "measure the cost of skipping each layer", model, text, picture)
@@ -71,7 +76,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
             "pattern", nargs="?", default=pattern, help="norms, such as layers.0-3.*.*,norm; default: %(default)s"
         )
     fold.add_argument("pattern", nargs="?", help="norms; default: all whose gain can be folded")
-    for command, default in ((ablate, "freeze=quadratic"), (edit, "eps=1e-3")):
+    for command, default in ((ablate, "freeze=quadratic"), (compare, "freeze=quadratic"), (edit, "eps=1e-3")):
         what = f"such as eps=1e-3 kind=layer or freeze=median keep=massive; default: {default}"
         command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=what)
     move.add_argument("--to", default="out", metavar="SLOT", help="pre, mid, out or post; default: %(default)s")

@@ -12,7 +12,7 @@ from llama_mini.checkpoint.io.atomic import check_new, new_directory
 from llama_mini.checkpoint.io.files import decode_json
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import NumericalError, RequestError
-from llama_mini.lab.command_io import captured, checkpoint, read_ids, read_model, read_settings, scores, show
+from llama_mini.lab.command_io import captured, checkpoint, draw, read_ids, read_model, read_settings, scores, show
 from llama_mini.lab.cost import Score
 from llama_mini.lab.massive_activations import MASSIVE, lives
 from llama_mini.lab.reporting import figures, plan_figures, stream_figures
@@ -72,6 +72,25 @@ def _gradients(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
     rows = lab.gradients(model, read_ids(tokenizer, args))
     show(args, rows, lambda: stream_figures.gradient_picture(rows))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    if args.csv:
+        raise RequestError("a comparison is several tables: leave --csv out, or print them with --json")
+    (a, tokenizer), (b, other) = (read_model(args, name) for name in (args.a, args.b))
+    ids = read_ids(tokenizer, args)
+    if read_ids(other, args) != ids:
+        raise RequestError(
+            f"the tokenizers of {args.a} and {args.b} split the text differently: their losses differ too"
+        )
+    compared = lab.compare(a, b, ids, args.pattern, **read_settings(args.settings))
+    tables = {"losses": scores({"a": compared.a, "b": compared.b}), "norms": compared.norms, "stream": compared.stream}
+    if args.json:
+        print(json.dumps({name: json.loads(table.to_json()) for name, table in tables.items()}, indent=2))
+    else:
+        print("\n\n".join(f"{name}\n{table}" for name, table in tables.items()))
+    draw(args, lambda: stream_figures.comparison_picture(compared))
+    _check_finite(compared.norms)
 
 
 def _ablate(args: argparse.Namespace) -> None:
@@ -200,7 +219,7 @@ def _race(args: argparse.Namespace) -> None:
     show(args, race.table(), lambda: plan_figures.race_picture(race))
 
 
-_WATCHING = (_norms, _doctor, _capture, _attention, _gradients)
+_WATCHING = (_norms, _doctor, _capture, _attention, _gradients, _compare)
 _OF_A_CHECKPOINT = (*_WATCHING, _ablate, _edit, _skip, _move, _insert, _fold, _report, _tour)
 _OF_A_PLAN = (_predict, _init, _sweep, _race)
 COMMANDS = {command.__name__[1:]: command for command in (*_OF_A_CHECKPOINT, *_OF_A_PLAN)}

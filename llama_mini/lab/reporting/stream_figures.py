@@ -1,12 +1,14 @@
 """The lab's pictures of what flows through a checkpoint: attention and gradients, beside the residual stream."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llama_mini.lab.attention_heads import AttentionHead
+from llama_mini.lab.comparison import Comparison
 from llama_mini.lab.gradient_flow import Gradient
+from llama_mini.lab.reporting.figures import signed_scale
 from llama_mini.lab.reporting.style import (
     BLUE,
     GREEN,
@@ -83,4 +85,38 @@ def gradient_picture(rows: Sequence[Gradient]) -> "Figure":
         log_scale(axes)
         legend_above(axes, 2)
     layer_ticks(ratio, depth)
+    return figure
+
+
+@styled
+def comparison_picture(comparison: Comparison) -> "Figure":
+    """Two models by layer: the RMS of the stream, how far the second one's is from it, and what their norms cost.
+
+    The costs have bars of two standard errors.
+    """
+    figure, (stream, change, cost) = new_figure(3, 2.4)
+    rows = comparison.stream
+    x = np.arange(len(rows)) / 2
+    for side, look in (("a", "-"), ("b", ":")):
+        for who, label, color in (("median", "median token", BLUE), ("first", "first token", PURPLE)):
+            stream.plot(x, rows.column(f"{who}_{side}"), look, color=color, label=f"{side}: {label}")
+    for who, label, color in (("median", "median token", BLUE), ("first", "first token", PURPLE)):
+        change.plot(x, rows.column(f"{who}_change"), color=color, label=f"from a to b: {label}")
+    stream.set_ylabel("RMS of the stream")
+    change.set_ylabel("change of the stream\n(share of its length)")
+    for branch, color, marker in (("attention", GREEN, "o"), ("feed_forward", VERMILION, "s")):
+        own = [row for row in comparison.norms if f".{branch}." in row.path]
+        for side, fill in (("a", color), ("b", "none")):
+            at = [int(row.path.split(".")[1]) + (0.5 if branch == "feed_forward" else 0) for row in own]
+            costs = np.array([[getattr(row, f"{name}_{side}") for row in own] for name in ("dloss", "se")], float)
+            label = f"{side}: {branch.replace('_', '-')}"
+            looks: Any = {"color": color, "markerfacecolor": fill, "markersize": 4, "label": label}
+            cost.errorbar(at, costs[0], 2 * costs[1], fmt=marker, **looks)
+    signed_scale(cost, [v for s in "ab" for v in comparison.norms.column(f"dloss_{s}") if v is not None])
+    cost.set(xlabel="layer (feed-forward at the half)", ylabel="cost of a norm\n(nats per token)")
+    for axes in (stream, change):
+        log_scale(axes)
+    for axes in (stream, change, cost):
+        legend_above(axes, 4)
+    layer_ticks(cost, len(rows) // 2)
     return figure

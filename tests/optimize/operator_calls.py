@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.optimize.packed_linear import PackedLinear
-from tests.optimize.twins import generator, random, random_gain, random_matrix
+from tests.optimize.twins import generator, random, random_codes, random_gain, random_matrix
 
 Arguments = dict[str, Any]
 op = torch.ops.llama_mini
@@ -31,8 +31,9 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
         if name == "quantize":
             return {"x": random((24, 64), dtype, rng), "w": w.tensors, "block": 1}
         if name == "pack":
-            codes = torch.full((24, 64), 3, dtype=torch.uint8)
-            return {"rows": [codes, *[torch.ones(24, 2).half()] * (len(w.tensors) - 1)], "w": w.tensors, "block": 1}
+            kind = "int4" if format_ == "float" else format_
+            rows = [t for t in random_codes(kind, 24, 64, rng) if t is not None]
+            return {"rows": rows, "w": w.tensors, "block": 1}
         block_bytes = 34 if format_ == "int8" else 20
         return {
             "blocks": torch.full((24, 2 * block_bytes), 3, dtype=torch.uint8),
@@ -109,8 +110,18 @@ def as_long(t: Tensor) -> Tensor:
     return t.long()
 
 
-def quantized() -> PackedLinear:
-    return random_matrix("int8", [HIDDEN], DIM, torch.float32, generator(0))
+def quantized(format_: str = "int8") -> PackedLinear:
+    return random_matrix(format_, [HIDDEN], DIM, torch.float32, generator(0))
+
+
+def codes(format_: str, change: Callable[[list[Tensor]], list[Tensor]]) -> tuple[str, Callable[[Arguments], Arguments]]:
+    """gemv with the tensors of a quantized matrix changed."""
+    return wrong("gemv", w=lambda _: change(quantized(format_).tensors), bias=torch.empty(0))
+
+
+def cut(vectors: int) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The codes of each block cut to so many vectors, or repeated up to them."""
+    return lambda t: [torch.cat((t[0], t[0]), 1)[:, :vectors].contiguous(), *t[1:]]
 
 
 STORE = ("quantize", "pack", "repack")
@@ -195,6 +206,30 @@ WRONG = {
     "gemm: x wider": wrong("gemm", x=lambda x: torch.cat((x, x), -1)),
     "gemm: integers": wrong("gemm", x=as_long, w=lambda w: [as_long(w[0])], bias=as_long),
     "gemm: x of integers, codes": wrong("gemm", x=as_long, w=lambda _: quantized().tensors, bias=as_long),
+    "codes: of one bit": codes("int2", cut(1)),
+    "codes: of seven bits": codes("int8", cut(7)),
+    "codes: of nine bits": codes("int8", cut(9)),
+    "codes: groups of 16 where there are none": codes("int8", lambda t: [t[0], torch.cat((t[1], t[1]), 1)]),
+    "codes: groups of 32 where there are none": codes("int6g16", lambda t: [t[0], t[1][:, :1].contiguous()]),
+    "codes: groups of 8": codes("int6g16", lambda t: [t[0], torch.cat((t[1], t[1]), 1)]),
+    "codes: minimums of eight bits": codes("int8", lambda t: [*t, t[1]]),
+    "codes: no minimums": codes("int4", lambda t: t[:2]),
+    "codes: minimums of half the groups": codes("int2g16", lambda t: [*t[:2], t[2][:, :1].contiguous()]),
+    "codes: no table": codes("iq4", lambda t: t[:2]),
+    "codes: a table of 15": codes("iq4", lambda t: [*t[:2], t[2][:15]]),
+    "codes: a table of 17": codes("nvfp4", lambda t: [*t[:2], torch.cat((t[2], t[2][:1]))]),
+    "codes: a table of eight bits": codes("int8", lambda t: [*t, quantized("iq4").tensors[2]]),
+    "codes: a table of bfloat16": codes("iq4", lambda t: [*t[:2], t[2].bfloat16()]),
+    **{
+        f"codes: {value} in a table": codes("iq4", last(lambda t, v=value: t.index_fill(0, torch.tensor(5), v)))
+        for value in (-129, 128, 0.5, float("inf"))
+    },
+    **{
+        f"quantize: to {name}": wrong(
+            "quantize", w=lambda _, name=name: random_matrix(name, [40], 64, torch.float32, generator(1)).tensors
+        )
+        for name in ("iq4", "int2g16")
+    },
     "dequantize_rows: past the end": wrong("dequantize_rows", at=torch.tensor([0, 48])),
     "dequantize_rows: before the start": wrong("dequantize_rows", at=torch.tensor([-1])),
     "dequantize_rows: far past the end": wrong("dequantize_rows", at=torch.tensor([2**63 - 1])),

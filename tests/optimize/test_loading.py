@@ -147,7 +147,6 @@ def test_four_bit_blocks_are_not_requantized(tmp_path: Path, kind: Kind, family:
     model = loaded(write_family(tmp_path / "model", theirs, kind), "int4")
     state = theirs.state_dict()
     for name, (matrix, part) in parts(model).items():
-        assert isinstance(matrix, QuantizedLinear)
         assert matrix.name == "int4"
         key = f"model.{name}.weight".replace("attention", "self_attn").replace("feed_forward", "mlp")
         blocks = quants.quantize(state[key].numpy(), kind).reshape(matrix.parts[part], matrix.columns // 32, -1)
@@ -169,7 +168,6 @@ def test_eight_bit_blocks_are_not_requantized(tmp_path: Path, family: str) -> No
     plain, model = Llama.from_pretrained(path, dtype="float32"), loaded(path, "int8")
     weights = dict(plain.named_parameters())
     for name, (matrix, part) in (parts(model) | {"lm_head": (model.lm_head.linear, 0)}).items():
-        assert isinstance(matrix, QuantizedLinear)
         assert matrix.name == "int8"
         assert matrix.qweight.min() == 0
         assert torch.equal(floats_of(matrix, part), weights[f"{name}.weight"]), name
@@ -224,7 +222,6 @@ def test_the_default_checkpoints_file_is_not_requantized(smollm2_dir: Path) -> N
         _, layer, _, projection = name.split(".")
         info = header.tensors[f"blk.{layer}.{names[projection]}.weight"]
         blocks = np.asarray(data[info.offset : info.offset + info.n_bytes]).reshape(*info.shape[:1], -1, 20)
-        assert isinstance(matrix, QuantizedLinear)
         assert matrix.name == "int4"
         for found, expected in zip(quantized_of(matrix, part), stored_codes(blocks, Kind.Q4_1), strict=True):
             ours = found.numpy()

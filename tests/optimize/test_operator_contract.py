@@ -21,9 +21,9 @@ from llama_mini.model.kv_cache import LayerCache
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import optimize
 from llama_mini.optimize.build import load_kernels
-from tests.optimize.operator_calls import STORE, WRONG, Arguments, called, valid
+from tests.optimize.operator_calls import WRONG, Arguments, called, valid
 from tests.optimize.random_layers import LAYER_FORMATS
-from tests.optimize.twins import FORMATS, same_bits
+from tests.optimize.twins import CODED, FORMATS, same_bits
 from tests.processes import child
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -67,7 +67,6 @@ def test_a_wrong_call_is_refused_and_writes_nothing(refused: list[str], name: st
     assert name in refused
 
 
-CODED = [name for name in FORMATS if name != "float"]
 CALLS: list[Any] = [
     pytest.param(name, format_, marks=pytest.mark.slow if format_ in ("int8", "int4") else ())  # mixed layers hold both
     for name in ("layers", "prompt")
@@ -85,7 +84,8 @@ def test_schema_and_fake_tensors_agree_with_what_happens(name: str, format_: str
 
 @pytest.mark.parametrize(
     ("name", "format_"),
-    [(name, format_) for name in STORE for format_ in CODED if (name, format_) != ("repack", "int5")],
+    [("pack", format_) for format_ in CODED]
+    + [(name, format_) for name in ("quantize", "repack") for format_ in ("int8", "int4")],
 )
 def test_schema_says_what_is_written(name: str, format_: str) -> None:
     torch.library.opcheck(called(name).default, (), valid(name, format_), test_utils="test_schema")

@@ -13,6 +13,7 @@ from llama_mini.optimize.fusable import NormArgs
 from llama_mini.optimize.packed_linear import PackedLinear
 from tests.optimize import twins
 from tests.optimize.twins import (
+    CODED,
     FORMATS,
     dense,
     each_isa,
@@ -28,7 +29,6 @@ from tests.optimize.twins import (
 )
 
 Product = Callable[[Tensor, PackedLinear], Tensor]
-CODED = [name for name in FORMATS if name != "float"]
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**32)
@@ -58,7 +58,7 @@ def rounding(dtype: torch.dtype) -> float:
 @given(
     seed=seeds, dtype=dtypes, batch=batches, rows=st.integers(1, 70), columns=st.integers(1, 170), bias=st.booleans()
 )
-@examples(30)
+@examples(10)
 def test_gemv(
     isa: str, format_: str, seed: int, dtype: torch.dtype, batch: int, rows: int, columns: int, bias: bool
 ) -> None:
@@ -79,7 +79,7 @@ def test_gemv(
 
 @pytest.mark.parametrize("format_", CODED)
 @given(seed=seeds, dtype=dtypes, batch=batches, rows=st.integers(1, 70), columns=st.integers(1, 170))
-@examples(30)
+@examples(10)
 def test_integer_sums_have_the_same_bits_in_every_isa(
     isa: str, format_: str, seed: int, dtype: torch.dtype, batch: int, rows: int, columns: int
 ) -> None:
@@ -125,7 +125,7 @@ def uneven(n: int, columns: int, dtype: torch.dtype, rng: torch.Generator) -> Te
     columns=st.integers(1, 300),
     bias=st.booleans(),
 )
-@examples(30)
+@examples(10)
 def test_gemm(
     isa: str, format_: str, seed: int, dtype: torch.dtype, n: int, parts: list[int], columns: int, bias: bool
 ) -> None:
@@ -202,7 +202,7 @@ def test_what_is_not_finite_stays_in_its_row_and_shows(
 
 @pytest.mark.parametrize("format_", CODED)
 @given(seed=seeds, dtype=dtypes, parts=st.lists(st.integers(1, 40), min_size=1, max_size=3), columns=st.integers(1, 99))
-@examples(30)
+@examples(10)
 def test_dequantize_rows(isa: str, format_: str, seed: int, dtype: torch.dtype, parts: list[int], columns: int) -> None:
     """Dequantized in float32, whose rounding is at most that of the largest number that is added."""
     rng = generator(seed)

@@ -13,13 +13,16 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from llama_mini.checkpoint import code_formats
+from llama_mini.checkpoint.source import QuantizedWeights
 from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.fusable import NormArgs
 from llama_mini.optimize.packed_linear import FloatLinear, PackedLinear
 from llama_mini.optimize.quantized_linear import QuantizedLinear
 
 Test = TypeVar("Test", bound=Callable[..., Any])
-FORMATS = ["float", "int8", "int5", "int4"]
+CODED = list(code_formats.FORMATS)
+FORMATS = ["float", *CODED]
 
 
 def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -67,34 +70,49 @@ def linear_of(format_: str) -> Callable[..., PackedLinear]:
 def random_matrix(
     format_: str, parts: Sequence[int], columns: int, dtype: torch.dtype, rng: torch.Generator, bias: bool = False
 ) -> PackedLinear:
-    """A matrix in a format; `mixed`: in one at random."""
+    """A matrix in a format; `mixed`: in one at random. Codes have whole groups of 32 columns, so some stand unused."""
     format_ = FORMATS[int(torch.randint(len(FORMATS), (), generator=rng))] if format_ == "mixed" else format_
     matrix = linear_of(format_)(list(parts), columns, dtype, True, bias)
     for i, rows in enumerate(parts):
-        matrix.load(i, random((rows, columns), dtype, rng, columns**-0.5))
+        if isinstance(matrix, QuantizedLinear):
+            matrix.load_codes(i, random_codes(format_, rows, -(-columns // 32) * 32, rng))
+        else:
+            matrix.load(i, random((rows, columns), dtype, rng, columns**-0.5))
         if bias:
             matrix.bias_destination(i).copy_(random((rows,), dtype, rng))
     return matrix
 
 
+def random_codes(format_: str, rows: int, columns: int, rng: torch.Generator) -> QuantizedWeights:
+    """Rows whose products with unit normal numbers are of the order of one."""
+    kind = code_formats.FORMATS[format_]
+    most = 2**kind.bits if kind.table is None else max(map(abs, kind.table))
+    codes = torch.randint(2**kind.bits, (rows, columns), generator=rng, dtype=torch.uint8)
+    scale, least = (random((rows, columns // kind.group), torch.float16, rng, columns**-0.5) for _ in range(2))
+    return QuantizedWeights(codes, scale / most, least if kind.has_min else None)
+
+
 def dense(matrix: PackedLinear) -> Tensor:
     """The dequantized matrix, (rows, columns) float64, from the layout that codes.h describes."""
-    tensors = matrix.tensors
-    if len(tensors) == 1:
-        return tensors[0].double()
-    blocks, steps = matrix.rows // 16, -(-matrix.columns // 32)
-    codes = vectors = tensors[0].view(blocks, steps, -1, 1, 16, 4)  # (block, step, vector, half, row, column of four)
-    if len(tensors) == 3:
-        codes = torch.cat((vectors & 15, vectors >> 4), 3)[:, :, :4]
-    if vectors.shape[2] == 5:
-        for quad in range(8):
-            codes[:, :, quad // 2, quad % 2] += (vectors[:, :, 4, 0] >> quad & 1) << 4
-    codes = codes.permute(0, 4, 1, 2, 3, 5).reshape(blocks, 16, steps, 32).double()
-    scale = tensors[1].view(blocks, -1, 16).transpose(1, 2)[..., None].double()
-    if len(tensors) == 3:
-        values = codes * scale + tensors[2].view(blocks, -1, 16).transpose(1, 2)[..., None].double()
+    if not isinstance(matrix, QuantizedLinear):
+        return matrix.tensors[0].double()
+    kind, blocks = matrix.format, matrix.rows // 16
+    vectors = matrix.qweight.view(blocks, -1, kind.bits, 16, 4).int()  # (block, group of 32, vector, row, column of 4)
+    codes, at, shift = torch.zeros(blocks, vectors.shape[1], 8, 16, 4, dtype=torch.int), 0, 0
+    for width in (8, 4, 2, 1):
+        if kind.bits & width:
+            for quad in range(8):
+                bits = vectors[:, :, at + quad * width // 8] >> quad * width % 8 & (1 << width) - 1
+                codes[:, :, quad] |= bits << shift
+            at, shift = at + width, shift + width
+    codes = codes.permute(0, 3, 1, 2, 4).reshape(matrix.rows, -1, kind.group)
+    if kind.table is not None:
+        values = torch.tensor(kind.table, dtype=torch.float64)[codes]
     else:
-        values = (codes - 128) * scale
+        values = codes.double() - (0 if kind.has_min else 2 ** (kind.bits - 1))
+    values = values * matrix.scales.transpose(1, 2).reshape(matrix.rows, -1, 1)
+    if matrix.mins is not None:
+        values = values + matrix.mins.transpose(1, 2).reshape(matrix.rows, -1, 1)
     return values.reshape(matrix.rows, -1)[:, : matrix.columns]
 
 
@@ -114,7 +132,7 @@ def _with_bias(y: Tensor, matrix: PackedLinear) -> Tensor:
 def multiplied(x: Tensor, matrix: PackedLinear, isa: str) -> tuple[Tensor, Tensor]:
     """What gemm multiplies, in float64: the tokens, quantized or not, and the weights."""
     weight = dense(matrix)[: matrix.width]
-    if len(matrix.tensors) == 1:
+    if matrix.name == "float":
         return x.double(), weight
     if isa == "amx" and x.dtype == torch.bfloat16:
         return x.double(), weight.float().bfloat16().double()
@@ -212,11 +230,11 @@ def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer
 
     def times(x: Tensor, matrix: PackedLinear) -> list[Tensor]:
         # A dot product of bfloat16 rounds its factors; the others need not, but a prompt's activations are bfloat16.
-        rounds = many or (len(matrix.tensors) == 1 and isa in ("avx512_bf16", "amx"))
+        rounds = many or (matrix.name == "float" and isa in ("avx512_bf16", "amx"))
         x = x.to(dtype) if rounds else x
         if many:
             return matrix.split(product_of_many(x, matrix, isa))
-        return matrix.split(product(sixteen_bits(x) if len(matrix.tensors) > 1 else x, matrix))
+        return matrix.split(product(x if matrix.name == "float" else sixteen_bits(x), matrix))
 
     projected = times(rms_norm(x, layer.norms[0], dtype), qkv)
     q, k, v = ((part.to(dtype) if many else part).unflatten(-1, (-1, dim)) for part in projected)

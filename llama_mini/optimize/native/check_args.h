@@ -9,7 +9,7 @@
 #include "isa.h"
 
 using at::Tensor;
-using at::TensorList;  // a matrix: {floats}, {codes, scales} for int8, or {codes, scales, mins} for int5 and int4
+using at::TensorList;  // a matrix: {floats}, {codes, scales}, {codes, scales, mins}, or {codes, scales, table}
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -57,18 +57,27 @@ inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& 
         "a matrix of ", rows, " x ", columns, " ", x.scalar_type(), ", not ", w[0].sizes(), " ", w[0].scalar_type());
     return m;
   }
-  const int64_t blocks = round_up(rows, 16) / 16, groups = round_up(columns, 32) / 32;
-  const int64_t bytes = blocks * groups * group_bytes(Kind::INT5);
-  m.kind = w.size() == 2 ? Kind::INT8 : w[0].numel() == bytes ? Kind::INT5 : Kind::INT4;
+  const int64_t groups = round_up(rows, 16) * (round_up(columns, 32) / 32);
+  const bool has_table = w.size() == 3 && w[2].dim() == 1;
+  for (int i = (int)Kind::INT2; i <= (int)Kind::TABLE_G16; i++) {
+    const Codes& c = CODES[i];
+    if (w[0].numel() == groups * 4 * c.bits && w[1].numel() == groups * c.scales && c.has_table == has_table &&
+        c.has_min == (w.size() == 3 && !has_table))
+      m.kind = (Kind)i;
+  }
+  TORCH_CHECK(w[0].scalar_type() == at::kByte && w[1].scalar_type() == at::kHalf && quantized(m.kind),
+              "codes and scales of ", rows, " x ", columns, " in a known format, not ", w[0].sizes(), " ",
+              w[0].scalar_type(), " and ", w[1].sizes(), " ", w[1].scalar_type());
   m.scales = (const uint16_t*)w[1].const_data_ptr();
-  TORCH_CHECK(w[0].scalar_type() == at::kByte && w[0].numel() == blocks * groups * group_bytes(m.kind),
-              "quantized weights of ", rows, " x ", columns, ", not ", w[0].sizes());
-  TORCH_CHECK(w[1].scalar_type() == at::kHalf && w[1].numel() == blocks * 16 * groups, "scales of ", rows, " x ",
-              columns, ", not ", w[1].sizes());
-  if (w.size() == 3) {
-    TORCH_CHECK(w[2].scalar_type() == at::kHalf && w[2].numel() == w[1].numel(), "minimums of ", rows, " x ", columns,
-                ", not ", w[2].sizes());
-    m.mins = (const uint16_t*)w[2].const_data_ptr();
+  if (w.size() < 3) return m;
+  TORCH_CHECK(w[2].scalar_type() == at::kHalf && w[2].numel() == (has_table ? 16 : w[1].numel()),
+              "minimums like the scales, or a table of 16, not ", w[2].sizes(), " ", w[2].scalar_type());
+  if (!has_table) m.mins = (const uint16_t*)w[2].const_data_ptr();
+  for (int i = 0; has_table && i < 16; i++) {
+    const float value = w[2].const_data_ptr<at::Half>()[i];
+    TORCH_CHECK(value >= -128 && value <= 127 && value == std::floor(value), "whole numbers from -128 to 127, not ",
+                value);
+    m.table[i] = (uint8_t)(128 + (int)value);
   }
   return m;
 }

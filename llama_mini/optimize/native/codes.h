@@ -1,14 +1,16 @@
 // How quantized weights are stored, and how their codes are read and written.
 //
-// A code q stands for
-//     int8:        scale * (q - 128)
-//     int4, int5:  scale * q + min
-// with one scale, and one minimum, for each group of 32 columns of a row. Rows lie in blocks of 16. Four columns of a
-// row, a quad, are adjacent, because one VNNI instruction multiplies four columns of sixteen rows, a row in each lane.
-// A group of a block has one vector of 64 bytes for each bit of a code:
-//     int8: a quad in each
-//     int4: two quads in each, the earlier in the low four bits
-//     int5: the low four bits of all codes as int4 has them; in a last vector the fifth bits, of quad i in bit i
+// A code q of some bits stands for
+//     scale * q + min              of a kind with minimums
+//     scale * (q - 2^(bits - 1))   of one without
+//     scale * table[q]             of one with a table of 16 whole numbers from -128 to 127
+// with one scale, and one minimum, for each group of 32 columns of a row, or for each 16 of them. Rows lie in blocks of
+// 16. Four columns of a row, a quad, are adjacent, because one VNNI instruction multiplies four columns of sixteen
+// rows, a row in each lane.
+//
+// The bits of a code are split into planes of 8, 4, 2 or 1 bits, the binary digits of their number: 6 bits are the low
+// four, then the high two. In a plane of w bits a group of a block has w vectors of 64 bytes, each of 8 / w quads: in
+// every byte the earlier quads lie in the lower bits.
 #pragma once
 
 #include "isa.h"
@@ -22,31 +24,46 @@ constexpr int QUADS = GROUP / 4;
 
 inline int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP; }
 
-// Quad i of a group, whose codes for the first row are at q: V = uint32_t reads one row, u32 reads LANES rows.
-template <typename V>
-[[gnu::always_inline]] inline V load_quad(Kind kind, const uint8_t* q, int i) {
-  if (kind == Kind::INT8) return load_as<V>(q + i * 64);
-  V v = load_as<V>(q + i / 2 * 64);
-  v = (i % 2 ? v >> 4 : v) & 0x0f0f0f0f;
-  if (kind == Kind::INT4) return v;
-  const V fifth = load_as<V>(q + 4 * 64);
-  return v | ((i < 4 ? fifth << (4 - i) : fifth >> (i - 4)) & 0x10101010);
+// Calls f<KIND>() for a quantized kind.
+template <Kind KIND = Kind::INT2, typename F>
+[[gnu::always_inline]] inline void with_kind(Kind kind, const F& f) {
+  if (kind == KIND)
+    f.template operator()<KIND>();
+  else if constexpr (KIND < Kind::TABLE_G16)
+    with_kind<(Kind)((int)KIND + 1)>(kind, f);
 }
 
-// Stores the quads of one row of a group. Of int4, the low four bits of each code.
-[[gnu::always_inline]] inline void store_quads(Kind kind, const uint32_t* quads, uint8_t* q) {
-  if (kind == Kind::INT8) {
-    for (int i = 0; i < QUADS; i++) std::memcpy(q + i * 64, quads + i, 4);
-    return;
+// The lowest `width` bits of each byte.
+constexpr uint32_t low_bits(int width) { return (255u >> (8 - width)) * 0x01010101u; }
+
+// Quad i of a group, whose codes for the first row are at q: V = uint32_t reads one row, u32 reads LANES rows. Codes
+// of a table come as what they mean, plus 128.
+template <typename V>
+[[gnu::always_inline]] inline V load_quad(const Matrix& m, Kind kind, const uint8_t* q, int i) {
+  V code{};
+#pragma GCC unroll 4
+  for (int width = 8, at = 0; width > 0; width /= 2) {
+    if (!(codes_of(kind).bits & width)) continue;
+    V v = load_as<V>(q + i * width / 8 * 64);
+    const int from = i * width % 8;
+    v = from > at ? v >> (from - at) : v << (at - from);
+    code |= width == 8 ? v : v & (low_bits(width) << at);
+    q += width * 64, at += width;
   }
-  for (int i = 0; i < QUADS; i += 2) {
-    const uint32_t both = (quads[i] & 0x0f0f0f0f) | (quads[i + 1] & 0x0f0f0f0f) << 4;
-    std::memcpy(q + i / 2 * 64, &both, 4);
+  return codes_of(kind).has_table ? looked_up(m.table, code) : code;
+}
+
+// Stores the quads of one row of a group.
+inline void store_quads(Kind kind, const uint32_t* quads, uint8_t* q) {
+  for (int width = 8, at = 0; width > 0; width /= 2) {
+    if (!(codes_of(kind).bits & width)) continue;
+    for (int v = 0; v < width; v++, q += 64) {
+      uint32_t all = 0;
+      for (int i = 0; i < 8 / width; i++) all |= (*quads++ >> at & low_bits(width)) << i * width;
+      std::memcpy(q, &all, 4);
+    }
+    quads -= QUADS, at += width;
   }
-  if (kind == Kind::INT4) return;
-  uint32_t fifth = 0;
-  for (int i = 0; i < QUADS; i++) fifth |= (quads[i] >> 4 & 0x01010101) << i;
-  std::memcpy(q + 4 * 64, &fifth, 4);
 }
 
 }  // namespace ISA

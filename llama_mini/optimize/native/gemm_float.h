@@ -59,15 +59,19 @@ void pack_stored(FloatTokens<T>& in, const PaddedRows<T>& lines, int64_t columns
 
 #ifdef __AMX_BF16__
 // Dequantizes one group of columns of a block of 16 rows into pairs of columns, a vector each, `next` apart.
+template <Kind KIND>
 inline void widen_group(const Matrix& m, int64_t block, int64_t group, int64_t groups, bf16* out, int64_t next) {
-  const uint8_t* q = (const uint8_t*)m.data + (block * groups + group) * group_bytes(m.kind);
-  const int64_t at = (block * groups + group) * BLOCK_ROWS;
-  const f32 scale = half_to_float(m.scales + at), min = m.mins != nullptr ? half_to_float(m.mins + at) : scale * -128.f;
+  constexpr Codes CODES = codes_of(KIND);
+  const uint8_t* q = (const uint8_t*)m.data + (block * groups + group) * CODES.group_bytes();
   u16 order[2];  // interleaves sixteen first columns and sixteen second ones
   for (int i = 0; i < 2 * LANES; i++) order[i / LANES][i % LANES] = i % 2 * LANES + i / 2;
   const __m512i pairs = load_as<__m512i>(order);
+#pragma GCC unroll 8
   for (int quad = 0; quad < QUADS; quad++) {
-    const u32 v = load_quad<u32>(m.kind, q, quad);
+    const int64_t at = ((block * groups + group) * CODES.scales + quad * CODES.scales / QUADS) * BLOCK_ROWS;
+    const f32 scale = half_to_float(m.scales + at);
+    const f32 min = CODES.has_min ? half_to_float(m.mins + at) : scale * (float)-CODES.zero();
+    const u32 v = load_quad<u32>(m, KIND, q, quad);
     f32 x[4];
     for (int i = 0; i < 4; i++) x[i] = __builtin_convertvector((i32)((v >> 8 * i) & 255), f32) * scale + min;
     for (int i = 0; i < 4; i += 2) {
@@ -84,11 +88,11 @@ void fill_strip(T* out, Strip from, int64_t width) {
   constexpr int64_t NEXT = FloatTokens<T>::STRIPS * LANES * PAIR<T>;
   const Matrix& m = *from.of;
 #ifdef __AMX_BF16__
-  if (AMX<T> && m.kind >= Kind::INT4 && from.row < m.rows) {
-    for (int64_t s = 0; s < width / GROUP; s++)
-      widen_group(m, from.row / BLOCK_ROWS, s, width / GROUP, (bf16*)out + s * GROUP / 2 * NEXT, NEXT);
-    return;
-  }
+  if (AMX<T> && quantized(m.kind) && from.row < m.rows)
+    return with_kind(m.kind, [&]<Kind KIND>() {
+      for (int64_t s = 0; s < width / GROUP; s++)
+        widen_group<KIND>(m, from.row / BLOCK_ROWS, s, width / GROUP, (bf16*)out + s * GROUP / 2 * NEXT, NEXT);
+    });
 #endif
   for (int64_t column = 0; column < width; column += LANES * PAIR<T>) {
     u32 rows[LANES];

@@ -11,25 +11,31 @@ constexpr int PANEL = 2 * LANES;
 
 struct IntPanel {
   Array<uint8_t> q;           // (groups, QUADS, 2, LANES, 4)
-  Array<float> scales, mins;  // (groups, 2, LANES); mins unless int8
-  explicit IntPanel(int64_t groups) : q(groups * GROUP * PANEL), scales(groups * PANEL), mins(groups * PANEL) {}
+  Array<float> scales, mins;  // (groups * codes.scales, 2, LANES); mins if its kind has them
+  IntPanel(int64_t groups, Codes codes)
+      : q(groups * GROUP * PANEL), scales(groups * codes.scales * PANEL), mins(groups * codes.scales * PANEL) {}
 };
 
 // Rows beyond the end of the matrix are zeros.
-inline void fill_strip(IntPanel& panel, int strip, Strip from, int64_t groups) {
+template <Kind KIND>
+[[gnu::noinline]] void fill_strip(IntPanel& panel, int strip, Strip from, int64_t groups) {
+  constexpr Codes CODES = codes_of(KIND);
   const Matrix& m = *from.of;
   const bool in_matrix = from.row < m.rows;
   const int64_t block = from.row / BLOCK_ROWS, lane = from.row % BLOCK_ROWS;
   for (int64_t s = 0; s < groups; s++) {
     uint8_t* q = panel.q + (s * QUADS * 2 + strip) * 4 * LANES;
-    const uint8_t* source = (const uint8_t*)m.data + (block * groups + s) * group_bytes(m.kind) + 4 * lane;
+    const uint8_t* source = (const uint8_t*)m.data + (block * groups + s) * CODES.group_bytes() + 4 * lane;
+#pragma GCC unroll 8
     for (int quad = 0; quad < QUADS; quad++) {
-      const u32 v = in_matrix ? load_quad<u32>(m.kind, source, quad) : u32{};
+      const u32 v = in_matrix ? load_quad<u32>(m, KIND, source, quad) : u32{};
       std::memcpy(q + quad * 8 * LANES, &v, sizeof v);
     }
-    const int64_t at = (block * groups + s) * BLOCK_ROWS + lane, to = (2 * s + strip) * LANES;
-    store(panel.scales + to, in_matrix ? half_to_float(m.scales + at) : f32{});
-    if (m.mins != nullptr) store(panel.mins + to, in_matrix ? half_to_float(m.mins + at) : f32{});
+    for (int64_t i = s * CODES.scales; i < (s + 1) * CODES.scales; i++) {
+      const int64_t at = (block * groups * CODES.scales + i) * BLOCK_ROWS + lane, to = (2 * i + strip) * LANES;
+      store(panel.scales + to, in_matrix ? half_to_float(m.scales + at) : f32{});
+      if (CODES.has_min) store(panel.mins + to, in_matrix ? half_to_float(m.mins + at) : f32{});
+    }
   }
 }
 
@@ -39,10 +45,11 @@ inline void add_quad(i32& sum, const i32& q, int32_t x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(q), "v"(i32{} + x));
 }
 
-// sums[b][strip] += one group of the panel times the same group of each token.
-inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
+// sums[b][strip] += some quads of the panel times the same quads of each token.
+template <int N>
+inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
 #pragma GCC unroll 8
-  for (int i = 0; i < QUADS; i++) {
+  for (int i = 0; i < N; i++) {
     const i32 a = load_as<i32>(q + i * 128), c = load_as<i32>(q + i * 128 + 64);
     for (int b = 0; b < TILE_TOKENS; b++) {
       add_quad(sums[b][0], a, x[b * QUADS + i]);
@@ -51,21 +58,23 @@ inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
   }
 }
 
-inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool sixteen_bits,
+template <int N>
+inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool sixteen_bits,
                       const int32_t* start) {
   for (int b = 0; b < TILE_TOKENS; b++)
     sums[b][0] = sums[b][1] = i32{} + (sixteen_bits || start == nullptr ? 0 : start[b]);
-  add_group(sums, q, first);
+  add_quads<N>(sums, q, first);
   if (!sixteen_bits) return;
   for (int b = 0; b < TILE_TOKENS; b++)
     for (int i = 0; i < 2; i++) sums[b][i] = (sums[b][i] << 8) + (start == nullptr ? 0 : start[b]);
-  add_group(sums, q, second);
+  add_quads<N>(sums, q, second);
 }
 #else
-inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool,
+template <int N>
+inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool,
                       const int32_t* start) {
   for (int b = 0; b < TILE_TOKENS; b++) sums[b][0] = sums[b][1] = i32{} + (start == nullptr ? 0 : start[b]);
-  for (int i = 0; i < QUADS; i++)
+  for (int i = 0; i < N; i++)
     for (int strip = 0; strip < 2; strip++) {
       const __m256i all = load_as<__m256i>(q + (2 * i + strip) * 32);
       const __m256i evens = _mm256_and_si256(all, _mm256_set1_epi16(255)), odds = _mm256_srli_epi16(all, 8);
@@ -77,22 +86,25 @@ inline void add_group(i32 (*sums)[2], const uint8_t* q, const int32_t* first, co
 }
 #endif
 
-// out (TILE_TOKENS, 2, LANES): a panel times a tile of tokens.
-template <bool HAS_MIN>
+// out (TILE_TOKENS, 2, LANES): a panel times a tile of tokens. SCALES: of 32 columns.
+template <bool HAS_MIN, int SCALES>
 void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile, float* out) {
+  constexpr int STEP = QUADS / SCALES;  // quads that share a scale
   f32 acc[TILE_TOKENS][2] = {};
-  for (int64_t s = 0; s < in.groups; s++) {
-    const int64_t at = (tile * in.groups + s) * TILE_TOKENS;
+  for (int64_t s = 0; s < in.groups * SCALES; s++) {
+    const int64_t group = tile * in.groups + s / SCALES, at = group * TILE_TOKENS,
+                  quad = at * QUADS + s % SCALES * STEP;
+    const int64_t of = (tile * in.groups * SCALES + s) * TILE_TOKENS;  // total and start
     i32 sums[TILE_TOKENS][2];
-    add_group(sums, panel.q + s * GROUP * PANEL, in.first + at * QUADS, in.second + at * QUADS,
-              in.sixteen_bits[tile * in.groups + s], HAS_MIN ? nullptr : in.start + at);
+    add_quads<STEP>(sums, panel.q + s * STEP * 4 * PANEL, in.first + quad, in.second + quad, in.sixteen_bits[group],
+                    HAS_MIN ? nullptr : in.start + of);
     for (int i = 0; i < 2; i++) {
       const f32 scale = load(panel.scales + (2 * s + i) * LANES);
       for (int b = 0; b < TILE_TOKENS; b++)
         acc[b][i] += scale * in.scales[at + b] * __builtin_convertvector(sums[b][i], f32);
       if (!HAS_MIN) continue;
       const f32 min = load(panel.mins + (2 * s + i) * LANES);
-      for (int b = 0; b < TILE_TOKENS; b++) acc[b][i] += min * in.total[at + b];
+      for (int b = 0; b < TILE_TOKENS; b++) acc[b][i] += min * in.total[of + b];
     }
   }
   for (int b = 0; b < TILE_TOKENS; b++)
@@ -103,14 +115,17 @@ void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile,
 // `strip(panel, 0 or 1)` names the strips of a panel.
 template <typename S, typename F>
 void times_tokens(int64_t panels, const S& strip, const QuantizedTokens& in, Pool pool, const F& done) {
+  const auto times = in.codes.scales == 1 ? (in.codes.has_min ? panel_times<true, 1> : panel_times<false, 1>)
+                                          : (in.codes.has_min ? panel_times<true, 2> : panel_times<false, 2>);
   parallel(pool, panels, [&](int64_t first, int64_t last) {
-    IntPanel panel(in.groups);
+    IntPanel panel(in.groups, in.codes);
     Array<float> y(TILE_TOKENS * PANEL);
     for (int64_t p = first; p < last; p++) {
-      for (int i = 0; i < 2; i++) fill_strip(panel, i, strip(p, i), in.groups);
-      const bool has_min = strip(p, 0).of->mins != nullptr;
+      with_kind(strip(p, 0).of->kind, [&]<Kind KIND>() {
+        for (int i = 0; i < 2; i++) fill_strip<KIND>(panel, i, strip(p, i), in.groups);
+      });
       for (int64_t tile = 0; tile < token_tiles(in.count); tile++) {
-        (has_min ? panel_times<true> : panel_times<false>)(panel, in, tile, y);
+        times(panel, in, tile, y);
         const int64_t remaining = in.count - tile * TILE_TOKENS;
         done(p, tile * TILE_TOKENS, min(remaining, TILE_TOKENS), (const float*)y);
       }

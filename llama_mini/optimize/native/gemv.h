@@ -11,7 +11,7 @@ namespace ISA {
 // Some rows of a matrix as a matrix. A quantized matrix is cut at whole blocks.
 template <typename T>
 inline Matrix slice_rows(Matrix m, int64_t from, int64_t rows) {
-  const int64_t scales = from * groups_of(m.columns);
+  const int64_t scales = from * groups_of(m.columns) * codes_of(m.kind).scales;
   m.data = (const char*)m.data + from * row_bytes(m);
   if (m.scales != nullptr) m.scales += scales;
   if (m.mins != nullptr) m.mins += scales;
@@ -69,9 +69,7 @@ inline void gemv_block(const Matrix& m, int64_t t, const Input& in, float* out) 
 #else
   if (m.kind == Kind::BFLOAT16) dots((const bf16*)m.data + at * n, rows, n, n, in, out, BLOCK_ROWS);
 #endif
-  if (m.kind == Kind::INT8) gemv_block_int<Kind::INT8>(m, t, in, out);
-  if (m.kind == Kind::INT5) gemv_block_int<Kind::INT5>(m, t, in, out);
-  if (m.kind == Kind::INT4) gemv_block_int<Kind::INT4>(m, t, in, out);
+  with_kind(m.kind, [&]<Kind KIND>() { gemv_block_int<KIND>(m, t, in, out); });
   if (m.bias == nullptr) return;
   for (int i = 0; i < rows; i += LANES) {
     const f32 bias = load_first((const T*)m.bias + at + i, rows - i);

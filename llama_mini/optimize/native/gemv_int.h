@@ -38,42 +38,47 @@ struct IntSums {
 // out[b * BLOCK_ROWS ...] = one block of a quantized matrix times B rows of the batch from `row` on.
 template <int B, Kind KIND>
 inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int64_t row, float* out) {
-  constexpr bool HAS_MIN = KIND != Kind::INT8;
-  const int64_t groups = in.width / GROUP;
-  const uint8_t* q = (const uint8_t*)m.data + block * groups * group_bytes(KIND);
-  const uint16_t* scales = m.scales + block * BLOCK_ROWS * groups;
-  const uint16_t* mins = m.mins + (HAS_MIN ? block * BLOCK_ROWS * groups : 0);
+  constexpr Codes CODES = codes_of(KIND);
+  constexpr int STEP = QUADS / CODES.scales;  // quads that share a scale
+  const int64_t groups = in.width / GROUP, n_scales = groups * CODES.scales;
+  const uint8_t* q = (const uint8_t*)m.data + block * groups * CODES.group_bytes();
+  const uint16_t* scales = m.scales + block * BLOCK_ROWS * n_scales;
+  const uint16_t* mins = m.mins + (CODES.has_min ? block * BLOCK_ROWS * n_scales : 0);
   f32 acc[B][VECTORS] = {};
   for (int64_t s = 0; s < groups; s++) {
-    const int32_t* total = in.sums + row * groups + s;
-    IntSums sums[B];
-    for (int b = 0; b < B; b++) sums[b].start(HAS_MIN ? 0 : -128 * total[b * groups]);
     const int64_t quad = row * (in.width / 4) + s * QUADS;
+#pragma GCC unroll 2
+    for (int part = 0; part < CODES.scales; part++) {
+      const int32_t* total = in.sums + row * n_scales + s * CODES.scales + part;
+      IntSums sums[B];
+      for (int b = 0; b < B; b++) sums[b].start(-CODES.zero() * total[b * n_scales]);
 #pragma GCC unroll 8
-    for (int i = 0; i < QUADS; i++) {
-      if (i < (int)KIND) prefetch(q + i * 64);
-      u32 codes[VECTORS];
-      for (int v = 0; v < VECTORS; v++) codes[v] = load_quad<u32>(KIND, q + v * 4 * LANES, i);
-      for (int b = 0; b < B; b++) {
-        const int64_t at = quad + b * (in.width / 4) + i;
-        sums[b].add(codes, in.first[at], in.second[at]);
+      for (int i = part * STEP; i < (part + 1) * STEP; i++) {
+        if (i < CODES.bits) prefetch(q + i * 64);
+        u32 codes[VECTORS];
+        for (int v = 0; v < VECTORS; v++) codes[v] = load_quad<u32>(m, KIND, q + v * 4 * LANES, i);
+        for (int b = 0; b < B; b++) {
+          const int64_t at = quad + b * (in.width / 4) + i;
+          sums[b].add(codes, in.first[at], in.second[at]);
+        }
+      }
+      for (int v = 0; v < VECTORS; v++) {
+        const int64_t at = (s * CODES.scales + part) * BLOCK_ROWS + v * LANES;
+        const f32 scale = half_to_float(scales + at);
+        for (int b = 0; b < B; b++) acc[b][v] += scale * sums[b].total(v);
+        if (!CODES.has_min) continue;
+        const f32 min = half_to_float(mins + at);
+        for (int b = 0; b < B; b++) acc[b][v] += min * (float)total[b * n_scales];
       }
     }
-    q += group_bytes(KIND);
-    for (int v = 0; v < VECTORS; v++) {
-      const f32 scale = half_to_float(scales + s * BLOCK_ROWS + v * LANES);
-      for (int b = 0; b < B; b++) acc[b][v] += scale * sums[b].total(v);
-      if (!HAS_MIN) continue;
-      const f32 min = half_to_float(mins + s * BLOCK_ROWS + v * LANES);
-      for (int b = 0; b < B; b++) acc[b][v] += min * (float)total[b * groups];
-    }
+    q += CODES.group_bytes();
   }
   for (int v = 0; v < VECTORS; v++)
     for (int b = 0; b < B; b++) store(out + b * BLOCK_ROWS + v * LANES, acc[b][v] * in.scales[row + b]);
 }
 
 template <Kind KIND>
-inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, float* out) {
+[[gnu::noinline]] void gemv_block_int(const Matrix& m, int64_t block, const Input& in, float* out) {
   int64_t b = 0;
   for (; b + BATCH <= in.batch; b += BATCH) gemv_block_int<BATCH, KIND>(m, block, in, b, out + b * BLOCK_ROWS);
   for (; b < in.batch; b++) gemv_block_int<1, KIND>(m, block, in, b, out + b * BLOCK_ROWS);

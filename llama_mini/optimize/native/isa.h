@@ -5,10 +5,33 @@
 
 #include <cstdint>
 
-enum class Kind { FLOAT32, BFLOAT16, INT4 = 4, INT5 = 5, INT8 = 8 };  // a quantized kind is its number of bits
+enum class Kind { FLOAT32, BFLOAT16, INT2, INT3, INT4, INT5, INT6, INT8, INT2G16, INT3G16, INT6G16, TABLE, TABLE_G16 };
 
-// The bytes of the codes of a block of 16 rows and 32 columns. Static, so that each variant has its own.
-static constexpr int64_t group_bytes(Kind kind) { return 64 * (int64_t)kind; }
+// The codes of a kind (codes.h): `scales` of 32 columns of a row, with a minimum each, or what codes mean in a table.
+struct Codes {
+  int bits, scales;
+  bool has_min, has_table;
+  constexpr int zero() const { return has_min ? 0 : has_table ? 128 : 1 << (bits - 1); }  // the code that means 0
+  constexpr int64_t group_bytes() const { return 64 * bits; }  // of a block of 16 rows and 32 columns
+};
+// Static, so that each ISA variant has its own.
+static constexpr Codes CODES[] = {
+    {},
+    {},
+    {2, 1, true, false},
+    {3, 1, true, false},
+    {4, 1, true, false},
+    {5, 1, true, false},
+    {6, 1, true, false},
+    {8, 1, false, false},
+    {2, 2, true, false},
+    {3, 2, false, false},
+    {6, 2, false, false},
+    {4, 1, false, true},
+    {4, 2, false, true},
+};
+static constexpr Codes codes_of(Kind kind) { return CODES[(int)kind]; }
+static constexpr bool quantized(Kind kind) { return kind >= Kind::INT2; }
 
 // rows x columns. Floats as PyTorch stores them; quantized weights in padded blocks of 16 rows and 32 columns
 // (codes.h).
@@ -17,7 +40,8 @@ struct Matrix {
   int64_t rows, columns;
   const void* data;
   const uint16_t* scales;  // float16, of quantized weights
-  const uint16_t* mins;    // float16, of INT4 and INT5
+  const uint16_t* mins;    // float16; nullptr if its kind has none
+  uint8_t table[16];       // of a kind with a table: what each code means, plus 128
   const void* bias;        // of the model's dtype; nullptr if there is none
 };
 

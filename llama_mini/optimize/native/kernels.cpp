@@ -122,19 +122,18 @@ void rms_norm_rows(const void* x, const Norm& norm, int64_t count, int64_t n, vo
 
 template <typename T>
 void dequantize_rows(const Matrix& m, const int64_t* at, int64_t n, void* out, Pool pool) {
+  const Codes codes = codes_of(m.kind);
   const int64_t groups = groups_of(m.columns);
   parallel(pool, n, [&](int64_t first, int64_t last) {
     Array<float> row(groups * GROUP);
     for (int64_t i = first; i < last; i++) {
-      for (int64_t s = 0; s < groups; s++) {
-        const int64_t group = at[i] / BLOCK_ROWS * groups + s, lane = at[i] % BLOCK_ROWS;
-        const uint8_t* q = (const uint8_t*)m.data + group * group_bytes(m.kind) + 4 * lane;
-        const float scale = _cvtsh_ss(m.scales[group * BLOCK_ROWS + lane]);
-        const float min = m.mins != nullptr ? _cvtsh_ss(m.mins[group * BLOCK_ROWS + lane]) : -128 * scale;
-        for (int c = 0; c < GROUP; c++) {
-          const uint32_t code = load_quad<uint32_t>(m.kind, q, c / 4) >> c % 4 * 8 & 255;
-          row[s * GROUP + c] = scale * code + min;
-        }
+      for (int64_t quad = 0; quad < groups * QUADS; quad++) {
+        const int64_t group = at[i] / BLOCK_ROWS * groups + quad / QUADS, lane = at[i] % BLOCK_ROWS;
+        const uint8_t* q = (const uint8_t*)m.data + group * codes.group_bytes() + 4 * lane;
+        const uint32_t four = load_quad<uint32_t>(m, m.kind, q, quad % QUADS);
+        const int64_t s = (group * codes.scales + quad % QUADS * codes.scales / QUADS) * BLOCK_ROWS + lane;
+        const float scale = _cvtsh_ss(m.scales[s]), min = codes.has_min ? _cvtsh_ss(m.mins[s]) : -codes.zero() * scale;
+        for (int c = 0; c < 4; c++) row[4 * quad + c] = scale * (four >> 8 * c & 255) + min;
       }
       copy_row((const float*)row, m.columns, (T*)out + i * m.columns);
     }
@@ -148,10 +147,7 @@ void gemm(const void* x, const Matrix& m, int64_t count, void* out, Pool pool) {
 
 template <typename T>
 bool quantize(const void* x, int64_t n, const Matrix& m, Pool pool) {
-  const auto rows = m.kind == Kind::INT8   ? quantize_rows<T, Kind::INT8>
-                    : m.kind == Kind::INT5 ? quantize_rows<T, Kind::INT5>
-                                           : quantize_rows<T, Kind::INT4>;
-  return rows((const T*)x, n, m, pool);
+  return (m.mins != nullptr ? quantize_rows<T, true> : quantize_rows<T, false>)((const T*)x, n, m, pool);
 }
 
 template <typename T>

@@ -176,9 +176,9 @@ Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const 
               "quantized weights with memory for ", n, " rows of ", columns, " from block ", block, " on");
   Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, like.options()), like);
   const int64_t groups = round_up(columns, 32) / 32;
-  m.data = (const char*)m.data + block * groups * group_bytes(m.kind);
-  m.scales += block * groups * 16;
-  if (m.mins != nullptr) m.mins += block * groups * 16;
+  m.data = (const char*)m.data + block * groups * codes_of(m.kind).group_bytes();
+  m.scales += block * groups * codes_of(m.kind).scales * 16;
+  if (m.mins != nullptr) m.mins += block * groups * codes_of(m.kind).scales * 16;
   return m;
 }
 
@@ -187,23 +187,28 @@ bool quantize(const Tensor& x, TensorList w, int64_t block) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be two-dimensional and contiguous, not ", x.sizes());
   const Kernels& kernels = kernels_for(is_float32(x));
   const Matrix m = blocks_of(w, block, x.size(0), x.size(1), x);
+  TORCH_CHECK(m.kind == Kind::INT8 || (m.mins != nullptr && codes_of(m.kind).scales == 1),
+              "floats become int8, or groups of 32 with a minimum");
   bool finite = false;
   with_pool([&](Pool pool) { finite = kernels.quantize(x.const_data_ptr(), x.size(0), m, pool); },
             threads_for(x.numel()));
   return finite;
 }
 
-// from: codes, (n, columns), the scales of their groups, (n, columns / 32), and the minimums if the matrix has them.
+// from: codes, (n, columns), the scales of their groups, (n, groups), and the minimums if the matrix has them.
 bool pack(TensorList from, TensorList w, int64_t block) {
-  TORCH_CHECK(from.size() == w.size() && from.size() > 1, "needs as many tensors as the matrix has, not ", from.size());
+  TORCH_CHECK(from.size() > 1, "needs codes and scales");
   const Tensor& codes = from[0];
-  TORCH_CHECK(codes.dim() == 2 && codes.is_contiguous() && codes.scalar_type() == at::kByte && codes.size(1) % 32 == 0,
-              "rows of codes in whole groups, in one piece, not ", codes.sizes(), " ", codes.scalar_type());
+  TORCH_CHECK(codes.dim() == 2 && codes.is_contiguous() && codes.scalar_type() == at::kByte,
+              "rows of codes in one piece, not ", codes.sizes(), " ", codes.scalar_type());
   const int64_t n = codes.size(0), columns = codes.size(1);
-  for (const Tensor& t : from.slice(1))
-    TORCH_CHECK(t.is_contiguous() && t.scalar_type() == at::kHalf && t.numel() == n * (columns / 32),
-                "scales and minimums of ", n, " x ", columns / 32, " groups, not ", t.sizes(), " ", t.scalar_type());
   const Matrix m = blocks_of(w, block, n, columns, at::empty({0}));
+  const int64_t group = 32 / codes_of(m.kind).scales;
+  TORCH_CHECK(columns % group == 0 && from.size() == (m.mins != nullptr ? 3 : 2), "whole groups of ", group,
+              " columns, and minimums if the matrix has them; not ", columns, " columns and ", from.size(), " tensors");
+  for (const Tensor& t : from.slice(1))
+    TORCH_CHECK(t.is_contiguous() && t.scalar_type() == at::kHalf && t.numel() == n * (columns / group),
+                "scales and minimums of ", n, " x ", columns / group, " groups, not ", t.sizes(), " ", t.scalar_type());
   const auto scales = (const uint16_t*)from[1].const_data_ptr();
   const auto mins = from.size() > 2 ? (const uint16_t*)from[2].const_data_ptr() : nullptr;
   bool finite = false;

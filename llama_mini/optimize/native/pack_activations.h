@@ -13,7 +13,7 @@ namespace ISA {
 // The bytes of a row; of a quantized matrix, the average over a block.
 inline int64_t row_bytes(const Matrix& m) {
   if (m.scales == nullptr) return (m.kind == Kind::FLOAT32 ? 4 : 2) * m.columns;
-  return groups_of(m.columns) * group_bytes(m.kind) / BLOCK_ROWS;
+  return groups_of(m.columns) * codes_of(m.kind).group_bytes() / BLOCK_ROWS;
 }
 
 template <typename T>
@@ -44,7 +44,8 @@ struct Input {
   int64_t columns = 1;           // with AMX: rows of the batch that are multiplied at once
   Array<uint16_t> pairs;         // bfloat16 with AMX: (batch / columns, width / 2, columns, 2)
   Array<int32_t> first, second;  // quantized, in quads: high and low bytes; without VNNI: columns (0, 2) and (1, 3)
-  Array<int32_t> sums;           // of each quantized group
+  int scales_each;               // scales of the matrix for 32 columns
+  Array<int32_t> sums;           // quantized, of the columns of each such scale
   Array<float> scales;           // of each quantized row
 };
 
@@ -67,15 +68,24 @@ inline void store_activations(const i32* q, bool sixteen_bits, int32_t* first, i
 #endif
 }
 
+// The sums of 32 quantized columns, or of 16 and 16.
+inline void sums_of(const i32* q, int scales_each, int32_t* sums) {
+  constexpr int HALF = GROUP / LANES / 2;
+  i32 half[2] = {};
+  for (int i = 0; i < 2 * HALF; i++) half[i / HALF] += q[i];
+  if (scales_each == 1) half[0] += half[1];
+  for (int i = 0; i < scales_each; i++)
+    sums[i] = (int32_t)sum(__builtin_convertvector(half[i], f32));  // below 2^24, so exact
+}
+
 inline void quantize_input_group(Input& in, const float* x, int64_t n, float to_int, int64_t group) {
-  i32 q[GROUP / LANES], all = {};
+  i32 q[GROUP / LANES];
   for (int at = 0; at < GROUP; at += LANES) {
     f32 v = n > at && to_int != 0 ? load_first(x + at, n - at) : f32{};
     q[at / LANES] = (i32)(v * to_int + 12582912.f) - 0x4b400000;  // rounds to nearest: 1.5 * 2^23 leaves no fraction
-    all += q[at / LANES];
   }
   store_activations(q, true, in.first + group * QUADS, in.second + group * QUADS);
-  in.sums[group] = (int32_t)sum(__builtin_convertvector(all, f32));  // below 2^24, so exact
+  sums_of(q, in.scales_each, in.sums + group * in.scales_each);
 }
 
 inline void quantize_input_row(Input& in, const float* x, int64_t n, int64_t b) {
@@ -113,10 +123,11 @@ inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
 inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
   in.batch = batch;
   int64_t w = in.width = groups_of(n) * GROUP;
-  if (kind >= Kind::INT4) {
+  if (quantized(kind)) {
+    in.scales_each = codes_of(kind).scales;
     in.first.resize(batch * w / 4);
     in.second.resize(batch * w / 4);
-    in.sums.resize(batch * w / GROUP);
+    in.sums.resize(batch * w / GROUP * in.scales_each);
     in.scales.resize(batch);
     for (int64_t b = 0; b < batch; b++) quantize_input_row(in, x + b * n, n, b);
     return;

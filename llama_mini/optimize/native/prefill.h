@@ -19,7 +19,7 @@ void pack(QuantizedTokens& in, int64_t columns, int64_t count, const F& row, Poo
   in.count = count, in.groups = groups_of(columns);
   const int64_t tiles = token_tiles(count), all = tiles * in.groups * TILE_TOKENS;
   in.first.resize(all * QUADS), in.second.resize(all * QUADS), in.sixteen_bits.resize(tiles * in.groups);
-  in.scales.resize(all), in.total.resize(all), in.start.resize(all);
+  in.scales.resize(all), in.total.resize(all * in.codes.scales), in.start.resize(all * in.codes.scales);
   parallel(pool, tiles, [&](int64_t first, int64_t last) { quantize_tiles<T>(in, columns, first, last, row); });
 }
 
@@ -32,11 +32,11 @@ void pack_stored(QuantizedTokens& in, const PaddedRows<T>& lines, int64_t column
 // Calls f with empty storage for tokens: QuantizedTokens for a quantized matrix, unless AMX multiplies bfloat16 faster.
 template <typename T, typename F>
 void with_tokens(const Matrix& m, const F& f) {
-  if (m.kind < Kind::INT4 || AMX<T>) {
+  if (!quantized(m.kind) || AMX<T>) {
     FloatTokens<T> in;
     f(in);
   } else {
-    QuantizedTokens in;
+    QuantizedTokens in{codes_of(m.kind)};
     f(in);
   }
 }

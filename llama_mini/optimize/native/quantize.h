@@ -15,11 +15,10 @@ inline uint16_t to_half(float x, bool& finite) {
   return half;
 }
 
-// Quantizes one group of a row.
-template <Kind KIND>
-inline void quantize_group(const f32* x, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
-  constexpr bool HAS_MIN = KIND != Kind::INT8;
-  constexpr int MOST = HAS_MIN ? (1 << (int)KIND) - 1 : 127;  // the largest code; of int8, before 128 is added
+// Quantizes one group of a row, of a kind with one scale, and a minimum or eight bits.
+template <bool HAS_MIN>
+inline void quantize_group(Kind kind, const f32* x, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
+  const int most = HAS_MIN ? (1 << codes_of(kind).bits) - 1 : 127;  // the largest code; of int8, before 128 is added
   constexpr int COUNT = GROUP / LANES;
   auto size = [](f32 v) { return HAS_MIN ? v : (f32)((u32)v & 0x7fffffffu); };
   f32 high = size(x[0]), low = x[0], nonfinite = {};  // NaN where x is infinite or NaN
@@ -34,25 +33,26 @@ inline void quantize_group(const f32* x, uint8_t* q, uint16_t* scale, uint16_t* 
     *min = to_half(-largest(-low), finite);
     minimum = _cvtsh_ss(*min);
   }
-  *scale = to_half((largest(high) - minimum) / MOST, finite);
+  *scale = to_half((largest(high) - minimum) / most, finite);
   const float step = _cvtsh_ss(*scale);
   uint32_t quads[QUADS];
   for (int i = 0; i < COUNT; i++) {
     f32 v = step == 0 ? f32{} : (x[i] - minimum) / step;  // equal numbers become 0
-    v = max(v, splat(HAS_MIN ? 0 : -MOST));
-    v = -max(-v, splat(-MOST));
+    v = max(v, splat(HAS_MIN ? 0 : -most));
+    v = -max(-v, splat(-most));
     const u32 code = (u32)(v + 12582912.f) + (HAS_MIN ? 0 : 128);  // 1.5 * 2^23: the integer is in the low bits
     const u8 narrow = __builtin_convertvector(code, u8);
     std::memcpy((uint8_t*)quads + i * LANES, &narrow, LANES);
   }
-  store_quads(KIND, quads, q);
+  store_quads(kind, quads, q);
 }
 
-// Calls f(row, group, q, scale, min, finite) for n rows of a matrix, and fills the last block up with zeros. Returns
-// whether everything was finite.
+// Calls f(row, group, q, scale, min, finite) for n rows of a matrix, and fills the last block up with zeros. A second
+// scale or minimum of a group is BLOCK_ROWS after the first. Returns whether everything was finite.
 template <typename F>
 inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
-  const int64_t groups = groups_of(m.columns), bytes = group_bytes(m.kind);
+  const int64_t groups = groups_of(m.columns), bytes = codes_of(m.kind).group_bytes();
+  const int64_t n_scales = codes_of(m.kind).scales * BLOCK_ROWS;
   int faults = 0;
   parallel(pool, (n + BLOCK_ROWS - 1) / BLOCK_ROWS, [&](int64_t first, int64_t last) {
     bool finite = true;
@@ -61,12 +61,12 @@ inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
       for (int64_t s = 0; s < groups; s++) {
         const int64_t at = block * groups + s;
         uint8_t* q = (uint8_t*)m.data + at * bytes;
-        uint16_t *scale = (uint16_t*)m.scales + at * BLOCK_ROWS,
-                 *min = m.mins != nullptr ? (uint16_t*)m.mins + at * BLOCK_ROWS : nullptr;
+        uint16_t *scale = (uint16_t*)m.scales + at * n_scales,
+                 *min = m.mins != nullptr ? (uint16_t*)m.mins + at * n_scales : nullptr;
         if (rows < BLOCK_ROWS) {
           std::memset(q, 0, bytes);
-          std::memset(scale, 0, BLOCK_ROWS * sizeof *scale);
-          if (min != nullptr) std::memset(min, 0, BLOCK_ROWS * sizeof *min);
+          std::memset(scale, 0, n_scales * sizeof *scale);
+          if (min != nullptr) std::memset(min, 0, n_scales * sizeof *min);
         }
         for (int r = 0; r < rows; r++)
           f(block * BLOCK_ROWS + r, s, q + 4 * r, scale + r, min != nullptr ? min + r : nullptr, finite);
@@ -78,7 +78,7 @@ inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
 }
 
 // Quantizes rows x (n, m.columns) into the blocks of m.
-template <typename T, Kind KIND>
+template <typename T, bool HAS_MIN>
 inline bool quantize_rows(const T* x, int64_t n, const Matrix& m, Pool pool) {
   return fill(m, n, pool, [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
     f32 v[GROUP / LANES];
@@ -86,20 +86,25 @@ inline bool quantize_rows(const T* x, int64_t n, const Matrix& m, Pool pool) {
       const int64_t left = m.columns - s * GROUP - i;
       v[i / LANES] = left > 0 ? load_first(x + row * m.columns + s * GROUP + i, left) : f32{};
     }
-    quantize_group<KIND>(v, q, scale, min, finite);
+    quantize_group<HAS_MIN>(m.kind, v, q, scale, min, finite);
   });
 }
 
-// Stores n rows of codes, (n, m.columns), with the scales and minimums of their groups, (n, m.columns / GROUP).
+// Stores n rows of codes, (n, m.columns), with the scales and minimums of their groups. The last 16 of 32 columns may
+// be missing if they have a scale of their own.
 inline bool pack(const uint8_t* codes, const uint16_t* scales, const uint16_t* mins, int64_t n, const Matrix& m,
                  Pool pool) {
-  return fill(m, n, pool, [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
-    const int64_t at = row * (m.columns / GROUP) + s;
-    uint32_t quads[QUADS];
-    std::memcpy(quads, codes + at * GROUP, GROUP);
+  const int each = codes_of(m.kind).scales, group = GROUP / each;
+  return fill(m, n, pool, [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* least, bool& finite) {
+    const int64_t columns = min(m.columns - s * GROUP, GROUP), at = row * (m.columns / group) + s * each;
+    uint32_t quads[QUADS] = {};
+    std::memcpy(quads, codes + row * m.columns + s * GROUP, columns);
     store_quads(m.kind, quads, q);
-    to_half(_cvtsh_ss(*scale = scales[at]), finite);
-    if (min != nullptr) to_half(_cvtsh_ss(*min = mins[at]), finite);
+    for (int i = 0; i < each; i++) {
+      const bool stored = i * group < columns;
+      to_half(_cvtsh_ss(scale[i * BLOCK_ROWS] = stored ? scales[at + i] : 0), finite);
+      if (least != nullptr) to_half(_cvtsh_ss(least[i * BLOCK_ROWS] = stored ? mins[at + i] : 0), finite);
+    }
   });
 }
 

@@ -26,28 +26,29 @@ constexpr bool ALWAYS_16_BITS = true;
 
 struct QuantizedTokens {
   static constexpr int STRIPS = 2;  // in a panel
+  const Codes codes;                // of the matrix that they are multiplied by
   int64_t count, groups;
   Array<int32_t> first, second;  // (tiles, groups, TILE_TOKENS, QUADS), as in Input
   Array<uint8_t> sixteen_bits;   // (tiles, groups): whether any token of the tile has sixteen bits there
-  Array<float> scales, total;    // (tiles, groups, TILE_TOKENS): scale; sum of the group, scaled
-  Array<int32_t> start;          // the same shape: cancels the 128 that is added to weights of int8
+  Array<float> scales;           // (tiles, groups, TILE_TOKENS)
+  Array<float> total;            // (tiles, groups * codes.scales, TILE_TOKENS): sums of the columns of a scale, scaled
+  Array<int32_t> start;          // the same shape: cancels the code that means 0
 };
 
 inline int64_t token_tiles(int64_t tokens) { return (tokens + TILE_TOKENS - 1) / TILE_TOKENS; }
 
-// Quantizes one group; returns the sum, which a float holds exactly.
-inline float quantize_activation_group(const float* x, float peak, bool outlier, bool sixteen_bits, int32_t* first,
-                                       int32_t* second) {
+// Quantizes one group; `sums` as in sums_of.
+inline void quantize_activation_group(const float* x, float peak, bool outlier, bool sixteen_bits, int32_t* first,
+                                      int32_t* second, int scales_each, int32_t* sums) {
   const float to_int = peak > 1e-30f ? (outlier ? 32512.f : 127.f) / peak : 0.f;
-  i32 q[GROUP / LANES], all = {};
+  i32 q[GROUP / LANES];
   for (int i = 0; i < GROUP / LANES; i++) {
     const f32 v = to_int != 0 ? load(x + i * LANES) * to_int : f32{};
     q[i] = (i32)(v + 12582912.f) - 0x4b400000;  // rounds to nearest, as in quantize_input_group
     if (sixteen_bits && !outlier) q[i] <<= 8;
-    all += q[i];
   }
   store_activations(q, sixteen_bits, first, second);
-  return sum(__builtin_convertvector(all, f32));
+  sums_of(q, scales_each, sums);
 }
 
 // Quantizes tiles first..last of the rows that `row` writes, (count, columns).
@@ -87,11 +88,15 @@ void quantize_tiles(QuantizedTokens& in, int64_t columns, int64_t first, int64_t
         const int64_t at = (tile * groups + s) * TILE_TOKENS + b;
         const bool sixteen_bits = in.sixteen_bits[tile * groups + s];
         const float peak = peaks[b * groups + s];
-        const float sum = quantize_activation_group(rows + b * width + s * GROUP, peak, outlier[b * groups + s],
-                                                    sixteen_bits, in.first + at * QUADS, in.second + at * QUADS);
+        int32_t sums[2];
+        quantize_activation_group(rows + b * width + s * GROUP, peak, outlier[b * groups + s], sixteen_bits,
+                                  in.first + at * QUADS, in.second + at * QUADS, in.codes.scales, sums);
         in.scales[at] = peak * (1 / 127.f) * (sixteen_bits ? 1 / 256.f : 1.f) + nonfinite[b];
-        in.total[at] = in.scales[at] * sum;
-        in.start[at] = -128 * (int32_t)sum;
+        for (int i = 0; i < in.codes.scales; i++) {
+          const int64_t to = ((tile * groups + s) * in.codes.scales + i) * TILE_TOKENS + b;
+          in.total[to] = in.scales[at] * sums[i];
+          in.start[to] = -in.codes.zero() * sums[i];
+        }
       }
   }
 }

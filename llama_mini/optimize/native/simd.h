@@ -43,13 +43,23 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline u32 widened(u16 v) { return (u32)_mm512_cvtepu16_epi32((__m256i)v); }
 inline u16 narrowed(u32 v) { return (u16)_mm512_cvtepi32_epi16((__m512i)v); }
 inline f32 half_to_float(const uint16_t* x) { return (f32)_mm512_cvtph_ps(load_as<__m256i>(x)); }
+inline u32 looked_up(const uint8_t* table, u32 v) {
+  return (u32)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_as<__m128i>(table)), (__m512i)v);
+}
 #else
 inline u32 widened(u16 v) { return (u32)_mm256_cvtepu16_epi32((__m128i)v); }
 inline u16 narrowed(u32 v) {
   return (u16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x08));
 }
 inline f32 half_to_float(const uint16_t* x) { return (f32)_mm256_cvtph_ps(load_as<__m128i>(x)); }
+inline u32 looked_up(const uint8_t* table, u32 v) {
+  return (u32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_as<__m128i>(table)), (__m256i)v);
+}
 #endif
+// For each byte, which is below 16, the byte of the table.
+inline uint32_t looked_up(const uint8_t* table, uint32_t v) {
+  return table[v & 15] | table[v >> 8 & 15] << 8 | table[v >> 16 & 15] << 16 | (uint32_t)table[v >> 24 & 15] << 24;
+}
 
 inline f32 load(const float* x) { return load_as<f32>(x); }
 inline f32 load(const bf16* x) { return (f32)(widened(load_as<u16>(x)) << 16); }

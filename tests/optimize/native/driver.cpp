@@ -88,18 +88,20 @@ struct Numbers {  // of the model's dtype
 struct Weights {
   Matrix m{};
   Numbers numbers, bias;
-  Vector<uint8_t> quantized;
+  Vector<uint8_t> codes;
   Vector<uint16_t> scales, mins;
   Weights(Kind kind, int64_t rows, int64_t columns, bool wide)
-      : numbers(wide, kind < Kind::INT4 ? rows * columns : 0), bias(wide, rows) {
+      : numbers(wide, quantized(kind) ? 0 : rows * columns), bias(wide, rows) {
     m.kind = kind, m.rows = rows, m.columns = columns, m.bias = bias.data(), m.data = numbers.data();
-    if (kind < Kind::INT4) return;
+    if (!quantized(kind)) return;
+    const Codes c = codes_of(kind);
     const int64_t blocks = (rows + 15) / 16, groups = (columns + 31) / 32;
-    quantized.resize(blocks * groups * group_bytes(kind));
-    for (auto& code : quantized) code = (uint8_t)(draw() >> 24);
-    scales.assign(blocks * 16 * groups, 0x2400);  // 1/64
-    m.data = quantized.data(), m.scales = scales.data();
-    if (kind == Kind::INT8) return;
+    codes.resize(blocks * groups * c.group_bytes());
+    for (auto& code : codes) code = (uint8_t)(draw() >> 24);
+    scales.assign(blocks * 16 * groups * c.scales, 0x2400);  // 1/64
+    for (auto& value : m.table) value = (uint8_t)(draw() >> 24);
+    m.data = codes.data(), m.scales = scales.data();
+    if (!c.has_min) return;
     mins.assign(scales.size(), 0xa800);
     m.mins = mins.data();
   }
@@ -130,7 +132,7 @@ struct Heads {
     a.scale = .5f, a.softcap = (float)below(2);
     a.batch = batch, a.length = length, a.kv_heads = c.kv_heads, a.heads = c.kv_heads * c.group;
     a.head_dim = c.dim, a.window = c.window, a.cos = cos.data(), a.sin = sin.data(), a.positions = positions.data();
-    const int64_t block = c.kind < Kind::INT4 ? 1 : 16;
+    const int64_t block = quantized(c.kind) ? 16 : 1;
     a.k_at = (a.heads * c.dim + block - 1) / block * block;
     a.v_at = a.k_at + (a.kv_heads * c.dim + block - 1) / block * block;
     if (c.norms) a.q = {q_gain.data(), 1e-5f, true}, a.k = {k_gain.data(), 1e-5f, false};
@@ -146,7 +148,7 @@ void spoil(Numbers& x, int64_t fill) {  // NaN and infinity must not become inte
 }
 
 void run(const Kernels& kernels, const Case& c) {
-  const int64_t block = c.kind < Kind::INT4 ? 1 : 16, q_dim = c.kv_heads * c.group * c.dim;
+  const int64_t block = quantized(c.kind) ? 16 : 1, q_dim = c.kv_heads * c.group * c.dim;
   const int64_t up_at = (c.hidden + block - 1) / block * block;
   Heads heads(c, c.batch, 1);
   const int64_t qkv_rows = heads.a.v_at + (c.kv_heads * c.dim + block - 1) / block * block;
@@ -170,7 +172,8 @@ void run(const Kernels& kernels, const Case& c) {
   spoil(new_rows, c.fill);
   Vector<uint8_t> blocks(n * (q_dim / 32) * block_bytes);
   for (auto& byte : blocks) byte = (uint8_t)(draw() >> 24);
-  Vector<uint8_t> codes(n * (q_dim / 32) * 32);
+  const int64_t columns = q_dim / 32 * 32 + (codes_of(c.kind).scales == 2 && q_dim % 32 >= 16 ? 16 : 0);
+  Vector<uint8_t> codes(n * columns);
   for (auto& code : codes) code = (uint8_t)(draw() >> 24);
   spoil(stream, c.fill);
   Numbers bare_qkv(c.wide, c.batch * (q_dim + 2 * c.kv_heads * c.dim)), attended(c.wide, c.batch * q_dim);
@@ -187,14 +190,15 @@ void run(const Kernels& kernels, const Case& c) {
     kernels.prefill_feed_forward(between.data(), norm, gate_up.m, up_at, down.m, length, after.data(), pool);
     kernels.gemm(stream.data(), qkv.m, length, tokens.data(), pool);
     kernels.rms_norm(stream.data(), Norm{gain.data(), 1e-5f, c.norms}, length, c.width, after.data(), pool);
-    if (c.kind < Kind::INT4) return;
+    if (!quantized(c.kind)) return;
     kernels.dequantize_rows(o.m, rows.data(), (int64_t)rows.size(), floats.data(), pool);
-    kernels.quantize(new_rows.data(), n, o.m, pool);
+    const Codes kind = codes_of(c.kind);
+    if (c.kind == Kind::INT8 || (kind.has_min && kind.scales == 1)) kernels.quantize(new_rows.data(), n, o.m, pool);
     Matrix whole = o.m;
+    whole.columns = columns;
+    kernels.pack(codes.data(), o.scales.data(), kind.has_min ? o.mins.data() : nullptr, n, whole, pool);
     whole.columns = q_dim / 32 * 32;
-    const bool has_min = c.kind != Kind::INT8;
-    kernels.pack(codes.data(), o.scales.data(), has_min ? o.mins.data() : nullptr, n, whole, pool);
-    if (c.kind != Kind::INT5) kernels.repack(blocks.data(), block_bytes, n, whole, pool);
+    if (c.kind == Kind::INT8 || c.kind == Kind::INT4) kernels.repack(blocks.data(), block_bytes, n, whole, pool);
   });
 }
 
@@ -222,11 +226,11 @@ int main(int argc, char** argv) {
 #endif
   int64_t cases = 0;
   for (int wide = 0; wide < 2; wide++)
-    for (int format = 0; format < 4; format++)
-      for (int i = 0; i < 24; i++, cases++) {
-        const Kind kinds[] = {wide ? Kind::FLOAT32 : Kind::BFLOAT16, Kind::INT8, Kind::INT5, Kind::INT4};
+    for (int format = 1; format <= (int)Kind::TABLE_G16; format++)
+      for (int i = 0; i < 16; i++, cases++) {
+        const Kind kind = format > 1 ? (Kind)format : wide ? Kind::FLOAT32 : Kind::BFLOAT16;
         run(NAME(ISA)[wide ? 0 : 1],
-            {wide == 1, below(4) != 0, kinds[format], 1 + below(17), 1 + below(3), 1 + below(5), 2 + 2 * below(35),
+            {wide == 1, below(4) != 0, kind, 1 + below(17), 1 + below(3), 1 + below(5), 2 + 2 * below(35),
              1 + below(90), 1 + below(90), 1 + below(i % 8 ? 70 : 1000), below(3) * below(40), below(6)});
       }
   std::printf("%ld cases\n", (long)cases);

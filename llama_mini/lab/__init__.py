@@ -8,6 +8,7 @@ from typing import Any
 
 _HOME = {  # no module has a function's name: importing the module would hide the function
     "norms": "norm_table",
+    "folded_gains": "norm_table",
     "capture": "recording",
     "attention": "attention_heads",
     "compare": "comparison",
@@ -16,6 +17,7 @@ _HOME = {  # no module has a function's name: importing the module would hide th
     "edit": "editing",
     "ablate": "ablation",
     "skip_layers": "ablation",
+    "audit": "auditing",
     "move": "moving",
     "insert": "inserting",
     "fold": "folding",

@@ -48,7 +48,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         description = f"{help[0].upper()}{help[1:]}."
         return commands.add_parser(name, help=help, description=description, parents=[*parents, output])
 
-    add("norms", "list every norm with its settings and gains", model, picture)
+    norms = add("norms", "list every norm with its settings and gains", model, picture)
+    folded = "instead: gain times the length of the columns that read it, by layer and dimension in the picture"
+    norms.add_argument("--folded", action="store_true", help=folded)
     add("doctor", "look for likely problems of the norms", model, text)
     capture = add("capture", "show what each norm reads, and the residual stream, on a text", model, text, picture)
     capture.add_argument("--at", metavar="PATTERN", action="append", help="norms to show; default: all")
@@ -63,6 +65,15 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     ablate = add("ablate", "measure the cost of freezing each norm's statistic", model, text, picture)
     edit = add("edit", "measure the cost of editing norms", model, text)
     add("skip", "measure the cost of skipping each layer", model, text, picture)
+    audit = add(
+        "audit", "say which norms fold, cancel against a later norm or can go, and what that costs", model, text
+    )
+    audit.add_argument(
+        "--most", type=float, default=0.01, metavar="F", help="nats a norm that can go costs; default: %(default)s"
+    )
+    audit.add_argument(
+        "--keep", default="none", metavar="TOKENS", help="tokens that keep their own statistic; default: %(default)s"
+    )
     move = add("move", "measure the cost of moving norms to another slot", model, text)
     insert = add("insert", "measure the cost of new norms in empty slots", model, text)
     fold = add("fold", "fold gains into the weights that read them, and compare", model, text)

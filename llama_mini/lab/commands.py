@@ -14,8 +14,10 @@ from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.command_io import captured, checkpoint, draw, read_ids, read_model, read_settings, scores, show
 from llama_mini.lab.cost import Score
+from llama_mini.lab.keep import keep_words
 from llama_mini.lab.massive_activations import MASSIVE, lives
 from llama_mini.lab.reporting import figures, plan_figures, stream_figures
+from llama_mini.lab.reporting.gain_figures import folded_gain_picture
 from llama_mini.lab.reporting.report import Shell
 from llama_mini.lab.reporting.style import check_drawable, check_picture
 from llama_mini.lab.table import Table
@@ -41,7 +43,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _norms(args: argparse.Namespace) -> None:
-    rows = lab.norms(read_model(args)[0])
+    model, _ = read_model(args)
+    if args.folded:
+        gains = lab.folded_gains(model)
+        show(args, gains.table(), lambda: folded_gain_picture(gains))
+        return
+    rows = lab.norms(model)
     show(args, rows, lambda: figures.gain_picture(rows))
 
 
@@ -119,6 +126,13 @@ def _check_finite(rows: Table[Any]) -> None:
     if errors := [row.error for row in rows if row.error is not None]:
         has = "has" if len(errors) == 1 else "have"
         raise NumericalError(f"{len(errors)} of {len(rows)} rows {has} no cost: {errors[0]}")
+
+
+def _audit(args: argparse.Namespace) -> None:
+    model, tokenizer = read_model(args)
+    rows = lab.audit(model, read_ids(tokenizer, args), args.most, keep_words(args.keep))
+    show(args, rows)
+    _check_finite(rows)
 
 
 def _move(args: argparse.Namespace) -> None:
@@ -220,6 +234,6 @@ def _race(args: argparse.Namespace) -> None:
 
 
 _WATCHING = (_norms, _doctor, _capture, _attention, _gradients, _compare)
-_OF_A_CHECKPOINT = (*_WATCHING, _ablate, _edit, _skip, _move, _insert, _fold, _report, _tour)
+_OF_A_CHECKPOINT = (*_WATCHING, _ablate, _edit, _skip, _audit, _move, _insert, _fold, _report, _tour)
 _OF_A_PLAN = (_predict, _init, _sweep, _race)
 COMMANDS = {command.__name__[1:]: command for command in (*_OF_A_CHECKPOINT, *_OF_A_PLAN)}

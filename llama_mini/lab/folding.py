@@ -11,8 +11,7 @@ from llama_mini.checkpoint.plain import check_plain
 from llama_mini.errors import RequestError
 from llama_mini.lab.moving import rebuilt
 from llama_mini.lab.norm_table import effective_gain
-from llama_mini.lab.paths import READERS, select, slots
-from llama_mini.model.config import LlamaConfig
+from llama_mini.lab.paths import readers, select, slots
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
 from llama_mini.model.norm_slots import BranchPlan
@@ -59,7 +58,10 @@ def fold(model: Llama, pattern: str | Sequence[str] | None = None) -> Llama:
             if not gain.all():
                 raise RequestError(f"{path} has a bias and gains of zero, which cannot be folded; leave it out")
             parameters[f"{path}.bias"] = _like(bias, bias.detach() / gain)
-        for name in _readers(path, config):
+        if not (names := readers(path, config)):
+            reader = path.replace("attention", "feed_forward")  # of a parallel layer
+            raise RequestError(f"the gain of {path} cannot be folded: {reader} reads it; leave it out")
+        for name in names:
             parameters[name] = _like(parameters[name], parameters[name].detach() * gain)
         weight = parameters[f"{path}.weight"]
         unit = torch.full_like(weight, 0.0 if norm.gain == "1+w" else 1.0)
@@ -103,21 +105,6 @@ def _foldable(model: Llama) -> list[str]:
     if not with_gain:
         raise RequestError("no norm of the model has a gain that can be folded: those of pre, mid and final norms can")
     return with_gain
-
-
-def _readers(path: str, config: LlamaConfig) -> list[str]:
-    if path == "norm":
-        return [_HEAD]
-    branch, _, slot = path.rpartition(".")
-    layer, _, name = branch.rpartition(".")
-    readers = [f"{branch}.{reader}.weight" for reader in READERS[f"{name}.{slot}"]]
-    if config.norm_plan.parallel and (name, slot) == ("attention", "pre_norm"):
-        if config.norm_plan.layer(int(layer.split(".")[1]))[1].pre is not None:
-            raise RequestError(
-                f"the gain of {path} cannot be folded: {layer}.feed_forward.pre_norm reads it; leave it out"
-            )
-        readers += _readers(f"{layer}.feed_forward.pre_norm", config)
-    return [reader for reader in readers if config.gated_mlp or ".gate_proj." not in reader]
 
 
 def _check_centrable(path: str, norm: nn.Module) -> None:

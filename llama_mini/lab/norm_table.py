@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_mini.lab.paths import slots
+from llama_mini.checkpoint.plain import check_plain
+from llama_mini.errors import RequestError
+from llama_mini.lab.paths import readers, slots
 from llama_mini.lab.table import Table
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
@@ -40,8 +42,57 @@ def effective_gain(norm: Norm) -> Tensor | None:
     """The factor of each element, (dim,), or (1,) for kind `scale`, in float32 or wider; None without a weight."""
     if norm.weight is None:
         return None
-    wide = norm.weight.detach().to(torch.promote_types(norm.weight.dtype, torch.float32))
+    wide = _wide(norm.weight)
     return 1 + wide if norm.gain == "1+w" else wide
+
+
+@dataclass(frozen=True)
+class FoldedRow:
+    """The smallest, median and largest of one norm's folded gains; min_dim and max_dim are their dimensions."""
+
+    path: str
+    min: float
+    min_dim: int
+    median: float
+    max: float
+    max_dim: int
+
+
+class FoldedGains(dict[str, Tensor]):
+    """By the norm's path, (dim,): |gain| times the length of the matching columns of all matrices that read the norm.
+
+    A gain alone means little: the matrices can undo it. This product survives folding, and says how much of each
+    dimension the branch reads.
+    """
+
+    def table(self) -> Table[FoldedRow]:
+        return Table([_folded_row(path, values) for path, values in self.items()])
+
+
+def folded_gains(model: Llama) -> FoldedGains:
+    """The folded gains of the norms that only matrices read: pre, mid and final norms, float32.
+
+    Raises RequestError for a model that is edited or optimized, and for one without such norms.
+    """
+    check_plain(model)
+    gains = FoldedGains()
+    for path, norm in slots(model).items():
+        if isinstance(norm, Norm) and (names := readers(path, model.config)):
+            squares = [_wide(model.get_parameter(name)).square().sum(0) for name in names]
+            gain, lengths = effective_gain(norm), torch.stack(squares).sum(0).sqrt() * abs(norm.scale)
+            gains[path] = (lengths if gain is None else lengths * gain.abs()).float()
+    if not gains:
+        raise RequestError("no norm of the model is read by matrices alone: pre, mid and final norms are")
+    return gains
+
+
+def _folded_row(path: str, gains: Tensor) -> FoldedRow:
+    low, high = int(gains.argmin()), int(gains.argmax())
+    return FoldedRow(path, float(gains[low]), low, float(gains.quantile(0.5)), float(gains[high]), high)
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _row(path: str, norm: Norm) -> NormRow:

@@ -50,6 +50,20 @@ def slot_width(config: LlamaConfig, path: str) -> int:
     return config.n_heads * config.head_dim if branch.endswith("attention") else config.hidden_dim
 
 
+def readers(path: str, config: LlamaConfig) -> list[str]:
+    """The names of the weights that read a norm's output; none if anything else reads it too."""
+    if path == "norm":
+        return ["tok_embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    branch, _, slot = path.rpartition(".")
+    layer, _, name = branch.rpartition(".")
+    names = [f"{branch}.{reader}.weight" for reader in READERS.get(f"{name}.{slot}", ())]
+    if config.norm_plan.parallel and (name, slot) == ("attention", "pre_norm"):  # both branches read it
+        if config.norm_plan.layer(int(layer.split(".")[1]))[1].pre is not None:
+            return []
+        names += readers(f"{layer}.feed_forward.pre_norm", config)
+    return [reader for reader in names if config.gated_mlp or ".gate_proj." not in reader]
+
+
 def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = False) -> list[str]:
     """The paths that match a pattern, or any of several, in the order of the forward pass; None: every norm.
 

@@ -34,6 +34,7 @@ ON_A_TEXT = {
     "ablate": ["layers.*.*.pre_norm"],
     "edit": ["layers.0.*.pre_norm", "eps=1e-3", "gain=scale:0.5"],
     "skip": [],
+    "audit": [],
     "move": ["layers.*.feed_forward.pre_norm", "--to", "out"],
     "insert": [],
     "fold": [],
@@ -56,11 +57,11 @@ def out(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [*ON_A_TEXT, "norms"])
+@pytest.mark.parametrize("command", [*ON_A_TEXT, "norms", "norms --folded"])
 def test_a_table_and_its_json_and_csv_say_the_same(
     command: str, model: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = [command, *ON_A_TEXT.get(command, []), *model, *(TEXT if command in ON_A_TEXT else [])]
+    args = [*command.split(), *ON_A_TEXT.get(command, []), *model, *(TEXT if command in ON_A_TEXT else [])]
     table = out(args, capsys).splitlines()
     rows = json.loads(out([*args, "--json"], capsys))
     lines = list(csv.DictReader(io.StringIO(out([*args, "--csv"], capsys))))

@@ -4,6 +4,7 @@ Each check takes the name of the setting as the user knows it, the value, and th
 setting, what was expected and what was found: `top_p must be a finite number from 0 to 1, not 1.5`.
 """
 
+import codecs
 import math
 import re
 from collections.abc import Collection, Iterable
@@ -81,6 +82,16 @@ def as_dict(what: str, pairs: Iterable[tuple[Any, Any]], error: type[LlamaMiniEr
 def as_plain(value: Any) -> Any:
     """A number or an array of NumPy, PyTorch or pandas as Python's numbers and lists; any other value as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def as_text(data: bytes, name: object, error: type[LlamaMiniError]) -> str:
+    """UTF-8 as text, without a byte order mark."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # a UTF-32 file of one order begins like the first
+        raise error(f"{name} is UTF-16 or UTF-32 text: save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"{name} is not UTF-8 text: {problem.reason} at byte {problem.start}; save it as UTF-8") from None
 
 
 def is_whole(value: Any) -> bool:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from llama_mini.cli.options import SET_BY_THE_COMMAND, checked_json
-from llama_mini.cli.streams import as_text
 from llama_mini.errors import RequestError
-from llama_mini.validate import as_dict, check_choice, short_repr
+from llama_mini.validate import as_dict, as_text, check_choice, short_repr
 
 MAX_LINE = 16 << 20  # bytes: more than the text of a million tokens
 NAMES = ("id", "custom_id")  # a line's own names for itself, which its result repeats
@@ -48,7 +47,7 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[Line]:
         if not data:
             return
         if index == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            as_text(data, name)
+            as_text(data, name, RequestError)
         data = data.removeprefix(codecs.BOM_UTF8) if index == 0 else data
         digest, n_bytes, part = hashlib.sha256(data.strip()), len(data), data
         while len(part) > MAX_LINE and not part.endswith(b"\n"):
@@ -64,7 +63,7 @@ def parse(line: Line) -> tuple[dict[str, Any], dict[str, Any]]:
     if line.n_bytes > MAX_LINE + 1:
         raise RequestError(f"the line has {line.n_bytes:,} bytes; at most {MAX_LINE:,} are read: shorten its prompt")
     try:
-        request = checked_json(as_text(line.data, "the line"), "the line")
+        request = checked_json(as_text(line.data, "the line", RequestError), "the line")
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the line is not JSON: {error}") from None
     if not isinstance(request, dict):

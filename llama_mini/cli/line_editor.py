@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from llama_mini.cli.streams import as_text, check_whole_line, typed_text
+from llama_mini.cli.streams import check_whole_line, typed_text
 from llama_mini.errors import RequestError
 from llama_mini.machine import user_folder
+from llama_mini.validate import as_text
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -85,7 +86,7 @@ class Lines:
         line = line.removesuffix(b"\n").removesuffix(b"\r")
         if self._terminal:
             check_whole_line(line)
-        return as_text(line, LINE)
+        return as_text(line, LINE, RequestError)
 
 
 class Editor:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TextIO
 
 from llama_mini.errors import RequestError
-from llama_mini.validate import short_repr
+from llama_mini.validate import as_text, short_repr
 
 # Control characters, which a terminal would obey, in a visible form. JSON may hold those from 0x7f on as they are, so
 # theirs is a form that JSON reads back; 0x80 to 0x9f are escape codes of one character.
@@ -18,7 +18,6 @@ ESCAPED = {code: repr(chr(code))[1:-1] for code in range(32) if chr(code) not in
 ESCAPED |= {code: f"\\u{code:04x}" for code in range(127, 160)}
 LINE_OF_A_TERMINAL = 4095  # bytes of a line, without its end, that Linux keeps; it drops what is typed beyond
 _ESCAPE = "llama_mini.escape"
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # a UTF-32 file of this byte order begins like the first
 
 
 @contextmanager
@@ -59,7 +58,7 @@ def read_standard_input(what: str) -> str:
         raise RequestError(f"standard input cannot be read: {error.strerror}") from None
     for line in data.split(b"\n") if terminal else ():
         check_whole_line(line)
-    return as_text(data, "standard input")
+    return as_text(data, "standard input", RequestError)
 
 
 def read_file(name: str) -> str:
@@ -68,19 +67,9 @@ def read_file(name: str) -> str:
         return read_standard_input("the text")
     try:
         with open(name, "rb") as file:
-            return as_text(file.read(), name)
+            return as_text(file.read(), name, RequestError)
     except OSError as error:
         raise RequestError(f"cannot read {name}: {error.strerror}") from None
-
-
-def as_text(data: bytes, name: str) -> str:
-    """UTF-8 as text, without a byte order mark. Raises RequestError, which names `name`."""
-    if data.startswith(_UTF_16):
-        raise RequestError(f"{name} is UTF-16 or UTF-32 text: save it as UTF-8")
-    try:
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def typed_text(text: str, name: str) -> str:
@@ -88,7 +77,7 @@ def typed_text(text: str, name: str) -> str:
     if not any("\ud800" <= char <= "\udfff" for char in text):
         return text
     try:
-        return as_text(text.encode(sys.getfilesystemencoding(), "surrogateescape"), name)
+        return as_text(text.encode(sys.getfilesystemencoding(), "surrogateescape"), name, RequestError)
     except UnicodeEncodeError:
         raise RequestError(f"{name} holds half of a character, {short_repr(text)}: it cannot be written") from None
 

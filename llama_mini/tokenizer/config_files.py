@@ -10,7 +10,7 @@ from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of
 from llama_mini.checkpoint.io.files import inside
 from llama_mini.checkpoint.special_ids import read_special_ids
 from llama_mini.errors import CheckpointError, ConfigError, TokenizerError, warn
-from llama_mini.validate import is_whole, short_repr
+from llama_mini.validate import as_text, is_whole, short_repr
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
@@ -80,10 +80,7 @@ def read_text(path: Path) -> str:
     kind = kind_of(data[:HEAD], len(data))
     if kind in (FileKind.LFS_POINTER, FileKind.HTML):
         raise TokenizerError(f"{path} is not a text file but {kind.value}")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path} is not UTF-8 text at byte {error.start}; restore the file") from None
+    return as_text(data, path, TokenizerError)
 
 
 def template_files(directory: Path) -> dict[str, Path]:

@@ -14,8 +14,9 @@ import pytest
 from llama_mini import Tokenizer
 from llama_mini.__main__ import main
 from llama_mini.cli.common import exit_code_of
-from llama_mini.cli.streams import LINE_OF_A_TERMINAL, as_text, read_standard_input, typed_text
+from llama_mini.cli.streams import LINE_OF_A_TERMINAL, read_standard_input, typed_text
 from llama_mini.errors import RequestError
+from llama_mini.validate import as_text
 
 pty = pytest.importorskip("pty", reason="needs a Unix terminal")
 
@@ -160,11 +161,11 @@ def test_a_terminal_gets_no_escape_codes(tiny_dir: Path, tmp_path: Path) -> None
 
 
 def test_a_byte_order_mark_is_no_text() -> None:
-    assert as_text(b"\xef\xbb\xbfhello", "a file") == as_text(b"hello", "a file") == "hello"
+    assert as_text(b"\xef\xbb\xbfhello", "a file", RequestError) == as_text(b"hello", "a file", RequestError) == "hello"
     for encoding in ("utf-16", "utf-16-be", "utf-32"):
         data = "\ufeffhello".encode(encoding) if encoding.endswith("be") else "hello".encode(encoding)
         with pytest.raises(RequestError, match="a file is UTF-16 or UTF-32 text: save it as UTF-8"):
-            as_text(data, "a file")
+            as_text(data, "a file", RequestError)
 
 
 def test_bytes_on_the_command_line_that_are_no_text() -> None:

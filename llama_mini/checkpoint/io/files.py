@@ -1,6 +1,5 @@
 """Strict JSON, and paths that stay inside a checkpoint's directory. An error is one sentence that names the file."""
 
-import codecs
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from typing import Any
 
 from llama_mini.checkpoint.io.file_kind import HEAD, FileKind, kind_of, open_file, size_of
 from llama_mini.errors import CheckpointFormatError, CheckpointPathError
-from llama_mini.validate import short_repr
+from llama_mini.validate import as_text, short_repr
 
 CONFIG, PARAMS = "config.json", "params.json"  # of a Hugging Face and of a Meta directory
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights; the index of weights in shards
@@ -29,7 +28,6 @@ MAX_JSON_BYTES = 256 * 2**20
 _MAX_DEPTH = 127  # of nested objects and lists: the limit of Rust's serde_json, which other readers use
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CONTAINERS = {dict, list}
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,12 +36,11 @@ def read_json(path: Path) -> dict[str, Any]:
     kind = kind_of(data[:HEAD], len(data))
     if kind not in (FileKind.JSON, FileKind.OTHER):
         raise CheckpointFormatError(f"{path} is not JSON but {kind.value}")
-    if data.startswith(_UTF_16) or b"\0" in data[:4]:
-        raise CheckpointFormatError(f"{path} is UTF-16 or UTF-32 text; save it as UTF-8")
+    if b"\0" in data[:4]:  # without a byte order mark
+        raise CheckpointFormatError(f"{path} is UTF-16 or UTF-32 text: save it as UTF-8")
+    text = as_text(data, path, CheckpointFormatError)
     try:
-        value = decode_json(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise CheckpointFormatError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+        value = decode_json(text)
     except ValueError as error:
         raise CheckpointFormatError(f"{path} {error}; restore the file") from None
     if not isinstance(value, dict):

@@ -105,9 +105,7 @@ def _check_prompt(words: list[str], prog: str) -> None:
         if options.is_checkpoint(first):
             raise RequestError(f"{first!r} is the path of a model: give it as --model {first}")
         hint = f" (did you mean {close}?);" if close else ";"
-        raise RequestError(
-            f"{first!r} is not a command{hint} put quotes around a prompt; {prog} --help lists the commands"
-        )
+        raise RequestError(f"{first!r} is not a command{hint} put quotes around a prompt; {prog} --help lists commands")
     if close:
         print(f"note: {first!r} is read as a prompt; the command is {close}", file=sys.stderr)
 

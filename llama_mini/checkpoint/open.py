@@ -87,9 +87,7 @@ def _model_of(adapter: Adapter) -> Path:
     except CheckpointError as error:
         raise CheckpointPathError(f"the model of {home} is not found: {error}; {do}") from None
     if not exists(found):
-        raise CheckpointPathError(
-            f"{home} holds an adapter for {base:.200}, found at none of {join_names(places)}; {do}"
-        )
+        raise CheckpointPathError(f"{home} is an adapter for {base:.200}, found at none of {join_names(places)}; {do}")
     if _is_adapter(found):
         raise CheckpointFormatError(f"{home} holds an adapter for {found}, which is an adapter too; {do}")
     return found

@@ -203,9 +203,7 @@ def _lock(file: io.FileIO, results: Path) -> None:
         try:
             flock(file, LOCK_EX | LOCK_NB)
         except BlockingIOError:
-            raise RequestError(
-                f"another run writes {results} now: wait until it ends, or give another --output"
-            ) from None
+            raise RequestError(f"another run writes {results}: wait until it ends, or give another --output") from None
 
 
 def _done(results: Path, settings: Settings) -> dict[int, str]:

@@ -66,10 +66,9 @@ def describe(
 
 
 def _vocabulary(tokenizer: Tokenizer) -> str:
-    bos, eos = tokenizer.bos_id, ", ".join(map(str, sorted(tokenizer.eos_ids)))
-    return (
-        f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {'none' if bos is None else bos}, EOS {eos or 'none'}"
-    )
+    bos = "none" if tokenizer.bos_id is None else tokenizer.bos_id
+    eos = ", ".join(map(str, sorted(tokenizer.eos_ids))) or "none"
+    return f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {bos}, EOS {eos}"
 
 
 def _missing_tokenizer(source: Source) -> str | None:

@@ -85,9 +85,7 @@ def typed_text(text: str, name: str) -> str:
 def check_whole_line(line: bytes) -> None:
     """Refuses a line typed at a terminal, without its end, that the terminal may have cut. Raises RequestError."""
     if len(line) >= LINE_OF_A_TERMINAL:
-        raise RequestError(
-            f"the terminal cuts lines after {LINE_OF_A_TERMINAL:,} bytes: type shorter ones, or give the text in a file"
-        )
+        raise RequestError(f"a terminal cuts lines after {LINE_OF_A_TERMINAL:,} bytes: type shorter ones or use a file")
 
 
 class _Stream(io.TextIOWrapper):

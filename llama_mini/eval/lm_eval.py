@@ -178,9 +178,7 @@ class LlamaMiniLM(TemplateLM):
         stop = handle_stop_sequences(kwargs.pop("until"), eos=self._text_of(self.eot_token_id))
         max_tokens, sampled = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
         if unknown := kwargs.keys() - set(SAMPLING):
-            raise RequestError(
-                f"generation settings {join_names(sorted(unknown))} are unknown; known: {join_names(SAMPLING)}"
-            )
+            raise RequestError(f"unknown settings {join_names(sorted(unknown))}; known: {join_names(SAMPLING)}")
         seed = int(torch.randint(2**31, ())) if sampled else None
         return SamplingParams(**kwargs, max_tokens=max_tokens, stop=[text for text in stop if text], seed=seed)
 
@@ -193,9 +191,7 @@ class LlamaMiniLM(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template, which lm-eval records. Choosing one of several by name is not supported."""
         if isinstance(chat_template, str):
-            raise RequestError(
-                f"chat template {short_repr(chat_template)} is unknown: give --apply_chat_template alone"
-            )
+            raise RequestError(f"unknown chat template {short_repr(chat_template)}: give --apply_chat_template alone")
         return self.llm.tokenizer.chat_template or "" if chat_template else None
 
     @property

@@ -205,14 +205,12 @@ def _as_ids(text: object) -> list[int]:
 def _scored(llms: list[LLM], task: _Task) -> Iterator[tuple[tuple[Tensor, Tensor], ...]]:
     """Yields the `predictions` of each model for the scored tokens, in order and in parts."""
     longest = min(task.context, max(map(len, task.texts)) + len(task.prefix))
-    n_scored = sum(end - scored for _, _, end, scored in task.windows())
+    total = sum(end - scored for _, _, end, scored in task.windows())
     with ExitStack() as stack:
         for llm in llms:
             stack.enter_context(llm.exclusive())
         caches = [llm.model.new_cache(1, longest) for llm in llms]
-        bar = stack.enter_context(
-            tqdm(desc="scoring", total=n_scored, unit="token", delay=1, leave=False, disable=None)
-        )
+        bar = stack.enter_context(tqdm(desc="scoring", total=total, unit="token", delay=1, leave=False, disable=None))
         for text, begin, end, scored in task.windows():
             ids = [*task.prefix, *text[begin:end]]
             first = len(ids) - (end - scored)

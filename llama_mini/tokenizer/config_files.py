@@ -114,9 +114,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> tuple[AddedToken
     if not files.exists(path):
         return ()
     named = {_content(settings.get(key)) for key in NAMED}
-    return tuple(
-        AddedToken(id=id, content=content, special=content in named) for content, id in read_json(path).items()
-    )
+    return tuple(AddedToken(id=id, content=text, special=text in named) for text, id in read_json(path).items())
 
 
 def _flag(token: dict[str, Any], name: str) -> bool:
@@ -145,9 +143,7 @@ def _chat_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]
             return templates
     except (KeyError, TypeError):
         pass
-    raise TokenizerError(
-        f"{path}: chat_template is {short_repr(found)}, expected a string or a list of templates, each with a name"
-    )
+    raise TokenizerError(f"{path}: chat_template is {short_repr(found)}, expected a string or a list of named ones")
 
 
 def _read_model_facts(directory: Path) -> dict[str, Any]:

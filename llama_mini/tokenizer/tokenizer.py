@@ -105,9 +105,8 @@ class Tokenizer(TransformersNames):
         template made, never for a user's. Raises RequestError for no string or half a surrogate pair.
         """
         check_text(text)
-        ids = self._backend.encode(
-            split(text, self._backend.added.find(text, parse_special), self._backend.control_ids)
-        )
+        found = self._backend.added.find(text, parse_special)
+        ids = self._backend.encode(split(text, found, self._backend.control_ids))
         before, after = self._backend.frame
         return [*before, *ids, *after] if add_special_tokens else ids
 

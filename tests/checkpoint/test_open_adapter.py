@@ -101,12 +101,12 @@ def test_an_adapter_beside_the_configuration_of_its_model(tmp_path: Path, expect
     ("base", "message"),
     [
         (None, "holds an adapter that does not name its model; give the model, and the adapter with --adapter"),
-        ("absent", r"holds an adapter for absent, found at none of absent, .*/adapter/absent, .*/absent;"),
+        ("absent", r"is an adapter for absent, found at none of absent, .*/adapter/absent, .*/absent;"),
         (".", r"\. is not a checkpoint: it has no config.json"),
         ("{tmp}/adapter", "holds an adapter for .*/adapter, which is an adapter too; give the model"),
         ("{tmp}/other", "holds an adapter for .*/other, which is an adapter too; give the model"),
         ("{tmp}/empty", "empty is not a checkpoint: it has no config.json"),
-        ("a\0b", "holds an adapter for a.*b, found at none of a"),
+        ("a\0b", "is an adapter for a.*b, found at none of a"),
         ("org/base", "the model of .*/adapter is not found: .* HF_HUB_OFFLINE is set.*; give the model, and"),
     ],
 )  # fmt: skip

@@ -144,7 +144,7 @@ def test_two_runs_at_once_do_not_share_results(
     monkeypatch.setattr("llama_mini.cli.batch.as_json", as_json)
     assert main(words) == 0
     assert codes[1] == 2
-    assert f"another run writes {output} now: wait until it ends" in capsys.readouterr().err
+    assert f"another run writes {output}: wait until it ends" in capsys.readouterr().err
     assert len(output.read_text().splitlines()) == 5
     assert main(words) == 0  # the lock has gone
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.jsonl"}

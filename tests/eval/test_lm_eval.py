@@ -156,7 +156,7 @@ def test_a_wrong_option_is_one_sentence(tiny_dir: Path, options: dict[str, Any],
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 4}, "generation settings num_beams are unknown"),
+        ({"num_beams": 4}, "unknown settings num_beams"),
         ({"max_gen_toks": 512}, "max_gen_toks, 512, must be less than the context of 512"),
     ],
     ids=str,

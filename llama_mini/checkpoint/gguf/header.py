@@ -214,7 +214,7 @@ def _read_tensor_info(file: _Bytes, i: int, alignment: int) -> GGUFTensor:
     types = _USUAL_TYPES if number in _USUAL_TYPES else _ggml_types()
     if number not in types:
         raise file.fault(
-            f"{what} has the unknown type {number}; known are {', '.join(known[0] for known in types.values())}"
+            f"{what} has the unknown type {number}; known: {', '.join(kind[0] for kind in types.values())}"
         )
     kind, block, block_bytes = types[number]
     if shape[-1] % block:

@@ -41,9 +41,7 @@ class Metadata:
         if value is None and not default:
             raise ConfigError(f"{self.architecture}.{name} is missing from the metadata")
         if isinstance(value, np.ndarray | list):
-            raise ConfigError(
-                f"{self.architecture}.{name} holds a value for each layer; only one value for all layers is implemented"
-            )
+            raise ConfigError(f"{self.architecture}.{name} differs between layers; only one value is implemented")
         return shortest(value)
 
     def layers(self, name: str, period: int, n_layers: int) -> tuple[int, ...]:
@@ -65,12 +63,9 @@ class Metadata:
 
     def check_all_read(self) -> None:
         """Refuses the settings that nothing has read, and that would change something."""
-        unread = {
-            f"{self.architecture}.{name}": value for name, value in NEUTRAL_KEYS.items() if name not in self._read
-        }
-        for key, neutral in unread.items():
-            value = self.values.get(key, neutral)
-            if isinstance(value, np.ndarray) or value != neutral:
+        for name, neutral in NEUTRAL_KEYS.items():
+            value = self.values.get(key := f"{self.architecture}.{name}", neutral)
+            if name not in self._read and (isinstance(value, np.ndarray) or value != neutral):
                 raise ConfigError(f"{key} is {short_repr(value)}; only {neutral!r} is implemented")
         for key, value in self.values.items():
             name = key.removeprefix(f"{self.architecture}.")

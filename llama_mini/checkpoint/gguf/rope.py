@@ -119,9 +119,7 @@ def _from_tensors(header: GGUFHeader, theta: Any, context: Any, attn_factor: flo
 def _divisors(header: GGUFHeader, name: str) -> Tensor:
     tensor = header.tensors.get(name)
     if tensor is None:
-        raise CheckpointFormatError(
-            f"{header.path}: {name} is missing, but {LONG if name == SHORT else SHORT} is there"
-        )
+        raise CheckpointFormatError(f"{header.path}: {name} is missing, but not {LONG if name == SHORT else SHORT}")
     if len(tensor.shape) != 1 or tensor.shape[0] > 4096:
         raise CheckpointFormatError(f"{header.path}: {name} has the shape {tensor.shape}, not half of head_dim")
     with header.path.open("rb") as file:

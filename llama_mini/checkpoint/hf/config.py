@@ -77,10 +77,8 @@ def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
     text = raw.get("text_config")
     if raw.get("model_type") not in WHOLES or not isinstance(text, dict):
         return raw
-    whole = {
-        key: raw[key] for key in (*_OF_THE_WHOLE, *SETTINGS) if raw.get(key) is not None
-    }  # it wins, as in transformers
-    return text | whole | {PART_OF: raw["model_type"]}
+    whole = {key: raw[key] for key in (*_OF_THE_WHOLE, *SETTINGS) if raw.get(key) is not None}
+    return text | whole | {PART_OF: raw["model_type"]}  # that of the whole wins, as in transformers
 
 
 def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
@@ -93,9 +91,8 @@ def from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     family = FAMILIES[raw["model_type"]]
     table = _fields_by_key(family)
     _check_keys(raw, family, table)
-    settings = _defaults(raw, family) | {
-        key: value for key, value in raw.items() if value is not None or key in NULL_KEYS
-    }
+    given = {key: value for key, value in raw.items() if value is not None or key in NULL_KEYS}
+    settings = _defaults(raw, family) | given
     if family.eps is not None and raw.get(family.eps) is None:
         eps = family.defaults["eps"]
         warn(f"config.json: {family.eps} is absent; {eps} is used, the default of model_type {family.model_type}")

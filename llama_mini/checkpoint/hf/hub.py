@@ -178,9 +178,7 @@ def _shards(index: Path) -> list[str]:
     """The files that an index names. An index may be hostile: only files of the same folder are allowed."""
     shards = sorted(set(read_weight_map(index).values()))
     if outside := [name for name in shards if "/" in name or "\\" in name or not name.endswith(".safetensors")]:
-        raise CheckpointPathError(
-            f"{index} names {_quoted(outside)}; only safetensors files of the same folder are read, so none was"
-        )
+        raise CheckpointPathError(f"{index} names {_quoted(outside)}; only safetensors files of its folder are read")
     return shards
 
 

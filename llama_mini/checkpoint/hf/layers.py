@@ -46,9 +46,7 @@ def read_layers(raw: Mapping[str, Any], settings: Mapping[str, Any], family: Fam
             )
         sliding = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
         if sliding != layers and (family.window in ("none", "every") or window is None):
-            raise ConfigError(
-                f"layer_types has {len(sliding)} layers of {SLIDING}, but the other keys give a window to {len(layers)}"
-            )
+            raise ConfigError(f"layer_types has {len(sliding)} {SLIDING}, but other keys give {len(layers)} a window")
         layers = sliding
     if family.unrotated == "stated":
         unrotated = () if settings.get("position_embedding_type") == "rope" else tuple(range(n_layers))

@@ -92,9 +92,7 @@ def _read(
     if family.growing_queries and _Q_GROWTH in settings:
         used["q_growth"] = settings.pop(_Q_GROWTH)
     if layers := [name for name, value in settings.items() if isinstance(value, Mapping)]:
-        raise ConfigError(
-            f"{key}: {join_names(layers)} has settings of its own; only one for all layers is implemented"
-        )
+        raise ConfigError(f"{key}: {join_names(layers)} has its own settings; only one for all layers is implemented")
     if kind == "default":
         return found, settings
     if "original_max_seq_len" in names:

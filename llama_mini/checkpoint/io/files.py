@@ -52,9 +52,7 @@ def read_bytes(path: Path) -> bytes:
     """A whole file of up to MAX_JSON_BYTES. Raises CheckpointError if it is larger or cannot be read."""
     with open_file(path) as file:
         if (size := size_of(file)) > MAX_JSON_BYTES:
-            raise CheckpointFormatError(
-                f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that are read; restore it"
-            )
+            raise CheckpointFormatError(f"{path} has {size} bytes, but {MAX_JSON_BYTES} are read at most; restore it")
         return file.read(size)
 
 
@@ -121,9 +119,7 @@ def inside(directory: Path, name: str) -> Path:
             return path
     except OSError as error:
         raise CheckpointPathError(f"cannot read {directory / short_repr(name)}: {error.strerror}") from None
-    raise CheckpointPathError(
-        f"{path} is a symbolic link out of its directory, to {target}; if you trust that file, copy it here"
-    )
+    raise CheckpointPathError(f"{path} is a symbolic link out of its directory, to {target}; copy it if you trust it")
 
 
 def _is_plain(name: str) -> bool:

@@ -28,7 +28,6 @@ from llama_mini.checkpoint.rows import split_parts, with_split_pairs
 from llama_mini.checkpoint.source import ReadRows, Rows, Source, StoredTensor
 from llama_mini.errors import CheckpointFormatError, CheckpointIncompleteError, warn
 from llama_mini.machine import dtype_name
-from llama_mini.validate import join_names
 
 Shape = tuple[int, ...]
 _WQ = "layers.0.attention.wq.weight"
@@ -115,11 +114,8 @@ def _meta_files(directory: Path) -> list[Path]:
     numbers = {int(m[1]): path for path in directory.iterdir() if (m := _META_SHARD.fullmatch(path.name))}
     if not numbers:
         raise CheckpointIncompleteError(f"{directory} has params.json, but no consolidated.00.pth")
-    if missing := [f"consolidated.{n:02}.pth" for n in range(max(numbers)) if n not in numbers]:
-        raise CheckpointIncompleteError(
-            f"{directory}: missing {len(missing)} of {max(numbers) + 1} shards: {join_names(missing)}"
-        )
-    return all_present(directory, [numbers[n].name for n in sorted(numbers)])
+    names = [numbers[n].name if n in numbers else f"consolidated.{n:02}.pth" for n in range(max(numbers) + 1)]
+    return all_present(directory, names)
 
 
 def load_tensors(file: Path, of_model: bool = True) -> dict[str, Tensor]:
@@ -129,9 +125,7 @@ def load_tensors(file: Path, of_model: bool = True) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:
-        raise CheckpointFormatError(
-            f"{file} holds more than plain tensors, which could run code; it is not opened"
-        ) from None
+        raise CheckpointFormatError(f"{file} holds more than plain tensors, which could run code: not opened") from None
     except Exception as error:  # torch's unpickler raises whatever its input makes Python raise
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointFormatError(f"{file} is not a PyTorch file of tensors: {reason}; download it again") from None
@@ -145,9 +139,7 @@ def load_tensors(file: Path, of_model: bool = True) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise CheckpointFormatError(f"{file}: {name!r:.80} is a {type(value).__name__}, not a plain tensor")
         if not value.is_floating_point() and not IGNORED_TENSORS.search(name):
-            raise CheckpointFormatError(
-                f"{file}: {name} is stored as {value.dtype}; weights are floating-point numbers"
-            )
+            raise CheckpointFormatError(f"{file}: {name} is stored as {value.dtype}, but weights are floats")
     return tensors
 
 

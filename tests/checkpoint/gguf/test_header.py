@@ -204,7 +204,7 @@ FAULTS = {
     "many dimensions": (_file([], [_tensor("t", [1] * 5, 0, 0)]), "5 dimensions"),
     "empty shape": (_file([], [_tensor("t", [4, 0], 0, 0)]), r"shape \(0, 4\)"),
     "shape too big": (_file([], [_tensor("t", [2**63] * 4, 0, 0)]), "tensor 't', F32 .* ends at byte"),
-    "tensor type": (_file([], [_tensor("t", [4], 5, 0)]), "unknown type 5; known are F32, F16, Q4_0"),
+    "tensor type": (_file([], [_tensor("t", [4], 5, 0)]), "unknown type 5; known: F32, F16, Q4_0"),
     "broken block": (_file([], [_tensor("t", [33], 3, 0)]), "rows of 33, which is not a multiple of Q4_1's"),
     "misaligned": (_file([], [_tensor("t", [4], 0, 8)]), "offset 8, .* alignment 32"),
     "offset": (_file([], [_tensor("t", [4], 0, 2**63)]), "tensor 't', F32 .* ends at byte"),

@@ -93,7 +93,7 @@ REFUSED = {
     "unheard of": ({"llama.new_trick": [1, 2]}, ConfigError, "llama.new_trick is .* not implemented"),
     "partial rotary": ({"llama.rope.dimension_count": 4}, ConfigError, "rope.dimension_count is 4; only .* 8"),
     "value length": ({"llama.attention.value_length": 16}, ConfigError, "value_length is 16; only .* 8"),
-    "per layer": ({"llama.attention.head_count": [4, 2]}, ConfigError, "head_count holds a value for each layer"),
+    "per layer": ({"llama.attention.head_count": [4, 2]}, ConfigError, "head_count differs between layers"),
     "no eps": ({"llama.attention.layer_norm_rms_epsilon": None}, ConfigError, "rms_epsilon is missing"),
     "no layers": ({"llama.block_count": None}, ConfigError, "llama.block_count is missing"),
     "no heads": ({"llama.attention.head_count": 0}, ConfigError, "n_heads must be .* not 0"),

@@ -104,7 +104,7 @@ def test_an_absent_eps_is_transformers_default_with_a_warning(absent: dict[str, 
         ({"sliding_window": 4096}, "sliding_window is 4096; only None is implemented in model_type llama"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be .* not 0"),
-        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "2 layers of sliding_attention, but"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "layer_types has 2 sliding_attention, but"),
         (
             {"layer_types": ["full_attention"]},
             "layer_types must list full_attention or sliding_attention for each of 2 layers",

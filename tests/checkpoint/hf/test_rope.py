@@ -83,7 +83,7 @@ def test_a_null_is_not_given_and_says_nothing() -> None:
     [
         ({"factor": 4.0}, "rope_scaling has a factor but no rope_type; known: default, .*, longrope"),
         ({"rope_type": "ntk"}, "unknown rope type 'ntk'; known: default, linear, dynamic, llama3, yarn, longrope"),
-        ({"full_attention": DEFAULT}, "rope_scaling: full_attention has settings of its own"),
+        ({"full_attention": DEFAULT}, "rope_scaling: full_attention has its own settings"),
         (YARN | {"attention_factor": -1.0}, "rope_scaling.attention_factor must be"),
         (YARN | {"truncate": "no"}, "truncate must be true or false"),
         (LONGROPE | {"factor": "4"}, "rope_scaling.factor must be a finite number"),

@@ -107,8 +107,7 @@ class Batch:
                 gone.remove(line.index)
         if gone:
             raise RequestError(
-                f"{self.results} has a result for line {min(gone) + 1} of the prompts, which has changed: "
-                "give another --output"
+                f"{self.results} has a result for line {min(gone) + 1}, which has changed: give another --output"
             )
 
 

@@ -47,9 +47,7 @@ def _is_there(target: Path, sha256: str) -> bool:
     if not target.is_file():
         raise CheckpointPathError(f"{target} is in the way: a file belongs there; move it away and run again")
     if (digest := _sha256(target)) != sha256:
-        raise CheckpointFormatError(
-            f"{target} has the SHA-256 {digest}, not {sha256}; move it away and run again to have it downloaded"
-        )
+        raise CheckpointFormatError(f"{target} has the SHA-256 {digest}, not {sha256}; move it away and run again")
     return True
 
 

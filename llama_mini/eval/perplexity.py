@@ -239,13 +239,10 @@ def _summary(nll: Tensor, llm: LLM, task: _Task) -> Perplexity:
 def _check_same_vocabulary(one: LLM, other: LLM) -> None:
     sizes = [llm.config.vocab_size for llm in (one, other)]
     if sizes[0] != sizes[1]:
-        raise RequestError(
-            f"the vocabularies differ, {sizes[0]} tokens and {sizes[1]}, so the models cannot be compared"
-        )
+        raise RequestError(f"the vocabularies differ, {sizes[0]} tokens and {sizes[1]}: the models cannot be compared")
     for i in range(sizes[0]):
         a, b = (llm.tokenizer.token_bytes(i, False) for llm in (one, other))
         if a != b:
             raise RequestError(
-                f"the tokenizers differ: token {i} is {short_repr(a)} in one and {short_repr(b)} in the other, "
-                "so the models cannot be compared"
+                f"the tokenizers differ: token {i} is {short_repr(a)} and {short_repr(b)}, so they cannot be compared"
             )

@@ -35,8 +35,7 @@ def template_pieces(
         as_json = json.dumps([messages, variables, names], ensure_ascii=False)
         if len(as_json) > MAX_MESSAGES_CHARS:
             raise RequestError(
-                f"messages hold {len(as_json):,} characters as JSON, more than the {MAX_MESSAGES_CHARS:,} that a chat "
-                "template may get; shorten them"
+                f"messages hold {len(as_json):,} characters as JSON, more than the {MAX_MESSAGES_CHARS:,}; shorten them"
             )
         mark, end = _unused_chars(template + as_json)
         marks = _Marks(backend, mark)

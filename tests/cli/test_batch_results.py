@@ -29,7 +29,7 @@ def test_results_of_other_prompts_are_left_alone(tiny_dir, prompts: Path, tmp_pa
     data = output.read_bytes()
     prompts.write_text(prompts.read_text(encoding="utf-8").replace("number 3 ", "number 7 "), encoding="utf-8")
     assert main(command(tiny_dir, prompts, "--output", str(output))) == 2
-    assert "line 4 of the prompts, which has changed" in capsys.readouterr().err
+    assert "line 4, which has changed" in capsys.readouterr().err
     assert output.read_bytes() == data
 
 

@@ -213,9 +213,7 @@ def _read_tensor_info(file: _Bytes, i: int, alignment: int) -> GGUFTensor:
     number = file.number(4, f"the type of {what}")
     types = _USUAL_TYPES if number in _USUAL_TYPES else _ggml_types()
     if number not in types:
-        raise file.fault(
-            f"{what} has the unknown type {number}; known: {', '.join(kind[0] for kind in types.values())}"
-        )
+        raise file.fault(f"{what} has unknown type {number}; known: {', '.join(kind[0] for kind in types.values())}")
     kind, block, block_bytes = types[number]
     if shape[-1] % block:
         raise file.fault(f"{what} has rows of {shape[-1]}, which is not a multiple of {kind}'s block of {block}")

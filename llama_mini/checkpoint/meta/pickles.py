@@ -94,9 +94,7 @@ def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
     whole, part = shapes[_WQ], stored[_WQ].shape if _WQ in stored else ()
     if part and part[0] and whole[0] % part[0] == 0 and whole[0] // part[0] > len(files):
         n = whole[0] // part[0]
-        raise CheckpointIncompleteError(
-            f"{directory} holds {len(files)} of {n} shards, each with 1/{n} of a matrix; download the others"
-        )
+        raise CheckpointIncompleteError(f"{directory} holds {len(files)} of {n} shards; download the others")
     merges = {name: _merge_of([tuple(s[name].shape) for s in shards], shapes.get(name)) for name in stored}
 
     def read(names: Collection[str], *_: object) -> Iterator[Rows[Tensor]]:

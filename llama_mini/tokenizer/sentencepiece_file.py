@@ -4,6 +4,7 @@ The library matches user-defined pieces such as `<|im_start|>` in text. So the f
 (sentencepiece_model.proto), is first read here, and the type of such pieces is changed to control.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from llama_mini.errors import TokenizerError
 from llama_mini.tokenizer.backend import AddedTokens, Piece, encode_each, is_control, native_failures_as
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 from llama_mini.tokenizer.tokenizer_json import PieceType
+
+_VARINT = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]")  # a number of protobuf
 
 
 class SentencePieceFile:
@@ -128,40 +131,26 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
     while position < len(data):
         start = position
         key, position = _varint(data, position)
-        if not key >> 3:
-            raise ValueError(f"byte {start} does not start a protobuf field")
         value: int | bytes
+        if key < 8 or key & 7 not in (0, 1, 2, 5):
+            raise ValueError(f"byte {start} does not start a protobuf field")
         if key & 7 == 0:
             value, position = _varint(data, position)
-        elif key & 7 in (1, 2, 5):
-            length = {1: 8, 5: 4}.get(key & 7)
-            if length is None:
-                length, position = _varint(data, position)
-            value, position = data[position : position + length], position + length
         else:
-            raise ValueError(f"byte {start} does not start a protobuf field")
+            length, position = _varint(data, position) if key & 7 == 2 else (8 if key & 7 == 1 else 4, position)
+            value, position = data[position : position + length], position + length
         if position > len(data):
             raise ValueError("a protobuf field ends beyond the file")
         yield key >> 3, value, data[start:position]
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            break
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise ValueError("a protobuf number does not end")
+    if position < len(data) and data[position] < 0x80:  # nearly all
+        return data[position], position + 1
+    if (match := _VARINT.match(data, position)) is None:
+        raise ValueError("a protobuf number does not end")
+    return sum((byte & 0x7F) << 7 * i for i, byte in enumerate(match[0])), match.end()
 
 
 def _varint_bytes(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return bytes([value]) if value < 0x80 else bytes([value & 0x7F | 0x80]) + _varint_bytes(value >> 7)

@@ -1,6 +1,7 @@
 """What the files beside a vocabulary say: named and added tokens, BOS, EOS and the chat template."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,10 @@ def _chat_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]
         path, found = older, read_json(older).get("chat_template")
     if found is None or isinstance(found, str):
         return {} if found is None else {"default": found}
-    try:
+    with suppress(KeyError, TypeError):
         templates = {entry["name"]: entry["template"] for entry in found}
         if all(isinstance(text, str) for text in (*templates, *templates.values())):
             return templates
-    except (KeyError, TypeError):
-        pass
     raise TokenizerError(f"{path}: chat_template is {short_repr(found)}, expected a string or a list of named ones")
 
 

@@ -127,9 +127,7 @@ class GGUFVocabulary:
 
     def _merges(self) -> list[list[str]]:
         vocab = self._vocab
-        merges = [
-            line.split(" ") for line in self._texts("merges")
-        ]  # byte-level tokens hold no space: they write it as Ġ
+        merges = [line.split(" ") for line in self._texts("merges")]  # byte-level tokens write a space as Ġ
         if set(map(len, merges)) <= {2} and vocab.keys() >= {*chain.from_iterable(merges), *map("".join, merges)}:
             return merges
         wrong = next(m for m in merges if len(m) != 2 or not vocab.keys() >= {*m, "".join(m)})

@@ -175,7 +175,9 @@ class _Worker:
             if size is not None and size > MAX_ANSWER_BYTES:
                 raise _stopped(f"its answer is longer than {MAX_ANSWER_BYTES:,} bytes")
             if size is not None and len(answer := self._read(size)) == size:
-                return _parsed(answer)
+                with suppress(RecursionError, ValueError):
+                    return json.loads(answer.decode("utf-8", "surrogatepass"))
+                return None
             exit_code = self._process.wait()
         finally:
             timer.cancel()
@@ -230,13 +232,6 @@ def _library_folders() -> list[str]:
 
 def _stopped(reason: str, error: type[TokenizerError] = TokenizerError) -> TokenizerError:
     return error(f"the chat template was stopped: {reason}; repair the template, or complete raw text instead (--raw)")
-
-
-def _parsed(data: bytes) -> object:
-    try:
-        return json.loads(data.decode("utf-8", "surrogatepass"))
-    except (RecursionError, ValueError):
-        return None
 
 
 def _one_line(message: str) -> str:

@@ -123,9 +123,7 @@ def _frame(bos: Token | None, eos: Token | None) -> dict[str, Any] | None:
     tokens = [token for token in (bos, eos) if token is not None]
     if not tokens:
         return None
-    before, after = (
-        [] if token is None else [{"SpecialToken": {"id": token[0], "type_id": 0}}] for token in (bos, eos)
-    )
+    before, after = ([{"SpecialToken": {"id": t[0], "type_id": 0}}] if t is not None else [] for t in (bos, eos))
     first, second = ({"Sequence": {"id": name, "type_id": type_id}} for type_id, name in enumerate("AB"))
     return {
         "type": "TemplateProcessing",

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,9 @@ def to_hf(config: LlamaConfig, dtype: str, model_type: str | None = None) -> dic
     preferred = [FAMILIES[model_type]] if model_type is not None and model_type in FAMILIES else []
     for family in [*preferred, *FAMILIES.values()]:
         raw = _to_family(config, family) | {"torch_dtype": dtype}
-        try:
+        with suppress(ConfigError, OverflowError):
             if from_hf(raw) == config:  # or else the family cannot express a setting
                 return raw
-        except (ConfigError, OverflowError):
-            continue
     own = asdict(config) | {"norm_plan": config.norm_plan.to_dict()}
     for name in _SCALINGS:
         own[name] = getattr(config, name) and getattr(config, name).to_dict()

@@ -10,6 +10,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from llama_mini.checkpoint.io.files import (
@@ -54,11 +55,10 @@ def is_hub_name(text: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(repo)
-    except HFValidationError:
-        return False
-    return True
+        return True
+    return False
 
 
 def fetch_from_hub(name: str, tokenizer_only: bool = False) -> Path:

@@ -134,9 +134,8 @@ def rope_to_hf(config: LlamaConfig, family: Family) -> dict[str, Any]:
     full = sliding = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
     if family.two_ropes:
         if (theta := config.sliding_rope_theta) is not None:
-            sliding = {"rope_type": "default", "rope_theta": theta} | _scaling_to_hf(
-                config.sliding_rope_scaling, family
-            )
+            scaling = _scaling_to_hf(config.sliding_rope_scaling, family)
+            sliding = {"rope_type": "default", "rope_theta": theta} | scaling
         keys["rope_local_base_freq"] = sliding["rope_theta"]
         keys["rope_parameters"] = {FULL: full, SLIDING: sliding}
     elif "rope_parameters" in family.defaults:  # transformers would take its default

@@ -102,9 +102,7 @@ def open_meta_pickles(directory: Path, builder: type[nn.Module]) -> Source:
             merged = _merged(name, [shard[name] for shard in shards], merges[name])
             yield name, 0, merged
 
-    tensors = {
-        name: before if merges[name] is None else replace(before, shape=shapes[name]) for name, before in stored.items()
-    }
+    tensors = {name: t if merges[name] is None else replace(t, shape=shapes[name]) for name, t in stored.items()}
     return with_split_pairs(replace(source, tensors=tensors, read_rows=read))
 
 

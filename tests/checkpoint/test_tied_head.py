@@ -126,7 +126,8 @@ def test_fast_paths_and_info_have_the_same_head(tmp_path: Path, tiny_dir: Path, 
         scores = LLM(tied, dtype="float32", **how).score([1, 2, 3, 4])
     assert scores == LLM(tiny_dir, dtype="float32", **how).score([1, 2, 3, 4])
     with pytest.warns(LlamaMiniWarning, match=OTHER):
-        assert describe(tied).splitlines()[2:] == describe(tiny_dir).splitlines()[2:]
+        facts = [describe(path).rpartition("; ")[0].splitlines() for path in (tied, tiny_dir)]  # not the free memory
+    assert facts[0][2:] == facts[1][2:]
 
 
 def test_a_gguf_file_says_it_by_its_tensors(tmp_path: Path) -> None:

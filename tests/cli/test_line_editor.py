@@ -77,7 +77,7 @@ def test_plain_lines_that_belong_together(terminal: Any) -> None:
 def test_a_line_that_the_terminal_cut_is_not_answered(terminal: Any) -> None:
     one = terminal("--no-editor", stdout=subprocess.PIPE)  # without readline, as standard output is no terminal
     one.type("x" * 5000 + ENTER)
-    one.until("error: the terminal cuts lines after 4,095 bytes")
+    one.until("error: a terminal cuts lines after 4,095 bytes")
     one.until(">>>")
     one.type("y" * 4000 + ENTER)
     one.until(">>>")

@@ -186,6 +186,6 @@ def test_a_line_that_the_terminal_cut_is_refused(monkeypatch: pytest.MonkeyPatch
         if length < LINE_OF_A_TERMINAL:
             assert read_standard_input("the prompt") == "first\n" + "x" * length + "\n"
         else:
-            with pytest.raises(RequestError, match="the terminal cuts lines after 4,095 bytes"):
+            with pytest.raises(RequestError, match="a terminal cuts lines after 4,095 bytes"):
                 read_standard_input("the prompt")
     os.close(keys)

@@ -205,7 +205,7 @@ def test_of_a_single_gguf_file_the_path_is_given(online: dict[str, Any], hub: Hu
         ("org/metapickled", "Format", r"pickles \('consolidated.00.pth'\)"),
         ("org/ggufs", "Path", "6 GGUF files: .*'tiny-f16.gguf', 'tiny-q2.gguf', 'tiny-q3.gguf'"),
         ("org/empty", "Incomplete", "org/empty holds no weights"),
-        ("org/escaping", "Path", "index.json names '../x.safetensors'; only .* of the same folder"),
+        ("org/escaping", "Path", "index.json names '../x.safetensors'; only .* of its folder"),
         ("org/absolute", "Path", "index.json names '/etc/passwd.safetensors'"),
         ("org/naming-a-pickle", "Path", "index.json names 'pytorch_model.bin'"),
         ("org/broken-index", "Format", "index.json has no weight_map"),

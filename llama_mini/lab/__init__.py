@@ -27,6 +27,7 @@ _HOME = {  # no module has a function's name: importing the module would hide th
     "init": "measurement",
     "sweep": "sweeps",
     "race": "training",
+    "heal": "healing",
     "report": "reporting.report",
 }
 __all__ = sorted(_HOME)

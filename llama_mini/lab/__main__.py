@@ -14,6 +14,7 @@ from llama_mini.cli.options import Parser
 
 PROG = "python -m llama_mini.lab"
 LAYER_NORMS = "layers.*.*.*"
+HEALED_NORMS = "layers.20-29.feed_forward.pre_norm"
 PLANS = ("pre", "post", "peri", "out+qk", "deep")
 
 
@@ -97,6 +98,9 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     insert.add_argument("--norm", default="{}", metavar="JSON", help=norm)
     for command in (move, insert, fold):
         command.add_argument("--save", type=Path, metavar="DIR", help="write the new model to this folder")
+    _heal_options(
+        add("heal", "train a changed model back for a few minutes, and say what stays lost", model, text, picture)
+    )
 
     predict = add("predict", "predict second moments, gradients and angles of a plan at random init", picture)
     init = add("init", "measure what predict computes, on random models", picture)
@@ -120,6 +124,25 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     tour = add("tour", "explain what RMSNorm computes, step by step, on real activations", model)
     tour.add_argument("--lang", choices=["en", "ko"], default="en", help="default: %(default)s")
     return p
+
+
+def _heal_options(heal: argparse.ArgumentParser) -> None:
+    heal.add_argument(
+        "pattern", nargs="?", default=HEALED_NORMS, help="norms to change, as in edit and move; default: %(default)s"
+    )
+    heal.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="an edit of these norms; without one they are moved"
+    )
+    heal.add_argument("--to", metavar="SLOT", help="move them to pre, mid, out or post; default: out")
+    heal.add_argument("--insert", action="store_true", help="fill these slots, with gains of least squares")
+    heal.add_argument("--minutes", type=float, default=2.0, metavar="F", help="of training; default: %(default)s")
+    heal.add_argument("--steps", type=int, metavar="N", help="exactly so many steps instead, of 2 x 256 tokens")
+    heal.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    heal.add_argument("--train", type=Path, metavar="FILE", help="text to train on; default: Python's own language")
+    heal.add_argument("--taper", action="store_true", default=None, help="let the change come in slowly")
+    heal.add_argument("--no-control", action="store_true", help="do not train a random change of equal KL")
+    heal.add_argument("--folder", type=Path, metavar="DIR", help="keep the state here, and go on from it")
+    heal.add_argument("--save", type=Path, metavar="DIR", help="write the healed model to this folder")
 
 
 def _shared() -> list[argparse.ArgumentParser]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.errors import CheckpointPathError, RequestError
@@ -48,10 +49,7 @@ def read_ids(tokenizer: Tokenizer, args: argparse.Namespace) -> list[list[int]]:
         raise RequestError("the tokenizer has no BOS token: leave --bos out")
     rows = []
     for path in args.text or [None]:
-        try:
-            text = sample_text() if path is None else path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointPathError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+        text = sample_text() if path is None else read_text(path)
         ids = tokenizer.encode(text, add_special_tokens=not args.bos)
         for row in range(args.rows):
             start = args.offset + row * args.tokens
@@ -63,6 +61,21 @@ def read_ids(tokenizer: Tokenizer, args: argparse.Namespace) -> list[list[int]]:
                 )
             rows.append([*bos, *part])
     return rows
+
+
+def save_model(args: argparse.Namespace, model: Llama) -> None:
+    """Writes a model and the tokenizer of the command's checkpoint to --save, if that is given."""
+    if args.save is not None:
+        with new_directory(args.save) as folder:  # so that it has all or nothing
+            model.save_pretrained(folder)
+            args.save_tokenizer(open_checkpoint(checkpoint(args)), folder)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointPathError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
 
 
 def read_settings(pairs: list[str]) -> dict[str, Any]:

@@ -8,12 +8,23 @@ from collections.abc import Callable
 from typing import Any
 
 from llama_mini import lab
-from llama_mini.checkpoint.io.atomic import check_new, new_directory
+from llama_mini.checkpoint.io.atomic import check_new
 from llama_mini.checkpoint.io.files import decode_json
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import NumericalError, RequestError
-from llama_mini.lab.command_io import captured, checkpoint, draw, read_ids, read_model, read_settings, scores, show
+from llama_mini.lab.command_io import (
+    captured,
+    checkpoint,
+    draw,
+    read_ids,
+    read_model,
+    read_settings,
+    save_model,
+    scores,
+    show,
+)
 from llama_mini.lab.cost import Score
+from llama_mini.lab.heal_command import heal
 from llama_mini.lab.keep import keep_words
 from llama_mini.lab.massive_activations import MASSIVE, lives
 from llama_mini.lab.reporting import figures, plan_figures, stream_figures
@@ -158,10 +169,7 @@ def _rebuild(args: argparse.Namespace, rebuild: Callable[[Llama, list[list[int]]
     ids = read_ids(tokenizer, args)
     new = rebuild(model, ids)
     _show_cost(args, lab.score(model, ids), new, ids, name)
-    if args.save is not None:
-        with new_directory(args.save) as folder:  # so that it has all or nothing
-            new.save_pretrained(folder)
-            args.save_tokenizer(open_checkpoint(checkpoint(args)), folder)
+    save_model(args, new)
 
 
 def _show_cost(args: argparse.Namespace, base: Score, model: Llama, ids: list[list[int]], name: str) -> None:
@@ -236,4 +244,4 @@ def _race(args: argparse.Namespace) -> None:
 _WATCHING = (_norms, _doctor, _capture, _attention, _gradients, _compare)
 _OF_A_CHECKPOINT = (*_WATCHING, _ablate, _edit, _skip, _audit, _move, _insert, _fold, _report, _tour)
 _OF_A_PLAN = (_predict, _init, _sweep, _race)
-COMMANDS = {command.__name__[1:]: command for command in (*_OF_A_CHECKPOINT, *_OF_A_PLAN)}
+COMMANDS = {command.__name__[1:]: command for command in (*_OF_A_CHECKPOINT, *_OF_A_PLAN)} | {"heal": heal}

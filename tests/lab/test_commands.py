@@ -300,7 +300,7 @@ def test_a_reader_that_leaves_early_ends_it_quietly(tiny_dir: Path) -> None:
 def test_every_command_is_listed_and_its_help_waits_for_nothing() -> None:
     listed = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert set(listed) == {
-        *ON_A_TEXT, *OF_A_PLAN, "norms", "compare", "doctor", "sweep", "race", "report", "tour",
+        *ON_A_TEXT, *OF_A_PLAN, "norms", "compare", "doctor", "sweep", "race", "heal", "report", "tour",
     }  # fmt: skip
     code = "import sys; from llama_mini.lab.__main__ import parser; parser(); "
     code += "assert not {'torch', 'jinja2'} & {*sys.modules}"

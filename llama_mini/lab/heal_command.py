@@ -1,0 +1,52 @@
+"""The command heal: an edit, or norms that are moved or inserted, and a training of a few minutes."""
+
+import argparse
+
+from llama_mini import lab
+from llama_mini.checkpoint.io.atomic import check_new
+from llama_mini.errors import NumericalError, RequestError
+from llama_mini.lab.command_io import read_ids, read_model, read_settings, read_text, save_model, show
+from llama_mini.lab.editing import Edits
+from llama_mini.lab.healing_texts import training_text
+from llama_mini.lab.reporting.healing_figure import healing_picture
+from llama_mini.model.llama import Llama
+
+
+def heal(args: argparse.Namespace) -> None:
+    """Runs the command. Raises LlamaMiniError."""
+    settings = read_settings(args.settings)
+    if bool(settings) + args.insert + (args.to is not None) > 1:
+        raise RequestError("give an edit, --insert or --to, and only one of them: norms are edited, inserted or moved")
+    if args.save is not None:
+        check_new(args.save)
+        if "freeze" in settings:
+            raise RequestError("--save: no checkpoint can hold a frozen norm: leave --save out")
+    model, tokenizer = read_model(args)
+    text = None if args.train is None else tokenizer.encode(read_text(args.train))
+    by_default = (args.text, args.offset, args.tokens, args.rows, args.bos) == (None, 0, 256, 1, False)
+    held_out = None if by_default else read_ids(tokenizer, args)
+    change: Edits | Llama = {args.pattern: settings}
+    if args.insert:
+        change = lab.insert(model, args.pattern, (training_text(tokenizer).tolist() if text is None else text)[:1024])
+    elif not settings:
+        change = lab.move(model, args.pattern, to=args.to or "out")
+    healed = lab.heal(
+        model,
+        change,
+        args.minutes,
+        args.seed,
+        steps=args.steps,
+        tokenizer=tokenizer,
+        text=text,
+        held_out=held_out,
+        taper=args.taper,
+        control=not args.no_control,
+        folder=args.folder,
+    )
+    if healed.after.error is None:
+        save_model(args, healed.model)  # first: whoever reads the table may stop reading
+    show(args, healed.table(), lambda: healing_picture(healed))
+    if not (args.json or args.csv):
+        print(healed.summary())
+    if healed.after.error is not None:
+        raise NumericalError(f"the trained model has no cost: {healed.after.error}")

@@ -1,0 +1,103 @@
+"""The command heal: its table, its picture, what it saves, and how it fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_mini import Llama, Tokenizer, lab
+from llama_mini.lab import heal_command
+from llama_mini.lab.__main__ import main
+from llama_mini.lab.healing import Healed
+from llama_mini.lab.healing_texts import training_text
+from tests.oracles import same_bits
+from tests.tiny_models import random_tokens
+
+
+@pytest.fixture
+def options(tiny_dir: Path, tmp_path: Path) -> list[str]:
+    """A model, steps, and texts of few tokens: one to hold out, one to train on."""
+    train = tmp_path / "train.txt"
+    train.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    return ["--model", str(tiny_dir), "--steps", "3", "--rows", "2", "--tokens", "20", "--train", str(train)]
+
+
+def test_a_moved_norm_is_healed_drawn_and_saved(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, saved, state = tmp_path / "a.svg", tmp_path / "saved", tmp_path / "state"
+    words = ["heal", "layers.1.*.pre_norm", *options, "--folder", str(state)]
+    assert main([*words, "--picture", str(picture), "--save", str(saved)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["run", "tokens", "seconds", "dloss", "se", "kl", "top1"]
+    assert [line.split()[0] for line in printed[1:-1]] == ["change"] * 4 + ["control"] * 4
+    assert printed[-1].startswith("3 steps, ")
+    assert "a random change of equal KL" in picture.read_text()
+    assert Tokenizer.from_pretrained(saved).vocab_size == 260
+    assert main([*words, "--json"]) == 0  # from the state
+    rows = json.loads(capsys.readouterr().out)
+    model, given = Llama.from_pretrained(saved), Llama.from_pretrained(options[1], "float32")
+    assert model.config.norm_plan.layer(1)[0].out is not None
+    ids = [*random_tokens(2, 20, 256)]
+    base = lab.score(given, ids)
+    assert (
+        lab.score(model, ids, against=base).kl < lab.score(lab.move(given, "layers.1.*.pre_norm", "out"), ids, base).kl
+    )
+    assert {row["run"] for row in rows} == {"change", "control"}
+    assert rows[3]["kl"] < rows[0]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        (["layers.1.*.pre_norm", "kind=layer", "--taper"], {"layers.1.*.pre_norm": {"kind": "layer"}}),
+        (["freeze=median", "keep=massive"], {"layers.*.*.*": {"freeze": "median", "keep": "massive"}}),
+        (["layers.1.*.pre_norm", "--to", "post"], "move"),
+        (["layers.1.*.out_norm", "--insert"], "insert"),
+    ],
+)
+def test_the_change_is_that_of_edit_move_and_insert(
+    words: list[str], change: dict | str, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(model: Llama, found: dict | Llama, *args: object, **settings: object) -> Healed:
+        text = settings["text"]
+        tokens = random_tokens(1, 9, 256)
+        if change == "move":
+            assert same_bits(found(tokens), lab.move(model, words[0], "post")(tokens))
+        elif change == "insert":
+            assert same_bits(found(tokens), lab.insert(model, words[0], text[:1024])(tokens))
+        else:
+            assert found == change
+        assert (args, settings["steps"], settings["taper"]) == ((2.0, 0), 3, True if "--taper" in words else None)
+        assert [len(row) for row in settings["held_out"]] == [20, 20]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(heal_command.lab, "heal", stop)
+    assert main(["heal", *words, *options]) == 130
+
+
+def test_by_default_texts_are_those_of_the_lab(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(model: Llama, *_: object, **settings: object) -> Healed:
+        assert (settings["text"], settings["held_out"], settings["control"]) == (None, None, False)
+        assert len(training_text(settings["tokenizer"])) > 300_000
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(heal_command.lab, "heal", stop)
+    assert main(["heal", "layers.1.*.pre_norm", "--model", str(tiny_dir), "--no-control"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layers.1.*.pre_norm", "kind=layer", "--to", "out"], "give an edit, --insert or --to, and only one of them"),
+        (["layers.1.*.pre_norm", "--insert", "--to", "out"], "give an edit, --insert or --to, and only one of them"),
+        (["freeze=median", "--save", "new"], "--save: no checkpoint can hold a frozen norm"),
+        ([], "matches no norm"),
+        (["layers.1.*.pre_norm", "--minutes", "0"], "minutes must be a finite number above 0"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    words: list[str], message: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["heal", *words, *options]) == 2
+    assert message in capsys.readouterr().err

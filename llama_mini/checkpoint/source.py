@@ -24,9 +24,9 @@ BLOCK_ROWS = 16  # rows that the packed formats of optimize/ store together
 
 
 class QuantizedWeights(NamedTuple):
-    """Rows of a matrix as `codes`, (rows, columns) uint8, with a float16 scale for each group of 32 columns of a row.
+    """Rows of a matrix in one of code_formats.FORMATS, which says what a code stands for.
 
-    Four or five bits: value = scale · code + min. Eight bits: value = scale · (code − 128), without `min`.
+    `codes` (rows, columns) uint8; `scale`, and `min` if the format has one, (rows, groups of columns) float16.
     """
 
     codes: Tensor
@@ -47,7 +47,7 @@ class StoredCodes(Protocol):
 class StoredTensor:
     """A tensor in a file: `shape` as the model has it, `number_format` as the file names it (BF16, Q4_1).
 
-    kept: the format that loses none of its bits ("int4", "int5" or "int8"), if it is quantised; None for floats.
+    kept: the narrowest of code_formats.FORMATS that loses none of its bits, if it is quantised; None for floats.
     has_codes: whether `Source.read_quantized` reads it as codes of that format. If not, it is requantised.
     """
 

@@ -1,4 +1,4 @@
-"""The quantised blocks of a GGUF file as codes with a scale for each group of 32 columns, without requantising.
+"""The quantised blocks of a GGUF file as codes of one of our own formats, without requantising.
 
 Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. The `gguf` library turns blocks into floats.
 """
@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 
 from llama_mini.checkpoint.source import QuantizedWeights
-
-_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # what the codes of IQ4 stand for
-_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # and those of MXFP4, doubled
 
 
 class Blocks(NamedTuple):
@@ -33,20 +30,20 @@ _Unpacked = tuple[Tensor, Tensor, Tensor | None]  # the fields of QuantizedWeigh
 
 def _q4_0(blocks: Tensor) -> _Unpacked:
     scale = _float16(blocks, 0)
-    return _nibbles(blocks[..., 2:], 16), scale, -8 * scale
+    return _fields(blocks[..., 2:], 4, 16), scale, -8 * scale
 
 
 def _q4_1(blocks: Tensor) -> _Unpacked:
-    return _nibbles(blocks[..., 4:], 16), _float16(blocks, 0), _float16(blocks, 2)
+    return _fields(blocks[..., 4:], 4, 16), _float16(blocks, 0), _float16(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> _Unpacked:
     scale = _float16(blocks, 0)
-    return _nibbles(blocks[..., 6:], 16) | _high_bits(blocks[..., 2:6]), scale, -16 * scale
+    return _fields(blocks[..., 6:], 4, 16) | _fields(blocks[..., 2:6], 1, 1) << 4, scale, -16 * scale
 
 
 def _q5_1(blocks: Tensor) -> _Unpacked:
-    codes = _nibbles(blocks[..., 8:], 16) | _high_bits(blocks[..., 4:8])
+    codes = _fields(blocks[..., 8:], 4, 16) | _fields(blocks[..., 4:8], 1, 1) << 4
     return codes, _float16(blocks, 0), _float16(blocks, 2)
 
 
@@ -54,46 +51,89 @@ def _q8_0(blocks: Tensor) -> _Unpacked:
     return blocks[..., 2:] + 128, _float16(blocks, 0), None
 
 
+def _q2_k(blocks: Tensor) -> _Unpacked:
+    """A byte for each 16 columns: the low half times a float16 of the block is the scale, the high half the minimum."""
+    scale, least = _product(blocks, 80, blocks[..., :16] & 15), -_product(blocks, 82, blocks[..., :16] >> 4)
+    return _fields(blocks[..., 16:80], 2, 32), scale, least
+
+
+def _q3_k(blocks: Tensor) -> _Unpacked:
+    """The third bits come first. Of the scales' six bits, four lie in eight bytes and two in four bytes after them."""
+    codes = _fields(blocks[..., 32:96], 2, 32) | _fields(blocks[..., :32], 1, 32) << 2
+    scale = _fields(blocks[..., 96:104], 4, 8) | _fields(blocks[..., 104:108], 2, 4) << 4
+    return codes, _product(blocks, 108, scale.float() - 32), None
+
+
 def _q4_k(blocks: Tensor) -> _Unpacked:
-    return _nibbles(blocks[..., 16:], 32), *_k_scales(blocks)
+    return _fields(blocks[..., 16:], 4, 32), *_k_scales(blocks)
 
 
 def _q5_k(blocks: Tensor) -> _Unpacked:
-    high = blocks[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None]  # bit g of a byte belongs to group g
-    return _nibbles(blocks[..., 48:], 32) | ((high & 1) << 4).flatten(-2), *_k_scales(blocks)
+    return _fields(blocks[..., 48:], 4, 32) | _fields(blocks[..., 16:48], 1, 32) << 4, *_k_scales(blocks)
+
+
+def _q6_k(blocks: Tensor) -> _Unpacked:
+    codes = _fields(blocks[..., :128], 4, 64) | _fields(blocks[..., 128:192], 2, 32) << 4
+    return codes, _product(blocks, 208, blocks[..., 192:208].view(torch.int8)), None
 
 
 def _iq4_nl(blocks: Tensor) -> _Unpacked:
-    return _looked_up(_nibbles(blocks[..., 2:], 16), _IQ4), _float16(blocks, 0), None
+    return _fields(blocks[..., 2:], 4, 16), _float16(blocks, 0), None
 
 
 def _iq4_xs(blocks: Tensor) -> _Unpacked:
     """Eight groups: four low bits of each scale, group by group, and two high ones in 16 bits before them."""
-    low = torch.stack((blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4), -1).flatten(-2)
-    high = (blocks[..., 2:4, None] >> torch.arange(0, 8, 2, dtype=torch.uint8) & 3).flatten(-2)
-    scale = _float16(blocks, 0).float() * ((low | high << 4).float() - 32)
-    return _looked_up(_nibbles(blocks[..., 8:], 16), _IQ4), scale.half(), None
+    scale = _fields(blocks[..., 4:8], 4, 1) | _fields(blocks[..., 2:4], 2, 1) << 4
+    return _fields(blocks[..., 8:], 4, 16), _product(blocks, 0, scale.float() - 32), None
 
 
 def _mxfp4(blocks: Tensor) -> _Unpacked:
-    codes = _looked_up(_nibbles(blocks[..., 1:], 16), _FP4)
+    codes = _fields(blocks[..., 1:], 4, 16)
     scale = torch.exp2(blocks[..., :1].float() - 128).half()  # a power of two
-    too_small = (scale == 0) & (codes != 128).any(-1, keepdim=True)
+    too_small = (scale == 0) & (codes & 7 != 0).any(-1, keepdim=True)
     return codes, torch.where(too_small, torch.inf, scale), None
+
+
+def _nvfp4(blocks: Tensor) -> _Unpacked:
+    """Scales in FP8 without its sign. 127 is zero, where FP8 has NaN."""
+    stored = blocks[..., :4]
+    scale = (stored & 127).view(torch.float8_e4m3fn).half().nan_to_num(480) / 2
+    return _fields(blocks[..., 4:], 4, 8), torch.where(stored == 127, 0, scale), None
+
+
+def _tq1_0(blocks: Tensor) -> _Unpacked:
+    """Five digits of base 3 to a byte, four in the last four bytes: a byte is their number, times 256 / 243."""
+    digits = [
+        (packed[..., None, :] * torch.tensor([1, 3, 9, 27, 81][:n], dtype=torch.uint8)[:, None]).flatten(-2)
+        for packed, n in ((blocks[..., :32], 5), (blocks[..., 32:48], 5), (blocks[..., 48:52], 4))
+    ]
+    scale = _float16(blocks, 52).expand(-1, -1, 8)
+    return (torch.cat(digits, -1).int() * 3 >> 8).to(torch.uint8), scale, -scale
+
+
+def _tq2_0(blocks: Tensor) -> _Unpacked:
+    scale = _float16(blocks, 64).expand(-1, -1, 8)
+    return _fields(blocks[..., :64], 2, 32), scale, -scale
 
 
 # Type -> the format of ours whose codes its blocks hold, the bytes of a block, and how to unpack it.
 CODES: dict[str, tuple[str, int, Callable[[Tensor], _Unpacked]]] = {
     "Q4_0": ("int4", 18, _q4_0),
     "Q4_1": ("int4", 20, _q4_1),
-    "Q4_K": ("int4", 144, _q4_k),
     "Q5_0": ("int5", 22, _q5_0),
     "Q5_1": ("int5", 24, _q5_1),
-    "Q5_K": ("int5", 176, _q5_k),
     "Q8_0": ("int8", 34, _q8_0),
-    "IQ4_NL": ("int8", 18, _iq4_nl),
-    "IQ4_XS": ("int8", 136, _iq4_xs),
-    "MXFP4": ("int8", 17, _mxfp4),
+    "Q2_K": ("int2g16", 84, _q2_k),
+    "Q3_K": ("int3g16", 110, _q3_k),
+    "Q4_K": ("int4", 144, _q4_k),
+    "Q5_K": ("int5", 176, _q5_k),
+    "Q6_K": ("int6g16", 210, _q6_k),
+    "IQ4_NL": ("iq4", 18, _iq4_nl),
+    "IQ4_XS": ("iq4", 136, _iq4_xs),
+    "MXFP4": ("mxfp4", 17, _mxfp4),
+    "NVFP4": ("nvfp4", 36, _nvfp4),
+    "TQ1_0": ("int2", 54, _tq1_0),
+    "TQ2_0": ("int2", 66, _tq2_0),
 }
 
 
@@ -101,15 +141,15 @@ def _float16(blocks: Tensor, at: int) -> Tensor:
     return blocks[..., at : at + 2].contiguous().view(torch.float16)
 
 
-def _nibbles(packed: Tensor, width: int) -> Tensor:
-    """Four-bit codes: of every `width` bytes first the low halves, then the high ones."""
+def _product(blocks: Tensor, at: int, numbers: Tensor) -> Tensor:
+    """Small numbers, one for each group, times a float16 for the whole block."""
+    return (_float16(blocks, at).float() * numbers).half()
+
+
+def _fields(packed: Tensor, bits: int, width: int) -> Tensor:
+    """Numbers of a few bits: of every `width` bytes first the lowest bits of each, then the next ones, and so on."""
     packed = packed.unflatten(-1, (-1, width))
-    return torch.stack((packed & 15, packed >> 4), -2).flatten(-3)
-
-
-def _high_bits(packed: Tensor) -> Tensor:
-    """The fifth bit of each code, in place, from a number of 32 bits."""
-    return ((packed[..., None] >> torch.arange(8, dtype=torch.uint8) & 1) << 4).flatten(-2)
+    return torch.stack([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], -2).flatten(-3)
 
 
 def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,9 +161,4 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scale = torch.cat((first & 63, third & 15 | first >> 6 << 4), -1)
     least = torch.cat((second & 63, third >> 4 | second >> 6 << 4), -1)
-    return (_float16(blocks, 0).float() * scale).half(), -(_float16(blocks, 2).float() * least).half()
-
-
-def _looked_up(codes: Tensor, table: tuple[int, ...]) -> Tensor:
-    """The whole numbers that codes stand for, as codes of eight bits."""
-    return torch.tensor([128 + value for value in table], dtype=torch.uint8)[codes.int()]
+    return _product(blocks, 0, scale), -_product(blocks, 2, least)

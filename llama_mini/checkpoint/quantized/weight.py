@@ -35,7 +35,7 @@ class QuantizedMatrix:
     shape: (rows, columns) of the weight.
     parts: all tensors that it is made of, by the ends of their names: "qweight", "scales".
     number_format: the method, bits and groups, for people: "GPTQ 4 bits, groups of 128".
-    kept: the own format that loses none of its bits: "int4", "int5" or "int8".
+    kept: the narrowest of code_formats.FORMATS that loses none of its bits.
     floats: (parts, first row, n rows) -> (n, columns) float32.
     codes: the same as codes of the format `kept`; None if they must be requantised.
     by_rows: the parts that have a row for each row of the weight. Only the rows that are asked for are read and passed;

@@ -98,6 +98,7 @@ def make_bases(folder: Path, write_gguf: Callable[..., Path]) -> list[Base]:
     (folder / "gguf-bytes").mkdir()
     gguf = write_gguf(folder / "gguf-bytes" / "tiny.gguf", quantised=True)
     bases += [_gguf(gguf), _gguf_sentencepiece(folder / "gguf-pieces")]
+    bases += [_gguf(quantized.write_gguf(folder / "gguf-codes"), tokenizer=False)]
     return bases + [_gguf_family(folder / f"gguf-{model_type}", model_type) for model_type in GGUF_FAMILIES]
 
 

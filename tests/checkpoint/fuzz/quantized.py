@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama_mini.checkpoint.gguf.blocks import CODES
+from tests.checkpoint.gguf.gguf_files import write_family
 from tests.checkpoint.quantized.libraries import save_bitsandbytes, save_compressed, scheme
 from tests.checkpoint.quantized.test_mlx import quantized as mlx
 from tests.checkpoint.quantized.writers import Stored, awq, gptq, layers_only, write_model
+from tests.tiny_families import random_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -58,6 +61,7 @@ GROUPS = {
     "group_0": scheme("Linear", num_bits=4, symmetric=False, strategy="group", group_size=32),
     "group_1": scheme("re:.*down_proj", num_bits=4, type="float", strategy="tensor_group", group_size=16),
     "group_2": scheme("re:.*o_proj", num_bits=8, type="float", strategy="channel"),
+    "group_3": scheme("re:.*up_proj", "re:.*gate_proj", num_bits=3, strategy="group", group_size=32),
 }
 SAVED: dict[str, Callable[[Path], Any]] = {  # by the libraries
     "compressed-tensors": lambda folder: save_compressed(folder, GROUPS, **SIZES),
@@ -82,6 +86,15 @@ def write(folder: Path, method: str) -> Path:
     if beside:
         (folder / where).write_text(json.dumps(settings))
     return folder
+
+
+def write_gguf(folder: Path) -> Path:
+    """A GGUF file with a matrix of each type that keeps its codes."""
+    folder.mkdir()
+    layers = [f"blk.{i}.{part}" for i in range(4) for part in ("attn_[qkv].w", "attn_o", "ffn_(gate|up)", "ffn_down")]
+    sizes = SIZES | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 4}
+    model = random_model("qwen3", 5, **sizes, num_attention_heads=4, num_key_value_heads=2)
+    return write_family(folder / "tiny.gguf", model, types={**dict(zip(layers, CODES, strict=True)), "": "Q4_K"})
 
 
 def _rng(shape: tuple[int, int]) -> np.random.Generator:

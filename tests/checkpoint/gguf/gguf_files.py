@@ -1,5 +1,7 @@
 """GGUF files of tiny models of any family, written with the gguf library as llama.cpp's converter writes them."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +11,8 @@ from gguf import MODEL_ARCH as A
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from transformers import PreTrainedModel
+
+from tests.checkpoint.gguf.random_blocks import random_blocks
 
 
 class Format(NamedTuple):
@@ -67,11 +71,17 @@ FORMATS = {
 
 
 def write_family(
-    path: Path, model: PreTrainedModel, kind: Kind = Kind.F32, fuse_qkv: bool = False, **more: Any
+    path: Path,
+    model: PreTrainedModel,
+    kind: Kind = Kind.F32,
+    fuse_qkv: bool = False,
+    types: Mapping[str, str] = {},
+    **more: Any,
 ) -> Path:
     """`model` as GGUF, its matrices as `kind`; `more` are metadata, `__` for a dot, or arrays: further tensors.
 
     fuse_qkv: with one tensor for q, k and v of a layer, as by the converter's option --fuse-qkv.
+    types: a pattern of names -> the type whose random blocks take the place of a matrix; the first pattern counts.
     """
     config, form = model.config, FORMATS[model.config.model_type]
     architecture = gguf.MODEL_ARCH_NAMES[form.architecture]
@@ -107,6 +117,11 @@ def write_family(
         parts = [tensors.pop(name.replace("attn_q", f"attn_{part}")) for part in "qkv"]
         tensors[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
     for name, values in tensors.items():
+        found = next((Kind[found] for pattern, found in types.items() if re.search(pattern, name)), Kind.F32)
+        if values.ndim == 2 and found != Kind.F32:
+            scale = 2e-4 if gguf.GGML_QUANT_SIZES[found][0] == 256 else 0.01  # values of about 0.1
+            writer.add_tensor(name, random_blocks(values.shape, found, len(name), scale), raw_dtype=found)
+            continue
         used = kind if values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Kind.F32
         writer.add_tensor(name, quants.quantize(values, used), raw_dtype=used)
     writer.write_header_to_file()

@@ -11,20 +11,11 @@ from gguf import GGMLQuantizationType as Kind
 from llama_mini.checkpoint.gguf.blocks import CODES, Blocks
 from llama_mini.checkpoint.gguf.header import GGUFTensor
 from llama_mini.checkpoint.gguf.tensors import read_blocks
-from llama_mini.checkpoint.source import QuantizedWeights
 from llama_mini.errors import CheckpointFormatError
+from tests.checkpoint.code_values import code_values
 from tests.checkpoint.gguf.random_blocks import OFFSETS, random_blocks, set_halves
 
-PRODUCTS = ("Q4_K", "Q5_K", "IQ4_XS")  # types whose scales are products, which float16 rounds
-LEVELS = {"int4": 15, "int5": 31, "int8": 255}
-
-
-def widened(weights: QuantizedWeights) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values in float64, (rows, columns), and the sizes of their two terms together, which bound the rounding."""
-    codes = weights.codes.view(*weights.scale.shape, 32).double()
-    products = (codes if weights.min is not None else codes - 128) * weights.scale.double()[..., None]
-    least = torch.zeros(1) if weights.min is None else weights.min.double()[..., None]
-    return (products + least).flatten(1), (products.abs() + least.abs()).flatten(1)
+PRODUCTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")  # types whose scales float16 rounds
 
 
 @pytest.mark.parametrize("name", CODES)
@@ -38,20 +29,17 @@ def test_codes_are_the_librarys_numbers(name: str) -> None:
         bits[:4] = [[0], [1], [0x3FF], [0x7BFF]]
         bits[::3] |= 0x8000
         set_halves(blocks, kind, bits.view("<f2"))
-    weights = Blocks(torch.from_numpy(stored), name).unpacked()
-    assert weights.codes.dtype == torch.uint8
-    assert weights.codes.max() <= LEVELS[CODES[name][0]]
-    assert weights.scale.dtype == torch.float16
-    assert weights.scale.shape == (rows, 512 // 32)
-    assert (weights.min is None) is (CODES[name][0] == "int8")
+    if name == "NVFP4":  # a scale may be any byte
+        stored.reshape(-1, 36)[:, :4] = np.random.default_rng(2).integers(0, 256, (rows * 8, 4))
+    product, least = code_values(Blocks(torch.from_numpy(stored), name).unpacked(), CODES[name][0])
     with np.errstate(over="ignore", invalid="ignore"):
-        expected = torch.from_numpy(quants.dequantize(stored, kind)).double()
-    found, size = widened(weights)
-    held = found.isfinite()  # a scale that float16 cannot hold is infinite, which loading refuses
-    assert held.all() or expected.abs().max() > 2**15
-    rounding = 2**-11 if name in PRODUCTS else 0
+        found, size = product + least, abs(product) + abs(least)
+        expected = quants.dequantize(stored, kind).astype(np.float64)
+    held = np.isfinite(found)  # a scale that float16 cannot hold is infinite, which loading refuses
+    assert held.all() or abs(expected).max() > 2**15
+    rounding = 2**-11 * size if name in PRODUCTS else 0
     float32 = 2**-23 * size  # the library multiplies and adds in float32
-    assert ((found - expected).abs() <= rounding * size + float32)[held].all()
+    assert (abs(found - expected) <= rounding + float32)[held].all()
 
 
 @pytest.mark.parametrize("exponent", [0, 1, 90, 103, 104, 127, 142, 143, 144, 254, 255])
@@ -63,7 +51,7 @@ def test_a_power_of_two_that_float16_cannot_hold_is_infinite(exponent: int, empt
     stored[0, 1:] = 0 if empty else stored[0, 1:]
     weights = Blocks(torch.from_numpy(stored), "MXFP4").unpacked()
     if -24 <= exponent - 128 <= 15 or (empty and exponent < 128):
-        assert torch.equal(widened(weights)[0], torch.from_numpy(quants.dequantize(stored, Kind.MXFP4)).double())
+        assert np.array_equal(code_values(weights, "mxfp4")[0], quants.dequantize(stored, Kind.MXFP4))
     else:
         assert weights.scale.isinf().all()
 

@@ -11,7 +11,7 @@ from llama_mini.checkpoint.io.safetensors_header import Tensors
 from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, fault
 from llama_mini.checkpoint.source import QuantizedWeights
 
-GROUP = 32  # columns that share a scale in our own formats
+GROUP = 32  # columns that share a scale in most of our own formats
 
 
 class Affine(NamedTuple):
@@ -63,12 +63,12 @@ def affine_matrix(
     method: as people call it. group: columns that share a scale, or the group of each column, (columns,) int64.
     symmetric: the middle code, 2^(bits-1), stands for zero.
 
-    Codes stay as they are if a group is of whole 32 columns and, of eight bits, if they are symmetric.
+    Codes of up to six bits, and symmetric ones of eight, stay as they are if a group is of whole 32 columns.
     """
     columns = shape[1]
     group = min(group, columns) if isinstance(group, int) else group
     is_whole = isinstance(group, int) and group % GROUP == 0 and columns % GROUP == 0
-    has_codes = is_whole and (bits <= 5 or (bits == 8 and symmetric))
+    has_codes = is_whole and (bits <= 6 or (bits == 8 and symmetric))
 
     def spread(values: Tensor, step: int = 1) -> Tensor:
         """(n, groups) -> a value for each `step` columns."""
@@ -93,7 +93,7 @@ def affine_matrix(
         shape=shape,
         parts=parts,
         number_format=f"{method} {bits} bits, {groups}{', symmetric' if symmetric else ''}",
-        kept="int8" if bits > 5 or not has_codes else "int5" if bits == 5 else "int4",
+        kept=f"int{bits}" if has_codes else "int8",
         floats=floats,
         codes=as_codes if has_codes else None,
         by_rows=by_rows,

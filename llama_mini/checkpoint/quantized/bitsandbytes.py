@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_mini.checkpoint.code_formats import FORMATS
 from llama_mini.checkpoint.io.files import decode_json
 from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor, Tensors
 from llama_mini.checkpoint.quantized.affine import GROUP, Affine, affine_matrix
@@ -112,30 +113,22 @@ def _four_bit_matrix(module: str, parts: Tensors) -> QuantizedMatrix:
         return numbers.view(n, columns)
 
     def codes(values: Parts, first: int, n: int) -> QuantizedWeights:
-        table, steps = _in_eight_bits(values["weight.quant_map"])
         scale = (spread(values, first, n, GROUP) / steps).half()
-        return QuantizedWeights(table[indices(values, first, n)].view(n, columns), scale.view(n, -1), None)
+        return QuantizedWeights(indices(values, first, n).view(n, columns).to(torch.uint8), scale.view(n, -1), None)
 
+    table = FORMATS[kind].table or ()
+    steps = max(table)
+    is_known = (read_part(parts["weight.quant_map"]) * steps).round().tolist() == list(table)
+    has_codes = is_known and columns % GROUP == 0 and block % GROUP == 0
     return QuantizedMatrix(
         name=f"{module}.weight",
         shape=(rows, columns),
         parts={**parts, "weight": stored},
         number_format=f"bitsandbytes {kind.upper()}, blocks of {block}{'' if nested_block is None else ', nested'}",
-        kept="int8",
+        kept=kind if has_codes else "int8",
         floats=floats,
-        codes=codes if columns % GROUP == 0 and block % GROUP == 0 else None,
+        codes=codes if has_codes else None,
     )
-
-
-def _in_eight_bits(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Sixteen values up to 1 as codes of int8, and the number of steps that is 1: that in which they are most exact.
-
-    FP4's are multiples of 1/12 but for one, and so of 1/120. NF4's are of nothing; 1/112 suits them best.
-    """
-    steps = torch.arange(64, 127.25, 0.25)
-    errors = ((table[:, None] * steps).round() / steps - table[:, None]).square().sum(0)
-    best = steps[errors.argmin()]
-    return ((table * best).round() + 128).to(torch.uint8), best
 
 
 def _read_state(part: SafetensorsTensor, kind: str) -> tuple[int, int, int, int | None, float]:

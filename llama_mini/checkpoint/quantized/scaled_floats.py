@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_mini.checkpoint.code_formats import FORMATS
 from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor, Tensors
 from llama_mini.checkpoint.quantized.affine import GROUP
 from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, expect, fault, sizes_of
@@ -19,8 +20,6 @@ OF_ACTIVATIONS = (  # not used
     *("input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale", "output_scale"),
 )
 _SCALES = (*WEIGHTS, *FP8, "U8", "F8_E8M0")  # of the last two, powers of two, stored as the exponent plus 127
-_HALF = GROUP // 2
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # FP4: a sign, two bits of exponent, one of mantissa
 
 
 def float_matrix(
@@ -39,7 +38,8 @@ def float_matrix(
     all of them, or those of a row, as the shape of the scales says. weight, scale: the parts that hold these.
     adjust: (scales, parts) -> scales, where there is a second scale, of the whole matrix.
 
-    Where the blocks are of whole groups, the codes of int8 are chosen so that most numbers are exact.
+    Where the blocks are of whole groups, FP4 keeps its codes; those of int8 for FP8 are chosen so that most numbers are
+    exact.
 
     Raises CheckpointFormatError.
     """
@@ -50,32 +50,36 @@ def float_matrix(
     expect_grid(parts[scale], shape, block)
 
     def read(parts: Parts, first: int, n: int, per: int) -> tuple[Tensor, Tensor]:
-        numbers = _fp4(parts[weight]) if is_fp4 else parts[weight].float()
+        """n rows and the scale of each `per` columns. FP4 as codes, for which the formats have the numbers doubled."""
         scales = spread(parts[scale], shape, block, first, n, per)
-        return numbers, scales if adjust is None else adjust(scales, parts)
+        scales = scales if adjust is None else adjust(scales, parts)
+        return (_codes_of_fp4(parts[weight]), scales / 2) if is_fp4 else (parts[weight].float(), scales)
+
+    def finite(values: Tensor) -> Tensor:
+        if not torch.isfinite(values).all():
+            raise fault(stored, "or its scale holds NaN or infinity")
+        return values
 
     def floats(parts: Parts, first: int, n: int) -> Tensor:
         numbers, scales = read(parts, first, n, 1)
-        if not torch.isfinite(numbers.mul_(scales)).all():
-            raise fault(stored, "or its scale holds NaN or infinity")
-        return numbers
+        return finite((torch.tensor(FORMATS["mxfp4"].table)[numbers.int()] if is_fp4 else numbers) * scales)
 
     def codes(parts: Parts, first: int, n: int) -> QuantizedWeights:
-        numbers, scales = read(parts, first, n, width)
-        if not (torch.isfinite(numbers).all() and torch.isfinite(scales).all()):
-            raise fault(stored, "or its scale holds NaN or infinity")
-        return _fp4_codes(numbers, scales) if is_fp4 else _fp8_codes(numbers, scales)
+        numbers, scales = map(finite, read(parts, first, n, FORMATS[kept].group))
+        return QuantizedWeights(numbers, scales.half(), None) if is_fp4 else _fp8_codes(numbers, scales)
 
-    width = _HALF if is_fp4 else GROUP
-    has_codes = columns % GROUP == 0 and (block[1] % width == 0 or block[1] >= columns)
+    formats = ("mxfp4", "nvfp4") if is_fp4 else ("int8",)  # the one with the larger groups first
+    widths = {name: FORMATS[name].group for name in formats if columns % GROUP == 0}
+    fitting = [name for name, width in widths.items() if block[1] % width == 0 or block[1] >= columns]
+    kept = fitting[0] if fitting else "int8"
     return QuantizedMatrix(
         name=f"{module}.weight",
         shape=shape,
         parts=parts,
         number_format=f"{method}, {describe(shape, block)}",
-        kept="int8",
+        kept=kept,
         floats=floats,
-        codes=codes if has_codes else None,
+        codes=codes if fitting else None,
         by_rows=(weight,),
     )
 
@@ -123,10 +127,9 @@ def _grid(shape: Shape, block: Shape) -> Shape:
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
-def _fp4(packed: Tensor) -> Tensor:
-    """Two numbers a byte, the first in the low bits: (rows, bytes) uint8 -> (rows, 2 · bytes) float32."""
-    table = torch.tensor((*_E2M1, *(-value for value in _E2M1)))
-    return table[torch.stack((packed & 15, packed >> 4), -1).flatten(1).int()]
+def _codes_of_fp4(packed: Tensor) -> Tensor:
+    """Two codes a byte, the first in the low bits: (rows, bytes) uint8 -> (rows, 2 · bytes)."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
 
 
 def _fp8_codes(numbers: Tensor, scales: Tensor) -> QuantizedWeights:
@@ -139,22 +142,3 @@ def _fp8_codes(numbers: Tensor, scales: Tensor) -> QuantizedWeights:
     step = torch.exp2(torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent - 7.0)
     codes = (groups / step).round_().add_(128)
     return QuantizedWeights(codes.flatten(1).to(torch.uint8), (step[..., 0] * scales).half(), None)
-
-
-def _fp4_codes(numbers: Tensor, scales: Tensor) -> QuantizedWeights:
-    """FP4 numbers, with a scale for each 16 columns, as codes of int8, with one for each 32.
-
-    Twice a number is whole, and at most 12. So with a scale of 1/2k, codes are exact for k = 1 to 10. Two different
-    scales get the k for which the numbers of the smaller one are most exact; those of the larger one are exact.
-    """
-    pairs = scales.unflatten(-1, (-1, 2))
-    largest = pairs.abs().amax(-1, keepdim=True)
-    ratios = pairs / torch.where(largest == 0, 1.0, largest)
-    steps = torch.tensor([8.0, 10.0, 9.0, 7.0, 6.0, 5.0])  # a power of two first: equal scales keep all their bits
-    levels = ratios.abs().amin(-1)[..., None, None] * torch.outer(2 * steps, torch.tensor(_E2M1))
-    errors = (levels - levels.round()).square_().sum(-1) / steps.square()
-    best = steps[errors.argmin(-1, keepdim=True)]
-    codes = 2 * numbers.unflatten(-1, (-1, 2, _HALF)) * (ratios * best)[..., None]
-    return QuantizedWeights(
-        codes.round_().add_(128).flatten(1).to(torch.uint8), (largest / 2 / best)[..., 0].half(), None
-    )

@@ -20,6 +20,7 @@ from llama_mini.checkpoint.quantized.weight import QuantizedMatrix, read_matrix
 from llama_mini.errors import ConfigError, LlamaMiniError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser
+from tests.checkpoint.code_values import code_values, joined
 from tests.checkpoint.quantized.libraries import FP8_INPUTS, INT8_INPUTS, quantise, save_compressed, scheme
 from tests.optimize.conftest import error
 from tests.tiny_families import logits
@@ -29,14 +30,15 @@ TOKENS = random_tokens(2, 12)
 GROUPS: dict[str, Any] = {"strategy": "group", "group_size": 32}
 FLOATS = {"type": "float", "num_bits": 8}
 SCHEMES: dict[str, tuple[QuantizationScheme, str, bool]] = {  # with the format kept, and whether codes are
-    "2 bits": (scheme("Linear", num_bits=2, **GROUPS), "int4", True),
-    "3 bits, asymmetric": (scheme("Linear", num_bits=3, symmetric=False, **GROUPS), "int4", True),
+    "2 bits": (scheme("Linear", num_bits=2, **GROUPS), "int2", True),
+    "3 bits, asymmetric": (scheme("Linear", num_bits=3, symmetric=False, **GROUPS), "int3", True),
     "4 bits": (scheme("Linear", num_bits=4, **GROUPS), "int4", True),
     "4 bits, asymmetric": (scheme("Linear", num_bits=4, symmetric=False, **GROUPS), "int4", True),
     "4 bits, rows": (scheme("Linear", num_bits=4, strategy="channel", symmetric=False), "int4", True),
     "4 bits, groups of 16": (scheme("Linear", num_bits=4, strategy="group", group_size=16), "int8", False),
     "5 bits": (scheme("Linear", num_bits=5, symmetric=False, **GROUPS), "int5", True),
-    "6 bits": (scheme("Linear", num_bits=6, **GROUPS), "int8", False),
+    "6 bits": (scheme("Linear", num_bits=6, **GROUPS), "int6", True),
+    "7 bits": (scheme("Linear", num_bits=7, **GROUPS), "int8", False),
     "8 bits": (scheme("Linear", num_bits=8, **GROUPS), "int8", True),
     "8 bits, asymmetric": (scheme("Linear", num_bits=8, symmetric=False, **GROUPS), "int8", False),
     "W8A8": (scheme("Linear", strategy="channel", inputs=INT8_INPUTS), "int8", True),
@@ -51,8 +53,8 @@ SCHEMES: dict[str, tuple[QuantizationScheme, str, bool]] = {  # with the format 
         "int8",
         False,
     ),
-    "NVFP4": (scheme("Linear", num_bits=4, type="float", strategy="tensor_group", group_size=16), "int8", True),
-    "MXFP4": (scheme("Linear", num_bits=4, type="float", scale_dtype=torch.uint8, **GROUPS), "int8", True),
+    "NVFP4": (scheme("Linear", num_bits=4, type="float", strategy="tensor_group", group_size=16), "nvfp4", True),
+    "MXFP4": (scheme("Linear", num_bits=4, type="float", scale_dtype=torch.uint8, **GROUPS), "mxfp4", True),
     "MXFP8": (scheme("Linear", scale_dtype=torch.uint8, **GROUPS, **FLOATS), "int8", True),
 }
 
@@ -93,15 +95,12 @@ def test_a_matrix(tmp_path: Path, name: str) -> None:
     else:
         assert torch.equal(floats.to(expected.dtype), expected)
     if matrix.codes is not None:
-        codes, scale, least = (
-            torch.cat(column) if column[0] is not None else None
-            for column in zip(*(rows for _, rows in read_matrix(matrix, matrix.codes, 16)), strict=True)
-        )
-        scale, numbers = scale.float().repeat_interleave(32, 1), codes.float()
-        middle = -128 * scale if least is None else least.float().repeat_interleave(32, 1)
-        rounding = 2**-11 * (numbers * scale + middle.abs()).abs()  # of scale and minimum to float16
-        rounding += scale / 2 if name == "NVFP4" or "FP8" in name else 2**-24
-        assert ((numbers * scale + middle - floats).abs() <= rounding).all()
+        rows = joined([rows for _, rows in read_matrix(matrix, matrix.codes, 16)])
+        product, least = code_values(rows, kept)
+        rounding = 2**-11 * (abs(product) + abs(least)) + 2**-24  # of scale and minimum to float16
+        if "FP8" in name:
+            rounding += rows.scale.double().numpy().repeat(32, 1) / 2 * (1 + 2**-11)
+        assert (abs(product + least - floats.double().numpy()) <= rounding * (name != "MXFP4")).all()
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -138,7 +137,7 @@ def test_a_model(tmp_path: Path, name: str) -> None:
         assert found["0.mlp.down_proj.weight"] == ("compressed-tensors 4 bits, groups of 32", "int4")
         assert found["1.self_attn.q_proj.weight"] == ("compressed-tensors 8 bits, groups of 32, symmetric", "int8")
         assert found["0.self_attn.q_proj.weight"] == ("compressed-tensors FP8, a scale for each row", "int8")
-        assert found["model.embed_tokens.weight"] == ("compressed-tensors FP4, groups of 32", "int8")
+        assert found["model.embed_tokens.weight"] == ("compressed-tensors FP4, groups of 32", "mxfp4")
 
 
 @pytest.mark.parametrize("order", [True, False])
@@ -285,15 +284,3 @@ def test_what_is_not_used_is_said(tmp_path: Path) -> None:
         "compressed-tensors also quantises the activations of this model; here its weights alone are quantised",
         "kv_cache_scheme of quantization_config ignored",
     ]
-
-
-def test_nvfp4(tmp_path: Path) -> None:
-    """Of the two groups of 16 that share a scale of int8, one loses nothing."""
-    stored, _ = quantise(random_weight(0), SCHEMES["NVFP4"][0])
-    (matrix,) = store(tmp_path, stored, SCHEMES["NVFP4"][0])
-    assert matrix.codes is not None
-    ((_, floats),), ((_, (codes, scale, _)),) = (
-        list(read_matrix(matrix, decode, 72)) for decode in (matrix.floats, matrix.codes)
-    )
-    errors = ((codes.float() - 128) * scale.float().repeat_interleave(32, 1) - floats).unflatten(1, (-1, 2, 16)).abs()
-    assert (errors.amax(-1).amin(-1) <= scale.float() * 120 * 2**-11).all()  # but for the scale's rounding to float16

@@ -59,11 +59,11 @@ def test_weights_and_logits(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize(
     ("bits", "kept", "has_codes"),
     [
-        (2, "int4", True),
-        (3, "int4", True),
+        (2, "int2", True),
+        (3, "int3", True),
         (4, "int4", True),
         (5, "int5", True),
-        (6, "int8", False),
+        (6, "int6", True),
         (8, "int8", False),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llama_mini.checkpoint.open import open_checkpoint
+from tests.checkpoint.code_values import code_values
 from tests.tiny_families import random_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -111,10 +112,9 @@ def check_codes(directory: Path, model: PreTrainedModel, wide: bool = False) -> 
     source, values = open_checkpoint(directory), dict(model.named_parameters())
     names = [name for name, stored in source.tensors.items() if stored.has_codes]
     for name, first, rows in source.read_quantized(names):
-        codes, scale, least = rows.unpacked()
-        assert codes.dtype == torch.uint8
-        scales = scale.double().repeat_interleave(32, 1)
-        minima = -128 * scales if least is None else least.double().repeat_interleave(32, 1)
-        error = (codes * scales + minima - values[name][first : first + len(codes)]).abs()
-        assert (error <= (minima.abs() + wide * codes * scales.abs()) * 2**-11 + 2**-21).all(), name
+        kept = source.tensors[name].kept
+        assert kept is not None
+        product, least = code_values(rows.unpacked(), kept)
+        error = abs(product + least - values[name][first : first + len(least)].detach().double().numpy())
+        assert (error <= (abs(least) + wide * abs(product)) * 2**-11 + 2**-21).all(), name
     return len(names)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from llama_mini.checkpoint.plain import check_contents, check_plain
 from llama_mini.checkpoint.rows import rows_for_file
 from llama_mini.checkpoint.source import Source, StoredCodes
 from llama_mini.checkpoint.special_ids import special_ids
-from llama_mini.checkpoint.weight_formats import weight_bytes, weight_formats
+from llama_mini.checkpoint.weight_formats import column_orders, weight_bytes, weight_formats
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.machine import as_device, as_dtype, dtype_name
 from llama_mini.memory import check_fits
@@ -37,8 +37,9 @@ class WeightSink(Protocol):
         ...
 
 
-# (empty model, dtype, device, the formats of its matrices) -> sinks, each under the name of the parameter it replaces
-Fuse = Callable[[Any, torch.dtype, torch.device, Mapping[str, str]], Mapping[str, WeightSink]]
+# (empty model, dtype, device, the formats of its matrices, orders=that of their columns where it is not the plain one)
+# -> sinks, each under the name of the parameter it replaces
+Fuse = Callable[..., Mapping[str, WeightSink]]
 
 
 def load_model(
@@ -61,7 +62,8 @@ def load_model(
     check_fits(source.config, partial(weight_bytes, source), dtype, 1, device, quantize=quantize)
 
     formats = weight_formats(source, quantize)
-    sinks = {} if fuse is None else fuse(model, dtype, device, formats)
+    orders = column_orders(source, formats)
+    sinks = {} if fuse is None else fuse(model, dtype, device, formats, orders=orders)
     # Allocated before anything is read: allocated between short-lived chunks, they would fragment memory.
     state = {
         name: torch.empty(p.shape, dtype=dtype, device=device)
@@ -87,6 +89,7 @@ def load_model(
         and (stored := source.tensors[f]).has_codes
         and stored.kept is not None
         and holds_codes(formats[name], stored.kept)
+        and (stored.order is None or name in orders)
     ]
     for file_name, first, codes in with_progress(source.read_quantized(as_codes), len(as_codes), what):
         load(names[file_name], codes, first)

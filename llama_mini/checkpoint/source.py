@@ -49,6 +49,7 @@ class StoredTensor:
 
     kept: the narrowest of code_formats.FORMATS that loses none of its bits, if it is quantised; None for floats.
     has_codes: whether `Source.read_quantized` reads it as codes of that format. If not, it is requantised.
+    order: the weight's columns in the order of those codes, (columns,) int64, if that is another.
     """
 
     file: Path
@@ -57,6 +58,7 @@ class StoredTensor:
     n_bytes: int
     kept: str | None = None
     has_codes: bool = False
+    order: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
 """Which matrices of a checkpoint are held in memory as codes, in which format, and how many bytes that takes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from llama_mini.checkpoint.code_formats import FORMATS, common_format
+from llama_mini.checkpoint.code_formats import FORMATS, common_format, holds_codes
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, to_file_name
 from llama_mini.checkpoint.source import Source, StoredTensor
 from llama_mini.errors import RequestError
@@ -45,10 +46,25 @@ def weight_formats(source: Source, quantize: str) -> dict[str, str]:
         return uniform_formats(source.config, quantize)
     formats: dict[str, str] = {}
     for group in _joined(source.config):
-        kept = [stored.kept for name in group if (stored := _stored(source, name)) is not None]
-        if kept and all(kept):
-            formats |= dict.fromkeys(group, common_format([*map(str, kept)]))
+        found = _found(source, group)
+        if found and all(stored.kept for stored in found):
+            common = common_format([str(stored.kept) for stored in found])
+            formats |= dict.fromkeys(group, common if _in_one_order(group, found) else "int8")
     return formats
+
+
+def column_orders(source: Source, formats: Mapping[str, str]) -> dict[str, Tensor]:
+    """By the parameter's name, the order of the columns of each matrix whose codes are kept in another than the plain.
+
+    It is one for all parts of a matrix that a fast model joins: they read the same input.
+    """
+    orders: dict[str, Tensor] = {}
+    for group in _joined(source.config):
+        found, kind = _found(source, group), formats.get(group[0])
+        held = [s.order for s in found if kind and s.kept and s.order is not None and holds_codes(kind, s.kept)]
+        if held and len(held) == len(found) and _in_one_order(group, found):
+            orders |= dict.fromkeys(group, held[0])
+    return orders
 
 
 def uniform_formats(config: LlamaConfig, quantize: str | None) -> dict[str, str]:
@@ -83,6 +99,18 @@ def _joined(config: LlamaConfig) -> Iterator[list[str]]:
     yield [EMBEDDING]
     if not config.tie_word_embeddings:
         yield [HEAD]
+
+
+def _found(source: Source, group: Sequence[str]) -> list[StoredTensor]:
+    return [stored for name in group if (stored := _stored(source, name)) is not None]
+
+
+def _in_one_order(group: Sequence[str], found: Sequence[StoredTensor]) -> bool:
+    """Whether the codes of all these parts have their columns in one order: the plain one for embedding and head."""
+    first = found[0].order
+    if first is None or group[0] in (EMBEDDING, HEAD):
+        return all(stored.order is None for stored in found)
+    return all(stored.order is not None and torch.equal(stored.order, first) for stored in found)
 
 
 def _stored(source: Source, name: str) -> StoredTensor | None:

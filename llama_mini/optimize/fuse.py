@@ -63,11 +63,18 @@ def optimize(model: Llama, quantize: str | None = None, kernels: str = "auto") -
 
 
 def fuse(
-    model: Llama, dtype: torch.dtype, device: torch.device, formats: Mapping[str, str], kernels: str = "auto"
+    model: Llama,
+    dtype: torch.dtype,
+    device: torch.device,
+    formats: Mapping[str, str],
+    kernels: str = "auto",
+    orders: Mapping[str, Tensor] = {},
 ) -> dict[str, PackedPart]:
     """Replaces modules by fast ones on `device`, with uninitialized weights. The model may be on the meta device.
 
     formats: of the matrices that are quantised, by their names in the plain model; see checkpoint/weight_formats.py.
+    orders: the same way, the order of the columns of those that have another. A hook puts the input into it, and so
+        the operator for whole layers leaves these layers to their modules.
 
     Returns where to load each tensor of the replaced modules, by its name in the plain model.
     """
@@ -83,6 +90,8 @@ def fuse(
         bias = getattr(linears[0], "bias", None) is not None
         rows, columns = [linear.weight.shape[0] for linear in linears], linears[0].weight.shape[1]
         packed = kind(rows, columns, dtype, native, bias)
+        if (order := orders.get(f"{names[linears[0]]}.weight")) is not None:
+            packed.register_forward_pre_hook(lambda _, args: (args[0][..., order],))
         for part, linear in enumerate(linears):
             parts[f"{names[linear]}.weight"] = PackedPart(packed, part)
             if bias:

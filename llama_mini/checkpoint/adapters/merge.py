@@ -254,7 +254,7 @@ def _changes_of(adapter: Adapter, source: Source) -> Iterator[tuple[str, _Change
 
 def _requantised(stored: StoredTensor) -> StoredTensor:
     """A changed tensor. Rounded to four bits again, most of a small change would be lost: int8 holds it."""
-    return replace(stored, has_codes=False, kept=stored.kept and "int8")
+    return replace(stored, has_codes=False, order=None, kept=stored.kept and "int8")
 
 
 def _check_replaced(name: str, changes: Sequence[_Change]) -> None:

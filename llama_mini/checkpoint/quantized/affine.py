@@ -63,39 +63,45 @@ def affine_matrix(
     method: as people call it. group: columns that share a scale, or the group of each column, (columns,) int64.
     symmetric: the middle code, 2^(bits-1), stands for zero.
 
-    Codes of up to six bits, and symmetric ones of eight, stay as they are if a group is of whole 32 columns.
+    Codes of up to six bits, and symmetric ones of eight, stay as they are if a group is of whole 32 columns. Those of
+    other columns than 32 neighbours are sorted by their groups.
     """
     columns = shape[1]
     group = min(group, columns) if isinstance(group, int) else group
-    is_whole = isinstance(group, int) and group % GROUP == 0 and columns % GROUP == 0
+    order = group.argsort(stable=True) if isinstance(group, Tensor) else None
+    groups = _groups(group, columns) if order is None else _groups(group, columns)[order]
+    is_whole = columns % GROUP == 0 and torch.equal(groups, groups[::GROUP].repeat_interleave(GROUP))
     has_codes = is_whole and (bits <= 6 or (bits == 8 and symmetric))
-
-    def spread(values: Tensor, step: int = 1) -> Tensor:
-        """(n, groups) -> a value for each `step` columns."""
-        if isinstance(group, Tensor):
-            return values[:, group]
-        return values[..., None].expand(-1, -1, -(-group // step)).flatten(1)[:, : columns // step]
+    of_codes = groups[::GROUP].clone()  # the group of each 32 of them: it outlives the other
 
     def floats(parts: Parts, first: int, n: int) -> Tensor:
         codes, scale, least = decode(parts, first, n)
-        return codes.float().mul_(spread(scale)).add_(spread(least))
+        at = _groups(group, columns)
+        return codes.float().mul_(scale.index_select(1, at)).add_(least.index_select(1, at))
 
     def as_codes(parts: Parts, first: int, n: int) -> QuantizedWeights:
         codes, scale, least = decode(parts, first, n)
         if bits == 8 and not torch.equal(least, -128 * scale):
             raise fault(matrix.parts["scales"], "is of a symmetric matrix, but its zero points are not all 128")
-        scale, least = (spread(values.half(), GROUP) for values in (scale, least))
-        return QuantizedWeights(codes.contiguous(), scale, None if bits == 8 else least)
+        codes = codes.contiguous() if order is None else codes[:, order]
+        scale, least = (values.half()[:, of_codes] for values in (scale, least))
+        return QuantizedWeights(codes, scale, None if bits == 8 else least)
 
-    groups = f"groups of {group}" if isinstance(group, int) else "columns grouped by g_idx"
+    how = f"groups of {group}" if isinstance(group, int) else "columns grouped by g_idx"
     matrix = QuantizedMatrix(
         name=f"{module}.weight",
         shape=shape,
         parts=parts,
-        number_format=f"{method} {bits} bits, {groups}{', symmetric' if symmetric else ''}",
+        number_format=f"{method} {bits} bits, {how}{', symmetric' if symmetric else ''}",
         kept=f"int{bits}" if has_codes else "int8",
         floats=floats,
         codes=as_codes if has_codes else None,
+        order=order if has_codes else None,
         by_rows=by_rows,
     )
     return matrix
+
+
+def _groups(group: int | Tensor, columns: int) -> Tensor:
+    """The group of each column, (columns,) int64."""
+    return group if isinstance(group, Tensor) else torch.arange(columns) // group

@@ -38,6 +38,7 @@ class QuantizedMatrix:
     kept: the narrowest of code_formats.FORMATS that loses none of its bits.
     floats: (parts, first row, n rows) -> (n, columns) float32.
     codes: the same as codes of the format `kept`; None if they must be requantised.
+    order: the columns in the order of the codes, (columns,) int64, if that is another.
     by_rows: the parts that have a row for each row of the weight. Only the rows that are asked for are read and passed;
         other parts are passed whole.
     """
@@ -49,6 +50,7 @@ class QuantizedMatrix:
     kept: str
     floats: Callable[[Parts, int, int], Tensor]
     codes: Callable[[Parts, int, int], QuantizedWeights] | None = None
+    order: Tensor | None = None
     by_rows: Collection[str] = ()
     share: float = 1.0  # of the bytes of its whole parts, if it is some of their rows
 
@@ -57,7 +59,7 @@ class QuantizedMatrix:
         n_bytes = {end: part.end - part.begin for end, part in self.parts.items()}
         n = sum(n if end in self.by_rows else int(n * self.share) for end, n in n_bytes.items())
         file = next(iter(self.parts.values())).file
-        return StoredTensor(file, self.shape, self.number_format, n, self.kept, self.codes is not None)
+        return StoredTensor(file, self.shape, self.number_format, n, self.kept, self.codes is not None, self.order)
 
 
 def cut_matrix(matrix: QuantizedMatrix, name: str, first: int, n: int) -> QuantizedMatrix:

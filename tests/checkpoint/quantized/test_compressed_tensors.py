@@ -147,13 +147,18 @@ def test_columns_ordered_by_activation(tmp_path: Path, order: bool) -> None:
     group = columns // 32
     stored["weight_g_idx"] = group.int()
     (matrix,) = store(tmp_path, stored, SCHEMES["4 bits, asymmetric"][0])
-    assert matrix.kept == ("int8" if order else "int4")
+    assert (matrix.kept, matrix.order is not None) == ("int4", order)
     codes = (unpack_from_int32(stored["weight_packed"], 4, (72, 96)) + 8).double()
     zeros = unpack_from_int32(stored["weight_zero_point"], 4, (72, 3), packed_dim=0) + 8
     expected = (codes - zeros[:, group]) * stored["weight_scale"].double()[:, group]
     (_, floats), *others = read_matrix(matrix, matrix.floats, 72)
     torch.testing.assert_close(floats.double(), expected, rtol=0, atol=1e-6)
     assert not others
+    assert matrix.codes is not None
+    ((_, rows),) = read_matrix(matrix, matrix.codes, 72)
+    product, least = code_values(rows, "int4")
+    in_order = expected if matrix.order is None else expected[:, matrix.order]
+    assert (abs(product + least - in_order.numpy()) <= 2**-11 * (abs(product) + abs(least))).all()
 
 
 FAULTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # scheme, parts, weights' settings, message

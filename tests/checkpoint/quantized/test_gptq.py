@@ -3,6 +3,7 @@
 (GPTQModel's own code needs CUDA or Triton; the layouts are those of its packers and of AutoRound's.)
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from transformers import PreTrainedModel
 
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint
+from llama_mini.checkpoint.weight_formats import column_orders, weight_formats
 from llama_mini.errors import CheckpointFormatError, ConfigError, LlamaMiniWarning
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser
 from tests.checkpoint.quantized.writers import check_codes, damage, edit_config, gptq, layers_only, write_model
+from tests.optimize.conftest import error
 from tests.tiny_families import logits
 from tests.tiny_models import random_tokens
 
@@ -55,8 +58,7 @@ def test_weights_and_logits(tmp_path: Path, seed: int) -> None:
     )
     mine = Llama.from_pretrained(tmp_path, dtype="float32")
     torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=2e-5)
-    is_plain = layout["order"] is not True or layout["size"] == -1
-    keeps = is_plain and layout["size"] != 16 and (layout["bits"] != 8 or layout["sym"])
+    keeps = layout["size"] != 16 and (layout["bits"] != 8 or layout["sym"])
     assert check_codes(tmp_path, model) == (21 if keeps else 0)
 
 
@@ -122,6 +124,34 @@ def test_layers_of_other_bits_and_groups(tmp_path: Path, key: str) -> None:
 def test_columns_that_a_group_does_not_divide(tmp_path: Path) -> None:
     model = write(tmp_path, {"group_size": 64}, size=64)  # down_proj has 96
     assert check_codes(tmp_path, model) == 21
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_columns_in_the_order_of_their_groups(tmp_path: Path, bits: int, kernels: str) -> None:
+    """Matrices that read one input have one order, and keep their codes; in layer 1, v has another than q and k."""
+    rng, orders = np.random.default_rng(0), dict[str, Any]()
+
+    def quantize(name: str, weight: Tensor) -> Any:
+        reads = re.sub("(q|k|v)_proj", "qkv", re.sub("gate|up", "gate_up", name))
+        order = orders.setdefault(reads, rng.permutation(np.arange(weight.shape[1]) // 32))
+        if "1.self_attn.v_proj" in name:
+            order = order[::-1]
+        layout: dict[str, Any] = {"bits": bits, "size": 32, "sym": True, "v1": True, "order": order}
+        return gptq(rng, (weight.shape[0], weight.shape[1]), **layout) if layers_only(name, weight) else None
+
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": True}
+    model = write_model(tmp_path, {"quantization_config": settings}, quantize)
+    source = open_checkpoint(tmp_path)
+    fast = load_model(Llama, source, "float32", "cpu", fuser(kernels), "auto")
+    names = [linear.name for layer in fast.layers for branch in layer.children() for linear in branch.linears]
+    assert names == [f"int{bits}"] * 4 + ["int8"] + [f"int{bits}"] * 7
+    assert len(column_orders(source, weight_formats(source, "auto"))) == 21 - 3
+    expected = logits(model, TOKENS)
+    assert error(fast(TOKENS), expected) < 3e-3
+    cache = fast.new_cache(1, 16)
+    steps = [fast(TOKENS[:, i : i + 1], cache) for i in range(TOKENS.shape[1])]
+    assert error(torch.cat(steps, 1), expected) < 3e-3
 
 
 def test_group_index_of_zeros(tmp_path: Path) -> None:

@@ -68,9 +68,15 @@ def pack(codes: NDArray[Any], bits: int) -> NDArray[np.int32]:
 
 
 def gptq(
-    rng: np.random.Generator, shape: tuple[int, int], bits: int, size: int, sym: bool, v1: bool, order: bool | None
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    bits: int,
+    size: int,
+    sym: bool,
+    v1: bool,
+    order: bool | NDArray[Any] | None,
 ) -> tuple[Stored, NDArray[Any]]:
-    """order: whether columns are grouped in another order; None: no g_idx is written."""
+    """order: whether columns are grouped in another order, or which group each is in; None: no g_idx is written."""
     rows, columns = shape
     size = columns if size == -1 else size
     n_groups = -(-columns // size)
@@ -78,7 +84,9 @@ def gptq(
     zeros = np.full((n_groups, rows), 2 ** (bits - 1)) if sym else rng.integers(2**bits, size=(n_groups, rows))
     scales = (rng.uniform(0.2, 1, (n_groups, rows)) / 2**bits / np.sqrt(columns)).astype(np.float16)
     g_idx = np.arange(columns) // size
-    if order:
+    if isinstance(order, np.ndarray):
+        g_idx = order
+    elif order:
         g_idx = rng.permutation(g_idx)
     qzeros = pack(zeros, bits)
     if v1 and 32 % bits == 0:  # as GPTQModel does it: one subtraction of whole words
@@ -112,9 +120,10 @@ def check_codes(directory: Path, model: PreTrainedModel, wide: bool = False) -> 
     source, values = open_checkpoint(directory), dict(model.named_parameters())
     names = [name for name, stored in source.tensors.items() if stored.has_codes]
     for name, first, rows in source.read_quantized(names):
-        kept = source.tensors[name].kept
+        kept, order = source.tensors[name].kept, source.tensors[name].order
         assert kept is not None
         product, least = code_values(rows.unpacked(), kept)
-        error = abs(product + least - values[name][first : first + len(least)].detach().double().numpy())
+        expected = values[name][first : first + len(least)].detach().double()
+        error = abs(product + least - (expected if order is None else expected[:, order]).numpy())
         assert (error <= (abs(least) + wide * abs(product)) * 2**-11 + 2**-21).all(), name
     return len(names)

@@ -63,8 +63,8 @@ def affine_matrix(
     method: as people call it. group: columns that share a scale, or the group of each column, (columns,) int64.
     symmetric: the middle code, 2^(bits-1), stands for zero.
 
-    Codes of up to six bits, and symmetric ones of eight, stay as they are if a group is of whole 32 columns. Those of
-    other columns than 32 neighbours are sorted by their groups.
+    Codes of up to six bits, and symmetric ones of eight, stay as they are if a group is of whole 32 columns, which are
+    sorted by their groups where they are no neighbours.
     """
     columns = shape[1]
     group = min(group, columns) if isinstance(group, int) else group

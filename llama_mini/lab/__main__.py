@@ -16,6 +16,7 @@ PROG = "python -m llama_mini.lab"
 LAYER_NORMS = "layers.*.*.*"
 HEALED_NORMS = "layers.20-29.feed_forward.pre_norm"
 PLANS = ("pre", "post", "peri", "out+qk", "deep")
+PLAN = "a preset such as out+qk, a plan as JSON, or a .json file of one"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
@@ -105,20 +106,28 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     predict = add("predict", "predict second moments, gradients and angles of a plan at random init", picture)
     init = add("init", "measure what predict computes, on random models", picture)
     for command in (predict, init):
-        command.add_argument("plan", nargs="?", default="pre", help="a preset such as out+qk; default: %(default)s")
+        command.add_argument("plan", nargs="?", default="pre", help=f"{PLAN}; default: %(default)s")
         command.add_argument("--depth", type=int, default=16, metavar="N", help="layers; default: %(default)s")
         command.add_argument("--activation", default="silu", metavar="A", help="silu (default), gelu_tanh, gelu, relu2")
         command.add_argument("--no-gate", action="store_true", help="feed-forward layers without a gate")
-    init.add_argument("--dim", type=int, default=256, metavar="N", help="width; default: %(default)s")
-    init.add_argument("--seeds", type=int, default=3, metavar="N", help="random models; default: %(default)s")
     sweep = add("sweep", "measure how gradients at random init grow with depth", picture)
-    race = add("race", "train small models for a few steps, without warm-up", picture)
+    race = add("race", "train small models for a few steps", picture)
     for command, plans in ((sweep, PLANS), (race, ("pre", "post"))):
-        command.add_argument("plans", nargs="*", default=list(plans), help=f"presets; default: {' '.join(plans)}")
+        each = f"each {PLAN}; default: {' '.join(plans)}"
+        command.add_argument("plans", nargs="*", default=list(plans), metavar="plan", help=each)
+    for command, dim in ((init, 256), (sweep, 64), (race, 64)):
+        command.add_argument("--dim", type=int, default=dim, metavar="N", help="width; default: %(default)s")
+        seeds = "random models of each plan, whose standard deviation is the spread; default: %(default)s"
+        command.add_argument("--seeds", type=int, default=3, metavar="N", help=seeds)
     sweep.add_argument(
         "--depths", type=int, nargs="+", default=[2, 4, 8, 16], metavar="N", help="layers; default: 2 4 8 16"
     )
+    race.add_argument("--depth", type=int, default=12, metavar="N", help="layers; default: %(default)s")
     race.add_argument("--steps", type=int, default=150, metavar="N", help="default: %(default)s")
+    rates = "of AdamW; several: a race for each; default: 3e-3"
+    race.add_argument("--learning-rate", type=float, nargs="+", default=[3e-3], metavar="R", help=rates)
+    warmup = "steps in which it grows to that; default: %(default)s"
+    race.add_argument("--warmup-steps", type=int, default=0, metavar="N", help=warmup)
     report = add("report", "write a report on the checkpoint's norms as one HTML page", model, text)
     report.add_argument("target", nargs="?", type=Path, default=Path("norms.html"), help="file; default: %(default)s")
     tour = add("tour", "explain what RMSNorm computes, step by step, on real activations", model)

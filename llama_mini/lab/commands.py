@@ -37,6 +37,7 @@ from llama_mini.lab.tour import tour
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_slots import NormSpec, known_keys
 from llama_mini.tokenizer.tokenizer import open_tokenizer
+from llama_mini.validate import check_number
 
 WIDTHS = {"en": 100, "ko": 55}  # a Korean letter is two columns wide
 TOUR_TEXT = "The quick brown fox jumps over the lazy dog."
@@ -232,13 +233,17 @@ def _predicted(args: argparse.Namespace) -> Profile:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    sweep = lab.sweep(args.plans, args.depths)
+    sweep = lab.sweep(args.plans, args.depths, dim=args.dim, seeds=args.seeds)
     show(args, sweep.table(), lambda: plan_figures.sweep_picture(sweep))
 
 
 def _race(args: argparse.Namespace) -> None:
-    race = lab.race(args.plans, steps=args.steps)
-    show(args, race.table(), lambda: plan_figures.race_picture(race))
+    for rate in args.learning_rate:  # before the first race
+        check_number("learning_rate", rate, RequestError, above=0)
+    sizes = {name: getattr(args, name) for name in ("steps", "seeds", "depth", "dim", "warmup_steps")}
+    races = [lab.race(args.plans, learning_rate=rate, **sizes) for rate in dict.fromkeys(args.learning_rate)]
+    rows = Table([row for race in races for row in race.table()])
+    show(args, rows, lambda: plan_figures.race_picture(*races))
 
 
 _WATCHING = (_norms, _doctor, _capture, _attention, _gradients, _compare)

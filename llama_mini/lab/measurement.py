@@ -41,7 +41,7 @@ def own_modes() -> Iterator[None]:
 def init(
     plan: Plan, depth: int, dim: int = 256, seeds: int = 3, activation: Activation = "silu", gated: bool = True
 ) -> Profile:
-    """What `plan` does to one token in a random model: the mean over `seeds` models, and the spread.
+    """What `plan` does to one token in a random model: mean and standard deviation, the spread, over `seeds` models.
 
     Each model has width `dim`, a multiple of 8, four heads and hidden_dim 4·dim, and reads 64 sequences of one token.
     activation, gated: of the feed-forward layers, as in `predict`.
@@ -50,11 +50,13 @@ def init(
 
     Raises RequestError or ConfigError.
     """
-    as_plan(plan, depth)
+    norms = as_plan(plan, depth)
     check_whole("seeds", seeds, RequestError, 1, MOST_SEEDS)
     bar = progress(range(seeds), f"init {label(plan):.40}", unit="model")
     with np.errstate(all="ignore"):
-        models = (random_llama(plan, depth, dim, _TOKENS, seed, activation=activation, gated_mlp=gated) for seed in bar)
+        models = (
+            random_llama(norms, depth, dim, _TOKENS, seed, activation=activation, gated_mlp=gated) for seed in bar
+        )
         runs = [_measure(model, seed) for seed, model in enumerate(models)]
         moment, gradient, angle = (np.array(values) for values in zip(*runs, strict=True))
         moment_spread, gradient_spread, angle_spread = map(spread_over_seeds, (moment, gradient, angle))

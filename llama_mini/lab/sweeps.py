@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from llama_mini.engine.logprobs import token_logprobs
 from llama_mini.errors import RequestError
-from llama_mini.lab.measurement import own_modes, random_llama
+from llama_mini.lab.measurement import own_modes, random_llama, spread_over_seeds
 from llama_mini.lab.study import MOST_SEEDS, Floats, Plan, as_json, as_plans, label, progress
 from llama_mini.lab.table import Table
 from llama_mini.validate import check_whole, short_repr
@@ -19,11 +19,14 @@ _BATCH, _LENGTH, _VOCAB = 4, 16, 256
 
 @dataclass(frozen=True)
 class Slopes:
-    """How gradient norms of a plan grow with depth: the exponents. NaN if a norm is zero or not finite."""
+    """How gradient norms of a plan grow with depth: the exponents, and the standard deviations of those of the single
+    seeds. NaN if a norm is zero or not finite."""
 
     plan: str
     last_down: float
+    last_down_spread: float
     first_layer: float
+    first_layer_spread: float
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,8 +44,10 @@ class Sweep:
 
     def slopes(self) -> dict[Plan, Slopes]:
         """Per plan, the least-squares slopes of the mean over seeds against depth, both on log axes."""
-        parts = self.last_down, self.first_layer
-        return {plan: Slopes(label(plan), *(_slope(self.depths, part[plan]) for part in parts)) for plan in parts[0]}
+        return {
+            plan: Slopes(label(plan), *_slopes(self.depths, norms), *_slopes(self.depths, self.first_layer[plan]))
+            for plan, norms in self.last_down.items()
+        }
 
     def table(self) -> Table[Slopes]:
         return Table([*self.slopes().values()])
@@ -77,9 +82,9 @@ def sweep(
     check_whole("seeds", seeds, RequestError, 1, MOST_SEEDS)
     if len(set(depths)) < 2:
         raise RequestError(f"depths must hold at least two different numbers of layers, not {short_repr(depths)}")
-    norms = np.empty((len(several), seeds, len(depths), 2))
+    norms, read = np.empty((len(several), seeds, len(depths), 2)), [*several.values()]
     for i, seed, k in progress([*np.ndindex(norms.shape[:3])], "sweep", unit="model"):
-        norms[i, seed, k] = _gradients(several[i], depths[k], dim, seed)
+        norms[i, seed, k] = _gradients(read[i], depths[k], dim, seed)
     last_down, first_layer = (dict(zip(several, norms[..., part], strict=True)) for part in (0, 1))
     return Sweep(np.array(depths), last_down, first_layer)
 
@@ -95,8 +100,10 @@ def _gradients(plan: Plan, depth: int, dim: int, seed: int) -> tuple[float, floa
     return float(norms[0]), float(norms[1:].norm())
 
 
-def _slope(depths: NDArray[np.int64], norms: Floats) -> float:
+def _slopes(depths: NDArray[np.int64], norms: Floats) -> tuple[float, float]:
+    """That of the mean over seeds, and the spread of those of the seeds."""
     with np.errstate(all="ignore"):
-        x, y = np.log(depths), np.log(norms.mean(axis=0))
+        x, y = np.log(depths), np.log([norms.mean(axis=0), *norms])
         x = x - x.mean()
-        return float(x @ (y - y.mean()) / (x @ x))
+        mean, *of_seeds = (y - y.mean(axis=1, keepdims=True)) @ x / (x @ x)
+        return float(mean), float(spread_over_seeds(np.array(of_seeds)))

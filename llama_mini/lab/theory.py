@@ -34,17 +34,22 @@ TOLERANCES = (0.05, 0.06)  # forward and backward
 
 @dataclass(frozen=True)
 class LayerRow:
+    """Of a measurement, the spread is the standard deviation over seeds, NaN with a single one."""
+
     layer: int
     second_moment: float
     gradient: float
     angle: float | None
+    second_moment_spread: float | None = None
+    gradient_spread: float | None = None
+    angle_spread: float | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Profile:
     """One token on its way through a model at random init, predicted or measured.
 
-    plan: its preset, or its JSON.
+    plan: its preset, its JSON, or the file of it.
     second_moment: (depth + 1,) E‖x_l‖²/d of the stream before layer l; the last is the one after all layers.
     gradient: (depth + 1,) ‖∂L/∂x_l‖ / ‖∂L/∂x_L‖.
     angle: (depth,) between the input and the output of each layer, in units of π.
@@ -79,9 +84,10 @@ class Profile:
         return off["second_moment"] <= forward and off["angle"] <= forward and off["gradient"] <= backward
 
     def table(self) -> Table[LayerRow]:
-        angles = [*map(float, self.angle), None]
-        rows = zip(map(float, self.second_moment), map(float, self.gradient), angles, strict=True)
-        return Table([LayerRow(i, *row) for i, row in enumerate(rows)])
+        """A row for each layer and one after the last; a measurement has its spread in columns of their own."""
+        profiles = [self] if self.spread is None else [self, self.spread]
+        columns = [(p.second_moment.tolist(), p.gradient.tolist(), [*p.angle.tolist(), None]) for p in profiles]
+        return Table([LayerRow(i, *row) for i, row in enumerate(zip(*sum(columns, ()), strict=True))])
 
     def to_json(self) -> str:
         return as_json(self)

@@ -26,6 +26,7 @@ class RaceRow:
     diverged: the number of seeds that diverged."""
 
     plan: str
+    learning_rate: float
     final: float
     spread: float
     diverged: int
@@ -38,10 +39,12 @@ class Race:
     loss: per plan, (seeds, steps): the loss of each step's batch before its update, in nats per byte. A training whose
         loss is not finite has diverged and stops: its later losses are NaN.
     unigram: the entropy of the text's bytes, in nats: the best loss of a model that looks at no earlier byte.
+    learning_rate: that after the warm-up.
     """
 
     loss: dict[Plan, Floats]
     unigram: float
+    learning_rate: float
 
     @property
     def final(self) -> dict[Plan, RaceRow]:
@@ -49,7 +52,8 @@ class Race:
         with np.errstate(all="ignore"):
             for plan, loss in self.loss.items():
                 end, diverged = loss[:, -_LAST:].mean(axis=1), int((~np.isfinite(loss[:, -1])).sum())
-                rows[plan] = RaceRow(label(plan), float(end.mean()), float(spread_over_seeds(end)), diverged)
+                mean, spread = float(end.mean()), float(spread_over_seeds(end))
+                rows[plan] = RaceRow(label(plan), self.learning_rate, mean, spread, diverged)
         return rows
 
     def table(self) -> Table[RaceRow]:
@@ -70,11 +74,13 @@ def race(
     seeds: int = 3,
     depth: int = 12,
     dim: int = 64,
-    lr: float = 3e-3,
+    learning_rate: float = 3e-3,
+    warmup_steps: int = 0,
 ) -> Race:
-    """Trains each plan for a few steps from random init, without warm-up: by default about six seconds a plan.
+    """Trains each plan for a few steps from random init: by default about six seconds a plan.
 
-    AdamW with a constant rate `lr`, betas 0.9 and 0.95, eps 1e-8, no weight decay and no clipping. A batch is 8
+    AdamW, betas 0.9 and 0.95, eps 1e-8, no weight decay and no clipping. The learning rate grows linearly over the
+    first `warmup_steps`, the last of which has `learning_rate`, and is constant from there. A batch is 8
     sequences of 32 bytes of `sample_text`, the same for every plan of one seed. Models have width `dim`, a multiple of
     8, four heads, hidden_dim 4·dim and an untied head over 256 bytes, in float32. On one machine the same call gives
     the same numbers.
@@ -84,14 +90,16 @@ def race(
     several = as_plans(plans, [depth])
     check_whole("steps", steps, RequestError, 1, 1_000_000)
     check_whole("seeds", seeds, RequestError, 1, MOST_SEEDS)
-    check_number("lr", lr, RequestError, above=0)
+    check_number("learning_rate", learning_rate, RequestError, above=0)
+    check_whole("warmup_steps", warmup_steps, RequestError, 0, steps)
     data = torch.tensor(list(sample_text().encode()))
     loss: dict[Plan, Floats] = {plan: np.full((seeds, steps), np.nan) for plan in several}
     with progress(total=len(several) * seeds * steps, desc="race", unit="step") as bar:
         for plan, curves in loss.items():
             for seed, curve in enumerate(curves):
-                _train(curve, data, random_llama(plan, depth, dim, _BYTES, seed), seed, lr, bar.update)
-    return Race(loss, _entropy(data))
+                model = random_llama(several[plan], depth, dim, _BYTES, seed)
+                _train(curve, data, model, seed, learning_rate, warmup_steps, bar.update)
+    return Race(loss, _entropy(data), learning_rate)
 
 
 def sample_text() -> str:
@@ -101,9 +109,12 @@ def sample_text() -> str:
     return Path(__file__).with_name("text.txt").read_text(encoding="utf-8")
 
 
-def _train(curve: Floats, data: Tensor, model: Llama, seed: int, lr: float, done: Callable[[int], object]) -> None:
+def _train(
+    curve: Floats, data: Tensor, model: Llama, seed: int, lr: float, warmup: int, done: Callable[[int], object]
+) -> None:
     """Fills `curve` (steps,) with the loss of each step, and reports how many steps are done."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup, 1)))
     generator = torch.Generator().manual_seed(seed)
     window = torch.arange(_LENGTH + 1)
     for step in range(len(curve)):
@@ -117,6 +128,7 @@ def _train(curve: Floats, data: Tensor, model: Llama, seed: int, lr: float, done
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         done(1)
 
 

@@ -152,6 +152,11 @@ def test_means_and_spread_are_over_seeds() -> None:
             runs.append([float(x.square().mean()) for x in residual_stream(model, torch.arange(64)[:, None])])
     np.testing.assert_allclose(three.second_moment, np.mean(runs, axis=0), rtol=1e-5)
     np.testing.assert_allclose(three.spread.second_moment, np.std(runs, axis=0, ddof=1), rtol=1e-3)
+    rows = three.table()
+    assert rows.column("second_moment_spread") == three.spread.second_moment.tolist()
+    assert rows.column("gradient_spread") == three.spread.gradient.tolist()
+    assert rows.column("angle_spread") == [*three.spread.angle, None]
+    assert "spread" not in str(predict("pre", 3).table())
 
 
 def test_repeatable_and_the_callers_random_state_stays() -> None:

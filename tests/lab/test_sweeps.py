@@ -51,6 +51,17 @@ def test_slopes_of_exact_powers() -> None:
     assert (slopes.last_down, slopes.first_layer) == (pytest.approx(-0.5), pytest.approx(2.0))
 
 
+def test_the_spread_is_of_the_slopes_of_the_seeds() -> None:
+    depths, rng = np.array([2, 5, 9]), np.random.default_rng(0)
+    last_down, first_layer = rng.uniform(0.5, 2, (2, 4, 3))
+    slopes = Sweep(depths, {"pre": last_down}, {"pre": first_layer}).slopes()["pre"]
+    for name, norms in (("last_down", last_down), ("first_layer", first_layer)):
+        of_seeds = [np.polyfit(np.log(depths), np.log(row), 1)[0] for row in norms]
+        assert getattr(slopes, f"{name}_spread") == pytest.approx(np.std(of_seeds, ddof=1))
+    alone = Sweep(depths, {"pre": last_down[:1]}, {"pre": first_layer[:1]}).slopes()["pre"]
+    assert np.isnan(alone.last_down_spread)
+
+
 def test_what_is_not_finite_has_no_slope() -> None:
     exploding = sweep(["none", "pre"], depths=[2, 12], dim=16, seeds=1)
     assert not np.isfinite(exploding.first_layer["none"][0, 1])

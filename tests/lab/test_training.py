@@ -39,20 +39,23 @@ def test_none_diverges_and_is_data(twelve_layers: Race) -> None:
 
 
 def test_a_training_that_diverges_later_keeps_what_came_before() -> None:
-    found = race("none", steps=30, seeds=1, depth=2, dim=16, lr=100.0).loss["none"][0]
+    found = race("none", steps=30, seeds=1, depth=2, dim=16, learning_rate=100.0).loss["none"][0]
     assert np.isfinite(found[0])
     assert not np.isfinite(found[-1])
     finite = np.isfinite(found)
     assert not finite[finite.argmin() :].any()
 
 
-def test_curve_equals_a_training_written_out() -> None:
-    found = race("peri", steps=4, seeds=2, depth=2, dim=16, lr=1e-2).loss["peri"][1]
+@pytest.mark.parametrize(("warmup", "rates"), [(0, [1e-2] * 4), (1, [1e-2] * 4), (3, [1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])])
+def test_curve_equals_a_training_written_out(warmup: int, rates: list[float]) -> None:
+    settings = {"seeds": 2, "depth": 2, "dim": 16, "learning_rate": 1e-2, "warmup_steps": warmup}
+    found = race("peri", steps=4, **settings).loss["peri"][1]
     data = torch.frombuffer(bytearray(sample_text().encode()), dtype=torch.uint8).long()
     model = random_llama("peri", 2, 16, 256, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
     generator = torch.Generator().manual_seed(1)
-    for step in range(4):
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
         starts = torch.randint(0, len(data) - 32, (8, 1), generator=generator).flatten().tolist()
         rows = torch.stack([data[start : start + 33] for start in starts])
         loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
@@ -72,9 +75,9 @@ def test_repeatable_and_seeds_differ() -> None:
 def test_final_is_of_the_last_20_steps() -> None:
     end = np.linspace(0.5, 1.5, 20)  # of mean 1
     curve = np.concatenate([np.full((2, 30), 9.0), np.array([[1.0], [3.0]]) * end], axis=1)
-    final = Race({"pre": curve}, 3.0).final["pre"]
+    final = Race({"pre": curve}, 3.0, 1e-3).final["pre"]
     assert (final.final, final.spread) == (pytest.approx(2.0), pytest.approx(math.sqrt(2)))
-    assert np.isnan(Race({"pre": curve[:1]}, 3.0).final["pre"].spread)
+    assert np.isnan(Race({"pre": curve[:1]}, 3.0, 1e-3).final["pre"].spread)
 
 
 def test_text_is_ascii_english_of_20_kb() -> None:
@@ -93,9 +96,11 @@ def test_text_is_ascii_english_of_20_kb() -> None:
         ({"seeds": True}, "seeds must be a whole number from 1"),
         ({"depth": 0}, "depth must be a whole number from 1"),
         ({"dim": 60}, "dim must be a multiple of 8"),
-        ({"lr": 0.0}, "lr must be a finite number above 0"),
-        ({"lr": float("nan")}, "lr must be a finite number above 0"),
-        ({"lr": "1"}, "lr must be a finite number above 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number above 0"),
+        ({"learning_rate": "1"}, "learning_rate must be a finite number above 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be a whole number from 0 to 150, not -1"),
+        ({"warmup_steps": 151}, "warmup_steps must be a whole number from 0 to 150, not 151"),
     ],
 )
 def test_nonsense_is_refused(settings: dict, message: str) -> None:

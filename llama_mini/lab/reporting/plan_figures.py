@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llama_mini.lab.measurement import spread_over_seeds
 from llama_mini.lab.reporting.style import BLUE, INK, PALETTE, layer_ticks, legend_above, log_scale, new_figure, styled
-from llama_mini.lab.study import label
+from llama_mini.lab.study import Floats, label
 from llama_mini.lab.sweeps import Sweep
 from llama_mini.lab.theory import Profile
 from llama_mini.lab.training import Race
@@ -18,7 +19,8 @@ _LINES = ("-", "--", "-.", ":")
 
 @styled
 def init_picture(predicted: Profile, measured: Profile | None = None) -> "Figure":
-    """Second moment, gradient and angle by layer at random init: predicted as lines, measured as marks."""
+    """Second moment, gradient and angle by layer at random init: predicted as lines, measured as marks, whose
+    bars are the spread, one standard deviation over seeds to either side."""
     figure, panels = new_figure(3, 2.0)
     titles = {
         "second_moment": "second moment\nof the stream",
@@ -31,6 +33,9 @@ def init_picture(predicted: Profile, measured: Profile | None = None) -> "Figure
         if measured is not None:
             marks = getattr(measured, name)
             axes.plot(marks, color=BLUE, linestyle="", marker="o", markersize=4, label="measured")
+            if measured.spread is not None:
+                spread = getattr(measured.spread, name)
+                axes.vlines(range(len(marks)), marks - spread, marks + spread, color=BLUE, linewidth=1)
             values = np.concatenate([values, marks])
         axes.set_ylabel(title)
         values = values[np.isfinite(values)]
@@ -46,7 +51,8 @@ def init_picture(predicted: Profile, measured: Profile | None = None) -> "Figure
 
 @styled
 def sweep_picture(sweep: Sweep) -> "Figure":
-    """Gradients at random init against depth, on log axes: for each plan a line, its slope, and a band of all seeds."""
+    """Gradients at random init against depth, on log axes: for each plan a line, its slope, and a band of one
+    standard deviation over seeds, which ends at the least of them."""
     figure, panels = new_figure(2, 2.8)
     titles = {"last_down": "last down projection", "first_layer": "first layer"}
     order, slopes = np.argsort(sweep.depths), sweep.slopes()
@@ -55,7 +61,7 @@ def sweep_picture(sweep: Sweep) -> "Figure":
             looks, slope = _looks(i), getattr(slopes[plan], name)
             x, y = sweep.depths[order], norms[:, order]
             axes.plot(x, y.mean(0), marker="o", markersize=4, label=f"{label(plan):.30}: {slope:.2f}", **looks)
-            axes.fill_between(x, y.min(0), y.max(0), color=looks["color"], alpha=0.2, linewidth=0)
+            _band(axes, x, y, looks["color"])
         axes.set_xscale("log")
         axes.set_xticks(sweep.depths, [str(depth) for depth in sweep.depths], minor=False)
         axes.set_xticks([], minor=True)
@@ -67,22 +73,31 @@ def sweep_picture(sweep: Sweep) -> "Figure":
 
 
 @styled
-def race_picture(race: Race) -> "Figure":
-    """Training loss by step: the mean over seeds as a line, their range as a band. It ends where a seed diverges."""
+def race_picture(*races: Race) -> "Figure":
+    """Training loss by step: the mean over seeds as a line, and a band of one standard deviation over them. It ends
+    where a seed diverges. Several races: of the same text, at other learning rates."""
     figure, (axes,) = new_figure(1, 3.6)
-    starts = np.concatenate([curves[:, 0] for curves in race.loss.values()])
+    curves_of = {(plan, race): curves for race in races for plan, curves in race.loss.items()}
+    starts = np.concatenate([curves[:, 0] for curves in curves_of.values()])
     starts = starts[np.isfinite(starts)]
-    top = 1.3 * float(np.median(starts)) if len(starts) else 2 * race.unigram  # cuts off losses that explode
-    for i, (plan, curves) in enumerate(race.loss.items()):
-        looks = _looks(i)
+    unigram = races[0].unigram
+    top = 1.3 * float(np.median(starts)) if len(starts) else 2 * unigram  # cuts off losses that explode
+    for i, ((plan, race), curves) in enumerate(curves_of.items()):
+        looks, rate = _looks(i), f", {race.learning_rate:g}" if len(races) > 1 else ""
         steps = np.arange(1, curves.shape[1] + 1)
         with np.errstate(all="ignore"):
-            axes.plot(steps, curves.mean(0), label=f"{label(plan):.30}", **looks)
-            axes.fill_between(steps, curves.min(0), curves.max(0), color=looks["color"], alpha=0.2, linewidth=0)
-    axes.axhline(race.unigram, color=INK, linewidth=0.8, linestyle=":", label="unigram")
+            axes.plot(steps, curves.mean(0), label=f"{label(plan):.30}{rate}", **looks)
+            _band(axes, steps, curves, looks["color"])
+    axes.axhline(unigram, color=INK, linewidth=0.8, linestyle=":", label="unigram")
     axes.set(xlabel="step", ylabel="loss (nats per byte)", ylim=(0, top))
     legend_above(axes, 4)
     return figure
+
+
+def _band(axes: Any, x: Any, curves: Floats, color: str) -> None:
+    """One standard deviation over seeds around the mean. On log axes one that passes zero would vanish."""
+    mean, spread = curves.mean(0), spread_over_seeds(curves)
+    axes.fill_between(x, np.maximum(mean - spread, curves.min(0)), mean + spread, color=color, alpha=0.2, linewidth=0)
 
 
 def _looks(i: int) -> dict[str, Any]:

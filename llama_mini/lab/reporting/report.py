@@ -202,19 +202,19 @@ def _init(model: Llama) -> dict[str, Any]:
     measured = init(plan, depth, dim=_DIM, seeds=_SEEDS, activation=activation, gated=gated)
     options = "" if activation == "silu" else f" --activation {activation}"
     options += "" if gated else " --no-gate"
-    preset, sizes = plan.name(depth), f"--depth {depth} --dim {_DIM} --seeds {_SEEDS}{options}"
+    name = plan.name(depth)
     try:
-        NormPlan.parse(preset, depth)
-        command = f"{_COMMAND} init {shlex.quote(preset)} {sizes} --picture init.svg"
-    except ConfigError:  # a plan that is no preset: the command line cannot name it
-        command = f"lab.predict(plan, {depth}), lab.init(plan, {depth}, dim={_DIM}, seeds={_SEEDS})"
+        NormPlan.parse(name, depth)
+    except ConfigError:  # a plan that is no preset
+        name = label(plan)
+    sizes = f"--depth {depth} --dim {_DIM} --seeds {_SEEDS}{options}"
     return {
         "why_not": "",
         "svg": svg(plan_figures.init_picture(predicted, measured), "init"),
         "depth": depth,
         "dim": _DIM,
         "seeds": _SEEDS,
-        "command": command,
+        "command": f"{_COMMAND} init {shlex.quote(name)} {sizes} --picture init.svg",
         "off": measured.deviation(predicted),
         "rows": _side_by_side(predicted, measured),
     }
@@ -236,6 +236,7 @@ def _race(race: Race) -> dict[str, Any]:
         "rows": rows,
         "seeds": seeds,
         "steps": steps,
+        "rate": race.learning_rate,
         "best": min(rows, key=lambda row: row.final if row.final == row.final else float("inf")),
         "diverged": join_names(row.plan for row in rows if row.diverged),
         "plans": shlex.join(label(plan) for plan in race.loss),

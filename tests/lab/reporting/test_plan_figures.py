@@ -26,6 +26,8 @@ def test_a_prediction_is_a_line_and_a_measurement_marks(plan: str, tmp_path: Pat
         line, marks = axes.get_lines()
         np.testing.assert_array_equal(line.get_ydata(), getattr(predicted, name))
         np.testing.assert_array_equal(marks.get_ydata(), getattr(measured, name))
+        bars = np.array([path.vertices[:, 1] for path in axes.collections[0].get_paths()])
+        np.testing.assert_allclose(np.diff(bars)[:, 0] / 2, getattr(measured.spread, name), atol=1e-12)
     save(figure, tmp_path / "a.svg")
     ElementTree.parse(tmp_path / "a.svg")
     alone = plan_figures.init_picture(predicted)
@@ -38,20 +40,27 @@ def test_what_overflows_is_left_out() -> None:
     svg(figure, "a")
 
 
-def test_a_race_shows_the_mean_and_the_range_of_the_seeds() -> None:
+def test_a_race_shows_the_mean_and_the_spread_of_the_seeds() -> None:
     curves = np.array([[4.0, 3.0, 2.0], [5.0, 4.0, np.nan]])
     lost = np.full((1, 3), np.nan)
-    figure = plan_figures.race_picture(Race({"none": lost, "pre": curves, "post": curves[:1] + 1}, unigram=3.1))
-    svg(plan_figures.race_picture(Race({"none": lost}, unigram=3.1)), "a")
+    race = Race({"none": lost, "pre": curves, "post": curves[:1] + 1}, unigram=3.1, learning_rate=1e-3)
+    figure = plan_figures.race_picture(race)
+    svg(plan_figures.race_picture(Race({"none": lost}, unigram=3.1, learning_rate=1e-3)), "a")
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
     np.testing.assert_array_equal(lines["pre"], [4.5, 3.5, np.nan])
     np.testing.assert_array_equal(lines["post"], [5, 4, 3])
     assert set(lines["unigram"]) == {3.1}
+    band = figure.axes[0].collections[1].get_paths()[0].vertices
+    ends = band[band[:, 0] == 1, 1]
+    assert (ends.min(), ends.max()) == pytest.approx((4, 4.5 + 0.5**0.5))  # no lower than the lower seed
+    other = Race({"pre": curves}, unigram=3.1, learning_rate=0.01)
+    labels = [line.get_label() for line in plan_figures.race_picture(race, other).axes[0].get_lines()]
+    assert labels == ["none, 0.001", "pre, 0.001", "post, 0.001", "pre, 0.01", "unigram"]
     assert figure.axes[0].get_ylim()[1] == pytest.approx(1.3 * 5)
     svg(figure, "a")
 
 
-def test_a_sweep_shows_the_mean_the_range_and_the_slope() -> None:
+def test_a_sweep_shows_the_mean_the_spread_and_the_slope() -> None:
     depths, rng = np.array([8, 2, 4]), np.random.default_rng(3)
     spread = rng.uniform(0.5, 2, (4, 1))  # of the seeds
     last_down = {"pre": spread * depths**-0.5, "post": spread * depths**0.0 / 3}
@@ -67,8 +76,9 @@ def test_a_sweep_shows_the_mean_the_range_and_the_slope() -> None:
         for line, band, curves in zip(axes.get_lines(), axes.collections, norms.values(), strict=True):
             assert list(line.get_xdata()) == [2, 4, 8]
             np.testing.assert_allclose(line.get_ydata(), curves.mean(0)[order])
-            ends = band.get_paths()[0].vertices[:, 1]
-            assert (ends.min(), ends.max()) == pytest.approx((curves.min(), curves.max()))
+            ends, sd = band.get_paths()[0].vertices[:, 1], curves.std(0, ddof=1)
+            low = np.maximum(curves.mean(0) - sd, curves.min(0))
+            assert (ends.min(), ends.max()) == pytest.approx((low.min(), (curves.mean(0) + sd).max()))
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["8", "2", "4"]
     svg(figure, "a")
 

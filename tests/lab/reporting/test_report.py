@@ -93,7 +93,7 @@ def massive() -> Llama:
 @pytest.fixture(scope="module")
 def written(massive: Llama, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "norms.html"
-    found = report(path, massive, IDS, tokenizer=HostileTokenizer(), name=HOSTILE, race=Race(CURVES, 3.0))  # type: ignore[arg-type]
+    found = report(path, massive, IDS, tokenizer=HostileTokenizer(), name=HOSTILE, race=Race(CURVES, 3.0, 1e-3))  # type: ignore[arg-type]
     assert found == path
     assert [file.name for file in path.parent.iterdir()] == ["norms.html"]
     return path

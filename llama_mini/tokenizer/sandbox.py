@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     raise _stopped("its process gave no valid answer")
 
 
+@lru_cache(maxsize=8)
 def read_by(template: str) -> tuple[list[str], str]:
     """The variables that a Jinja template reads, and what it takes as content: "text", "parts" or "either".
 

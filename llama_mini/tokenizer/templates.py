@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from functools import cache
 
 from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.tokenizer.config_files import NAMED
@@ -15,7 +14,6 @@ class Templates:
 
     def __init__(self, templates: Mapping[str, str]) -> None:
         self._templates = templates
-        self._read_by = cache(read_by)
 
     def choose(self, wanted: object, tools: bool) -> str:
         """The template that is wanted, by name or itself as Jinja text; else the usual one."""
@@ -37,11 +35,11 @@ class Templates:
 
     def variables(self, template: str) -> frozenset[str]:
         """What a template reads, besides the messages and whether an answer shall begin."""
-        return frozenset(self._read_by(template)[0]) - {"messages", "add_generation_prompt"}
+        return frozenset(read_by(template)[0]) - {"messages", "add_generation_prompt"}
 
     def content_form(self, template: str) -> str:
         """What a template takes as the content of a message: "text", "parts" or "either"."""
-        return self._read_by(template)[1]
+        return read_by(template)[1]
 
     def all_variables(self) -> frozenset[str]:
         usual = (self._templates.get(name) for name in ("default", "tool_use"))

@@ -121,10 +121,8 @@ def _config(metadata: Metadata, header: GGUFHeader) -> LlamaConfig:
         raise CheckpointFormatError(f"{header.path}: it has no token_embd.weight, so it is not a whole model")
     vocab_size = metadata.get("vocab_size", embedding.shape[0])
     if vocab_size != embedding.shape[0]:
-        raise ConfigError(
-            f"{metadata.architecture}.vocab_size is {short_repr(vocab_size)}, "
-            f"but token_embd.weight has {embedding.shape[0]} rows"
-        )
+        rows = f"token_embd.weight has {embedding.shape[0]} rows"
+        raise ConfigError(f"{metadata.architecture}.vocab_size is {short_repr(vocab_size)}, but {rows}")
     architecture = ARCHITECTURES[metadata.architecture]
     plan = FAMILIES[architecture.family].norms
     eps = "layer_norm" if plan.final is not None and plan.final.kind == "layer" else "layer_norm_rms"
@@ -146,15 +144,11 @@ def _config(metadata: Metadata, header: GGUFHeader) -> LlamaConfig:
         norm_plan=plan,
         **gguf_special_ids(header.metadata, vocab_size, header.path),
     )
-    only = {"attention.value_length": config.head_dim}
-    if not architecture.partial:
-        only["rope.dimension_count"] = config.head_dim
-    for key, value in only.items():
-        if metadata.get(key, value) != value:
-            raise ConfigError(
-                f"{metadata.architecture}.{key} is {short_repr(metadata.get(key))}; "
-                f"only the width of a head, {value}, is implemented"
-            )
+    width = config.head_dim
+    for key in ("attention.value_length", *([] if architecture.partial else ["rope.dimension_count"])):
+        if metadata.get(key, width) != width:
+            found = f"{metadata.architecture}.{key} is {short_repr(metadata.get(key))}"
+            raise ConfigError(f"{found}; only the width of a head, {width}, is implemented")
     own = architecture.settings(config, metadata)
     if own.get("attention_scale") == config.head_dim**-0.5:
         del own["attention_scale"]  # the usual one, which the fused operators know

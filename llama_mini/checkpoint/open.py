@@ -37,9 +37,8 @@ def open_checkpoint(path: Path, pickles: type[nn.Module] | None = None, adapter:
     Raises CheckpointError, ConfigError: one sentence, whatever is wrong.
     """
     if not exists(path):
-        raise CheckpointPathError(
-            f"{path!s:.200} does not exist; give a directory, a GGUF or safetensors file, or a hub name, org/name"
-        )
+        do = "give a directory, a GGUF or safetensors file, or a hub name, org/name"
+        raise CheckpointPathError(f"{path!s:.200} does not exist; {do}")
     adapters = [open_adapter(resolve(name), weight, pickles is not None) for name, weight in _weights(adapter)]
     if _is_adapter(path):
         adapters = [open_adapter(path, 1.0, pickles is not None), *adapters]
@@ -122,9 +121,8 @@ def _gguf_in(directory: Path) -> Path | None:
     ggufs = sorted(file for file in directory.iterdir() if file.is_file() and file_kind(file) is FileKind.GGUF)
     models = ggufs if len(ggufs) < 2 else [file for file in ggufs if describe_gguf(read_header(file)) is None]
     if len(models) > 1:
-        raise CheckpointPathError(
-            f"{directory} holds {len(models)} GGUF files; give one of them: {join_names(file.name for file in models)}"
-        )
+        names = join_names(file.name for file in models)
+        raise CheckpointPathError(f"{directory} holds {len(models)} GGUF files; give one of them: {names}")
     if models and (others := [file.name for file in ggufs if file not in models]):
         warn(f"{directory}: {join_names(others)} not read, since it holds no language model")
     chosen = (models or ggufs)[:1]  # one of several that are no model: opening it says what it is

@@ -237,10 +237,8 @@ def _checked_biases(biases: Any) -> dict[int, float]:
             raise RequestError(f"logit_bias must have token ids, whole numbers from 0 up, not {short_repr(token)}")
         bans = isinstance(bias, float) and bias == -math.inf
         if not bans and not (is_finite(bias) and abs(bias) <= MAX_BIAS):
-            raise RequestError(
-                f"logit_bias of token {short_repr(token)} must be a number from {-MAX_BIAS:.0e} to {MAX_BIAS:.0e}, "
-                f"or -inf to ban it, not {short_repr(bias)}"
-            )
+            allowed = f"a number from {-MAX_BIAS:.0e} to {MAX_BIAS:.0e}, or -inf to ban it"
+            raise RequestError(f"logit_bias of token {short_repr(token)} must be {allowed}, not {short_repr(bias)}")
     return biases
 
 

@@ -118,10 +118,8 @@ class GGUFVocabulary:
 
     def _byte_level_parts(self) -> dict[str, Any]:
         if self._get("pre") is None:
-            warn(
-                f"{self.path} has no tokenizer.ggml.pre: text is split by llama.cpp's default, which may not be "
-                "what the model was trained with; convert the model again"
-            )
+            default = "llama.cpp's default, which may not be what the model was trained with"
+            warn(f"{self.path} has no tokenizer.ggml.pre: text is split by {default}; convert the model again")
         splits, ignore_merges = PRE_TOKENIZERS[self._pre], self._pre in IGNORE_MERGES
         return byte_level_parts(self._vocab, self._merges(), splits, ignore_merges)
 
@@ -142,10 +140,8 @@ class GGUFVocabulary:
         ordinary = [id for id, type_ in enumerate(self._types) if type_ == PieceType.NORMAL]
         ranks = [scores[id] for id in ordinary if len(self._tokens[id]) > 1]
         if n_equal := len(ranks) - len(set(ranks)):  # llama.cpp joins the leftmost first; a list of merges cannot
-            warn(
-                f"{self.path}: tokenizer.ggml.scores has {n_equal} repeated scores; of pieces with equal "
-                "scores, the first in the vocabulary is joined first; convert the model again"
-            )
+            order = "of pieces with equal scores, the first in the vocabulary is joined first"
+            warn(f"{self.path}: tokenizer.ggml.scores has {n_equal} repeated scores; {order}; convert the model again")
         return sentencepiece_parts(
             self._vocab,
             merges_by_score(self._tokens, scores, ordinary),

@@ -42,10 +42,8 @@ class SentencePieceFile:
             if id in special or (marker and (kind == PieceType.USER_DEFINED or id in added)):
                 control.add(id)
             elif id >= len(pieces):
-                raise TokenizerError(
-                    f"{path}: the added token {content!r} ({id}) is ordinary text, which cannot be added to "
-                    "a SentencePiece file; convert the tokenizer to tokenizer.json"
-                )
+                why = "which cannot be added to a SentencePiece file; convert the tokenizer to tokenizer.json"
+                raise TokenizerError(f"{path}: the added token {content!r} ({id}) is ordinary text, {why}")
         with native_failures_as(ValueError, "sentencepiece"):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=_write_model(model, control))
         self.vocab_size = max(self._contents) + 1

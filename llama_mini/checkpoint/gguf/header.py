@@ -232,10 +232,8 @@ def _check_layout(file: _Bytes, tensors: dict[str, GGUFTensor]) -> None:
             raise file.fault(f"tensors {short_repr(before)} and {short_repr(info.name)} overlap")
         end, before = info.offset + info.n_bytes, info.name
         if end > file.size:
-            raise file.fault(
-                f"tensor {short_repr(info.name)}, {info.type} of shape {info.shape}, ends at byte {end}, "
-                f"but the file has {file.size}; it is cut short or broken"
-            )
+            tensor = f"tensor {short_repr(info.name)}, {info.type} of shape {info.shape}"
+            raise file.fault(f"{tensor}, ends at byte {end}, but the file has {file.size}; it is cut short or broken")
 
 
 @cache

@@ -51,10 +51,8 @@ class Metadata:
         if isinstance(pattern, np.ndarray) and pattern.dtype.kind in "biu" and pattern.shape == (n_layers,):
             return tuple(np.flatnonzero(pattern).tolist())
         if not is_whole(pattern) or pattern < 0:
-            raise ConfigError(
-                f"{self.architecture}.{name} is {short_repr(pattern)}; it must be a flag for each of {n_layers} "
-                "layers, or a number n: all but every n-th"
-            )
+            known = f"a flag for each of {n_layers} layers, or a number n: all but every n-th"
+            raise ConfigError(f"{self.architecture}.{name} is {short_repr(pattern)}; it must be {known}")
         return tuple(i for i in range(n_layers) if not pattern or i % pattern != pattern - 1)
 
     def ignore(self, *names: str) -> None:

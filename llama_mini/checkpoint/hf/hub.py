@@ -158,17 +158,13 @@ def _needed(where: str, names: Collection[str], tokenizer_only: bool) -> list[st
     if adapter and not tokenizer_only:
         return small + adapter
     if ggufs:
-        raise CheckpointPathError(
-            f"{where} holds {len(ggufs)} GGUF files: download one with `hf download {where} FILE` and give the path "
-            f"that it prints; they are {_quoted(ggufs)}"
-        )
+        do = f"download one with `hf download {where} FILE` and give the path that it prints"
+        raise CheckpointPathError(f"{where} holds {len(ggufs)} GGUF files: {do}; they are {_quoted(ggufs)}")
     if tokenizer_only:
         raise CheckpointIncompleteError(f"{where} holds no tokenizer: neither {' nor '.join(VOCABULARIES)}")
     if pickles := sorted(name for name in names if name.endswith(PICKLES) and not told_by_name([Path(name).name])):
-        raise CheckpointFormatError(
-            f"{where} holds its weights as pickles ({_quoted(pickles)}), which can run code, so the engine reads none: "
-            f"run `hf download {where} --local-dir SRC`, then `llama-mini convert SRC DST`"
-        )
+        do = f"so the engine reads none: run `hf download {where} --local-dir SRC`, then `llama-mini convert SRC DST`"
+        raise CheckpointFormatError(f"{where} holds weights as pickles ({_quoted(pickles)}), which can run code, {do}")
     if (told := told_by_name(sorted(top))) is not None:
         raise CheckpointFormatError(f"{where} holds {told[0]}, {told[1]}")
     raise CheckpointIncompleteError(f"{where} holds no weights: neither {INDEX} nor {SINGLE} nor a GGUF file")

@@ -175,9 +175,8 @@ def write_file(
             if next(tensors, None) is not None:
                 raise ValueError(f"there are more tensors than the {len(entries)} that were announced")
     except OSError as error:
-        raise CheckpointPathError(
-            f"cannot write {path}: {error.strerror}; make room for {n_bytes} bytes or give another path"
-        ) from None
+        do = f"make room for {n_bytes} bytes or give another path"
+        raise CheckpointPathError(f"cannot write {path}: {error.strerror}; {do}") from None
 
 
 def _header_bytes(entries: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:

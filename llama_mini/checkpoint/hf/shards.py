@@ -24,9 +24,8 @@ def complete_shards(directory: Path, names: list[str]) -> list[Path]:
         return all_present(directory, names)
     first = shards[0]
     if other := [m[0] for m in shards if (m["stem"], m["count"]) != (first["stem"], first["count"])]:
-        raise CheckpointFormatError(
-            f"{directory} holds shards of two checkpoints, {first[0]} and {other[0]}, and no index to tell them apart"
-        )
+        both = f"{first[0]} and {other[0]}, and no index to tell them apart"
+        raise CheckpointFormatError(f"{directory} holds shards of two checkpoints, {both}")
     width = len(first["number"])
     numbers = range(1, int(first["count"]) + 1)
     end = f"-of-{first['count']}{first['suffix']}"

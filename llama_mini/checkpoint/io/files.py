@@ -82,9 +82,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointFormatError(
-            f"{index} has no weight_map of tensor names to file names; restore it, or delete it if all shards are there"
-        )
+        do = "restore it, or delete it if all shards are there"
+        raise CheckpointFormatError(f"{index} has no weight_map of tensor names to file names; {do}")
     return {name: re.sub(r"^(\./)+", "", file) for name, file in weight_map.items()}
 
 
@@ -107,9 +106,8 @@ def inside(directory: Path, name: str) -> Path:
     that make up the Hugging Face hub's cache are allowed.
     """
     if not _is_plain(name):
-        raise CheckpointPathError(
-            f"{directory}: {short_repr(name)} is not a plain file name, so it may lead out of the directory; correct it"
-        )
+        why = "so it may lead out of the directory; correct it"
+        raise CheckpointPathError(f"{directory}: {short_repr(name)} is not a plain file name, {why}")
     path = directory / name
     try:
         if not path.is_symlink() or not path.exists():

@@ -63,10 +63,8 @@ def _hidden_dim(settings: Mapping[str, Any]) -> Any:
         return settings["hidden_dim"]
     dim, multiple, factor = settings["dim"], settings.get("multiple_of", 256), settings.get("ffn_dim_multiplier", 1)
     if not is_whole(dim) or not is_whole(multiple) or multiple < 1 or not is_finite(factor):
-        raise ConfigError(
-            f"hidden_dim cannot be computed from dim {short_repr(dim)}, multiple_of {short_repr(multiple)} "
-            f"and ffn_dim_multiplier {short_repr(factor)}"
-        )
+        given = f"dim {short_repr(dim)}, multiple_of {short_repr(multiple)} and ffn_dim_multiplier {short_repr(factor)}"
+        raise ConfigError(f"hidden_dim cannot be computed from {given}")
     hidden = int(factor * int(2 * (4 * dim) / 3))
     return multiple * -(-hidden // multiple)
 

@@ -21,9 +21,8 @@ def empty_model(cls: type[Model], source: Source) -> Model:
     """The model on the meta device: shapes without memory. Raises CheckpointMismatchError, ConfigError."""
     config = source.config
     if config.n_layers > len(source.tensors):  # refused before a model of a billion layers is built
-        raise CheckpointMismatchError(
-            f"{source.path} asks for {config.n_layers} layers, but holds {len(source.tensors)} tensors in all"
-        )
+        both = f"{config.n_layers} layers, but holds {len(source.tensors)} tensors in all"
+        raise CheckpointMismatchError(f"{source.path} asks for {both}")
     try:
         with torch.device("meta"):
             return cls(config)

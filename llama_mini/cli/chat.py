@@ -107,9 +107,8 @@ class Chat:
             case "/exit" | "/quit":
                 raise EOFError
             case _:
-                raise RequestError(
-                    f"{short_repr(name)} is not a command; /help lists them; with a space in front it is sent as text"
-                )
+                do = "/help lists them; with a space in front it is sent as text"
+                raise RequestError(f"{short_repr(name)} is not a command; {do}")
 
     def _answer(self, answer: Callable[[Show, Stopped], Turn | None], question: str) -> None:
         try:

@@ -68,9 +68,8 @@ class Lines:
                 text += "\n" + self._line(CONTINUED)
             return text.rstrip().removesuffix('"""').strip("\n")
         except EOFError:
-            raise RequestError(
-                'standard input ended inside a text of several lines: after a backslash, or without the closing """'
-            ) from None
+            where = 'after a backslash, or without the closing """'
+            raise RequestError(f"standard input ended inside a text of several lines: {where}") from None
 
     def _line(self, prompt: str) -> str:
         if self._typed is not None:  # readline reads a terminal key by key, which cuts nothing

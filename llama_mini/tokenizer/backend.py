@@ -113,9 +113,8 @@ def check_text(text: object) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(
-            f"a text holds half a surrogate pair, {text[error.start]!r}, at character {error.start}; remove it"
-        ) from error
+        half = f"{text[error.start]!r}, at character {error.start}"
+        raise RequestError(f"a text holds half a surrogate pair, {half}; remove it") from error
 
 
 def is_control(content: str, special: bool) -> bool:

@@ -114,15 +114,16 @@ def _check_tool_calls(message: Message, where: str, template: str) -> None:
         raise RequestError(f"{where}['tool_calls'] is {_describe(calls)}, expected a list")
     as_text = _WRITES_TEXT.search(template) and not _TAKES_BOTH.search(template)
     for index, call in enumerate(calls):
+        place = f"{where}['tool_calls'][{index}]"
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict):
-            raise RequestError(f"{where}['tool_calls'][{index}] is {_describe(call)}, expected a mapping with function")
+            raise RequestError(f"{place} is {_describe(call)}, expected a mapping with function")
         if isinstance(arguments := function.get("arguments"), str) and not as_text:
             try:
                 function["arguments"] = json.loads(arguments or "{}")
             except ValueError as error:
                 raise RequestError(
-                    f"{where}['tool_calls'][{index}]: its arguments, {short_repr(arguments)}, are not JSON ({error})"
+                    f"{place}: its arguments, {short_repr(arguments)}, are not JSON ({error})"
                 ) from error
 
 

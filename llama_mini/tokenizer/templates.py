@@ -28,10 +28,8 @@ class Templates:
             return self._templates[wanted]
         if isinstance(wanted, str) and "{" in wanted:
             return wanted
-        raise RequestError(
-            f"chat_template is {short_repr(wanted)}, expected a Jinja template"
-            + (f" or the name of one in this checkpoint: {self._known()}" if self._templates else "")
-        )
+        name = f" or the name of one in this checkpoint: {self._known()}" if self._templates else ""
+        raise RequestError(f"chat_template is {short_repr(wanted)}, expected a Jinja template{name}")
 
     def variables(self, template: str) -> frozenset[str]:
         """What a template reads, besides the messages and whether an answer shall begin."""

@@ -97,10 +97,9 @@ def _tensors(directory: Path, pickles: bool) -> tuple[dict[str, StoredTensor], R
     file = inside(directory, names[0])
     if names[0].endswith(".bin"):
         if not pickles:
-            raise CheckpointFormatError(
-                f"{directory} holds its adapter as a pickle, {names[0]}, which can run code when it is opened; "
-                f"merge it once: llama-mini convert MODEL NEW_DIRECTORY --adapter {directory}"
-            )
+            why = f"{names[0]}, which can run code when it is opened"
+            do = f"merge it once: llama-mini convert MODEL NEW_DIRECTORY --adapter {directory}"
+            raise CheckpointFormatError(f"{directory} holds its adapter as a pickle, {why}; {do}")
         from llama_mini.checkpoint.meta.pickles import in_memory, load_tensors, stored_tensor  # for conversion only
 
         loaded = load_tensors(file, of_model=False)

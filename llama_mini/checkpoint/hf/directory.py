@@ -103,10 +103,9 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
 def no_weights(directory: Path, missing: str) -> CheckpointError:
     """The error for a directory without safetensors: what else it holds, or else what is missing."""
     if pickles := pickles_in(directory):
-        return CheckpointFormatError(
-            f"{directory} holds its weights as a pickle, {pickles[0]}, which can run code when it is opened; "
-            f"convert it once: llama-mini convert {directory} NEW_DIRECTORY"
-        )
+        why = f"{pickles[0]}, which can run code when it is opened"
+        do = f"convert it once: llama-mini convert {directory} NEW_DIRECTORY"
+        return CheckpointFormatError(f"{directory} holds its weights as a pickle, {why}; {do}")
     if (what := describe_directory(directory)) is not None:
         return CheckpointFormatError(f"{directory} {what}")
     return CheckpointIncompleteError(f"{directory} holds {missing}")

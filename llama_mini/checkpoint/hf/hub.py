@@ -126,9 +126,8 @@ def _collect(where: str, names: Collection[str], tokenizer_only: bool, fetch: Ca
     if INDEX in needed:
         shards = _shards(folder / INDEX)
         if absent := [name for name in shards if name not in names]:
-            raise CheckpointIncompleteError(
-                f"{where} lacks {len(absent)} of the {len(shards)} shards that its {INDEX} names: {_quoted(absent)}"
-            )
+            some = f"{len(absent)} of the {len(shards)} shards"
+            raise CheckpointIncompleteError(f"{where} lacks {some} that its {INDEX} names: {_quoted(absent)}")
         fetch(shards, folder.name)  # of the same commit, even if the branch has moved
     gguf = needed[-1]
     return folder / gguf if gguf.endswith(".gguf") else folder

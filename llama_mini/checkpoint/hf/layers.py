@@ -41,9 +41,8 @@ def read_layers(raw: Mapping[str, Any], settings: Mapping[str, Any], family: Fam
             raise ConfigError(f"layer_types is {short_repr(types)}: state spaces are not read")  # null: all are such
     if types is not None:
         if not isinstance(types, list) or len(types) != n_layers or not all(t in (FULL, SLIDING) for t in types):
-            raise ConfigError(
-                f"layer_types must list {FULL} or {SLIDING} for each of {n_layers} layers, not {short_repr(types)}"
-            )
+            known = f"{FULL} or {SLIDING} for each of {n_layers} layers"
+            raise ConfigError(f"layer_types must list {known}, not {short_repr(types)}")
         sliding = tuple(i for i, kind in enumerate(types) if kind == SLIDING)
         if sliding != layers and (family.window in ("none", "every") or window is None):
             raise ConfigError(f"layer_types has {len(sliding)} {SLIDING}, but other keys give {len(layers)} a window")

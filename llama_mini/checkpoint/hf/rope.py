@@ -51,9 +51,8 @@ def _read_rope(raw: Mapping[str, Any], sizes: Mapping[str, Any], family: Family,
     keys = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None] or ["rope_scaling"]
     settings = [_read(raw, key, sizes, family, base) for key in keys]
     if settings[0][0] != settings[-1][0]:
-        raise ConfigError(
-            f"rope_parameters and rope_scaling disagree: {short_repr(raw[keys[0]])} and {short_repr(raw[keys[-1]])}"
-        )
+        both = " and ".join(short_repr(raw[key]) for key in keys)
+        raise ConfigError(f"rope_parameters and rope_scaling disagree: {both}")
     found, unread = settings[0]
     _warn_of_ignored(keys[0], [*unread, *(["use_mrope"] if raw.get("use_mrope") else [])], found["rope_scaling"])
     return found

@@ -24,11 +24,9 @@ def check_plain(model: nn.Module) -> None:
         found = _traits(actual.get(path))
         for name, value in _traits(expected.get(path)).items():
             if found.get(name) != value:
-                raise RequestError(
-                    f"{path or 'the model'} is not what the model's config describes "
-                    f"({name}: {_shown(found.get(name))}, not {_shown(value)}): leave the edit, remove the hook, "
-                    "or load the checkpoint without optimization, and try again"
-                )
+                what = f"{name}: {_shown(found.get(name))}, not {_shown(value)}"
+                do = "leave the edit, remove the hook, or load the checkpoint without optimization, and try again"
+                raise RequestError(f"{path or 'the model'} is not what the model's config describes ({what}): {do}")
 
 
 def check_contents(model: Any, parameters: Mapping[str, Tensor]) -> None:

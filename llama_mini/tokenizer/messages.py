@@ -61,10 +61,8 @@ def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
     given.pop("chat_template_kwargs", None)
     for name in _FIXED.keys() & given.keys():
         if (value := given.pop(name)) is not _FIXED[name]:
-            raise RequestError(
-                f"{name} is {short_repr(value)}, but the result is a list of all ids; for a tensor, write "
-                "torch.tensor([ids]), for the text, decode the ids with skip_special_tokens=False"
-            )
+            do = "for a tensor, write torch.tensor([ids]), for the text, decode the ids with skip_special_tokens=False"
+            raise RequestError(f"{name} is {short_repr(value)}, but the result is a list of all ids; {do}")
     for name in ("tools", "documents"):
         items = given.get(name, [])
         if not isinstance(items, list | tuple):

@@ -97,11 +97,8 @@ def weight_dtype(tensor: SafetensorsTensor) -> torch.dtype:
         what = f"is quantised to {tensor.dtype[1]} bits"
     else:
         what = {"BOOL": "holds truth values", "C64": "holds complex numbers"}.get(tensor.dtype, "holds integers")
-    raise _fault(
-        tensor.file,
-        f"tensor {short_repr(tensor.name)} {what} ({tensor.dtype}), but weights must be {', '.join(WEIGHTS)}; "
-        "give a checkpoint in one of these",
-    )
+    known = f"{', '.join(WEIGHTS)}; give a checkpoint in one of these"
+    raise _fault(tensor.file, f"tensor {short_repr(tensor.name)} {what} ({tensor.dtype}), but weights must be {known}")
 
 
 def changed(path: Path) -> CheckpointFormatError:

@@ -233,7 +233,7 @@ def test_the_study_prints_commands_that_exist_and_shows_pictures_that_are_there(
     assert len(given) > 8
     shown = re.findall(r"!\[[^]]*\]\((.*?)\)", study)
     assert sorted(shown) == sorted(str(args.picture) for args in given if getattr(args, "picture", None))
-    assert len(shown) == 3
+    assert len(shown) == 5
     assert all((folder / name).stat().st_size < 60_000 for name in shown)
 
 

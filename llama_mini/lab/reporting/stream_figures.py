@@ -12,6 +12,7 @@ from llama_mini.lab.reporting.figures import signed_scale
 from llama_mini.lab.reporting.style import (
     BLUE,
     GREEN,
+    INK,
     PURPLE,
     VERMILION,
     layer_ticks,
@@ -42,14 +43,15 @@ def attention_picture(rows: Sequence[AttentionHead]) -> "Figure":
     log_scale(size)
     size.set_ylabel("RMS of the stream\nbefore the layer")
     legend_above(size, 2)
-    clear_to_blue = LinearSegmentedColormap.from_list("mass", [to_rgba(BLUE, 0), to_rgba(BLUE, 1)])  # fits any page
-    at = np.arange(mass.shape[1]), np.arange(mass.shape[0])
-    mesh = heads.pcolormesh(*at, mass, cmap=clear_to_blue, vmin=0, vmax=1, shading="nearest")
+    # Clear instead of white: it fits a dark page. Few steps, since each is a shape in the file.
+    clear_to_blue = LinearSegmentedColormap.from_list("mass", [to_rgba(BLUE, 0), to_rgba(BLUE, 1)], 25)
+    looks: Any = {"cmap": clear_to_blue, "vmin": 0, "vmax": 1, "aspect": "auto", "origin": "lower"}
+    image = heads.imshow(mass, interpolation="none", **looks)  # in an SVG a pixel for each head
     heads.grid(False)
     heads.set(xlabel="layer", ylabel="head")
     heads.yaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # it is a MaxNLocator
     layer_ticks(heads, mass.shape[1] - 1)
-    figure.colorbar(mesh, ax=panels, label="attention to the first token", aspect=40)
+    figure.colorbar(image, ax=panels, label="attention to the first token", aspect=40)
     return figure
 
 
@@ -97,10 +99,9 @@ def comparison_picture(comparison: Comparison) -> "Figure":
     figure, (stream, change, cost) = new_figure(3, 2.4)
     rows = comparison.stream
     x = np.arange(len(rows)) / 2
-    for side, look in (("a", "-"), ("b", ":")):
-        for who, label, color in (("median", "median token", BLUE), ("first", "first token", PURPLE)):
-            stream.plot(x, rows.column(f"{who}_{side}"), look, color=color, label=f"{side}: {label}")
     for who, label, color in (("median", "median token", BLUE), ("first", "first token", PURPLE)):
+        stream.plot(x, rows.column(f"{who}_a"), color=color, label=f"a: {label}")
+        stream.plot(x, rows.column(f"{who}_b"), ":", color=INK, label="" if who == "first" else "b")
         change.plot(x, rows.column(f"{who}_change"), color=color, label=f"from a to b: {label}")
     stream.set_ylabel("RMS of the stream")
     change.set_ylabel("change of the stream\n(share of its length)")

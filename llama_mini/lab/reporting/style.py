@@ -122,6 +122,7 @@ def svg(figure: "Figure", name: str) -> str:
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace("xlink:href", "href")
     text = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"\n +", "\n", re.sub(r"(\d\.\d\d)\d+", r"\1", text))  # hundredths of a point are enough
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
 

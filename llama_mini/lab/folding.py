@@ -7,9 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from llama_mini.checkpoint.families import OWN
+from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.plain import check_plain
 from llama_mini.errors import RequestError
-from llama_mini.lab.moving import rebuilt
+from llama_mini.lab.moving import rebuilt, spec_at, with_specs
 from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import readers, select, slots
 from llama_mini.model.llama import Llama
@@ -32,8 +34,9 @@ def fold(model: Llama, pattern: str | Sequence[str] | None = None) -> Llama:
     bfloat16 each product of gain and weight is rounded once more. In the default checkpoint the largest error
     against float32 is 0.03 of the largest logit before, and 0.04 to 0.08 after, even if folded in float32.
 
-    A tied head is untied first. The norms keep their weights, set to a gain of one, so that the model stays in its
-    family and other programs can open it. Scale factors stay in the norms, and so does a LayerNorm's bias, divided by
+    A tied head is untied first. A model of a family that has gains keeps them, set to one, so that other programs can
+    open it. One that is saved in this project's own format gets `gain: none` in its plan, but a LayerNorm without a
+    bias, which would round differently. Scale factors stay in the norms, and so does a LayerNorm's bias, divided by
     the gain. Biases of matrices need no change. The other parameters are shared with `model`, which does not change.
 
     Raises RequestError, naming the path: for an out, post, embed, q, k or v norm, whose gain cannot be folded, for a
@@ -66,7 +69,11 @@ def fold(model: Llama, pattern: str | Sequence[str] | None = None) -> Llama:
         weight = parameters[f"{path}.weight"]
         unit = torch.full_like(weight, 0.0 if norm.gain == "1+w" else 1.0)
         parameters[f"{path}.weight"] = _like(weight, unit)
-    return rebuilt(model, config, parameters)
+    specs = {path: spec_at(config, path) for path in paths}
+    bare = {p: replace(s, gain="none") for p, s in specs.items() if s is not None and (s.kind != "layer" or s.bias)}
+    without_gains = with_specs(config, bare)
+    has_no_family = [to_hf(each, "float32")["model_type"] == OWN for each in (config, without_gains)]
+    return rebuilt(model, config if has_no_family == [False, True] else without_gains, parameters)
 
 
 @torch.inference_mode(False)

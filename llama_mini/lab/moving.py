@@ -60,19 +60,26 @@ def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
 
 def with_norms(model: Llama, norms: Mapping[str, Placed]) -> Llama:
     """A new model with these norms in its slots, and a plan that says so; it shares all other parameters."""
-    plan, parameters = model.config.norm_plan, dict(model.named_parameters(remove_duplicate=False))
-    layers = [dict(zip(BRANCHES, plan.layer(i), strict=True)) for i in range(model.config.n_layers)]
-    for path, (spec, norm) in norms.items():
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path, (_, norm) in norms.items():
+        parameters = {name: p for name, p in parameters.items() if not name.startswith(f"{path}.")}
+        parameters |= {f"{path}.{name}": parameter for name, parameter in norm.named_parameters()}
+    return rebuilt(model, with_specs(model.config, {path: spec for path, (spec, _) in norms.items()}), parameters)
+
+
+def with_specs(config: LlamaConfig, specs: Mapping[str, NormSpec | None]) -> LlamaConfig:
+    """The configuration whose plan has these norms in its slots, by path."""
+    plan = config.norm_plan
+    layers = [dict(zip(BRANCHES, plan.layer(i), strict=True)) for i in range(config.n_layers)]
+    for path, spec in specs.items():
         layer, branch, slot = _place(path)
         change: dict[str, Any] = {slot: spec}
         if branch:
             layers[layer][branch] = replace(layers[layer][branch], **change)
         else:
             plan = replace(plan, **change)
-        parameters = {name: p for name, p in parameters.items() if not name.startswith(f"{path}.")}
-        parameters |= {f"{path}.{name}": parameter for name, parameter in norm.named_parameters()}
     plan = plan.with_layers([(branches["attention"], branches["feed_forward"]) for branches in layers])
-    return rebuilt(model, replace(model.config, norm_plan=plan), parameters)
+    return replace(config, norm_plan=plan)
 
 
 def spec_at(config: LlamaConfig, path: str) -> NormSpec | None:

@@ -67,7 +67,8 @@ def assert_same_function(new: Llama, old: Llama) -> None:
 
 
 def effective(norm: Norm) -> Tensor:
-    assert norm.weight is not None
+    if norm.weight is None:
+        return torch.ones(norm.dim)
     return 1 + norm.weight if norm.gain == "1+w" else norm.weight
 
 
@@ -78,16 +79,35 @@ def test_folding_keeps_the_logits(plan: Any, tied: bool) -> None:
     state, config = copy.deepcopy(model.state_dict()), copy.deepcopy(model.config)
     folded = fold(model)
     assert_same_function(folded, model)
-    assert folded.config.norm_plan == config.norm_plan
+    is_of_a_family = plan in ("pre", "pre+qk")  # of transformers, which all have gains
+    if is_of_a_family:
+        assert folded.config.norm_plan == config.norm_plan
     for path in select(folded, "layers.*.*.*") + select(folded, "norm"):
         old, new = model.get_submodule(path), folded.get_submodule(path)
         if path.endswith((".pre_norm", ".mid_norm")) or path == "norm":
-            assert new.weight is None or (effective(new) == 1).all(), path
+            assert (effective(new) == 1).all(), path
+            assert (new.weight is None) == (old.weight is None or not (is_of_a_family or old.kind == "layer")), path
             assert old.weight is None or (effective(old) != 1).any(), path
         else:
             assert new.weight is old.weight, path
     assert model.config == config  # the original is as it was
     assert all(same_bits(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_gains_of_a_model_in_our_own_format_leave_plan_and_file(tmp_path: Path) -> None:
+    model = random_tiny("sub", tie_word_embeddings=True)
+    folded = fold(model, ["layers.0-1.*.*_norm", "norm"])
+    plan = folded.config.norm_plan.to_dict()
+    bare = {"kind": "rms", "gain": "none"}
+    assert plan["final"] == plan["attention"]["pre"] == plan["feed_forward"]["mid"] == bare
+    assert plan["overrides"][0]["attention"]["mid"] == {"kind": "rms"}
+    folded.save_pretrained(tmp_path / "folded")
+    again = Llama.from_pretrained(tmp_path / "folded")
+    assert again.config == folded.config
+    assert "norm.weight" not in again.state_dict()
+    assert same_bits(again(TOKENS), folded(TOKENS))
+    with pytest.raises(RequestError, match=r"layers\.0\.attention\.pre_norm has no gain to fold"):
+        fold(folded, "layers.0.attention.pre_norm")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -103,7 +103,8 @@ def residual_stream(model: Llama, tokens: Tensor) -> list[Tensor]:
 def _measure(model: Llama, seed: int) -> tuple[Floats, Floats, Floats]:
     """Second moment, relative gradient and angle of one model, each over all tokens."""
     stream = residual_stream(model, torch.arange(_TOKENS)[:, None])
-    direction = torch.randn(stream[-1].shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + MOST_SEEDS)  # with `seed` it would be the embedding
+    direction = torch.randn(stream[-1].shape, generator=generator)
     gradients = torch.autograd.grad(stream[-1], stream, direction)
     wide = [x.detach().double() for x in stream]
     moment = np.array([float(x.square().mean()) for x in wide])

@@ -34,7 +34,8 @@ def logits(config: Any, state: Mapping[str, Array], tokens: Array) -> Array:
             at = f"layers.{layer}.{name}"
             reads = norm(reads if plan.parallel and name == "feed_forward" else x, f"{at}.pre_norm", found.pre)
             y = branch(reads, at, found, config, state, norm)
-            x = found.alpha * x + found.beta * norm(y, f"{at}.out_norm", found.out)
+            alpha, beta = (state.get(f"{at}.{scale}", getattr(found, scale)) for scale in ("alpha", "beta"))
+            x = alpha * x + beta * norm(y, f"{at}.out_norm", found.out)
             x = norm(x, f"{at}.post_norm", found.post)
     x = norm(x, "norm", plan.final)
     y = x @ state["tok_embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"].T
@@ -124,18 +125,39 @@ def _norm(x: Array, spec: Any, address: str, state: Mapping[str, Array], default
     weight = state.get(f"{address}.weight")
     gain = {"w": weight, "1+w": None if weight is None else 1 + weight, "none": 1.0}[spec.gain]
     eps = default_eps if spec.eps is None else spec.eps
-    normed = gain * normalised(x, spec.kind, eps, state.get(f"{address}.alpha"))
+    numbers = {name: state.get(f"{address}.{name}") for name in ("alpha", "shift", "inverse_rms")}
+    normed = gain * normalised(x, spec.kind, eps, groups=spec.groups, power=spec.power, **numbers)
     return spec.scale * (normed + state.get(f"{address}.bias", 0.0))
 
 
-def normalised(x: Array, kind: str, eps: float, alpha: Array | None = None) -> Array:
-    """A norm of any kind before its gain; `alpha` is dyt's."""
+def normalised(
+    x: Array,
+    kind: str,
+    eps: float,
+    alpha: Array | None = None,
+    shift: Array | None = None,
+    inverse_rms: Array | None = None,
+    groups: int = 1,
+    power: float = 1,
+) -> Array:
+    """A norm of any kind before its gain; `alpha` is dyt's and derf's, `shift` derf's, `inverse_rms` frozen's."""
 
     def mean_square(values: Array) -> Array:
         return np.mean(np.square(values), axis=-1, keepdims=True)
 
     if kind == "dyt":
         return np.tanh(alpha * x)
+    if kind == "derf":
+        return np.vectorize(math.erf, otypes=[float])(alpha * x + shift)
+    if kind == "frozen":
+        return x * inverse_rms
+    if kind == "power":
+        return x / np.sqrt(mean_square(x) + eps) ** power
+    if kind == "group":
+        return np.concatenate([normalised(part, "rms", eps) for part in np.split(x, groups, axis=-1)], axis=-1)
+    if kind == "crms":  # with the element that makes the sum zero
+        whole = np.concatenate([x, -np.sum(x, axis=-1, keepdims=True)], axis=-1)
+        return (whole / np.sqrt(mean_square(whole) + eps))[..., :-1]
     if kind == "layer":
         return (x - np.mean(x, axis=-1, keepdims=True)) / np.sqrt(np.var(x, axis=-1, keepdims=True) + eps)
     if kind == "l2":

@@ -26,7 +26,8 @@ SIGNATURES = {
     Llama.new_cache: "(self, batch, length)",
     Llama.from_pretrained: "(path, dtype=None, device='cpu')",
     Llama.save_pretrained: "(self, path)",
-    RMSNorm: "(dim, eps=1e-06, *, gain='w', cast='early', scale=1.0, bias=False, device=None, dtype=None)",
+    RMSNorm: "(dim, eps=1e-06, *, gain='w', cast='early', scale=1.0, bias=False, groups=1, power=1.0, "
+    "device=None, dtype=None)",
     NormPlan.parse: "(text, n_layers)",
     NormPlan.to_dict: "(self)",
     NormPlan.from_dict: "(data)",

@@ -12,8 +12,15 @@ from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
 from llama_mini.validate import check_number
 
-_DIVIDE = ("rms", "scale", "l2", "prms")  # kinds that divide each vector by one number, and do nothing else but gain
-_IGNORE = (*_DIVIDE, "layer")  # kinds whose output does not change if their input is multiplied by a number
+_IGNORE = ("rms", "scale", "l2", "prms", "crms", "group", "layer")  # kinds that a factor of their input does not change
+_DIVIDE = (
+    "rms",
+    "scale",
+    "l2",
+    "prms",
+    "crms",
+    "power",
+)  # kinds that only divide each vector by one number, but for gain
 
 
 @dataclass(frozen=True)

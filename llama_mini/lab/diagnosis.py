@@ -130,7 +130,7 @@ def _norms(model: Llama) -> dict[str, Norm]:
 
 
 def _eps(norms: Mapping[str, Norm], of_config: float, config: str, family: str) -> Iterator[Finding]:
-    with_eps = {path: norm.eps for path, norm in norms.items() if norm.kind != "dyt"}
+    with_eps = {path: norm.eps for path, norm in norms.items() if norm.has_eps}
     usual = _USUAL_EPS_OF.get(family, _USUAL_EPS)
     for eps in sorted(set(with_eps.values())):
         where = config if eps == of_config else join_names(path for path, other in with_eps.items() if other == eps)
@@ -175,8 +175,11 @@ def _gains(norms: Mapping[str, Norm]) -> Iterator[Finding]:
 def _extreme(path: str, norm: Norm, gain: Tensor) -> Iterator[Finding]:
     if not gain.any():
         yield Finding("error", path, "all its gains are 0, so its output is 0", "check whether `1+w` was meant")
-    longest = 1.0 if norm.kind in ("l2", "dyt") else math.sqrt(norm.dim)  # the largest element a normed row can have
-    if (reach := float(gain.abs().max()) * longest * abs(norm.scale)) > _LARGEST:
+    bounded = norm.kind not in ("frozen", "power")
+    longest = (
+        1.0 if norm.kind in ("l2", "dyt", "derf") else math.sqrt(norm.dim / norm.groups)
+    )  # element of a normed row
+    if bounded and (reach := float(gain.abs().max()) * longest * abs(norm.scale)) > _LARGEST:
         what = f"a gain of {float(gain.abs().max()):.4g} can give outputs of {reach:.3g}; float16 ends at {_LARGEST:g}"
         yield Finding("warning", path, what, "compare the weight with its origin; do not run it in float16")
 
@@ -235,6 +238,10 @@ def _moment(norm: Norm, x: Tensor) -> Tensor:
     """The number that eps is added to, for each row."""
     if norm.kind == "layer":
         return x.var(-1, correction=0)
+    if norm.kind == "group":
+        x = x.unflatten(-1, (norm.groups, -1))
+    if norm.kind == "crms":
+        return (x.pow(2).sum(-1) + x.sum(-1).pow(2)) / (norm.dim + 1)
     if isinstance(norm, PartialRMSNorm):
         x = x[..., : max(1, round(norm.dim * norm.share))]
     return x.pow(2).sum(-1) if norm.kind == "l2" else x.pow(2).mean(-1)
@@ -245,7 +252,7 @@ def _risks(path: str, norm: Norm, seen: _Seen) -> Iterator[Finding]:
         advice = "run in bfloat16 or float32, and look at the norms before it"
         yield Finding("error", path, "it reads or returns NaN or infinity", advice)
         return
-    if norm.kind != "dyt" and seen.moment < norm.eps:
+    if norm.has_eps and seen.moment < norm.eps:
         kept = math.sqrt(seen.moment / (seen.moment + norm.eps))
         what = f"eps {norm.eps:g} exceeds its input's mean square, {seen.moment:.3g}: {kept:.0%} of a row is left"
         yield Finding("warning", path, what, "compare eps with the origin's config.json")

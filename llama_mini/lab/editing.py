@@ -153,7 +153,12 @@ def _edited(model: Llama, path: str, module: nn.Module, settings: Mapping[str, A
     if not isinstance(module, Norm):  # an empty slot gets a norm of unit gain
         width = slot_width(model.config, path)
         module = RMSNorm(width, model.config.norm_eps, device=model.device, dtype=model.dtype)
-    return _changed(module, settings, model.device)
+    new = _changed(module, settings, model.device)
+    if new.kind == module.kind:  # what this kind alone has
+        new.groups, new.power = module.groups, module.power
+        for name in new.numbers.keys() - settings:
+            setattr(new, name, getattr(module, name))
+    return new
 
 
 def _changed(old: Norm, settings: Mapping[str, Any], device: torch.device) -> Norm:

@@ -28,7 +28,8 @@ from llama_mini.model.norm_plan import BRANCHES
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from llama_mini.validate import check_choice, short_repr
 
-COVERED = ("rms", "layer", "scale")  # equal at init for large d: the mean has 1/d of the energy, a scalar gain is 1
+# Equal to rms at init for large d: the mean has 1/d of the energy, scalar gains are 1, each group has the row's mean.
+COVERED = ("rms", "layer", "scale", "group", "power", "frozen")
 TOLERANCES = (0.05, 0.06)  # forward and backward
 
 
@@ -109,8 +110,8 @@ def predict(plan: Plan, depth: int, activation: Activation = "silu", gated: bool
     in each layer. At 32 layers `post` is 9 % low backward at width 256, and 4 % at 512. Values that overflow float64
     are inf, then NaN.
 
-    Raises RequestError for norms of kind l2, which depends on the width, and prms and dyt, which depend on more than
-    second moments; RequestError or ConfigError for what is no plan or no activation.
+    Raises RequestError for norms of kind l2, which depends on the width, and prms, crms, dyt and derf, which depend on
+    more than second moments; RequestError or ConfigError for what is no plan or no activation.
     """
     norms = as_plan(plan, depth)
     check_choice("activation", activation, get_args(Activation), RequestError)
@@ -170,7 +171,7 @@ def _norm(path: str, norm: NormSpec, moment: float) -> tuple[float, float]:
             f"{path} is of kind {norm.kind!r}, but the theory covers {', '.join(COVERED)}: measure this plan with init"
         )
     eps = LlamaConfig.norm_eps if norm.eps is None else norm.eps
-    factor = norm.scale**2 / (moment + eps)
+    factor = norm.scale**2 if norm.kind == "frozen" else norm.scale**2 / (moment + eps) ** norm.power
     return moment * factor, factor
 
 

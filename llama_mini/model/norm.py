@@ -8,14 +8,15 @@ The two orders differ in a quarter of all bfloat16 elements, and in none when ev
 Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; the rounding orders are those of transformers.
 """
 
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Mapping
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_mini.errors import ConfigError
-from llama_mini.validate import check_choice, check_flag, check_number, check_whole
+from llama_mini.validate import check_choice, check_flag, check_number, check_whole, join_names
 
 Gain = Literal["w", "1+w", "none"]
 Cast = Literal["early", "late"]
@@ -30,7 +31,9 @@ class Norm(nn.Module):
         gain: `w` (LLaMA), `1+w` (Gemma, whose weight starts at 0), or `none` (no weight at all).
         cast: when to round, `early` or `late`: see the top of this file.
         scale: a constant factor of the output (LayerNorm Scaling: 1/√l in layer l).
-        bias: whether a learned bias is added, before the scale; LayerNorm only, and with a late cast.
+        bias: whether a learned bias is added, before the scale; LayerNorm, dyt and derf only, and with a late cast.
+        groups: the number of equal parts of a row that `group` norms apart.
+        power: of the root mean square that `power` divides by; 1 is RMSNorm, 0 leaves the row as it is.
 
     Shape: (..., dim) -> (..., dim). The output has the input's dtype: a float32 gain does not widen a bfloat16 stream.
     Computes in float32, and in float64 for a float64 input.
@@ -38,7 +41,9 @@ class Norm(nn.Module):
 
     kind: ClassVar[str]
     n_gains: ClassVar[int | None] = None  # None: one for each element
-    takes_bias: ClassVar[bool] = False
+    takes: ClassVar[str] = ""  # which of bias, groups and power this kind has
+    has_eps: ClassVar[bool] = True
+    numbers: ClassVar[Mapping[str, float]] = {}  # learned beside the gain: name -> start
 
     def __init__(
         self,
@@ -49,38 +54,47 @@ class Norm(nn.Module):
         cast: Cast = "early",
         scale: float = 1.0,
         bias: bool = False,
+        groups: int = 1,
+        power: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        check_whole(f"{name}: groups", groups, ConfigError)
         check_whole(f"{name}: dim", dim, ConfigError)
         check_number(f"{name}: eps", eps, ConfigError, minimum=0)
         check_choice(f"{name} gain", gain, get_args(Gain), ConfigError)
         check_choice(f"{name} cast", cast, get_args(Cast), ConfigError)
         check_number(f"{name}: scale", scale, ConfigError)
         check_flag(f"{name}: bias", bias, ConfigError)
-        if bias and not self.takes_bias:
-            raise ConfigError(f"{name} has no bias; only LayerNorm does")
+        check_number(f"{name}: power", power, ConfigError)
+        for setting, is_given in {"bias": bias, "groups": groups != 1, "power": power != 1}.items():
+            if is_given and setting not in self.takes:
+                kinds = join_names(kind for kind, norm in NORMS.items() if setting in norm.takes)
+                raise ConfigError(f"{name} has no {setting}; kinds with it: {kinds}")
+        if dim % groups:
+            raise ConfigError(f"{name}: {dim} elements are not a multiple of {groups} groups")
         if bias and cast != "late":
             raise ConfigError(f"{name} with a bias rounds last: give cast 'late'")
         self.dim, self.eps, self.gain, self.cast, self.scale = dim, eps, gain, cast, scale
+        self.groups, self.power = groups, power
         self.weight: nn.Parameter | None
         self.bias: nn.Parameter | None
-        self.make_parameters(device=device, dtype=dtype)
-        self.register_parameter("bias", nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if bias else None)
+        sizes = {"weight": 0 if gain == "none" else self.n_gains or dim, "bias": dim if bias else 0}
+        for parameter, n in (sizes | dict.fromkeys(self.numbers, 1)).items():
+            values = nn.Parameter(torch.empty(n, device=device, dtype=dtype)) if n else None
+            self.register_parameter(parameter, values)
         self.reset_parameters()
 
-    def make_parameters(self, **factory: Any) -> None:
-        weight = None if self.gain == "none" else nn.Parameter(torch.empty(self.n_gains or self.dim, **factory))
-        self.register_parameter("weight", weight)
-
     def reset_parameters(self) -> None:
-        """Sets the effective gain to one, and the bias to zero."""
+        """Sets the effective gain to one, the bias to zero, and the learned numbers to their start."""
         if self.weight is not None:
             nn.init.constant_(self.weight, 0.0 if self.gain == "1+w" else 1.0)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        for name, start in self.numbers.items():
+            nn.init.constant_(self.get_parameter(name), start)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -91,6 +105,8 @@ class Norm(nn.Module):
         if self.weight is not None:
             weight = self.weight if self.gain == "w" else 1 + self.weight.to(wide.dtype)
             normed = normed * weight.to(normed.dtype)
+        if self.bias is not None:
+            normed = normed + self.bias.to(normed.dtype)
         if self.scale != 1:
             normed = normed * self.scale
         return normed.to(x.dtype)
@@ -107,8 +123,9 @@ class Norm(nn.Module):
 
     def extra_repr(self) -> str:
         scale = "" if self.scale == 1 else f", scale={self.scale:g}"
+        given = "".join(f", {name}={getattr(self, name)}" for name in ("groups", "power") if name in self.takes)
         bias = "" if self.bias is None else ", bias"
-        return f"{self.dim}, eps={self.eps:g}, gain={self.gain}, cast={self.cast}{bias}{scale}"
+        return f"{self.dim}, eps={self.eps:g}, gain={self.gain}, cast={self.cast}{given}{bias}{scale}"
 
 
 class RMSNorm(Norm):
@@ -132,16 +149,15 @@ class LayerNorm(Norm):
     """
 
     kind = "layer"
-    takes_bias = True
+    takes = "bias"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
             return super().forward(x)
         self.check_input(x)
         weight = self.weight if self.weight is None or self.gain == "w" else 1 + self.weight
-        y = F.layer_norm(
-            x, (self.dim,), None if weight is None else weight.to(x.dtype), self.bias.to(x.dtype), self.eps
-        )
+        gain = None if weight is None else weight.to(x.dtype)
+        y = F.layer_norm(x, (self.dim,), gain, self.bias.to(x.dtype), self.eps)
         return y if self.scale == 1 else y * self.scale
 
     def normalise(self, wide: Tensor) -> Tensor:
@@ -178,27 +194,82 @@ class PartialRMSNorm(Norm):
         return wide * torch.rsqrt(first.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
+class CompressedRMSNorm(Norm):
+    """RMSNorm of a row with one more element, which makes its sum zero, without that element.
+
+    A LayerNorm's input without its mean needs one element less. Source: Jiang et al. 2023, "Pre-RMSNorm and
+    Pre-CRMSNorm Transformers".
+    """
+
+    kind = "crms"
+
+    def normalise(self, wide: Tensor) -> Tensor:
+        total = wide.pow(2).sum(-1, keepdim=True) + wide.sum(-1, keepdim=True).pow(2)
+        return wide * torch.rsqrt(total / (self.dim + 1) + self.eps)
+
+
+class GroupRMSNorm(Norm):
+    """RMSNorm of each of `groups` equal parts of a row. Source: Dao & Gu 2024, "Mamba-2", with its groups of heads."""
+
+    kind = "group"
+    takes = "groups"
+
+    def normalise(self, wide: Tensor) -> Tensor:
+        parts = wide.unflatten(-1, (self.groups, -1))
+        return (parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2)
+
+
+class PowerNorm(Norm):
+    """Divides each row by a power of its root mean square: from RMSNorm, power 1, to no norm at all, power 0."""
+
+    kind = "power"
+    takes = "power"
+
+    def normalise(self, wide: Tensor) -> Tensor:
+        return wide * (wide.pow(2).mean(-1, keepdim=True) + self.eps) ** (-self.power / 2)
+
+
+class FrozenNorm(Norm):
+    """x times one learned number, which starts at 1: RMSNorm whose statistic has become a constant."""
+
+    kind = "frozen"
+    has_eps = False
+    numbers: ClassVar = {"inverse_rms": 1.0}
+    inverse_rms: nn.Parameter
+
+    def normalise(self, wide: Tensor) -> Tensor:
+        return wide * self.inverse_rms.to(wide.dtype)
+
+
 class DynamicTanh(Norm):
     """tanh(α·x) with one learned α, which starts at 0.5. It computes no statistic and does not use eps.
 
-    Source: Zhu et al. 2025, "Transformers without Normalization", without its bias.
+    Source: Zhu et al. 2025, "Transformers without Normalization".
     """
 
     kind = "dyt"
-
-    def make_parameters(self, **factory: Any) -> None:
-        super().make_parameters(**factory)
-        self.alpha = nn.Parameter(torch.empty(1, **factory))
-
-    def reset_parameters(self) -> None:
-        """Sets the effective gain to one, and α to 0.5."""
-        super().reset_parameters()
-        nn.init.constant_(self.alpha, 0.5)
+    takes = "bias"
+    has_eps = False
+    numbers: ClassVar = {"alpha": 0.5}
+    alpha: nn.Parameter
 
     def normalise(self, wide: Tensor) -> Tensor:
         return torch.tanh(self.alpha.to(wide.dtype) * wide)
 
 
-NORMS: dict[str, type[Norm]] = {
-    norm.kind: norm for norm in (RMSNorm, LayerNorm, ScaleNorm, L2Norm, PartialRMSNorm, DynamicTanh)
-}
+class DynamicErf(DynamicTanh):
+    """erf(α·x + s) with a learned α and shift s, which start at 0.5 and 0.
+
+    Source: Chen et al. 2025, "Stronger Normalization-Free Transformers".
+    """
+
+    kind = "derf"
+    numbers: ClassVar = {"alpha": 0.5, "shift": 0.0}
+    shift: nn.Parameter
+
+    def normalise(self, wide: Tensor) -> Tensor:
+        return torch.erf(self.alpha.to(wide.dtype) * wide + self.shift.to(wide.dtype))
+
+
+_ALL = (RMSNorm, LayerNorm, ScaleNorm, L2Norm, PartialRMSNorm, CompressedRMSNorm, GroupRMSNorm, PowerNorm, FrozenNorm)
+NORMS: dict[str, type[Norm]] = {norm.kind: norm for norm in (*_ALL, DynamicTanh, DynamicErf)}

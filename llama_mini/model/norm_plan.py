@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from llama_mini.errors import ConfigError
@@ -96,7 +96,8 @@ class NormPlan:
         default of all layers. Neighbouring layers that differ from it in the same way share one override.
         """
         defaults: dict[str, Any] = {
-            name: _commonest(branches) for name, branches in zip(BRANCHES, zip(*layers, strict=True), strict=True)
+            name: Counter(reversed(branches)).most_common(1)[0][0]  # on a tie, the one counted first
+            for name, branches in zip(BRANCHES, zip(*layers, strict=True), strict=True)
         }
         overrides: list[Override] = []
         for i, branches in enumerate(layers):
@@ -122,11 +123,13 @@ class NormPlan:
 
         Raises ConfigError that lists PRESETS and SUFFIXES for any other text.
         """
-        head, *suffixes = re.split(r"(?=[+-])", text.strip())
+        head, *suffixes = re.split(_SUFFIX, text.strip())
+        placement, settings = _FAMILIES.get(head, (head, {}))
+        head, *of_family = re.split(_SUFFIX, placement)
         plan = _preset(head, n_layers)
-        for suffix in suffixes:
-            plan = _suffix(plan, suffix, text)
-        return plan
+        for suffix in (*of_family, *suffixes):
+            plan = _suffix(plan, suffix, text, n_layers)
+        return plan.with_norms(**settings)
 
     def name(self, n_layers: int) -> str:
         """The text that `parse` turns into this plan, or else its dict. Notes tell what all norms or branches share."""
@@ -137,7 +140,7 @@ class NormPlan:
         values = {setting: {getattr(norm, setting) for norm in norms} for setting, _ in _NOTES}
         shared = {setting: of_all.pop() for setting, of_all in values.items() if len(of_all) == 1}
         notes = [text for (setting, value), text in _NOTES.items() if shared.get(setting) == value]
-        if notes and "bias" in shared:
+        if notes and "bias" in shared and all(norm.groups == norm.power == 1 for norm in norms):
             plain = self.with_norms(**{setting: getattr(NormSpec(), setting) for setting in shared})
             return f"{plain.name(n_layers)}, each {', '.join(notes)}"
         if len(betas := {branch.beta for branch in branches}) == 1 and (beta := betas.pop()) != 1:
@@ -155,24 +158,14 @@ class NormPlan:
     def with_norms(self, **settings: Any) -> "NormPlan":
         """The same plan with these settings (cast="late", gain="1+w", ...) in every norm."""
 
-        def branch(norms: BranchPlan) -> BranchPlan:
-            slots: dict[str, Any] = {slot: norm(getattr(norms, slot)) for slot in SLOTS}
-            return replace(norms, **slots)
+        def changed(value: Any) -> Any:
+            if isinstance(value, NormSpec):
+                return replace(value, **settings)
+            if isinstance(value, NormPlan | BranchPlan | Override):
+                return replace(value, **{f.name: changed(getattr(value, f.name)) for f in fields(value)})
+            return tuple(map(changed, value)) if isinstance(value, tuple) else value
 
-        def norm(spec: NormSpec | None) -> NormSpec | None:
-            return spec and replace(spec, **settings)
-
-        def override(old: Override) -> Override:
-            attention, feed_forward = old.attention, old.feed_forward
-            return replace(
-                old, attention=attention and branch(attention), feed_forward=feed_forward and branch(feed_forward)
-            )
-
-        attention, feed_forward = branch(self.attention), branch(self.feed_forward)
-        plan = replace(
-            self, attention=attention, feed_forward=feed_forward, embed=norm(self.embed), final=norm(self.final)
-        )
-        return replace(plan, overrides=tuple(map(override, self.overrides)))
+        return changed(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: empty slots and default values are left out."""
@@ -193,15 +186,7 @@ class NormPlan:
             raise ConfigError(f"norm plan: overrides must be a list, not {short_repr(entries)}")
         parts: dict[str, Any] = {name: BranchPlan.from_dict(data[name], name) for name in BRANCHES if name in data}
         parts |= {name: NormSpec.from_dict(data[name], name) for name in ("embed", "final") if name in data}
-        return NormPlan(
-            **parts,
-            parallel=data.get("parallel", False),
-            overrides=tuple(Override.from_dict(entry) for entry in entries),
-        )
-
-
-def _commonest(branches: Sequence[BranchPlan]) -> BranchPlan:
-    return Counter(reversed(branches)).most_common(1)[0][0]  # on a tie, the one counted first
+        return NormPlan(**data | parts | {"overrides": tuple(map(Override.from_dict, entries))})
 
 
 def _check_branch(name: str, branch: Any) -> None:
@@ -226,13 +211,14 @@ def _lns(n_layers: int) -> NormPlan:
     return NormPlan().with_layers([(branch, branch) for branch in scaled])
 
 
+def _keel(n_layers: int) -> NormPlan:  # Chen & Wei 2026, "Post-LayerNorm Is Back"; α is the number of branches
+    branch = BranchPlan(pre=_RMS, post=_RMS, alpha=2.0 * n_layers)
+    return NormPlan(final=None).with_layers([(_PRE, _PRE)] + [(branch, branch)] * (n_layers - 1))
+
+
 _RMS = NormSpec()
-_PRE, _POST, _BOTH, _SUB = (
-    BranchPlan(pre=_RMS),
-    BranchPlan(post=_RMS),
-    BranchPlan(pre=_RMS, out=_RMS),
-    BranchPlan(pre=_RMS, mid=_RMS),
-)
+_PRE, _POST = BranchPlan(pre=_RMS), BranchPlan(post=_RMS)
+_BOTH, _SUB = replace(_PRE, out=_RMS), replace(_PRE, mid=_RMS)
 PRESETS: dict[str, Callable[[int], NormPlan]] = {  # name -> plan for n layers; also mix(SHARE)
     "pre": lambda n: _everywhere(_PRE),  # LLaMA
     "post": lambda n: _everywhere(_POST, final=None),  # the original Transformer
@@ -244,8 +230,14 @@ PRESETS: dict[str, Callable[[int], NormPlan]] = {  # name -> plan for n layers; 
     "sub": lambda n: _everywhere(_SUB),  # Sub-LN
     "normformer": lambda n: NormPlan(attention=_BOTH, feed_forward=_SUB),
     "parallel": lambda n: NormPlan(attention=_PRE, parallel=True),  # Cohere 2
+    "keel": _keel,  # post, the stream scaled by the number of branches, and pre; the first layer pre alone
+}
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # the placement of a family, and what all its norms share
+    "olmo3": ("out+qk:full", {"cast": "late"}),
+    "gemma3": ("peri+qk", {"gain": "1+w", "cast": "late"}),
 }
 SUFFIXES = "+qk, +qk:full, +embed, -final"
+_SUFFIX = r"(?=[+-])"  # begins here
 
 
 def _preset(name: str, n_layers: int) -> NormPlan:
@@ -255,22 +247,18 @@ def _preset(name: str, n_layers: int) -> NormPlan:
         return _mix(float(mix[1]), n_layers)
     if name in PRESETS:
         return PRESETS[name](n_layers)
-    known = ", ".join([*PRESETS, "mix(SHARE)"])
+    known = ", ".join([*PRESETS, "mix(SHARE)", *_FAMILIES])
     raise ConfigError(f"norm plan: unknown preset {short_repr(name)}; known: {known}; suffixes: {SUFFIXES}")
 
 
-def _suffix(plan: NormPlan, suffix: str, text: str) -> NormPlan:
+def _suffix(plan: NormPlan, suffix: str, text: str, n_layers: int) -> NormPlan:
     match suffix:
         case "+qk" | "+qk:full" if plan.attention.q is not None:
             raise ConfigError(f"norm plan {text!r}: q and k already have a norm")
         case "+qk" | "+qk:full":
             norm = NormSpec(view="full" if suffix.endswith("full") else "head")
-            overrides = [
-                o if o.attention is None else replace(o, attention=replace(o.attention, q=norm, k=norm))
-                for o in plan.overrides
-            ]
-            attention = replace(plan.attention, q=norm, k=norm)
-            return replace(plan, attention=attention, overrides=tuple(overrides))
+            layers = map(plan.layer, range(n_layers))
+            return plan.with_layers([(replace(attention, q=norm, k=norm), other) for attention, other in layers])
         case "+embed" if plan.embed is None:
             return replace(plan, embed=NormSpec())
         case "-final" if plan.final is not None:

@@ -1,12 +1,4 @@
-"""The norms of one residual branch, as data. A slot is a place where a norm may sit.
-
-A branch (attention or feed-forward) has up to seven slots:
-
-    x ─┬─ pre ─ q_proj ─ q ─┐                              pre   before the branch        (LLaMA)
-       │      ─ k_proj ─ k ─┼─ attend ─ mid ─ o_proj ─ out ─ (α·x + β·) ─ post
-       │      ─ v_proj ─ v ─┘                              out   on the branch's output   (OLMo 2)
-       └──────────────────────────────────────────────     post  after the sum            (the original Transformer)
-"""
+"""The norms of one residual branch, as data. A slot is a place where a norm may sit; the README draws all seven."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -16,7 +8,7 @@ from torch import nn
 
 from llama_mini.errors import ConfigError
 from llama_mini.model.norm import NORMS, Cast, Gain, Norm
-from llama_mini.validate import check_choice, check_number, short_repr
+from llama_mini.validate import check_choice, check_flag, check_number, short_repr
 
 View = Literal["head", "full"]
 SLOTS = ("pre", "q", "k", "v", "mid", "out", "post")
@@ -27,9 +19,9 @@ HEAD_SLOTS = ("q", "k", "v")
 class NormSpec:
     """One norm, as data.
 
-    kind: rms, layer, scale, l2, prms or dyt: a class of norm.py.
+    kind: rms, layer, scale, l2, prms, crms, group, power, frozen, dyt or derf: a class of norm.py.
     eps: None takes the config's `norm_eps`.
-    gain, cast, scale, bias: as in Norm.
+    gain, cast, scale, bias, groups, power: as in Norm.
     view: in slots q, k and v only: `head` norms each head (Qwen 3), `full` the whole projection (OLMo 2).
     """
 
@@ -39,23 +31,24 @@ class NormSpec:
     cast: Cast = "early"
     scale: float = 1.0
     bias: bool = False
+    groups: int = 1
+    power: float = 1.0
     view: View = "head"
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in NORMS:
             raise ConfigError(f"norm plan: unknown kind {short_repr(self.kind)}; known: {', '.join(NORMS)}, none")
         check_choice("norm plan view", self.view, get_args(View), ConfigError)
-        self.build(1, norm_eps=0.0)  # the norm's constructor checks the rest
+        self.build(self.groups, norm_eps=0.0)  # the norm's constructor checks the rest
 
     def build(self, dim: int, norm_eps: float) -> Norm:
         """The norm module, over `dim` elements."""
         eps = norm_eps if self.eps is None else self.eps
-        return NORMS[self.kind](dim, eps, gain=self.gain, cast=self.cast, scale=self.scale, bias=self.bias)
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kind", "eps", "view")}
+        return NORMS[self.kind](dim, eps, **settings)
 
     def to_dict(self) -> dict[str, Any]:
-        default = NormSpec()
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"kind": self.kind} | {k: v for k, v in values.items() if v != getattr(default, k)}
+        return {"kind": self.kind} | {k: v for k, v in vars(self).items() if v != getattr(NormSpec, k)}
 
     @staticmethod
     def from_dict(data: Any, where: str) -> "NormSpec | None":
@@ -70,7 +63,10 @@ def build_norm(spec: NormSpec | None, dim: int, norm_eps: float) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchPlan:
-    """The norms of one residual branch, and the residual scales: post(α·x + β·out(branch(pre(x))))."""
+    """The norms of one residual branch, and the residual scales: post(α·x + β·out(branch(pre(x)))).
+
+    learned: whether α and β are parameters that start at these values, as in SkipInit (De & Smith 2020).
+    """
 
     pre: NormSpec | None = None
     q: NormSpec | None = None
@@ -81,16 +77,19 @@ class BranchPlan:
     post: NormSpec | None = None
     alpha: float = 1.0
     beta: float = 1.0
+    learned: bool = False
 
     def __post_init__(self) -> None:
         for slot in SLOTS:
             check_slot(slot, getattr(self, slot), head=slot in HEAD_SLOTS)
         for name in ("alpha", "beta"):
             check_number(f"norm plan: {name}", getattr(self, name), ConfigError)
+        check_flag("norm plan: learned", self.learned, ConfigError)
 
     def to_dict(self) -> dict[str, Any]:
         norms = {slot: getattr(self, slot).to_dict() for slot in SLOTS if getattr(self, slot) is not None}
-        return norms | {name: getattr(self, name) for name in ("alpha", "beta") if getattr(self, name) != 1}
+        scales = {name: getattr(self, name) for name in ("alpha", "beta", "learned")}
+        return norms | {name: value for name, value in scales.items() if value != getattr(BranchPlan, name)}
 
     @staticmethod
     def from_dict(data: Any, where: str) -> "BranchPlan":

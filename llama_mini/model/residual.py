@@ -1,5 +1,6 @@
 """A residual branch and the norm slots around it."""
 
+import torch
 from torch import Tensor, nn
 
 from llama_mini.model.config import LlamaConfig
@@ -17,7 +18,10 @@ class Residual(nn.Module):
         self.pre_norm = build_norm(plan.pre, config.dim, config.norm_eps)
         self.out_norm = build_norm(plan.out, config.dim, config.norm_eps)
         self.post_norm = build_norm(plan.post, config.dim, config.norm_eps)
-        self.alpha, self.beta = plan.alpha, plan.beta
+        self.alpha: float | nn.Parameter = plan.alpha
+        self.beta: float | nn.Parameter = plan.beta
+        if plan.learned:
+            self.alpha, self.beta = (nn.Parameter(torch.full((1,), float(scale))) for scale in (plan.alpha, plan.beta))
 
     def forward(self, x: Tensor, *context: object, normed: Tensor | None = None) -> Tensor:
         h = self.pre_norm(x) if normed is None else normed
@@ -27,6 +31,8 @@ class Residual(nn.Module):
         raise NotImplementedError
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x if self.alpha == 1 else self.alpha * x
-        y = y if self.beta == 1 else self.beta * y
-        return x + y
+        return _times(self.alpha, x) + _times(self.beta, y)
+
+
+def _times(scale: float | Tensor, x: Tensor) -> Tensor:
+    return scale * x if isinstance(scale, Tensor) or scale != 1 else x

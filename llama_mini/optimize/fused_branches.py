@@ -28,6 +28,7 @@ class FusedBranch(Residual):
         for name, value in vars(plain).items():
             if name not in vars(self):
                 setattr(self, name, value)
+        self._parameters.update(plain._parameters)
         for name, module in plain.named_children():
             if not isinstance(module, nn.Linear):
                 self.add_module(name, module)
@@ -47,7 +48,8 @@ class FusedBranch(Residual):
         """Whether the operator can compute this branch, apart from the settings of its norms."""
         others = [self.get_submodule(slot) for slot in _UNSUPPORTED if slot in self._modules]
         kernels = all(linear.kernels for linear in self.linears)
-        return kernels and self.alpha == self.beta == 1 and all(isinstance(norm, nn.Identity) for norm in others)
+        unscaled = not self._parameters and self.alpha == self.beta == 1  # learned scales are parameters
+        return kernels and bool(unscaled) and all(isinstance(norm, nn.Identity) for norm in others)
 
 
 class FusedAttention(FusedBranch, Attention):

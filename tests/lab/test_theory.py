@@ -161,7 +161,7 @@ def test_mix_changes_over() -> None:
     np.testing.assert_allclose(mixed.second_moment[2:], predict("pre", 6).second_moment, rtol=EXACT)
 
 
-@pytest.mark.parametrize("kind", ["layer", "scale"])
+@pytest.mark.parametrize("kind", ["layer", "scale", "group", "power"])
 def test_kinds_that_equal_rms_at_init(kind: str) -> None:
     def plan(kind: str) -> NormPlan:
         branch = BranchPlan(pre=NormSpec(kind=kind), post=NormSpec(kind=kind))
@@ -170,8 +170,21 @@ def test_kinds_that_equal_rms_at_init(kind: str) -> None:
     np.testing.assert_array_equal(predict(plan(kind), 3).gradient, predict(plan("rms"), 3).gradient)
 
 
+def test_powers_and_frozen_norms() -> None:
+    """h = S^(1 - p) before attention, b = S^-p: G = 1 + S^-p and S grows by S^(1 - p). Frozen at one: no norm."""
+    half = NormSpec(kind="power", power=0.5, eps=0.0, scale=2.0)
+    silent = BranchPlan(beta=0.0)
+    profile = predict(NormPlan(attention=BranchPlan(pre=half), feed_forward=silent), 2)
+    one, two = 5.0, 5.0 + 4 * math.sqrt(5)
+    np.testing.assert_allclose(profile.second_moment, [1, one, two], rtol=1e-12)
+    growth = [1 + 4, 1 + 4 / math.sqrt(5)]
+    np.testing.assert_allclose(profile.gradient, np.sqrt([growth[0] * growth[1], growth[1], 1]), rtol=1e-12)
+    frozen = NormPlan(attention=BranchPlan(pre=NormSpec(kind="frozen", scale=3.0)), feed_forward=silent)
+    np.testing.assert_allclose(predict(frozen, 2).second_moment, [1, 10, 100], rtol=1e-12)
+
+
 @pytest.mark.parametrize("slot", ["pre", "v", "mid", "out", "post"])
-@pytest.mark.parametrize("kind", ["l2", "prms", "dyt"])
+@pytest.mark.parametrize("kind", ["l2", "prms", "crms", "dyt", "derf"])
 def test_other_kinds_are_refused_by_address(kind: str, slot: str) -> None:
     plan = NormPlan(attention=BranchPlan(**{slot: NormSpec(kind=kind)}))
     with pytest.raises(RequestError, match=rf"layers\.0\.attention\.{slot}_norm is of kind '{kind}'"):

@@ -236,7 +236,7 @@ BAD_PLANS: list[tuple[Any, str]] = [
     ({"final": {"view": "full"}}, "view='full' .* not to final"),
     ({"embed": {"view": "full"}}, "view='full' .* not to embed"),
     ({"attention": {"q": {"view": "heads"}}}, "unknown norm plan view 'heads'; known: head, full"),
-    ({"embed": {"kind": "batch"}}, "unknown kind 'batch'; known: rms, layer, scale, l2, prms, dyt, none"),
+    ({"embed": {"kind": "batch"}}, "unknown kind 'batch'; known: rms, layer, scale, l2, prms, crms"),
     ({"embed": {"gain": "w+1"}}, r"unknown RMSNorm gain 'w\+1'; known: w, 1\+w, none"),
     ({"embed": {"cast": "never"}}, "unknown RMSNorm cast 'never'; known: early, late"),
     *(({"embed": {"eps": bad}}, "eps must be a finite number") for bad in (-1e-9, NAN, INF, "0", True)),

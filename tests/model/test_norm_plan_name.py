@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
+from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.errors import ConfigError
 from llama_mini.model.norm_plan import PRESETS, NormPlan
-from llama_mini.model.norm_slots import NormSpec
+from llama_mini.model.norm_slots import BranchPlan, NormSpec
 
 LAYERS = 6
 TEXTS = [
     "".join(parts)
     for parts in product((*PRESETS, "mix(0.5)"), ("", "+qk", "+qk:full"), ("", "+embed"), ("", "-final"))
-    if not (parts[0] in ("post", "deep") and parts[-1])
+    if not (parts[0] in ("post", "deep", "keel") and parts[-1])
 ]
 
 
@@ -26,7 +27,7 @@ def test_every_preset_and_suffix_is_known_by_its_text(cast: str) -> None:
 
 
 def test_the_presets_that_have_no_final_norm_cannot_lose_it() -> None:
-    for text in ("post-final", "deep-final"):
+    for text in ("post-final", "deep-final", "keel-final"):
         with pytest.raises(ConfigError, match="-final changes nothing here"):
             NormPlan.parse(text, LAYERS)
 
@@ -55,6 +56,11 @@ def test_what_all_norms_share_is_said_in_words(text: str, settings: dict[str, An
     assert plan.with_layers([(one, layers[0][1]), *layers[1:]]).name(LAYERS).startswith("{'attention'")
 
 
+def test_groups_and_powers_are_their_json() -> None:
+    for settings in ({"kind": "group", "groups": 4}, {"kind": "power", "power": 0.5}):
+        assert NormPlan.parse("pre", LAYERS).with_norms(**settings).name(LAYERS).startswith("{'attention'")
+
+
 def test_a_bias_in_some_norms_alone_is_its_json() -> None:
     plan = NormPlan.parse("pre", LAYERS).with_norms(kind="layer", cast="late")
     mixed = replace(plan, final=NormSpec(kind="layer", cast="late", bias=True))
@@ -76,3 +82,20 @@ def test_a_cast_reaches_every_norm_and_comes_back(text: str) -> None:
     casts = [spec.cast for spec in (*specs, late.embed, late.final) if hasattr(spec, "cast")]
     assert casts == ["late"] * len(casts)
     assert late.with_norms(cast="early") == early
+
+
+def test_the_presets_of_families_are_their_plans() -> None:
+    for text, model_type in (("olmo3", "olmo3"), ("gemma3", "gemma3_text")):
+        assert NormPlan.parse(text, LAYERS) == FAMILIES[model_type].norms
+    late = NormPlan.parse("gemma3+embed", LAYERS)
+    assert late.embed == NormSpec(gain="1+w", cast="late")
+    with pytest.raises(ConfigError, match="'gemma3\\+qk': q and k already have a norm"):
+        NormPlan.parse("gemma3+qk", LAYERS)
+
+
+def test_keel_is_post_behind_a_scaled_stream_but_in_the_first_layer() -> None:
+    """x <- LN(αx + F(LN(x))), α the number of branches; the first attention and feed-forward are pre-norm."""
+    plan, rms = NormPlan.parse("keel", LAYERS), NormSpec()
+    keel = BranchPlan(pre=rms, post=rms, alpha=12.0)
+    assert [plan.layer(i) for i in range(LAYERS)] == [(BranchPlan(pre=rms),) * 2, *[(keel, keel)] * 5]
+    assert (plan.embed, plan.final) == (None, None)

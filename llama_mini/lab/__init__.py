@@ -15,6 +15,7 @@ _HOME = {  # no module has a function's name: importing the module would hide th
     "gradients": "gradient_flow",
     "score": "cost",
     "edit": "editing",
+    "edited": "applying",
     "ablate": "ablation",
     "skip_layers": "ablation",
     "audit": "auditing",

@@ -125,7 +125,7 @@ def _check_against(module: nn.Module, path: str, pattern: str, settings: Mapping
     """Refuses settings that would do nothing to this norm."""
     old = module.kind if isinstance(module, Norm) else "rms"
     name = f"{short_repr(pattern)}: {path} is of kind {old}"
-    if old == "frozen" and "skip" not in settings:
+    if isinstance(module, Frozen) and "skip" not in settings:
         raise RequestError(f"{name}; give all its settings in one edit")
     if "freeze" in settings and old not in FREEZABLE:
         raise RequestError(f"{name}; freeze is for {' and '.join(FREEZABLE)}, which divide by the root mean square")

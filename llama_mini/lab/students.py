@@ -3,21 +3,19 @@
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llama_mini.checkpoint.plain import check_plain
 from llama_mini.errors import RequestError
+from llama_mini.lab.applying import placed
 from llama_mini.lab.editing import Edits, edited_norms, swapped
 from llama_mini.lab.freezing import Frozen
-from llama_mini.lab.moving import spec_at, with_norms
+from llama_mini.lab.moving import with_norms
 from llama_mini.lab.paths import slots
 from llama_mini.lab.texts import Ids
 from llama_mini.model.llama import Llama
-from llama_mini.model.norm import Norm
-from llama_mini.model.norm_slots import NormSpec
 from llama_mini.validate import join_names
 
 
@@ -32,22 +30,13 @@ def student_of(model: Llama, change: Edits | Llama, ids: Ids) -> tuple[Llama, in
     else:
         modules = edited_norms(model, change, ids)
         if not any(isinstance(module, Frozen) for module in modules.values()):  # which no plan can express
-            change = with_norms(model, {path: (_spec(model, path, module), module) for path, module in modules.items()})
+            change = with_norms(model, {path: placed(model, path, module) for path, module in modules.items()})
     with nullcontext() if isinstance(change, Llama) else swapped(model, modules):
         changed = change if isinstance(change, Llama) else model
         if not (differing := _differing(before, _described(changed))):
             raise RequestError("the change leaves the model as it is: there is nothing to heal")
         first = min(_layer(model, name) for name in differing)
         return copied(changed, first), first
-
-
-def _spec(model: Llama, path: str, module: nn.Module) -> NormSpec | None:
-    """The plan of an edited norm."""
-    if not isinstance(module, Norm):
-        return None
-    eps, bias = None if module.eps == model.config.norm_eps else module.eps, module.bias is not None
-    settings: dict[str, Any] = {name: getattr(module, name) for name in ("kind", "gain", "cast", "scale")}
-    return replace(spec_at(model.config, path) or NormSpec(), eps=eps, bias=bias, **settings)
 
 
 def _described(model: Llama) -> dict[str, Tensor | str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of
 from llama_mini.cli.options import Parser
+from llama_mini.lab.settings_help import SETTINGS_HELP
 
 PROG = "python -m llama_mini.lab"
 LAYER_NORMS = "layers.*.*.*"
@@ -46,9 +47,11 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     output, model, text, picture = _shared()
 
-    def add(name: str, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        description = f"{help[0].upper()}{help[1:]}."
-        return commands.add_parser(name, help=help, description=description, parents=[*parents, output])
+    def add(name: str, help: str, *parents: argparse.ArgumentParser, epilog: str = "") -> argparse.ArgumentParser:
+        description, form = f"{help[0].upper()}{help[1:]}.", argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(
+            name, help=help, description=description, epilog=epilog, formatter_class=form, parents=[*parents, output]
+        )
 
     norms = add("norms", "list every norm with its settings and gains", model, picture)
     folded = "instead: gain times the length of the columns that read it, by layer and dimension in the picture"
@@ -64,8 +67,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         compare.add_argument(name, metavar=name.upper(), help="directory, file or hub name")
     compare.add_argument("pattern", nargs="?", help="norms whose cost is measured; default: all that can be")
     compare.add_argument("--dtype", default="float32", metavar="D", help="of both; default: %(default)s")
-    ablate = add("ablate", "measure the cost of freezing each norm's statistic", model, text, picture)
-    edit = add("edit", "measure the cost of editing norms", model, text)
+    ablate = add("ablate", "measure the cost of changing each norm", model, text, picture, epilog=SETTINGS_HELP)
+    edit = add("edit", "measure the cost of editing norms", model, text, epilog=SETTINGS_HELP)
     add("skip", "measure the cost of skipping each layer", model, text, picture)
     audit = add(
         "audit", "say which norms fold, cancel against a later norm or can go, and what that costs", model, text
@@ -90,8 +93,16 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         )
     fold.add_argument("pattern", nargs="?", help="norms; default: all whose gain can be folded")
     for command, default in ((ablate, "freeze=quadratic"), (compare, "freeze=quadratic"), (edit, "eps=1e-3")):
-        what = f"such as eps=1e-3 kind=layer or freeze=median keep=massive; default: {default}"
+        what = f"such as freeze=median keep=massive: see edit --help; default: {default}"
         command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=what)
+    for command in (ablate, edit):
+        calibrate = "measure the constants of freeze on this text instead"
+        command.add_argument("--calibrate", type=Path, metavar="FILE", action="append", help=calibrate)
+    together = ablate.add_mutually_exclusive_group()
+    together.add_argument("--joint", action="store_true", help="change all norms together, in one row")
+    together.add_argument("--cumulative", action="store_true", help="one after another, the cheapest next")
+    in_order = "one after another, the parts of the pattern in their order, which commas separate"
+    together.add_argument("--in-order", dest="cumulative", action="store_const", const="given", help=in_order)
     move.add_argument("--to", default="out", metavar="SLOT", help="pre, mid, out or post; default: %(default)s")
     gain = "lstsq (default): the gains that change the function least, fitted on the text; one: all gains 1"
     insert.add_argument("--gain", choices=["lstsq", "one"], default="lstsq", help=gain)

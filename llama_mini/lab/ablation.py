@@ -1,30 +1,35 @@
-"""What each norm and each layer contributes: the cost of changing one norm, or skipping one layer, at a time."""
+"""What each norm and each layer contributes: the cost of changing norms, alone or together, or of skipping a layer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from llama_mini.errors import NumericalError
+from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.cost import Score, score
 from llama_mini.lab.editing import edited_norms, swapped
-from llama_mini.lab.paths import select
+from llama_mini.lab.freezing import Frozen
+from llama_mini.lab.paths import select, split
 from llama_mini.lab.recording import watched
 from llama_mini.lab.study import progress
 from llama_mini.lab.table import Table
 from llama_mini.lab.texts import Ids, as_texts
 from llama_mini.model.llama import Llama
+from llama_mini.validate import check_choice, check_flag
 
 _COSTS = ("dloss", "se", "kl", "top1")
 
 
 @dataclass(frozen=True)
 class AblatedNorm:
-    """The cost of one edited norm. dloss, its standard error se, kl and top1 are those of Score.
+    """The cost of edited norms. dloss, its standard error se, kl and top1 are those of Score.
 
+    path: the norm; of norms edited together, the pattern; if `cumulative`, the norm that is edited with all those of
+        the rows before.
+    kept: how many tokens a frozen norm keeps apart; of several norms, the largest number.
     error: where NaN or infinity first appear, if the edit ends in them; the costs are then NaN. Else None.
     """
 
@@ -33,6 +38,7 @@ class AblatedNorm:
     se: float
     kl: float
     top1: float
+    kept: int | None = None
     error: str | None = None
 
 
@@ -52,24 +58,51 @@ class SkippedLayer:
     error: str | None = None
 
 
-def ablate(model: Llama, ids: Ids, pattern: str | Sequence[str] | None = None, **settings: Any) -> Table[AblatedNorm]:
+def ablate(
+    model: Llama,
+    ids: Ids,
+    pattern: str | Sequence[str] | None = None,
+    *,
+    joint: bool = False,
+    cumulative: bool | Literal["given"] = False,
+    calibrate: Ids | None = None,
+    **settings: Any,
+) -> Table[AblatedNorm]:
     """The cost in nats of editing norms one by one, in the order of the forward pass.
 
     pattern: one pattern of norms or several; None: every norm.
-    settings: those of `edit`, by default freeze="quadratic". The statistic for `freeze` is measured once, on the same
-        ids, in the unchanged model.
+    joint: all of them together, in one row.
+    cumulative: one after another, each with all before it. True: next is the norm with which the loss is lowest, which
+        takes N(N + 1)/2 passes over the texts for N norms. "given": the patterns in their order, a row for each.
+    calibrate: the texts that the constants of `freeze` are measured on, in the unchanged model; None: `ids`.
+    settings: those of `edit`, by default freeze="quadratic".
 
     Raises RequestError as `edit` does; NumericalError if the logits of the unchanged model are not finite.
     """
+    check_flag("joint", joint, RequestError)
+    if not isinstance(cumulative, bool):
+        check_choice("cumulative", cumulative, ("given",), RequestError)
+    if joint and cumulative:
+        raise RequestError("joint edits all norms together, cumulative one after another: give one of them")
     if settings.keys() <= {"keep"}:
         settings = {"freeze": "quadratic"} | settings
     paths = select(model, pattern, empty="kind" in settings)
-    modules = edited_norms(model, dict.fromkeys(paths, settings), ids)
+    modules = edited_norms(model, dict.fromkeys(paths, settings), ids, calibrate)
     base = score(model, ids)
-    rows = []
-    for path, module in progress(modules.items(), "ablate", unit="norm"):
-        rows.append(AblatedNorm(path, **_cost(model, ids, {path: module}, base)))
-    return Table(rows)
+    groups = {path: [path] for path in paths}
+    if joint:
+        groups = {"every norm" if pattern is None else ",".join(split(pattern)): paths}
+    elif cumulative == "given" and pattern is not None:
+        groups = {one: select(model, one, empty="kind" in settings) for one in split(pattern)}
+    rows: list[AblatedNorm] = []
+    done: list[str] = []
+    for _ in progress(range(len(groups)), "ablate", unit="norm"):
+        candidates = list(groups) if cumulative is True else list(groups)[:1]
+        costs = [_ablated(model, ids, name, {p: modules[p] for p in done + groups[name]}, base) for name in candidates]
+        best = min(costs, key=lambda row: (row.error is not None, row.dloss))
+        rows.append(best)
+        done += groups.pop(best.path) if cumulative else groups.pop(best.path)[:0]
+    return Table(rows, _note(settings, calibrate is not None))
 
 
 def skip_layers(model: Llama, ids: Ids) -> Table[SkippedLayer]:
@@ -87,6 +120,20 @@ class _PassThrough(nn.Module):
 
     def forward(self, x: Tensor, *context: object) -> Tensor:
         return x
+
+
+def _ablated(model: Llama, ids: Ids, path: str, modules: dict[str, nn.Module], base: Score) -> AblatedNorm:
+    kept = max((int(norm.kept.sum()) for norm in modules.values() if isinstance(norm, Frozen)), default=None)
+    return AblatedNorm(path, kept=kept, **_cost(model, ids, modules, base))
+
+
+def _note(settings: Mapping[str, Any], calibrated: bool) -> str:
+    """What the costs are those of."""
+    words = [f"{name}={value}" for name, value in settings.items()]
+    if "freeze" in settings:
+        words += [] if "keep" in settings else ["keep=first"]
+        words.append(f"constants measured on {'other texts' if calibrated else 'the same texts'}")
+    return f"{', '.join(words)}; dloss in nats per token, se its standard error"
 
 
 def _cost(model: Llama, ids: Ids, modules: dict[str, nn.Module], base: Score) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def audit(model: Llama, ids: Ids, most: float = 0.01, keep: Any = "none") -> Tab
     rows = []
     for path, norm in norms.items():
         folds = [name.removesuffix(".weight").rpartition(".")[2] for name in readers(path, model.config)]
-        cost = vars(costs[path])
+        cost = {name: value for name, value in vars(costs[path]).items() if name != "kept"}
         can_go = cost["dloss"] + 2 * cost["se"] <= most
         texts = [", ".join(names) or None for names in (folds if norm.weight is not None else [], cancels(model, path))]
         rows.append(

@@ -1,6 +1,7 @@
 """Input and output of the lab's commands: checkpoint, text and settings of an edit; tables and pictures."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint, resolve
 from llama_mini.errors import CheckpointPathError, RequestError
 from llama_mini.lab.cost import Score
-from llama_mini.lab.keep import keep_words
+from llama_mini.lab.keep import keep_words, number_or_text
 from llama_mini.lab.recording import Record, Recording
 from llama_mini.lab.reporting.style import save
 from llama_mini.lab.table import Table
@@ -78,26 +79,38 @@ def read_text(path: Path) -> str:
         raise CheckpointPathError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
 
 
+def calibration(tokenizer: Tokenizer, args: argparse.Namespace) -> list[list[int]] | None:
+    """The same rows of the files of --calibrate; None without."""
+    if args.calibrate is None:
+        return None
+    return read_ids(tokenizer, argparse.Namespace(**vars(args) | {"text": args.calibrate}))
+
+
 def read_settings(pairs: list[str]) -> dict[str, Any]:
-    """The settings of an edit, from KEY=VALUE words: numbers, true, false or names; gain=scale:2 multiplies by 2."""
+    """The settings of an edit, from KEY=VALUE words. A value is JSON, a name, or a short form: see SETTINGS_HELP."""
     settings: list[tuple[str, Any]] = []
     for pair in pairs:
         key, _, value = pair.partition("=")
         if not key or not value:
             raise RequestError(f"an edit is written KEY=VALUE, such as eps=1e-3, not {short_repr(pair)}")
-        settings.append((key, keep_words(value) if key == "keep" else _value(value)))
+        settings.append((key, _value(key, value)))
     return as_dict("the edit", settings, RequestError)
 
 
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if text.startswith("scale:"):
-        return ("scale", _value(text.removeprefix("scale:")))
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _value(key: str, text: str) -> Any:
+    if text.startswith(("[", "{")):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise RequestError(f"{key}: {short_repr(text)} is no JSON: {error}") from None
+    if key == "keep":
+        return keep_words(text)
+    name, _, rest = text.partition(":")
+    if name == "scale" and rest:
+        return ("scale", number_or_text(rest))
+    if name == "dims" and rest:
+        return {"dims": [number_or_text(dim) for dim in rest.split(",")]}
+    return {"true": True, "false": False}.get(text.lower(), number_or_text(text))
 
 
 def show(

@@ -13,6 +13,7 @@ from llama_mini.checkpoint.io.files import decode_json
 from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.command_io import (
+    calibration,
     captured,
     checkpoint,
     draw,
@@ -113,9 +114,14 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _ablate(args: argparse.Namespace) -> None:
+    if args.joint and args.picture is not None:
+        raise RequestError("--joint gives one cost, and no picture: leave --picture out")
     model, tokenizer = read_model(args)
-    costs = lab.ablate(model, read_ids(tokenizer, args), args.pattern, **read_settings(args.settings))
-    show(args, costs, lambda: figures.norm_cost_picture(costs))
+    ids, settings, calibrate = read_ids(tokenizer, args), read_settings(args.settings), calibration(tokenizer, args)
+    together = {"joint": args.joint, "cumulative": args.cumulative}
+    costs = lab.ablate(model, ids, args.pattern, calibrate=calibrate, **together, **settings)
+    draw = figures.cumulative_picture if args.cumulative else figures.norm_cost_picture
+    show(args, costs, lambda: draw(costs))
     _check_finite(costs)
 
 
@@ -123,7 +129,7 @@ def _edit(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
     ids, settings = read_ids(tokenizer, args), read_settings(args.settings) or {"eps": 1e-3}
     base = lab.score(model, ids)
-    with lab.edit(model, {args.pattern: settings}, ids):
+    with lab.edit(model, {args.pattern: settings}, ids, calibration(tokenizer, args)):
         _show_cost(args, base, model, ids, f"{args.pattern} {settings}")
 
 

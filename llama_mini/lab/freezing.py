@@ -1,7 +1,6 @@
 """Norms that divide by a constant, measured on texts, in the place of each token's own root mean square."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,22 +21,33 @@ FREEZE = ("quadratic", "arithmetic", "median", "token")
 class Frozen(RMSNorm):
     """RMSNorm whose reciprocal root is a constant, 1/c: one number for all rows, or (B, T, ..., 1), by position.
 
-    keep: tokens that keep their own statistic. median: that of the tokens' RMS where c was measured. reading: follows
-    what the model reads.
+    keep: tokens that keep their own statistic; kept: those of the measured texts, (B, T) bool. median: of the tokens'
+    RMS where c was measured. reading: follows what the model reads.
     """
 
     kind = "frozen"
     inverse_root: Tensor
+    kept: Tensor
 
-    def __init__(self, norm: Norm, inverse_root: Tensor, keep: Keep, median: float, reading: Reading) -> None:
+    def __init__(
+        self, norm: Norm, inverse_root: Tensor, keep: Keep, kept: Tensor, median: float, reading: Reading
+    ) -> None:
         super().__init__(norm.dim, norm.eps, gain=norm.gain, cast=norm.cast, scale=norm.scale, device="meta")
         self.weight = norm.weight
         self.register_buffer("inverse_root", inverse_root, persistent=False)
+        self.register_buffer("kept", kept, persistent=False)
         self.keep, self.median, self.reading = keep, median, reading
+
+    @property
+    def knows_tokens(self) -> bool:
+        return bool(self.keep.ids) or self.keep.times_median is not None
 
     def normalise(self, wide: Tensor) -> Tensor:
         normed = wide * self._inverse_root_for(wide)
-        kept = self.keep.mask(_token_rms(_energy(wide)), self.median, self.reading)
+        kept = self.kept
+        if not (self.reading.is_measured and self.knows_tokens):
+            rms = _token_rms(_energy(wide))
+            kept = self.keep.mask(rms, self.median, self.reading.tokens, self.reading.positions)
         normed[kept] = super().normalise(wide[kept])
         return normed
 
@@ -54,48 +64,62 @@ class Frozen(RMSNorm):
         return root[torch.arange(root.shape[0], device=root.device)[:, None], self.reading.positions]
 
 
-def frozen_norms(model: Llama, norms: Mapping[str, tuple[Any, Mapping[str, Any]]], ids: Ids) -> dict[str, Frozen]:
-    """The frozen norms by path, for norms with the settings `freeze` and `keep`. Their inputs are the model's on `ids`.
+def frozen_norms(
+    model: Llama, norms: Mapping[str, tuple[Any, Mapping[str, Any]]], ids: Ids, calibrate: Ids | None = None
+) -> dict[str, Frozen]:
+    """The frozen norms by path, for norms with their settings, of which `freeze` and `keep` are read here.
+
+    ids: the texts that the model will read; calibrate: those to measure the constants on, if they are others.
 
     Raises RequestError for a position or id to keep that cannot occur, or if no token is left to measure.
     """
-    texts, reading, energies = as_texts(model, ids), Reading(), dict[str, Tensor]()
+    texts = as_texts(model, ids)
     keeps = {path: as_keep(settings.get("keep", "first")) for path, (_, settings) in norms.items()}
     for keep in keeps.values():
         check_token_ids(keep.ids, model.config.vocab_size, RequestError)
         if (last := max(keep.positions, default=0)) >= (n := texts.tokens.shape[1]):
             raise RequestError(f"keep: there is no position {last} in a text of {n} tokens, which begin at 0")
+    reading, of_texts = Reading(texts.tokens), _energies(model, norms, texts)
+    measured, energies = texts, of_texts
+    if calibrate is not None:
+        measured = as_texts(model, calibrate)
+        energies = _energies(model, norms, measured)
+    frozen = {}
+    for path, (norm, settings) in norms.items():
+        keep, energy = keeps[path], energies[path]
+        median = float(_token_rms(energy)[measured.real].double().quantile(0.5))
+        counted = measured.real & ~_kept(keep, energy, median, measured)
+        if not counted.any():
+            raise RequestError("keep leaves no token to measure the statistic on: keep fewer, or give a longer text")
+        square = energy + norm.eps
+        root = square if settings["freeze"] == "token" else _constant(square[counted].double(), settings["freeze"])
+        kept = _kept(keep, of_texts[path], median, texts) & texts.real
+        frozen[path] = Frozen(norm, root.rsqrt().to(square), keep, kept, median, reading)
+    return frozen
+
+
+def _energies(model: Llama, paths: Iterable[str], texts: Texts) -> dict[str, Tensor]:
+    """mean(x²) of each vector that the norms read: (B, T, ..., 1)."""
+    energies: dict[str, Tensor] = {}
 
     def record(path: str, x: Tensor, _: Tensor) -> None:
         energies[path] = _energy(x.to(torch.promote_types(x.dtype, torch.float32)))
 
-    with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(reading.follows(model, tokens=True))
-        stack.enter_context(watched({path: model.get_submodule(path) for path in norms}, record))
+    with torch.no_grad(), watched({path: model.get_submodule(path) for path in paths}, record):
         model(texts.tokens)
-    return {
-        path: _frozen(norm, settings["freeze"], keeps[path], energies[path], texts, reading)
-        for path, (norm, settings) in norms.items()
-    }
+    return energies
 
 
-def _frozen(norm: Norm, freeze: str, keep: Keep, energy: Tensor, texts: Texts, reading: Reading) -> Frozen:
-    rms = _token_rms(energy)
-    median = float(rms[texts.real].double().quantile(0.5))
-    if freeze == "token":
-        return Frozen(norm, torch.rsqrt(energy + norm.eps), keep, median, reading)
-    counted = texts.real & ~keep.mask(rms, median, reading)
-    if not counted.any():
-        raise RequestError("keep leaves no token to measure the statistic on: keep fewer, or give a longer text")
-    square = energy[counted].double() + norm.eps
-    match freeze:
-        case "quadratic":
-            constant = square.mean().sqrt()
-        case "arithmetic":
-            constant = square.sqrt().mean()
-        case _:
-            constant = square.sqrt().quantile(0.5)
-    return Frozen(norm, (1 / constant).to(energy.dtype), keep, median, reading)
+def _kept(keep: Keep, energy: Tensor, median: float, texts: Texts) -> Tensor:
+    positions = torch.arange(texts.tokens.shape[1], device=texts.tokens.device)[None]
+    return keep.mask(_token_rms(energy), median, texts.tokens, positions)
+
+
+def _constant(square: Tensor, freeze: str) -> Tensor:
+    """c² for the mean squares of the vectors, eps included."""
+    if freeze == "quadratic":
+        return square.mean()
+    return (square.sqrt().mean() if freeze == "arithmetic" else square.sqrt().quantile(0.5)).square()
 
 
 def _energy(wide: Tensor) -> Tensor:

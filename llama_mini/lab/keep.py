@@ -6,9 +6,13 @@
     [0, 5], {"ids": [1, 2]}  the tokens at these positions; the tokens with these ids, such as BOS
     ["first", {"ids": [1]}]  several of these
 
+Massive tokens of the texts that are measured are those of the unedited model. In other texts they are found by the same
+threshold while the edited model reads.
+
 On the command line: none, first, massive, massive:4, 0,5, ids:1,2, and several as first+ids:1,2.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,36 +37,42 @@ class Keep:
     ids: tuple[int, ...] = ()
     times_median: float | None = None
 
-    def mask(self, rms: Tensor, median: float, reading: "Reading") -> Tensor:
-        """Which tokens are kept: (B, T) bool. rms: (B, T), of their inputs to the norm."""
-        kept = torch.zeros_like(rms, dtype=torch.bool)
-        if self.times_median is not None:
-            kept |= rms > self.times_median * median
-        for values, wanted in ((reading.positions, self.positions), (reading.tokens, self.ids)):
-            if wanted:
+    def mask(self, rms: Tensor, median: float, tokens: Tensor | None, positions: Tensor) -> Tensor:
+        """Which tokens are kept, (B, T) bool, by the RMS (B, T) of their inputs, their ids (B, T) and positions."""
+        kept = rms > (math.inf if self.times_median is None else self.times_median * median)
+        for values, wanted in ((positions, self.positions), (tokens, self.ids)):
+            if wanted and values is not None:
                 kept |= torch.isin(values, torch.tensor(wanted, device=rms.device))
         return kept
 
 
 class Reading:
-    """The tokens (B, T) and positions, (1, T) or (B, T), that the model reads at the moment."""
+    """What the model reads at the moment: tokens (B, T), and positions, (1, T) or (B, T).
 
-    tokens: Tensor
+    is_measured: whether these are the texts that the statistics were measured on.
+    """
+
+    tokens: Tensor | None = None
     positions: Tensor
+    is_measured = False
+
+    def __init__(self, measured: Tensor) -> None:
+        self._measured = measured
 
     @contextmanager
     def follows(self, model: Llama, tokens: bool) -> Iterator[None]:
         """Follows what the model reads until the block ends; tokens only on demand."""
         with ExitStack() as hooks:
-            hooks.enter_context(model.rope.register_forward_pre_hook(self._positions))
+            hooks.enter_context(model.rope.register_forward_pre_hook(self._see_positions))
             if tokens:
-                hooks.enter_context(model.tok_embeddings.register_forward_pre_hook(self._tokens))
+                hooks.enter_context(model.tok_embeddings.register_forward_pre_hook(self._see_tokens))
             yield
 
-    def _tokens(self, _: nn.Module, args: tuple[Tensor]) -> None:
-        self.tokens = args[0]
+    def _see_tokens(self, _: nn.Module, args: tuple[Tensor]) -> None:
+        (self.tokens,) = args
+        self.is_measured = torch.equal(self.tokens, self._measured)
 
-    def _positions(self, _: nn.Module, args: tuple[Tensor]) -> None:
+    def _see_positions(self, _: nn.Module, args: tuple[Tensor]) -> None:
         self.positions = args[0]
 
 
@@ -104,15 +114,15 @@ def keep_words(text: str) -> Any:
     for word in text.split("+"):
         name, _, value = word.partition(":")
         if name == "ids":
-            parts.append({"ids": [_number(one) for one in value.split(",")]})
+            parts.append({"ids": [number_or_text(one) for one in value.split(",")]})
         elif name == "massive" and value:
-            parts.append({"massive": _number(value)})
+            parts.append({"massive": number_or_text(value)})
         else:
-            parts += [_number(one) for one in word.split(",")]
-    return parts[0] if len(parts) == 1 and isinstance(parts[0], str) else parts
+            parts += [number_or_text(one) for one in word.split(",")]
+    return parts if len(parts) > 1 or is_whole(parts[0]) else parts[0]
 
 
-def _number(text: str) -> Any:
+def number_or_text(text: str) -> Any:
     for kind in (int, float):
         try:
             return kind(text)

@@ -73,11 +73,8 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
     filled = [path for path, module in known.items() if isinstance(module, Norm)]
     if pattern is None:
         return list(known) if empty else filled
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
-        raise RequestError(f"a pattern of norms must be text or a list of texts, not {short_repr(pattern)}")
     selected: set[str] = set()
-    for one in (part.strip() for several in patterns for part in _COMMA.split(several)):
+    for one in split(pattern):
         for each in (one, *_ends(one)):
             if not any(_matches(path, each) for path in known):
                 raise RequestError(f"{short_repr(each)} matches no norm; the norms are {join_names(filled) or 'none'}")
@@ -90,6 +87,14 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
             )
         selected.update(chosen)
     return [path for path in known if path in selected]
+
+
+def split(pattern: str | Sequence[str]) -> list[str]:
+    """The parts of a pattern, or of several, without repeats, that commas separate."""
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
+        raise RequestError(f"a pattern of norms must be text or a list of texts, not {short_repr(pattern)}")
+    return list(dict.fromkeys(part.strip() for several in patterns for part in _COMMA.split(several)))
 
 
 def _ends(pattern: str) -> Iterator[str]:

@@ -11,10 +11,13 @@ Row = TypeVar("Row")
 
 
 class Table(Sequence[Row], Generic[Row]):
-    """An immutable list of rows. `str()` lays them out in columns; floats have four significant digits."""
+    """An immutable list of rows. `str()` lays them out in columns; floats have four significant digits.
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = tuple(rows)
+    note: a line for people that says what the rows are, below them.
+    """
+
+    def __init__(self, rows: Sequence[Row], note: str = "") -> None:
+        self._rows, self.note = tuple(rows), note
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -53,7 +56,8 @@ class Table(Sequence[Row], Generic[Row]):
             cells = [name, *map(_cell, values)]
             width, numeric = max(map(len, cells)), all(isinstance(value, int | float | None) for value in values)
             columns.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in cells])
-        return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+        lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+        return "\n".join([*lines, self.note] if self.note else lines)
 
     __repr__ = __str__
 

@@ -60,8 +60,8 @@ class Llama(nn.Module):
 
     def trunk(self, tokens: Tensor, positions: Tensor, mask: Tensor, kv: list[LayerCache] | None) -> Tensor:
         """Tensors in, tensors out: the one function that is run eagerly, captured or exported."""
-        x = self.embed_norm(self.embed(tokens))  # (B, T, C)
         ropes, masks = self.by_layer(positions, mask, cached=kv is not None)
+        x = self.embed_norm(self.embed(tokens))  # (B, T, C)
         return self.norm(self.layers(x, ropes, masks, kv))
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ def test_ablate_is_edit_norm_by_norm_and_leaves_the_model_as_it_was(
         assert (row.dloss, row.se, row.kl, row.top1) == (alone.dloss, alone.se, alone.kl, alone.top1)
     assert {name: module for name, module in ours.named_modules() if module is not before[name]} == {}
     assert torch.equal(ours(TEXT), expected)
-    assert str(table).splitlines()[0].split() == ["path", "dloss", "se", "kl", "top1"]
+    names = ["path", "dloss", "se", "kl", "top1", *(["kept"] if "freeze" in settings else [])]
+    assert str(table).splitlines()[0].split() == names
 
 
 def test_ablate_fills_empty_slots_one_by_one(ours: Llama) -> None:

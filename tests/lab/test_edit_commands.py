@@ -88,7 +88,7 @@ def test_a_row_of_nan_says_where_it_begins_and_the_command_fails(
         assert [row["error"] is None for row in rows] == [False] + [True] * (n - 1)
         assert [row["dloss"] is None for row in rows] == [True] + [False] * (n - 1)
     else:
-        assert len(printed.splitlines()) == n + 1
+        assert len(printed.splitlines()) == n + 1 + (form == "table")  # and a note
     assert printed.count(where) == 1
     assert (tmp_path / "a.svg").exists() is (form == "table")
 

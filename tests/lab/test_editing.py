@@ -34,6 +34,17 @@ def first(x: np.ndarray, share: float = 0.0625) -> np.ndarray:
 
 
 EPS = 1e-5  # the tiny model's
+
+
+def plain(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt(square(x) + EPS)
+
+
+def masked(g: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """g, but in dimensions 3 and 7 `other`."""
+    return np.where(np.isin(np.arange(len(g)), [3, 7]), other, g)
+
+
 FORMULAS = {  # settings -> x, g -> y, in float64
     "eps": ({"eps": 0.5}, lambda x, g: g * x / np.sqrt(square(x) + 0.5)),
     "layer": (
@@ -49,6 +60,13 @@ FORMULAS = {  # settings -> x, g -> y, in float64
     "gain from JSON": ({"gain": ["scale", 3]}, lambda x, g: 3 * g * x / np.sqrt(square(x) + EPS)),
     "gain mean": ({"gain": "mean"}, lambda x, g: g.mean() * x / np.sqrt(square(x) + EPS)),
     "gain one": ({"gain": "one"}, lambda x, g: x / np.sqrt(square(x) + EPS)),
+    "gain vector": ({"gain": [0.1 * i for i in range(48)]}, lambda x, g: 0.1 * np.arange(x.shape[-1]) * plain(x)),
+    "gain mask": ({"gain": {"dims": [3, 7]}}, lambda x, g: masked(g, 0 * g) * plain(x)),
+    "gain of dims": (
+        {"gain": {"dims": [3, 7], "gain": ["scale", 3]}},
+        lambda x, g: masked(g, 3 * g) * plain(x),
+    ),
+    "alpha": ({"kind": "dyt", "alpha": 2.0}, lambda x, g: g * np.tanh(2 * x)),
     "kind, eps, gain": (
         {"kind": "l2", "eps": 2.0, "gain": 0.3},
         lambda x, g: 0.3 * x / np.sqrt((x**2).sum(-1, keepdims=True) + 2),
@@ -75,6 +93,8 @@ FORMULAS = {  # settings -> x, g -> y, in float64
 def test_an_edit_is_its_formula(name: str, path: str) -> None:
     settings, formula = FORMULAS[name]
     model = tiny_model(norm_plan="pre+qk", head_dim=32)
+    if name == "gain vector":
+        settings = {"gain": settings["gain"][: model.get_submodule(path).dim]}
     before = lab.capture(model, TEXT)[path]
     base = lab.score(model, TEXT)
     with lab.edit(model, {path: settings}, TEXT) as edited:

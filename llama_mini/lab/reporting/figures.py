@@ -14,6 +14,7 @@ from llama_mini.lab.recording import Recording, besides_first
 from llama_mini.lab.reporting.style import (
     BLUE,
     GREEN,
+    GREY,
     INK,
     PURPLE,
     VERMILION,
@@ -85,16 +86,38 @@ def residual_rms_picture(recording: Recording) -> "Figure":
 
 @styled
 def norm_cost_picture(costs: Sequence[AblatedNorm]) -> "Figure":
-    """The cost of editing each norm, in nats per token: a bar for each norm, a panel for each slot."""
-    values = {row.path: row.dloss for row in costs}
-    figure, panels = _slot_panels(values)
+    """The cost of editing each norm, in nats per token: a bar for each norm, a panel for each slot.
+
+    Lines show two standard errors. A bar that is not longer is grey.
+    """
+    rows = {row.path: row for row in costs}
+    figure, panels = _slot_panels(rows)
     for axes, slot, branches in panels:
         for branch, (x, paths) in branches.items():
-            axes.bar(x, [values[path] for path in paths], 0.38, color=_BRANCH[branch][0], label=_named(branch))
+            _bars(axes, x, [rows[path] for path in paths], _BRANCH[branch][0], _named(branch), width=0.38)
         axes.margins(x=0.015)  # no tick beyond the last layer
-        signed_scale(axes, [values[path] for _, paths in branches.values() for path in paths])
+        signed_scale(axes, [rows[path].dloss for _, paths in branches.values() for path in paths])
         axes.set_ylabel(f"{slot}: change of loss\n(nats per token)")
         legend_above(axes, 3)
+    return figure
+
+
+@styled
+def cumulative_picture(costs: Sequence[AblatedNorm]) -> "Figure":
+    """The cost of norms edited one after another, with two standard errors, by their number."""
+    figure, (axes,) = new_figure(1, 3.4)
+    x, dloss = np.arange(1, len(costs) + 1), np.array([row.dloss for row in costs])
+    error = 2 * np.array([row.se for row in costs])
+    axes.plot(x, dloss, color=INK, linewidth=0.8)
+    axes.fill_between(x, dloss - error, dloss + error, color=GREY, alpha=0.3, linewidth=0, label="± 2 standard errors")
+    for branch, (color, marker) in _BRANCH.items():
+        own = [i for i, row in enumerate(costs) if _branch(row.path) == branch]
+        if own:
+            axes.plot(x[own], dloss[own], linestyle="", color=color, marker=marker, markersize=4, label=_named(branch))
+    signed_scale(axes, list(dloss))
+    axes.set(xlabel="norms edited", ylabel="change of loss\n(nats per token)")
+    layer_ticks(axes, len(costs))
+    legend_above(axes, 4)
     return figure
 
 
@@ -140,14 +163,32 @@ def skip_picture(rows: Sequence[SkippedLayer]) -> "Figure":
     """The cost of skipping each layer, and the angle by which the layer turns the stream."""
     figure, (cost, angle) = new_figure(2, 2.3)
     layers = [row.layer for row in rows]
-    cost.bar(layers, [row.dloss for row in rows], color=BLUE)
+    _bars(cost, layers, rows, BLUE, "a layer skipped", width=0.8)
     signed_scale(cost, [row.dloss for row in rows])
     cost.set_xlim(-0.7, len(layers) - 0.3)
     cost.set_ylabel("change of loss\n(nats per token)")
+    legend_above(cost, 2)
     angle.plot(layers, [row.angle for row in rows], color=VERMILION, marker="o", markersize=4)
     angle.set(ylabel="input to output\n(angle / π)", xlabel="layer", ylim=(0, None))
     layer_ticks(angle, len(layers) - 1)
     return figure
+
+
+def _bars(
+    axes: "Axes", x: Sequence[float], rows: Sequence[AblatedNorm | SkippedLayer], color: str, label: str, width: float
+) -> None:
+    """Bars of costs with two standard errors; grey where the cost is not larger than these."""
+    small = np.array([abs(row.dloss) <= 2 * row.se for row in rows])
+    for which, shade, name in ((~small, color, label), (small, GREY, "within two standard errors")):
+        if which.any():
+            height, error = np.array([(row.dloss, 2 * row.se) for row in rows])[which].T
+            name = f"_{name}" if shade == GREY and name in axes.get_legend_handles_labels()[1] else name
+            looks: Any = {"elinewidth": 0.8, "ecolor": INK}
+            axes.bar(np.array(x)[which], height, width, yerr=error, color=shade, label=name, error_kw=looks)
+
+
+def _branch(path: str) -> str:
+    return next((name for name in ("attention", "feed_forward") if f".{name}." in path), "")
 
 
 def _address(path: str, depth: int) -> _Address:

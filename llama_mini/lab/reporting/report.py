@@ -168,7 +168,7 @@ def _costs(model: Llama, texts: Texts) -> dict[str, Any]:
         "rows": rows,
         "errors": sum(row.error is not None for row in rows),
         "worst": max((row for row in rows if row.error is None), key=lambda row: row.dloss, default=None),
-        "free": sum(abs(row.dloss) < 0.01 for row in rows),
+        "free": sum(abs(row.dloss) <= 2 * row.se for row in rows),
         "others": len(table) - len(paths),
         "pattern": shlex.quote(",".join(patterns)) if select(model, patterns) == paths else "",
     }

@@ -22,6 +22,7 @@ P = ParamSpec("P")
 INK, DARK_INK = "#24292f", "#e6edf3"
 LIGHT, DARK = "#ffffff", "#14171c"  # background of the page
 BLUE, VERMILION, GREEN, PURPLE = PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5679a")
+GREY = "#808080"  # within two standard errors of zero
 SVG = "http://www.w3.org/2000/svg"
 SUFFIXES = (".png", ".svg")
 _STYLE: Any = {

@@ -14,10 +14,11 @@ from llama_mini import lab
 from llama_mini.errors import RequestError
 from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
 from llama_mini.lab.reporting import figures
-from llama_mini.lab.reporting.style import DARK, INK, LIGHT, PALETTE, SVG, save
+from llama_mini.lab.reporting.style import DARK, GREY, INK, LIGHT, PALETTE, SVG, save
 from tests.tiny_models import random_tokens, tiny_model
 
-pytest.importorskip("matplotlib", reason="pictures need the extra lab")
+BarContainer = pytest.importorskip("matplotlib.container", reason="pictures need the extra lab").BarContainer
+to_hex = pytest.importorskip("matplotlib.colors", reason="pictures need the extra lab").to_hex
 PRESETS = ("post", "none", "mix(.34)", "peri+qk:full+embed")
 MORE = ("pre", "peri", "out", "deep", "lns", "sub", "normformer")
 IDS = random_tokens(2, 20)
@@ -77,6 +78,7 @@ def test_a_bar_is_as_high_as_the_cost_and_stands_at_its_layer() -> None:
         axes.get_ylabel().partition(":")[0]: {
             (container.get_label(), round(bar.get_x() + bar.get_width() / 2, 6)): bar.get_height()
             for container in axes.containers
+            if isinstance(container, BarContainer)
             for bar in container
         }
         for axes in figure.axes
@@ -90,6 +92,32 @@ def test_a_bar_is_as_high_as_the_cost_and_stands_at_its_layer() -> None:
         },
         "out_norm": {("attention", 0.8): 0.3},
     }
+
+
+def test_a_cost_within_two_standard_errors_is_grey() -> None:
+    costs = [("layers.0.attention.pre_norm", 0.3, 0.1), ("layers.1.attention.pre_norm", -0.1, 0.06)]
+    costs += [("layers.0.feed_forward.pre_norm", -0.3, 0.2)]
+    rows = [AblatedNorm(path, cost, se, 0.0, 1.0) for path, cost, se in costs]
+    skipped = [SkippedLayer(i, cost, se, 0.0, 1.0, 0.1) for i, (_, cost, se) in enumerate(costs)]
+    for figure in (figures.norm_cost_picture(rows), figures.skip_picture(skipped)):
+        bars = [bar for bar in figure.axes[0].patches if bar.get_height()]
+        assert sorted(b.get_height() for b in bars if to_hex(b.get_facecolor()) == GREY) == [-0.3, -0.1]
+        assert [b.get_height() for b in bars if to_hex(b.get_facecolor()) != GREY] == [0.3]
+        ends = [tuple(segment[:, 1]) for line in figure.axes[0].collections for segment in line.get_segments()]
+        expected = [(cost - 2 * se, cost + 2 * se) for _, cost, se in costs]
+        np.testing.assert_allclose(sorted(ends), sorted(expected))
+        names = figure.axes[0].get_legend_handles_labels()[1]
+        assert names.count("within two standard errors") == 1
+
+
+def test_costs_one_after_another_are_a_line() -> None:
+    paths = ["norm", "layers.0.attention.pre_norm", "layers.*.feed_forward.*"]
+    rows = [AblatedNorm(path, 0.1 * i, 0.01, 0.0, 1.0) for i, path in enumerate(paths)]
+    axes = figures.cumulative_picture(rows).axes[0]
+    line, *marks = axes.get_lines()[:4]
+    np.testing.assert_allclose(line.get_xydata(), [(1, 0), (2, 0.1), (3, 0.2)])
+    places = {mark.get_label(): mark.get_xydata().tolist() for mark in marks}
+    assert places == {"attention": [[2, 0.1]], "feed-forward": [[3, 0.2]], "embedding, final": [[1, 0]]}
 
 
 def test_the_gains_are_those_of_the_weights() -> None:
@@ -138,7 +166,7 @@ def test_every_preset_can_be_drawn(plan: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", [LIGHT, DARK])
 def test_every_colour_stands_out_from_a_light_and_a_dark_page(page: str) -> None:
-    for color in PALETTE:  # WCAG 2.2, 1.4.11: 3:1 for graphics
+    for color in (*PALETTE, GREY):  # WCAG 2.2, 1.4.11: 3:1 for graphics
         bright, dim = sorted((luminance(color), luminance(page)), reverse=True)
         assert (bright + 0.05) / (dim + 0.05) >= 3, color
 

@@ -138,10 +138,10 @@ def test_the_numbers_are_those_of_the_lab(massive: Llama, written: Path) -> None
     assert f"{base.loss:.4f} nats per token" in text
     costs = lab.ablate(massive, IDS)
     worst = max(costs, key=lambda row: row.dloss)
-    assert f"The highest cost is that of {worst.path}, {worst.dloss:+.3g} nats per token" in text
+    assert f"The highest cost is that of {worst.path}, {worst.dloss:+.3g} ± {worst.se:.2g} nats per token" in text
     layers = lab.skip_layers(massive, IDS)
     dear = max(layers, key=lambda row: row.dloss)
-    assert f"Skipping layer {dear.layer} costs most, {dear.dloss:+.3g}" in text
+    assert f"Skipping layer {dear.layer} costs most, {dear.dloss:+.3g} ± {dear.se:.2g}" in text
     final = massive.norm.weight.double().numpy()
     assert f"norm has {final.min():.3g}, {final.mean():.3g} and {final.max():.3g}." in text
     off = lab.init("pre", TINY["n_layers"]).deviation(lab.predict("pre", TINY["n_layers"]))
@@ -231,15 +231,15 @@ def test_costs_that_are_nan_are_said_and_not_taken_for_the_highest(
 ) -> None:
     model, where, nan = tiny_model(), "NaN or infinity in the logits, first at norm, token 0", math.nan
     monkeypatch.setattr(report_module, "predict", lambda *_: (_ for _ in ()).throw(RequestError("no theory")))
-    frozen = [AblatedNorm("norm", nan, nan, nan, nan, where), AblatedNorm("layers.0.attention.pre_norm", -1, 0.1, 1, 1)]
+    frozen = [AblatedNorm("norm", nan, nan, nan, nan, error=where), AblatedNorm("norm", -1, 0.1, 1, 1)]
     skipped = [SkippedLayer(0, nan, nan, nan, nan, 0.1, where), SkippedLayer(1, 2.5, 0.1, 1, 1, 0.1)]
     monkeypatch.setattr(report_module, "ablate", lambda *_: Table(frozen[: 1 + n_finite]))
     monkeypatch.setattr(report_module, "skip_layers", lambda *_: Table(skipped[: 1 + n_finite]))
     text = Page(report(tmp_path / "a.html", model, IDS)).text
     assert text.count("1 end in NaN or infinity, and have no cost.") == 2
     assert text.count(where) == 2
-    assert ("The highest cost is that of layers.0.attention.pre_norm, -1 nats" in text) is bool(n_finite)
-    assert ("Skipping layer 1 costs most, +2.5 nats" in text) is bool(n_finite)
+    assert ("The highest cost is that of norm, -1 ± 0.1 nats" in text) is bool(n_finite)
+    assert ("Skipping layer 1 costs most, +2.5 ± 0.1 nats" in text) is bool(n_finite)
 
 
 # --- in a browser ---

@@ -87,11 +87,13 @@ def compare(a: Llama, b: Llama, ids: Ids, pattern: str | Sequence[str] | None = 
     if unequal := [name for name in _SHAPE if getattr(a.config, name) != getattr(b.config, name)]:
         found = join_names(f"{name} ({getattr(a.config, name)} and {getattr(b.config, name)})" for name in unequal)
         raise RequestError(f"the two models differ in {found}: compare models of one shape and vocabulary")
+    if together := [name for name in ("joint", "cumulative") if name in settings]:
+        raise RequestError(f"compare edits norms one by one: leave {join_names(together)} out")
     texts = as_texts(a, ids)
     base = score(a, texts)
     scores = base, score(b, texts, against=base)
     sides = [_Side(model, texts, pattern, settings) for model in (a, b)]
-    norms = [_norm(path, *sides) for path in slots(a) if any(path in side.read for side in sides)]
+    norms = [_norm(path, *sides) for path in slots(a) if any(path in side.read | side.costs for side in sides)]
     return Comparison(*scores, Table(norms), _stream(a, b, texts))
 
 

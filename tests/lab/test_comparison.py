@@ -94,6 +94,18 @@ def test_norms_that_one_model_lacks_or_that_cannot_be_frozen() -> None:
     assert row.dloss_b is not None
 
 
+def test_an_empty_slot_that_the_edit_fills_has_a_row(models: tuple[Llama, Llama]) -> None:
+    rows = lab.compare(*models, TOKENS, "layers.0.*.out_norm", kind="rms").norms
+    filled = [row for row in rows if row.path.endswith("out_norm")]
+    assert [row.path for row in filled] == ["layers.0.attention.out_norm", "layers.0.feed_forward.out_norm"]
+    assert all(row.gain_a is row.median_b is None and row.dloss_a and row.dloss_b for row in filled)
+
+
+def test_norms_are_edited_one_by_one(models: tuple[Llama, Llama]) -> None:
+    with pytest.raises(RequestError, match="compare edits norms one by one: leave joint out"):
+        lab.compare(*models, TOKENS, joint=True)
+
+
 def test_an_edit_that_ends_in_nan_is_named_with_its_model() -> None:
     a, b = tiny_model(2), tiny_model(2)
     b.layers[1].feed_forward.pre_norm.weight[0] = 1e10

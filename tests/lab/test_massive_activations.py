@@ -62,6 +62,10 @@ def test_padding_is_neither_massive_nor_counted() -> None:
     model.layers[1].feed_forward.down_proj.weight[17] *= 3000
     both = lab.capture(model, [TEXT[0], TEXT[1, :4]])
     alone = lab.capture(model, TEXT[1, :4])
+    of_texts = [torch.cat([r.x[0], r.x[1, :4]]).abs().double().numpy() for r in both.resid.resid_post]
+    for element in both.massive():
+        median = np.partition(of_texts[element.layer].ravel(), 25 * 48 // 2 - 1)[25 * 48 // 2 - 1]  # the lower one
+        assert element.times_median == pytest.approx(abs(element.value) / median, rel=1e-6)
     sizes = both["norm"].rms
     others = torch.cat([sizes[0, 1:], sizes[1, 1:4]]).double().numpy()
     assert both["norm"].median == pytest.approx(np.median(others), rel=1e-6)

@@ -115,8 +115,9 @@ def comparison_picture(comparison: Comparison) -> "Figure":
             cost.errorbar(at, costs[0], 2 * costs[1], fmt=marker, **looks)
     signed_scale(cost, [v for s in "ab" for v in comparison.norms.column(f"dloss_{s}") if v is not None])
     cost.set(xlabel="layer (feed-forward at the half)", ylabel="cost of a norm\n(nats per token)")
-    for axes in (stream, change):
-        log_scale(axes)
+    log_scale(stream)
+    if max(rows.column("median_change")) > 0:  # the streams of a model and itself are equal
+        log_scale(change)
     for axes in (stream, change, cost):
         legend_above(axes, 4)
     layer_ticks(cost, len(rows) // 2)

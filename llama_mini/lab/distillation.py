@@ -157,6 +157,13 @@ class Distillation:
         order = torch.cat([torch.randperm(len(self.rows), generator=generator) for _ in range(passes)])
         return (self.rows[chosen] for chosen in order[: steps * BATCH].view(steps, BATCH))
 
+    def can_train(self, student: Llama) -> bool:
+        """Whether loss and gradients are finite at the first step."""
+        kl = self.gradients(student, next(self.batches(1)))
+        norm = nn.utils.get_total_norm([p.grad for p in trained(student).values() if p.grad is not None])
+        student.zero_grad()
+        return math.isfinite(kl + float(norm))
+
     def steps_in(self, student: Llama, minutes: float) -> int:
         """How many steps fit: the middle one of three steps is timed, and nothing is changed."""
         times = []

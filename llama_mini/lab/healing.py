@@ -113,11 +113,11 @@ def heal(
             the model writes, held out are rows of a novel and of another part of Python's documentation.
         text, held_out: other texts for these purposes. Without them and a tokenizer, the model writes both. Training
             reads rows of 256 tokens (or as long as the longest text); the end of a text that fills no row is left out.
-        taper: let the change come in over the first half of the steps. None: only if the changed model's logits are
-            NaN or infinite.
+        taper: let the change come in over the first half of the steps. None: only if the changed model's logits, or
+            their gradients, are NaN or infinite.
         control: also train a random change, the same layers' matrices plus noise, whose KL on the held-out texts is
-            that of the change within 4 %. It takes as many steps again. What the norms' change keeps costing, and
-            this one does not, is due to the norms.
+            that of the change within 4 %. It takes as many steps again. What the change keeps costing, and this one
+            does not, is due to the norms.
         folder: where the state is kept once a minute. A call with the same arguments goes on from there.
 
     Raises RequestError, and what `edit` raises; CapacityError if the training does not fit in memory; NumericalError if
@@ -141,9 +141,7 @@ def heal(
         None if folder is None else Path(folder),
         {
             "model": fingerprint(model.parameters()),
-            "change": fingerprint(
-                student.state_dict().values(), f"{student}{'' if isinstance(change, Llama) else change}"
-            ),
+            "change": fingerprint(student.parameters(), str(student if isinstance(change, Llama) else change)),
             "text": fingerprint([rows]),
             "held-out text": fingerprint(held),
             "budget": f"{minutes} minutes" if steps is None else f"{steps} steps",
@@ -154,7 +152,7 @@ def heal(
     state = kept.load("heal")
     if state is None:
         before = run.cost(student, State(0, False))
-        tapered = before.error is not None if taper is None else taper
+        tapered = before.error is not None or not run.can_train(student) if taper is None else taper
         state = State(steps or run.steps_in(student, minutes), tapered, curve=[vars(before)])
     tapers = tapers_of(model, student) if state.tapered else {}
     for path, module in tapers.items():

@@ -66,7 +66,7 @@ class Kept:
         try:
             yield
         except KeyboardInterrupt:
-            how = "to be able to go on, name a folder for the state" if self.folder is None else self._how(name)
+            how = "to be able to go on, name a folder (--folder DIR)" if self.folder is None else self._how(name)
             print(f"\n{name}: stopped after {state.step} of {state.steps} steps; {how}", file=sys.stderr)
             raise
 

@@ -106,7 +106,15 @@ def test_a_change_that_is_not_finite_comes_in_slowly_or_is_given_up(model: Llama
         heal(model, overflow, steps=8, **TEXTS)
     with pytest.raises(NumericalError, match=r"in step 1 of 8 the KL is nan .*; try taper"):
         heal(model, overflow, steps=8, taper=False, **TEXTS)
-    assert healed(model, taper=True, control=False).tapered
+
+
+def test_gradients_that_are_not_finite_bring_the_change_in_slowly(
+    model: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients, kls = Distillation.gradients, iter([float("nan")])
+    monkeypatch.setattr(Distillation, "gradients", lambda *args: next(kls, None) or gradients(*args))
+    assert healed(model, control=False).tapered
+    assert not healed(model, control=False).tapered
 
 
 def test_no_control_where_no_noise_costs_as_much(model: Llama) -> None:

@@ -61,9 +61,9 @@ def test_without_a_folder_ctrl_c_says_what_to_do(
 ) -> None:
     Stop(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        healed(model)
+        healed(model, taper=False)
     assert (
-        "heal: stopped after 2 of 8 steps; to be able to go on, name a folder for the state" in capsys.readouterr().err
+        "heal: stopped after 2 of 8 steps; to be able to go on, name a folder (--folder DIR)" in capsys.readouterr().err
     )
 
 

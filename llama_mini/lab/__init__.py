@@ -20,6 +20,7 @@ _HOME = {  # no module has a function's name: importing the module would hide th
     "skip_layers": "ablation",
     "audit": "auditing",
     "move": "moving",
+    "move_fitted": "fitting",
     "insert": "inserting",
     "fold": "folding",
     "center": "folding",

@@ -103,6 +103,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     together.add_argument("--cumulative", action="store_true", help="one after another, the cheapest next")
     in_order = "one after another, the parts of the pattern in their order, which commas separate"
     together.add_argument("--in-order", dest="cumulative", action="store_const", const="given", help=in_order)
+    move.add_argument("--fit", action="store_true", help="fit gains and matrices to the new places on the text")
     move.add_argument("--to", default="out", metavar="SLOT", help="pre, mid, out or post; default: %(default)s")
     gain = "lstsq (default): the gains that change the function least, fitted on the text; one: all gains 1"
     insert.add_argument("--gain", choices=["lstsq", "one"], default="lstsq", help=gain)
@@ -153,7 +154,7 @@ def _heal_options(heal: argparse.ArgumentParser) -> None:
     heal.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="an edit of these norms; without one they are moved"
     )
-    heal.add_argument("--to", metavar="SLOT", help="move them to pre, mid, out or post; default: out")
+    heal.add_argument("--to", metavar="SLOT", help="move them there, as move --fit does; default: out")
     heal.add_argument("--insert", action="store_true", help="fill these slots, with gains of least squares")
     heal.add_argument("--minutes", type=float, default=2.0, metavar="F", help="of training; default: %(default)s")
     heal.add_argument("--steps", type=int, metavar="N", help="exactly so many steps instead, of 2 x 256 tokens")

@@ -154,7 +154,12 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 def _move(args: argparse.Namespace) -> None:
-    _rebuild(args, lambda model, _: lab.move(model, args.pattern, to=args.to), f"moved to {args.to}")
+    def moved(model: Llama, ids: list[list[int]]) -> Llama:
+        if args.fit:
+            return lab.move_fitted(model, args.pattern, args.to, ids)
+        return lab.move(model, args.pattern, to=args.to)
+
+    _rebuild(args, moved, f"moved to {args.to}")
 
 
 def _insert(args: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ from llama_mini.lab.healing_texts import training_text
 from llama_mini.lab.reporting.healing_figure import healing_picture
 from llama_mini.model.llama import Llama
 
+_FITTED_ON = 1024  # tokens
+
 
 def heal(args: argparse.Namespace) -> None:
     """Runs the command. Raises LlamaMiniError."""
@@ -26,10 +28,12 @@ def heal(args: argparse.Namespace) -> None:
     by_default = (args.text, args.offset, args.tokens, args.rows, args.bos) == (None, 0, 256, 1, False)
     held_out = None if by_default else read_ids(tokenizer, args)
     change: Edits | Llama = {args.pattern: settings}
-    if args.insert:
-        change = lab.insert(model, args.pattern, (training_text(tokenizer).tolist() if text is None else text)[:1024])
-    elif not settings:
-        change = lab.move(model, args.pattern, to=args.to or "out")
+    if not settings:
+        fitted_on = (training_text(tokenizer).tolist() if text is None else text)[:_FITTED_ON]
+        if args.insert:
+            change = lab.insert(model, args.pattern, fitted_on)
+        else:
+            change = lab.move_fitted(model, args.pattern, args.to or "out", fitted_on)
     healed = lab.heal(
         model,
         change,

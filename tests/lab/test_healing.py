@@ -12,6 +12,7 @@ from llama_mini.errors import CapacityError, NumericalError, RequestError
 from llama_mini.lab import heal, move, norms
 from llama_mini.lab.distillation import Distillation
 from llama_mini.lab.healing import Healed
+from llama_mini.lab.students import Taper
 from llama_mini.model.llama import Llama
 from tests.oracles import same_bits
 from tests.tiny_families import random_model
@@ -113,7 +114,9 @@ def test_gradients_that_are_not_finite_bring_the_change_in_slowly(
 ) -> None:
     gradients, kls = Distillation.gradients, iter([float("nan")])
     monkeypatch.setattr(Distillation, "gradients", lambda *args: next(kls, None) or gradients(*args))
-    assert healed(model, control=False).tapered
+    found = healed(model, control=False)
+    assert found.tapered
+    assert not any(isinstance(part, Taper) for part in found.model.modules())
     assert not healed(model, control=False).tapered
 
 

@@ -8,8 +8,21 @@ import torch
 
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.errors import RequestError
-from llama_mini.lab import ablate, capture, doctor, fold, init, move, norms, predict
-from llama_mini.lab.paths import select
+from llama_mini.lab import (
+    ablate,
+    audit,
+    capture,
+    doctor,
+    edited,
+    fold,
+    folded_gains,
+    init,
+    insert,
+    move,
+    norms,
+    predict,
+)
+from llama_mini.lab.paths import readers, select
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import LayerNorm, Norm
 from tests.oracles import same_bits
@@ -70,6 +83,30 @@ def test_move_there_and_back(model: Llama) -> None:
     moved = move(model, f"layers.*.feed_forward.{slot}_norm", "post")
     assert (moved(TOKENS) - model(TOKENS)).abs().max() > 1e-3
     assert same_bits(move(moved, "layers.*.feed_forward.post_norm", slot)(TOKENS), model(TOKENS))
+
+
+def test_new_norms_and_edits_are_saved(model: Llama, tmp_path: Path) -> None:
+    slot = "post" if model.config.norm_plan.layer(0)[1].mid is not None else "mid"
+    new = insert(model, f"layers.*.feed_forward.{slot}_norm", TOKENS)
+    new = edited(
+        new, {"norm": {"freeze": "quadratic", "keep": "none"} if new.norm.kind == "rms" else {"eps": 0.1}}, TOKENS
+    )
+    new.save_pretrained(tmp_path / "new")
+    again = Llama.from_pretrained(tmp_path / "new")
+    assert again.config == new.config
+    assert same_bits(again(TOKENS), new(TOKENS))
+    assert (new(TOKENS) - model(TOKENS)).abs().max() > 1e-4
+
+
+def test_audit_and_folded_gains_name_every_norm(model: Llama) -> None:
+    rows, gains = audit(model, TOKENS), folded_gains(model) if readable(model) else {}
+    assert rows.column("path") == select(model, None)
+    assert {row.path for row in rows if row.folds} <= gains.keys() <= {row.path for row in rows}
+    assert all(row.error is None for row in rows)
+
+
+def readable(model: Llama) -> bool:
+    return any(readers(path, model.config) for path in select(model, None))
 
 
 def test_fold_keeps_the_logits(model: Llama, model_type: str) -> None:

@@ -198,6 +198,7 @@ LAB: dict[str, Callable[[Llama], Any]] = {
     "ablate": lambda model: [row.dloss for row in lab.ablate(model, TEXT)],
     "skip_layers": lambda model: [(row.dloss, row.angle) for row in lab.skip_layers(model, TEXT)],
     "norms": lambda model: list(lab.norms(model)),
+    "audit": lambda model: [row.dloss for row in lab.audit(model, TEXT)],
     "doctor": lambda model: [(finding.path, finding.severity) for finding in lab.doctor(model)],
 }
 
@@ -230,6 +231,9 @@ REFUSED: dict[str, Callable[[Llama, Path], Any]] = {
     "fold": lambda model, _: lab.fold(model),
     "center": lambda model, _: lab.center(model),
     "move": lambda model, _: lab.move(model, "layers.0.attention.pre_norm", "out"),
+    "insert": lambda model, _: lab.insert(model, "layers.0.attention.out_norm", TEXT),
+    "edited": lambda model, _: lab.edited(model, {"norm": {"eps": 0.1}}),
+    "folded_gains": lambda model, _: lab.folded_gains(model),
     "save": lambda model, path: model.save_pretrained(path),
 }
 

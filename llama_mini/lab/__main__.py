@@ -109,7 +109,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     insert.add_argument("--gain", choices=["lstsq", "one"], default="lstsq", help=gain)
     norm = """settings of the norms as in a plan, such as '{"kind": "layer"}'; default: RMSNorm"""
     insert.add_argument("--norm", default="{}", metavar="JSON", help=norm)
-    for command in (move, insert, fold):
+    for command in (edit, move, insert, fold):
         command.add_argument("--save", type=Path, metavar="DIR", help="write the new model to this folder")
     _heal_options(
         add("heal", "train a changed model back for a few minutes, and say what stays lost", model, text, picture)

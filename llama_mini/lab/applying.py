@@ -18,7 +18,7 @@ from llama_mini.model.norm_slots import NormSpec
 
 
 @torch.inference_mode(False)  # the new parameters can be trained even if the caller only infers
-def edited(model: Llama, edits: Edits, ids: Ids | None = None) -> Llama:
+def edited(model: Llama, edits: Edits, ids: Ids | None = None, calibrate: Ids | None = None) -> Llama:
     """A new model with the edits of `edit`, which can be saved: its plan describes them.
 
     `freeze` makes norms of kind `frozen`, with keep="none" alone. New gains and constants are rounded to the model's
@@ -28,7 +28,7 @@ def edited(model: Llama, edits: Edits, ids: Ids | None = None) -> Llama:
     each position, which no plan can express; and for a model that is edited or optimized.
     """
     check_plain(model)
-    norms = {path: placed(model, path, module) for path, module in edited_norms(model, edits, ids).items()}
+    norms = {path: placed(model, path, module) for path, module in edited_norms(model, edits, ids, calibrate).items()}
     for _, norm in norms.values():
         for name, parameter in norm.named_parameters():
             if parameter.dtype != model.dtype:

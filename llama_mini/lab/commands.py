@@ -126,11 +126,19 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _edit(args: argparse.Namespace) -> None:
+    if args.save is not None:
+        check_new(args.save)
     model, tokenizer = read_model(args)
     ids, settings = read_ids(tokenizer, args), read_settings(args.settings) or {"eps": 1e-3}
-    base = lab.score(model, ids)
-    with lab.edit(model, {args.pattern: settings}, ids, calibration(tokenizer, args)):
-        _show_cost(args, base, model, ids, f"{args.pattern} {settings}")
+    edit = {args.pattern: settings}, ids, calibration(tokenizer, args)
+    base, name = lab.score(model, ids), f"{args.pattern} {settings}"
+    if args.save is None:
+        with lab.edit(model, *edit):
+            _show_cost(args, base, model, ids, name)
+    else:
+        new = lab.edited(model, *edit)
+        _show_cost(args, base, new, ids, name)
+        save_model(args, new)
 
 
 def _skip(args: argparse.Namespace) -> None:

@@ -18,12 +18,13 @@ from llama_mini.lab.norm_table import effective_gain
 from llama_mini.lab.paths import select, slot_width, slots
 from llama_mini.lab.texts import Ids
 from llama_mini.model.llama import Llama
-from llama_mini.model.norm import NORMS, Cast, DynamicTanh, Norm, RMSNorm
+from llama_mini.model.norm import NORMS, Cast, Norm, RMSNorm
 from llama_mini.validate import (
     as_plain,
     check_choice,
     check_flag,
     check_number,
+    check_whole,
     is_finite,
     is_whole,
     join_names,
@@ -31,7 +32,7 @@ from llama_mini.validate import (
 )
 
 Edits = Mapping[str, Mapping[str, Any]]
-SETTINGS = ("eps", "kind", "gain", "alpha", "cast", "freeze", "keep", "skip")
+SETTINGS = ("eps", "kind", "gain", "alpha", "groups", "power", "cast", "freeze", "keep", "skip")
 
 
 @contextmanager
@@ -39,13 +40,13 @@ def edit(model: Llama, edits: Edits, ids: Ids | None = None, calibrate: Ids | No
     """Changes norms inside a `with` block: {pattern: settings}. Two patterns may not match the same norm: nest edits.
 
     eps: a finite number of at least 0.
-    kind: a kind of norm.py. The gain stays, but `scale` has a single one and takes the mean; the α of `dyt` is 0.5
-        unless given. With a kind, empty slots that the pattern matches are filled too, with a norm of unit gain, the
-        model's norm_eps and early cast.
+    kind: a kind of norm.py. The gain stays, but `scale` has a single one and takes the mean; the α of `dyt` and `derf`
+        is 0.5 unless given. With a kind, empty slots that the pattern matches are filled too, with a norm of unit gain,
+        the model's norm_eps and early cast.
     gain: 2.0 sets the effective gain, ("scale", 2.0) multiplies it, "mean" replaces it by its mean, "one" by 1; a list
         of a number for each element sets them all. {"dims": [3, 507]} sets these elements to 0, or with
         {"dims": [3, 507], "gain": ("scale", 0.5)} to what that gain says.
-    alpha: the α of `dyt`.
+    alpha, groups, power: of `dyt` and `derf`, of `group`, and of `power`.
     cast: "early" or "late".
     freeze: compute g·x/c with a constant c, measured on `ids` in the model before this edit. Kinds rms and scale only.
         c is one number per norm, in q and k norms over the heads too: of the r = √(mean x² + eps) of the vectors it is
@@ -127,7 +128,9 @@ def _check(settings: Any) -> None:
     if not _is_gain(gain := settings.get("gain", "one")):
         known = "a number, ('scale', number), 'mean', 'one', a list of numbers or {'dims': [...]}"
         raise RequestError(f"gain must be {known}, not {short_repr(gain)}")
-    check_number("alpha", settings.get("alpha", 0.5), RequestError)
+    for name in ("alpha", "power"):
+        check_number(name, settings.get(name, 1.0), RequestError)
+    check_whole("groups", settings.get("groups", 1), RequestError)
     check_choice("cast", settings.get("cast", "early"), get_args(Cast), RequestError)
     check_choice("freeze", settings.get("freeze", "token"), FREEZE, RequestError)
     as_keep(settings.get("keep", "none"))
@@ -150,16 +153,20 @@ def _check_against(model: Llama, module: nn.Module, path: str, pattern: str, set
         raise RequestError(f"{name}; freeze is for {' and '.join(FREEZABLE)}, which divide by the root mean square")
     new = NORMS.get(settings.get("kind", old), RMSNorm)
     would_be = f"{short_repr(pattern)}: {path} would be of kind {new.kind}, which has"
-    if unused := {"eps" if issubclass(new, DynamicTanh) else "alpha"} & settings.keys():
+    has = {"eps": new.has_eps, "alpha": "alpha" in new.numbers}
+    has |= {name: name in new.takes for name in ("groups", "power")}
+    if unused := [name for name in has if name in settings and not has[name]]:
         raise RequestError(f"{would_be} no {join_names(unused)}")
+    if width % settings.get("groups", 1):
+        raise RequestError(f"{would_be} {width} elements, not a multiple of {settings['groups']} groups")
     gain, n_gains = as_plain(settings.get("gain")), new.n_gains or width
     if isinstance(gain, list | tuple) and gain[0] != "scale" and len(gain) != n_gains:
         raise RequestError(f"{would_be} {n_gains} gains, not {len(gain)}: give as many numbers")
     if isinstance(gain, Mapping) and max(gain["dims"]) >= n_gains:
         raise RequestError(f"{would_be} {n_gains} gains, and no dimension {max(gain['dims'])}; the first one is 0")
     if isinstance(module, Norm) and module.bias is not None:
-        if (kind := settings.get("kind", old)) != old:
-            raise RequestError(f"{name} with a bias, which kind {kind} does not have")
+        if "bias" not in new.takes:
+            raise RequestError(f"{name} with a bias, which kind {new.kind} does not have")
         if settings.get("cast") == "early":
             raise RequestError(f"{name} with a bias, which rounds last: leave cast out")
 
@@ -187,12 +194,7 @@ def _edited(model: Llama, path: str, module: nn.Module, settings: Mapping[str, A
     if not isinstance(module, Norm):  # an empty slot gets a norm of unit gain
         width = slot_width(model.config, path)
         module = RMSNorm(width, model.config.norm_eps, device=model.device, dtype=model.dtype)
-    new = _changed(module, settings, model.device)
-    if new.kind == module.kind:  # what this kind alone has
-        new.groups, new.power = module.groups, module.power
-        for name in new.numbers.keys() - settings:
-            setattr(new, name, getattr(module, name))
-    return new
+    return _changed(module, settings, model.device)
 
 
 def _changed(old: Norm, settings: Mapping[str, Any], device: torch.device) -> Norm:
@@ -203,14 +205,15 @@ def _changed(old: Norm, settings: Mapping[str, Any], device: torch.device) -> No
     if "gain" in settings or resized:
         weight, gain = nn.Parameter(_new_gain(old, cls, settings.get("gain")).to(device), requires_grad=False), "w"
     eps, cast = settings.get("eps", old.eps), settings.get("cast", old.cast)
-    bias = old.bias is not None
-    new = cls(old.dim, eps, gain=gain, cast=cast, scale=old.scale, bias=bias, device=device).requires_grad_(False)
+    own = {name: settings.get(name, getattr(old, name)) for name in ("groups", "power") if name in cls.takes}
+    own |= {"gain": gain, "cast": cast, "scale": old.scale, "bias": old.bias is not None}
+    new = cls(old.dim, eps, **own, device=device).requires_grad_(False)
     new.weight, new.bias = weight, old.bias
-    if isinstance(new, DynamicTanh):
-        if isinstance(old, DynamicTanh):
-            new.alpha = old.alpha
-        if "alpha" in settings:
-            new.alpha = nn.Parameter(torch.full_like(new.alpha, settings["alpha"]), requires_grad=False)
+    for name, start in new.numbers.items():
+        if name in old.numbers and name not in settings:
+            setattr(new, name, old.get_parameter(name))
+        else:
+            nn.init.constant_(new.get_parameter(name), settings.get(name, start))
     return new
 
 

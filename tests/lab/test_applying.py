@@ -1,5 +1,6 @@
 """edited: a new model that computes what the edit computes, and that the disk keeps; or a refusal by name."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from llama_mini.errors import RequestError
 from llama_mini.lab import edit, edited, fold, insert, move
+from llama_mini.lab.__main__ import main
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import FrozenNorm
 from llama_mini.model.norm_plan import NormPlan
@@ -106,3 +108,54 @@ def test_what_no_plan_can_express_is_refused_by_its_path(settings: dict[str, Any
     model = tiny_model(1)
     with edit(model, {"norm": {"eps": 0.1}}), pytest.raises(RequestError, match="leave the edit"):
         edited(model, {"norm": {"eps": 0.2}})
+
+
+OWN_SETTINGS = {
+    "group": {"kind": "group", "groups": 4},
+    "power": {"kind": "power", "power": 0.5},
+    "derf": {"kind": "derf", "alpha": 0.2},
+}
+
+
+@pytest.mark.parametrize("kind", OWN_SETTINGS)
+def test_the_settings_that_a_kind_has_alone(kind: str) -> None:
+    model = tiny_model(1)
+    new = edited(model, {"norm": OWN_SETTINGS[kind]}).norm
+    x = torch.from_numpy(np.random.default_rng(2).standard_normal((5, 48)))
+    settings = {name: value for name, value in OWN_SETTINGS[kind].items() if name != "kind"}
+    if kind == "derf":
+        settings |= {"shift": 0.0}
+    normed = reference.normalised(x.numpy(), kind, model.config.norm_eps, **settings)
+    np.testing.assert_allclose(new(x.float()).numpy(), normed * new.weight.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"groups": 2}, "'norm': norm would be of kind rms, which has no groups"),
+        ({"kind": "dyt", "power": 0.5, "eps": 1}, "norm would be of kind dyt, which has no eps, power"),
+        ({"kind": "frozen", "eps": 1e-3}, "norm would be of kind frozen, which has no eps"),
+        ({"kind": "group", "groups": 5}, "which has 48 elements, not a multiple of 5 groups"),
+        ({"kind": "group", "groups": 0}, "groups must be a whole number of at least 1, not 0"),
+        ({"kind": "power", "power": "half"}, "power must be a finite number, not 'half'"),
+    ],
+)
+def test_settings_of_other_kinds_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        edited(tiny_model(1), {"norm": settings})
+
+
+def test_the_command_saves_an_edit(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, options = ["edit", "layers.*.*.pre_norm", "freeze=quadratic"], ["--model", str(tiny_dir), "--tokens", "24"]
+    saved = ["--save", str(tmp_path / "new")]
+    assert main([*words, "keep=none", *options, "--json"]) == 0
+    edit_alone = json.loads(capsys.readouterr().out)[1]
+    assert main([*words, "keep=none", *options, "--json", *saved]) == 0
+    assert json.loads(capsys.readouterr().out)[1] == edit_alone
+    new = Llama.from_pretrained(tmp_path / "new")
+    assert new.config.norm_plan.attention.pre == NormSpec(kind="frozen")
+    assert main([*words, "keep=first", *options, "--save", str(tmp_path / "other")]) == 2
+    assert "no plan can express" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert main([*words, *options, *saved]) == 3
+    assert "new exists already" in capsys.readouterr().err

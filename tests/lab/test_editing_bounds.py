@@ -180,7 +180,7 @@ NAME = r"'layers.1.\*.pre_norm'"
     [
         ({}, "expected settings such as"),
         (None, "expected settings such as dict\\(eps=1e-6\\), found None"),
-        ({"epsilon": 1}, "unknown setting 'epsilon'; known: eps, kind, gain, alpha, cast, freeze, keep, skip"),
+        ({"epsilon": 1}, "unknown setting 'epsilon'; known: eps, kind, gain, alpha, groups, power, cast, freeze"),
         ({3: 1}, "unknown setting 3"),
         ({"eps": -1e-6}, "eps must be a finite number of at least 0, not -1e-06"),
         ({"eps": float("nan")}, "eps must be"),
@@ -188,7 +188,7 @@ NAME = r"'layers.1.\*.pre_norm'"
         ({"eps": None}, "eps must be"),
         ({"eps": True}, "eps must be"),
         ({"kind": "none"}, "unknown kind 'none'; known: rms, layer, .*skip=True leaves a norm out"),
-        ({"kind": "frozen"}, "unknown kind 'frozen'"),
+        ({"kind": "batch"}, "unknown kind 'batch'"),
         ({"kind": ["rms"]}, "unknown kind"),
         ({"gain": "two"}, r"gain must be a number, \('scale', number\), 'mean', 'one', a list of .*, not 'two'"),
         ({"gain": ("scale", "2")}, "gain must be a number"),

@@ -76,7 +76,8 @@ def _capture(args: argparse.Namespace) -> None:
     ids = read_ids(tokenizer, args)
     recording = lab.capture(model, ids, at=args.at, keep="stats" if args.picture is None else "tensors")
     table = recording.massive() if args.massive else captured(recording)
-    show(args, table, lambda: figures.residual_rms_picture(recording))
+    none = f"no element of {MASSIVE} times the median"
+    show(args, table, lambda: figures.residual_rms_picture(recording), none)
     life = lives(recording.massive(), recording.texts.tokens, tokenizer)
     if len(life) and not (args.json or args.csv or args.massive):
         print(f"\nmassive activations, {MASSIVE} times the median of a layer's output and more, by token\n{life}")

@@ -1,11 +1,13 @@
 """What RMSNorm computes, step by step, on activations of a real checkpoint. tour.toml holds the texts, in English and
 Korean."""
 
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
+from unicodedata import east_asian_width
 
 import torch
 from torch import Tensor
@@ -42,7 +44,18 @@ def tour(model: Llama, tokens: list[int], language: str = "en") -> Iterator[Step
     for numbers in STEPS:
         words = texts[numbers.__name__[1:]]
         title, text = words["title"].format(path=path), " ".join(words["text"].split())
-        yield Step(title, text, numbers(x[0].float(), norm, model, tokens))  # x[0]: (T, C)
+        lines = numbers(x[0].float(), norm, model, tokens)  # x[0]: (T, C)
+        yield Step(title, text, [_translated(line, texts.get("words", {})) for line in lines])
+
+
+def _translated(line: str, words: dict[str, str]) -> str:
+    """The line with each phrase of `words` replaced, and filled up before two spaces: columns stay in line."""
+    for phrase in sorted(words, key=len, reverse=True):  # "largest error" before "largest"
+        there = words[phrase]
+        room = len(phrase) - sum(1 + (east_asian_width(letter) in "WF") for letter in there)
+        line = re.sub(rf"(?<!\w){re.escape(phrase)}(?=  )", there + room * " ", line)
+        line = re.sub(rf"(?<!\w){re.escape(phrase)}(?![\w(])", there, line)
+    return line
 
 
 def _input(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
@@ -56,7 +69,7 @@ def _input(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[st
 
 def _mean(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
     squares = x.pow(2)
-    lines = [f"mean()                     {tuple(squares.mean().shape)!s:<10} {squares.mean():.4f}"]
+    lines = [f"mean()                     {tuple(squares.mean().shape)!s:<10} {squares.mean():.4g}"]
     for dim in (0, 1, -1):
         for keepdim in (False, True):
             mean = squares.mean(dim, keepdim=keepdim)
@@ -71,8 +84,8 @@ def _root(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str
     one, other = torch.rsqrt(square), 1 / torch.sqrt(square)
     exact = 1 / square.double().sqrt()
     return [
-        f"rsqrt(s)     {_few(one[:, 0])}    largest error {((one - exact) / exact).abs().max():.1e}",
-        f"1 / sqrt(s)  {_few(other[:, 0])}    largest error {((other - exact) / exact).abs().max():.1e}",
+        f"rsqrt(s)     {_few(one[:, 0])}    largest error {((one - exact) / exact).abs().max():.0e}",
+        f"1 / sqrt(s)  {_few(other[:, 0])}    largest error {((other - exact) / exact).abs().max():.0e}",
     ]
 
 
@@ -124,7 +137,7 @@ def _cast(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str
         twin.weight = norm.weight
         outputs.append(twin(x.bfloat16()))
     differ = (outputs[0] != outputs[1]).float().mean()
-    return [f"bfloat16: the two orders differ in {100 * differ:.1f} % of the elements, by the last of eight bits"]
+    return [f"bfloat16: the two orders differ in {100 * differ:.0f} % of the elements, by the last of eight bits"]
 
 
 def _claim(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[str]:
@@ -140,7 +153,7 @@ def _claim(x: Tensor, norm: RMSNorm, model: Llama, tokens: list[int]) -> list[st
     return [
         f"RMS into the first layer's norm {sizes[0]:.3f}, into the last's {sizes[-1]:.3f}; each gives 1",
         f"energy in the mean of a row: {100 * energy:.2f} % (any direction has 1/d on average, {100 / norm.dim:.2f} %)",
-        f"share of the gradient that points along x: {along:.1e}",
+        f"share of the gradient that points along x: {along:.0e}",
     ]
 
 

@@ -242,30 +242,6 @@ def test_a_healthy_checkpoint_has_no_findings(smollm2_dir: Path, capsys: pytest.
     assert out(["doctor", "--model", str(smollm2_dir), *TEXT], capsys) == "nothing found\n"
 
 
-@pytest.fixture(scope="module")
-def smollm2(smollm2_dir: Path) -> tuple[Llama, Tokenizer]:
-    return Llama.from_pretrained(smollm2_dir, "float32"), Tokenizer.from_pretrained(smollm2_dir)
-
-
-@pytest.mark.parametrize("language", ["en", "ko"])
-def test_the_tour_counts_on_real_activations(
-    smollm2: tuple[Llama, Tokenizer],
-    language: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(commands, "read_model", lambda _: smollm2)
-    steps = json.loads(out(["tour", "--lang", language, "--json", "--model", "smollm2"], capsys))
-    assert [step["title"][0] for step in steps] == list("12345678")
-    numbers = {step["title"][0]: "\n".join(step["numbers"]) for step in steps}
-    assert "(10, 576)" in numbers["1"]
-    assert numbers["2"].count("fails") == 2
-    assert "eps inside 0.3015" in numbers["5"]  # at an RMS of 0.001 and eps 1e-5: 1/√(1 + 10)
-    share = float(numbers["7"].split("differ in ")[1].split(" %")[0])
-    assert 20 < share < 30  # 25.9 % with random gains
-    assert any("가" <= char <= "힣" for char in steps[0]["text"]) is (language == "ko")
-
-
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [

@@ -9,7 +9,6 @@ from llama_mini import Llama, Tokenizer, lab
 from llama_mini.lab import heal_command
 from llama_mini.lab.__main__ import main
 from llama_mini.lab.healing import Healed
-from llama_mini.lab.healing_texts import training_text
 from tests.oracles import same_bits
 from tests.tiny_models import random_tokens
 
@@ -79,7 +78,7 @@ def test_the_change_is_that_of_edit_move_and_insert(
 def test_by_default_texts_are_those_of_the_lab(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(model: Llama, *_: object, **settings: object) -> Healed:
         assert (settings["text"], settings["held_out"], settings["control"]) == (None, None, False)
-        assert len(training_text(settings["tokenizer"])) > 300_000
+        assert isinstance(settings["tokenizer"], Tokenizer)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(heal_command.lab, "heal", stop)

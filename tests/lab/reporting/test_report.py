@@ -278,7 +278,7 @@ def test_the_page_is_drawn_in_light_and_dark(scheme: int, page: str, written: Pa
 
 
 @needs_chromium
-@pytest.mark.parametrize("width", [340, 1200])
+@pytest.mark.parametrize("width", [340, pytest.param(1200, marks=pytest.mark.slow)])
 def test_the_page_does_not_scroll_sideways(width: int, written: Path, tmp_path: Path) -> None:
     probe = (
         f"<style>html{{width:{width}px}}</style><script>document.title=document.documentElement.scrollWidth</script>"

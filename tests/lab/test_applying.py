@@ -34,7 +34,7 @@ EDITS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", EDITS)
 def test_it_computes_what_the_edit_computes(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_model(1, dtype)

@@ -78,7 +78,7 @@ def test_a_statistic_cancels_if_and_only_if_nothing_changes_without_it(case: str
 
 def test_the_rows_are_those_of_ablate_and_folds_those_of_fold() -> None:
     plan = NormPlan(attention=replace(QKV, pre=NormSpec(gain="none")), feed_forward=MID)
-    model = tiny_model(1, n_layers=2, norm_plan=plan)
+    model = tiny_model(1, n_layers=1, norm_plan=plan)
     rows = audit(model, TOKENS)
     assert rows.column("path") == select(model, None)
     by_path = {row.path: row for row in rows}
@@ -93,10 +93,11 @@ def test_the_rows_are_those_of_ablate_and_folds_those_of_fold() -> None:
                 fold(model, row.path)
         else:
             fold(model, row.path)
-    assert by_path[f"{FEED}.pre_norm"].folds == "gate_proj, up_proj"
+    assert by_path["layers.0.feed_forward.pre_norm"].folds == "gate_proj, up_proj"
     assert by_path["norm"].folds == "lm_head"
-    assert by_path[f"{ATTENTION}.pre_norm"].cancels == ", ".join(f"{ATTENTION}.{name}_norm" for name in "qkv")
-    assert by_path[f"{ATTENTION}.pre_norm"].folds is None
+    first = by_path["layers.0.attention.pre_norm"]
+    assert first.cancels == ", ".join(f"layers.0.attention.{name}_norm" for name in "qkv")
+    assert first.folds is None
 
 
 def test_what_cancels_costs_nothing_and_most_is_the_limit() -> None:

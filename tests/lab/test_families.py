@@ -85,6 +85,7 @@ def test_move_there_and_back(model: Llama) -> None:
     assert same_bits(move(moved, "layers.*.feed_forward.post_norm", slot)(TOKENS), model(TOKENS))
 
 
+@pytest.mark.slow
 def test_new_norms_and_edits_are_saved(model: Llama, tmp_path: Path) -> None:
     slot = "post" if model.config.norm_plan.layer(0)[1].mid is not None else "mid"
     new = insert(model, f"layers.*.feed_forward.{slot}_norm", TOKENS)
@@ -98,6 +99,7 @@ def test_new_norms_and_edits_are_saved(model: Llama, tmp_path: Path) -> None:
     assert (new(TOKENS) - model(TOKENS)).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_audit_and_folded_gains_name_every_norm(model: Llama) -> None:
     rows, gains = audit(model, TOKENS), folded_gains(model) if readable(model) else {}
     assert rows.column("path") == select(model, None)

@@ -32,7 +32,9 @@ VARIANTS = ["out+qk:full", "pre+qk", "peri+embed", "pre-final"]
         (NormPlan(attention=SMALL, feed_forward=SMALL), "silu", True),  # Granite
         ("keel+embed", "silu", True),
         (NormPlan.parse("peri", 12).with_norms(kind="power", power=0.5), "silu", True),
-        (NormPlan.parse("pre", 12).with_norms(kind="group", groups=4), "gelu", True),
+        pytest.param(
+            NormPlan.parse("pre", 12).with_norms(kind="group", groups=4), "gelu", True, marks=pytest.mark.slow
+        ),
     ],
     ids=["gemma3", "exaone4", "cohere2", "olmo", "starcoder2", "nemotron", "granite", "keel", "power", "group"],
 )

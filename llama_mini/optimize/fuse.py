@@ -91,7 +91,8 @@ def fuse(
         rows, columns = [linear.weight.shape[0] for linear in linears], linears[0].weight.shape[1]
         packed = kind(rows, columns, dtype, native, bias)
         if (order := orders.get(f"{names[linears[0]]}.weight")) is not None:
-            packed.register_forward_pre_hook(lambda _, args: (args[0][..., order],))
+            packed.register_buffer("order", order, persistent=False)
+            packed.register_forward_pre_hook(_in_order)
         for part, linear in enumerate(linears):
             parts[f"{names[linear]}.weight"] = PackedPart(packed, part)
             if bias:
@@ -115,6 +116,10 @@ def fuse(
         if model.lm_head is None or EMBEDDING in formats:
             model.tok_embeddings = FusedEmbedding(make([model.tok_embeddings]))  # type: ignore[assignment]
     return parts
+
+
+def _in_order(linear: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (args[0][..., linear.get_buffer("order")],)
 
 
 def fuser(kernels: str) -> Callable[..., dict[str, PackedPart]]:

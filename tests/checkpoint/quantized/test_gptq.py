@@ -3,6 +3,7 @@
 (GPTQModel's own code needs CUDA or Triton; the layouts are those of its packers and of AutoRound's.)
 """
 
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -152,6 +153,8 @@ def test_columns_in_the_order_of_their_groups(tmp_path: Path, bits: int, kernels
     cache = fast.new_cache(1, 16)
     steps = [fast(TOKENS[:, i : i + 1], cache) for i in range(TOKENS.shape[1])]
     assert error(torch.cat(steps, 1), expected) < 3e-3
+    twin = pickle.loads(pickle.dumps(fast))
+    assert torch.equal(twin(TOKENS), fast(TOKENS))
 
 
 def test_group_index_of_zeros(tmp_path: Path) -> None:

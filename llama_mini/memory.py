@@ -133,8 +133,9 @@ def _advice(need: Need, dtype: torch.dtype, quantize: str, positions: int, avail
         ways = [f"{change} with a context of {n} positions" for change, n in lengths if n][:1]
     if ways:
         return f"{' or '.join(ways)} would fit"
-    least = format_bytes(need(narrow, "int4", min(positions, BLOCK)))
-    return f"no dtype, format or context fits: the least, int4 with a context of {BLOCK}, needs {least}"
+    least, name = min((need(narrow, name, min(positions, BLOCK)), name) for name in _FORMATS)
+    form = {"auto": "the bits of the file"}.get(name, name)
+    return f"no dtype, format or context fits: the least, {form} with a context of {BLOCK}, needs {format_bytes(least)}"
 
 
 def _longest(positions: int, available: int, need: Callable[[int], int]) -> int:

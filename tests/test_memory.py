@@ -171,6 +171,11 @@ def test_what_does_not_fit_says_what_would(
     assert "\n" not in message
 
 
+def test_a_file_of_two_bits_needs_the_least_as_it_is() -> None:
+    with pytest.raises(CapacityError, match=r"the least, the bits of the file with a context of 16, needs 24\.\d GiB$"):
+        check_fits(LLAMA_70B, lambda _, name: N_70B // 8 * (3 if name == "auto" else 5), torch.half, 99, CPU, GiB)
+
+
 @given(
     st.integers(1, 10_000_000),
     st.sampled_from(DTYPES),

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from llama_mini.checkpoint.code_formats import holds_codes
 from llama_mini.checkpoint.hf.config import to_hf
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
@@ -18,7 +17,7 @@ from llama_mini.checkpoint.plain import check_contents, check_plain
 from llama_mini.checkpoint.rows import rows_for_file
 from llama_mini.checkpoint.source import Source, StoredCodes
 from llama_mini.checkpoint.special_ids import special_ids
-from llama_mini.checkpoint.weight_formats import column_orders, weight_bytes, weight_formats
+from llama_mini.checkpoint.weight_formats import column_orders, keeps_codes, weight_bytes, weight_formats
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.machine import as_device, as_dtype, dtype_name
 from llama_mini.memory import check_fits
@@ -82,15 +81,7 @@ def load_model(
         return sinks[name].destination(first, shape[0]) if name in sinks else state[name][first : first + shape[0]]
 
     what = f"quantising to {quantize}" if quantize in ("int8", "int4") else "loading"
-    as_codes = [
-        f
-        for f, name in names.items()
-        if name in formats
-        and (stored := source.tensors[f]).has_codes
-        and stored.kept is not None
-        and holds_codes(formats[name], stored.kept)
-        and (stored.order is None or name in orders)
-    ]
+    as_codes = [f for f, name in names.items() if keeps_codes(source.tensors[f], formats.get(name), name in orders)]
     for file_name, first, codes in with_progress(source.read_quantized(as_codes), len(as_codes), what):
         load(names[file_name], codes, first)
     # A tensor that is quantised again is not rounded to the model's dtype in between.

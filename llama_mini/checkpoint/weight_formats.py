@@ -67,6 +67,16 @@ def column_orders(source: Source, formats: Mapping[str, str]) -> dict[str, Tenso
     return orders
 
 
+def keeps_codes(stored: StoredTensor, kind: str | None, in_order: bool) -> bool:
+    """Whether a matrix that is held in the format `kind` has the file's own codes. If not, it is quantised again.
+
+    in_order: whether its columns have the file's order, one of `column_orders`.
+    """
+    if kind is None or stored.kept is None or not stored.has_codes:
+        return False
+    return holds_codes(kind, stored.kept) and (stored.order is None or in_order)
+
+
 def uniform_formats(config: LlamaConfig, quantize: str | None) -> dict[str, str]:
     """One format for all matrices; beside matrices of 4 bits the head has 8. None and "none" quantise nothing."""
     if quantize in (None, "none"):

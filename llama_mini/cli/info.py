@@ -1,5 +1,6 @@
 """The command `info`: what a checkpoint is, without loading its weights."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from llama_mini.checkpoint.io.files import VOCABULARIES, exists
 from llama_mini.checkpoint.match import empty_model, match
 from llama_mini.checkpoint.open import Adapters, open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
-from llama_mini.checkpoint.weight_formats import quantize_for, weight_bytes, weight_formats
+from llama_mini.checkpoint.weight_formats import column_orders, keeps_codes, quantize_for, weight_bytes, weight_formats
 from llama_mini.cli.common import table
 from llama_mini.machine import as_device, as_dtype, available_memory, dtype_name, format_bytes
 from llama_mini.memory import cache_bytes, work_bytes
@@ -45,14 +46,14 @@ def describe(
     config, quantize = source.config, quantize_for(source, "auto", dtype, torch_device)
     torch_dtype = as_dtype(dtype, torch_device)
     n_parameters = sum(p.numel() for p in model.parameters())
-    kept = sorted(set(weight_formats(source, quantize).values()), key=lambda name: (FORMATS[name].bits, name))
+    formats = weight_formats(source, quantize)
     rows = {
         "path": str(source.path),
         "format": source.format,
         **({"adapters": "; ".join(source.adapters.values())} if source.adapters else {}),
         "family": source.model_type,
         "parameters": f"{n_parameters:,} in {len(names)} tensors, stored as {_stored_as(source, names)}"
-        + (f"; kept as {', '.join(f'{FORMATS[name].bits}-bit codes ({name})' for name in kept)}" if kept else ""),
+        + _held_as(source, names, formats),
         "shape": f"{config.n_layers} layers, dim {config.dim}, hidden {config.hidden_dim}, {config.n_heads} heads of "
         f"{config.head_dim}, {config.n_kv_heads} KV heads, {'tied' if config.tie_word_embeddings else 'untied'} head",
         "norms": _norms(config, model),
@@ -60,7 +61,7 @@ def describe(
         **({"beyond LLaMA": further} if (further := beyond_llama(config)) else {}),
         "tokenizer": _vocabulary(tokenizer) if tokenizer else f"none ({missing})",
         "chat template": "yes" if tokenizer and tokenizer.has_chat_template else "no",
-        "memory": _memory(source, quantize, torch_dtype, torch_device, ", ".join(kept)),
+        "memory": _memory(source, quantize, torch_dtype, torch_device, _sorted(formats.values())),
     }
     return table(rows)
 
@@ -130,9 +131,29 @@ def _stored_as(source: Source, names: dict[str, str]) -> str:
     return ", ".join(f"{kind} ({format_bytes(size)})" for kind, size in sorted(formats.items(), key=lambda kv: -kv[1]))
 
 
-def _memory(source: Source, quantize: str, dtype: torch.dtype, device: torch.device, kept: str) -> str:
+def _held_as(source: Source, names: Mapping[str, str], formats: Mapping[str, str]) -> str:
+    """Which matrices run as the codes that the file has, and which are quantised again; empty for floats."""
+    orders, found = column_orders(source, formats), dict[bool, set[str]]()
+    for name, ours in names.items():
+        if (kind := formats.get(ours)) is not None:
+            found.setdefault(keeps_codes(source.tensors[name], kind, ours in orders), set()).add(kind)
+    ways = {True: "kept as", False: "others quantised again to" if True in found else "quantised again to"}
+    texts = (
+        f"; {way} " + ", ".join(f"{FORMATS[kind].bits}-bit codes ({kind})" for kind in _sorted(found[kept]))
+        for kept, way in ways.items()
+        if kept in found
+    )
+    return "".join(texts)
+
+
+def _sorted(formats: Iterable[str]) -> list[str]:
+    """Each format once, those of few bits first."""
+    return sorted(set(formats), key=lambda name: (FORMATS[name].bits, name))
+
+
+def _memory(source: Source, quantize: str, dtype: torch.dtype, device: torch.device, formats: list[str]) -> str:
     config, free = source.config, available_memory(device)
-    form = f"{kept} and {dtype_name(dtype)}" if kept else dtype_name(dtype)
+    form = f"{', '.join(formats)} and {dtype_name(dtype)}" if formats else dtype_name(dtype)
     return (
         f"weights {format_bytes(weight_bytes(source, dtype, quantize))} in {form}, "
         f"cache {format_bytes(cache_bytes(config, 1024, dtype))} for 1,024 tokens and "

@@ -18,6 +18,7 @@ from llama_mini.generate import main
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.rope_scaling import YarnScaling
+from tests.checkpoint.gguf.gguf_files import write_family
 from tests.checkpoint.meta.test_directory import PARAMS, meta_tensors, model
 from tests.tiny_families import random_model
 
@@ -132,6 +133,16 @@ def test_the_default_checkpoint_and_its_gguf_file(smollm2_dir: Path, smollm2_ggu
     kept = describe(smollm2_gguf)
     assert "MiB); kept as 4-bit codes (int4), 8-bit codes (int8)\n" in kept
     assert re.search(r"memory +weights 92\.\d MiB in int4, int8 and (bfloat16|float32), cache", kept)
+
+
+def test_what_is_quantised_again_is_not_said_to_be_kept(tmp_path: Path) -> None:
+    """v alone has 6 bits, so that q, k and v are joined in int8, which is no format of theirs."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    theirs = random_model("qwen3", 0, head_dim=64, **sizes)
+    mixed = describe(write_family(tmp_path / "mixed", theirs, types={"attn_v": "Q6_K", "": "Q4_K"}))
+    assert "MiB); kept as 4-bit codes (int4); others quantised again to 8-bit codes (int8)\n" in mixed
+    none_kept = describe(write_family(tmp_path / "none", theirs, types={"": "IQ3_XXS"}))
+    assert "MiB); quantised again to 8-bit codes (int8)\n" in none_kept
 
 
 def test_a_checkpoint_without_a_tokenizer(

@@ -57,7 +57,8 @@ def _read(plan: Plan) -> Plan:
             return NormPlan.from_dict(read_json(Path(plan)))
         return NormPlan.from_dict(decode_json(plan)) if plan.lstrip().startswith("{") else plan
     except (ValueError, ConfigError) as error:
-        raise RequestError(f"the plan {short_repr(plan)}: {error}") from None
+        name = plan if plan.endswith(".json") else f"the plan {short_repr(plan)}"
+        raise RequestError(f"{name}: {error}") from None
 
 
 def label(plan: Plan) -> str:

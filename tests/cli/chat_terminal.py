@@ -117,10 +117,7 @@ class Terminal:
         """What was shown since the last time, up to and with `text`."""
         deadline = time.monotonic() + seconds
         while (found := self.screen.find(text, self._seen)) < 0:
-            assert select.select([self._master], [], [], max(deadline - time.monotonic(), 0))[0], self.screen[
-                self._seen :
-            ]
-            part = self._read()
+            part = self._read(deadline)
             assert part, f"it ended without {text!r}: {self.screen[self._seen :]!r}"
             self.screen += part.decode("utf-8", "replace")
         start, self._seen = self._seen, found + len(text)
@@ -132,7 +129,8 @@ class Terminal:
         return self.until("]") + self.until(">>>")
 
     def ended(self) -> int:
-        while self._read():
+        deadline = time.monotonic() + SECONDS
+        while self._read(deadline):
             pass
         return self.child.wait(SECONDS)
 
@@ -141,7 +139,9 @@ class Terminal:
         self.child.wait()
         os.close(self._master)
 
-    def _read(self) -> bytes:
+    def _read(self, deadline: float) -> bytes:
+        left = max(deadline - time.monotonic(), 0)
+        assert select.select([self._master], [], [], left)[0], f"nothing came: {self.screen[self._seen :]!r}"
         try:
             return os.read(self._master, 1 << 16)
         except OSError:  # what Linux says once nobody has the other side open

@@ -84,6 +84,7 @@ assert [*loader] == [text()] * 2
     run(tiny_dir, code, kernels)
 
 
+@pytest.mark.slow
 def test_a_fork_during_a_generation_gives_an_answer_or_a_sentence(tiny_dir: Path) -> None:
     code = """
 def answer():

@@ -23,10 +23,14 @@ def examples(name: str, language: str) -> str:
     return "".join(text for kind, text in BLOCK.findall(TEXTS[name]) if kind == f"{language} examples")
 
 
-PYTHON = [name for name in TEXTS if examples(name, "python")]
-SHELL = [
-    pytest.param(name, marks=[] if name == "README.md" else pytest.mark.slow) for name in TEXTS if examples(name, "sh")
-]
+PYTHON, SHELL = (
+    [
+        pytest.param(name, marks=[] if (name, language) == ("README.md", "python") else pytest.mark.slow)
+        for name in TEXTS
+        if examples(name, language)
+    ]
+    for language in ("python", "sh")
+)
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ print(set_threads(), set_threads(5), torch.get_num_threads())
 
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("OMP_NUM_THREADS", ""), ("UNUSED", "torch.set_num_threads(1)")],
+    [("OMP_NUM_THREADS", ""), pytest.param("UNUSED", "torch.set_num_threads(1)", marks=pytest.mark.slow)],
 )
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one is the default there")
 def test_what_the_user_set_is_kept_unless_threads_are_asked_for(name: str, first: str) -> None:

@@ -72,6 +72,7 @@ def test_a_child_that_fails_in_a_call_leaves_its_last_line() -> None:
         child("no_method")
 
 
+@pytest.mark.slow
 def test_the_time_to_the_first_byte_ends_with_it() -> None:
     slow = "import sys; print('x', flush=True); sys.stdin.read(); sum(range(60_000_000))"
     whole = "import sys; sum(range(60_000_000)); print('x')"

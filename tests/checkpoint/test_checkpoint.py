@@ -223,7 +223,7 @@ def large_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
-@pytest.mark.parametrize(("dtype", "most"), [(None, 1.3), ("float32", 2.3)])
+@pytest.mark.parametrize(("dtype", "most"), [(None, 1.3), pytest.param("float32", 2.3, marks=pytest.mark.slow)])
 def test_loading_peaks_near_the_size_of_the_model(large_dir: Path, dtype: str | None, most: float) -> None:
     size = (large_dir / "model.safetensors").stat().st_size
     peak = int(run_in_child(MEASURE.replace("DTYPE", repr(dtype)), large_dir))

@@ -269,6 +269,7 @@ def test_a_mistake_is_one_sentence(
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_ends_it_quietly(tiny_dir: Path) -> None:
     command = f"{sys.executable} -m llama_mini.lab norms --csv --model {tiny_dir} | head -n 0"
     assert subprocess.run(["sh", "-c", command], capture_output=True, check=True).stderr == b""

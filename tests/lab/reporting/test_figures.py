@@ -227,6 +227,7 @@ def test_a_picture_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_importing_the_pictures_does_not_import_matplotlib() -> None:
     code = "import sys, llama_mini.lab.commands, llama_mini.lab.reporting.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

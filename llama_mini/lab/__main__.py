@@ -159,7 +159,8 @@ def _heal_options(heal: argparse.ArgumentParser) -> None:
     heal.add_argument("--minutes", type=float, default=2.0, metavar="F", help="of training; default: %(default)s")
     heal.add_argument("--steps", type=int, metavar="N", help="exactly so many steps instead, of 2 x 256 tokens")
     heal.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    heal.add_argument("--train", type=Path, metavar="FILE", help="train on this; default: Python's reference, samples")
+    train = "text to train on; default: Python's language reference, and what the model writes"
+    heal.add_argument("--train", type=Path, metavar="FILE", help=train)
     heal.add_argument("--taper", action="store_true", default=None, help="let the change come in slowly")
     heal.add_argument("--no-control", action="store_true", help="do not train a random change of equal KL")
     heal.add_argument("--folder", type=Path, metavar="DIR", help="keep the state here, and go on from it")

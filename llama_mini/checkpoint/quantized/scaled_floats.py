@@ -66,7 +66,13 @@ def float_matrix(
 
     def codes(parts: Parts, first: int, n: int) -> QuantizedWeights:
         numbers, scales = map(finite, read(parts, first, n, FORMATS[kept].group))
-        return QuantizedWeights(numbers, scales.half(), None) if is_fp4 else _fp8_codes(numbers, scales)
+        if not is_fp4:
+            return _fp8_codes(numbers, scales)
+        half = scales.half()
+        if kept == "mxfp4":  # which is kept without rounding, so a scale that would become 0 is an error, as in GGUF
+            lost = (numbers & 7 != 0).unflatten(1, (-1, GROUP)).any(-1) & (half == 0)
+            half = torch.where(lost, torch.inf, half)
+        return QuantizedWeights(numbers, half, None)
 
     formats = ("mxfp4", "nvfp4") if is_fp4 else ("int8",)  # the one with the larger groups first
     widths = {name: FORMATS[name].group for name in formats if columns % GROUP == 0}

@@ -103,6 +103,15 @@ def test_a_matrix(tmp_path: Path, name: str) -> None:
         assert (abs(product + least - floats.double().numpy()) <= rounding * (name != "MXFP4")).all()
 
 
+def test_a_scale_of_mxfp4_that_float16_cannot_hold_is_no_zero(tmp_path: Path) -> None:
+    stored, _ = quantise(random_weight(0), SCHEMES["MXFP4"][0])
+    stored["weight_scale"][:3, 0] = torch.tensor([90, 104, 90])  # 2^-37, 2^-23, and 2^-37 for zeros
+    stored["weight_packed"][2, :16] = 0
+    (matrix,) = store(tmp_path, stored, SCHEMES["MXFP4"][0])
+    rows = joined([rows for _, rows in read_matrix(matrix, matrix.codes, 16)])
+    assert rows.scale.isinf().nonzero().tolist() == [[0, 0]]
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "W4A16": {"group": scheme("Linear", num_bits=4, **GROUPS)},
     "W8A8": {"group": scheme("Linear", strategy="channel", inputs=INT8_INPUTS)},

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import BRANCHES, NormPlan
 from llama_mini.model.norm_slots import HEAD_SLOTS, SLOTS, BranchPlan, NormSpec
 
@@ -44,14 +45,16 @@ def layer_kinds(plan: NormPlan, n_layers: int) -> list[LayerKind]:
     return list(kinds.values())
 
 
-def diagram(plan: NormPlan, n_layers: int) -> list[Column]:
+def diagram(config: LlamaConfig) -> list[Column]:
     """A column for the model, and two for each of the first four kinds of layer."""
-    kinds = layer_kinds(plan, n_layers)
-    columns = [Column("The model", _model(plan, n_layers, kinds))]
+    kinds = layer_kinds(config.norm_plan, config.n_layers)
+    columns = [Column("The model", _model(config.norm_plan, config.n_layers, kinds))]
     for kind in kinds[:_MOST_KINDS]:
         prefix = f"{kind.name}, " if len(kinds) > 1 else ""
         for name, plans in kind.plans.items():
-            columns.append(Column(f"{prefix}{name.replace('_', '-')}, {ranges(kind.layers)}", _branch(name, plans)))
+            columns.append(
+                Column(f"{prefix}{name.replace('_', '-')}, {ranges(kind.layers)}", branch_boxes(config, name, plans))
+            )
     return columns
 
 
@@ -75,17 +78,22 @@ def _model(plan: NormPlan, n_layers: int, kinds: list[LayerKind]) -> list[list[B
     return [[box] for box in (*start, *layers, *more, *end)]
 
 
-def _branch(name: str, plans: list[BranchPlan]) -> list[list[Box]]:
+def branch_boxes(config: LlamaConfig, name: str, plans: list[BranchPlan]) -> list[list[Box]]:
+    """The rows of one branch, whose norms are those of `plans`; the last but one is the residual's sum."""
     slots = {slot: _norm(f"{slot}_norm", [getattr(plan, slot) for plan in plans]) for slot in SLOTS}
     alpha, beta = (_factor([getattr(plan, name) for plan in plans]) for name in ("alpha", "beta"))
     if name == "attention":
         projections = [Box(f"{head}_proj") for head in HEAD_SLOTS]
         inside = [projections, [slots[head] for head in HEAD_SLOTS], [Box("attend", "RoPE on q and k")]]
     else:
-        inside = [[Box("gate_proj"), Box("up_proj")], [Box("silu(gate) · up")]]
+        inside = [[Box("gate_proj"), Box("up_proj")], [Box(f"{config.activation}(gate) · up")]]
+        inside = inside if config.gated_mlp else [[Box("up_proj")], [Box(f"{config.activation}(up)")]]
     last = Box("o_proj" if name == "attention" else "down_proj")
     total = Box(f"{alpha}x + {beta}branch", look="sum")
-    return [[slots["pre"]], *inside, [slots["mid"]], [last], [slots["out"]], [total], [slots["post"]]]
+    before = slots["pre"]
+    if config.norm_plan.parallel and name == "feed_forward" and before.look == "empty":
+        before = Box("attention.pre_norm")  # both branches read it
+    return [[before], *inside, [slots["mid"]], [last], [slots["out"]], [total], [slots["post"]]]
 
 
 def _norm(name: str, specs: Sequence[NormSpec | None]) -> Box:

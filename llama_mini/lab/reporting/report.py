@@ -13,7 +13,8 @@ from torch import Tensor
 
 import llama_mini
 from llama_mini.errors import ConfigError, RequestError
-from llama_mini.lab.ablation import ablate, skip_layers
+from llama_mini.lab.ablation import AblatedNorm, ablate, skip_layers
+from llama_mini.lab.attention_heads import attention
 from llama_mini.lab.cost import score
 from llama_mini.lab.diagnosis import doctor
 from llama_mini.lab.freezing import FREEZABLE
@@ -24,6 +25,7 @@ from llama_mini.lab.paths import select
 from llama_mini.lab.recording import Recording, capture
 from llama_mini.lab.reporting import figures, plan_figures, style
 from llama_mini.lab.reporting.diagram import diagram, layer_kinds, ranges
+from llama_mini.lab.reporting.explorer import KEEPS, explore
 from llama_mini.lab.reporting.style import check_drawable, svg, write_whole
 from llama_mini.lab.study import label, progress
 from llama_mini.lab.table import Table
@@ -60,10 +62,10 @@ def report(
     race: Race | None = None,
     shell: Shell | None = None,
 ) -> Path:
-    """Writes one HTML file that needs no network and no script, and returns its path.
+    """Writes one HTML file that needs no network, and whose numbers can be read without its script. Returns its path.
 
-    ids: the texts, (T,), (B, T) or a list. Each norm and each layer costs a forward pass over it, and all activations
-        of one pass are held at once.
+    ids: the texts, (T,), (B, T) or a list. Each norm costs three forward passes over them and each layer one, and all
+        activations of one pass are held at once.
     tokenizer: to show tokens as text.
     name: of the checkpoint, for the title.
     race: short trainings, whose curves are added.
@@ -75,18 +77,21 @@ def report(
     target = Path(path)
     texts = as_texts(model, ids)
     check_drawable(target)
+    data: dict[str, Any] = {}
     sections: dict[str, Callable[[], Any]] = {
         "facts": lambda: _facts(model, texts, tokenizer, name),
         "plan": lambda: _plan(model),
-        "activations": lambda: _activations(capture(model, texts), tokenizer),
-        "costs": lambda: _costs(model, texts),
+        "frozen": lambda: _frozen(model, texts),
+        "watched": lambda: _watched(model, texts, data["frozen"], tokenizer),
+        "costs": lambda: _costs(model, data["frozen"]["first"]),
         "gains": lambda: _gains(model),
         "layers": lambda: _layers(model, texts),
         "findings": lambda: doctor(model, texts),
         "init": lambda: _init(model),
         "race": lambda: race and _race(race),
     }
-    data = {key: section() for key, section in progress(sections.items(), "report", unit="section")}
+    for key, section in progress(sections.items(), "report", unit="section"):
+        data[key] = section()
     page = _template().render(data, title=f"The norms of {name}", shell=shell)
     write_whole(target, page.encode(errors="replace"))
     return target
@@ -100,6 +105,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    env.policies["json.dumps_kwargs"] = {"allow_nan": False}  # not sorted: facts have an order
     env.filters |= {"fmt": format, "number": _number, "share": _share, "records": _records}
     return env.get_template(_TEMPLATE, globals={"command": _COMMAND, "style": style, "massive_ratio": MASSIVE})
 
@@ -138,11 +144,24 @@ def _facts(model: Llama, texts: Texts, tokenizer: Tokenizer | None, name: str) -
 def _plan(model: Llama) -> dict[str, Any]:
     plan, depth = model.config.norm_plan, model.config.n_layers
     kinds = [(kind.name, ranges(kind.layers)) for kind in layer_kinds(plan, depth)]
-    return {"depth": depth, "kinds": kinds, "columns": diagram(plan, depth)}
+    return {"depth": depth, "kinds": kinds, "columns": diagram(model.config)}
+
+
+def _frozen(model: Llama, texts: Texts) -> dict[str, Table[AblatedNorm]]:
+    """By the tokens that are kept apart, the costs of freezing each norm that can be frozen."""
+    paths = [row.path for row in norms(model) if row.kind in FREEZABLE]
+    return {keep: ablate(model, texts, paths, keep=keep) if paths else Table([]) for keep in KEEPS}
+
+
+def _watched(model: Llama, texts: Texts, frozen: dict[str, Table[AblatedNorm]], tokenizer: Tokenizer | None) -> Any:
+    """The data of the explorer, on the residual stream, and on its massive elements."""
+    recording = capture(model, texts)
+    costs = {keep: {row.path: row for row in rows} for keep, rows in frozen.items()}
+    explorer = explore(model, recording, costs, attention(model, texts), tokenizer)
+    return explorer, *_activations(recording, tokenizer)
 
 
 def _activations(recording: Recording, tokenizer: Tokenizer | None) -> tuple[Any, Any]:
-    """The data on the residual stream, and on its massive elements."""
     ends = recording.resid.resid_pre[0], recording.resid.resid_post[-1]
     first, last = (point.median for point in ends)
     stream = {"svg": svg(figures.residual_rms_picture(recording), "rms"), "first": first, "last": last}
@@ -156,12 +175,10 @@ def _activations(recording: Recording, tokenizer: Tokenizer | None) -> tuple[Any
     return stream, massive
 
 
-def _costs(model: Llama, texts: Texts) -> dict[str, Any]:
-    table = norms(model)
-    paths = [row.path for row in table if row.kind in FREEZABLE]
-    if not paths:
-        return {"rows": [], "kinds": " or ".join(FREEZABLE)}
-    rows = ablate(model, texts, paths)
+def _costs(model: Llama, rows: Table[AblatedNorm]) -> dict[str, Any]:
+    if not len(rows):
+        return {"rows": rows, "kinds": " or ".join(FREEZABLE)}
+    paths = rows.column("path")
     patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in paths))
     return {
         "svg": svg(figures.norm_cost_picture(rows), "cost"),
@@ -169,7 +186,7 @@ def _costs(model: Llama, texts: Texts) -> dict[str, Any]:
         "errors": sum(row.error is not None for row in rows),
         "worst": max((row for row in rows if row.error is None), key=lambda row: row.dloss, default=None),
         "free": sum(abs(row.dloss) <= 2 * row.se for row in rows),
-        "others": len(table) - len(paths),
+        "others": len(norms(model)) - len(rows),
         "pattern": shlex.quote(",".join(patterns)) if select(model, patterns) == paths else "",
     }
 
@@ -179,7 +196,6 @@ def _gains(model: Llama) -> dict[str, Any]:
     with_gain = [row for row in rows if row.mean is not None]
     in_layers = any(row.path.startswith("layers.") for row in with_gain)
     return {
-        "rows": rows,
         "with_gain": with_gain,
         "of_the_model": [row for row in with_gain if "." not in row.path],
         "svg": svg(figures.gain_picture(rows), "gain") if in_layers else "",

@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llama_mini.lab.reporting import report
 from llama_mini.lab.reporting.diagram import Box, diagram, layer_kinds, ranges
+from llama_mini.model.config import LlamaConfig
 from llama_mini.model.norm_plan import NormPlan
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -29,15 +31,26 @@ def test_the_page_has_a_full_box_for_each_norm_and_a_dashed_one_for_each_empty_s
 def test_layers_that_differ_are_drawn_apart() -> None:
     plan = NormPlan.parse("mix(.5)", 8)
     assert [(kind.name, kind.layers) for kind in layer_kinds(plan, 8)] == [("A", [0, 1, 2, 3]), ("B", [4, 5, 6, 7])]
-    assert "A, attention, layers 0–3" in [column.title for column in diagram(plan, 8)]
-    scaled = NormPlan.parse("lns", 4)
-    assert len(layer_kinds(scaled, 4)) == 1
-    assert Box("pre_norm", "rms, × 0.5–1", "norm") in boxes_of(scaled, 4)
-    assert Box("1.68 · x + branch", "", "sum") in boxes_of(NormPlan.parse("deep", 4), 4)
+    assert "A, attention, layers 0–3" in [column.title for column in diagram(config(norm_plan=plan, n_layers=8))]
+    assert len(layer_kinds(NormPlan.parse("lns", 4), 4)) == 1
+    assert Box("pre_norm", "rms, × 0.5–1", "norm") in boxes_of(norm_plan="lns", n_layers=4)
+    assert Box("1.68 · x + branch", "", "sum") in boxes_of(norm_plan="deep", n_layers=4)
 
 
-def boxes_of(plan: NormPlan, n_layers: int) -> list[Box]:
-    return [box for column in diagram(plan, n_layers) for row in column.rows for box in row]
+def test_the_feed_forward_layer_is_that_of_the_config() -> None:
+    assert Box("gelu_tanh(gate) · up") in boxes_of(activation="gelu_tanh")
+    plain = boxes_of(activation="relu2", gated_mlp=False)
+    assert Box("relu2(up)") in plain
+    assert Box("gate_proj") not in plain
+    assert Box("attention.pre_norm") in boxes_of(norm_plan="parallel")
+
+
+def config(**settings: Any) -> LlamaConfig:
+    return tiny_model(**settings).config
+
+
+def boxes_of(**settings: Any) -> list[Box]:
+    return [box for column in diagram(config(**settings)) for row in column.rows for box in row]
 
 
 def test_layers_are_named_in_ranges() -> None:

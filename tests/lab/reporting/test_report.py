@@ -2,9 +2,6 @@
 
 import math
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,56 +19,12 @@ from llama_mini.lab.table import Table
 from llama_mini.lab.training import Race
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
+from tests.lab.reporting.pages import HOSTILE, HostileTokenizer, Page, browse, needs_chromium
 from tests.tiny_models import TINY, random_tokens, tiny_model
 
 pytest.importorskip("matplotlib", reason="the report needs the extra lab")
 IDS = random_tokens(2, 20)
-HOSTILE = "\"><script>alert(1)</script>&'\x00"
 CURVES = {"pre": np.array([[4.0, 3.0], [4.2, 3.2]]), "post<b>": np.array([[4.0, 3.9], [4.1, np.nan]])}
-
-
-class Page(HTMLParser):
-    """Checks that every element is closed in turn, and collects ids, headings, table cells and text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.tags: set[str] = set()
-        self.words: list[str] = []
-        self.headings: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-        assert self.open == []
-        self.text = " ".join("".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        values = dict(attrs)
-        self.ids += [str(values["id"])] if "id" in values else []
-        self.links += [str(values[name]) for name in ("href", "src", "xlink:href") if name in values]
-        if tag not in ("meta",):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if self.open and self.open[-1] == tag:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.words.append(data)
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
-
-
-class HostileTokenizer:
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return HOSTILE
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +57,7 @@ def test_the_page_is_well_formed_and_has_every_section(written: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert page.headings == [
         "The checkpoint",
+        "Every norm in its place",
         "Where the norms are",
         "The residual stream",
         "Massive activations",
@@ -121,12 +75,14 @@ def test_the_page_asks_for_nothing_from_outside(written: Path) -> None:
     assert set(re.findall(r"\w+://[^\s\"'<]*", text)) <= {SVG}
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert not re.search(r"@import|url\((?!#)", text)
-    assert not page.tags & {"script", "link", "img", "iframe", "object"}
+    assert "default-src 'none'" in text  # the browser would refuse it
+    assert not page.tags & {"link", "img", "iframe", "object"}
 
 
 def test_text_from_files_never_becomes_markup(written: Path) -> None:
     page = Page(written)
-    assert "script" not in page.tags
+    assert [script.get("type") for script in page.scripts] == ["application/json", None]
+    assert "<script>alert" not in page.source
     assert "b" not in page.tags  # of a plan's name
     assert "<script>alert(1)</script>" in page.text
     assert "post<b>" in page.text
@@ -231,29 +187,19 @@ def test_costs_that_are_nan_are_said_and_not_taken_for_the_highest(
 ) -> None:
     model, where, nan = tiny_model(), "NaN or infinity in the logits, first at norm, token 0", math.nan
     monkeypatch.setattr(report_module, "predict", lambda *_: (_ for _ in ()).throw(RequestError("no theory")))
-    frozen = [AblatedNorm("norm", nan, nan, nan, nan, error=where), AblatedNorm("norm", -1, 0.1, 1, 1)]
+    finite = AblatedNorm("layers.0.attention.pre_norm", -1, 0.1, 1, 1)
+    frozen = [AblatedNorm("norm", nan, nan, nan, nan, error=where), finite]
     skipped = [SkippedLayer(0, nan, nan, nan, nan, 0.1, where), SkippedLayer(1, 2.5, 0.1, 1, 1, 0.1)]
-    monkeypatch.setattr(report_module, "ablate", lambda *_: Table(frozen[: 1 + n_finite]))
+    monkeypatch.setattr(report_module, "ablate", lambda *_, **__: Table(frozen[: 1 + n_finite]))
     monkeypatch.setattr(report_module, "skip_layers", lambda *_: Table(skipped[: 1 + n_finite]))
     text = Page(report(tmp_path / "a.html", model, IDS)).text
     assert text.count("1 end in NaN or infinity, and have no cost.") == 2
-    assert text.count(where) == 2
-    assert ("The highest cost is that of norm, -1 ± 0.1 nats" in text) is bool(n_finite)
+    assert text.count(where) == 4  # a norm's three costs, and a layer's
+    assert ("The highest cost is that of layers.0.attention.pre_norm, -1 ± 0.1 nats" in text) is bool(n_finite)
     assert ("Skipping layer 1 costs most, +2.5 ± 0.1 nats" in text) is bool(n_finite)
 
 
 # --- in a browser ---
-
-CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH")
-
-
-def browse(page: Path, folder: Path, *options: str) -> str:
-    """Runs headless Chromium on a page; what it prints."""
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
-    quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command = [str(CHROMIUM), *quiet, f"--user-data-dir={folder / 'profile'}", *options, page.as_uri()]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
 @needs_chromium

@@ -107,8 +107,10 @@ NORMS: dict[str, NormSpec] = {
     "scale": NormSpec(eps=0.2, scale=0.5),
     "bias": NormSpec(kind="layer", eps=0.2, cast="late", bias=True),
     "view": NormSpec(eps=0.2, view="full"),
+    "groups": NormSpec(kind="group", eps=0.2, groups=2),
+    "power": NormSpec(kind="power", eps=0.2, power=0.5),
 }
-BRANCHES = {"alpha": 0.7, "beta": 1.3} | dict.fromkeys(SLOTS, NORM)
+BRANCHES = {"alpha": 0.7, "beta": 1.3, "learned": True} | dict.fromkeys(SLOTS, NORM)
 PLANS = {"embed": NORM, "final": None, "parallel": True}
 
 

@@ -17,7 +17,8 @@ def test_the_page_has_a_full_box_for_each_norm_and_a_dashed_one_for_each_empty_s
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib", reason="the report needs the extra lab")
-    monkeypatch.setattr(report, "_DIM", 16)  # of random models, which play no part here
+    monkeypatch.setattr(report, "_DIM", 16)  # random models and pictures play no part here
+    monkeypatch.setattr(report, "svg", lambda *_: "")
     model = tiny_model(2, norm_plan="peri+qk:full")
     page = report.report(tmp_path / "a.html", model, random_tokens(1, 9)).read_text()
     boxes = re.findall(r'<span class="(\w+)">(\w+)', page)

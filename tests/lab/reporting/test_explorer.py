@@ -36,7 +36,8 @@ def model() -> Llama:
 @pytest.fixture(scope="module")
 def written(model: Llama, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_module, "predict", fail)  # random models play no part here
+        patch.setattr(report_module, "predict", fail)  # random models and pictures play no part here
+        patch.setattr(report_module, "svg", lambda *_: "")
         path = tmp_path_factory.mktemp("explorer") / "norms.html"
         return report_module.report(path, model, IDS, tokenizer=HostileTokenizer())  # type: ignore[arg-type]
 

@@ -112,7 +112,7 @@ def built(cache: Path | None = None, again: bool = False) -> Path:
                 continue
             with lock:
                 if again or not _is_whole(library):
-                    print("building the fast operators, once, about 10 s", file=sys.stderr, flush=True)
+                    print("building the fast operators, once, about 20 s", file=sys.stderr, flush=True)
                     _compile(source, compiler, library)
             return library
     raise problems[0]

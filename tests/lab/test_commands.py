@@ -171,10 +171,10 @@ def test_a_report_is_one_page_whose_captions_can_be_run(
     page = (tmp_path / "norms.html").read_text(encoding="utf-8")
     assert "A race of plans" in page
     made = [shlex.split(html.unescape(code)) for code in re.findall("<code>(.*?)</code>", page)]
-    assert [words[:3] for words in made] == [["python", "-m", "llama_mini.lab"]] * 9
+    assert [words[:3] for words in made] == [["python", "-m", "llama_mini.lab"]] * 10
     printed = {words[3]: out(words[3:], capsys) for words in made}
-    assert list(printed) == ["norms", "capture", "ablate", "skip", "doctor", "init", "race"]
-    costs = [[*row.values()] for row in json.loads(out([*made[3][3:], "--json"], capsys))]
+    assert list(printed) == ["ablate", "norms", "capture", "skip", "doctor", "init", "race"]
+    costs = [[*row.values()] for row in json.loads(out([*made[4][3:], "--json"], capsys))]
     path, dloss, se, *_ = max(costs, key=lambda row: row[1])
     assert f"The highest cost is that of {path}, {dloss:+.3g} ± {se:.2g} nats per token" in page
     assert printed["ablate"].splitlines()[-2].startswith("norm ")

@@ -175,6 +175,7 @@ void run(const Kernels& kernels, const Case& c) {
   const int64_t columns = q_dim / 32 * 32 + (codes_of(c.kind).scales == 2 && q_dim % 32 >= 16 ? 16 : 0);
   Vector<uint8_t> codes(n * columns);
   for (auto& code : codes) code = (uint8_t)(draw() >> 24);
+  const Vector<uint16_t> new_scales = o.scales, new_mins = o.mins;
   spoil(stream, c.fill);
   Numbers bare_qkv(c.wide, c.batch * (q_dim + 2 * c.kv_heads * c.dim)), attended(c.wide, c.batch * q_dim);
   with_pool([&](Pool pool) {
@@ -196,7 +197,7 @@ void run(const Kernels& kernels, const Case& c) {
     if (c.kind == Kind::INT8 || (kind.has_min && kind.scales == 1)) kernels.quantize(new_rows.data(), n, o.m, pool);
     Matrix whole = o.m;
     whole.columns = columns;
-    kernels.pack(codes.data(), o.scales.data(), kind.has_min ? o.mins.data() : nullptr, n, whole, pool);
+    kernels.pack(codes.data(), new_scales.data(), kind.has_min ? new_mins.data() : nullptr, n, whole, pool);
     whole.columns = q_dim / 32 * 32;
     if (c.kind == Kind::INT8 || c.kind == Kind::INT4) kernels.repack(blocks.data(), block_bytes, n, whole, pool);
   });

@@ -1,5 +1,6 @@
 """A GGUF file taken apart and put together again, sound or not: the fuzz test changes what lies between."""
 
+import math
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -106,12 +107,10 @@ def _packed(kind: int, value: Any) -> bytes:
     if kind == STRING:
         return _text(value)
     form = SCALARS.get(kind, "I")
-    if form == "?":
-        return bytes([int(value) & 0xFF])
     if form in "fd":
         try:
             return struct.pack("<" + form, float(value))
         except OverflowError:
             return struct.pack("<" + form, float("inf"))
-    size = struct.calcsize(form)
-    return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
+    size, whole = struct.calcsize(form), int(value) if math.isfinite(value) else 0  # also of "?", a byte
+    return (whole % (1 << 8 * size)).to_bytes(size, "little")

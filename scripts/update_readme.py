@@ -15,10 +15,10 @@ ENTRY = re.compile(r"^(?P<indent> *)(?P<name>[\w./-]+)(?P<gap> +)(?P<lines>\d+)(
 
 
 def documents() -> list[Path]:
-    """Every README.md and what lies beside the top one; not those of checkpoints in weights/."""
+    """Every page in Markdown of the project; not those of checkpoints in weights/."""
     top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "weights/README.md")]
     folders = [ROOT / name for name in ("llama_mini", "scripts", "tests")]
-    return top + sorted(path for folder in folders for path in folder.rglob("README.md"))
+    return top + sorted(path for folder in folders for path in folder.rglob("*.md"))
 
 
 def count_lines(path: Path) -> int:

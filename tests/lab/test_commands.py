@@ -228,7 +228,7 @@ def test_without_matplotlib_nothing_is_begun(
 
 def test_the_study_prints_commands_that_exist_and_shows_pictures_that_are_there() -> None:
     folder = TINY.parents[1] / "llama_mini" / "lab"  # of the checkout: a wheel has no pictures
-    study = (folder / "README.md").read_text(encoding="utf-8")
+    study = (folder / "STUDY.md").read_text(encoding="utf-8")
     words = [shlex.split(line, comments=True) for line in re.findall(r"python -m llama_mini\.lab ([^`\n]*)", study)]
     given = [parser().parse_args(line) for line in words]
     assert len(given) > 8

@@ -69,7 +69,12 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     compare.add_argument("--dtype", default="float32", metavar="D", help="of both; default: %(default)s")
     ablate = add("ablate", "measure the cost of changing each norm", model, text, picture, epilog=SETTINGS_HELP)
     edit = add("edit", "measure the cost of editing norms", model, text, epilog=SETTINGS_HELP)
-    add("skip", "measure the cost of skipping each layer", model, text, picture)
+    skip = add("skip", "measure the cost of skipping layers, their branches, or runs of them", model, text, picture)
+    layers = "layers or branches, such as layers.20-29.attention or layers.*.*; default: %(default)s"
+    skip.add_argument("pattern", nargs="?", default="layers.*", help=layers)
+    skip.add_argument(
+        "--run", type=int, default=1, metavar="N", help="skip N neighbours together; default: %(default)s"
+    )
     audit = add(
         "audit", "say which norms fold, cancel against a later norm or can go, and what that costs", model, text
     )

@@ -1,4 +1,4 @@
-"""What each norm and each layer contributes: the cost of changing norms, alone or together, or of skipping a layer."""
+"""What each norm and each layer contributes: the cost of changing norms, alone or together, or of skipping layers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,14 @@ from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.cost import Score, score
 from llama_mini.lab.editing import edited_norms, swapped
 from llama_mini.lab.freezing import Frozen
-from llama_mini.lab.paths import select, split
+from llama_mini.lab.paths import select, select_layers, split
 from llama_mini.lab.recording import watched
 from llama_mini.lab.study import progress
 from llama_mini.lab.table import Table
 from llama_mini.lab.texts import Ids, as_texts
 from llama_mini.model.llama import Llama
-from llama_mini.validate import check_choice, check_flag
+from llama_mini.model.norm_plan import BRANCHES
+from llama_mini.validate import check_choice, check_flag, check_whole, short_repr
 
 _COSTS = ("dloss", "se", "kl", "top1")
 
@@ -44,12 +45,15 @@ class AblatedNorm:
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """The cost of skipping one layer, and the angle between its input and output in the full model, in units of π.
+    """The cost of skipping a layer, one of its branches, or a run of either.
 
+    path: what is skipped, such as layers.3, layers.3-5 or layers.3-5.attention.
+    angle: in the full model, between the stream before it and the stream after it, in units of π; the mean over tokens.
+        Between the branches of a run it includes what the other branches do.
     error: as in AblatedNorm.
     """
 
-    layer: int
+    path: str
     dloss: float
     se: float
     kl: float
@@ -105,20 +109,51 @@ def ablate(
     return Table(rows, _note(settings, calibrate is not None))
 
 
-def skip_layers(model: Llama, ids: Ids) -> Table[SkippedLayer]:
-    """The cost of skipping each layer, one by one, and the angle by which each turns the residual stream."""
+def skip_layers(model: Llama, ids: Ids, pattern: str | Sequence[str] = "layers.*", run: int = 1) -> Table[SkippedLayer]:
+    """The cost of skipping layers or branches, and the angle by which each turns the residual stream.
+
+    pattern: layers, branches, or both, such as `layers.*`, `layers.20-29.attention` or `layers.*,layers.*.*`.
+    run: how many neighbours are skipped together. There is a row for each run of layers, and of branches of one name,
+        that the pattern holds whole.
+
+    What is skipped passes its input on, past all of its norms. In a parallel layer the other branch stays as it is.
+    Sources: Sun et al. 2025, "The Curse of Depth"; runs and angles: Gromov et al. 2024, "The Unreasonable
+    Ineffectiveness of the Deeper Layers".
+
+    Raises RequestError for a pattern that matches nothing or holds no run so long; NumericalError as `ablate` does.
+    """
+    check_whole("run", run, RequestError, 1)
+    runs = _runs(select_layers(model, pattern), len(model.layers), run)
+    if not runs:
+        raise RequestError(f"no {run} neighbours match {short_repr(pattern)}: give a smaller run, or a wider pattern")
     base = score(model, ids)
-    angles = _angles(model, ids)
+    angles = _angles(model, ids, runs)
     rows = []
-    for i in progress(range(len(model.layers)), "skip layers", unit="layer"):
-        rows.append(SkippedLayer(i, angle=angles[i], **_cost(model, ids, {f"layers.{i}": _PassThrough()}, base)))
+    for path, skipped in progress(runs.items(), "skip", unit="run"):
+        modules: dict[str, nn.Module] = {one: _PassThrough(model.get_submodule(one)) for one in skipped}
+        rows.append(SkippedLayer(path, angle=angles[path], **_cost(model, ids, modules, base)))
     return Table(rows)
 
 
-class _PassThrough(nn.Module):
-    """A layer that does nothing. nn.Identity would refuse the other arguments of a layer."""
+def _runs(paths: list[str], depth: int, length: int) -> dict[str, list[str]]:
+    """The runs of `length` neighbours among the paths of layers and branches, by the path of the run."""
+    runs = {}
+    for first in range(depth):
+        for branch in ("", *(f".{name}" for name in BRANCHES)):
+            run = [f"layers.{i}{branch}" for i in range(first, first + length)]
+            if set(run) <= set(paths):
+                runs[f"layers.{first}-{first + length - 1}{branch}" if length > 1 else run[0]] = run
+    return runs
 
-    def forward(self, x: Tensor, *context: object) -> Tensor:
+
+class _PassThrough(nn.Module):
+    """A layer or branch that does nothing. nn.Identity would refuse the other arguments."""
+
+    def __init__(self, skipped: nn.Module) -> None:
+        super().__init__()
+        self.pre_norm = getattr(skipped, "pre_norm", None)  # a parallel layer calls it, for both of its branches
+
+    def forward(self, x: Tensor, *context: object, **more: object) -> Tensor:
         return x
 
 
@@ -145,17 +180,22 @@ def _cost(model: Llama, ids: Ids, modules: dict[str, nn.Module], base: Score) ->
     return {name: getattr(changed, name) for name in _COSTS}
 
 
-def _angles(model: Llama, ids: Ids) -> list[float]:
-    """By layer, the mean over tokens of the angle between input and output, in units of π."""
+def _angles(model: Llama, ids: Ids, runs: Mapping[str, list[str]]) -> dict[str, float]:
+    """By run, the mean over tokens of the angle between the input of its first and the output of its last, over π."""
     texts = as_texts(model, ids)
+    before: dict[str, Tensor] = {}  # of the runs that have begun
     angles: dict[str, float] = {}
 
     def record(name: str, x: Tensor, y: Tensor) -> None:
-        u, v = (nn.functional.normalize(z.double(), dim=-1) for z in (x, y))
-        half = torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))  # arccos loses small angles
-        angles[name] = float(half[texts.real].mean()) * 2 / math.pi
+        for path, run in runs.items():
+            if run[0] == name:
+                before[path] = x
+            if run[-1] == name:
+                u, v = (nn.functional.normalize(z.double(), dim=-1) for z in (before.pop(path), y))
+                half = torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))  # arccos loses small angles
+                angles[path] = float(half[texts.real].mean()) * 2 / math.pi
 
-    layers = {str(i): layer for i, layer in enumerate(model.layers)}
-    with torch.inference_mode(), watched(layers, record):
+    ends = {end for run in runs.values() for end in (run[0], run[-1])}
+    with torch.inference_mode(), watched({path: model.get_submodule(path) for path in ends}, record):
         model(texts.tokens)
-    return [angles[name] for name in layers]
+    return angles

@@ -144,7 +144,7 @@ def _edit(args: argparse.Namespace) -> None:
 
 def _skip(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
-    costs = lab.skip_layers(model, read_ids(tokenizer, args))
+    costs = lab.skip_layers(model, read_ids(tokenizer, args), args.pattern, args.run)
     show(args, costs, lambda: figures.skip_picture(costs))
     _check_finite(costs)
 

@@ -5,7 +5,7 @@ A pattern is a module path split at its dots, such as `layers.0-3.*.pre_norm`. E
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -75,10 +75,7 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
         return list(known) if empty else filled
     selected: set[str] = set()
     for one in split(pattern):
-        for each in (one, *_ends(one)):
-            if not any(_matches(path, each) for path in known):
-                raise RequestError(f"{short_repr(each)} matches no norm; the norms are {join_names(filled) or 'none'}")
-        matched = [path for path in known if _matches(path, one)]
+        matched = _matching(one, known, f"norm; the norms are {join_names(filled) or 'none'}")
         chosen = matched if empty else [path for path in matched if path in filled]
         if not chosen:
             raise RequestError(
@@ -89,12 +86,30 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
     return [path for path in known if path in selected]
 
 
+def select_layers(model: Llama, pattern: str | Sequence[str]) -> list[str]:
+    """The layers and branches, such as `layers.3` and `layers.3.attention`, that match a pattern or any of several.
+
+    Raises RequestError for a pattern that matches nothing.
+    """
+    known = [f"layers.{i}{branch}" for i in range(len(model.layers)) for branch in ("", *(f".{b}" for b in BRANCHES))]
+    what = f"layer and no branch; they are {join_names(known)}"
+    return list(dict.fromkeys(path for one in split(pattern) for path in _matching(one, known, what)))
+
+
 def split(pattern: str | Sequence[str]) -> list[str]:
     """The parts of a pattern, or of several, without repeats, that commas separate."""
     patterns = [pattern] if isinstance(pattern, str) else pattern
     if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
-        raise RequestError(f"a pattern of norms must be text or a list of texts, not {short_repr(pattern)}")
+        raise RequestError(f"a pattern must be text or a list of texts, not {short_repr(pattern)}")
     return list(dict.fromkeys(part.strip() for several in patterns for part in _COMMA.split(several)))
+
+
+def _matching(pattern: str, known: Iterable[str], what: str) -> list[str]:
+    """The known paths that match. Raises RequestError, saying `what` was not found, if none does."""
+    for one in (pattern, *_ends(pattern)):
+        if not any(_matches(path, one) for path in known):
+            raise RequestError(f"{short_repr(one)} matches no {what}")
+    return [path for path in known if _matches(path, pattern)]
 
 
 def _ends(pattern: str) -> Iterator[str]:

@@ -73,8 +73,8 @@ def test_empty_slots_only_if_asked_for() -> None:
         ("norm,norn,layers.0.*.*", "^'norn' matches no norm; the norms are layers.0.attention.pre_norm, "),
         ("norm,", "'' matches no norm"),
         ("", "'' matches no norm"),
-        (7, "a pattern of norms must be text or a list of texts, not 7"),
-        ([7], "a pattern of norms must be text"),
+        (7, "a pattern must be text or a list of texts, not 7"),
+        ([7], "a pattern must be text"),
     ],
 )
 def test_what_matches_nothing_is_refused(pattern: object, message: str) -> None:

@@ -160,17 +160,26 @@ def massive_picture(recording: Recording) -> "Figure":
 
 @styled
 def skip_picture(rows: Sequence[SkippedLayer]) -> "Figure":
-    """The cost of skipping each layer, and the angle by which the layer turns the stream."""
+    """The cost of skipping layers, branches or runs of them, and the angle by which each turns the stream."""
     figure, (cost, angle) = new_figure(2, 2.3)
-    layers = [row.layer for row in rows]
-    _bars(cost, layers, rows, BLUE, "a layer skipped", width=0.8)
+    kinds = {
+        kind: [row for row in rows if _branch(f"{row.path}.") == kind] for kind in ("", "attention", "feed_forward")
+    }
+    kinds = {kind: own for kind, own in kinds.items() if own}
+    width, last = 0.8 / len(kinds), 0
+    for i, (kind, own) in enumerate(kinds.items()):
+        spans = [[int(layer) for layer in row.path.split(".")[1].split("-")] for row in own]
+        x, last = [sum(span) / len(span) + (i - (len(kinds) - 1) / 2) * width for span in spans], max(last, *spans[-1])
+        color, marker = _BRANCH[kind]
+        _bars(cost, x, own, color, f"{_named(kind) if kind else 'layers'} skipped", width)
+        angle.plot(x, [row.angle for row in own], color=color, marker=marker, markersize=4)
     signed_scale(cost, [row.dloss for row in rows])
-    cost.set_xlim(-0.7, len(layers) - 0.3)
+    cost.set_xlim(-0.7, last + 0.7)
     cost.set_ylabel("change of loss\n(nats per token)")
     legend_above(cost, 2)
-    angle.plot(layers, [row.angle for row in rows], color=VERMILION, marker="o", markersize=4)
-    angle.set(ylabel="input to output\n(angle / π)", xlabel="layer", ylim=(0, None))
-    layer_ticks(angle, len(layers) - 1)
+    runs = any("-" in row.path for row in rows)
+    angle.set(ylabel="input to output\n(angle / π)", xlabel="middle of the run" if runs else "layer", ylim=(0, None))
+    layer_ticks(angle, last)
     return figure
 
 

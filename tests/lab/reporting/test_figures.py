@@ -98,7 +98,7 @@ def test_a_cost_within_two_standard_errors_is_grey() -> None:
     costs = [("layers.0.attention.pre_norm", 0.3, 0.1), ("layers.1.attention.pre_norm", -0.1, 0.06)]
     costs += [("layers.0.feed_forward.pre_norm", -0.3, 0.2)]
     rows = [AblatedNorm(path, cost, se, 0.0, 1.0) for path, cost, se in costs]
-    skipped = [SkippedLayer(i, cost, se, 0.0, 1.0, 0.1) for i, (_, cost, se) in enumerate(costs)]
+    skipped = [SkippedLayer(f"layers.{i}", cost, se, 0.0, 1.0, 0.1) for i, (_, cost, se) in enumerate(costs)]
     for figure in (figures.norm_cost_picture(rows), figures.skip_picture(skipped)):
         bars = [bar for bar in figure.axes[0].patches if bar.get_height()]
         assert sorted(b.get_height() for b in bars if to_hex(b.get_facecolor()) == GREY) == [-0.3, -0.1]
@@ -141,7 +141,7 @@ def test_massive_activations_are_drawn_over_the_median() -> None:
 
 
 def test_a_cost_far_above_the_others_does_not_flatten_them() -> None:
-    rows = [SkippedLayer(i, cost, 0.01, 0.0, 1.0, 0.1) for i, cost in enumerate([9.0, 0.01, -0.02, 0.03])]
+    rows = [SkippedLayer(f"layers.{i}", cost, 0.01, 0.0, 1.0, 0.1) for i, cost in enumerate([9.0, 0.01, -0.02, 0.03])]
     assert figures.skip_picture(rows).axes[0].get_yscale() == "symlog"
     assert figures.skip_picture(rows[1:]).axes[0].get_yscale() == "linear"
 

@@ -189,7 +189,7 @@ def test_costs_that_are_nan_are_said_and_not_taken_for_the_highest(
     monkeypatch.setattr(report_module, "predict", lambda *_: (_ for _ in ()).throw(RequestError("no theory")))
     finite = AblatedNorm("layers.0.attention.pre_norm", -1, 0.1, 1, 1)
     frozen = [AblatedNorm("norm", nan, nan, nan, nan, error=where), finite]
-    skipped = [SkippedLayer(0, nan, nan, nan, nan, 0.1, where), SkippedLayer(1, 2.5, 0.1, 1, 1, 0.1)]
+    skipped = [SkippedLayer("layers.0", nan, nan, nan, nan, 0.1, where), SkippedLayer("layers.1", 2.5, 0.1, 1, 1, 0.1)]
     monkeypatch.setattr(report_module, "ablate", lambda *_, **__: Table(frozen[: 1 + n_finite]))
     monkeypatch.setattr(report_module, "skip_layers", lambda *_: Table(skipped[: 1 + n_finite]))
     text = Page(report(tmp_path / "a.html", model, IDS)).text

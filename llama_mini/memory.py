@@ -96,12 +96,12 @@ def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: i
     """
     size, wide = dtype.itemsize, max(dtype.itemsize, 4)  # norms, rotary embedding and sampling use float32 at least
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    branches = map(config.norm_plan.layer, range(config.n_layers))
-    mid = any(feed_forward.mid is not None for _, feed_forward in branches)
+    feed_forward = [config.norm_plan.layer(i)[1] for i in range(config.n_layers)]
+    wide_norm = any(norm is not None for plan in feed_forward for norm in (plan.gate, plan.up, plan.mid))
     branch = max(
         2 * (q + 2 * kv) * size + 3 * q * wide,  # q, k, v, their rotated copies, temporaries of rotating q
         3 * config.hidden_dim * size,  # gate, up and their product
-        2 * (config.hidden_dim if mid else config.dim) * (size + wide),  # a norm
+        2 * (config.hidden_dim if wide_norm else config.dim) * (size + wide),  # a norm
     )
     scores = 0 if config.attention_softcap is None else 3 * config.n_heads * wide  # of a capped attention
     mask = (3 + size + scores) * whole_blocks(positions)  # bool: full, windowed, temporary; in dtype: added to scores

@@ -101,9 +101,11 @@ def _attention(x: Array, at: str, plan: Any, config: Any, state: Mapping[str, Ar
 
 
 def _feed_forward(x: Array, at: str, plan: Any, config: Any, state: Mapping[str, Array], norm: Norm) -> Array:
-    inner = ACTIVATIONS[config.activation](linear(x, f"{at}.{'gate' if config.gated_mlp else 'up'}_proj", state))
+    up = norm(linear(x, f"{at}.up_proj", state), f"{at}.up_norm", plan.up)
+    inner = ACTIVATIONS[config.activation](up)
     if config.gated_mlp:
-        inner = inner * linear(x, f"{at}.up_proj", state)
+        gate = norm(linear(x, f"{at}.gate_proj", state), f"{at}.gate_norm", plan.gate)
+        inner = up * ACTIVATIONS[config.activation](gate)
     return linear(norm(inner, f"{at}.mid_norm", plan.mid), f"{at}.down_proj", state)
 
 

@@ -91,12 +91,26 @@ def cancels(model: Llama, path: str) -> list[str]:
         later = [f"{branch}.{name}_norm" for name in "qkv"]
     elif slot == "mid_norm" and not (config.o_bias if at == "attention" else config.mlp_bias):
         later = [out]
-    elif (at, slot, config.activation) == ("feed_forward", "pre_norm", "relu2") and not config.mlp_bias:
-        mid = f"{branch}.mid_norm"  # relu(s·x)² = s²·relu(x)²
-        later = [mid if isinstance(model.get_submodule(mid), Norm) else out]
+    elif at == "feed_forward" and slot in ("pre_norm", "gate_norm", "up_norm") and not config.mlp_bias:
+        later = _after_projections(model, branch, slot)
     norm = model.get_submodule(path)
     divides = isinstance(norm, Norm) and norm.kind in _DIVIDE
     return later if divides and all(_ignores_size(model, other) for other in later) else []
+
+
+def _after_projections(model: Llama, branch: str, slot: str) -> list[str]:
+    """The norms to which a factor comes next: a factor of what a feed-forward layer reads, or of what gate or up gives.
+
+    None if the factor changes what the activation does.
+    """
+    names = ("gate", "up") if model.config.gated_mlp else ("up",)
+    reached = [f"{branch}.{name}_norm" for name in names] if slot == "pre_norm" else []
+    later = [path for path in reached if isinstance(model.get_submodule(path), Norm)]
+    left = [path for path in reached or [f"{branch}.{slot}"] if path not in later]
+    if f"{branch}.{names[0]}_norm" in left and model.config.activation != "relu2":  # relu(s·x)² = s²·relu(x)²
+        return []
+    mid = f"{branch}.mid_norm"
+    return later + [mid if isinstance(model.get_submodule(mid), Norm) else f"{branch}.out_norm"] * bool(left)
 
 
 def _ignores_size(model: Llama, path: str) -> bool:

@@ -23,6 +23,7 @@ _WRITERS = ("embed_norm", "out_norm", "post_norm")
 _WHY_NOT = {
     **dict.fromkeys(_WRITERS, "it writes the residual stream, which all later layers read"),
     **dict.fromkeys(("q_norm", "k_norm", "v_norm"), "attention reads it, not a matrix"),
+    **dict.fromkeys(("gate_norm", "up_norm"), "the activation reads it, or its product with the gate, not a matrix"),
 }
 
 
@@ -39,9 +40,9 @@ def fold(model: Llama, pattern: str | Sequence[str] | None = None) -> Llama:
     bias, which would round differently. Scale factors stay in the norms, and so does a LayerNorm's bias, divided by
     the gain. Biases of matrices need no change. The other parameters are shared with `model`, which does not change.
 
-    Raises RequestError, naming the path: for an out, post, embed, q, k or v norm, whose gain cannot be folded, for a
-    norm without a gain, for one with a bias and a gain of zero, for one that another norm reads, for a model that has
-    nothing to fold, and for one that is edited or optimized.
+    Raises RequestError, naming the path: for an out, post or embed norm and one of a projection, whose gain cannot be
+    folded, for a norm without a gain, for one with a bias and a gain of zero, for one that another norm reads, for a
+    model that has nothing to fold, and for one that is edited or optimized.
     """
     check_plain(model)
     paths = _foldable(model) if pattern is None else select(model, pattern)

@@ -14,7 +14,7 @@ from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
 from llama_mini.model.norm_plan import BRANCHES
-from llama_mini.model.norm_slots import HEAD_SLOTS, NormSpec
+from llama_mini.model.norm_slots import ONLY_IN, NormSpec
 from llama_mini.validate import check_choice
 
 Placed = tuple[NormSpec | None, nn.Module]  # what a slot gets: its plan, and the module whose parameters it takes over
@@ -29,9 +29,9 @@ def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
     modules and config, and the config's plan describes the new places, so it can be saved and loaded. Moving the norms
     back gives the original logits, bit for bit.
 
-    Raises RequestError, naming the path: for a slot that is taken or has another width, for a q, k or v norm, for a
-    norm outside the layers, for one that both branches of a parallel layer read, and for a model that is edited or
-    optimized.
+    Raises RequestError, naming the path: for a slot that is taken or has another width, for the norm of a projection
+    (q, k, v, gate, up), for a norm outside the layers, for one that both branches of a parallel layer read, and for a
+    model that is edited or optimized.
     """
     check_choice("slot to move to", to, _TARGETS, RequestError)
     check_plain(model)
@@ -41,8 +41,8 @@ def move(model: Llama, pattern: str | Sequence[str], to: str) -> Llama:
         slot, target = slot.removesuffix("_norm"), f"{at}.{to}_norm"
         if not at:
             raise RequestError(f"{path} is outside the layers and cannot be moved; give norms of layers.*")
-        if slot in HEAD_SLOTS:
-            raise RequestError(f"{path} acts on heads and cannot be moved; leave q, k and v norms out")
+        if slot in ONLY_IN:
+            raise RequestError(f"{path} norms a projection and cannot be moved; leave {', '.join(ONLY_IN)} norms out")
         if config.norm_plan.parallel and (slot, at.endswith("attention")) == ("pre", True):
             raise RequestError(f"{path} is read by both branches of a parallel layer and cannot be moved; leave it out")
         if slot == to:

@@ -15,7 +15,7 @@ from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
 from llama_mini.model.norm_plan import BRANCHES
-from llama_mini.model.norm_slots import HEAD_SLOTS, SLOTS
+from llama_mini.model.norm_slots import HEAD_SLOTS, ONLY_IN, SLOTS
 from llama_mini.validate import join_names, short_repr
 
 READERS = {  # the only matrices that read the output of a norm inside a layer
@@ -35,7 +35,7 @@ def slots(model: Llama) -> dict[str, nn.Module]:
         for i in range(len(model.layers))
         for branch in BRANCHES
         for slot in SLOTS
-        if branch == "attention" or slot not in HEAD_SLOTS
+        if ONLY_IN.get(slot, branch) == branch and (slot != "gate" or model.config.gated_mlp)
     ]
     return {path: model.get_submodule(path) for path in ["embed_norm", *in_layers, "norm"]}
 
@@ -45,7 +45,7 @@ def slot_width(config: LlamaConfig, path: str) -> int:
     branch, _, slot = path.rpartition(".")
     if slot.removesuffix("_norm") in HEAD_SLOTS:
         return config.head_dim
-    if slot != "mid_norm":
+    if slot not in ("gate_norm", "up_norm", "mid_norm"):
         return config.dim
     return config.n_heads * config.head_dim if branch.endswith("attention") else config.hidden_dim
 

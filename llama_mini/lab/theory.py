@@ -115,7 +115,6 @@ def predict(plan: Plan, depth: int, activation: Activation = "silu", gated: bool
     """
     norms = as_plan(plan, depth)
     check_choice("activation", activation, get_args(Activation), RequestError)
-    feed = partial(_feed, activation, gated)
     moments: list[float] = [np.float64(1)]  # a NumPy float, whose division by zero gives inf
     growth: list[float] = []
     cosines: list[float] = []
@@ -131,6 +130,7 @@ def predict(plan: Plan, depth: int, activation: Activation = "silu", gated: bool
             # In a parallel layer the second branch reads the first one's input, and its gradient returns there.
             reads, begin = (h, b) if norms.parallel else (mid, grown)
             h, b = _pre(reads, feed_forward, at + BRANCHES[1])
+            feed = partial(_feed, activation, gated, feed_forward, at + BRANCHES[1])
             out, through, carried, cosine_2 = _sublayer(mid, h, begin * b, feed_forward, at + BRANCHES[1], feed)
             growth.append(grown * carried + through)
             moments.append(out)
@@ -180,9 +180,12 @@ def _attend(h: float) -> tuple[float, float]:
     return h, 1.0
 
 
-def _feed(activation: Activation, gated: bool, h: float) -> tuple[float, float]:
-    moment, slope = act_moments(activation, h)
-    return (h * moment, h * slope + moment) if gated else (moment, slope)
+def _feed(activation: Activation, gated: bool, plan: BranchPlan, path: str, h: float) -> tuple[float, float]:
+    """From what the branch reads to the input of down_proj. Each matrix keeps h, which its norm then changes."""
+    up, to_up = (h, 1.0) if plan.up is None else _norm(f"{path}.up_norm", plan.up, h)
+    gate, to_gate = (h, 1.0) if plan.gate is None else _norm(f"{path}.gate_norm", plan.gate, h)
+    moment, slope = act_moments(activation, gate if gated else up)
+    return (up * moment, up * slope * to_gate + moment * to_up) if gated else (moment, slope * to_up)
 
 
 def act_moments(activation: Activation, h: float) -> tuple[float, float]:

@@ -107,11 +107,9 @@ class LlamaConfig:
         if self.rotary_dim is None:
             fill("rotary_dim", self.head_dim)
         check_whole("rotary_dim", self.rotary_dim, ConfigError, 1, self.head_dim)
-        for name in ("head_dim", "rotary_dim"):
-            if getattr(self, name) % 2:
-                raise ConfigError(
-                    f"{name} must be even, since rotary embedding rotates pairs; found {getattr(self, name)}"
-                )
+        for name, width in (("head_dim", self.head_dim), ("rotary_dim", self.rotary_dim)):
+            if width % 2:
+                raise ConfigError(f"{name} must be even, since rotary embedding rotates pairs; found {width}")
         check_number("norm_eps", self.norm_eps, ConfigError, minimum=0)
         for name in _POSITIVE:
             if getattr(self, name) is not None or name not in _OPTIONAL:
@@ -131,6 +129,8 @@ class LlamaConfig:
         if not isinstance(self.norm_plan, NormPlan):
             raise ConfigError(f"norm_plan must be a NormPlan or a preset's name, not {short_repr(self.norm_plan)}")
         self.norm_plan.check_depth(self.n_layers)
+        if not self.gated_mlp and any(self.norm_plan.layer(i)[1].gate is not None for i in range(self.n_layers)):
+            raise ConfigError("norm plan: slot gate holds a norm, but gated_mlp is False: there is no gate to norm")
         if not isinstance(self.eos_ids, tuple) or not all(map(_is_id, self.eos_ids)):
             raise ConfigError(f"eos_ids must be a tuple of token ids, not {short_repr(self.eos_ids)}")
         for name in ("bos_id", "pad_id"):

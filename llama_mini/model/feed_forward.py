@@ -28,12 +28,13 @@ class FeedForward(Residual):
         self.gate_proj = Linear(config.dim, config.hidden_dim, config.mlp_bias) if config.gated_mlp else None
         self.up_proj = Linear(config.dim, config.hidden_dim, config.mlp_bias)
         self.down_proj = Linear(config.hidden_dim, config.dim, config.mlp_bias)
-        self.mid_norm = build_norm(plan.mid, config.hidden_dim, config.norm_eps)
+        slots = (plan.gate, plan.up, plan.mid)
+        self.gate_norm, self.up_norm, self.mid_norm = (build_norm(s, config.hidden_dim, config.norm_eps) for s in slots)
 
     def branch(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return self.down_proj(self.mid_norm(self.hidden(x)))
 
     def hidden(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, F)."""
-        act = ACTIVATIONS[self.activation]
-        return act(self.up_proj(x)) if self.gate_proj is None else act(self.gate_proj(x)) * self.up_proj(x)
+        act, up = ACTIVATIONS[self.activation], self.up_norm(self.up_proj(x))
+        return act(up) if self.gate_proj is None else act(self.gate_norm(self.gate_proj(x))) * up

@@ -132,9 +132,7 @@ class KVCache:
                 storage[:, row] = 0
                 storage[:, row, :, :filled] = storage[:, last, :, :filled]
             self._host_lengths[row], self._lengths[row] = self._host_lengths[last], self._lengths[last]
-        view = self._view(slice(0, last))
-        self._k, self._v, self._host_lengths, self._lengths = view._k, view._v, view._host_lengths, view._lengths
-        self._layers = None
+        vars(self).update(vars(self._view(slice(0, last))))
 
     def grow(self, length: int) -> None:
         """Allocates storage for `length` positions in each row; the filled positions are kept."""

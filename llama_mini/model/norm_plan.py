@@ -12,7 +12,7 @@ from typing import Any
 
 from llama_mini.errors import ConfigError
 from llama_mini.model.norm import NORMS
-from llama_mini.model.norm_slots import HEAD_SLOTS, SLOTS, BranchPlan, NormSpec, check_slot, known_keys
+from llama_mini.model.norm_slots import ONLY_IN, SLOTS, BranchPlan, NormSpec, check_slot, known_keys
 from llama_mini.validate import check_flag, is_whole, short_repr
 
 BRANCHES = ("attention", "feed_forward")
@@ -111,11 +111,9 @@ class NormPlan:
 
     def check_depth(self, n_layers: int) -> None:
         """Raises ConfigError for an override of a layer that a model of `n_layers` does not have."""
-        for override in self.overrides:
-            if override.last >= n_layers:
-                raise ConfigError(
-                    f"norm plan: override of layers {override.first}-{override.last} in a model of {n_layers} layers"
-                )
+        for o in self.overrides:
+            if o.last >= n_layers:
+                raise ConfigError(f"norm plan: override of layers {o.first}-{o.last} in a model of {n_layers} layers")
 
     @staticmethod
     def parse(text: str, n_layers: int) -> "NormPlan":
@@ -147,12 +145,13 @@ class NormPlan:
             plain = self.with_layers([(replace(a, beta=1.0), replace(f, beta=1.0)) for a, f in layers])
             return f"{plain.name(n_layers)}, each branch times {beta:g}"
         qk = self.attention.q and ("+qk:full" if self.attention.q.view == "full" else "+qk")
-        suffixes = (qk or "") + ("+embed" if self.embed else "")
+        embed = "+embed" if self.embed else ""
         n_post = sum(attention.post is not None for attention, _ in layers)
         for preset in (*PRESETS, f"mix({n_post / n_layers!r})"):
-            plan = NormPlan.parse(preset + suffixes, n_layers)
+            text = preset + ("" if preset == "simple" else qk or "") + embed  # it has its own q and k norms
+            plan = NormPlan.parse(text, n_layers)
             if replace(plan, final=self.final) == self and self.final in (None, plan.final):
-                return preset + suffixes + ("" if self.final == plan.final else "-final")
+                return text + ("" if self.final == plan.final else "-final")
         return str(self.to_dict())
 
     def with_norms(self, **settings: Any) -> "NormPlan":
@@ -192,18 +191,13 @@ class NormPlan:
 def _check_branch(name: str, branch: Any) -> None:
     if not isinstance(branch, BranchPlan):
         raise ConfigError(f"norm plan: {name} takes a BranchPlan, not {short_repr(branch)}")
-    for slot in HEAD_SLOTS:
-        if name == "feed_forward" and getattr(branch, slot) is not None:
-            raise ConfigError(f"norm plan: slot {slot} exists in attention only, not in feed_forward")
+    for slot, only in ONLY_IN.items():
+        if name != only and getattr(branch, slot) is not None:
+            raise ConfigError(f"norm plan: slot {slot} exists in {only} only, not in {name}")
 
 
 def _everywhere(branch: BranchPlan, **others: Any) -> NormPlan:
     return NormPlan(attention=branch, feed_forward=branch, **others)
-
-
-def _mix(share: float, n_layers: int) -> NormPlan:
-    n_post = math.floor(share * n_layers + 1e-9)
-    return NormPlan().with_layers([(_POST, _POST)] * n_post + [(_PRE, _PRE)] * (n_layers - n_post))
 
 
 def _lns(n_layers: int) -> NormPlan:
@@ -216,7 +210,7 @@ def _keel(n_layers: int) -> NormPlan:  # Chen & Wei 2026, "Post-LayerNorm Is Bac
     return NormPlan(final=None).with_layers([(_PRE, _PRE)] + [(branch, branch)] * (n_layers - 1))
 
 
-_RMS = NormSpec()
+_RMS, _FULL = NormSpec(), NormSpec(view="full")
 _PRE, _POST = BranchPlan(pre=_RMS), BranchPlan(post=_RMS)
 _BOTH, _SUB = replace(_PRE, out=_RMS), replace(_PRE, mid=_RMS)
 PRESETS: dict[str, Callable[[int], NormPlan]] = {  # name -> plan for n layers; also mix(SHARE)
@@ -231,6 +225,9 @@ PRESETS: dict[str, Callable[[int], NormPlan]] = {  # name -> plan for n layers; 
     "normformer": lambda n: NormPlan(attention=_BOTH, feed_forward=_SUB),
     "parallel": lambda n: NormPlan(attention=_PRE, parallel=True),  # Cohere 2
     "keel": _keel,  # post, the stream scaled by the number of branches, and pre; the first layer pre alone
+    "simple": lambda n: NormPlan(  # SimpleNorm (Chen et al. 2026, "SimpleGPT"): on the output of every matrix
+        attention=BranchPlan(q=_FULL, k=_FULL, v=_FULL, out=_RMS), feed_forward=BranchPlan(gate=_RMS, up=_RMS, out=_RMS)
+    ),
 }
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # the placement of a family, and what all its norms share
     "olmo3": ("out+qk:full", {"cast": "late"}),
@@ -244,7 +241,8 @@ def _preset(name: str, n_layers: int) -> NormPlan:
     if mix := re.fullmatch(r"mix\(\s*(\d*\.?\d+|\d+\.)\s*\)", name):  # Mix-LN: the first layers post, the rest pre
         if float(mix[1]) > 1:
             raise ConfigError(f"norm plan {name!r}: the share of layers must lie between 0 and 1")
-        return _mix(float(mix[1]), n_layers)
+        n_post = math.floor(float(mix[1]) * n_layers + 1e-9)
+        return NormPlan().with_layers([(_POST, _POST)] * n_post + [(_PRE, _PRE)] * (n_layers - n_post))
     if name in PRESETS:
         return PRESETS[name](n_layers)
     known = ", ".join([*PRESETS, "mix(SHARE)", *_FAMILIES])

@@ -1,4 +1,4 @@
-"""The norms of one residual branch, as data. A slot is a place where a norm may sit; the README draws all seven."""
+"""The norms of one residual branch, as data. A slot is a place where a norm may sit; the README draws all nine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,8 +11,9 @@ from llama_mini.model.norm import NORMS, Cast, Gain, Norm
 from llama_mini.validate import check_choice, check_flag, check_number, short_repr
 
 View = Literal["head", "full"]
-SLOTS = ("pre", "q", "k", "v", "mid", "out", "post")
+SLOTS = ("pre", "q", "k", "v", "gate", "up", "mid", "out", "post")
 HEAD_SLOTS = ("q", "k", "v")
+ONLY_IN = dict.fromkeys(HEAD_SLOTS, "attention") | {"gate": "feed_forward", "up": "feed_forward"}  # slot -> branch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,8 @@ class BranchPlan:
     q: NormSpec | None = None
     k: NormSpec | None = None
     v: NormSpec | None = None
+    gate: NormSpec | None = None
+    up: NormSpec | None = None
     mid: NormSpec | None = None
     out: NormSpec | None = None
     post: NormSpec | None = None

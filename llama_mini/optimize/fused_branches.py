@@ -14,7 +14,14 @@ from llama_mini.model.rope import Rope
 from llama_mini.optimize.packed_linear import PackedLinear, needs_grad
 
 MakeLinear = Callable[[Sequence[nn.Linear]], PackedLinear]
-_UNSUPPORTED = ("out_norm", "post_norm", "mid_norm", "v_norm")  # slots whose norms no operator computes
+_UNSUPPORTED = (
+    "out_norm",
+    "post_norm",
+    "mid_norm",
+    "v_norm",
+    "gate_norm",
+    "up_norm",
+)  # slots whose norms no operator computes
 
 
 class FusedBranch(Residual):
@@ -94,9 +101,9 @@ class FusedFeedForward(FusedBranch, FeedForward):
         self.adopt(plain, {"gate_up_proj": make([*gate, plain.up_proj]), "down_proj": make([plain.down_proj])})
 
     def hidden(self, x: Tensor) -> Tensor:
-        gate, *up = self.gate_up_proj.split(self.gate_up_proj(x))
-        y = ACTIVATIONS[self.activation](gate)
-        return y * up[0] if up else y
+        *gate, up = self.gate_up_proj.split(self.gate_up_proj(x))
+        act, up = ACTIVATIONS[self.activation], self.up_norm(up)
+        return act(self.gate_norm(gate[0])) * up if gate else act(up)
 
     @property
     def supported(self) -> bool:

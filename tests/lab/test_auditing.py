@@ -25,6 +25,7 @@ TOKENS = random_tokens(2, 20)
 RMS = NormSpec()
 QKV = BranchPlan(pre=RMS, q=RMS, k=NormSpec(view="full"), v=NormSpec(kind="l2"), out=RMS)
 MID = BranchPlan(pre=RMS, mid=NormSpec(kind="scale"), out=NormSpec(kind="layer"))
+SIMPLE = BranchPlan(gate=RMS, up=NormSpec(kind="scale"), out=RMS)
 ATTENTION, FEED = "layers.1.attention", "layers.1.feed_forward"
 BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # plan, config, norms whose statistic cancels
@@ -45,6 +46,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # plan, config, nor
         NormPlan(feed_forward=replace(MID, mid=NormSpec(kind="dyt"), out=RMS)),
         {"activation": "relu2", "gated_mlp": False},
         [],
+    ),
+    "simple": ("simple", {}, [f"{FEED}.up_norm"]),
+    "simple-biases": ("simple", BIASES, []),
+    "simple-pre": (NormPlan(feed_forward=replace(SIMPLE, pre=RMS)), {}, [f"{FEED}.pre_norm", f"{FEED}.up_norm"]),
+    "up": (NormPlan(feed_forward=replace(SIMPLE, pre=RMS, gate=None, out=None)), {}, []),
+    "gate": (NormPlan(feed_forward=replace(SIMPLE, pre=RMS, up=None)), {}, [f"{FEED}.pre_norm"]),
+    "gate-tanh": (NormPlan(feed_forward=replace(SIMPLE, pre=RMS, gate=NormSpec(kind="dyt"))), {}, [f"{FEED}.up_norm"]),
+    "simple-relu2": (
+        NormPlan(feed_forward=replace(SIMPLE, mid=RMS)),
+        {"activation": "relu2"},
+        [f"{FEED}.{name}_norm" for name in ("gate", "up", "mid")],
+    ),
+    "up-relu2": (
+        NormPlan(feed_forward=replace(SIMPLE, pre=RMS, gate=None)),
+        {"activation": "relu2", "gated_mlp": False},
+        [f"{FEED}.pre_norm", f"{FEED}.up_norm"],
     ),
     "relu2-plain": ("peri", {"activation": "relu2", "gated_mlp": False}, [f"{FEED}.pre_norm"]),
 }

@@ -17,6 +17,7 @@ from tests.tiny_models import random_tokens, tiny_model
 SILU = 0.355775520  # E[silu(z)²], z ~ N(0, 1)
 PRESETS = ["pre", "post", "peri", "out", "deep", "mix(.25)", "lns", "sub", "normformer"]
 SMALL = BranchPlan(pre=NormSpec(), beta=0.2)
+UP = BranchPlan(pre=NormSpec(scale=2.0), up=NormSpec(), beta=0.5)
 VARIANTS = ["out+qk:full", "pre+qk", "peri+embed", "pre-final"]
 
 
@@ -31,12 +32,27 @@ VARIANTS = ["out+qk:full", "pre+qk", "peri+embed", "pre-final"]
         (NormPlan.parse("pre", 12).with_norms(gain="1+w"), "relu2", False),  # Nemotron
         (NormPlan(attention=SMALL, feed_forward=SMALL), "silu", True),  # Granite
         ("keel+embed", "silu", True),
+        ("simple+embed", "silu", True),
+        (NormPlan(attention=BranchPlan(pre=NormSpec()), feed_forward=UP), "gelu", False),
         (NormPlan.parse("peri", 12).with_norms(kind="power", power=0.5), "silu", True),
         pytest.param(
             NormPlan.parse("pre", 12).with_norms(kind="group", groups=4), "gelu", True, marks=pytest.mark.slow
         ),
     ],
-    ids=["gemma3", "exaone4", "cohere2", "olmo", "starcoder2", "nemotron", "granite", "keel", "power", "group"],
+    ids=[
+        "gemma3",
+        "exaone4",
+        "cohere2",
+        "olmo",
+        "starcoder2",
+        "nemotron",
+        "granite",
+        "keel",
+        "simple",
+        "up",
+        "power",
+        "group",
+    ],
 )
 def test_theory_knows_the_plans_of_other_families(plan: Any, activation: Any, gated: bool) -> None:
     measured, predicted = init(plan, 12, 256, 2, activation, gated), predict(plan, 12, activation, gated)

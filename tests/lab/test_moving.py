@@ -148,7 +148,12 @@ REFUSALS: list[tuple[str, str, str, str]] = [
     ("pre", "layers.2.attention.pre_norm", "pre", r"layers\.2\.attention\.pre_norm is already in the slot pre"),
     ("peri", "layers.*.*.*", "post", r"layers\.0\.attention\.post_norm is taken"),  # two norms into one slot
     ("pre", "layers.0.feed_forward.pre_norm", "mid", r"layers\.0\.feed_forward\.pre_norm is 48 wide .* mid .* 80"),
-    ("pre+qk", "layers.1.attention.q_norm", "pre", r"layers\.1\.attention\.q_norm acts on heads"),
+    (
+        "pre+qk",
+        "layers.1.attention.q_norm",
+        "pre",
+        r"layers\.1\.attention\.q_norm norms a projection and cannot be moved; leave q, k, v, gate, up",
+    ),
     ("pre", "norm", "out", "norm is outside the layers"),
     ("pre+embed", "embed_norm", "out", "embed_norm is outside the layers"),
     ("pre", "layers.0.*.pre_norm", "q", "unknown slot to move to 'q'; known: pre, mid, out, post"),

@@ -26,7 +26,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-PLANS = ["pre", "post", "peri", "out", "none", "deep", "mix(.4)", "lns", "sub", "normformer"]
+PLANS = ["pre", "post", "peri", "out", "none", "deep", "mix(.4)", "lns", "sub", "normformer", "simple"]
 PLANS += ["pre+qk", "pre+qk:full", "out+qk:full", "peri+qk+embed", "mix(1)+qk", "post+qk:full+embed", "pre-final"]
 EVERY_SLOT = {  # each slot filled, each setting away from its default, and layers that differ
     "attention": {
@@ -40,7 +40,15 @@ EVERY_SLOT = {  # each slot filled, each setting away from its default, and laye
         "alpha": 1.7,
         "beta": 0.6,
     },
-    "feed_forward": {"pre": {"eps": 0.2}, "mid": {"gain": "1+w"}, "out": {}, "post": {"gain": "none"}, "alpha": -0.8},
+    "feed_forward": {
+        "pre": {"eps": 0.2},
+        "gate": {"scale": 0.9},
+        "up": {"eps": 0.15},
+        "mid": {"gain": "1+w"},
+        "out": {},
+        "post": {"gain": "none"},
+        "alpha": -0.8,
+    },
     "embed": {"scale": 1.4, "eps": 0.05},
     "final": {"gain": "1+w", "eps": 0.4},
     "overrides": [
@@ -57,7 +65,13 @@ EVERY_KIND = {  # each in a slot before a branch, in one of the heads or inside,
         "mid": {"kind": "prms", "scale": 0.7},
         "post": {"kind": "scale", "eps": 0.3},
     },
-    "feed_forward": {"pre": {"kind": "prms"}, "mid": {"kind": "dyt", "gain": "1+w"}, "out": {"kind": "layer"}},
+    "feed_forward": {
+        "pre": {"kind": "prms"},
+        "gate": {"kind": "l2"},
+        "up": {"kind": "group", "groups": 4},
+        "mid": {"kind": "dyt", "gain": "1+w"},
+        "out": {"kind": "layer"},
+    },
     "embed": {"kind": "dyt", "scale": 1.6},
     "final": {"kind": "l2"},
     "overrides": [
@@ -222,7 +236,7 @@ def test_every_norm_can_be_watched_and_edited_by_its_address() -> None:
     model, tokens = tiny_model(norm_plan=NormPlan.from_dict(EVERY_SLOT)), random_tokens(1, 5)
     plain = model(tokens)
     addresses = [name for name, _ in model.named_modules() if name.rpartition(".")[2].endswith("norm")]
-    assert len(addresses) == 2 + 3 * (7 + 4)
+    assert len(addresses) == 2 + 3 * (7 + 6)
     assert any(isinstance(model.get_submodule(address), nn.Identity) for address in addresses)  # an empty slot
     seen: list[str] = []
     hooks = [

@@ -24,6 +24,7 @@ PLACES = {  # preset: slots of attention, slots of feed-forward, norms outside t
     "sub": ("pre mid", "pre mid", "norm"),
     "normformer": ("pre out", "pre mid", "norm"),
     "parallel": ("pre", "", "norm"),
+    "simple": ("q k v out", "gate up out", "norm"),
     "pre+qk": ("pre q k", "pre", "norm"),
     "out+qk:full": ("out q k", "out", "norm"),
     "peri+qk+embed": ("pre out q k", "pre out", "norm embed_norm"),
@@ -66,13 +67,14 @@ def test_a_mix_has_post_norms_in_its_first_layers(plan: str) -> None:
     [
         ("sub+qk", {"q": 8, "k": 8, "mid": 6 * 8, "pre": 48}),
         ("peri+qk:full", {"q": 6 * 8, "k": 2 * 8, "out": 48}),
+        ("simple", {"q": 6 * 8, "k": 2 * 8, "v": 2 * 8, "out": 48}),
     ],
 )
 def test_a_norm_is_as_wide_as_what_it_sees(plan: str, sizes: dict[str, int]) -> None:
     state = tiny_model(norm_plan=plan).state_dict()
     assert {slot: len(state[f"layers.1.attention.{slot}_norm.weight"]) for slot in sizes} == sizes
-    if "sub" in plan:
-        assert len(state["layers.1.feed_forward.mid_norm.weight"]) == TINY["hidden_dim"]
+    for slot in {"sub": ["mid"], "simple": ["gate", "up"]}.get(plan.partition("+")[0], []):
+        assert len(state[f"layers.1.feed_forward.{slot}_norm.weight"]) == TINY["hidden_dim"]
 
 
 @pytest.mark.parametrize("n_layers", [1, 12, 100])
@@ -127,7 +129,7 @@ def test_every_setting_survives_json() -> None:
     seen = NormSpec(gain="none", view="full", kind="layer", cast="late", bias=True)
     plan = NormPlan(
         attention=BranchPlan(pre=spec, q=seen, k=NormSpec(), v=seen, mid=spec, out=spec, post=spec, alpha=2, beta=0.1),
-        feed_forward=BranchPlan(mid=spec, alpha=0.0),
+        feed_forward=BranchPlan(gate=spec, up=NormSpec(kind="layer"), mid=spec, alpha=0.0),
         embed=spec,
         final=None,
         parallel=True,
@@ -210,6 +212,7 @@ BAD_TEXTS = {
     "pre+final": r"unknown suffix '\+final'",
     "out+qk:half": r"unknown suffix '\+qk:half'",
     "pre+qk+qk:full": "q and k already have a norm",
+    "simple+qk": "q and k already have a norm",
     "pre+embed+embed": r"\+embed changes nothing",
     "post-final": "-final changes nothing",
     "deep-final": "-final changes nothing",
@@ -232,6 +235,9 @@ BAD_PLANS: list[tuple[Any, str]] = [
     ({"attention": {"pre": {"epsilon": 1}}}, "attention.pre: unknown epsilon; known: .*eps"),
     ({"feed_forward": {"q": {}}}, "slot q exists in attention only"),
     ({"feed_forward": {"v": {}}}, "slot v exists in attention only"),
+    ({"attention": {"gate": {}}}, "slot gate exists in feed_forward only, not in attention"),
+    ({"attention": {"up": {}}}, "slot up exists in feed_forward only"),
+    ({"feed_forward": {"up": {"view": "full"}}}, "view='full' .* not to up"),
     ({"attention": {"out": {"view": "full"}}}, "view='full' belongs to the slots q, k and v, not to out"),
     ({"final": {"view": "full"}}, "view='full' .* not to final"),
     ({"embed": {"view": "full"}}, "view='full' .* not to embed"),

@@ -15,7 +15,7 @@ LAYERS = 6
 TEXTS = [
     "".join(parts)
     for parts in product((*PRESETS, "mix(0.5)"), ("", "+qk", "+qk:full"), ("", "+embed"), ("", "-final"))
-    if not (parts[0] in ("post", "deep", "keel") and parts[-1])
+    if not (parts[0] in ("post", "deep", "keel") and parts[-1]) and not (parts[0] == "simple" and parts[1])
 ]
 
 
@@ -91,6 +91,15 @@ def test_the_presets_of_families_are_their_plans() -> None:
     assert late.embed == NormSpec(gain="1+w", cast="late")
     with pytest.raises(ConfigError, match="'gemma3\\+qk': q and k already have a norm"):
         NormPlan.parse("gemma3+qk", LAYERS)
+
+
+def test_simple_norms_the_output_of_every_matrix_and_nothing_else() -> None:
+    """As in the authors' code: over whole projections, with the norm before the head. Without v it is no preset."""
+    plan, rms, full = NormPlan.parse("simple", LAYERS), NormSpec(), NormSpec(view="full")
+    attention, feed_forward = BranchPlan(q=full, k=full, v=full, out=rms), BranchPlan(gate=rms, up=rms, out=rms)
+    assert plan == NormPlan(attention=attention, feed_forward=feed_forward, final=rms)
+    other = replace(plan, attention=replace(attention, v=None))
+    assert other.name(LAYERS) == str(other.to_dict())
 
 
 def test_keel_is_post_behind_a_scaled_stream_but_in_the_first_layer() -> None:

@@ -52,7 +52,7 @@ SHAPES_OF_FAMILIES: dict[str, dict[str, Any]] = {  # which no operator takes thr
     "mqa, partial rotation": {"n_heads": 5, "n_kv_heads": 1, "head_dim": 80, "rotary_dim": 20, "gated_mlp": False},
 }  # fmt: skip
 OTHER_PLANS = (
-    "post", "peri", "out+qk:full", "deep", "lns", "sub", "mix(.5)", "pre+qk:full", "normformer"
+    "post", "peri", "out+qk:full", "deep", "lns", "sub", "mix(.5)", "pre+qk:full", "normformer", "simple"
 )  # fmt: skip
 LENGTHS = (1, 16, 17, 254, 510, 600)  # decode crosses 256 and 512, where attention's next chunk offsets
 CHUNKS = (100, 16, 300)

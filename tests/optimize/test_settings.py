@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama_mini import Llama, LlamaConfig, NormPlan
-from llama_mini.model.norm_slots import HEAD_SLOTS, SLOTS, BranchPlan, NormSpec
+from llama_mini.model.norm_slots import HEAD_SLOTS, ONLY_IN, SLOTS, BranchPlan, NormSpec
 from llama_mini.model.rope_scaling import LinearScaling, YarnScaling
 from tests.optimize.conftest import Seen, error, fast_of, plain_of, prompts, steps
 from tests.optimize.test_equality import tolerance
@@ -135,8 +135,12 @@ def test_each_part_of_a_plan(part: str) -> None:
 
 @pytest.mark.parametrize(
     ("branch", "part"),
-    [("attention", part) for part in BRANCHES]
-    + [("feed_forward", part) for part in BRANCHES if part not in HEAD_SLOTS],
+    [
+        (branch, part)
+        for branch in ("attention", "feed_forward")
+        for part in BRANCHES
+        if ONLY_IN.get(part, branch) == branch
+    ],
 )
 def test_each_part_of_a_branch(branch: str, part: str) -> None:
     assert plan_is_kept(NormPlan(**{branch: BranchPlan(**{part: BRANCHES[part]})}), NormPlan())

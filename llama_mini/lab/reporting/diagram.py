@@ -86,8 +86,9 @@ def branch_boxes(config: LlamaConfig, name: str, plans: list[BranchPlan]) -> lis
         projections = [Box(f"{head}_proj") for head in HEAD_SLOTS]
         inside = [projections, [slots[head] for head in HEAD_SLOTS], [Box("attend", "RoPE on q and k")]]
     else:
-        inside = [[Box("gate_proj"), Box("up_proj")], [Box(f"{config.activation}(gate) · up")]]
-        inside = inside if config.gated_mlp else [[Box("up_proj")], [Box(f"{config.activation}(up)")]]
+        heads = ("gate", "up") if config.gated_mlp else ("up",)
+        read = Box(f"{config.activation}({heads[0]})" + " · up" * config.gated_mlp)
+        inside = [[Box(f"{head}_proj") for head in heads], [slots[head] for head in heads], [read]]
     last = Box("o_proj" if name == "attention" else "down_proj")
     total = Box(f"{alpha}x + {beta}branch", look="sum")
     before = slots["pre"]

@@ -24,13 +24,14 @@ from llama_mini.lab.reporting.style import (
     new_figure,
     styled,
 )
+from llama_mini.model.norm_slots import ONLY_IN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _BRANCH = {"attention": (BLUE, "o"), "feed_forward": (VERMILION, "s"), "": (GREEN, "D")}
-_HEADS = ("q_norm", "k_norm", "v_norm")
+_INSIDE = tuple(f"{slot}_norm" for slot in ONLY_IN)  # off the residual stream
 _Branches = dict[str, tuple[list[float], list[str]]]  # by branch, x positions and paths of its norms
 
 
@@ -44,7 +45,7 @@ class _Address(NamedTuple):
 
 @styled
 def residual_rms_picture(recording: Recording) -> "Figure":
-    """The RMS of the residual stream by layer, and of the output of each norm. q, k and v norms are left out.
+    """The RMS of the residual stream by layer, and of the output of each norm but those of projections.
 
     Raises RequestError for a recording that kept no tensors.
     """
@@ -64,7 +65,7 @@ def residual_rms_picture(recording: Recording) -> "Figure":
             linestyle="--",
             label="before a norm: the stream, first token",
         )
-    norms = {path: norm for path in recording if (norm := _address(path, depth)).slot not in _HEADS}
+    norms = {path: norm for path in recording if (norm := _address(path, depth)).slot not in _INSIDE}
     for branch, color, marker in (("attention", GREEN, "o"), ("feed_forward", VERMILION, "s"), ("", INK, "D")):
         own = {path: norm for path, norm in norms.items() if norm.branch == branch}
         inside = {path: norm for path, norm in own.items() if norm.slot in ("mid_norm", "out_norm")}

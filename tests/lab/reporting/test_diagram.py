@@ -25,7 +25,7 @@ def test_the_page_has_a_full_box_for_each_norm_and_a_dashed_one_for_each_empty_s
     full = [name for look, name in boxes if look == "norm"]
     assert sorted(full) == ["k_norm", "norm", "out_norm", "out_norm", "pre_norm", "pre_norm", "q_norm"]
     empty = [name for look, name in boxes if look == "empty"]
-    assert sorted(empty) == ["embed_norm", "mid_norm", "mid_norm", "post_norm", "post_norm", "v_norm"]
+    assert sorted(empty) == ["embed_norm", "gate_norm", *["mid_norm"] * 2, *["post_norm"] * 2, "up_norm", "v_norm"]
     assert page.count("<small>rms, full</small>") == 2
 
 
@@ -43,6 +43,9 @@ def test_the_feed_forward_layer_is_that_of_the_config() -> None:
     plain = boxes_of(activation="relu2", gated_mlp=False)
     assert Box("relu2(up)") in plain
     assert Box("gate_proj") not in plain
+    assert {box.name for box in plain if box.look == "empty"} >= {"up_norm"}
+    assert "gate_norm" not in {box.name for box in plain}
+    assert Box("gate_norm", "rms", "norm") in boxes_of(norm_plan="simple")
     assert Box("attention.pre_norm") in boxes_of(norm_plan="parallel")
 
 

@@ -6,19 +6,7 @@ Source of the defaults and of what each key means: the configuration and modelin
 from dataclasses import replace
 
 from llama_mini.checkpoint import keys
-from llama_mini.checkpoint.families.family import (
-    ATTENTION_BIAS,
-    BIASES,
-    LATE,
-    MUP,
-    NO_GATE,
-    TIED,
-    USE_BIAS,
-    Family,
-    Settings,
-    defaults,
-    norms,
-)
+from llama_mini.checkpoint.families.family import MUP, Family, defaults, norms
 from llama_mini.checkpoint.families.pre import GLM
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
@@ -26,35 +14,34 @@ from llama_mini.model.norm_slots import BranchPlan, NormSpec
 _GLM4_NORMS = {"post_self_attn_layernorm": "attention.out_norm", "post_mlp_layernorm": "feed_forward.out_norm"}
 _BIASED = NormSpec(kind="layer", cast="late", bias=True)
 _LAYER = NormSpec(kind="layer", cast="late")
+_LATE = NormSpec(cast="late")
 _COHERE = Family(
     "cohere",
     "CohereForCausalLM",
     norms=NormPlan(attention=BranchPlan(pre=_LAYER), final=_LAYER, parallel=True),
-    settings={**ATTENTION_BIAS, "logit_scale": "logit_scale"},
+    reads="attention_bias logit_scale",
     eps="layer_norm_eps",
     interleaved=True,
     theta=500_000.0,
-    defaults=defaults(1e-5, 8192, logit_scale=0.0625, **TIED),
+    defaults=defaults(1e-5, 8192, logit_scale=0.0625, tie_word_embeddings=True),
 )
 _GEMMA_NORM = NormSpec(gain="1+w", cast="late")  # and norms on both sides of a branch from Gemma 2 on
-_GEMMA3_SETTINGS: Settings = {
-    **ATTENTION_BIAS,
-    "query_pre_attn_scalar": ("attention_scale", -0.5),
-    "final_logit_softcapping": "logit_softcap",
-}
+_GEMMA3_READS = "attention_bias query_pre_attn_scalar final_logit_softcapping"
 _GEMMA2 = Family(
     "gemma2",
     "Gemma2ForCausalLM",
     modules=keys.GEMMA_NORMS | keys.OUT_NORMS,
     norms=norms("pre out", _GEMMA_NORM),
-    settings={**_GEMMA3_SETTINGS, "attn_logit_softcapping": "attention_softcap"},
+    reads=f"{_GEMMA3_READS} attn_logit_softcapping",
     activation="hidden_activation",
     constants={"hidden_act": ("gelu_pytorch_tanh",)},  # transformers does not read it
     scaled_embedding=True,
     window="listed",
     pattern=(2, 1),
     defaults={
-        **defaults(1e-6, 8192, 4, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, **TIED),
+        **defaults(
+            1e-6, 8192, 4, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, tie_word_embeddings=True
+        ),
         "final_logit_softcapping": 30.0,
         "attn_logit_softcapping": 50.0,
     },
@@ -65,16 +52,16 @@ ELSEWHERE = (
         "olmo2",
         "Olmo2ForCausalLM",
         modules=keys.OUT_NORMS | keys.QK_NORMS,
-        norms=norms("out", LATE, qk="full"),
-        settings=ATTENTION_BIAS,
+        norms=norms("out", _LATE, qk="full"),
+        reads="attention_bias",
         defaults=defaults(1e-5, 2048),
     ),
     Family(
         "olmo3",
         "Olmo3ForCausalLM",
         modules=keys.OUT_NORMS | keys.QK_NORMS,
-        norms=norms("out", LATE, qk="full"),
-        settings=ATTENTION_BIAS,
+        norms=norms("out", _LATE, qk="full"),
+        reads="attention_bias",
         theta=500_000.0,
         two_ropes=True,
         window="listed",
@@ -96,7 +83,7 @@ ELSEWHERE = (
         "HyperCLOVAXForCausalLM",
         modules=keys.PRE_NORMS | {"post_norm1": "attention.out_norm", "post_norm2": "feed_forward.out_norm"},
         norms=norms("pre out"),
-        settings={**BIASES, **MUP, "logits_scaling": "logit_scale"},
+        reads=f"attention_bias mlp_bias {MUP} logits_scaling=logit_scale",
         constants={"use_post_norm": (True,)},
         defaults=defaults(1e-6, 2048),
     ),
@@ -111,7 +98,7 @@ ELSEWHERE = (
         "olmo",
         "OlmoForCausalLM",
         norms=norms("pre", NormSpec(kind="layer", gain="none")),
-        settings=ATTENTION_BIAS,
+        reads="attention_bias",
         eps=None,
         defaults=defaults(1e-5, 2048),
     ),
@@ -119,8 +106,8 @@ ELSEWHERE = (
         "nemotron",
         "NemotronForCausalLM",
         norms=norms("pre", NormSpec(kind="layer", gain="1+w", bias=True, cast="late")),
-        settings=BIASES,
-        fixed=NO_GATE,
+        reads="attention_bias mlp_bias",
+        fixed={"gated_mlp": False},
         eps="norm_eps",
         partial=0.5,
         defaults=defaults(1e-5, 4096, hidden_act="relu2"),
@@ -129,8 +116,8 @@ ELSEWHERE = (
         "jais2",
         "Jais2ForCausalLM",
         norms=norms("pre", _BIASED),
-        settings=BIASES,
-        fixed=NO_GATE,
+        reads="attention_bias mlp_bias",
+        fixed={"gated_mlp": False},
         eps="layer_norm_eps",
         defaults=defaults(1e-5, 8192, hidden_act="relu2", attention_bias=True, mlp_bias=True),
     ),
@@ -138,7 +125,7 @@ ELSEWHERE = (
         "stablelm",
         "StableLmForCausalLM",
         norms=norms("pre", _BIASED),
-        settings={"use_qkv_bias": "qkv_bias", "use_parallel_residual": "parallel"},
+        reads="use_qkv_bias use_parallel_residual",
         eps="layer_norm_eps",
         partial=0.25,
         defaults=defaults(1e-5, 4096, 32),
@@ -148,12 +135,12 @@ ELSEWHERE = (
         "Starcoder2ForCausalLM",
         modules=keys.PRE_NORMS | {"mlp.c_fc": "feed_forward.up_proj", "mlp.c_proj": "feed_forward.down_proj"},
         norms=norms("pre", _BIASED),
-        settings=USE_BIAS,
-        fixed=NO_GATE,
+        reads="use_bias",
+        fixed={"gated_mlp": False},
         constants={"norm_type": ("layer_norm",), "mlp_type": ("default",)},
         eps="norm_epsilon",
         window="every",
-        defaults=defaults(1e-5, 4096, 2, hidden_act="gelu_pytorch_tanh", use_bias=True, **TIED),
+        defaults=defaults(1e-5, 4096, 2, hidden_act="gelu_pytorch_tanh", use_bias=True, tie_word_embeddings=True),
     ),
     _COHERE,
     replace(
@@ -170,13 +157,13 @@ ELSEWHERE = (
         "gemma",
         "GemmaForCausalLM",
         norms=norms("pre", _GEMMA_NORM),
-        settings=ATTENTION_BIAS,
+        reads="attention_bias",
         # "gelu" means gelu_pytorch_tanh here: transformers' GemmaConfig
         constants={"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": ("gelu_pytorch_tanh",)},
         fixed={"activation": "gelu_tanh"},
         activation=None,
         scaled_embedding=True,
-        defaults=defaults(1e-6, 8192, 16, head_dim=256, **TIED),
+        defaults=defaults(1e-6, 8192, 16, head_dim=256, tie_word_embeddings=True),
     ),
     _GEMMA2,
     replace(
@@ -192,7 +179,7 @@ ELSEWHERE = (
         architecture="Gemma3ForCausalLM",
         modules=keys.GEMMA_NORMS | keys.OUT_NORMS | keys.QK_NORMS,
         norms=norms("pre out", _GEMMA_NORM, qk="head"),
-        settings=_GEMMA3_SETTINGS,
+        reads=_GEMMA3_READS,
         theta=1_000_000.0,
         two_ropes=True,
         sliding_theta=10_000.0,

@@ -11,9 +11,28 @@ from llama_mini.model.norm_slots import BranchPlan, NormSpec, View
 from llama_mini.model.rope_scaling import RULES
 
 ROPE_TYPES = ("default", *(rule.rope_type for rule in RULES))
-# Keys of config.json -> the fields of LlamaConfig that they set, or (field, p) where the field is the value to the
-# power of p. `beta` and `parallel` are not fields but parts of the norm plan.
-Settings = Mapping[str, str | tuple[str, float]]
+# The keys of config.json that only some families read -> the fields of LlamaConfig that they set, or (field, p) where
+# the field is the value to the power of p. `beta` and `parallel` are not fields but parts of the norm plan.
+SETTINGS: Mapping[str, str | tuple[str, float]] = {
+    "attention_bias": "qkv_bias o_bias",
+    "attention_out_bias": "o_bias",
+    "mlp_bias": "mlp_bias",
+    "use_bias": "qkv_bias o_bias mlp_bias",
+    "use_qkv_bias": "qkv_bias",
+    "qkv_bias": "qkv_bias o_bias",
+    "bias": "mlp_bias",
+    "embedding_multiplier": "embedding_scale",
+    "attention_multiplier": "attention_scale",
+    "residual_multiplier": "beta",
+    "logits_scaling": ("logit_scale", -1),
+    "logit_scale": "logit_scale",
+    "query_pre_attn_scalar": ("attention_scale", -0.5),
+    "final_logit_softcapping": "logit_softcap",
+    "attn_logit_softcapping": "attention_softcap",
+    "use_parallel_residual": "parallel",
+    "shared_intermediate_size": "hidden_dim",
+}
+MUP = "embedding_multiplier attention_multiplier residual_multiplier"  # maximal update parametrisation
 
 
 def norms(slots: str, spec: NormSpec = NormSpec(), qk: View | None = None) -> NormPlan:  # noqa: B008  (frozen)
@@ -35,8 +54,8 @@ class Family:
     """One `model_type`.
 
     modules: of a layer in its files, theirs -> ours, beside the usual projections or in their place.
-    norms: its plan; `settings` may change residual scales.
-    settings: the keys of config.json that only some families read.
+    norms: its plan; what `reads` names may change residual scales.
+    reads: keys of SETTINGS, as KEY=FIELD where a key sets another field in this family.
     fixed: the fields of LlamaConfig that its config.json does not state.
     constants: keys that have one meaning here, with the values that state it; the first is written.
     defaults: the values of absent keys.
@@ -64,7 +83,7 @@ class Family:
     _: KW_ONLY
     modules: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
     norms: NormPlan = norms("pre")  # noqa: RUF009
-    settings: Settings = field(default_factory=dict)
+    reads: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -89,17 +108,8 @@ class Family:
         """The names of its tensors -> ours."""
         return hugging_face_keys(self.modules)
 
-
-ATTENTION_BIAS = {"attention_bias": "qkv_bias o_bias"}
-BIASES = {**ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
-QKV_BIAS = {"attention_bias": "qkv_bias"}
-MUP = {  # maximal update parametrisation
-    "embedding_multiplier": "embedding_scale",
-    "attention_multiplier": "attention_scale",
-    "residual_multiplier": "beta",
-}
-GRANITE: Settings = {**MUP, "logits_scaling": ("logit_scale", -1)}
-USE_BIAS = {"use_bias": "qkv_bias o_bias mlp_bias"}
-NO_GATE = {"gated_mlp": False}
-TIED = {"tie_word_embeddings": True}
-LATE = NormSpec(cast="late")
+    @cached_property
+    def settings(self) -> Mapping[str, str | tuple[str, float]]:
+        """What it reads -> the fields, as in SETTINGS."""
+        stated = (key.partition("=") for key in self.reads.split())
+        return {key: other or SETTINGS[key] for key, _, other in stated}

@@ -4,26 +4,15 @@ Source of the defaults and of what each key means: the configuration and modelin
 """
 
 from llama_mini.checkpoint import keys
-from llama_mini.checkpoint.families.family import (
-    ATTENTION_BIAS,
-    BIASES,
-    GRANITE,
-    LATE,
-    NO_GATE,
-    QKV_BIAS,
-    TIED,
-    USE_BIAS,
-    Family,
-    defaults,
-    norms,
-)
+from llama_mini.checkpoint.families.family import MUP, Family, defaults, norms
+from llama_mini.model.norm_slots import NormSpec
 
 _FACTOR_16 = {"rope_theta": 1_000_000.0, "factor": 16.0}
 GLM = Family(
     "glm",
     "GlmForCausalLM",
     modules=keys.PRE_NORMS | keys.GATE_UP,
-    settings=QKV_BIAS,
+    reads="attention_bias=qkv_bias",
     interleaved=True,
     partial=0.5,
     defaults=defaults(1.5625e-7, 131_072, 2, head_dim=128, attention_bias=True),
@@ -33,7 +22,7 @@ PRE = (
     Family(
         "llama",
         "LlamaForCausalLM",
-        settings=BIASES,
+        reads="attention_bias mlp_bias",
         sizes=(4096, 11_008, 32, 32, 32_000),
         defaults=defaults(1e-6, 2048),
     ),
@@ -58,7 +47,7 @@ PRE = (
         "Qwen3ForCausalLM",
         modules=keys.PRE_NORMS | keys.QK_NORMS,
         norms=norms("pre", qk="head"),
-        settings=ATTENTION_BIAS,
+        reads="attention_bias",
         window="switched",
         defaults=defaults(1e-6, 32_768, 32, head_dim=128, sliding_window=4096, max_window_layers=28),
     ),
@@ -84,7 +73,7 @@ PRE = (
     Family(
         "seed_oss",
         "SeedOssForCausalLM",
-        settings={**QKV_BIAS, "attention_out_bias": "o_bias", "mlp_bias": "mlp_bias"},
+        reads="attention_bias=qkv_bias attention_out_bias mlp_bias",
         defaults=defaults(1e-6, 524_288, 8, head_dim=128, attention_bias=True),
     ),
     Family(
@@ -107,32 +96,37 @@ PRE = (
     Family(
         "internlm3",
         "InternLM3ForCausalLM",
-        settings={**BIASES, "qkv_bias": "qkv_bias o_bias", "bias": "mlp_bias"},
+        reads="attention_bias mlp_bias qkv_bias bias",
         defaults=defaults(1e-5, 32_768, 2, head_dim=128),
     ),
-    Family("iquestcoder", "IQuestCoderForCausalLM", settings=BIASES, defaults=defaults(1e-5, 131_072, 8, head_dim=128)),
+    Family(
+        "iquestcoder",
+        "IQuestCoderForCausalLM",
+        reads="attention_bias mlp_bias",
+        defaults=defaults(1e-5, 131_072, 8, head_dim=128),
+    ),
     Family(
         "smollm3",
         "SmolLM3ForCausalLM",
-        settings=BIASES,
+        reads="attention_bias mlp_bias",
         theta=2_000_000.0,
         window="switched",
         unrotated="listed",
-        defaults=defaults(1e-6, 32_768, 4, no_rope_layer_interval=4, **TIED),
+        defaults=defaults(1e-6, 32_768, 4, no_rope_layer_interval=4, tie_word_embeddings=True),
     ),
     Family(
         "ernie4_5",
         "Ernie4_5ForCausalLM",
-        settings=USE_BIAS,
+        reads="use_bias",
         interleaved=True,
         theta=500_000.0,
-        defaults=defaults(1e-5, 131_072, 2, head_dim=128, **TIED),
+        defaults=defaults(1e-5, 131_072, 2, head_dim=128, tie_word_embeddings=True),
     ),
     Family(
         "helium",
         "HeliumForCausalLM",
-        norms=norms("pre", LATE),
-        settings={**QKV_BIAS, "mlp_bias": "mlp_bias"},
+        norms=norms("pre", NormSpec(cast="late")),
+        reads="attention_bias=qkv_bias mlp_bias",
         interleaved=True,
         theta=100_000.0,
         defaults=defaults(1e-8, 4096, 20, head_dim=128),
@@ -149,7 +143,7 @@ PRE = (
     Family(
         "granite",
         "GraniteForCausalLM",
-        settings={**BIASES, **GRANITE},
+        reads=f"attention_bias mlp_bias {MUP} logits_scaling",
         defaults=defaults(1e-6, 2048, attention_multiplier=1.0),
     ),
     Family(  # Granite 4 without state spaces and experts
@@ -158,7 +152,7 @@ PRE = (
         modules=keys.PRE_NORMS
         | {f"shared_mlp.input_linear[{part}]": f"feed_forward.{part}_proj" for part in ("gate", "up")}
         | {"shared_mlp.output_linear": "feed_forward.down_proj"},
-        settings={**ATTENTION_BIAS, **GRANITE, "shared_intermediate_size": "hidden_dim"},
+        reads=f"attention_bias {MUP} logits_scaling shared_intermediate_size",
         constants={"num_local_experts": (0,), "normalization_function": ("rmsnorm",)},
         unrotated="stated",
         defaults=defaults(
@@ -167,7 +161,11 @@ PRE = (
     ),
     GLM,
     Family(
-        "arcee", "ArceeForCausalLM", settings=BIASES, fixed=NO_GATE, defaults=defaults(1e-5, 4096, hidden_act="relu2")
+        "arcee",
+        "ArceeForCausalLM",
+        reads="attention_bias mlp_bias",
+        fixed={"gated_mlp": False},
+        defaults=defaults(1e-5, 4096, hidden_act="relu2"),
     ),
     Family(
         "hunyuan_v1_dense",
@@ -175,7 +173,7 @@ PRE = (
         modules=keys.PRE_NORMS
         | {f"self_attn.{name}_layernorm": f"attention.{name[0]}_norm" for name in ("query", "key")},
         norms=norms("pre", qk="head"),
-        settings=ATTENTION_BIAS,
+        reads="attention_bias",
         fixed={"qk_norm_after_rope": True},
         constants={"use_qk_norm": (True,), "norm_type": ("rms",), "use_cla": (False,)},  # vLLM reads these
         fixed_alpha=True,

@@ -7,43 +7,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_mini.engine.llm import LLM
-    from llama_mini.engine.request import Chunk, Completion
-    from llama_mini.engine.sampling_params import SamplingParams
-    from llama_mini.model.config import LlamaConfig
-    from llama_mini.model.kv_cache import KVCache
-    from llama_mini.model.llama import Llama
-    from llama_mini.model.norm import RMSNorm
-    from llama_mini.model.norm_plan import NormPlan
-    from llama_mini.tokenizer import Tokenizer
+    from llama_mini.engine.llm import LLM as LLM
+    from llama_mini.engine.request import Chunk as Chunk
+    from llama_mini.engine.request import Completion as Completion
+    from llama_mini.engine.sampling_params import SamplingParams as SamplingParams
+    from llama_mini.model.config import LlamaConfig as LlamaConfig
+    from llama_mini.model.kv_cache import KVCache as KVCache
+    from llama_mini.model.llama import Llama as Llama
+    from llama_mini.model.norm import RMSNorm as RMSNorm
+    from llama_mini.model.norm_plan import NormPlan as NormPlan
+    from llama_mini.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "LLM": "engine.llm",
-    "SamplingParams": "engine.sampling_params",
-    "Completion": "engine.request",
     "Chunk": "engine.request",
+    "Completion": "engine.request",
+    "KVCache": "model.kv_cache",
     "Llama": "model.llama",
     "LlamaConfig": "model.config",
     "NormPlan": "model.norm_plan",
     "RMSNorm": "model.norm",
+    "SamplingParams": "engine.sampling_params",
     "Tokenizer": "tokenizer",
-    "KVCache": "model.kv_cache",
 }
-
-__all__ = [
-    "LLM",
-    "Chunk",
-    "Completion",
-    "KVCache",
-    "Llama",
-    "LlamaConfig",
-    "NormPlan",
-    "RMSNorm",
-    "SamplingParams",
-    "Tokenizer",
-]
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -15,10 +15,6 @@ class Prefix:
     ids: list[int]
     cache: KVCache
 
-    def head(self, n: int) -> "Prefix":
-        """The first `n` tokens, copied."""
-        return Prefix(self.ids[:n], self.cache.copy(n))
-
 
 def common_prefix_length(a: list[int], b: list[int]) -> int:
     """The number of equal tokens at the start of two lists."""

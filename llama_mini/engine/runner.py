@@ -64,7 +64,7 @@ class Runner:
                 self._sample(request, self._prefill(request, cache.row(row), prefixes))
                 prefixes.append(Prefix(request.prompt, cache.row(row)))
                 if row == 0 and n_common >= MIN_PREFIX and request.failure is None:
-                    last = prefixes[-1].head(n_common)
+                    last = Prefix(request.prompt[:n_common], cache.row(row).copy(n_common))
                 yield request
             while any(request.finish_reason is None for request in active):
                 _remove_finished(active, cache)

@@ -53,7 +53,7 @@ def template_pieces(
         holder[key] = f"{last}{end} "  # the space tells whether the template strips a message
     rendered = render(template, given | {"messages": marked})
     for char in (mark, end):
-        rendered = rendered.replace(_escaped(char), char)  # as tojson(ensure_ascii=true) writes it
+        rendered = rendered.replace(json.dumps(char)[1:-1], char)  # as tojson(ensure_ascii=true) writes it
     if open_end:
         before, shown, after = rendered.rpartition(end)
         if not shown or last.strip() not in before:
@@ -103,7 +103,3 @@ def _unused_chars(text: str) -> tuple[str, str]:
     if len(unused) < 2:
         raise RequestError("the messages hold every character for private use; two of them must be unused")
     return unused[0], unused[1]
-
-
-def _escaped(char: str) -> str:
-    return json.dumps(char)[1:-1]

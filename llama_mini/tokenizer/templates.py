@@ -35,10 +35,6 @@ class Templates:
         """What a template reads, besides the messages and whether an answer shall begin."""
         return frozenset(read_by(template)[0]) - {"messages", "add_generation_prompt"}
 
-    def content_form(self, template: str) -> str:
-        """What a template takes as the content of a message: "text", "parts" or "either"."""
-        return read_by(template)[1]
-
     def all_variables(self) -> frozenset[str]:
         usual = (self._templates.get(name) for name in ("default", "tool_use"))
         return frozenset().union(*(self.variables(template) for template in usual if template is not None))

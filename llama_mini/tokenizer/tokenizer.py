@@ -19,6 +19,7 @@ from llama_mini.tokenizer.config_files import ConfigFiles, read_bytes, read_conf
 from llama_mini.tokenizer.gguf_vocabulary import GGUFVocabulary
 from llama_mini.tokenizer.hf_json import HuggingFaceJson
 from llama_mini.tokenizer.messages import checked_messages, checked_variables
+from llama_mini.tokenizer.sandbox import read_by
 from llama_mini.tokenizer.sentencepiece_file import SentencePieceFile
 from llama_mini.tokenizer.tekken_file import TekkenFile, is_tekken
 from llama_mini.tokenizer.templates import Templates, check_variables
@@ -186,7 +187,7 @@ class Tokenizer(TransformersNames):
         if given:
             check_variables(given, self._templates.variables(template))
         given["add_generation_prompt"] = add_generation_prompt and not continue_final_message
-        checked = checked_messages(messages, template, self._templates.content_form(template))
+        checked = checked_messages(messages, template, read_by(template)[1])
         pieces = template_pieces(template, checked, given, self._names, self._backend, continue_final_message)
         ids = self._backend.encode(pieces)
         before, _ = self._backend.frame

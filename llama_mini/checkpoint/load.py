@@ -1,6 +1,6 @@
 """An opened checkpoint -> a model in memory, and a model -> a checkpoint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +39,7 @@ class WeightSink(Protocol):
 # (empty model, dtype, device, the formats of its matrices, orders=that of their columns where it is not the plain one)
 # -> sinks, each under the name of the parameter it replaces
 Fuse = Callable[..., Mapping[str, WeightSink]]
+Parameters = Iterable[tuple[str, Tensor]]  # with our names
 
 
 def load_model(
@@ -103,12 +104,16 @@ def save_model(model: nn.Module, path: Path) -> None:
     parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     check_contents(model, parameters)
     raw = to_hf(config, dtype_name(next(iter(parameters.values())).dtype))
-    shapes = rows_for_file(((name, p.to("meta")) for name, p in parameters.items()), raw["model_type"], config)
     with new_directory(path) as directory:
         write_json(directory / "config.json", raw)
         write_json(directory / "generation_config.json", special_ids(config))
-        write_file(
-            directory / SINGLE,
-            ((name, p.dtype, tuple(p.shape)) for name, p in shapes),
-            (p.cpu().contiguous() for _, p in rows_for_file(parameters.items(), raw["model_type"], config)),
-        )
+        empty = ((name, p.to("meta")) for name, p in parameters.items())
+        write_parameters(directory / SINGLE, raw["model_type"], config, empty, parameters.items())
+
+
+def write_parameters(
+    path: Path, model_type: str, config: LlamaConfig, empty: Parameters, parameters: Parameters
+) -> None:
+    """Writes safetensors with the family's names, one tensor at a time; `empty`: the same ones on the meta device."""
+    entries = [(name, p.dtype, tuple(p.shape)) for name, p in rows_for_file(empty, model_type, config)]
+    write_file(path, entries, (p.cpu().contiguous() for _, p in rows_for_file(parameters, model_type, config)))

@@ -1,15 +1,12 @@
 """The command `convert`: a checkpoint of any format becomes a Hugging Face directory, which transformers opens."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llama_mini.checkpoint.hf.config import to_hf
-from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.io.files import (
     SINGLE,
@@ -21,9 +18,9 @@ from llama_mini.checkpoint.io.files import (
     read_bytes,
     write_json,
 )
+from llama_mini.checkpoint.load import write_parameters
 from llama_mini.checkpoint.match import empty_model, match, read_all
 from llama_mini.checkpoint.open import Adapters, open_checkpoint
-from llama_mini.checkpoint.rows import rows_for_file
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.special_ids import special_ids, with_missing_ids
 from llama_mini.errors import TokenizerError, warn
@@ -53,19 +50,13 @@ def convert(path: Path, target: Path, dtype: torch.dtype | str | None = None, ad
     config = _with_special_ids(source.config, tokenizer)
     out_dtype = source.dtype if dtype is None else as_dtype(dtype)
     hf_config = to_hf(config, dtype_name(out_dtype), source.model_type)
-    model_type, parameters = hf_config["model_type"], dict(model.named_parameters())
-    shapes = rows_for_file(((name, parameters[name]) for name in names.values()), model_type, config)
-    entries = [(name, out_dtype, tuple(p.shape)) for name, p in shapes]
-
-    def tensors() -> Iterator[Tensor]:
-        rows = read_all(source, names, out_dtype, "converting", delay=0, whole=True)
-        in_file = rows_for_file(((name, tensor) for name, _, tensor in rows), model_type, config)
-        return (tensor.contiguous() for _, tensor in in_file)
-
+    empty = ((name, model.get_parameter(name).to(out_dtype)) for name in names.values())
     with new_directory(target) as folder:
         write_json(folder / "config.json", hf_config)
         write_files(folder, {GENERATION: special_ids(config)} | tokenizer)
-        write_file(folder / SINGLE, entries, tensors())
+        rows = read_all(source, names, out_dtype, "converting", delay=0, whole=True)
+        parameters = ((name, tensor) for name, _, tensor in rows)
+        write_parameters(folder / SINGLE, hf_config["model_type"], config, empty, parameters)
 
 
 def write_files(folder: Path, files: dict[str, Any]) -> None:

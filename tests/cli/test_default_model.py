@@ -94,7 +94,9 @@ print(default.ensure_default_checkpoint())
     "moment",
     [
         pytest.param("kill_at(convert, 'read_all')", marks=pytest.mark.slow),
-        pytest.param("kill_at(convert, 'write_file')", marks=pytest.mark.slow),  # after the small files are written
+        pytest.param(
+            "kill_at(convert, 'write_parameters')", marks=pytest.mark.slow
+        ),  # after the small files are written
         pytest.param("kill_at(pathlib.Path, 'rename')", marks=pytest.mark.slow),
         "rename = pathlib.Path.rename; pathlib.Path.rename = lambda *a: rename(*a) and os.kill(os.getpid(), 9)",
     ],

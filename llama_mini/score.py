@@ -80,14 +80,14 @@ def run(args: argparse.Namespace) -> None:
     if args.against is None and args.against_dtype is None:
         with edited_by(llm, args.edit):
             scored = perplexity(llm, *windows)
-        _print(facts, tokens, llm, scored, None, args.json)
+        _print(facts, tokens, llm, scored, args.json)
         return
     against, also = (model, merged) if args.against is None else (args.against, None)
     reference = LLM(against, args.against_dtype or args.dtype, args.device, "none", args.kernels, args.threads, also)
     with edited_by(llm, args.edit):
         comparison = compare(llm, reference, *windows)
     facts |= {"reference": str(against), "reference_format": _format(reference)}
-    _print(facts, tokens, llm, comparison.model, comparison, args.json)
+    _print(facts, tokens, llm, comparison, args.json)
 
 
 def _read_texts(files: list[str]) -> list[str]:
@@ -118,14 +118,11 @@ def _format(llm: "LLM") -> str:
     return f"{' and '.join(formats)} weights, {dtype}" if formats else dtype
 
 
-def _print(
-    facts: dict[str, Any],
-    tokens: Input,
-    llm: "LLM",
-    result: "Perplexity",
-    comparison: "Comparison | None",
-    as_json: bool,
-) -> None:
+def _print(facts: dict[str, Any], tokens: Input, llm: "LLM", scored: "Perplexity | Comparison", as_json: bool) -> None:
+    from llama_mini.eval.perplexity import Comparison
+
+    comparison = scored if isinstance(scored, Comparison) else None
+    result = scored.model if isinstance(scored, Comparison) else scored
     where = "before each window" if tokens.window_bos is not None else "before each text"
     if as_json:
         figures = asdict(result) | {"perplexity": result.perplexity, "bos": tokens.bos}

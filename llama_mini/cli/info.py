@@ -1,5 +1,6 @@
 """The command `info`: what a checkpoint is, without loading its weights."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,10 @@ def beyond_llama(config: LlamaConfig) -> str:
 
 
 def _stored_as(source: Source, names: dict[str, str]) -> str:
-    formats: dict[str, int] = {}
-    for name in names:
-        stored = source.tensors[name]
-        formats[stored.number_format] = formats.get(stored.number_format, 0) + stored.n_bytes
-    return ", ".join(f"{kind} ({format_bytes(size)})" for kind, size in sorted(formats.items(), key=lambda kv: -kv[1]))
+    sizes = Counter[str]()
+    for stored in map(source.tensors.__getitem__, names):
+        sizes[stored.number_format] += stored.n_bytes
+    return ", ".join(f"{kind} ({format_bytes(size)})" for kind, size in sizes.most_common())
 
 
 def _held_as(source: Source, names: Mapping[str, str], formats: Mapping[str, str]) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -110,19 +109,13 @@ def compare(
     """
     _check_same_vocabulary(llm, reference)
     task = _task([llm, reference], ids, context, stride, bos)
-    nll_parts: list[Tensor] = []
-    reference_parts: list[Tensor] = []
-    divergences: list[Tensor] = []
-    same = 0
+    parts: list[tuple[Tensor, ...]] = []
     for (logits, tokens), (expected, _) in _scored([llm, reference], task):
         expected = expected.to(logits.device)
-        nll_parts.append(-_checked(token_logprobs(logits, tokens)))
-        reference_parts.append(-_checked(token_logprobs(expected, tokens)))
-        divergences.append(kl_divergence(expected, logits))
-        same += int((logits.argmax(-1) == expected.argmax(-1)).sum())
-    nll, reference_nll = torch.cat(nll_parts), torch.cat(reference_parts)
-    kl: NDArray[np.float64] = torch.cat(divergences).cpu().numpy()
-    difference = (nll.double() - reference_nll.double()).cpu().numpy()
+        both = [-_checked(token_logprobs(each, tokens)) for each in (logits, expected)]
+        parts.append((*both, kl_divergence(expected, logits), logits.argmax(-1) == expected.argmax(-1)))
+    nll, reference_nll, divergence, same = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    kl, difference = divergence.numpy(), (nll.double() - reference_nll.double()).numpy()
     n = len(difference)
     return Comparison(
         model=_summary(nll, llm, task),
@@ -131,7 +124,7 @@ def compare(
         kl_median=float(np.median(kl)),
         kl_99=float(np.quantile(kl, 0.99)),
         kl_max=float(kl.max()),
-        top1=same / n,
+        top1=int(same.sum()) / n,
         nll_difference=float(difference.mean()),
         nll_error=float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan,
     )

@@ -36,9 +36,9 @@ def new_directory(target: Path) -> Iterator[Path]:
 
     Raises CheckpointPathError if `target` is a file or a folder that is not empty, or cannot be written.
     """
-    check_new(target)
     temporary = target.parent / f"{partial_prefix(target)}{secrets.token_hex(8)}"
     try:
+        check_new(target)
         temporary.mkdir(parents=True)  # with the permissions of any folder, which mkdtemp does not give
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:

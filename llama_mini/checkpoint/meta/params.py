@@ -17,7 +17,7 @@ READ_KEYS |= {"rope_scaling_factor", "quantization_args", "quantization"}
 IGNORED_KEYS = {"max_batch_size", "model_parallel_size", "use_biases"}
 REFUSED_KEYS = {"lora_args", "moe", "vision_encoder", "vision_chunk_size"}
 REFUSED_KEYS |= {"yarn", "llama_4_scaling"}  # of Mistral's own params.json
-LLAMA_3_2 = {(2048, 16), (3072, 28)}  # dim and layers of its text models; params.json does not state their factor
+LLAMA_3_2 = [[2048, 16], [3072, 28]]  # dim and layers of its text models; params.json does not state their factor
 
 
 def read_params(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
@@ -62,7 +62,8 @@ def _hidden_dim(settings: Mapping[str, Any]) -> Any:
     if "hidden_dim" in settings:
         return settings["hidden_dim"]
     dim, multiple, factor = settings["dim"], settings.get("multiple_of", 256), settings.get("ffn_dim_multiplier", 1)
-    if not is_whole(dim) or not is_whole(multiple) or multiple < 1 or not is_finite(factor):
+    are_sizes = all(is_whole(size) and 0 < size < 2**31 for size in (dim, multiple))
+    if not are_sizes or not is_finite(factor) or abs(factor) > 2**31:
         given = f"dim {short_repr(dim)}, multiple_of {short_repr(multiple)} and ffn_dim_multiplier {short_repr(factor)}"
         raise ConfigError(f"hidden_dim cannot be computed from {given}")
     hidden = int(factor * int(2 * (4 * dim) / 3))
@@ -101,6 +102,6 @@ def _scaling(settings: Mapping[str, Any]) -> Llama3Scaling | None:
         return None
     factor = settings.get("rope_scaling_factor")
     if factor is None:
-        factor = 32.0 if (settings["dim"], settings["n_layers"]) in LLAMA_3_2 else 8.0
+        factor = 32.0 if [settings["dim"], settings["n_layers"]] in LLAMA_3_2 else 8.0
         warn(f"{PARAMS} states no rope_scaling_factor; {factor:g} is assumed, as in the published model of these sizes")
     return Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)

@@ -125,9 +125,10 @@ def test_what_is_already_there_is_never_touched(tmp_path: Path, occupy: Callable
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file/model", "x" * 300])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="model"), new_directory(tmp_path / "file" / "model"):
+    with pytest.raises(CheckpointError, match=f"cannot write .*{name}"), new_directory(tmp_path / name):
         raise AssertionError("there is no folder to fill")
 
 

@@ -64,6 +64,8 @@ def test_scaled_rope_has_the_factor_of_its_release(sizes: tuple[int, int], facto
     [
         ({"dim": None}, "dim missing"),
         ({"dim": "4096"}, "hidden_dim cannot be computed from dim '4096'"),
+        ({"dim": 10**308}, "hidden_dim cannot be computed from dim a number of 1024 bits"),
+        ({"ffn_dim_multiplier": 1e299}, r"ffn_dim_multiplier 1e\+299"),
         ({"multiple_of": 0}, "multiple_of 0"),
         ({"moe": {"num_experts": 8}}, "moe is .*not implemented"),
         ({"vision_chunk_size": 5}, "vision_chunk_size is 5; this is not implemented"),
@@ -81,6 +83,12 @@ def test_scaled_rope_has_the_factor_of_its_release(sizes: tuple[int, int], facto
 def test_bad_params_are_named(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         from_params(PARAMS | changes, {"output.weight": (96, 48)})
+
+
+def test_a_size_that_is_no_number_is_named_where_a_factor_is_assumed() -> None:
+    raw = PARAMS | {"dim": [48], "hidden_dim": 72, "use_scaled_rope": True}
+    with pytest.raises(ConfigError, match=r"dim must be .*, not \[48\]"), pytest.warns(match="rope_scaling_factor"):
+        from_params(raw, {"output.weight": (96, 48)})
 
 
 def test_unknown_params_are_one_warning_and_an_open_vocabulary_needs_a_head() -> None:

@@ -3,7 +3,6 @@
 Requests are tokenized by the rules of lm-eval's own `hf` model, so that both report the same figures.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -146,31 +145,27 @@ class LlamaMiniLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answer to each context, up to the first of its `until` strings or the end of the text."""
-        groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-        texts = [""] * len(requests)
+        texts: list[str] = []
         with tqdm(desc="generate_until", total=len(requests), unit="request", disable=disable_tqdm or None) as bar:
-            for group in groups.values():
-                for start in range(0, len(group), self.batch_size):
-                    batch = group[start : start + self.batch_size]
-                    answers = self._generate([requests[i].args[0] for i in batch], requests[batch[0]].args[1])
-                    for index, text in zip(batch, answers, strict=True):
-                        texts[index] = text
-                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
-                    bar.update(len(batch))
+            for start in range(0, len(requests), self.batch_size):
+                batch = requests[start : start + self.batch_size]
+                params = [self._params(request.args[1]) for request in batch]
+                prompts = [self._prompt(request.args[0], each) for request, each in zip(batch, params, strict=True)]
+                for request, completion in zip(batch, self.llm.generate(prompts, params), strict=True):
+                    if completion.error is not None:
+                        raise NumericalError(completion.error)
+                    texts.append(completion.text)
+                    self.cache_hook.add_partial("generate_until", request.args, completion.text)
+                bar.update(len(batch))
         return texts
 
-    def _generate(self, contexts: list[str], settings: dict[str, Any]) -> Iterator[str]:
-        params = self._params(settings)
+    def _prompt(self, context: str, params: SamplingParams) -> list[int]:
+        """The ids of a context, cut on the left so that the new tokens fit."""
         assert params.max_tokens is not None
         n_context = self.max_length - params.max_tokens
         if n_context < 1:
             raise RequestError(f"max_gen_toks, {params.max_tokens}, must be less than the context of {self.max_length}")
-        for completion in self.llm.generate([self.tok_encode(context)[-n_context:] for context in contexts], params):
-            if completion.error is not None:
-                raise NumericalError(completion.error)
-            yield completion.text
+        return self.tok_encode(context)[-n_context:]
 
     def _params(self, settings: dict[str, Any]) -> SamplingParams:
         """lm-eval's generation settings as parameters. The seed comes from torch's generator, which lm-eval seeds."""

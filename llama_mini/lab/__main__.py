@@ -147,6 +147,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     race.add_argument("--warmup-steps", type=int, default=0, metavar="N", help=warmup)
     report = add("report", "write a report on the checkpoint's norms as one HTML page", model, text)
     report.add_argument("target", nargs="?", type=Path, default=Path("norms.html"), help="file; default: %(default)s")
+    calibrate = "show the constants of frozen norms on this text too; default: Python's language reference"
+    report.add_argument("--calibrate", type=Path, metavar="FILE", action="append", help=calibrate)
     tour = add("tour", "explain what RMSNorm computes, step by step, on real activations", model)
     tour.add_argument("--lang", choices=["en", "ko"], default="en", help="default: %(default)s")
     return p

@@ -1,7 +1,7 @@
 """What each norm and each layer contributes: the cost of changing norms, alone or together, or of skipping layers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.errors import NumericalError, RequestError
-from llama_mini.lab.cost import Score, score
+from llama_mini.lab.cost import score
 from llama_mini.lab.editing import edited_norms, swapped
 from llama_mini.lab.freezing import Frozen
 from llama_mini.lab.paths import select, select_layers, split
 from llama_mini.lab.recording import watched
 from llama_mini.lab.study import progress
 from llama_mini.lab.table import Table
-from llama_mini.lab.texts import Ids, as_texts
+from llama_mini.lab.texts import Ids, Texts, as_texts
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import BRANCHES
 from llama_mini.validate import check_choice, check_flag, check_whole, short_repr
@@ -92,7 +92,7 @@ def ablate(
         settings = {"freeze": "quadratic"} | settings
     paths = select(model, pattern, empty="kind" in settings)
     modules = edited_norms(model, dict.fromkeys(paths, settings), ids, calibrate)
-    base = score(model, ids)
+    base = Base(model, ids)
     groups = {path: [path] for path in paths}
     if joint:
         groups = {"every norm" if pattern is None else ",".join(split(pattern)): paths}
@@ -102,7 +102,7 @@ def ablate(
     done: list[str] = []
     for _ in progress(range(len(groups)), "ablate", unit="norm"):
         candidates = list(groups) if cumulative is True else list(groups)[:1]
-        costs = [_ablated(model, ids, name, {p: modules[p] for p in done + groups[name]}, base) for name in candidates]
+        costs = [base.ablated(name, {path: modules[path] for path in done + groups[name]}) for name in candidates]
         best = min(costs, key=lambda row: (row.error is not None, row.dloss))
         rows.append(best)
         done += groups.pop(best.path) if cumulative else groups.pop(best.path)[:0]
@@ -126,13 +126,8 @@ def skip_layers(model: Llama, ids: Ids, pattern: str | Sequence[str] = "layers.*
     runs = _runs(select_layers(model, pattern), len(model.layers), run)
     if not runs:
         raise RequestError(f"no {run} neighbours match {short_repr(pattern)}: give a smaller run, or a wider pattern")
-    base = score(model, ids)
-    angles = _angles(model, ids, runs)
-    rows = []
-    for path, skipped in progress(runs.items(), "skip", unit="run"):
-        modules: dict[str, nn.Module] = {one: _PassThrough(model.get_submodule(one)) for one in skipped}
-        rows.append(SkippedLayer(path, angle=angles[path], **_cost(model, ids, modules, base)))
-    return Table(rows)
+    rows = Base(model, ids).skipped(runs)
+    return Table(list(progress(rows, "skip", total=len(runs), unit="run")))
 
 
 def _runs(paths: list[str], depth: int, length: int) -> dict[str, list[str]]:
@@ -157,9 +152,71 @@ class _PassThrough(nn.Module):
         return x
 
 
-def _ablated(model: Llama, ids: Ids, path: str, modules: dict[str, nn.Module], base: Score) -> AblatedNorm:
-    kept = max((int(norm.kept.sum()) for norm in modules.values() if isinstance(norm, Frozen)), default=None)
-    return AblatedNorm(path, kept=kept, **_cost(model, ids, modules, base))
+class Base:
+    """The unchanged model on texts: its score, and its residual stream, from which changed models go on.
+
+    A change does not reach the layers below it. So these are not computed again, and a cost has the bits of a whole
+    pass. The stream takes the memory of (B, T, C) for each layer.
+
+    Raises RequestError as `score` does; NumericalError if the logits are not finite.
+    """
+
+    def __init__(self, model: Llama, ids: Ids) -> None:
+        self.model, self.texts = model, as_texts(model, ids)
+        self._outputs: list[Tensor] = []  # of the layers
+        layers = {str(i): layer for i, layer in enumerate(model.layers)}
+        with watched(layers, lambda _, __, y: self._outputs.append(y)):
+            self.score = score(model, self.texts)
+
+    def ablated(self, path: str, modules: Mapping[str, nn.Module]) -> AblatedNorm:
+        """The cost of edited norms, those of `edited_norms`, in a row of this path."""
+        kept = max((int(norm.kept.sum()) for norm in modules.values() if isinstance(norm, Frozen)), default=None)
+        return AblatedNorm(path, kept=kept, **self._cost(modules))
+
+    def frozen(self, paths: Sequence[str], keeps: Sequence[Any]) -> Iterator[list[AblatedNorm]]:
+        """For each norm what `ablate` says of it with each `keep`. Two that keep the same tokens are measured once."""
+        settings = [{"freeze": "quadratic", "keep": keep} for keep in keeps]
+        modules = [edited_norms(self.model, dict.fromkeys(paths, each), self.texts) for each in settings]
+        for path in paths:
+            rows: dict[tuple[Any, ...], AblatedNorm] = {}
+            kept = [tuple(norms[path].get_buffer("kept").flatten().tolist()) for norms in modules]
+            for tokens, norms in zip(kept, modules, strict=True):
+                rows[tokens] = rows.get(tokens) or self.ablated(path, {path: norms[path]})
+            yield [rows[tokens] for tokens in kept]
+
+    def skipped(self, runs: Mapping[str, Sequence[str]]) -> Iterator[SkippedLayer]:
+        """What `skip_layers` says of each run of layers or branches."""
+        angles = _angles(self.model, self.texts, runs)
+        for path, run in runs.items():
+            modules = {one: _PassThrough(self.model.get_submodule(one)) for one in run}
+            yield SkippedLayer(path, angle=angles[path], **self._cost(modules))
+
+    def _cost(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """The costs of the model with these modules in place of its own; the layers below them return what they did."""
+        below = {f"layers.{i}": _Returns(self._outputs[i]) for i in range(min(map(self._layer, modules)))}
+        with swapped(self.model, below | dict(modules)):
+            try:
+                changed = score(self.model, self.texts, against=self.score)
+            except NumericalError as error:
+                return dict.fromkeys(_COSTS, math.nan) | {"error": str(error)}
+        return {name: getattr(changed, name) for name in _COSTS}
+
+    def _layer(self, path: str) -> int:
+        """The layer of a module; of the final norm, the number of layers."""
+        if not path.startswith("layers."):
+            return 0 if path == "embed_norm" else len(self.model.layers)
+        return int(path.split(".")[1])
+
+
+class _Returns(nn.Module):
+    """In the place of a layer: returns a known output."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.y = y
+
+    def forward(self, *_: object) -> Tensor:
+        return self.y
 
 
 def _note(settings: Mapping[str, Any], calibrated: bool) -> str:
@@ -171,18 +228,8 @@ def _note(settings: Mapping[str, Any], calibrated: bool) -> str:
     return f"{', '.join(words)}; dloss in nats per token, se its standard error"
 
 
-def _cost(model: Llama, ids: Ids, modules: dict[str, nn.Module], base: Score) -> dict[str, Any]:
-    with swapped(model, modules):
-        try:
-            changed = score(model, ids, against=base)
-        except NumericalError as error:
-            return dict.fromkeys(_COSTS, math.nan) | {"error": str(error)}
-    return {name: getattr(changed, name) for name in _COSTS}
-
-
-def _angles(model: Llama, ids: Ids, runs: Mapping[str, list[str]]) -> dict[str, float]:
+def _angles(model: Llama, texts: Texts, runs: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """By run, the mean over tokens of the angle between the input of its first and the output of its last, over π."""
-    texts = as_texts(model, ids)
     before: dict[str, Tensor] = {}  # of the runs that have begun
     angles: dict[str, float] = {}
 

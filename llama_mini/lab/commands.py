@@ -26,6 +26,7 @@ from llama_mini.lab.command_io import (
 )
 from llama_mini.lab.cost import Score
 from llama_mini.lab.heal_command import heal
+from llama_mini.lab.healing_texts import training_text
 from llama_mini.lab.keep import keep_words
 from llama_mini.lab.massive_activations import MASSIVE, lives
 from llama_mini.lab.reporting import figures, plan_figures, stream_figures
@@ -205,8 +206,12 @@ def _report(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
     text = _words(args, "text", "offset", "tokens", "rows", "bos")
     ids, shell = read_ids(tokenizer, args), Shell(_words(args, "model", "dtype"), text)
+    other = calibration(tokenizer, args) or [training_text(tokenizer)[: args.tokens].tolist()]
     race = lab.race(RACERS)
-    print(lab.report(args.target, model, ids, tokenizer=tokenizer, name=path.name, race=race, shell=shell))
+    page = lab.report(
+        args.target, model, ids, calibrate=other, tokenizer=tokenizer, name=path.name, race=race, shell=shell
+    )
+    print(page)
 
 
 def _words(args: argparse.Namespace, *names: str) -> str:

@@ -15,7 +15,8 @@ from llama_mini.model.norm import Norm, RMSNorm
 from llama_mini.validate import check_token_ids
 
 FREEZABLE = ("rms", "scale")  # kinds that divide by the root mean square
-FREEZE = ("quadratic", "arithmetic", "median", "token")
+MEANS = ("quadratic", "arithmetic", "median")
+FREEZE = (*MEANS, "token")
 
 
 class Frozen(RMSNorm):
@@ -92,7 +93,8 @@ def frozen_norms(
         if not counted.any():
             raise RequestError("keep leaves no token to measure the statistic on: keep fewer, or give a longer text")
         square = energy + norm.eps
-        root = square if settings["freeze"] == "token" else _constant(square[counted].double(), settings["freeze"])
+        mean = settings["freeze"]
+        root = square if mean == "token" else squared_constant(square[counted].double(), mean)
         kept = _kept(keep, of_texts[path], median, texts) & texts.real
         frozen[path] = Frozen(norm, root.rsqrt().to(square), keep, kept, median, reading)
     return frozen
@@ -115,11 +117,11 @@ def _kept(keep: Keep, energy: Tensor, median: float, texts: Texts) -> Tensor:
     return keep.mask(_token_rms(energy), median, texts.tokens, positions)
 
 
-def _constant(square: Tensor, freeze: str) -> Tensor:
+def squared_constant(square: Tensor, mean: str) -> Tensor:
     """c² for the mean squares of the vectors, eps included."""
-    if freeze == "quadratic":
+    if mean == "quadratic":
         return square.mean()
-    return (square.sqrt().mean() if freeze == "arithmetic" else square.sqrt().quantile(0.5)).square()
+    return (square.sqrt().mean() if mean == "arithmetic" else square.sqrt().quantile(0.5)).square()
 
 
 def _energy(wide: Tensor) -> Tensor:

@@ -5,24 +5,28 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llama_mini.errors import RequestError
 from llama_mini.lab.ablation import AblatedNorm
 from llama_mini.lab.attention_heads import AttentionHead
-from llama_mini.lab.keep import TIMES_MEDIAN
+from llama_mini.lab.freezing import FREEZABLE, MEANS, squared_constant
+from llama_mini.lab.keep import TIMES_MEDIAN, as_keep
 from llama_mini.lab.massive_activations import MASSIVE, MassiveElement
 from llama_mini.lab.norm_table import NormRow, effective_gain, folded_gains, norms
 from llama_mini.lab.recording import Record, Recording
 from llama_mini.lab.reporting.diagram import branch_boxes
 from llama_mini.lab.table import finite
+from llama_mini.lab.texts import Texts
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import BRANCHES
 from llama_mini.model.norm_slots import SLOTS
 from llama_mini.tokenizer import Tokenizer
 
-KEEPS = ("none", "first", "massive")
+_APART = {"none": "no token apart", "first": "first token apart", "massive": "massive tokens apart"}
+KEEPS = tuple(_APART)
 _MOST_TOKENS, _MOST_NAMED, _BINS = 256, 6, 32
 _LOOKS = ((0.01, "c0"), (0.1, "c1"), (1.0, "c2"), (math.inf, "c3"))
 Costs = Mapping[str, Mapping[str, AblatedNorm]]  # by `keep`, then by path
@@ -30,9 +34,17 @@ Facts = dict[str, str]
 
 
 def explore(
-    model: Llama, recording: Recording, costs: Costs, heads: Sequence[AttentionHead], tokenizer: Tokenizer | None
+    model: Llama,
+    recording: Recording,
+    other: Recording | None,
+    costs: Costs,
+    heads: Sequence[AttentionHead],
+    tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
-    """The rows and columns of the map, a table for each row, and the data of the script, which JSON can hold."""
+    """The rows and columns of the map, a table for each row, and the data of the script, which JSON can hold.
+
+    other: of other texts, whose constants are shown too.
+    """
     config, tokens = model.config, _Tokens(recording, tokenizer)
     folded: Mapping[str, Tensor] = {}
     why_not_folded = ""
@@ -49,7 +61,11 @@ def explore(
         data[row.path] = {
             "row": config.n_layers + 1 if row.path == "norm" else 0 if layer is None else layer + 1,
             "place": _place(config, row.path),
-            "facts": _settings(row) | _gain_facts(gain, after_folding) | tokens.facts(record) | _costs(row, norm_costs),
+            "facts": _settings(row)
+            | _gain_facts(gain, after_folding)
+            | tokens.facts(record)
+            | _costs(row, norm_costs)
+            | _constants(row, [each for each in (recording, other) if each is not None]),
             "gain": _histogram(gain),
             "folded": _histogram(after_folding),
             "rms": tokens.series(record),
@@ -204,8 +220,29 @@ def _of_tokens(record: Record) -> Tensor:
 def _costs(row: NormRow, costs: Mapping[str, AblatedNorm]) -> Facts:
     if not costs:
         return {"cost of freezing": f"a norm of kind {row.kind} cannot be frozen"}
-    apart = {"none": "no token apart", "first": "first token apart", "massive": "massive tokens apart"}
-    return {f"cost, {apart[keep]}": _cost(cost) for keep, cost in costs.items()}
+    return {f"cost, {_APART[keep]}": _cost(cost) for keep, cost in costs.items()}
+
+
+def _constants(row: NormRow, recordings: Sequence[Recording]) -> Facts:
+    """What the norm divides by if it is frozen: the three means of each text."""
+    if row.kind not in FREEZABLE:
+        return {}
+    return {
+        f"constant, {_APART[keep]}": "; of the other text ".join(
+            _means(each[row.path], each.texts, row.eps, keep) for each in recordings
+        )
+        for keep in KEEPS
+    }
+
+
+def _means(record: Record, texts: Texts, eps: float, keep: str) -> str:
+    rms = _of_tokens(record)
+    median = float(rms[texts.real].double().quantile(0.5))
+    kept = as_keep(keep).mask(rms, median, texts.tokens, torch.arange(rms.shape[1], device=rms.device)[None])
+    squares = record.rms[texts.real & ~kept].double().square() + eps
+    if not len(squares):
+        return "no token is left"
+    return ", ".join(f"{mean} {float(squared_constant(squares, mean).sqrt()):.4g}" for mean in MEANS)
 
 
 def _cost(cost: AblatedNorm) -> str:

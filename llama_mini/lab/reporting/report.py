@@ -2,10 +2,10 @@
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,15 +13,14 @@ from torch import Tensor
 
 import llama_mini
 from llama_mini.errors import ConfigError, RequestError
-from llama_mini.lab.ablation import AblatedNorm, ablate, skip_layers
+from llama_mini.lab.ablation import AblatedNorm, Base, SkippedLayer
 from llama_mini.lab.attention_heads import attention
-from llama_mini.lab.cost import score
 from llama_mini.lab.diagnosis import doctor
 from llama_mini.lab.freezing import FREEZABLE
 from llama_mini.lab.massive_activations import MASSIVE, lives
 from llama_mini.lab.measurement import init
 from llama_mini.lab.norm_table import norms
-from llama_mini.lab.paths import select
+from llama_mini.lab.paths import select, select_layers
 from llama_mini.lab.recording import Recording, capture
 from llama_mini.lab.reporting import figures, plan_figures, style
 from llama_mini.lab.reporting.diagram import diagram, layer_kinds, ranges
@@ -42,6 +41,7 @@ _TEMPLATE = "report.html.jinja"
 _COMMAND = "python -m llama_mini.lab"
 _MOST_TOKENS = 12
 _DIM, _SEEDS = 256, 3  # of the random models
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def report(
     model: Llama,
     ids: Ids,
     *,
+    calibrate: Ids | None = None,
     tokenizer: Tokenizer | None = None,
     name: str = "a model",
     race: Race | None = None,
@@ -64,8 +65,9 @@ def report(
 ) -> Path:
     """Writes one HTML file that needs no network, and whose numbers can be read without its script. Returns its path.
 
-    ids: the texts, (T,), (B, T) or a list. Each norm costs three forward passes over them and each layer one, and all
-        activations of one pass are held at once.
+    ids: the texts, (T,), (B, T) or a list. Each norm costs up to three forward passes over them, from its layer on,
+        and each layer one; all activations of one pass are held at once.
+    calibrate: other texts, whose constants of each norm are shown beside those of `ids`.
     tokenizer: to show tokens as text.
     name: of the checkpoint, for the title.
     race: short trainings, whose curves are added.
@@ -75,23 +77,27 @@ def report(
     Raises RequestError for ids that the model cannot read, a file that cannot be written, or without matplotlib.
     """
     target = Path(path)
-    texts = as_texts(model, ids)
+    texts, other = as_texts(model, ids), None if calibrate is None else as_texts(model, calibrate)
     check_drawable(target)
+    frozen = [row.path for row in norms(model) if row.kind in FREEZABLE]
+    layers = {path: [path] for path in select_layers(model, "layers.*")}
     data: dict[str, Any] = {}
     sections: dict[str, Callable[[], Any]] = {
-        "facts": lambda: _facts(model, texts, tokenizer, name),
+        "base": lambda: Base(model, texts),
+        "facts": lambda: _facts(data["base"], other, tokenizer, name),
         "plan": lambda: _plan(model),
-        "frozen": lambda: _frozen(model, texts),
-        "watched": lambda: _watched(model, texts, data["frozen"], tokenizer),
+        "frozen": lambda: _frozen(_counted(data["base"].frozen(frozen, KEEPS), bar)),
+        "watched": lambda: _watched(model, texts, other, data["frozen"], tokenizer),
         "costs": lambda: _costs(model, data["frozen"]["first"]),
         "gains": lambda: _gains(model),
-        "layers": lambda: _layers(model, texts),
+        "layers": lambda: _layers(_counted(data["base"].skipped(layers), bar)),
         "findings": lambda: doctor(model, texts),
         "init": lambda: _init(model),
         "race": lambda: race and _race(race),
     }
-    for key, section in progress(sections.items(), "report", unit="section"):
-        data[key] = section()
+    with progress(total=len(sections) + len(frozen) + len(model.layers), desc="report", unit="step") as bar:
+        for key, section in _counted(sections.items(), bar):
+            data[key] = section()
     page = _template().render(data, title=f"The norms of {name}", shell=shell)
     write_whole(target, page.encode(errors="replace"))
     return target
@@ -110,6 +116,13 @@ def _template() -> Any:
     return env.get_template(_TEMPLATE, globals={"command": _COMMAND, "style": style, "massive_ratio": MASSIVE})
 
 
+def _counted(rows: Iterable[T], bar: Any) -> Iterator[T]:
+    """The rows, each of which is a step on the progress bar once it is used."""
+    for row in rows:
+        yield row
+        bar.update()
+
+
 def _records(rows: Table[Any]) -> list[dict[str, Any]]:
     return [{name: getattr(row, name) for name in rows.shown()} for row in rows]
 
@@ -126,19 +139,25 @@ def _share(value: float) -> str:
 # --- the sections: what the template needs for each ---
 
 
-def _facts(model: Llama, texts: Texts, tokenizer: Tokenizer | None, name: str) -> dict[str, str]:
-    config, base = model.config, score(model, texts)
+def _facts(base: Base, other: Texts | None, tokenizer: Tokenizer | None, name: str) -> dict[str, str]:
+    model, score = base.model, base.score
+    config = model.config
     return {
         "model": name,
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}, {dtype_name(model.dtype)}",
         "shape": f"{config.n_layers} layers, dim {config.dim}, hidden {config.hidden_dim}, {config.n_heads} heads of "
         f"{config.head_dim}, {config.n_kv_heads} KV heads, vocabulary {config.vocab_size:,}",
         "norms": f"{config.norm_plan.name(config.n_layers)}: {len(norms(model))}",
-        "text": f"{int(texts.real.sum()):,} tokens in {len(texts.real)} row{'s' if len(texts.real) > 1 else ''}"
-        + (f", beginning {_decode(tokenizer, texts.tokens[0][texts.real[0]][:24])}" if tokenizer else ""),
-        "loss on it": f"{base.loss:.4f} nats per token, perplexity {base.perplexity:.4g}",
+        "text": _read(base.texts, tokenizer),
+        "loss on it": f"{score.loss:.4f} nats per token, perplexity {score.perplexity:.4g}",
+        **({} if other is None else {"other text": _read(other, tokenizer)}),
         "made by": f"llama_mini {llama_mini.__version__}, torch {torch.__version__}",
     }
+
+
+def _read(texts: Texts, tokenizer: Tokenizer | None) -> str:
+    size = f"{int(texts.real.sum()):,} tokens in {len(texts.real)} row{'s' if len(texts.real) > 1 else ''}"
+    return size + (f", beginning {_decode(tokenizer, texts.tokens[0][texts.real[0]][:24])}" if tokenizer else "")
 
 
 def _plan(model: Llama) -> dict[str, Any]:
@@ -147,17 +166,23 @@ def _plan(model: Llama) -> dict[str, Any]:
     return {"depth": depth, "kinds": kinds, "columns": diagram(model.config)}
 
 
-def _frozen(model: Llama, texts: Texts) -> dict[str, Table[AblatedNorm]]:
+def _frozen(rows: Iterable[list[AblatedNorm]]) -> dict[str, Table[AblatedNorm]]:
     """By the tokens that are kept apart, the costs of freezing each norm that can be frozen."""
-    paths = [row.path for row in norms(model) if row.kind in FREEZABLE]
-    return {keep: ablate(model, texts, paths, keep=keep) if paths else Table([]) for keep in KEEPS}
+    of_norms = list(rows)
+    return {keep: Table([costs[i] for costs in of_norms]) for i, keep in enumerate(KEEPS)}
 
 
-def _watched(model: Llama, texts: Texts, frozen: dict[str, Table[AblatedNorm]], tokenizer: Tokenizer | None) -> Any:
+def _watched(
+    model: Llama,
+    texts: Texts,
+    other: Texts | None,
+    frozen: dict[str, Table[AblatedNorm]],
+    tokenizer: Tokenizer | None,
+) -> Any:
     """The data of the explorer, on the residual stream, and on its massive elements."""
-    recording = capture(model, texts)
+    recording, of_other = capture(model, texts), None if other is None else capture(model, other, keep="stats")
     costs = {keep: {row.path: row for row in rows} for keep, rows in frozen.items()}
-    explorer = explore(model, recording, costs, attention(model, texts), tokenizer)
+    explorer = explore(model, recording, of_other, costs, attention(model, texts), tokenizer)
     return explorer, *_activations(recording, tokenizer)
 
 
@@ -202,8 +227,8 @@ def _gains(model: Llama) -> dict[str, Any]:
     }
 
 
-def _layers(model: Llama, texts: Texts) -> dict[str, Any]:
-    rows = skip_layers(model, texts)
+def _layers(skipped: Iterable[SkippedLayer]) -> dict[str, Any]:
+    rows = Table(list(skipped))
     done = sorted((row for row in rows if row.error is None), key=lambda row: row.dloss)
     return {"svg": svg(figures.skip_picture(rows), "skip"), "rows": rows, "done": done}
 

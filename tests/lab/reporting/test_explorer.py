@@ -13,6 +13,7 @@ from llama_mini import lab
 from llama_mini.errors import RequestError
 from llama_mini.lab.ablation import AblatedNorm
 from llama_mini.lab.attention_heads import attention
+from llama_mini.lab.editing import edited_norms
 from llama_mini.lab.reporting import report as report_module
 from llama_mini.lab.reporting.explorer import KEEPS, explore
 from llama_mini.model.llama import Llama
@@ -21,8 +22,9 @@ from tests.lab.reporting.pages import HostileTokenizer, Page, browse, needs_chro
 from tests.tiny_models import random_tokens, tiny_model
 
 pytest.importorskip("matplotlib", reason="the report needs the extra lab")
-IDS = random_tokens(2, 20)
+IDS, OTHER = random_tokens(2, 20), [random_tokens(1, 30, seed=5)[0], random_tokens(1, 9, seed=6)[0]]
 PATH = "layers.1.attention.pre_norm"
+APART = {"none": "no token apart", "first": "first token apart", "massive": "massive tokens apart"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def written(model: Llama, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(report_module, "predict", fail)  # random models and pictures play no part here
         patch.setattr(report_module, "svg", lambda *_: "")
         path = tmp_path_factory.mktemp("explorer") / "norms.html"
-        return report_module.report(path, model, IDS, tokenizer=HostileTokenizer())  # type: ignore[arg-type]
+        return report_module.report(path, model, IDS, calibrate=OTHER, tokenizer=HostileTokenizer())  # type: ignore[arg-type]
 
 
 def fail(*_: object) -> None:
@@ -47,7 +49,7 @@ def fail(*_: object) -> None:
 
 
 def explored(model: Llama, costs: dict[str, dict[str, AblatedNorm]] | None = None) -> dict[str, Any]:
-    return explore(model, lab.capture(model, IDS), costs or {}, attention(model, IDS), None)
+    return explore(model, lab.capture(model, IDS), None, costs or {}, attention(model, IDS), None)
 
 
 def test_the_facts_are_the_numbers_of_the_lab(model: Llama, written: Path) -> None:
@@ -81,9 +83,8 @@ def test_the_facts_are_the_numbers_of_the_lab(model: Llama, written: Path) -> No
 @pytest.mark.parametrize("keep", KEEPS)
 def test_the_costs_are_those_of_ablate(keep: str, model: Llama, written: Path) -> None:
     page = Page(written)
-    what = {"none": "no token apart", "first": "first token apart", "massive": "massive tokens apart"}[keep]
     for row in lab.ablate(model, IDS, keep=keep):
-        text = page.data["norms"][row.path]["facts"][f"cost, {what}"]
+        text = page.data["norms"][row.path]["facts"][f"cost, {APART[keep]}"]
         assert text.startswith(f"{row.dloss:+.4g} ± {row.se:.2g}")
         assert ("within two standard errors" in text) is (abs(row.dloss) <= 2 * row.se)
         link = page.source[page.source.index(f'<a href="#{row.path}"') :]
@@ -91,6 +92,19 @@ def test_the_costs_are_those_of_ablate(keep: str, model: Llama, written: Path) -
         assert look is not None
         assert (look[1] == "grey") is (abs(row.dloss) <= 2 * row.se)
         assert float(look[2]) == pytest.approx(row.dloss, abs=0.051 if abs(row.dloss) >= 1 else 6e-4)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_the_constants_are_those_that_freezing_divides_by(keep: str, model: Llama, written: Path) -> None:
+    norms = Page(written).data["norms"]
+    for freeze in ("quadratic", "arithmetic", "median"):
+        settings = {"freeze": freeze, "keep": keep}
+        frozen = [edited_norms(model, dict.fromkeys(norms, settings), IDS, other) for other in (None, OTHER)]
+        for path, norm in norms.items():
+            texts = norm["facts"][f"constant, {APART[keep]}"].split("; of the other text ")
+            for text, modules in zip(texts, frozen, strict=True):
+                means = dict(mean.split() for mean in text.split(", "))
+                assert float(means[freeze]) == pytest.approx(1 / float(modules[path].inverse_root), rel=6e-4)
 
 
 def test_the_facts_of_a_layer_are_those_of_attention_and_capture(model: Llama, written: Path) -> None:

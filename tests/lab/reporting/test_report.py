@@ -2,20 +2,22 @@
 
 import math
 import re
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from llama_mini import lab
 from llama_mini.errors import RequestError
-from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
+from llama_mini.lab.ablation import AblatedNorm, Base, SkippedLayer
 from llama_mini.lab.recording import capture
 from llama_mini.lab.reporting import report as report_module
 from llama_mini.lab.reporting.report import report
 from llama_mini.lab.reporting.style import DARK, LIGHT, SVG
-from llama_mini.lab.table import Table
 from llama_mini.lab.training import Race
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
@@ -156,9 +158,25 @@ def test_a_model_without_norms_or_prediction_is_reported(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("narrow")
 def test_a_bfloat16_model_of_one_layer_is_reported(tmp_path: Path) -> None:
-    text = Page(report(tmp_path / "a.html", tiny_model(n_layers=1, dtype=torch.bfloat16), IDS[0])).text
+    model = tiny_model(n_layers=1, dtype=torch.bfloat16)
+    text = Page(report(tmp_path / "a.html", model, IDS[0], calibrate=IDS[:, :7])).text
     assert "20 tokens in 1 row" in text
+    assert "14 tokens in 2 rows" in text
     assert "bfloat16" in text
+
+
+@pytest.mark.usefixtures("narrow")
+def test_the_progress_bar_goes_through_all_of_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+
+    def progress(**settings: Any) -> Any:
+        bars.append(tqdm(**settings, file=StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr(report_module, "progress", progress)
+    report(tmp_path / "a.html", tiny_model(2), IDS)
+    (bar,) = bars
+    assert bar.n == bar.total == 11 + 7 + 3  # sections, norms, layers
 
 
 def test_a_failure_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +194,7 @@ def test_a_failure_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_folder_that_is_not_there_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "score", None)
+    monkeypatch.setattr(report_module, "Base", None)
     with pytest.raises(RequestError, match=r"cannot write .*a\.html: there is no folder .*; make it first"):
         report(tmp_path / "no" / "a.html", tiny_model(), IDS)
 
@@ -190,8 +208,8 @@ def test_costs_that_are_nan_are_said_and_not_taken_for_the_highest(
     finite = AblatedNorm("layers.0.attention.pre_norm", -1, 0.1, 1, 1)
     frozen = [AblatedNorm("norm", nan, nan, nan, nan, error=where), finite]
     skipped = [SkippedLayer("layers.0", nan, nan, nan, nan, 0.1, where), SkippedLayer("layers.1", 2.5, 0.1, 1, 1, 0.1)]
-    monkeypatch.setattr(report_module, "ablate", lambda *_, **__: Table(frozen[: 1 + n_finite]))
-    monkeypatch.setattr(report_module, "skip_layers", lambda *_: Table(skipped[: 1 + n_finite]))
+    monkeypatch.setattr(Base, "frozen", lambda *_: [[row] * 3 for row in frozen[: 1 + n_finite]])
+    monkeypatch.setattr(Base, "skipped", lambda *_: skipped[: 1 + n_finite])
     text = Page(report(tmp_path / "a.html", model, IDS)).text
     assert text.count("1 end in NaN or infinity, and have no cost.") == 2
     assert text.count(where) == 4  # a norm's three costs, and a layer's

@@ -1,7 +1,7 @@
 """The formats in which a matrix is held in memory as codes: whole numbers of a few bits that share scales."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # GGUF's kvalues_iq4nl
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # FP4 of MX and NVFP4, doubled
@@ -24,9 +24,9 @@ class CodeFormat:
     has_min: bool = True
     table: tuple[int, ...] | None = None
 
-    @property
-    def bits_per_weight(self) -> float:
-        return self.bits + 16 * (1 + self.has_min) / self.group
+    def n_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix, the padding aside that it may need in memory."""
+        return rows * columns * self.bits // 8 + rows * -(-columns // self.group) * 2 * (1 + self.has_min)
 
 
 FORMATS = {
@@ -41,15 +41,47 @@ FORMATS = {
     "nf4": CodeFormat(4, 32, False, _NF4),
     "fp4": CodeFormat(4, 32, False, _FP4),
 }
+ROW = 1 << 30  # the group of a format with a scale for each row, however long that is
+
+
+def code_format(name: str) -> CodeFormat:
+    """One of FORMATS; or one of those with groups of 32 as `grouped` names it with larger groups."""
+    if name in FORMATS:
+        return FORMATS[name]
+    base, group = _parts(name)
+    return replace(FORMATS[base], group=group)
+
+
+def grouped(name: str, group: int) -> str:
+    """The name of a format with this group, a power of two from 32 on: int4, int4g64, int4g128, ..., or int4row."""
+    base, _ = _parts(name)
+    return base + {FORMATS[base].group: "", ROW: "row"}.get(group, f"g{group}")
 
 
 def common_format(names: Collection[str]) -> str:
-    """The format of matrices that are joined into one: the widest, if it holds the codes of all; else int8."""
-    widest = max(names, key=lambda name: FORMATS[name].bits)
-    return widest if all(holds_codes(widest, name) for name in names) else "int8"
+    """The format of matrices that are joined into one: the most bits and the smallest groups, if it holds the codes of
+    all; else int8.
+    """
+    groups = [code_format(name).group for name in names]
+    widest = max(names, key=lambda name: (code_format(name).bits, -code_format(name).group))
+    common = grouped(widest, min(groups)) if min(groups) >= 32 else widest
+    return common if all(holds_codes(common, name) for name in names) else "int8"
 
 
 def holds_codes(wanted: str, kept: str) -> bool:
-    """Whether codes of the format `kept` are codes of `wanted` too: five bits with a minimum hold four."""
-    one, other = FORMATS[wanted], FORMATS[kept]
-    return wanted == kept or (one.has_min and other.has_min and one.group == other.group and one.bits >= other.bits)
+    """Whether codes of the format `kept` are codes of `wanted` too, perhaps with their scales repeated.
+
+    Five bits with a minimum hold four, and groups of 32 hold those of 64.
+    """
+    one, other = code_format(wanted), code_format(kept)
+    same_kind = (one.has_min, one.table) == (other.has_min, other.table)
+    wide_enough = one.bits >= other.bits if one.has_min else one.bits == other.bits
+    return same_kind and wide_enough and other.group % one.group == 0
+
+
+def _parts(name: str) -> tuple[str, int]:
+    """The one of FORMATS whose name a name begins with, and its group."""
+    if name in FORMATS:
+        return name, FORMATS[name].group
+    base, _, group = name.removesuffix("row").partition("g")
+    return base, int(group or ROW)

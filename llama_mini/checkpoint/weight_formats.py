@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from llama_mini.checkpoint.code_formats import FORMATS, common_format, holds_codes
+from llama_mini.checkpoint.code_formats import code_format, common_format, holds_codes
 from llama_mini.checkpoint.keys import EMBEDDING, HEAD, IGNORED_TENSORS, to_file_name
 from llama_mini.checkpoint.source import Source, StoredTensor
 from llama_mini.errors import RequestError
@@ -92,12 +92,12 @@ def uniform_formats(config: LlamaConfig, quantize: str | None) -> dict[str, str]
 def weight_bytes(source: Source, dtype: torch.dtype, quantize: str) -> int:
     """Bytes of the weights in memory, their padding aside; counted in the file's headers."""
     stored = [tensor for name, tensor in source.tensors.items() if not IGNORED_TENSORS.search(name)]
-    floats, codes = sum(math.prod(tensor.shape) for tensor in stored), 0.0
+    floats, codes = sum(math.prod(tensor.shape) for tensor in stored), 0
     for name, kind in weight_formats(source, quantize).items():
         if (tensor := _stored(source, name)) is not None:
             floats -= math.prod(tensor.shape)
-            codes += math.prod(tensor.shape) * FORMATS[kind].bits_per_weight / 8
-    return floats * dtype.itemsize + int(codes)
+            codes += code_format(kind).n_bytes(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return floats * dtype.itemsize + codes
 
 
 def _joined(config: LlamaConfig) -> Iterator[list[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llama_mini.checkpoint.code_formats import FORMATS
+from llama_mini.checkpoint.code_formats import code_format
 from llama_mini.checkpoint.io.files import VOCABULARIES, exists
 from llama_mini.checkpoint.match import empty_model, match
 from llama_mini.checkpoint.open import Adapters, open_checkpoint, resolve
@@ -139,7 +139,7 @@ def _held_as(source: Source, names: Mapping[str, str], formats: Mapping[str, str
             found.setdefault(keeps_codes(source.tensors[name], kind, ours in orders), set()).add(kind)
     ways = {True: "kept as", False: "others quantised again to" if True in found else "quantised again to"}
     texts = (
-        f"; {way} " + ", ".join(f"{FORMATS[kind].bits}-bit codes ({kind})" for kind in _sorted(found[kept]))
+        f"; {way} " + ", ".join(f"{code_format(kind).bits}-bit codes ({kind})" for kind in _sorted(found[kept]))
         for kept, way in ways.items()
         if kept in found
     )
@@ -148,7 +148,7 @@ def _held_as(source: Source, names: Mapping[str, str], formats: Mapping[str, str
 
 def _sorted(formats: Iterable[str]) -> list[str]:
     """Each format once, those of few bits first."""
-    return sorted(set(formats), key=lambda name: (FORMATS[name].bits, name))
+    return sorted(set(formats), key=lambda name: (code_format(name).bits, name))
 
 
 def _memory(source: Source, quantize: str, dtype: torch.dtype, device: torch.device, formats: list[str]) -> str:

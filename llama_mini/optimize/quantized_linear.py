@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_mini.checkpoint.code_formats import FORMATS
+from llama_mini.checkpoint.code_formats import code_format
 from llama_mini.checkpoint.gguf.blocks import Blocks
 from llama_mini.checkpoint.source import StoredCodes
 from llama_mini.errors import CheckpointFormatError
 from llama_mini.optimize.packed_linear import PackedLinear, supported
 
 BLOCK_ROWS = 16  # rows of a block of codes
-COLUMNS = 32  # of a row that lie together; they have one scale or two
+COLUMNS = 32  # of a row that lie together; they have one scale or two, or share one with others
 _QUADS = COLUMNS // 4
 _QUANTIZE_ROWS = 512  # rows quantized at a time: a whole embedding in float32 may take as much memory as the model
 _DEQUANTIZE_ROWS = 16384  # rows dequantized at a time where there are no operators
@@ -28,7 +28,7 @@ _REPACKED = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1")}  # GGUF types that an 
 
 
 class QuantizedLinear(PackedLinear):
-    """Weights as codes of a format, by its name in `FORMATS`: float16 scales for groups of columns, maybe minimums."""
+    """Weights as codes of a format, by its name in code_formats.py, with float16 scales for groups of columns."""
 
     block_rows = BLOCK_ROWS
     qweight: Tensor
@@ -38,12 +38,12 @@ class QuantizedLinear(PackedLinear):
 
     def __init__(self, name: str, parts: Sequence[int], columns: int, dtype: torch.dtype, *rest: Any) -> None:
         super().__init__(parts, columns, dtype, *rest)
-        self.name, self.format = name, FORMATS[name]
-        steps = -(-columns // COLUMNS)
-        self.n_groups, blocks = steps * (COLUMNS // self.format.group), self.rows // BLOCK_ROWS
+        self.name, self.format = name, code_format(name)
+        steps, blocks = -(-columns // COLUMNS), self.rows // BLOCK_ROWS
+        self.n_groups = -(-steps * COLUMNS // self.format.group)
         scales = torch.empty(blocks, self.n_groups, BLOCK_ROWS, dtype=torch.float16)
         buffers = {
-            "qweight": torch.empty(blocks, steps * self.format.bits, BLOCK_ROWS, 4, dtype=torch.uint8),
+            "qweight": torch.empty(blocks, steps, self.format.bits, BLOCK_ROWS, 4, dtype=torch.uint8),
             "scales": scales,
             "mins": torch.empty_like(scales) if self.format.has_min else None,
             "table": None if self.format.table is None else torch.tensor(self.format.table, dtype=torch.float16),
@@ -61,23 +61,32 @@ class QuantizedLinear(PackedLinear):
             return
         for begin in range(0, len(weight), _QUANTIZE_ROWS):
             rows = weight[begin : begin + _QUANTIZE_ROWS].float()
-            rows = F.pad(rows, (0, self.n_groups * self.format.group - self.columns))
-            self.store(part, first + begin, *self.quantize(rows.view(len(rows), self.n_groups, -1)))
+            groups = F.pad(rows, (0, -self.columns % COLUMNS)).unflatten(1, (-1, COLUMNS))
+            self.store(part, first + begin, *self.quantize(groups))
 
     def load_codes(self, part: int, rows: StoredCodes, first: int = 0) -> None:
         """Stores rows of a part without requantizing them; `first` is a multiple of BLOCK_ROWS.
 
-        They are codes that this format holds (`holds_codes`), in whole groups. Raises CheckpointFormatError for a scale
-        or minimum that is not finite.
+        They are codes that this format holds (`holds_codes`), of whole groups of 32, or of 16, columns. Raises
+        CheckpointFormatError for a scale or minimum that is not finite.
         """
         block, ops = self._block(part, first), torch.ops.llama_mini
-        if not self.kernels:
-            self.store(part, first, *rows.unpacked())
-        elif isinstance(rows, Blocks) and rows.number_format in _REPACKED.get(self.name, ()):
+        if self.kernels and isinstance(rows, Blocks) and rows.number_format in _REPACKED.get(self.name, ()):
             self._check(ops.repack(rows.rows.contiguous(), self.tensors, self.columns, block))
+            return
+        codes, scale, least = rows.unpacked()
+        scale, least = self._of_groups(scale), None if least is None else self._of_groups(least)
+        if self.kernels:
+            packed = [tensor.contiguous() for tensor in (codes, scale, least) if tensor is not None]
+            self._check(ops.pack(packed, self.tensors, block))
         else:
-            codes = [tensor.contiguous() for tensor in rows.unpacked() if tensor is not None]
-            self._check(ops.pack(codes, self.tensors, block))
+            self.store(part, first, codes, scale, least)
+
+    def _of_groups(self, values: Tensor) -> Tensor:
+        """Scales or minimums of the file's groups, each repeated for those of this format where these are smaller."""
+        n = -(-self.columns // self.format.group)
+        times = 1 << (-(-n // values.shape[1]) - 1).bit_length()  # a power of two, with a part of the last group
+        return values if times == 1 else values.repeat_interleave(times, 1)[:, :n]
 
     def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(rows, groups, COLUMNS) float32 -> codes (rows, columns) uint8, scales and mins (rows, groups).
@@ -102,7 +111,7 @@ class QuantizedLinear(PackedLinear):
         blocks = slice(self._block(part, first), self._block(part, first + len(codes) + padding))
         quads = F.pad(codes, (0, -codes.shape[1] % COLUMNS, 0, padding)).view(torch.int32)  # four columns as one number
         vectors = self.pack(quads).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2)
-        self.qweight[blocks].view(torch.int32).copy_(vectors[..., None])
+        self.qweight[blocks].flatten(1, 2).view(torch.int32).copy_(vectors[..., None])
         for buffer, values in ((self.scales, scales), (self.mins, mins)):
             if buffer is not None and values is not None:
                 values = F.pad(values, (0, self.n_groups - values.shape[1], 0, padding))
@@ -149,13 +158,15 @@ class QuantizedLinear(PackedLinear):
             return torch.ops.llama_mini.dequantize_rows(self.tensors, rows, self.columns, self.dtype)
         shape, rows = rows.shape, rows.flatten()
         block, row = rows // BLOCK_ROWS, rows % BLOCK_ROWS
-        codes = self.unpack(self.qweight[block, :, row]).reshape(len(rows), self.n_groups, -1)
+        width = min(self.format.group, COLUMNS)
+        codes = self.unpack(self.qweight.flatten(1, 2)[block, :, row]).reshape(len(rows), -1, width)
+        group = torch.arange(codes.shape[1], device=rows.device) * width // self.format.group
         values = codes.float() if self.table is None else self.table.float()[codes.int()]
         if self.mins is None and self.table is None:
             values -= 2 ** (self.format.bits - 1)
-        values *= self.scales[block, :, row].float()[..., None]
+        values *= self.scales[block, :, row][:, group, None].float()
         if self.mins is not None:
-            values += self.mins[block, :, row].float()[..., None]
+            values += self.mins[block, :, row][:, group, None].float()
         return values.flatten(1)[:, : self.columns].to(self.dtype).reshape(*shape, -1)
 
     def forward_torch(self, x: Tensor) -> Tensor:

@@ -4,19 +4,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llama_mini.checkpoint.code_formats import FORMATS
+from llama_mini.checkpoint.code_formats import code_format
 from llama_mini.checkpoint.source import QuantizedWeights
 
 
 def code_values(rows: QuantizedWeights, kept: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The two terms whose sum is the value, (rows, columns) both: scale times a number, and minimum."""
-    bits, group, table = FORMATS[kept].bits, FORMATS[kept].group, FORMATS[kept].table
+    bits, group, table = code_format(kept).bits, code_format(kept).group, code_format(kept).table
     codes, scale, least = rows
     assert codes.dtype == torch.uint8
     assert int(codes.max()) < 2**bits
-    assert (least is not None) == FORMATS[kept].has_min
+    assert (least is not None) == code_format(kept).has_min
+    of_column = np.arange(codes.shape[1]) // group
     scales, minima = (
-        np.zeros(codes.shape) if part is None else part.double().numpy().repeat(group, 1) for part in (scale, least)
+        np.zeros(codes.shape) if part is None else part.double().numpy()[:, of_column] for part in (scale, least)
     )
     assert {part.dtype for part in (scale, least) if part is not None} == {torch.float16}
     numbers = codes.double().numpy()

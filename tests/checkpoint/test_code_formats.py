@@ -1,6 +1,7 @@
 """The formats of codes: their tables against those of the libraries that write them, and which holds which."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from bitsandbytes import functional
 from compressed_tensors.compressors.nvfp4.base import unpack_fp4_from_uint8
 from gguf import quants
 
-from llama_mini.checkpoint.code_formats import FORMATS, common_format, holds_codes
+from llama_mini.checkpoint.code_formats import FORMATS, ROW, code_format, common_format, grouped, holds_codes
 
 STEPS = {"nf4": 112, "fp4": 120}
 
@@ -47,16 +48,37 @@ def test_a_code_of_a_table_is_a_signed_byte(name: str) -> None:
 def test_bits_per_weight() -> None:
     expected = {"int2": 3, "int4": 5, "int6": 7, "int8": 8.5, "int2g16": 4, "int3g16": 4, "int6g16": 7, "iq4": 4.5}
     expected |= {"mxfp4": 4.5, "nvfp4": 5, "nf4": 4.5}
-    assert {name: FORMATS[name].bits_per_weight for name in expected} == expected
+    expected |= {"int4g64": 4.5, "int4g128": 4.25, "int8g64": 8.25, "int8row": 8.0625, "int2g256": 2.125}
+    assert {name: code_format(name).n_bytes(16, 256) * 8 / 4096 for name in expected} == expected
+    assert code_format("int4g128").n_bytes(3, 160) == 3 * (80 + 2 * 2 * 2)  # the second group is cut
+
+
+def test_names_of_formats_with_larger_groups() -> None:
+    for name, group in (("int4", 64), ("int2", 256), ("int8", ROW)):
+        assert code_format(grouped(name, group)) == replace(FORMATS[name], group=group)
+        assert grouped(grouped(name, group), 32) == name
+    assert [grouped("int4", group) for group in (32, 128, ROW)] == ["int4", "int4g128", "int4row"]
 
 
 def test_a_common_format_holds_the_codes_of_all_or_is_int8() -> None:
-    for names in itertools.combinations_with_replacement(FORMATS, 3):
+    larger = ["int4g64", "int5g128", "int8g64", "int8row"]
+    for names in itertools.combinations_with_replacement([*FORMATS, *larger], 3):
         found = common_format(names)
         assert found == common_format(names[::-1])
+        kinds, of_all = [code_format(name) for name in names], code_format(found)
         holding = [wanted for wanted in names if all(holds_codes(wanted, name) for name in names)]
-        assert found == (holding[0] if holding else "int8")
+        if holding:
+            assert found in holding
+        if found != "int8":  # no more bits and no smaller groups than one of them has
+            assert all(holds_codes(found, name) for name in names)
+            assert of_all.bits == max(kind.bits for kind in kinds)
+            assert of_all.group == min(kind.group for kind in kinds)
     assert common_format(["int4", "int5", "int3"]) == "int5"
+    assert common_format(["int4g64", "int5g128", "int3row"]) == "int5g64"
+    assert common_format(["int5g128", "int4"]) == "int5"
+    assert common_format(["int8g64", "int8row"]) == "int8g64"
+    assert common_format(["int8row", "int4g128"]) == "int8"
+    assert common_format(["int2g16", "int4g64"]) == "int8"  # whose scales are for 16 columns of two bits alone
     assert (
         common_format(["int4", "int6g16"]) == common_format(["nf4", "fp4"]) == common_format(["int4", "iq4"]) == "int8"
     )

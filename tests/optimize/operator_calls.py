@@ -121,7 +121,7 @@ def codes(format_: str, change: Callable[[list[Tensor]], list[Tensor]]) -> tuple
 
 def cut(vectors: int) -> Callable[[list[Tensor]], list[Tensor]]:
     """The codes of each block cut to so many vectors, or repeated up to them."""
-    return lambda t: [torch.cat((t[0], t[0]), 1)[:, :vectors].contiguous(), *t[1:]]
+    return lambda t: [torch.cat((t[0], t[0]), 2)[:, :, :vectors].contiguous(), *t[1:]]
 
 
 STORE = ("quantize", "pack", "repack")
@@ -212,6 +212,8 @@ WRONG = {
     "codes: groups of 16 where there are none": codes("int8", lambda t: [t[0], torch.cat((t[1], t[1]), 1)]),
     "codes: groups of 32 where there are none": codes("int6g16", lambda t: [t[0], t[1][:, :1].contiguous()]),
     "codes: groups of 8": codes("int6g16", lambda t: [t[0], torch.cat((t[1], t[1]), 1)]),
+    "codes: scales of no group": codes("int4", lambda t: [t[0], *(values[:, :0] for values in t[1:])]),
+    "codes: two bits of twice the columns": codes("int4", lambda t: [t[0].view(2, 2, 2, 16, 4), *t[1:]]),
     "codes: minimums of eight bits": codes("int8", lambda t: [*t, t[1]]),
     "codes: no minimums": codes("int4", lambda t: t[:2]),
     "codes: minimums of half the groups": codes("int2g16", lambda t: [*t[:2], t[2][:, :1].contiguous()]),

@@ -72,8 +72,8 @@ def floats_of(matrix: PackedLinear, part: int) -> Tensor:
 def quantized_of(matrix: QuantizedLinear, part: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights (rows, columns), scales and mins (rows, columns / 32), from blocks of sixteen rows."""
     begin, rows, steps = matrix.offsets[part], matrix.parts[part], matrix.n_groups
-    quads = torch.stack((matrix.qweight & 15, matrix.qweight >> 4), 2)  # (blocks, vectors, 2, 16, 4)
-    codes = quads.permute(0, 3, 1, 2, 4).reshape(-1, 32 * steps)
+    quads = torch.stack((matrix.qweight & 15, matrix.qweight >> 4), 3)  # (blocks, steps, 4, 2, 16, 4)
+    codes = quads.permute(0, 4, 1, 2, 3, 5).reshape(-1, 32 * steps)
     scales = [t.transpose(1, 2).reshape(-1, steps)[begin : begin + rows] for t in (matrix.scales, matrix.mins)]
     return codes[begin : begin + rows, : matrix.columns], *scales
 

@@ -146,19 +146,21 @@ def test_weights_are_stored_where_the_operators_read_them() -> None:
     four = QuantizedLinear("int4", [3, 20], 64, torch.float32, False)
     four.store(1, 0, codes & 15, scale, -scale)
     assert eight.offsets == five.offsets == four.offsets == [0, 16]
-    assert eight.qweight.shape == (3, 16, 16, 4)
-    assert five.qweight.shape == (3, 10, 16, 4)
-    assert four.qweight.shape == (3, 8, 16, 4)
+    assert eight.qweight.shape == (3, 2, 8, 16, 4)
+    assert five.qweight.shape == (3, 2, 5, 16, 4)
+    assert four.qweight.shape == (3, 2, 4, 16, 4)
     for row, column in ((0, 0), (5, 7), (15, 63), (16, 36), (19, 31)):
         block, lane, quad, byte = 1 + row // 16, row % 16, column // 4, column % 4
-        assert eight.qweight[block, quad, lane, byte] == codes[row, column]
-        assert four.qweight[block, quad // 2, lane, byte] >> 4 * (quad % 2) & 15 == codes[row, column] & 15
-        low, fifth = five.qweight[block].view(2, 5, 16, 4)[column // 32, [quad % 8 // 2, 4], lane, byte].tolist()
+        assert eight.qweight[block, quad // 8, quad % 8, lane, byte] == codes[row, column]
+        assert (
+            four.qweight[block, quad // 8, quad % 8 // 2, lane, byte] >> 4 * (quad % 2) & 15 == codes[row, column] & 15
+        )
+        low, fifth = five.qweight[block, column // 32, [quad % 8 // 2, 4], lane, byte].tolist()
         assert (low >> 4 * (quad % 2) & 15) + 16 * (fifth >> quad % 8 & 1) == codes[row, column] & 31
         assert eight.scales[block, column // 32, lane] == scale[row, column // 32]
         assert four.mins[block, column // 32, lane] == -scale[row, column // 32]
     assert not eight.qweight[0].any()
-    assert not eight.qweight[2, :, 4:].any()
+    assert not eight.qweight[2, :, :, 4:].any()
 
 
 def test_numbers_of_a_group_that_eight_and_four_bits_hold_come_back_exactly() -> None:

@@ -21,7 +21,7 @@ from llama_mini.optimize.packed_linear import FloatLinear, PackedLinear
 from llama_mini.optimize.quantized_linear import QuantizedLinear
 
 Test = TypeVar("Test", bound=Callable[..., Any])
-CODED = list(code_formats.FORMATS)
+CODED = [*code_formats.FORMATS, "int4g64", "int8row"]  # two of those whose groups are larger than a kernel reads
 FORMATS = ["float", *CODED]
 
 
@@ -85,10 +85,10 @@ def random_matrix(
 
 def random_codes(format_: str, rows: int, columns: int, rng: torch.Generator) -> QuantizedWeights:
     """Rows whose products with unit normal numbers are of the order of one."""
-    kind = code_formats.FORMATS[format_]
+    kind = code_formats.code_format(format_)
     most = 2**kind.bits if kind.table is None else max(map(abs, kind.table))
     codes = torch.randint(2**kind.bits, (rows, columns), generator=rng, dtype=torch.uint8)
-    scale, least = (random((rows, columns // kind.group), torch.float16, rng, columns**-0.5) for _ in range(2))
+    scale, least = (random((rows, -(-columns // kind.group)), torch.float16, rng, columns**-0.5) for _ in range(2))
     return QuantizedWeights(codes, scale / most, least if kind.has_min else None)
 
 
@@ -97,7 +97,7 @@ def dense(matrix: PackedLinear) -> Tensor:
     if not isinstance(matrix, QuantizedLinear):
         return matrix.tensors[0].double()
     kind, blocks = matrix.format, matrix.rows // 16
-    vectors = matrix.qweight.view(blocks, -1, kind.bits, 16, 4).int()  # (block, group of 32, vector, row, column of 4)
+    vectors = matrix.qweight.int()  # (block, group of 32, vector, row, column of 4)
     codes, at, shift = torch.zeros(blocks, vectors.shape[1], 8, 16, 4, dtype=torch.int), 0, 0
     for width in (8, 4, 2, 1):
         if kind.bits & width:
@@ -105,15 +105,16 @@ def dense(matrix: PackedLinear) -> Tensor:
                 bits = vectors[:, :, at + quad * width // 8] >> quad * width % 8 & (1 << width) - 1
                 codes[:, :, quad] |= bits << shift
             at, shift = at + width, shift + width
-    codes = codes.permute(0, 3, 1, 2, 4).reshape(matrix.rows, -1, kind.group)
+    codes = codes.permute(0, 3, 1, 2, 4).reshape(matrix.rows, -1)
     if kind.table is not None:
         values = torch.tensor(kind.table, dtype=torch.float64)[codes]
     else:
         values = codes.double() - (0 if kind.has_min else 2 ** (kind.bits - 1))
-    values = values * matrix.scales.transpose(1, 2).reshape(matrix.rows, -1, 1)
+    group = torch.arange(codes.shape[1]) // kind.group
+    values = values * matrix.scales.transpose(1, 2).reshape(matrix.rows, -1)[:, group]
     if matrix.mins is not None:
-        values = values + matrix.mins.transpose(1, 2).reshape(matrix.rows, -1, 1)
-    return values.reshape(matrix.rows, -1)[:, : matrix.columns]
+        values = values + matrix.mins.transpose(1, 2).reshape(matrix.rows, -1)[:, group]
+    return values[:, : matrix.columns]
 
 
 def product(x: Tensor, matrix: PackedLinear) -> Tensor:

@@ -107,12 +107,12 @@ def _tq1_0(blocks: Tensor) -> _Unpacked:
         (packed[..., None, :] * torch.tensor([1, 3, 9, 27, 81][:n], dtype=torch.uint8)[:, None]).flatten(-2)
         for packed, n in ((blocks[..., :32], 5), (blocks[..., 32:48], 5), (blocks[..., 48:52], 4))
     ]
-    scale = _float16(blocks, 52).expand(-1, -1, 8)
+    scale = _float16(blocks, 52)
     return (torch.cat(digits, -1).int() * 3 >> 8).to(torch.uint8), scale, -scale
 
 
 def _tq2_0(blocks: Tensor) -> _Unpacked:
-    scale = _float16(blocks, 64).expand(-1, -1, 8)
+    scale = _float16(blocks, 64)
     return _fields(blocks[..., :64], 2, 32), scale, -scale
 
 
@@ -132,8 +132,8 @@ CODES: dict[str, tuple[str, int, Callable[[Tensor], _Unpacked]]] = {
     "IQ4_XS": ("iq4", 136, _iq4_xs),
     "MXFP4": ("mxfp4", 17, _mxfp4),
     "NVFP4": ("nvfp4", 36, _nvfp4),
-    "TQ1_0": ("int2", 54, _tq1_0),
-    "TQ2_0": ("int2", 66, _tq2_0),
+    "TQ1_0": ("int2g256", 54, _tq1_0),
+    "TQ2_0": ("int2g256", 66, _tq2_0),
 }
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llama_mini.checkpoint.code_formats import ROW, grouped
 from llama_mini.checkpoint.io.safetensors_header import Tensors
 from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, fault
 from llama_mini.checkpoint.source import QuantizedWeights
@@ -64,15 +65,19 @@ def affine_matrix(
     symmetric: the middle code, 2^(bits-1), stands for zero.
 
     Codes of up to six bits, and symmetric ones of eight, stay as they are if a group is of whole 32 columns, which are
-    sorted by their groups where they are no neighbours.
+    sorted by their groups where they are no neighbours. They have a scale for each 2^k columns, as large as the groups
+    allow, or for each row.
     """
     columns = shape[1]
     group = min(group, columns) if isinstance(group, int) else group
     order = group.argsort(stable=True) if isinstance(group, Tensor) else None
     groups = _groups(group, columns) if order is None else _groups(group, columns)[order]
-    is_whole = columns % GROUP == 0 and torch.equal(groups, groups[::GROUP].repeat_interleave(GROUP))
-    has_codes = is_whole and (bits <= 6 or (bits == 8 and symmetric))
-    of_codes = groups[::GROUP].clone()  # the group of each 32 of them: it outlives the other
+    share = lambda size: torch.equal(groups, groups[::size].repeat_interleave(size)[:columns])  # noqa: E731
+    has_codes = columns % GROUP == 0 and share(GROUP) and (bits <= 6 or (bits == 8 and symmetric))
+    size = GROUP
+    while has_codes and size < columns and share(2 * size):
+        size *= 2
+    of_codes = groups[::size].clone()  # the group of the first of them: it outlives the other
 
     def floats(parts: Parts, first: int, n: int) -> Tensor:
         codes, scale, least = decode(parts, first, n)
@@ -93,7 +98,7 @@ def affine_matrix(
         shape=shape,
         parts=parts,
         number_format=f"{method} {bits} bits, {how}{', symmetric' if symmetric else ''}",
-        kept=f"int{bits}" if has_codes else "int8",
+        kept=grouped(f"int{bits}", size if size < columns else ROW) if has_codes else "int8",
         floats=floats,
         codes=as_codes if has_codes else None,
         order=order if has_codes else None,

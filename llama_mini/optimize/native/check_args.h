@@ -57,13 +57,17 @@ inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& 
         "a matrix of ", rows, " x ", columns, " ", x.scalar_type(), ", not ", w[0].sizes(), " ", w[0].scalar_type());
     return m;
   }
-  const int64_t groups = round_up(rows, 16) * (round_up(columns, 32) / 32);
+  const int64_t lines = round_up(rows, 16), groups = round_up(columns, 32) / 32;
   const bool has_table = w.size() == 3 && w[2].dim() == 1;
   for (int i = (int)Kind::INT2; i <= (int)Kind::TABLE_G16; i++) {
     const Codes& c = CODES[i];
-    if (w[0].numel() == groups * 4 * c.bits && w[1].numel() == groups * c.scales && c.has_table == has_table &&
-        c.has_min == (w.size() == 3 && !has_table))
-      m.kind = (Kind)i;
+    // How many scales a row has tells how many groups share one: no two shifts have the same number, unless it is one.
+    int64_t n = c.scales * groups;
+    int shift = 0;
+    while (c.scales == 1 && n > 1 && w[1].numel() < lines * n) n = ((groups - 1) >> ++shift) + 1;
+    if (w[0].sizes() == at::IntArrayRef({lines / 16, groups, c.bits, 16, 4}) && w[1].numel() == lines * n &&
+        c.has_table == has_table && c.has_min == (w.size() == 3 && !has_table))
+      m.kind = (Kind)i, m.row_scales = n, m.shift = shift;
   }
   TORCH_CHECK(w[0].scalar_type() == at::kByte && w[1].scalar_type() == at::kHalf && quantized(m.kind),
               "codes and scales of ", rows, " x ", columns, " in a known format, not ", w[0].sizes(), " ",

@@ -4,9 +4,9 @@
 //     scale * q + min              of a kind with minimums
 //     scale * (q - 2^(bits - 1))   of one without
 //     scale * table[q]             of one with a table of 16 whole numbers from -128 to 127
-// with one scale, and one minimum, for each group of 32 columns of a row, or for each 16 of them. Rows lie in blocks of
-// 16. Four columns of a row, a quad, are adjacent, because one VNNI instruction multiplies four columns of sixteen
-// rows, a row in each lane.
+// with one scale, and one minimum, for each group of 32 columns of a row, for each 16 of them, or for 2, 4, 8, ... such
+// groups. Rows lie in blocks of 16. Four columns of a row, a quad, are adjacent, because one VNNI instruction
+// multiplies four columns of sixteen rows, a row in each lane.
 //
 // The bits of a code are split into planes of 8, 4, 2 or 1 bits, the binary digits of their number: 6 bits are the low
 // four, then the high two. In a plane of w bits a group of a block has w vectors of 64 bytes, each of 8 / w quads: in
@@ -19,10 +19,15 @@
 namespace ISA {
 
 constexpr int BLOCK_ROWS = 16;  // rows of a matrix that are multiplied together
-constexpr int GROUP = 32;       // columns that share a scale, or that a bfloat16 kernel reads at once
+constexpr int GROUP = 32;       // columns that have a scale or two, or share one with others; read at once in bfloat16
 constexpr int QUADS = GROUP / 4;
 
 inline int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP; }
+
+// Which of a row's scales a group has, or its first or second half.
+[[gnu::always_inline]] inline int64_t scale_at(const Matrix& m, Kind kind, int64_t group, int half) {
+  return codes_of(kind).scales == 1 ? group >> m.shift : 2 * group + half;
+}
 
 // Calls f<KIND>() for a quantized kind.
 template <Kind KIND = Kind::INT2, typename F>

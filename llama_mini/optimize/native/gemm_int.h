@@ -31,8 +31,9 @@ template <Kind KIND>
       const u32 v = in_matrix ? load_quad<u32>(m, KIND, source, quad) : u32{};
       std::memcpy(q + quad * 8 * LANES, &v, sizeof v);
     }
-    for (int64_t i = s * CODES.scales; i < (s + 1) * CODES.scales; i++) {
-      const int64_t at = (block * groups * CODES.scales + i) * BLOCK_ROWS + lane, to = (2 * i + strip) * LANES;
+    for (int half = 0; half < CODES.scales; half++) {
+      const int64_t at = (block * m.row_scales + scale_at(m, KIND, s, half)) * BLOCK_ROWS + lane;
+      const int64_t to = (2 * (s * CODES.scales + half) + strip) * LANES;
       store(panel.scales + to, in_matrix ? half_to_float(m.scales + at) : f32{});
       if (CODES.has_min) store(panel.mins + to, in_matrix ? half_to_float(m.mins + at) : f32{});
     }

@@ -11,10 +11,9 @@ namespace ISA {
 // Some rows of a matrix as a matrix. A quantized matrix is cut at whole blocks.
 template <typename T>
 inline Matrix slice_rows(Matrix m, int64_t from, int64_t rows) {
-  const int64_t scales = from * groups_of(m.columns) * codes_of(m.kind).scales;
   m.data = (const char*)m.data + from * row_bytes(m);
-  if (m.scales != nullptr) m.scales += scales;
-  if (m.mins != nullptr) m.mins += scales;
+  if (m.scales != nullptr) m.scales += from * m.row_scales;
+  if (m.mins != nullptr) m.mins += from * m.row_scales;
   if (m.bias != nullptr) m.bias = (const T*)m.bias + from;
   m.rows = rows;
   return m;

@@ -40,18 +40,18 @@ template <int B, Kind KIND>
 inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int64_t row, float* out) {
   constexpr Codes CODES = codes_of(KIND);
   constexpr int STEP = QUADS / CODES.scales;  // quads that share a scale
-  const int64_t groups = in.width / GROUP, n_scales = groups * CODES.scales;
+  const int64_t groups = in.width / GROUP, n_sums = groups * CODES.scales;
   const uint8_t* q = (const uint8_t*)m.data + block * groups * CODES.group_bytes();
-  const uint16_t* scales = m.scales + block * BLOCK_ROWS * n_scales;
-  const uint16_t* mins = m.mins + (CODES.has_min ? block * BLOCK_ROWS * n_scales : 0);
+  const uint16_t* scales = m.scales + block * BLOCK_ROWS * m.row_scales;
+  const uint16_t* mins = m.mins + (CODES.has_min ? block * BLOCK_ROWS * m.row_scales : 0);
   f32 acc[B][VECTORS] = {};
   for (int64_t s = 0; s < groups; s++) {
     const int64_t quad = row * (in.width / 4) + s * QUADS;
 #pragma GCC unroll 2
     for (int part = 0; part < CODES.scales; part++) {
-      const int32_t* total = in.sums + row * n_scales + s * CODES.scales + part;
+      const int32_t* total = in.sums + row * n_sums + s * CODES.scales + part;
       IntSums sums[B];
-      for (int b = 0; b < B; b++) sums[b].start(-CODES.zero() * total[b * n_scales]);
+      for (int b = 0; b < B; b++) sums[b].start(-CODES.zero() * total[b * n_sums]);
 #pragma GCC unroll 8
       for (int i = part * STEP; i < (part + 1) * STEP; i++) {
         if (i < CODES.bits) prefetch(q + i * 64);
@@ -63,12 +63,12 @@ inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int6
         }
       }
       for (int v = 0; v < VECTORS; v++) {
-        const int64_t at = (s * CODES.scales + part) * BLOCK_ROWS + v * LANES;
+        const int64_t at = scale_at(m, KIND, s, part) * BLOCK_ROWS + v * LANES;
         const f32 scale = half_to_float(scales + at);
         for (int b = 0; b < B; b++) acc[b][v] += scale * sums[b].total(v);
         if (!CODES.has_min) continue;
         const f32 min = half_to_float(mins + at);
-        for (int b = 0; b < B; b++) acc[b][v] += min * (float)total[b * n_scales];
+        for (int b = 0; b < B; b++) acc[b][v] += min * (float)total[b * n_sums];
       }
     }
     q += CODES.group_bytes();

@@ -8,6 +8,7 @@
 enum class Kind { FLOAT32, BFLOAT16, INT2, INT3, INT4, INT5, INT6, INT8, INT2G16, INT3G16, INT6G16, TABLE, TABLE_G16 };
 
 // The codes of a kind (codes.h): `scales` of 32 columns of a row, with a minimum each, or what codes mean in a table.
+// If it is one, several times 32 columns may share it: Matrix::shift.
 struct Codes {
   int bits, scales;
   bool has_min, has_table;
@@ -41,6 +42,8 @@ struct Matrix {
   const void* data;
   const uint16_t* scales;  // float16, of quantized weights
   const uint16_t* mins;    // float16; nullptr if its kind has none
+  int64_t row_scales;      // scales of a row, also in its last, incomplete group
+  int shift;               // log2 of how many times 32 columns share a scale
   uint8_t table[16];       // of a kind with a table: what each code means, plus 128
   const void* bias;        // of the model's dtype; nullptr if there is none
 };

@@ -177,8 +177,8 @@ Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const 
   Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, like.options()), like);
   const int64_t groups = round_up(columns, 32) / 32;
   m.data = (const char*)m.data + block * groups * codes_of(m.kind).group_bytes();
-  m.scales += block * groups * codes_of(m.kind).scales * 16;
-  if (m.mins != nullptr) m.mins += block * groups * codes_of(m.kind).scales * 16;
+  m.scales += block * m.row_scales * 16;
+  if (m.mins != nullptr) m.mins += block * m.row_scales * 16;
   return m;
 }
 
@@ -187,7 +187,7 @@ bool quantize(const Tensor& x, TensorList w, int64_t block) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be two-dimensional and contiguous, not ", x.sizes());
   const Kernels& kernels = kernels_for(is_float32(x));
   const Matrix m = blocks_of(w, block, x.size(0), x.size(1), x);
-  TORCH_CHECK(m.kind == Kind::INT8 || (m.mins != nullptr && codes_of(m.kind).scales == 1),
+  TORCH_CHECK((m.kind == Kind::INT8 || (m.mins != nullptr && codes_of(m.kind).scales == 1)) && m.shift == 0,
               "floats become int8, or groups of 32 with a minimum");
   bool finite = false;
   with_pool([&](Pool pool) { finite = kernels.quantize(x.const_data_ptr(), x.size(0), m, pool); },
@@ -203,12 +203,12 @@ bool pack(TensorList from, TensorList w, int64_t block) {
               "rows of codes in one piece, not ", codes.sizes(), " ", codes.scalar_type());
   const int64_t n = codes.size(0), columns = codes.size(1);
   const Matrix m = blocks_of(w, block, n, columns, at::empty({0}));
-  const int64_t group = 32 / codes_of(m.kind).scales;
-  TORCH_CHECK(columns % group == 0 && from.size() == (m.mins != nullptr ? 3 : 2), "whole groups of ", group,
+  const int64_t least = 32 / codes_of(m.kind).scales, groups = least == 32 ? m.row_scales : columns / least;
+  TORCH_CHECK(columns % least == 0 && from.size() == (m.mins != nullptr ? 3 : 2), "whole groups of ", least,
               " columns, and minimums if the matrix has them; not ", columns, " columns and ", from.size(), " tensors");
   for (const Tensor& t : from.slice(1))
-    TORCH_CHECK(t.is_contiguous() && t.scalar_type() == at::kHalf && t.numel() == n * (columns / group),
-                "scales and minimums of ", n, " x ", columns / group, " groups, not ", t.sizes(), " ", t.scalar_type());
+    TORCH_CHECK(t.is_contiguous() && t.scalar_type() == at::kHalf && t.numel() == n * groups, "scales and minimums of ",
+                n, " x ", groups, " groups, not ", t.sizes(), " ", t.scalar_type());
   const auto scales = (const uint16_t*)from[1].const_data_ptr();
   const auto mins = from.size() > 2 ? (const uint16_t*)from[2].const_data_ptr() : nullptr;
   bool finite = false;
@@ -223,7 +223,7 @@ bool repack(const Tensor& blocks, TensorList w, int64_t columns, int64_t block) 
               "rows of blocks of 32 columns in one piece, not ", blocks.sizes(), " ", blocks.scalar_type());
   const Matrix m = blocks_of(w, block, blocks.size(0), columns, w[w.size() - 1]);
   const int64_t bytes = blocks.size(1) / (columns / 32);
-  TORCH_CHECK(bytes * (columns / 32) == blocks.size(1) &&
+  TORCH_CHECK(bytes * (columns / 32) == blocks.size(1) && m.shift == 0 &&
                   (m.kind == Kind::INT8 ? bytes == 34 : m.kind == Kind::INT4 && (bytes == 18 || bytes == 20)),
               "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, not ", blocks.size(1), " bytes for ", columns, " columns");
   bool finite = false;

@@ -48,7 +48,8 @@ inline void quantize_group(Kind kind, const f32* x, uint8_t* q, uint16_t* scale,
 }
 
 // Calls f(row, group, q, scale, min, finite) for n rows of a matrix, and fills the last block up with zeros. A second
-// scale or minimum of a group is BLOCK_ROWS after the first. Returns whether everything was finite.
+// scale or minimum of a group is BLOCK_ROWS after the first; several groups may have one. Returns whether everything
+// was finite.
 template <typename F>
 inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
   const int64_t groups = groups_of(m.columns), bytes = codes_of(m.kind).group_bytes();
@@ -59,10 +60,9 @@ inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
     for (int64_t block = first; block < last; block++) {
       const int64_t rows = min(n - block * BLOCK_ROWS, BLOCK_ROWS);
       for (int64_t s = 0; s < groups; s++) {
-        const int64_t at = block * groups + s;
-        uint8_t* q = (uint8_t*)m.data + at * bytes;
-        uint16_t *scale = (uint16_t*)m.scales + at * n_scales,
-                 *min = m.mins != nullptr ? (uint16_t*)m.mins + at * n_scales : nullptr;
+        const int64_t at = (block * m.row_scales + scale_at(m, m.kind, s, 0)) * BLOCK_ROWS;
+        uint8_t* q = (uint8_t*)m.data + (block * groups + s) * bytes;
+        uint16_t *scale = (uint16_t*)m.scales + at, *min = m.mins != nullptr ? (uint16_t*)m.mins + at : nullptr;
         if (rows < BLOCK_ROWS) {
           std::memset(q, 0, bytes);
           std::memset(scale, 0, n_scales * sizeof *scale);
@@ -95,8 +95,9 @@ inline bool quantize_rows(const T* x, int64_t n, const Matrix& m, Pool pool) {
 inline bool pack(const uint8_t* codes, const uint16_t* scales, const uint16_t* mins, int64_t n, const Matrix& m,
                  Pool pool) {
   const int each = codes_of(m.kind).scales, group = GROUP / each;
+  const int64_t row_scales = each == 1 ? m.row_scales : m.columns / group;
   return fill(m, n, pool, [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* least, bool& finite) {
-    const int64_t columns = min(m.columns - s * GROUP, GROUP), at = row * (m.columns / group) + s * each;
+    const int64_t columns = min(m.columns - s * GROUP, GROUP), at = row * row_scales + scale_at(m, m.kind, s, 0);
     uint32_t quads[QUADS] = {};
     std::memcpy(quads, codes + row * m.columns + s * GROUP, columns);
     store_quads(m.kind, quads, q);

@@ -34,15 +34,15 @@ SCHEMES: dict[str, tuple[QuantizationScheme, str, bool]] = {  # with the format 
     "3 bits, asymmetric": (scheme("Linear", num_bits=3, symmetric=False, **GROUPS), "int3", True),
     "4 bits": (scheme("Linear", num_bits=4, **GROUPS), "int4", True),
     "4 bits, asymmetric": (scheme("Linear", num_bits=4, symmetric=False, **GROUPS), "int4", True),
-    "4 bits, rows": (scheme("Linear", num_bits=4, strategy="channel", symmetric=False), "int4", True),
+    "4 bits, rows": (scheme("Linear", num_bits=4, strategy="channel", symmetric=False), "int4row", True),
     "4 bits, groups of 16": (scheme("Linear", num_bits=4, strategy="group", group_size=16), "int8", False),
     "5 bits": (scheme("Linear", num_bits=5, symmetric=False, **GROUPS), "int5", True),
     "6 bits": (scheme("Linear", num_bits=6, **GROUPS), "int6", True),
     "7 bits": (scheme("Linear", num_bits=7, **GROUPS), "int8", False),
     "8 bits": (scheme("Linear", num_bits=8, **GROUPS), "int8", True),
     "8 bits, asymmetric": (scheme("Linear", num_bits=8, symmetric=False, **GROUPS), "int8", False),
-    "W8A8": (scheme("Linear", strategy="channel", inputs=INT8_INPUTS), "int8", True),
-    "W8A8, one scale": (scheme("Linear", strategy="tensor", inputs=INT8_INPUTS), "int8", True),
+    "W8A8": (scheme("Linear", strategy="channel", inputs=INT8_INPUTS), "int8row", True),
+    "W8A8, one scale": (scheme("Linear", strategy="tensor", inputs=INT8_INPUTS), "int8row", True),
     "W8A8, asymmetric": (scheme("Linear", strategy="channel", symmetric=False, inputs=INT8_INPUTS), "int8", False),
     "W4A8": (scheme("Linear", num_bits=4, inputs=INT8_INPUTS, **GROUPS), "int4", True),
     "FP8": (scheme("Linear", strategy="tensor", inputs=FP8_INPUTS, **FLOATS), "int8", True),
@@ -141,7 +141,10 @@ def test_a_model(tmp_path: Path, name: str) -> None:
     if name == "W4A16":
         assert found["0.mlp.up_proj.weight"] == ("compressed-tensors 4 bits, groups of 32, symmetric", "int4")
     if name == "W8A8":
-        assert found["0.mlp.up_proj.weight"] == ("compressed-tensors 8 bits, a scale for each row, symmetric", "int8")
+        assert found["0.mlp.up_proj.weight"] == (
+            "compressed-tensors 8 bits, a scale for each row, symmetric",
+            "int8row",
+        )
     if name == "mixed":
         assert found["0.mlp.down_proj.weight"] == ("compressed-tensors 4 bits, groups of 32", "int4")
         assert found["1.self_attn.q_proj.weight"] == ("compressed-tensors 8 bits, groups of 32, symmetric", "int8")

@@ -59,11 +59,11 @@ def test_weights_and_logits(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize(
     ("bits", "kept", "has_codes"),
     [
-        (2, "int2", True),
-        (3, "int3", True),
-        (4, "int4", True),
-        (5, "int5", True),
-        (6, "int6", True),
+        (2, "int2g64", True),
+        (3, "int3g64", True),
+        (4, "int4g64", True),
+        (5, "int5g64", True),
+        (6, "int6g64", True),
         (8, "int8", False),
     ],
 )
@@ -126,6 +126,6 @@ def test_damaged_parts_are_named(tmp_path: Path, end: str, change: Any, message:
 def test_scales_that_float16_cannot_hold(tmp_path: Path, kernels: str) -> None:
     write_model(tmp_path, {"quantization": {"bits": 4}}, lambda _, w: quantized(w, 4, 64, "float32"), **SIZES)
     damage(tmp_path, "model.layers.1.mlp.up_proj.scales", lambda scales: scales * 1e8)
-    with pytest.raises(CheckpointFormatError, match=r"up_proj.* int4 cannot; load it with --quantize none"):
+    with pytest.raises(CheckpointFormatError, match=r"up_proj.* int4g64 cannot; load it with --quantize none"):
         load_model(Llama, open_checkpoint(tmp_path), "float32", "cpu", fuser(kernels), "auto")
     assert Llama.from_pretrained(tmp_path, dtype="float32")

@@ -90,7 +90,8 @@ struct Weights {
   Numbers numbers, bias;
   Vector<uint8_t> codes;
   Vector<uint16_t> scales, mins;
-  Weights(Kind kind, int64_t rows, int64_t columns, bool wide)
+  // shift: log2 of how many groups of 32 columns share a scale, where they have no two.
+  Weights(Kind kind, int64_t rows, int64_t columns, bool wide, int shift = 0)
       : numbers(wide, quantized(kind) ? 0 : rows * columns), bias(wide, rows) {
     m.kind = kind, m.rows = rows, m.columns = columns, m.bias = bias.data(), m.data = numbers.data();
     if (!quantized(kind)) return;
@@ -98,7 +99,8 @@ struct Weights {
     const int64_t blocks = (rows + 15) / 16, groups = (columns + 31) / 32;
     codes.resize(blocks * groups * c.group_bytes());
     for (auto& code : codes) code = (uint8_t)(draw() >> 24);
-    scales.assign(blocks * 16 * groups * c.scales, 0x2400);  // 1/64
+    m.shift = c.scales == 1 ? shift : 0, m.row_scales = ((groups * c.scales - 1) >> m.shift) + 1;
+    scales.assign(blocks * 16 * m.row_scales, 0x2400);  // 1/64
     for (auto& value : m.table) value = (uint8_t)(draw() >> 24);
     m.data = codes.data(), m.scales = scales.data();
     if (!c.has_min) return;
@@ -152,8 +154,9 @@ void run(const Kernels& kernels, const Case& c) {
   const int64_t up_at = (c.hidden + block - 1) / block * block;
   Heads heads(c, c.batch, 1);
   const int64_t qkv_rows = heads.a.v_at + (c.kv_heads * c.dim + block - 1) / block * block;
-  Weights qkv(c.kind, qkv_rows, c.width, c.wide), o(c.kind, c.width, q_dim, c.wide);
-  Weights gate_up(c.kind, 2 * up_at, c.width, c.wide), down(c.kind, c.width, c.hidden, c.wide);
+  const int shift = below(4);
+  Weights qkv(c.kind, qkv_rows, c.width, c.wide, shift), o(c.kind, c.width, q_dim, c.wide, shift);
+  Weights gate_up(c.kind, 2 * up_at, c.width, c.wide, shift), down(c.kind, c.width, c.hidden, c.wide);
   Numbers gain(c.wide, c.width), x(c.wide, c.batch * c.width), y(c.wide, c.batch * c.width),
       z(c.wide, c.batch * c.width);
   spoil(x, c.fill);
@@ -194,12 +197,14 @@ void run(const Kernels& kernels, const Case& c) {
     if (!quantized(c.kind)) return;
     kernels.dequantize_rows(o.m, rows.data(), (int64_t)rows.size(), floats.data(), pool);
     const Codes kind = codes_of(c.kind);
-    if (c.kind == Kind::INT8 || (kind.has_min && kind.scales == 1)) kernels.quantize(new_rows.data(), n, o.m, pool);
     Matrix whole = o.m;
+    if (shift == 0 && (c.kind == Kind::INT8 || (kind.has_min && kind.scales == 1)))
+      kernels.quantize(new_rows.data(), n, whole, pool);
     whole.columns = columns;
     kernels.pack(codes.data(), new_scales.data(), kind.has_min ? new_mins.data() : nullptr, n, whole, pool);
     whole.columns = q_dim / 32 * 32;
-    if (c.kind == Kind::INT8 || c.kind == Kind::INT4) kernels.repack(blocks.data(), block_bytes, n, whole, pool);
+    if (shift == 0 && (c.kind == Kind::INT8 || c.kind == Kind::INT4))
+      kernels.repack(blocks.data(), block_bytes, n, whole, pool);
   });
 }
 

@@ -169,11 +169,11 @@ def _check_frame(processor: Any) -> None:
 
 def _pairs(merges: list[Any]) -> list[tuple[str, ...]]:
     """Merges as pairs. Older files have lines, "left right", and comments that begin with #version."""
-    match set(map(type, merges)):
-        case kinds if kinds <= {list}:
-            return list(map(tuple, merges))
-        case kinds if kinds == {str}:
-            return [tuple(line.split(" ")) for line in merges if not line.startswith("#version")]
+    kinds = set(map(type, merges))
+    if kinds <= {list}:
+        return list(map(tuple, merges))
+    if kinds == {str}:
+        return [tuple(line.split(" ")) for line in merges if not line.startswith("#version")]
     raise TokenizerError("its merges are neither pairs of tokens nor lines of two")
 
 

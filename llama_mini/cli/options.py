@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -43,8 +44,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
-        end = words.index("--") if "--" in words else len(words)
-        parsed, unknown = super().parse_known_args([*self._known_words(words[:end]), *words[end:]], namespace)
+        if self._subparsers is None:
+            end = words.index("--") if "--" in words else len(words)
+            options, others = self._sorted(words[:end])
+            rest = words[end + 1 :]
+            words = [*options, "--", *others, *rest] if rest else [*others, *options]
+        parsed, unknown = super().parse_known_args(words, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown)}")
         return parsed, unknown
@@ -54,27 +59,40 @@ class Parser(argparse.ArgumentParser):
             message += ", after = if it begins with -, as in --stop=--x"
         super().error(message)
 
-    def _known_words(self, words: list[str]) -> list[str]:
-        """The options by the names that they have here. A value that begins with - but is no option is joined to its
-        option by =, since argparse would take it for one."""
+    def _sorted(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """The options by the names that they have here, with their values; and the other words, which argparse wants
+        side by side. A value that begins with - but is no option is joined to its option by =, since argparse would
+        take it for one."""
         known: list[str] = []
-        options = self._option_string_actions
+        others: list[str] = []
+        options, takes = self._option_string_actions, 0.0  # so many values may follow
         for word in words:
-            name, option = self._known_name(word), options.get(known[-1] if known else "")
+            name = self._known_name(word)
             is_option = name.partition("=")[0] in options or (word.startswith("--") and word[2:3].isalpha())
-            if option is not None and option.nargs is None and word.startswith("-") and not is_option:
+            if takes == 1 and known[-1] in options and word.startswith("-") and not is_option:
                 known[-1] += f"={word}"
-            else:
+                takes = 0
+            elif word.startswith("-") and word != "-":
                 known.append(name)
-        return known
+                nargs = options[name].nargs if name in options else None  # one that is unknown may have a value
+                takes = 0 if "=" in name else math.inf if nargs == "+" else int(nargs is None)
+            elif takes:
+                known.append(word)
+                takes -= 1
+            else:
+                others.append(word)
+        return known, others
 
     def _known_name(self, word: str) -> str:
         if not word.startswith("-") or len(word.split()) != 1:
             return word
         name, equals, value = word.partition("=")
         dashes = name.replace("_", "-") if name.startswith("--") else name
-        known = ALIASES.get(dashes, dashes)
-        return (known if known in self._option_string_actions else name) + equals + value
+        options = self._option_string_actions
+        if (known := ALIASES.get(dashes, dashes)) in options:
+            return known + equals + value
+        longer = [option for option in options if dashes.startswith("--") and option.startswith(dashes)]
+        return (longer[0] if len(longer) == 1 else name) + equals + value
 
     def _hint(self, unknown: list[str]) -> str:
         name = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)

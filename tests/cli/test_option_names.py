@@ -7,6 +7,7 @@ import pytest
 
 from llama_mini.__main__ import main
 from llama_mini.cli.options import parser
+from llama_mini.lab.__main__ import parser as lab_parser
 
 OURS = "--max-tokens 9 --temperature 1 --top-k 5 --seed 4 --threads 1 --system Be. hello"
 THEIRS = [
@@ -48,6 +49,27 @@ def test_a_value_may_begin_like_an_option() -> None:
     assert (args.prompt_option, args.stop, args.min_p, args.max_tokens) == ("-hello", ["---", "-_x", "--raw"], -0.5, 3)
     args = parser().parse_args(["--batch", "-", "--output", "-"])
     assert (args.batch, args.output) == ("-", "-")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "edit norm eps=1 gain=2 --tokens 64 --json",
+        "edit --tokens 64 --json norm eps=1 gain=2",
+        "edit norm --tokens 64 eps=1 --json gain=2",
+        "edit norm --js eps=1 --tok 64 gain=2",
+        "edit --json norm --tokens=64 -- eps=1 gain=2",
+        "edit --tokens 64 norm --json -- eps=1 gain=2",
+    ],
+)
+def test_options_stand_anywhere_among_other_words(words: str) -> None:
+    args = lab_parser().parse_args(words.split())
+    assert (args.pattern, args.settings, args.tokens, args.json) == ("norm", ["eps=1", "gain=2"], 64, True)
+
+
+def test_an_option_of_several_values_takes_all_that_follow() -> None:
+    args = lab_parser().parse_args("sweep pre --dim 64 post --depths 2 3".split())
+    assert (args.plans, args.dim, args.depths) == (["pre", "post"], 64, [2, 3])
 
 
 @pytest.mark.parametrize(

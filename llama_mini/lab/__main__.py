@@ -15,7 +15,6 @@ from llama_mini.lab.settings_help import SETTINGS_HELP
 
 PROG = "python -m llama_mini.lab"
 LAYER_NORMS = "layers.*.*.*"
-HEALED_NORMS = "layers.20-29.feed_forward.pre_norm"
 PLANS = ("pre", "post", "peri", "out+qk", "deep")
 PLAN = "a preset such as out+qk, a plan as JSON, or a .json file of one"
 
@@ -28,7 +27,8 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
 def run(args: argparse.Namespace) -> None:
     """Does what the parsed options ask for. Raises LlamaMiniError."""
     if "settings" in args and "=" in (args.pattern or ""):  # a setting, in a command line without a pattern
-        args.settings, args.pattern = [args.pattern, *args.settings], None if "a" in args else LAYER_NORMS
+        args.settings = [args.pattern, *args.settings]
+        args.pattern = LAYER_NORMS if args.command in ("ablate", "edit") else None
     from llama_mini.lab import commands
 
     args.checkpoint = lambda name: checkpoint_of(name or args.model)
@@ -155,11 +155,13 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 
 def _heal_options(heal: argparse.ArgumentParser) -> None:
+    pattern = "norms to change; default: feed_forward.pre_norm (--insert: out_norm) of the last third of the layers"
+    heal.add_argument("pattern", nargs="?", help=pattern)
     heal.add_argument(
-        "pattern", nargs="?", default=HEALED_NORMS, help="norms to change, as in edit and move; default: %(default)s"
-    )
-    heal.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="an edit of these norms; without one they are moved"
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="an edit of these norms, see edit --help; without one they are moved",
     )
     heal.add_argument("--to", metavar="SLOT", help="move them there, as move --fit does; default: out")
     heal.add_argument("--insert", action="store_true", help="fill these slots, with gains of least squares")

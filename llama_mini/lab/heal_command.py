@@ -21,16 +21,19 @@ def heal(args: argparse.Namespace) -> None:
         raise RequestError("give an edit, --insert or --to, and only one of them: norms are edited, inserted or moved")
     if args.save is not None:
         check_new(args.save)
-        if "freeze" in settings:
-            raise RequestError("--save: no checkpoint can hold a frozen norm: leave --save out")
     model, tokenizer = read_model(args)
+    if args.pattern is None:
+        args.pattern = _last_third(model, args.insert)
     text = None if args.train is None else tokenizer.encode(read_text(args.train))
     by_default = (args.text, args.offset, args.tokens, args.rows, args.bos) == (None, 0, 256, 1, False)
     held_out = None if by_default else read_ids(tokenizer, args)
     change: Edits | Llama = {args.pattern: settings}
-    if not settings:
+    kept_frozen = "freeze" in settings and args.save is not None  # as the kind that a plan can express
+    if kept_frozen or not settings:
         fitted_on = (training_text(tokenizer).tolist() if text is None else text)[:_FITTED_ON]
-        if args.insert:
+        if kept_frozen:
+            change = lab.edited(model, change, fitted_on)
+        elif args.insert:
             change = lab.insert(model, args.pattern, fitted_on)
         else:
             change = lab.move_fitted(model, args.pattern, args.to or "out", fitted_on)
@@ -54,3 +57,9 @@ def heal(args: argparse.Namespace) -> None:
         print(healed.summary())
     if healed.after.error is not None:
         raise NumericalError(f"the trained model has no cost: {healed.after.error}")
+
+
+def _last_third(model: Llama, insert: bool) -> str:
+    """The feed-forward norms of the last third of the layers, or the slots after them: the quickest to train."""
+    n_layers = len(model.layers)
+    return f"layers.{2 * n_layers // 3}-{n_layers - 1}.feed_forward.{'out' if insert else 'pre'}_norm"

@@ -79,8 +79,8 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
         chosen = matched if empty else [path for path in matched if path in filled]
         if not chosen:
             raise RequestError(
-                f"{short_repr(one)} matches only empty slots, such as {matched[0]}; give a kind to fill them, or one "
-                f"of the norms {join_names(filled)}"
+                f"{short_repr(one)} matches only empty slots, such as {matched[0]}, which insert and edits with a kind "
+                f"fill; the norms are {join_names(filled) or 'none'}"
             )
         selected.update(chosen)
     return [path for path in known if path in selected]

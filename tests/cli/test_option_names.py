@@ -68,7 +68,7 @@ def test_options_stand_anywhere_among_other_words(words: str) -> None:
 
 
 def test_an_option_of_several_values_takes_all_that_follow() -> None:
-    args = lab_parser().parse_args("sweep pre --dim 64 post --depths 2 3".split())
+    args = lab_parser().parse_args(["sweep", "pre", "--dim", "64", "post", "--depths", "2", "3"])
     assert (args.plans, args.dim, args.depths) == (["pre", "post"], 64, [2, 3])
 
 

@@ -9,8 +9,11 @@ from llama_mini import Llama, Tokenizer, lab
 from llama_mini.lab import heal_command
 from llama_mini.lab.__main__ import main
 from llama_mini.lab.healing import Healed
+from llama_mini.lab.training import sample_text
 from tests.oracles import same_bits
 from tests.tiny_models import random_tokens
+
+LAST_THIRD = "layers.1-1.feed_forward.{}_norm"  # of two layers
 
 
 @pytest.fixture
@@ -50,9 +53,12 @@ def test_a_moved_norm_is_healed_drawn_and_saved(
     ("words", "change"),
     [
         (["layers.1.*.pre_norm", "kind=layer", "--taper"], {"layers.1.*.pre_norm": {"kind": "layer"}}),
-        (["freeze=median", "keep=massive"], {"layers.*.*.*": {"freeze": "median", "keep": "massive"}}),
+        (["layers.*.*.*", "freeze=median", "keep=massive"], {"layers.*.*.*": {"freeze": "median", "keep": "massive"}}),
+        (["kind=layer"], {LAST_THIRD.format("pre"): {"kind": "layer"}}),
         (["layers.1.*.pre_norm", "--to", "post"], "move"),
+        (["--to", "out"], "move"),
         (["layers.1.*.out_norm", "--insert"], "insert"),
+        (["--insert"], "insert"),
     ],
 )
 def test_the_change_is_that_of_edit_move_and_insert(
@@ -62,9 +68,11 @@ def test_the_change_is_that_of_edit_move_and_insert(
         text = settings["text"]
         tokens = random_tokens(1, 9, 256)
         if change == "move":
-            assert same_bits(found(tokens), lab.move_fitted(model, words[0], "post", text[:1024])(tokens))
+            pattern = words[0] if len(words) == 3 else LAST_THIRD.format("pre")
+            assert same_bits(found(tokens), lab.move_fitted(model, pattern, words[-1], text[:1024])(tokens))
         elif change == "insert":
-            assert same_bits(found(tokens), lab.insert(model, words[0], text[:1024])(tokens))
+            pattern = words[0] if len(words) == 2 else LAST_THIRD.format("out")
+            assert same_bits(found(tokens), lab.insert(model, pattern, text[:1024])(tokens))
         else:
             assert found == change
         assert (args, settings["steps"], settings["taper"]) == ((2.0, 0), 3, True if "--taper" in words else None)
@@ -73,6 +81,27 @@ def test_the_change_is_that_of_edit_move_and_insert(
 
     monkeypatch.setattr(heal_command.lab, "heal", stop)
     assert main(["heal", *words, *options]) == 130
+
+
+def test_a_frozen_norm_is_saved_as_one_that_has_learned(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["heal", "layers.1.*.pre_norm", "freeze=median", "keep=none", *options, "--no-control"]
+    assert main([*words, "--save", str(tmp_path / "saved"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    model, given = Llama.from_pretrained(tmp_path / "saved"), Llama.from_pretrained(options[1], "float32")
+    text = Tokenizer.from_pretrained(options[1]).encode(Path(options[-1]).read_text())
+    frozen = lab.edited(given, {"layers.1.*.pre_norm": {"freeze": "median", "keep": "none"}}, text[:1024])
+    assert {row.path for row in lab.norms(model) if row.kind == "frozen"} == {
+        "layers.1.attention.pre_norm",
+        "layers.1.feed_forward.pre_norm",
+    }
+    before, after = (m.layers[1].attention.pre_norm.inverse_rms for m in (frozen, model))
+    assert 0 < (after - before).abs() < 0.1 * before
+    held_out = [Tokenizer.from_pretrained(options[1]).encode(sample_text())[i : i + 20] for i in (0, 20)]
+    base = lab.score(given, held_out)
+    for m, row in ((frozen, rows[0]), (model, rows[-1])):
+        assert lab.score(m, held_out, base).dloss == pytest.approx(row["dloss"], abs=1e-5)
 
 
 def test_by_default_texts_are_those_of_the_lab(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +119,8 @@ def test_by_default_texts_are_those_of_the_lab(tiny_dir: Path, monkeypatch: pyte
     [
         (["layers.1.*.pre_norm", "kind=layer", "--to", "out"], "give an edit, --insert or --to, and only one of them"),
         (["layers.1.*.pre_norm", "--insert", "--to", "out"], "give an edit, --insert or --to, and only one of them"),
-        (["freeze=median", "--save", "new"], "--save: no checkpoint can hold a frozen norm"),
-        ([], "matches no norm"),
+        (["layers.1.*.*", "freeze=median", "--save", "new"], "layers.1.attention.pre_norm would be frozen with tokens"),
+        (["layers.9.*.pre_norm"], "matches no norm"),
         (["layers.1.*.pre_norm", "--minutes", "0"], "minutes must be a finite number above 0"),
     ],
 )

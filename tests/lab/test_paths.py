@@ -67,7 +67,7 @@ def test_empty_slots_only_if_asked_for() -> None:
         ("layers.*", "matches no norm"),
         (
             "layers.*.attention.q_norm",
-            "only empty slots, such as layers.0.attention.q_norm; give a kind.*, or .* layers.0.attention.pre",
+            "only empty slots, such as layers.0.attention.q_norm, which insert .* fill; the norms are layers.0",
         ),
         (["norm", "norn"], "'norn' matches no norm"),
         ("norm,norn,layers.0.*.*", "^'norn' matches no norm; the norms are layers.0.attention.pre_norm, "),

@@ -123,8 +123,13 @@ def svg(figure: "Figure", name: str) -> str:
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace("xlink:href", "href")
     text = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"\n +", "\n", re.sub(r"(\d\.\d\d)\d+", r"\1", text))  # hundredths of a point are enough
+    text = re.sub(r"<[^>]*>", _shortened, re.sub(r"\n +", "\n", text))
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+
+
+def _shortened(tag: re.Match[str]) -> str:
+    """A tag whose places are in hundredths of a point, which is enough. Labels, such as 0.001, are between tags."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0])
 
 
 def save(figure: "Figure", path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """The lab's pictures: they show the numbers, in colours that can be told from the page, as the same bytes each time."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from llama_mini import lab
 from llama_mini.errors import RequestError
 from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
 from llama_mini.lab.reporting import figures
-from llama_mini.lab.reporting.style import DARK, GREY, INK, LIGHT, PALETTE, SVG, save
+from llama_mini.lab.reporting.style import DARK, GREY, INK, LIGHT, PALETTE, SVG, log_scale, new_figure, save, svg
 from tests.tiny_models import random_tokens, tiny_model
 
 BarContainer = pytest.importorskip("matplotlib.container", reason="pictures need the extra lab").BarContainer
@@ -197,6 +198,17 @@ def test_an_svg_follows_its_readers_light_or_dark(tmp_path: Path) -> None:
     assert text.count(INK) == 1
     assert "currentColor" in text
     assert text.count("http") == 1  # the namespace
+
+
+def test_places_are_rounded_and_labels_are_not() -> None:
+    figure, (axes,) = new_figure(1, 2.0)
+    axes.plot([0.0001234, 1.0])
+    log_scale(axes)
+    text = svg(figure, "a")
+    assert {"0.0001", "0.001", "0.01"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", text))
+    places = re.findall(r'\bd="([^"]*)"', text)
+    assert places
+    assert not re.search(r"\d\.\d{3}", " ".join(places))
 
 
 def test_what_cannot_be_saved_is_one_sentence(tmp_path: Path) -> None:

@@ -141,6 +141,9 @@ def test_it_prints_numbers_or_refuses_by_name(
         if command != "heal":
             assert loss == pytest.approx(found[1]["loss"], abs=1e-5)
             assert case == "fold" or found[1]["kl"] > 1e-7
+        if command == "edit":  # the new model, and this one while it is edited
+            assert main([command, *(word for word in words if word not in ("--save", files["NEW"]))]) == 0
+            assert json.loads(capsys.readouterr().out)[1]["dloss"] == pytest.approx(found[1]["dloss"], abs=1e-5)
 
 
 def numbers(found: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -36,5 +36,7 @@ class FeedForward(Residual):
 
     def hidden(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, F)."""
-        act, up = ACTIVATIONS[self.activation], self.up_norm(self.up_proj(x))
-        return act(up) if self.gate_proj is None else act(self.gate_norm(self.gate_proj(x))) * up
+        act = ACTIVATIONS[self.activation]
+        if self.gate_proj is None:
+            return act(self.up_norm(self.up_proj(x)))
+        return act(self.gate_norm(self.gate_proj(x))) * self.up_norm(self.up_proj(x))

@@ -54,9 +54,9 @@ def test_patterns(pattern: str | list[str] | None, expected: list[str]) -> None:
 
 def test_empty_slots_only_if_asked_for() -> None:
     assert select(MODEL, "layers.0.feed_forward.*") == ["layers.0.feed_forward.pre_norm"]
-    names = ("pre_norm", "mid_norm", "out_norm", "post_norm")
+    names = [f"{slot}_norm" for slot in ("pre", "gate", "up", "mid", "out", "post")]
     assert select(MODEL, "layers.0.feed_forward.*", empty=True) == [f"layers.0.feed_forward.{name}" for name in names]
-    assert len(select(MODEL, None, empty=True)) == 12 * 11 + 2
+    assert len(select(MODEL, None, empty=True)) == 12 * 13 + 2
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,8 @@ def test_empty_slots_only_if_asked_for() -> None:
     [
         ("layers.3-1.*.pre_norm", r"'layers.3-1.\*.pre_norm' matches no norm; the norms are layers.0.attention"),
         ("layers.0-99.*.pre_norm", r"'layers.99.\*.pre_norm' matches no norm"),  # a part of the range is there
-        ("layers.*", "matches no norm"),
+        ("layers.*", "matches no norm; .* more; . stands for one part between dots$"),
+        ("layers.9", r"matches no norm; .* more$"),
         (
             "layers.*.attention.q_norm",
             "only empty slots, such as layers.0.attention.q_norm, which insert .* fill; the norms are layers.0",

@@ -75,7 +75,8 @@ def select(model: Llama, pattern: str | Sequence[str] | None, empty: bool = Fals
         return list(known) if empty else filled
     selected: set[str] = set()
     for one in split(pattern):
-        matched = _matching(one, known, f"norm; the norms are {join_names(filled) or 'none'}")
+        dots = "; * stands for one part between dots" if "*" in one else ""
+        matched = _matching(one, known, f"norm; the norms are {join_names(filled) or 'none'}{dots}")
         chosen = matched if empty else [path for path in matched if path in filled]
         if not chosen:
             raise RequestError(

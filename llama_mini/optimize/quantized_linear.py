@@ -17,6 +17,7 @@ from llama_mini.checkpoint.code_formats import code_format
 from llama_mini.checkpoint.gguf.blocks import Blocks
 from llama_mini.checkpoint.source import StoredCodes
 from llama_mini.errors import CheckpointFormatError
+from llama_mini.machine import one_thread
 from llama_mini.optimize.packed_linear import PackedLinear, supported
 
 BLOCK_ROWS = 16  # rows of a block of codes
@@ -74,7 +75,8 @@ class QuantizedLinear(PackedLinear):
         if self.kernels and isinstance(rows, Blocks) and rows.number_format in _REPACKED.get(self.name, ()):
             self._check(ops.repack(rows.rows.contiguous(), self.tensors, self.columns, block))
             return
-        codes, scale, least = rows.unpacked()
+        with one_thread():
+            codes, scale, least = rows.unpacked()
         scale, least = self._of_groups(scale), None if least is None else self._of_groups(least)
         if self.kernels:
             packed = [tensor.contiguous() for tensor in (codes, scale, least) if tensor is not None]

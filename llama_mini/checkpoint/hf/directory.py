@@ -27,6 +27,7 @@ from llama_mini.errors import CheckpointError, CheckpointFormatError, Checkpoint
 from llama_mini.machine import DTYPES
 
 T = TypeVar("T")
+_DECODED = 1 << 19  # elements of a quantised matrix that are decoded at once: there are several copies meanwhile
 
 
 def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
@@ -54,7 +55,7 @@ def open_hf_directory(directory: Path, file: Path | None = None) -> Source:
 
     def read_matrices(names: Collection[str], decode_of: Callable[..., Any], whole: bool = False) -> Iterator[Rows]:
         for matrix in (matrices[name] for name in names):
-            at_once = matrix.shape[0] if whole else rows_per_chunk(matrix.shape[1])
+            at_once = matrix.shape[0] if whole else rows_per_chunk(matrix.shape[1], _DECODED)
             for first, rows in read_matrix(matrix, decode_of(matrix), at_once):
                 yield matrix.name, first, rows
                 del rows  # before the next ones are read

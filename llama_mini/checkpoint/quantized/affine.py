@@ -31,14 +31,15 @@ def unpack(words: Tensor, bits: int, order: Sequence[int] = ()) -> Tensor:
     """
     n_bytes = bits if order else bits // gcd(bits, 8)  # that hold whole codes
     stored = words.contiguous().view(torch.uint8).unflatten(-1, (-1, n_bytes))
-    codes = []
-    for i in order or range(8 * n_bytes // bits):
+    places = order or range(8 * n_bytes // bits)
+    codes = torch.empty(*stored.shape[:-1], len(places), dtype=torch.uint8, device="cpu")
+    for at, i in enumerate(places):
         byte, shift = divmod(i * bits, 8)
         code = stored[..., byte] >> shift
         if shift + bits > 8:
-            code = code | stored[..., byte + 1] << (8 - shift)
-        codes.append(code & ((1 << bits) - 1))
-    return torch.stack(codes, -1).flatten(-2)
+            code |= stored[..., byte + 1] << (8 - shift)
+        torch.bitwise_and(code, (1 << bits) - 1, out=codes[..., at])
+    return codes.flatten(-2)
 
 
 def unpack_some(words: Tensor, bits: int, first: int, n: int, order: Sequence[int] = ()) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from llama_mini.checkpoint.io.safetensors_header import WEIGHTS, SafetensorsTensor, Tensors, changed, cut_rows, stamp_of
 from llama_mini.checkpoint.source import QuantizedWeights, StoredTensor
 from llama_mini.errors import CheckpointFormatError, warn
+from llama_mini.machine import one_thread
 from llama_mini.validate import join_names, short_repr, warn_unknown
 
 _DTYPES = WEIGHTS | {
@@ -169,4 +170,7 @@ def read_matrix(
     whole = {end: read_part(tensor) for end, tensor in matrix.parts.items() if end not in matrix.by_rows}
     for first in range(0, matrix.shape[0], at_once):
         n = min(at_once, matrix.shape[0] - first)
-        yield first, decode(whole | {end: read_part(matrix.parts[end], first, n) for end in matrix.by_rows}, first, n)
+        with one_thread():
+            rows = decode(whole | {end: read_part(matrix.parts[end], first, n) for end in matrix.by_rows}, first, n)
+        yield first, rows
+        del rows  # before the next ones are decoded

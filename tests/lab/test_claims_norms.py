@@ -101,4 +101,3 @@ def test_groups_of_norms_frozen_at_once(model: Llama, ids: list[int]) -> None:
     assert "first at layers." in (costs["feed_forward.pre_norm"].error or "")
     assert costs["attention.pre_norm"].dloss == pytest.approx(1.39, abs=0.2)
     assert costs["norm"].dloss == pytest.approx(0.032, abs=0.005)
-    assert costs["norm"].dloss < 2 * costs["norm"].se

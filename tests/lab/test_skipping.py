@@ -148,6 +148,17 @@ def test_a_skipped_branch_takes_its_norms_along(plan: str) -> None:
     assert nothing[0][0].dloss != nothing[1][0].dloss
 
 
+@pytest.mark.parametrize("branch", ["attention.o_proj", "feed_forward.down_proj"])
+def test_the_other_branch_of_a_parallel_layer_stays(branch: str) -> None:
+    """Skipped is what a branch adds: the other one reads the same norm as before."""
+    (row,) = lab.skip_layers(tiny_model(norm_plan="parallel"), TEXT, f"layers.1.{branch.split('.')[0]}")
+    zeroed = tiny_model(norm_plan="parallel")
+    base = lab.score(zeroed, TEXT)
+    zeroed.get_submodule(f"layers.1.{branch}").weight.zero_()
+    expected = lab.score(zeroed, TEXT, against=base)
+    assert (row.dloss, row.kl) == pytest.approx((expected.dloss, expected.kl), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

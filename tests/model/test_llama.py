@@ -28,7 +28,9 @@ LLAMA3 = {
 }
 PLANS = ["pre", "post", "peri", "out", "none", "deep", "mix(.4)", "lns", "sub", "normformer", "simple"]
 PLANS += ["pre+qk", "pre+qk:full", "out+qk:full", "peri+qk+embed", "mix(1)+qk", "post+qk:full+embed", "pre-final"]
-EVERY_SLOT = {  # each slot filled, each setting away from its default, and layers that differ
+INSIDE = {"gate": {"scale": 0.9}, "up": {"eps": 0.15}, "mid": {"gain": "1+w"}}
+INSIDE_KINDS = {"gate": {"kind": "l2"}, "up": {"kind": "group", "groups": 4}, "mid": {"kind": "dyt", "gain": "1+w"}}
+EVERY_SLOT: dict[str, Any] = {  # each slot filled, each setting away from its default, and layers that differ
     "attention": {
         "pre": {"gain": "1+w", "cast": "late"},
         "q": {"view": "full", "gain": "1+w"},
@@ -40,15 +42,7 @@ EVERY_SLOT = {  # each slot filled, each setting away from its default, and laye
         "alpha": 1.7,
         "beta": 0.6,
     },
-    "feed_forward": {
-        "pre": {"eps": 0.2},
-        "gate": {"scale": 0.9},
-        "up": {"eps": 0.15},
-        "mid": {"gain": "1+w"},
-        "out": {},
-        "post": {"gain": "none"},
-        "alpha": -0.8,
-    },
+    "feed_forward": INSIDE | {"pre": {"eps": 0.2}, "out": {}, "post": {"gain": "none"}, "alpha": -0.8},
     "embed": {"scale": 1.4, "eps": 0.05},
     "final": {"gain": "1+w", "eps": 0.4},
     "overrides": [
@@ -65,13 +59,7 @@ EVERY_KIND = {  # each in a slot before a branch, in one of the heads or inside,
         "mid": {"kind": "prms", "scale": 0.7},
         "post": {"kind": "scale", "eps": 0.3},
     },
-    "feed_forward": {
-        "pre": {"kind": "prms"},
-        "gate": {"kind": "l2"},
-        "up": {"kind": "group", "groups": 4},
-        "mid": {"kind": "dyt", "gain": "1+w"},
-        "out": {"kind": "layer"},
-    },
+    "feed_forward": INSIDE_KINDS | {"pre": {"kind": "prms"}, "out": {"kind": "layer"}},
     "embed": {"kind": "dyt", "scale": 1.6},
     "final": {"kind": "l2"},
     "overrides": [

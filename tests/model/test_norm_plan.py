@@ -296,9 +296,3 @@ def test_an_override_of_a_layer_that_the_model_lacks_is_refused() -> None:
 def test_a_part_of_another_type_is_refused_by_name(part: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         part(**settings)
-
-
-def test_a_plan_is_a_value() -> None:
-    assert len({NormPlan.parse(text, 4) for text in ("mix(.25)", "mix(.26)", "mix(.5)", "pre")}) == 3
-    with pytest.raises(AttributeError):
-        NormPlan().final = None  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""A plan is known by the text that makes it."""
+"""A plan is known by the text that makes it; plans of papers and families."""
 
 from dataclasses import replace
 from itertools import product
@@ -8,8 +8,9 @@ import pytest
 
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.errors import ConfigError
-from llama_mini.model.norm_plan import PRESETS, NormPlan
+from llama_mini.model.norm_plan import PRESETS, NormPlan, Override
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
+from tests.tiny_models import tiny_model
 
 LAYERS = 6
 TEXTS = [
@@ -108,3 +109,18 @@ def test_keel_is_post_behind_a_scaled_stream_but_in_the_first_layer() -> None:
     keel = BranchPlan(pre=rms, post=rms, alpha=12.0)
     assert [plan.layer(i) for i in range(LAYERS)] == [(BranchPlan(pre=rms),) * 2, *[(keel, keel)] * 5]
     assert (plan.embed, plan.final) == (None, None)
+
+
+def test_the_norm_of_a_gate_needs_a_gate() -> None:
+    up = NormPlan(feed_forward=BranchPlan(up=NormSpec()))
+    assert "layers.2.feed_forward.up_norm.weight" in tiny_model(norm_plan=up, gated_mlp=False).state_dict()
+    gate = NormPlan(overrides=(Override(first=2, last=2, feed_forward=BranchPlan(gate=NormSpec())),))
+    with pytest.raises(ConfigError, match="slot gate holds a norm, but gated_mlp is False: there is no gate to norm"):
+        tiny_model(norm_plan=gate, gated_mlp=False)
+    assert tiny_model(norm_plan=gate)
+
+
+def test_a_plan_is_a_value() -> None:
+    assert len({NormPlan.parse(text, 4) for text in ("mix(.25)", "mix(.26)", "mix(.5)", "pre")}) == 3
+    with pytest.raises(AttributeError):
+        NormPlan().final = None  # type: ignore[misc]

@@ -26,7 +26,7 @@ def rows(text: str) -> list[list[str]]:
 def test_both_languages_have_the_same_commands_pictures_and_sources() -> None:
     assert len(sections(ENGLISH)) == len(sections(KOREAN)) > 8
     for one, other in zip(sections(ENGLISH), sections(KOREAN), strict=True):
-        assert BLOCK.findall(one) == BLOCK.findall(other)
+        assert BLOCK.findall(one.replace("python examples", "python")) == BLOCK.findall(other)  # run once, in English
         for pattern in (r"^!\[[^]]*\]\((.*?)\)", r"`[^`\n]+`", r"\d{4}\.\d{5}"):
             assert sorted(re.findall(pattern, one, re.MULTILINE)) == sorted(re.findall(pattern, other, re.MULTILINE))
 

@@ -111,7 +111,8 @@ def predict(plan: Plan, depth: int, activation: Activation = "silu", gated: bool
     are inf, then NaN.
 
     Raises RequestError for norms of kind l2, which depends on the width, and prms, crms, dyt and derf, which depend on
-    more than second moments; RequestError or ConfigError for what is no plan or no activation.
+    more than second moments, and for a gate's norm without a gate; RequestError or ConfigError for what is no plan or
+    no activation.
     """
     norms = as_plan(plan, depth)
     check_choice("activation", activation, get_args(Activation), RequestError)
@@ -182,6 +183,8 @@ def _attend(h: float) -> tuple[float, float]:
 
 def _feed(activation: Activation, gated: bool, plan: BranchPlan, path: str, h: float) -> tuple[float, float]:
     """From what the branch reads to the input of down_proj. Each matrix keeps h, which its norm then changes."""
+    if plan.gate is not None and not gated:
+        raise RequestError(f"{path}.gate_norm needs a gate, and the feed-forward layers have none: leave it out")
     up, to_up = (h, 1.0) if plan.up is None else _norm(f"{path}.up_norm", plan.up, h)
     gate, to_gate = (h, 1.0) if plan.gate is None else _norm(f"{path}.gate_norm", plan.gate, h)
     moment, slope = act_moments(activation, gate if gated else up)

@@ -65,6 +65,8 @@ def test_a_parallel_layer_adds_what_both_branches_make_of_its_input() -> None:
 
 
 def test_an_activation_that_is_none() -> None:
+    with pytest.raises(RequestError, match=r"layers\.0\.feed_forward\.gate_norm needs a gate, and the feed-forward"):
+        predict("simple", 2, gated=False)
     with pytest.raises(RequestError, match="unknown activation 'swish'; known: silu, gelu_tanh, gelu, relu2"):
         predict("pre", 2, activation="swish")  # type: ignore[arg-type]
 

@@ -116,7 +116,9 @@ def test_matrices_take_little_more_than_in_the_file(tmp_path: Path, name: str) -
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:ModelOpt also")
-@pytest.mark.parametrize("name", ["Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "NVFP4", "GPTQ 4", "MLX 6", "NF4"])
+@pytest.mark.parametrize(
+    "name", ["Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "NVFP4", "GPTQ 2", "GPTQ 4", "GPTQ 8", "MLX 2", "MLX 6", "NF4"]
+)
 def test_loading_takes_a_few_megabytes_beside_them(tmp_path: Path, name: str) -> None:
     source, fuse = open_checkpoint(write(tmp_path, name)), fuser("auto")
     codes = weight_bytes(source, torch.bfloat16, "auto")

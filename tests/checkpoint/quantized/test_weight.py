@@ -13,7 +13,8 @@ from torch import Tensor
 from llama_mini.checkpoint.io.safetensors_header import read_header
 from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import open_checkpoint
-from llama_mini.checkpoint.quantized.weight import read_part
+from llama_mini.checkpoint.quantized.methods import quantized_matrices
+from llama_mini.checkpoint.quantized.weight import read_matrix, read_part
 from llama_mini.cli.convert import convert
 from llama_mini.cli.info import describe
 from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, LlamaMiniWarning
@@ -45,6 +46,21 @@ def write(directory: Path, method: str, bits: int, model_type: str = "llama", **
 
     key = "quantization" if method == "mlx" else "quantization_config"
     return write_model(directory, {key: settings}, quantize, model_type, **changes)
+
+
+def test_a_matrix_is_decoded_in_one_thread(tmp_path: Path) -> None:
+    """Small operators in several wait for each other where other processes use the cores."""
+    write(tmp_path, "gptq", 4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    matrix, *_ = quantized_matrices(tmp_path, config, read_header(tmp_path / "model.safetensors")).values()
+    before, seen = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(2)
+    chunks = read_matrix(matrix, lambda *_: seen.append(torch.get_num_threads()) or torch.zeros(1), 16)
+    between = [torch.get_num_threads() for _ in chunks]
+    torch.set_num_threads(before)
+    assert set(seen) == {1}
+    assert set(between) == {2}
+    assert len(seen) == matrix.shape[0] // 16
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,13 @@ def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: i
     size, wide = dtype.itemsize, max(dtype.itemsize, 4)  # norms, rotary embedding and sampling use float32 at least
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     feed_forward = [config.norm_plan.layer(i)[1] for i in range(config.n_layers)]
-    wide_norm = any(norm is not None for plan in feed_forward for norm in (plan.gate, plan.up, plan.mid))
+    inside = any(plan.gate or plan.up for plan in feed_forward)
+    wide_norm = inside or any(plan.mid for plan in feed_forward)
     branch = max(
         2 * (q + 2 * kv) * size + 3 * q * wide,  # q, k, v, their rotated copies, temporaries of rotating q
         3 * config.hidden_dim * size,  # gate, up and their product
-        2 * (config.hidden_dim if wide_norm else config.dim) * (size + wide),  # a norm
+        2 * (config.hidden_dim if wide_norm else config.dim) * (size + wide)  # a norm
+        + 2 * config.hidden_dim * size * inside,  # beside gate and up
     )
     scores = 0 if config.attention_softcap is None else 3 * config.n_heads * wide  # of a capped attention
     mask = (3 + size + scores) * whole_blocks(positions)  # bool: full, windowed, temporary; in dtype: added to scores

@@ -85,13 +85,15 @@ SHAPES = {
     "many heads": tiny(dim=256, n_heads=16, n_kv_heads=16, head_dim=128, hidden_dim=256),
     "peri": tiny("peri+qk", dim=512, n_heads=8, n_kv_heads=8, hidden_dim=1376),
     "mid": tiny("sub", dim=256, n_heads=4, n_kv_heads=4, hidden_dim=2048),
+    "gate and up": tiny("simple", dim=256, n_heads=4, n_kv_heads=4, hidden_dim=2048),
     "softcap": tiny(dim=512, n_heads=8, n_kv_heads=4, hidden_dim=512, attention_softcap=50.0, logit_softcap=30.0),
     "parallel": tiny("parallel", dim=512, hidden_dim=1024, activation="relu2", gated_mlp=False),
 }
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param(name, marks=pytest.mark.slow if name in ("wide", "mid") else ()) for name in SHAPES]
+    "shape",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("wide", "mid", "gate and up") else ()) for name in SHAPES],
 )
 def test_the_work_is_bounded_and_not_by_far(shape: str) -> None:
     torch.manual_seed(0)

@@ -32,10 +32,10 @@ Parts = dict[str, Tensor]
 
 
 def gptq(bits: int, rows: int, columns: int) -> Parts:
-    """In groups of 128, with the columns in another order."""
+    """In groups of 128, with the columns in another order. Eight bits are symmetric: their zero points are 127 + 1."""
     return {
         "qweight": torch.zeros(columns * bits // 32, rows, dtype=I32),
-        "qzeros": torch.zeros(columns // 128, rows * bits // 32, dtype=I32),
+        "qzeros": torch.full((columns // 128, rows * bits // 32), 0x7F7F7F7F, dtype=I32),
         "scales": torch.ones(columns // 128, rows).half(),
         "g_idx": (torch.arange(columns) // 128).roll(64).int(),
     }

@@ -202,7 +202,7 @@ def test_a_kind_fills_every_slot_it_matches_and_the_rest_only_change_norms() -> 
     model = tiny_model()
     with lab.edit(model, {"layers.*.*.*": {"kind": "layer", "eps": 1e-3}}):
         rows = lab.norms(model)
-        assert len(rows) == 3 * 11 + 1
+        assert len(rows) == 3 * 13 + 1
         assert set(rows.column("eps")) == {1e-3, EPS}
     with lab.edit(model, {"layers.*.*.*": {"gain": 3.0}}):
         assert len(lab.norms(model)) == 7

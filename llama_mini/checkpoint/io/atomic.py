@@ -52,8 +52,12 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def check_new(target: Path) -> None:
-    """Refuses a place for a directory that is taken, with a CheckpointPathError."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    """Refuses a place for a directory that is taken or cannot be looked at, with a CheckpointPathError."""
+    try:
+        is_taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:
+        raise CheckpointPathError(f"cannot write {target}: {error.strerror}") from None
+    if is_taken:
         raise CheckpointPathError(f"{target} exists already; give a new or an empty directory")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_mini.checkpoint.io.atomic import new_directory, new_file
+from llama_mini.checkpoint.io.atomic import check_new, new_directory, new_file
 from llama_mini.checkpoint.io.lock import one_writer
 from llama_mini.errors import CheckpointError, CheckpointPathError
 from tests.processes import child
@@ -130,6 +130,18 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=f"cannot write .*{name}"), new_directory(tmp_path / name):
         raise AssertionError("there is no folder to fill")
+
+
+def test_a_place_that_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointPathError, match=r"cannot write .*xx: File name too long"):
+        check_new(tmp_path / ("x" * 300))
+
+    def locked(self: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", locked)  # as of a folder of another user
+    with pytest.raises(CheckpointPathError, match=rf"cannot write {tmp_path}: Permission denied"):
+        check_new(tmp_path)
 
 
 def test_a_directory_has_the_permissions_of_any_other(tmp_path: Path) -> None:

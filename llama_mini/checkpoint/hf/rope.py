@@ -73,11 +73,13 @@ def _read(
     kind = _rope_type(key, settings, family)
     share = settings.pop("partial_rotary_factor", raw.get("partial_rotary_factor"))
     found |= _rotary_dim(key, share, sizes, family)
-    context = settings.pop(_CONTEXT, None)
-    if raw.get(_CONTEXT) is not None:
-        context = raw[_CONTEXT]  # the top-level key wins over the rope settings, as in transformers
+    own = settings.pop(_CONTEXT, None)
+    # The top-level key wins over the rope settings, as in transformers.
+    context = own if raw.get(_CONTEXT) is None else raw[_CONTEXT]
     if isinstance(context, float) and context.is_integer():
         context = int(context)
+    if context is not None:
+        check_whole(f"{key}.{_CONTEXT}" if raw.get(_CONTEXT) is None else _CONTEXT, context, ConfigError, 1, 10**12)
     if kind == "dynamic" and family.fixed_alpha and "alpha" in settings:
         check_number(f"{key}.alpha", settings["alpha"], ConfigError, above=0, maximum=10**12)
         check_number("rope_theta", found["rope_theta"], ConfigError, above=0, maximum=10**12)
@@ -92,6 +94,8 @@ def _read(
         used["q_growth"] = settings.pop(_Q_GROWTH)
     if layers := [name for name, value in settings.items() if isinstance(value, Mapping)]:
         raise ConfigError(f"{key}: {join_names(layers)} has its own settings; only one for all layers is implemented")
+    if own is not None and kind != "dynamic" and "original_max_seq_len" not in names:
+        settings[_CONTEXT] = own  # unused, of which transformers warns too
     if kind == "default":
         return found, settings
     if "original_max_seq_len" in names:

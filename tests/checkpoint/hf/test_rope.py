@@ -52,6 +52,8 @@ def save(directory: Path, model: Any, rope: dict[str, Any], **changes: Any) -> P
     ("used", "unused", "line"),
     [
         (DEFAULT, {"factor": 2}, "unknown factor ignored"),
+        (DEFAULT, ORIGINAL, "unknown original_max_position_embeddings ignored"),
+        (LINEAR, ORIGINAL | {"zebra": 1}, "unknown original_max_position_embeddings, zebra ignored"),
         (LINEAR, {"zebra": 1, "beta_fast": 32}, "unknown beta_fast, zebra ignored"),
         (LINEAR, {"type": "linear", "attn_factor": 0.5}, "unknown attn_factor ignored"),
         (LLAMA_3, {"attention_factor": 2.0}, "unknown attention_factor ignored"),
@@ -92,6 +94,7 @@ def test_a_null_is_not_given_and_says_nothing() -> None:
         ({"rope_type": "longrope", "short_factor": SHORT}, "type longrope: long_factor missing"),
         (LONGROPE | {"short_factor": SHORT[:3]}, "short_factor has 3 numbers, but long_factor 4"),
         (LONGROPE | {"short_factor": [1.0], "long_factor": [1.0]}, "has 1 numbers; 8 rotated elements need 4"),
+        (DEFAULT | {"original_max_position_embeddings": [1]}, r"scaling.original_max_.* must be .*, not \[1\]"),
         (LONGROPE | {"original_max_position_embeddings": "a"}, "original_max_position_embeddings must be a whole"),
         (LONGROPE | {"original_max_position_embeddings": 1}, "original_max_position_embeddings must be .* from 2"),
     ],
@@ -99,6 +102,14 @@ def test_a_null_is_not_given_and_says_nothing() -> None:
 def test_a_wrong_value_or_type_is_refused_by_name(rope: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         scaling(rope)
+
+
+def test_the_original_context_of_a_model_without_scaling_says_nothing() -> None:
+    """Phi-3 has the key at the top with every rope type, and transformers reads it for longrope alone."""
+    assert from_hf(BASE | ORIGINAL).rope_scaling is None
+    assert scaling(LINEAR, **ORIGINAL) == scaling(LINEAR)
+    with pytest.raises(ConfigError, match=r"^original_max_position_embeddings must be .*, not \[1\]"):
+        from_hf(BASE | {"original_max_position_embeddings": [1]})
 
 
 # --- attn_factor ---

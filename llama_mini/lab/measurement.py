@@ -69,6 +69,11 @@ def spread_over_seeds(values: Floats) -> Floats:
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
 
 
+def spread_of(values: Floats) -> float | None:
+    """That of a number for each seed, for a table: None for a single seed."""
+    return float(spread_over_seeds(values)) if len(values) > 1 else None
+
+
 def random_llama(plan: Plan, depth: int, dim: int, vocab_size: int, seed: int, **settings: Any) -> Llama:
     """A random model as theory.py assumes: four heads, hidden_dim 4·dim. The caller's random state does not change."""
     check_whole("dim", dim, RequestError, 8, 16384)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from llama_mini.engine.logprobs import token_logprobs
 from llama_mini.errors import RequestError
-from llama_mini.lab.measurement import own_modes, random_llama, spread_over_seeds
+from llama_mini.lab.measurement import own_modes, random_llama, spread_of
 from llama_mini.lab.study import MOST_SEEDS, Floats, Plan, as_json, as_plans, label, progress
 from llama_mini.lab.table import Table
 from llama_mini.validate import check_whole, short_repr
@@ -20,13 +20,13 @@ _BATCH, _LENGTH, _VOCAB = 4, 16, 256
 @dataclass(frozen=True)
 class Slopes:
     """How gradient norms of a plan grow with depth: the exponents, and the standard deviations of those of the single
-    seeds. NaN if a norm is zero or not finite."""
+    seeds, None for one seed. NaN if a norm is zero or not finite."""
 
     plan: str
     last_down: float
-    last_down_spread: float
+    last_down_spread: float | None
     first_layer: float
-    first_layer_spread: float
+    first_layer_spread: float | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,10 +100,10 @@ def _gradients(plan: Plan, depth: int, dim: int, seed: int) -> tuple[float, floa
     return float(norms[0]), float(norms[1:].norm())
 
 
-def _slopes(depths: NDArray[np.int64], norms: Floats) -> tuple[float, float]:
+def _slopes(depths: NDArray[np.int64], norms: Floats) -> tuple[float, float | None]:
     """That of the mean over seeds, and the spread of those of the seeds."""
     with np.errstate(all="ignore"):
         x, y = np.log(depths), np.log([norms.mean(axis=0), *norms])
         x = x - x.mean()
         mean, *of_seeds = (y - y.mean(axis=1, keepdims=True)) @ x / (x @ x)
-        return float(mean), float(spread_over_seeds(np.array(of_seeds)))
+        return float(mean), spread_of(np.array(of_seeds))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_mini.engine.logprobs import token_logprobs
 from llama_mini.errors import RequestError
-from llama_mini.lab.measurement import own_modes, random_llama, spread_over_seeds
+from llama_mini.lab.measurement import own_modes, random_llama, spread_of
 from llama_mini.lab.study import MOST_SEEDS, Floats, Plan, as_json, as_plans, label, progress
 from llama_mini.lab.table import Table
 from llama_mini.model.llama import Llama
@@ -22,13 +22,13 @@ _LAST = 20
 
 @dataclass(frozen=True)
 class RaceRow:
-    """final: mean loss over the last 20 steps and all seeds; spread: its standard deviation over seeds.
+    """final: mean loss over the last 20 steps and all seeds; spread: its standard deviation over seeds, None for one.
     diverged: the number of seeds that diverged."""
 
     plan: str
     learning_rate: float
     final: float
-    spread: float
+    spread: float | None
     diverged: int
 
 
@@ -52,8 +52,7 @@ class Race:
         with np.errstate(all="ignore"):
             for plan, loss in self.loss.items():
                 end, diverged = loss[:, -_LAST:].mean(axis=1), int((~np.isfinite(loss[:, -1])).sum())
-                mean, spread = float(end.mean()), float(spread_over_seeds(end))
-                rows[plan] = RaceRow(label(plan), self.learning_rate, mean, spread, diverged)
+                rows[plan] = RaceRow(label(plan), self.learning_rate, float(end.mean()), spread_of(end), diverged)
         return rows
 
     def table(self) -> Table[RaceRow]:

@@ -59,7 +59,7 @@ def test_the_spread_is_of_the_slopes_of_the_seeds() -> None:
         of_seeds = [np.polyfit(np.log(depths), np.log(row), 1)[0] for row in norms]
         assert getattr(slopes, f"{name}_spread") == pytest.approx(np.std(of_seeds, ddof=1))
     alone = Sweep(depths, {"pre": last_down[:1]}, {"pre": first_layer[:1]}).slopes()["pre"]
-    assert np.isnan(alone.last_down_spread)
+    assert (alone.last_down_spread, alone.first_layer_spread) == (None, None)
 
 
 def test_what_is_not_finite_has_no_slope() -> None:

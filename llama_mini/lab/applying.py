@@ -37,10 +37,15 @@ def edited(model: Llama, edits: Edits, ids: Ids | None = None, calibrate: Ids | 
     return with_norms(model, norms)
 
 
+def has_plan(module: nn.Module) -> bool:
+    """Whether a plan can describe an edited norm."""
+    return not isinstance(module, Frozen) or (module.keep == Keep() and not module.inverse_root.ndim)
+
+
 def placed(model: Llama, path: str, module: nn.Module) -> Placed:
     """An edited norm as a plan describes it. Raises RequestError if none can."""
     if isinstance(module, Frozen):
-        if module.keep != Keep() or module.inverse_root.ndim:
+        if not has_plan(module):
             raise RequestError(
                 f"{path} would be frozen with tokens kept apart, or by token, which no plan can express: give "
                 "keep='none' and one constant, such as freeze='quadratic'"

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from llama_mini.checkpoint.plain import check_plain
 from llama_mini.errors import RequestError
-from llama_mini.lab.applying import placed
+from llama_mini.lab.applying import has_plan, placed
 from llama_mini.lab.editing import Edits, edited_norms, swapped
-from llama_mini.lab.freezing import Frozen
 from llama_mini.lab.moving import with_norms
 from llama_mini.lab.paths import slots
 from llama_mini.lab.texts import Ids
@@ -29,7 +28,7 @@ def student_of(model: Llama, change: Edits | Llama, ids: Ids) -> tuple[Llama, in
         _check_related(model, change)
     else:
         modules = edited_norms(model, change, ids)
-        if not any(isinstance(module, Frozen) for module in modules.values()):  # which no plan can express
+        if all(map(has_plan, modules.values())):
             change = with_norms(model, {path: placed(model, path, module) for path, module in modules.items()})
     with nullcontext() if isinstance(change, Llama) else swapped(model, modules):
         changed = change if isinstance(change, Llama) else model

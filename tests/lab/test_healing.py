@@ -101,6 +101,12 @@ def test_a_frozen_norm_is_healed_in_place(model: Llama) -> None:
         found.model.save_pretrained("nowhere")
 
 
+def test_a_healed_model_with_frozen_norms_is_saved(model: Llama, tmp_path: Path) -> None:
+    found = heal(model, {PATTERN: {"freeze": "quadratic", "keep": "none"}}, steps=2, control=False, **TEXTS)
+    found.model.save_pretrained(tmp_path / "saved")
+    assert same_bits(Llama.from_pretrained(tmp_path / "saved")(TOKENS), found.model(TOKENS))
+
+
 def test_a_change_that_is_not_finite_comes_in_slowly_or_is_given_up(model: Llama) -> None:
     overflow = {PATTERN: {"gain": 1e38}}
     with pytest.raises(NumericalError, match=r"heal: in step \d of 8 the KL is .*; it cannot be trained"):

@@ -32,6 +32,20 @@ def test_an_edit_becomes_a_plan(plan: str, settings: dict) -> None:
     assert same_bits(again.eval()(TOKENS).detach(), expected)
 
 
+def test_a_frozen_norm_becomes_a_plan_if_no_token_is_kept_apart() -> None:
+    model = as_wide(tiny_model(1), {})
+    for keep, kinds in (("none", {"rms", "frozen"}), ("first", {"rms"})):
+        change = {"layers.1.*.pre_norm": {"freeze": "median", "keep": keep}}
+        with edit(model, change, TOKENS):
+            expected = model(TOKENS)
+        student, first = student_of(model, change, TOKENS)
+        assert first == 1
+        assert same_bits(student(TOKENS).detach(), expected)
+        branch, _ = student.config.norm_plan.layer(1)
+        assert {branch.pre.kind, student.config.norm_plan.layer(0)[0].pre.kind} == kinds
+        assert ("layers.1.attention.pre_norm.inverse_rms" in trained(student)) == (keep == "none")
+
+
 def test_what_is_not_trained_is_shared_and_the_model_is_as_it_was() -> None:
     given = tiny_model(1).requires_grad_(True)
     model = as_wide(given, {})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama_mini.checkpoint.code_formats import ROW, grouped
 from llama_mini.checkpoint.io.safetensors_header import Tensors
-from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, fault
+from llama_mini.checkpoint.quantized.weight import Parts, QuantizedMatrix, fault, scales_of
 from llama_mini.checkpoint.source import QuantizedWeights
 
 GROUP = 32  # columns that share a scale in most of our own formats
@@ -88,7 +88,7 @@ def affine_matrix(
     def as_codes(parts: Parts, first: int, n: int) -> QuantizedWeights:
         codes, scale, least = decode(parts, first, n)
         if bits == 8 and not torch.equal(least, -128 * scale):
-            raise fault(matrix.parts["scales"], "is of a symmetric matrix, but its zero points are not all 128")
+            raise fault(scales_of(matrix.parts)[0], "is of a symmetric matrix, but its zero points are not all 128")
         codes = codes.contiguous() if order is None else codes[:, order]
         scale, least = (values.half()[:, of_codes] for values in (scale, least))
         return QuantizedWeights(codes, scale, None if bits == 8 else least)

@@ -111,7 +111,7 @@ def _scheme(where: str, weights: Any) -> _Scheme:
     if kind == "float" and bits not in (4, 8):
         raise ConfigError(f"{where}.num_bits must be 4 or 8 for floats, not {bits}")
     check_flag(f"{where}.symmetric", settings["symmetric"], ConfigError)
-    strategy = settings.get("strategy", {None: "tensor", -1: "channel"}.get(group, "group"))
+    strategy = settings.get("strategy", "tensor" if group is None else "channel" if group == -1 else "group")
     check_choice(f"{where}.strategy", strategy, _STRATEGIES, ConfigError)
     block: tuple[int | None, int | None] = {"tensor": (None, None), "channel": (1, None)}.get(strategy, (1, group))
     if strategy == "block":
@@ -167,7 +167,7 @@ def _integer_matrix(
     bits, (rows, columns), is_packed = scheme.bits, shape, weight == "weight_packed"
     middle = 1 << (bits - 1)  # I8 holds numbers that are less by this; it stands for zero where there is no zero point
     expect(parts[weight], ["I32" if is_packed else "I8"], (rows, _n_words(columns, bits) if is_packed else columns))
-    expect_grid(parts["weight_scale"], shape, block)
+    parts = {**parts, "weight_scale": expect_grid(parts["weight_scale"], shape, block)}
     group: int | Tensor = block[1]
     n_groups = -(-columns // block[1])
     if (zeros := parts.get("weight_zero_point")) is not None and zeros.dtype == "I32":

@@ -47,7 +47,7 @@ def float_matrix(
     expect(stored, dtypes, sizes_of(stored))
     rows, columns = shape = stored.shape[0], stored.shape[1] * (2 if is_fp4 else 1)
     block = block or ((1, columns) if parts[scale].shape[:1] == (rows,) else shape)
-    expect_grid(parts[scale], shape, block)
+    parts = {**parts, scale: expect_grid(parts[scale], shape, block)}
 
     def read(parts: Parts, first: int, n: int, per: int) -> tuple[Tensor, Tensor]:
         """n rows and the scale of each `per` columns. FP4 as codes, for which the formats have the numbers doubled."""
@@ -55,17 +55,12 @@ def float_matrix(
         scales = scales if adjust is None else adjust(scales, parts)
         return (_codes_of_fp4(parts[weight]), scales / 2) if is_fp4 else (parts[weight].float(), scales)
 
-    def finite(values: Tensor) -> Tensor:
-        if not torch.isfinite(values).all():
-            raise fault(stored, "or its scale holds NaN or infinity")
-        return values
-
     def floats(parts: Parts, first: int, n: int) -> Tensor:
         numbers, scales = read(parts, first, n, 1)
-        return finite((torch.tensor(FORMATS["mxfp4"].table)[numbers.int()] if is_fp4 else numbers) * scales)
+        return (torch.tensor(FORMATS["mxfp4"].table)[numbers.int()] if is_fp4 else numbers) * scales
 
     def codes(parts: Parts, first: int, n: int) -> QuantizedWeights:
-        numbers, scales = map(finite, read(parts, first, n, FORMATS[kept].group))
+        numbers, scales = read(parts, first, n, FORMATS[kept].group)
         if not is_fp4:
             return _fp8_codes(numbers, scales)
         half = scales.half()
@@ -99,21 +94,27 @@ def check_block(name: str, sizes: Any) -> Shape:
     return sizes[0], sizes[1]
 
 
-def expect_grid(part: SafetensorsTensor, shape: Shape, block: Shape, dtypes: Collection[str] = _SCALES) -> None:
-    """Raises CheckpointFormatError unless the part has a number for each block; dimensions of one may be left out."""
+def expect_grid(
+    part: SafetensorsTensor, shape: Shape, block: Shape, dtypes: Collection[str] = _SCALES
+) -> SafetensorsTensor:
+    """The part, with the dtype of its powers of two if it is U8; dimensions of one may be left out.
+
+    Raises CheckpointFormatError unless it has a number for each block.
+    """
     grid = _grid(shape, block)
     if part.dtype not in dtypes or [n for n in part.shape if n != 1] != [n for n in grid if n != 1]:
         what = f"is {part.dtype} of shape {short_repr(part.shape)}"
         raise fault(
             part, f"{what}, not {' or '.join(dtypes)} for {grid[0]} x {grid[1]} blocks of {block[0]} x {block[1]}"
         )
+    return part._replace(dtype="F8_E8M0") if part.dtype == "U8" else part
 
 
 def spread(scales: Tensor, shape: Shape, block: Shape, first: int, n: int, per: int = 1) -> Tensor:
     """The scale of each `per` columns of n rows of a matrix from row `first` on: (n, columns / per) float32."""
     begin = first // block[0]
     grid = scales.reshape(_grid(shape, block))[begin : (first + n - 1) // block[0] + 1]
-    is_power = scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
+    is_power = scales.dtype == torch.float8_e8m0fnu
     values = torch.exp2(grid.view(torch.uint8).float() - 127) if is_power else grid.float()
     rows = values[torch.arange(first, first + n) // block[0] - begin]
     return rows.repeat_interleave(max(min(block[1], shape[1]) // per, 1), 1)[:, : -(-shape[1] // per)]

@@ -24,6 +24,7 @@ _DTYPES = WEIGHTS | {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+_NOT_FINITE = {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C, "F8_E8M0": 0xFF}  # the least bits of NaN or infinity, but for the sign
 Parts = Mapping[str, Tensor]  # what the parts of a matrix hold, by the ends of their names
 Decoded = TypeVar("Decoded", Tensor, QuantizedWeights)
 
@@ -137,10 +138,16 @@ def fault(tensor: SafetensorsTensor, what: str) -> CheckpointFormatError:
     return CheckpointFormatError(f"{tensor.file}: tensor {short_repr(tensor.name)} {what}; download it again")
 
 
+def scales_of(parts: Tensors) -> list[SafetensorsTensor]:
+    """The parts that hold floats, those that are no weights first."""
+    floats = {end: part for end, part in parts.items() if part.dtype in WEIGHTS or part.dtype in _NOT_FINITE}
+    return [floats[end] for end in sorted(floats, key=lambda end: (end == "weight", end))]
+
+
 def read_part(tensor: SafetensorsTensor, first: int = 0, n: int | None = None) -> Tensor:
     """`n` rows of a tensor from row `first` on, or all of it, in the file's dtype (U32 as int32).
 
-    Raises CheckpointFormatError for NaN or infinity in a scale, for other dtypes, and if the file has changed.
+    Raises CheckpointFormatError for NaN or infinity, for other dtypes, and if the file has changed.
     """
     if tensor.dtype not in _DTYPES:
         raise fault(tensor, f"is {tensor.dtype}, which no quantised weight is made of")
@@ -155,9 +162,16 @@ def read_part(tensor: SafetensorsTensor, first: int = 0, n: int | None = None) -
             raise changed(tensor.file)
     except OSError:
         raise changed(tensor.file) from None
-    if tensor.dtype in WEIGHTS and not torch.isfinite(values).all():
+    if not _is_finite(values, tensor.dtype):
         raise fault(tensor, "holds NaN or infinity")
     return values
+
+
+def _is_finite(values: Tensor, dtype: str) -> bool:
+    if dtype in _NOT_FINITE and values.numel():  # PyTorch would widen them first
+        bits = values.view(torch.uint8)
+        return int((bits if dtype == "F8_E8M0" else bits & 0x7F).max()) < _NOT_FINITE[dtype]
+    return dtype not in WEIGHTS or bool(torch.isfinite(values).all())
 
 
 def read_matrix(
@@ -165,12 +179,17 @@ def read_matrix(
 ) -> Iterator[tuple[int, Decoded]]:
     """Every row of a matrix, decoded by its `floats` or `codes` in chunks of `at_once`, with the index of the first.
 
-    Memory holds its packed parts and a chunk. Raises CheckpointFormatError.
+    Memory holds its packed parts and a chunk. Raises CheckpointFormatError, also for weights that are NaN or infinite.
+    A scale of codes that float16 cannot hold is infinite.
     """
     whole = {end: read_part(tensor) for end, tensor in matrix.parts.items() if end not in matrix.by_rows}
     for first in range(0, matrix.shape[0], at_once):
         n = min(at_once, matrix.shape[0] - first)
         with one_thread():
             rows = decode(whole | {end: read_part(matrix.parts[end], first, n) for end in matrix.by_rows}, first, n)
+            if (~torch.isfinite(rows) if isinstance(rows, Tensor) else rows.scale.isnan()).any():
+                scale, *others = scales_of(matrix.parts)
+                beside = f", with {join_names(part.name for part in others)}" if others else ""
+                raise fault(scale, f"gives NaN or infinite weights{beside}")
         yield first, rows
         del rows  # before the next ones are decoded

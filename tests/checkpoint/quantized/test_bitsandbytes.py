@@ -185,7 +185,10 @@ def as_bytes(text: str) -> Tensor:
         ({"weight.absmax": torch.zeros(60)}, r"absmax' is F32 of shape \(60,\), not U8 of \(60,\)"),
         ({"weight.nested_absmax": torch.zeros(2)}, r"nested_absmax' is F32 of shape \(2,\), not F32 of \(1,\)"),
         ({"weight.nested_absmax": torch.full((1,), torch.nan)}, r"nested_absmax' holds NaN or infinity"),
-        ({"weight.nested_absmax": torch.full((1,), 3e38), STATE: state(nested_offset=3e38)}, "absmax' gives infinite"),
+        (
+            {"weight.nested_absmax": torch.full((1,), 3e38), STATE: state(nested_offset=3e38)},
+            "absmax' gives NaN or inf",
+        ),
         ({"weight.nested_quant_map": torch.zeros(255)}, r"nested_quant_map' is F32 of shape \(255,\)"),
         ({"weight.quant_map": torch.zeros(15)}, r"quant_map' is F32 of shape \(15,\), not F32 of \(16,\)"),
         ({STATE: as_bytes("{")}, r"bitsandbytes__nf4' is not JSON"),

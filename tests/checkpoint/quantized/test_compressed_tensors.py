@@ -217,22 +217,16 @@ FAULTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # scheme
     "NaN": ("4 bits", {"weight_scale": torch.full((72, 3), torch.nan)}, {}, r"weight_scale' holds NaN or infinity"),
     "NaN in FP8": (
         *("FP8, rows", {"weight": torch.full((72, 96), torch.nan).to(torch.float8_e4m3fn)}, {}),
-        r"q_proj\.weight' or its scale holds NaN or infinity",
+        r"q_proj\.weight' holds NaN or infinity",
     ),
     "a second scale of 0": (
-        "NVFP4",
-        {"weight_global_scale": torch.zeros(1)},
-        {},
-        r"or its scale holds NaN or infinity",
+        *("NVFP4", {"weight_global_scale": torch.zeros(1)}, {}),
+        r"weight_global_scale' gives NaN or infinite weights, with layers\.0\.q_proj\.weight_scale; download",
     ),
+    "a list of groups": ("4 bits", {}, {"group_size": [36], "strategy": None}, r"group_size must be .*, not \[36\]"),
     "a group that is none": ("4 bits", {"weight_g_idx": torch.full((96,), 3)}, {}, r"g_idx' holds .* none of 3 groups"),
     "few columns": ("4 bits", {"weight_g_idx": torch.zeros(95).long()}, {}, r"g_idx' is I64 of shape \(95,\)"),
-    "a vector": (
-        "W8A8",
-        {"weight": torch.zeros(72, dtype=torch.int8)},
-        {},
-        r"is of shape \(72,\), but must be a matrix",
-    ),
+    "a vector": ("W8A8", {"weight": torch.zeros(72, dtype=torch.int8)}, {}, r"of shape \(72,\), but must be a matrix"),
 }
 
 

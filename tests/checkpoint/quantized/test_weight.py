@@ -21,7 +21,7 @@ from llama_mini.errors import CheckpointFormatError, CheckpointMismatchError, Ll
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser
 from tests.checkpoint.quantized.test_mlx import quantized
-from tests.checkpoint.quantized.writers import awq, gptq, layers_only, write_model
+from tests.checkpoint.quantized.writers import awq, damage, gptq, layers_only, write_model
 from tests.optimize.conftest import error
 from tests.tiny_families import logits
 from tests.tiny_models import random_tokens
@@ -124,6 +124,18 @@ def test_a_part_that_changed_after_the_header_was_read(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointFormatError, match="it changed while it was read"):
         read_part(tensor)
+
+
+def test_scales_whose_products_no_float_can_hold(tmp_path: Path) -> None:
+    """As codes they are too large for float16; as floats the weights would be infinite."""
+    write(tmp_path, "gptq", 4)
+    name = "model.layers.0.mlp.up_proj.scales"
+    damage(tmp_path, name, lambda scales: torch.full(scales.shape, 3e38))
+    source = open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointFormatError, match=rf"tensor '{name}' gives NaN or infinite weights; download"):
+        load_model(Llama, source, "float32", "cpu", fuser("off"), "none")
+    with pytest.raises(CheckpointFormatError, match=r"gate_up_proj.*: a matrix of .* int4 cannot; load it with --quan"):
+        load_model(Llama, source, "float32", "cpu", fuser("off"), "auto")
 
 
 def test_biases_stay(tmp_path: Path) -> None:

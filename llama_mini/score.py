@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_mini import __version__
 from llama_mini.cli.common import checkpoint_of, exit_code_of
-from llama_mini.cli.options import Parser, adapters, model_options
+from llama_mini.cli.options import adapters, model_options
+from llama_mini.cli.parser import Parser
 from llama_mini.cli.streams import read_file
 from llama_mini.errors import RequestError
 

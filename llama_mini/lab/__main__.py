@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_mini.cli.common import checkpoint_of, exit_code_of
-from llama_mini.cli.options import Parser
+from llama_mini.cli.parser import Parser
 from llama_mini.lab.settings_help import SETTINGS_HELP
 
 PROG = "python -m llama_mini.lab"

@@ -100,7 +100,7 @@ def first_of_507(recording: Recording, layer: int) -> float:
 
 
 def test_one_layer_makes_the_spike(model: Llama, ids: list[int], base: Score) -> None:
-    """Yang et al. 2026 (2605.08504): one layer makes it, by its norm's gain and its feed-forward layer together.
+    """Shi et al. 2026 (2605.08504): one layer makes it, by its norm's gain and its feed-forward layer together.
 
     The feed-forward layer of layer 11 adds 23,986 of it, and what comes after adds next to nothing until layers 28 and
     29 take it away; without that one branch no element of a later layer is massive. The gain has little part in it:

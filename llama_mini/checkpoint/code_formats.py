@@ -25,7 +25,7 @@ class CodeFormat:
     table: tuple[int, ...] | None = None
 
     def n_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix, the padding aside that it may need in memory."""
+        """Bytes of a matrix, without the padding that it may need in memory."""
         return rows * columns * self.bits // 8 + rows * -(-columns // self.group) * 2 * (1 + self.has_min)
 
 
@@ -45,7 +45,7 @@ ROW = 1 << 30  # the group of a format with a scale for each row, however long t
 
 
 def code_format(name: str) -> CodeFormat:
-    """One of FORMATS; or one of those with groups of 32 as `grouped` names it with larger groups."""
+    """One of FORMATS, or one with larger groups, by the name that `grouped` gives it."""
     if name in FORMATS:
         return FORMATS[name]
     base, group = _parts(name)

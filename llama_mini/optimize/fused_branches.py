@@ -14,14 +14,8 @@ from llama_mini.model.rope import Rope
 from llama_mini.optimize.packed_linear import PackedLinear, needs_grad
 
 MakeLinear = Callable[[Sequence[nn.Linear]], PackedLinear]
-_UNSUPPORTED = (
-    "out_norm",
-    "post_norm",
-    "mid_norm",
-    "v_norm",
-    "gate_norm",
-    "up_norm",
-)  # slots whose norms no operator computes
+# Slots whose norms no operator computes.
+_UNSUPPORTED = ("out_norm", "post_norm", "mid_norm", "v_norm", "gate_norm", "up_norm")
 
 
 class FusedBranch(Residual):

@@ -1,4 +1,4 @@
-"""Imports run one way: no circle of files or of folders, and nothing imports what stands above it."""
+"""Imports run one way: no circle of files or of folders, and nothing imports what stands above it. No file is long."""
 
 import ast
 from collections.abc import Iterable, Mapping
@@ -152,3 +152,11 @@ def test_a_wrong_import_is_seen(file: str, line: str, fault: str, tmp_path: Path
         "folders": bool(circle(folders(arrows, modules(tmp_path)))),
     }
     assert faults[fault]
+
+
+def test_no_file_has_more_than_300_lines() -> None:
+    folders = [ROOT / name for name in ("llama_mini", "scripts", "tests")]
+    files = [file for folder in folders for file in folder.rglob("*") if file.suffix in (".py", ".h", ".cpp")]
+    assert len(files) > 400
+    lines = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert {name: n for name, n in lines.items() if n > 300} == {}

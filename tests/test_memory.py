@@ -67,8 +67,7 @@ def test_the_cache_of_the_published_models() -> None:
 
 def peak(run: Callable[[], object]) -> int:
     """Bytes alive at once, beyond those before, as PyTorch's allocator counts them."""
-    cpu = [ProfilerActivity.CPU]
-    with gc_paused(), profile(activities=cpu, profile_memory=True) as record, torch.inference_mode():
+    with gc_paused(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record, torch.inference_mode():
         run()
     changes = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = most = 0

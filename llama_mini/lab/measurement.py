@@ -59,8 +59,8 @@ def init(
         )
         runs = [_measure(model, seed) for seed, model in enumerate(models)]
         moment, gradient, angle = (np.array(values) for values in zip(*runs, strict=True))
-        moment_spread, gradient_spread, angle_spread = map(spread_over_seeds, (moment, gradient, angle))
-        spread = Profile(label(plan), moment_spread, gradient_spread, angle_spread)
+        of_moment, of_gradient, of_angle = map(spread_over_seeds, (moment, gradient, angle))
+        spread = Profile(label(plan), of_moment, of_gradient, of_angle) if seeds > 1 else None
         return Profile(label(plan), moment.mean(axis=0), gradient.mean(axis=0), angle.mean(axis=0), spread)
 
 

@@ -164,9 +164,8 @@ def test_hooks_go_when_the_model_fails() -> None:
 
 def test_means_and_spread_are_over_seeds() -> None:
     one, three = init("pre", 3, dim=32, seeds=1), init("pre", 3, dim=32, seeds=3)
+    assert one.spread is None
     assert three.spread is not None
-    assert one.spread is not None
-    assert np.isnan(one.spread.gradient).all()
     assert (three.spread.second_moment > 0).all()
     assert three.spread.gradient[-1] == 0  # relative to itself
     runs = []

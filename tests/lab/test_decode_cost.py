@@ -191,11 +191,12 @@ def test_a_step_takes_no_longer_after_the_lab() -> None:
     all_uses(models[1])
     caches = [prefilled(model) for model in models]
     times: tuple[list[float], list[float]] = [], []
-    for _ in range(400):
-        for model, cache, taken in zip(models, caches, times, strict=True):  # so that a busy moment strikes both
+    turns = [*zip(models, caches, times, strict=True)]
+    for i in range(400):
+        for model, cache, taken in turns if i % 2 else reversed(turns):  # so that a busy moment strikes both
             start = time.perf_counter()
             model(TEXT[:, -1:], cache)
             taken.append(time.perf_counter() - start)
             cache.truncate(0, TEXT.shape[1])
-    fresh, used = map(statistics.median, times)
+    fresh, used = (statistics.quantiles(taken, n=10)[0] for taken in times)  # of steps that nothing else disturbed
     assert used < 1.15 * fresh

@@ -28,6 +28,7 @@ def healing_study_picture(study: dict[str, Any]) -> "Figure":
     changes, ranges = (list(dict.fromkeys(run[key] for run in runs)) for key in ("change", "layers"))
     figure, panels = new_figure(len(ranges), 2.1)
     for axes, layers in zip(panels, ranges, strict=True):
+        axes.set_yscale("symlog", linthresh=0.1)  # first: the margins are those of the scale
         own = [run for run in runs if run["layers"] == layers]
         for name, at, shift, looks in _MARKS:
             marks = [(run, dict(zip(columns, run[name][at], strict=True))) for run in own if run.get(name)]
@@ -35,7 +36,6 @@ def healing_study_picture(study: dict[str, Any]) -> "Figure":
             y, se = np.array([(end["dloss"], end["se"]) for _, end in marks], float).reshape(-1, 2).T
             axes.errorbar(x, y, 2 * se, markersize=4, elinewidth=0.8, linestyle="", **looks)
         axes.axhline(0, color=INK, linewidth=0.8)
-        axes.set_yscale("symlog", linthresh=0.1)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylabel(f"layers {layers}:\nchange of loss (nats)")
         axes.set_xticks(range(len(changes)), [change.replace(" ", "\n") for change in changes], fontsize=8)

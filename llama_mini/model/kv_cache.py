@@ -19,13 +19,13 @@ class LayerCache(NamedTuple):
 
     k: Tensor  # (B, K, capacity, D)
     v: Tensor
-    rows: Tensor  # (B, 1)
+    pages: Tensor  # (B, n): where the storage holds each row of the batch: a row of it, or n pages
     positions: Tensor  # (B, T)
 
     def append(self, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Writes k and v (B, T, K, D) at `positions`; returns the first `length` positions, each (B, K, S, D)."""
-        self.k.transpose(1, 2)[self.rows, self.positions] = k
-        self.v.transpose(1, 2)[self.rows, self.positions] = v
+        self.k.transpose(1, 2)[self.pages, self.positions] = k
+        self.v.transpose(1, 2)[self.pages, self.positions] = v
         return self.k[:, :, :length], self.v[:, :, :length]
 
 

@@ -74,9 +74,9 @@ class FusedAttention(FusedBranch, Attention):
     def branch(self, x: Tensor, rope: Rope | None, mask: Tensor, kv: LayerCache | None) -> Tensor:  # type: ignore[override]
         if kv is None or x.shape[1] > 1 or not self.qkv_proj.kernels or needs_grad(x):
             return super().branch(x, rope, mask, kv)
-        qkv = torch.cat(self.qkv(x, rope), 2)  # one token of each row; PyTorch's attention takes ten times as long
+        qkv = torch.cat(self.qkv(x, rope), 2)  # tokens of any rows; PyTorch's attention takes ten times as long
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        cache, window, cap = (kv.k, kv.v, kv.positions), self.window, self.softcap or 0.0
+        cache, window, cap = (kv.k, kv.v, kv.pages, kv.positions), self.window, self.softcap or 0.0
         return self.o_proj(self.mid_norm(torch.ops.llama_mini.attend(qkv, *cache, window, scale, cap)))
 
     def project(self, x: Tensor) -> Sequence[Tensor]:

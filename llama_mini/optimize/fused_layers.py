@@ -16,7 +16,7 @@ from llama_mini.model.llama import Layers, TransformerBlock
 from llama_mini.model.rope import Rope
 from llama_mini.optimize.fusable import FusableNorms, NormLists
 from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
-from llama_mini.optimize.packed_linear import DECODE_ROWS, PackedLinear, needs_grad
+from llama_mini.optimize.packed_linear import PackedLinear, decodes, needs_grad
 
 
 class FusedLayers(Layers):
@@ -94,6 +94,7 @@ def _run(
     return torch.ops.llama_mini.layers.default(
         x,
         *rope,
+        caches[0].pages,
         caches[0].positions,
         [cache.k for cache in caches],
         [cache.v for cache in caches],
@@ -111,7 +112,7 @@ def _joined(lists: Sequence[list[Any]]) -> list[Any]:
 
 
 class FusedHead(nn.Module):
-    """Hidden states (..., C) -> logits (..., V). For at most DECODE_ROWS rows they are gemv's float32."""
+    """Hidden states (..., C) -> logits (..., V). For tokens that decode they are gemv's float32."""
 
     def __init__(self, linear: PackedLinear) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class FusedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         linear = self.linear
-        if linear.kernels and x.numel() <= DECODE_ROWS * linear.columns and not needs_grad(x):
+        if linear.kernels and decodes(x) and not needs_grad(x):
             return torch.ops.llama_mini.gemv(x, linear.tensors, linear.bias_or_empty, linear.width)
         return linear(x)
 

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DECODE_ROWS = 16  # the most input rows that gemv takes; gemm takes more
-
 
 class PackedLinear(nn.Module):
     """y = x · [W0; W1; ...]ᵀ + b, for parts W0, W1, ... that all read x. Parts are filled by `load`.
@@ -82,7 +80,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.kernels or needs_grad(x):
             return self.forward_torch(x)
-        if x.numel() <= DECODE_ROWS * self.columns:
+        if decodes(x):
             return torch.ops.llama_mini.gemv(x, self.tensors, self.bias_or_empty, self.width).to(x.dtype)
         return torch.ops.llama_mini.gemm(x, self.tensors, self.bias_or_empty, self.width)
 
@@ -126,6 +124,15 @@ class FloatLinear(PackedLinear):
 
     def forward_torch(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+def decodes(x: Tensor) -> bool:
+    """Whether x is one token, (C,), or tokens of any rows, (N, 1, C). Several of one row, (..., T, C), are of a prompt.
+
+    gemv takes the ones, gemm the others, and the two round differently. The shape alone decides, so the bits of a token
+    do not depend on how many others there are.
+    """
+    return x.dim() == 1 or x.shape[-2] == 1
 
 
 def supported(dtype: torch.dtype, device: torch.device) -> bool:

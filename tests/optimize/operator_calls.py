@@ -47,6 +47,7 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
             "qkv": random((BATCH, 1, HEADS + 2 * KV_HEADS, HEAD_DIM), dtype, rng),
             "k_cache": k,
             "v_cache": v,
+            "pages": torch.arange(BATCH)[:, None],
             "positions": torch.tensor([[3], [0], [10]]),
             "window": 4,
             "scale": 0.3,
@@ -63,6 +64,7 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
         "x": random((1, BATCH, DIM) if prompt else (BATCH, 1, DIM), dtype, rng),
         "cos": angles.cos(),
         "sin": angles.sin(),
+        "pages": torch.arange(1 if prompt else BATCH)[:, None],
         "positions": torch.tensor([[5, 6, 7]] if prompt else [[3], [0], [10]]),
         "k_caches": caches[:LAYERS],
         "v_caches": caches[LAYERS:],
@@ -100,6 +102,10 @@ def strided(t: Tensor) -> Tensor:
 
 def two_rows(t: Tensor) -> Tensor:
     return torch.cat((t, t))
+
+
+def two_columns(t: Tensor) -> Tensor:
+    return torch.cat((t, t), 1)
 
 
 def two_rows_each(values: list[Tensor]) -> list[Tensor]:
@@ -149,6 +155,12 @@ WRONG = {
     "step: position past the end": wrong("layers", positions=torch.tensor([[3], [0], [11]])),
     "step: position before the start": wrong("layers", positions=torch.tensor([[-1], [0], [10]])),
     "step: positions of int32": wrong("layers", positions=Tensor.int),
+    "step: a page past the end": wrong("layers", pages=torch.tensor([[0], [3], [2]])),
+    "step: a page before the start": wrong("layers", pages=torch.tensor([[0], [-1], [2]])),
+    "step: pages of int32": wrong("layers", pages=Tensor.int),
+    "step: pages of two rows": wrong("layers", pages=lambda t: t[:2]),
+    "step: no pages": wrong("layers", pages=lambda t: t[:, :0]),
+    "step: two pages of 11 positions": wrong("layers", pages=two_columns),
     "step: no heads": wrong("layers", heads=0),
     "step: heads no multiple": wrong("layers", heads=7),
     "step: no KV heads": wrong("layers", **dict.fromkeys(LISTS[:2], lambda v: [t[:, :0] for t in v])),
@@ -165,12 +177,11 @@ WRONG = {
     "prompt: before the start": wrong("prompt", positions=lambda t: t - 6),
     "prompt: two rows": wrong(
         "prompt",
-        **dict.fromkeys(("x", "cos", "sin", "positions"), two_rows),
+        **dict.fromkeys(("x", "cos", "sin", "pages", "positions"), two_rows),
         **dict.fromkeys(LISTS[:2], two_rows_each),
     ),
-    "prompt: a cache of two rows": wrong(
-        "prompt", **dict.fromkeys(LISTS[:2], lambda v: [t.repeat(2, 1, 1, 1) for t in v])
-    ),
+    "prompt: pages of two rows": wrong("prompt", pages=torch.tensor([[0], [0]])),
+    "prompt: a page past the end": wrong("prompt", pages=torch.tensor([[1]])),
     "prompt: narrow": wrong("prompt", x=lambda t: t[..., :-1].contiguous()),
     "prompt: strided": wrong("prompt", x=strided),
     "prompt: no heads": wrong("prompt", heads=0),
@@ -185,6 +196,8 @@ WRONG = {
     "attend: integers": wrong("attend", qkv=as_long),
     "attend: cache of bfloat16": wrong("attend", k_cache=Tensor.bfloat16),
     "attend: cache of fewer rows": wrong("attend", v_cache=lambda t: t[:1]),
+    "attend: a page past the end": wrong("attend", pages=torch.tensor([[0], [3], [2]])),
+    "attend: two pages of 11 positions": wrong("attend", pages=two_columns),
     "attend: position past the end": wrong("attend", positions=torch.tensor([[3], [0], [11]])),
     "prompt: last matrix longer": wrong("prompt", matrices=last(longer)),
     "prompt: last bias too long": wrong("prompt", biases=last(lambda _: torch.ones(DIM + 1))),

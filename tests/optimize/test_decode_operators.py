@@ -103,7 +103,8 @@ def test_attend(
     k, v = (random((batch, kv_heads, 610, dim), dtype, rng) for _ in range(2))
     qkv = random((batch, 1, heads + 2 * kv_heads, dim), dtype, rng)
     caches = k.clone(), v.clone()
-    y = torch.ops.llama_mini.attend(qkv, *caches, positions, window, scale, softcap)
+    pages = torch.arange(batch)[:, None]
+    y = torch.ops.llama_mini.attend(qkv, *caches, pages, positions, window, scale, softcap)
     for b, at in enumerate(positions[:, 0].tolist()):
         q, k[b, :, at], v[b, :, at] = qkv[b, 0].split((heads, kv_heads, kv_heads))
         first = max(0, at + 1 - window) if window else 0
@@ -113,7 +114,7 @@ def test_attend(
         expected = torch.einsum("hs,hsd->hd", scores.softmax(-1), values).flatten()
         assert_near(y[b, 0].double(), expected, 0.012 if dtype == torch.bfloat16 else 2e-5)
         alone = torch.ops.llama_mini.attend(
-            qkv[b : b + 1], k[b : b + 1].clone(), v[b : b + 1].clone(), positions[b : b + 1], window, scale, softcap
+            qkv[b : b + 1], k.clone(), v.clone(), pages[b : b + 1], positions[b : b + 1], window, scale, softcap
         )
         assert same_bits(alone, y[b : b + 1])
     assert all(map(same_bits, caches, (k, v)))

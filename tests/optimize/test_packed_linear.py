@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_mini.errors import CheckpointFormatError
-from llama_mini.optimize.packed_linear import DECODE_ROWS, PackedLinear, supported
+from llama_mini.optimize.packed_linear import PackedLinear, supported
 from llama_mini.optimize.quantized_linear import QuantizedLinear
 from tests.optimize.twins import examples, linear_of
 
@@ -98,14 +98,28 @@ def test_products_are_those_of_its_rows_for_few_and_many(
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_rounds_its_output_once(kind: str) -> None:
     matrix, _, _ = random_matrix(kind, [40, 24], 96, torch.bfloat16)
-    for n in (1, DECODE_ROWS, DECODE_ROWS + 1):
-        x = torch.from_numpy(np.random.default_rng(n).standard_normal((n, 96))).bfloat16()
+    for shape in ((96,), (1, 96), (40, 1, 96), (17, 96)):
+        x = torch.from_numpy(np.random.default_rng(shape[0]).standard_normal(shape)).bfloat16()
         y = matrix(x)
         assert y.dtype == torch.bfloat16
         for part, found in enumerate(matrix.split(y)):
             expected = x.double() @ floats(matrix, part).double().T
-            eight_bits = n > DECODE_ROWS and kind != "float" and torch.ops.llama_mini.isa_variants()[0] != "amx"
+            prompt = shape == (17, 96)
+            eight_bits = prompt and kind != "float" and torch.ops.llama_mini.isa_variants()[0] != "amx"
             assert (found.double() - expected).norm() < (7e-3 if eight_bits else 4e-3) * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bits_of_a_token_do_not_depend_on_how_many_there_are(kind: str, dtype: torch.dtype) -> None:
+    matrix, _, _ = random_matrix(kind, [40, 24], 96, dtype)
+    x = torch.from_numpy(np.random.default_rng(7).standard_normal((40, 96))).to(dtype)
+    decoded, prompt = matrix(x[:, None])[:, 0], matrix(x)
+    assert torch.equal(torch.stack([matrix(row) for row in x]), decoded)
+    for n in (2, 3, 5, 7, 16, 17, 33):
+        assert torch.equal(matrix(x[:n, None])[:, 0], decoded[:n])
+        assert torch.equal(matrix(x[-n:]), prompt[-n:])
+        assert torch.equal(matrix(x[None, :n])[0], prompt[:n])
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -199,7 +213,7 @@ def test_what_no_scale_holds_is_refused(kind: str, value: float) -> None:
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [1, DECODE_ROWS + 1])
+@pytest.mark.parametrize("n", [1, 17])
 def test_gradients_of_the_input_flow_through(kind: str, kernels: bool, n: int) -> None:
     first, _, _ = random_matrix(kind, [48], 32, kernels=kernels)
     second, _, _ = random_matrix(kind, [7], 48, kernels=kernels)

@@ -258,6 +258,7 @@ class Step(NamedTuple):
     layers: list[Layer]
     heads: int
     hidden: int
+    pages: Tensor | None = None  # (B, n) of the caches; None: one for each row
 
     def row(self, b: int) -> "Step":
         """A row by itself, with a cache of its own."""
@@ -278,8 +279,11 @@ class Step(NamedTuple):
     def run(self) -> Tensor:
         norms = [norm for layer in self.layers for norm in layer.norms]
         matrices = [matrix for layer in self.layers for matrix in layer.matrices]
+        pages = torch.arange(len(self.x))[:, None] if self.pages is None else self.pages
         return torch.ops.llama_mini.layers(
-            *self[:4],
+            *self[:3],
+            pages,
+            self.positions,
             [layer.k for layer in self.layers],
             [layer.v for layer in self.layers],
             [norm.gain for norm in norms],

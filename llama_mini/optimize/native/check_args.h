@@ -87,17 +87,16 @@ inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& 
 }
 
 inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool quantized, const Norm& q, const Norm& k,
-                           const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions, int64_t heads,
-                           int64_t window) {
+                           const Tensor& k_cache, const Tensor& v_cache, const Tensor& pages, const Tensor& positions,
+                           int64_t heads, int64_t window) {
   Attention a{};
   a.batch = batch, a.length = length, a.heads = heads, a.window = window, a.q = q, a.k = k;
-  TORCH_CHECK(k_cache.dim() == 4 && k_cache.size(0) == batch && k_cache.sizes() == v_cache.sizes() &&
-                  k_cache.strides() == v_cache.strides() && k_cache.stride(3) == 1 &&
-                  k_cache.stride(2) == k_cache.size(3) && k_cache.scalar_type() == x.scalar_type() &&
-                  v_cache.scalar_type() == x.scalar_type(),
-              "a cache of (", batch, ", KV heads, positions, head_dim) ", x.scalar_type(), ", not ", k_cache.sizes());
+  TORCH_CHECK(k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() && k_cache.strides() == v_cache.strides() &&
+                  k_cache.stride(3) == 1 && k_cache.stride(2) == k_cache.size(3) &&
+                  k_cache.scalar_type() == x.scalar_type() && v_cache.scalar_type() == x.scalar_type(),
+              "a cache of (pages, KV heads, positions, head_dim) ", x.scalar_type(), ", not ", k_cache.sizes());
   a.kv_heads = k_cache.size(1), a.head_dim = k_cache.size(3);
-  a.cache_row = k_cache.stride(0), a.cache_head = k_cache.stride(1);
+  a.cache_page = k_cache.stride(0), a.cache_head = k_cache.stride(1);
   TORCH_CHECK(batch > 0 && length > 0 && heads > 0 && a.kv_heads > 0 && a.head_dim > 0 && a.head_dim % 2 == 0 &&
                   heads % a.kv_heads == 0,
               "needs a token, an even head_dim, and heads that are a multiple of the KV heads; not ", heads,
@@ -107,9 +106,17 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
   TORCH_CHECK(positions.is_contiguous() && positions.scalar_type() == at::kLong && positions.numel() == batch * length,
               "positions of ", batch, " x ", length, " tokens, not ", positions.sizes());
   a.positions = positions.const_data_ptr<int64_t>();
+  TORCH_CHECK(pages.dim() == 2 && pages.size(0) == batch && pages.size(1) > 0 && pages.is_contiguous() &&
+                  pages.scalar_type() == at::kLong,
+              "the pages of ", batch, " rows, int64, not ", pages.sizes(), " ", pages.scalar_type());
+  a.pages = pages.const_data_ptr<int64_t>(), a.row_pages = pages.size(1), a.page_size = k_cache.size(2);
+  TORCH_CHECK(a.row_pages == 1 || a.page_size % PAGE_MULTIPLE == 0, "several pages a row of a multiple of ",
+              PAGE_MULTIPLE, " positions each, not ", a.page_size);
+  for (int64_t i = 0; i < pages.numel(); i++)
+    TORCH_CHECK(a.pages[i] >= 0 && a.pages[i] < k_cache.size(0), "page ", a.pages[i], " of ", k_cache.size(0));
   for (int64_t i = 0; i < batch * length; i++)
-    TORCH_CHECK(a.positions[i] >= 0 && a.positions[i] < k_cache.size(2), "position ", a.positions[i], " in a cache of ",
-                k_cache.size(2));
+    TORCH_CHECK(a.positions[i] >= 0 && a.positions[i] < a.row_pages * a.page_size, "position ", a.positions[i],
+                " in a cache of ", a.row_pages * a.page_size);
   a.k_cache = k_cache.data_ptr(), a.v_cache = v_cache.data_ptr();
   return a;
 }

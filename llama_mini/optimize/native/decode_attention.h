@@ -1,15 +1,15 @@
-// Attention for decoding: the one new token of each row attends to that row's own positions of the cache. Query heads
-// that share a KV head read each key and value once.
+// Attention for decoding: each token attends to its own row's positions of the cache, up to its own. Several tokens may
+// be of one row: all keys and values are written first. Query heads that share a KV head read each key and value once.
 //
 // Positions are split into chunks, counted from position 0. Any thread may compute a chunk, but the results are added
-// in the order of the chunks, so the bits of a row depend on its own length alone.
+// in the order of the chunks, so the bits of a token depend on its own position alone.
 #pragma once
 
 #include "norm.h"
 
 namespace ISA {
 
-constexpr int64_t CHUNK = 256;                       // positions
+constexpr int64_t CHUNK = PAGE_MULTIPLE;             // positions
 constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;  // the score of a masked position; the initial maximum
 
 // Applies RoPE to the pairs (i, i + dim / 2) of a head.
@@ -30,6 +30,29 @@ inline void prepare_head(const X* from, const Norm& norm, const float* cos, cons
   norm_row<T>(from, norm, dim, to);
   if (cos != nullptr) rotate(to, cos, sin, dim);
   for (int64_t i = 0; i < dim; i += LANES) store_first(to + i, round_to<T>(load_first(to + i, dim - i)), dim - i);
+}
+
+// Where the cache holds a position of row b: an offset in elements, for the keys and for the values.
+inline int64_t cache_at(const Attention& a, int64_t b, int64_t h, int64_t position) {
+  return a.pages[b * a.row_pages + position / a.page_size] * a.cache_page + h * a.cache_head +
+         position % a.page_size * a.head_dim;
+}
+
+// The cosines or sines of a token; nullptr if there are none.
+inline const float* angles(const float* all, const Attention& a, int64_t token) {
+  return all == nullptr ? nullptr : all + token * a.head_dim / 2;
+}
+
+// Writes a token's keys, normalized and rotated, and values to the cache. `row` holds its q, k and v.
+template <typename T, typename X>
+inline void append(const Attention& a, const X* row, int64_t b, int64_t position, const float* cos, const float* sin,
+                   float* head) {
+  for (int64_t h = 0, dim = a.head_dim; h < a.kv_heads; h++) {
+    const int64_t at = cache_at(a, b, h, position);
+    prepare_head<T>(row + a.k_at + h * dim, a.k, cos, sin, dim, head);
+    copy_row((const float*)head, dim, (T*)a.k_cache + at);
+    copy_row(row + a.v_at + h * dim, dim, (T*)a.v_cache + at);
+  }
 }
 
 // scores[n] -> e^(score - maximum); returns their sum, and the maximum in `most`.
@@ -79,56 +102,49 @@ inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t
   for (; at < dim; at += LANES) weighted_values<G, 1, false>(weights, v, n, dim, at, out, stride);
 }
 
-// Computes one chunk of one KV head of one row. `part` holds, for its query heads, the sums of the weights, the maxima,
-// and the weighted values (group, stride). The last chunk first appends the new key and value to the cache.
+// Computes one chunk of one KV head of one token. `part` holds, for its query heads, the sums of the weights, the
+// maxima, and the weighted values (group, stride).
 template <typename T>
 void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b, int64_t h, int64_t chunk,
                   float* part) {
   const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
-  const int64_t position = a.positions[b], seen = position + 1;
+  const int64_t seen = a.positions[b] + 1;
   const int64_t oldest = a.window > 0 && seen > a.window ? seen - a.window : 0;
   const int64_t from = max(chunk * CHUNK, oldest), to = min((chunk + 1) * CHUNK, seen);
-  const float *row = qkv + b * width, *cos = a.cos, *sin = a.sin;
-  if (cos != nullptr) cos += b * dim / 2, sin += b * dim / 2;
-  T* k = (T*)a.k_cache + b * a.cache_row + h * a.cache_head;
-  T* v = (T*)a.v_cache + b * a.cache_row + h * a.cache_head;
+  const float *row = qkv + b * width, *cos = angles(a.cos, a, b), *sin = angles(a.sin, a, b);
+  const int64_t at = cache_at(a, b, h, from);
+  const T *k = (const T*)a.k_cache + at, *v = (const T*)a.v_cache + at;
   Array<float> heads(group * dim), scores(group * CHUNK);
-  if (to == seen) {
-    prepare_head<T>(row + a.k_at + h * dim, a.k, cos, sin, dim, heads);
-    copy_row((const float*)heads, dim, k + position * dim);
-    copy_row(row + a.v_at + h * dim, dim, v + position * dim);
-  }
   for (int64_t g = 0; g < group; g++) prepare_head<T>(row + (h * group + g) * dim, a.q, cos, sin, dim, heads + g * dim);
   Input in;
   pack(in, sizeof(T) == 4 ? Kind::FLOAT32 : Kind::BFLOAT16, heads, group, dim);
-  dots(k + from * dim, to - from, dim, dim, in, scores, CHUNK);
+  dots(k, to - from, dim, dim, in, scores, CHUNK);
   float* out = part + 2 * group;
   for (int64_t g = 0; g < group; g++)
     part[g] = softmax_chunk(scores + g * CHUNK, to - from, a.scale, a.softcap, part[group + g]);
   int64_t g = 0;
-  for (; g + 4 <= group; g += 4)
-    weighted_values<4>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
-  for (; g + 3 <= group; g += 3)
-    weighted_values<3>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
-  for (; g < group; g++)
-    weighted_values<1>(scores + g * CHUNK, v + from * dim, to - from, dim, out + g * stride, stride);
+  for (; g + 4 <= group; g += 4) weighted_values<4>(scores + g * CHUNK, v, to - from, dim, out + g * stride, stride);
+  for (; g + 3 <= group; g += 3) weighted_values<3>(scores + g * CHUNK, v, to - from, dim, out + g * stride, stride);
+  for (; g < group; g++) weighted_values<1>(scores + g * CHUNK, v, to - from, dim, out + g * stride, stride);
 }
 
-// out (batch, heads * head_dim): attention of all rows.
+// out (batch, heads * head_dim): attention of all tokens.
 template <typename T>
 void attend_decode(const Attention& a, const float* qkv, int64_t width, float* out, Pool pool) {
   const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
   const int64_t size = group * (stride + 2), pairs = a.batch * a.kv_heads;
   int64_t chunks = 1;
   for (int64_t b = 0; b < a.batch; b++) chunks = max(chunks, a.positions[b] / CHUNK + 1);
-  Array<float> parts(pairs * chunks * size);
+  Array<float> parts(pairs * chunks * size), head(dim);
+  for (int64_t b = 0; b < a.batch; b++)  // a job of several threads would take longer
+    append<T>(a, qkv + b * width, b, a.positions[b], angles(a.cos, a, b), angles(a.sin, a, b), head);
   auto first_chunk = [&](int64_t b) {
     const int64_t seen = a.positions[b] + 1;
     return a.window > 0 && seen > a.window ? (seen - a.window) / CHUNK : 0;
   };
   int64_t next = 0;
   parallel(pool, pairs * chunks, [&](int64_t, int64_t) {
-    for (;;) {  // rows differ in length, so a thread that is free takes the next chunk
+    for (;;) {  // tokens differ in position, so a thread that is free takes the next chunk
       const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (i >= pairs * chunks) return;
       const int64_t pair = i / chunks, chunk = i % chunks, b = pair / a.kv_heads;

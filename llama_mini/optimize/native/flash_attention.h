@@ -33,11 +33,11 @@ inline u32 paired(const bf16* a, const bf16* b, int64_t n) {
   return ((u32)load_first(a, n) >> 16) | (u32)load_first(b, n);
 }
 
-// Packs KEY_BLOCK positions from `from` on. Positions from n on become zeros.
+// Packs a block of KEY_BLOCK positions. Positions from n on become zeros.
 template <typename T>
-void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, PackedHead<T> to) {
+void pack_block(const T* k, const T* v, int64_t n, int64_t dim, PackedHead<T> to) {
   const int64_t wide = padded_width(dim), dwords = padded_depth<T>(dim) / PAIR<T>;
-  for (int64_t s = from; s < from + KEY_BLOCK; s += LANES)
+  for (int64_t s = 0; s < KEY_BLOCK; s += LANES)
     for (int64_t i = 0; i < dwords; i += LANES) {
       u32 rows[LANES];
       for (int r = 0; r < LANES; r++) {
@@ -52,7 +52,7 @@ void pack_block(const T* k, const T* v, int64_t n, int64_t dim, int64_t from, Pa
   Array<T> zero_row(wide);
   std::memset(zero_row.data, 0, wide * sizeof(T));
   auto row = [&](int64_t s) { return s < n ? v + s * dim : zero_row.data; };
-  for (int64_t s = from; s < from + KEY_BLOCK; s += PAIR<T>)
+  for (int64_t s = 0; s < KEY_BLOCK; s += PAIR<T>)
     for (int64_t i = 0; i < wide; i += LANES) {
       u32 both = paired(row(s) + i, row(s + PAIR<T> - 1) + i, dim - i);
       std::memcpy(to.v + s * wide + i * PAIR<T>, &both, sizeof both);
@@ -126,17 +126,12 @@ void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int
     for (int64_t i = 0; i < depth; i++) head[i] = 0;
     for (int64_t t = first; t < last; t++) {
       const T* row = qkv + t * width;
-      const float *cos = a.cos + t * dim / 2, *sin = a.sin + t * dim / 2;
+      const float *cos = angles(a.cos, a, t), *sin = angles(a.sin, a, t);
       for (int64_t h = 0; h < a.heads; h++) {
         prepare_head<T>(row + h * dim, a.q, cos, sin, dim, head);
         copy_row((const float*)head, depth, queries + (h * a.length + t) * depth);
       }
-      for (int64_t h = 0; h < a.kv_heads; h++) {
-        const int64_t at = h * a.cache_head + (start + t) * dim;
-        prepare_head<T>(row + a.k_at + h * dim, a.k, cos, sin, dim, head);
-        copy_row((const float*)head, dim, (T*)a.k_cache + at);
-        std::memcpy((T*)a.v_cache + at, row + a.v_at + h * dim, dim * sizeof(T));
-      }
+      append<T>(a, row, 0, start + t, cos, sin, head);
     }
   });
   auto packed = [&](int64_t h) {
@@ -144,8 +139,10 @@ void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int
   };
   parallel(pool, a.kv_heads * blocks, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      const int64_t h = i / blocks, at = h * a.cache_head;
-      pack_block((const T*)a.k_cache + at, (const T*)a.v_cache + at, seen, dim, i % blocks * KEY_BLOCK, packed(h));
+      const int64_t h = i / blocks, from = i % blocks * KEY_BLOCK, at = cache_at(a, 0, h, from);
+      const PackedHead<T> to = packed(h);
+      pack_block((const T*)a.k_cache + at, (const T*)a.v_cache + at, seen - from, dim,
+                 PackedHead<T>{to.k + from * depth, to.v + from * wide});
     }
   });
   const int64_t turns = (a.length + QUERY_TILE<T> - 1) / QUERY_TILE<T>;

@@ -55,17 +55,21 @@ struct Norm {
   bool late;
 };
 
+static constexpr int64_t PAGE_MULTIPLE = 256;  // positions that attention reads from one page
+
 struct Attention {
-  int64_t batch, length;  // length: new tokens of each row
+  int64_t batch, length;  // decoding: the tokens, of any rows, and 1; prefill: 1, and the tokens of one row
   int64_t heads, kv_heads, head_dim;
   int64_t k_at, v_at;  // where k and v begin in a row of q, k and v
   Norm q, k;
   const float *cos, *sin;  // (batch, length, head_dim / 2); nullptr if q and k are rotated already
   void *k_cache, *v_cache;
-  int64_t cache_row, cache_head;  // elements between rows, and between heads, of the cache
-  const int64_t* positions;       // (batch, length): of the new tokens
-  int64_t window;                 // positions that a token sees, its own included; 0: all
-  float scale, softcap;           // for decoding: the factor of q·k; c replaces a score x by c·tanh(x / c); 0: x stays
+  int64_t cache_page, cache_head;  // elements between pages, and between heads, of the cache
+  int64_t page_size, row_pages;    // positions of a page, and pages of a row
+  const int64_t* pages;            // (batch, row_pages): where the cache holds the positions of each row
+  const int64_t* positions;        // (batch, length): of the new tokens
+  int64_t window;                  // positions that a token sees, its own included; 0: all
+  float scale, softcap;            // for decoding: the factor of q·k; c replaces a score x by c·tanh(x / c); 0: x stays
 };
 
 // Runs work(context, first, last) on chunks of 0..n in several threads, and waits for all of them.
@@ -78,10 +82,10 @@ struct Pool {
 };
 
 struct Kernels {
-  // out (batch, dim) = x + o(attention(qkv(norm(x)))), for one new token a row; `next` is the gate_up that follows.
+  // out (batch, dim) = x + o(attention(qkv(norm(x)))), for tokens of any rows; `next` is the gate_up that follows.
   void (*decode_attention)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o,
                            const Matrix& next, void* out, Pool);
-  // out (batch, heads * head_dim) = attention(qkv), for one new token a row, without norms or a rotation.
+  // out (batch, heads * head_dim) = attention(qkv), for tokens of any rows, without norms or a rotation.
   void (*attend)(const void* qkv, const Attention&, void* out, Pool);
   // out (batch, dim) = x + down(silu(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up; `next` follows.
   void (*decode_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,

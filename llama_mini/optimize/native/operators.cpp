@@ -40,12 +40,15 @@ int64_t threads_for(int64_t n) { return std::max<int64_t>(1, n >> 21); }
 
 // --- the operators ---
 
-// Takes new tokens through consecutive layers: one token of each row, or several of one row. A layer has four gains
-// (attention, q, k, feed-forward; empty if there is no norm), four matrices (qkv, o, gate_up, down), each in a format
-// of its own, and four biases (empty if there is none; the whole list is empty if no layer has any).
-Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions, TensorList k_caches,
-              TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef late, TensorList tensors,
-              TensorList biases, at::IntArrayRef windows, int64_t heads, int64_t hidden) {
+// Takes new tokens through consecutive layers. x (N, 1, dim) are tokens of any rows, which decode; x (1, T, dim) are
+// consecutive ones of one row, which prefill if T > 1. The two round differently; in neither do the bits of a token
+// depend on the others. `pages` says where the cache holds the row of each. A layer has four gains (attention, q, k,
+// feed-forward; empty if there is no norm), four matrices (qkv, o, gate_up, down), each in a format of its own, and
+// four biases (empty if there is none; the whole list is empty if no layer has any).
+Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& pages, const Tensor& positions,
+              TensorList k_caches, TensorList v_caches, TensorList gains, at::ArrayRef<double> eps,
+              at::IntArrayRef late, TensorList tensors, TensorList biases, at::IntArrayRef windows, int64_t heads,
+              int64_t hidden) {
   const size_t n = k_caches.size();
   const std::vector<TensorList> matrices = split_matrices(tensors);
   TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
@@ -68,8 +71,8 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   for (size_t i = 0; i < n; i++) {  // check everything before a cache is written
     TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes(), "the caches differ in size: ", k_caches[i].sizes());
     attentions.push_back(attention(x, x.size(0), x.size(1), quantized(4 * i), norm(4 * i + 1, k_caches[i].size(-1)),
-                                   norm(4 * i + 2, k_caches[i].size(-1)), k_caches[i], v_caches[i], positions, heads,
-                                   windows[i]));
+                                   norm(4 * i + 2, k_caches[i].size(-1)), k_caches[i], v_caches[i], pages, positions,
+                                   heads, windows[i]));
     set_rope(attentions[i], cos, sin);
   }
   check_prompt(attentions[0]);
@@ -103,16 +106,16 @@ Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tenso
   return out;
 }
 
-// Attention of one new token of each row; qkv (batch, 1, heads + 2 KV heads, head_dim) is normed and rotated. Appends
-// the new keys and values to the cache. softcap 0: none.
-Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& positions, int64_t window,
-              double scale, double softcap) {
+// Attention of tokens of any rows; qkv (batch, 1, heads + 2 KV heads, head_dim) is normed and rotated. Appends the new
+// keys and values to the cache. softcap 0: none.
+Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& pages,
+              const Tensor& positions, int64_t window, double scale, double softcap) {
   TORCH_CHECK(
       qkv.dim() == 4 && qkv.size(1) == 1 && qkv.is_contiguous() && k_cache.dim() == 4 && qkv.size(3) == k_cache.size(3),
       "one token of each row, in one piece, with the cache's head_dim, not ", qkv.sizes());
   const int64_t batch = qkv.size(0), heads = qkv.size(2) - 2 * k_cache.size(1);
   const Kernels& kernels = kernels_for(is_float32(qkv));
-  Attention a = attention(qkv, batch, 1, false, Norm{}, Norm{}, k_cache, v_cache, positions, heads, window);
+  Attention a = attention(qkv, batch, 1, false, Norm{}, Norm{}, k_cache, v_cache, pages, positions, heads, window);
   a.scale = (float)scale, a.softcap = (float)softcap;
   Tensor out = at::empty({batch, 1, heads * a.head_dim}, qkv.options());
   with_pool([&](Pool pool) { kernels.attend(qkv.const_data_ptr(), a, out.data_ptr(), pool); });
@@ -241,13 +244,13 @@ TORCH_LIBRARY(llama_mini, m) {
   m.def("isa_variants() -> str[]", isa_variants);
   m.def("use_isa(str name) -> ()", use_isa);
   m.def(
-      "layers(Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, "
-      "Tensor[] gains, float[] eps, int[] late, Tensor[] matrices, Tensor[] biases, int[] windows, int heads, "
-      "int hidden) -> Tensor",
+      "layers(Tensor x, Tensor cos, Tensor sin, Tensor pages, Tensor positions, Tensor(a!)[] k_caches, "
+      "Tensor(b!)[] v_caches, Tensor[] gains, float[] eps, int[] late, Tensor[] matrices, Tensor[] biases, "
+      "int[] windows, int heads, int hidden) -> Tensor",
       cpu(layers));
   m.def(
-      "attend(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, int window, float scale, "
-      "float softcap) -> Tensor",
+      "attend(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pages, Tensor positions, int window, "
+      "float scale, float softcap) -> Tensor",
       cpu(attend));
   m.def("gemv(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor", cpu(gemv));
   m.def("gemm(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor", cpu(gemm));

@@ -14,6 +14,7 @@ from llama_mini.model.kv_cache import BLOCK, whole_blocks
 PREFILL_CHUNK = 512  # tokens of a prompt per forward pass: enough for fast matrix products, with bounded memory
 ATTENTION_BYTES_PER_THREAD = 2**18  # 64 x 512 scores in float32, and a copy
 WeightBytes = Callable[[torch.dtype, str], int]  # (dtype, quantize) -> bytes of a checkpoint's weights in memory
+CACHE_SHARE = 0.9  # of the available memory, for the engine's cache and work memory at most
 Need = Callable[[torch.dtype, str, int], int]  # (dtype, quantize, positions) -> bytes of the model and its cache
 _FORMATS = {  # what to advise where no dtype fits; the most bits come first, since they are closest to the weights
     "auto": "--dtype auto --quantize auto",
@@ -81,6 +82,19 @@ def check_cache_fits(
         f"{prompts} with {positions} positions of cache, {format_bytes(cache)}, and {format_bytes(work)} of work "
         f"memory do not fit in the {format_bytes(available)} that {device} has available; {advice}"
     )
+
+
+def fitting_positions(config: LlamaConfig, most: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many positions of cache fit beside the work memory, in whole blocks: `most`, or fewer; 0 if none."""
+    available = available_memory(device)
+
+    def need(positions: int) -> int:
+        work = work_bytes(config, min(positions, config.max_seq_len), dtype, PREFILL_CHUNK)
+        return cache_bytes(config, positions, dtype) + work
+
+    if available is None or need(most) <= CACHE_SHARE * available:
+        return most
+    return _longest(most, int(CACHE_SHARE * available), need)
 
 
 def cache_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:

@@ -2,11 +2,9 @@
 
 import asyncio
 import math
-import threading
 import time
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,26 +17,27 @@ from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import Adapters, open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.weight_formats import check_quantize, quantize_for
-from llama_mini.engine.logprobs import predictions, token_logprobs
+from llama_mini.engine.finite import non_finite_message
 from llama_mini.engine.prompts import is_messages, one_prompt, params_argument, text_or_ids, with_params
 from llama_mini.engine.request import Chunk, Completion, Request
-from llama_mini.engine.runner import DECODE_BATCH, Runner, non_finite_message
+from llama_mini.engine.runner import MAX_ROWS
 from llama_mini.engine.sampling_params import SamplingParams, check_vocab, is_setting, sampling_params
+from llama_mini.engine.scheduler import Call, Scheduler
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, set_threads
 from llama_mini.tokenizer.tokenizer import open_tokenizer
-from llama_mini.validate import as_plain, check_token_ids
+from llama_mini.validate import as_plain, check_flag, check_token_ids
 
 Prompt = str | Sequence[int] | torch.Tensor | np.ndarray[Any, Any]
 Params = SamplingParams | Mapping[str, Any]
 
-MOST_AT_ONCE = 64 * DECODE_BATCH  # prompts that `completions` takes and sorts by length: few rows of a batch stay idle
+MOST_AT_ONCE = MAX_ROWS + 8  # prompts that `completions` takes ahead of the answers: as many as run, and the next ones
 
 
 class LLM:
-    """A model with its tokenizer. It runs one call at a time: a second call, from any thread, raises RequestError.
+    """A model with its tokenizer. Calls from several threads and tasks run together, in one batch.
 
     Args:
         model: a checkpoint: a directory, a GGUF or safetensors file, a hub name (org/name, org/name@revision), or the
@@ -54,6 +53,7 @@ class LLM:
         adapter: a LoRA adapter of PEFT or mlx-lm that is merged into the model: a directory or a hub name; several in a
             list, or with their weights in a mapping, {"org/a": 1, "org/b": 0.5}. (A directory that holds an adapter
             alone may also be the `model`: it names its model.)
+        prefix_cache: keeps the keys and values of prompts, so that others that begin alike are prefilled from there on.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError, RequestError; CapacityError if it does not fit in memory.
@@ -68,12 +68,14 @@ class LLM:
         kernels: str = "auto",
         threads: int | None = None,
         adapter: Adapters | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         if not isinstance(model, str | Path | Source):
             expected = "model must be a path or a hub name, org/name"
             raise RequestError(f"{expected}, not a {type(model).__name__}; save_pretrained writes a model to a path")
         if isinstance(model, Source) and adapter:
             raise RequestError("an opened checkpoint takes no adapter: give it to open_checkpoint")
+        check_flag("prefix_cache", prefix_cache, RequestError)
         check_quantize(quantize)  # before the checkpoint is opened or fetched
         set_threads(as_plain(threads))
         started = time.perf_counter()
@@ -85,8 +87,7 @@ class LLM:
             self.model = load_model(Llama, source, as_dtype(dtype, device), device, fuser(kernels), self.quantize)
         self.config = self.model.config
         self.load_seconds = time.perf_counter() - started
-        self._lock = threading.Lock()
-        self._runner = Runner(self.model, self.tokenizer.eos_ids)
+        self._scheduler = Scheduler(self.model, self.tokenizer.eos_ids, prefix_cache)
 
     def generate(
         self,
@@ -103,17 +104,17 @@ class LLM:
                 i uses seed + i.
             settings: fields of SamplingParams, or other names for them (`max_new_tokens`), which win over `params`.
 
-        With the fast operators results have the same bits in a batch as alone, unless a prefix is reused. A prefill in
-        two parts rounds differently, and so do PyTorch's operators in a batch: by 1e-6 relative in float32, in bfloat16
-        sometimes by the last bit.
+        With the fast operators results have the same bits in a batch as alone, and with a reused prefix as without.
+        PyTorch's operators round otherwise in a batch: by 1e-6 relative in float32, in bfloat16 sometimes by the last
+        bit.
 
         Raises:
             RequestError, CapacityError: before anything runs. A request that fails later, because its logits are not
                 finite or its logits processor raises, ends with `finish_reason="error"`; the others go on.
         """
         requests = [r for pair in with_params(prompts, params, settings) for r in self._requests(*pair)]
-        for _ in self._run(requests):
-            pass
+        longest_first = sorted(requests, key=lambda request: -request.positions)  # so that few rows are idle at the end
+        self._run(longest_first)
         return [request.completion for request in requests if request.completion is not None]
 
     def completions(
@@ -125,22 +126,23 @@ class LLM:
         refused prompt gets a completion with `finish_reason="error"`; the others run.
         """
         pairs = enumerate(with_params(prompts, params, settings))
-        size = DECODE_BATCH  # then twice as many each time: the first answers come soon
-        with self.exclusive():
-            while taken := list(islice(pairs, size)):
-                requests = []
-                for index, pair in taken:
+        with Call(self._scheduler) as call:
+            while True:
+                for index, pair in islice(pairs, max(0, MOST_AT_ONCE - call.n_open)):
                     try:
-                        requests += self._requests(*pair, index)
+                        requests = self._requests(*pair, index)
                     except RequestError as error:
-                        refused = Request([], SamplingParams(), 0, self.tokenizer, self.load_seconds)
+                        refused = Request([], SamplingParams(), 1, self.tokenizer, self.load_seconds)
                         refused.fail(error)
                         assert refused.completion is not None
                         yield index, refused.completion
-                for request in self._runner.run(requests):
-                    if request.completion is not None:
-                        yield request.index, request.completion
-                size = min(2 * size, MOST_AT_ONCE)
+                    else:
+                        call.submit(requests)
+                    while call.has_chunks:  # the next prompt may take long to come
+                        yield _finished(call)
+                if not call.n_open:
+                    return
+                yield _finished(call)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: Params | None = None, **settings: Any) -> Completion:
         """Answers a chat: messages with `role` and `content`, formatted with the checkpoint's chat template.
@@ -149,8 +151,7 @@ class LLM:
             as `tools` and `enable_thinking`.
         """
         request = self._one_request(messages, params, settings, chat=True)
-        for _ in self._run([request]):
-            pass
+        self._run([request])
         assert request.completion is not None
         return request.completion
 
@@ -166,15 +167,23 @@ class LLM:
     async def astream(
         self, prompt: Prompt | Sequence[Mapping[str, Any]], params: Params | None = None, **settings: Any
     ) -> AsyncIterator[Chunk]:
-        """`stream` for asyncio: the model runs in a thread, so that the event loop is not blocked."""
-        chunks = self.stream(prompt, params, **settings)
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(1) as thread:
-            try:
-                while (chunk := await loop.run_in_executor(thread, next, chunks, None)) is not None:
-                    yield chunk
-            finally:
-                await loop.run_in_executor(thread, chunks.close)
+        """`stream` for asyncio: the event loop is not blocked."""
+        request = self._one_request(prompt, params, settings, chat=is_messages(prompt))
+        loop, chunks = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
+
+        def deliver(_: Request, chunk: Chunk) -> None:
+            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+        self._scheduler.submit([request], deliver)
+        try:
+            reason = None
+            while reason is None:
+                chunk = await chunks.get()
+                reason = chunk.finish_reason
+                yield chunk
+        finally:
+            request.cancelled = True
+        _raise_failure(request)
 
     def score(self, ids: Prompt) -> list[float | None]:
         """The log-probability of each token given those before it, in nats; None for the first.
@@ -183,37 +192,41 @@ class LLM:
         NumericalError for NaN or infinite logits.
         """
         ids = self._ids(one_prompt(ids), 0)
-        with self.exclusive():
-            self._runner.check_fits(1, len(ids), len(ids))
-            pairs = predictions(self.model, ids, 1, self.model.new_cache(1, len(ids)))
-            values = [value for pair in pairs for value in token_logprobs(*pair).tolist()]
-            if bad := [n for n, value in enumerate(values, 1) if not math.isfinite(value)]:
+        params = SamplingParams(max_tokens=1, prompt_logprobs=True)
+        request = Request(ids, params, 1, self.tokenizer, self.load_seconds)
+        self._run([request])
+        scores = request.prompt_logprobs
+        if bad := [n for n, score in enumerate(scores) if score is not None and not math.isfinite(score)]:
+            with self.exclusive():
                 raise NumericalError(non_finite_message(self.model, ids[: bad[0]]))
-        return [None, *values]
+        return scores
 
     def forget(self) -> None:
-        """Frees the cache that the last call kept for prefix reuse."""
-        with self.exclusive():
-            self._runner.last_prefix = None
+        """Frees the cache that is kept for prefix reuse, and all of the cache if nothing runs."""
+        self._scheduler.forget()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an LLM holds a lock and is not copied or pickled: make one in each process, or pass llm.model")
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Reserves the model for code that runs `llm.model` itself. Meanwhile other calls raise RequestError."""
-        if not self._lock.acquire(blocking=False):  # not waiting: a thread that holds the lock would wait for itself
-            raise RequestError("this LLM is busy: it runs one call at a time, and a stream until it ends or is closed")
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Reserves the model for code that runs `llm.model` itself, after the step that runs; other calls wait.
+
+        Raises RequestError within itself, as all calls of the same thread do: they would wait for their own caller.
+        """
+        return self._scheduler.exclusive()
 
     def _stream(self, request: Request) -> Generator[Chunk, None, None]:
-        for _ in self._run([request]):
-            yield request.chunk
-        if request.failure is not None:
-            raise request.failure
+        with Call(self._scheduler, each=True) as call:
+            call.submit([request])
+            while call.n_open:
+                yield call.next()[1]
+        _raise_failure(request)
+
+    def _run(self, requests: list[Request]) -> None:
+        with Call(self._scheduler) as call:
+            call.submit(requests)
+            while call.n_open:
+                call.next()
 
     def _one_request(self, prompt: Any, params: Params | None, settings: dict[str, Any], chat: bool) -> Request:
         """The request for one answer, to one prompt or to the messages of a chat."""
@@ -250,6 +263,14 @@ class LLM:
             raise RequestError(f"{len(ids)} prompt tokens and {n_new} new ones exceed the context of {limit}")
         return ids
 
-    def _run(self, requests: list[Request]) -> Generator[Request, None, None]:
-        with self.exclusive():
-            yield from self._runner.run(requests)
+
+def _finished(call: Call) -> tuple[int, Completion]:
+    """The next request that finishes: the index of its prompt, and its completion."""
+    request, _ = call.next()
+    assert request.completion is not None
+    return request.index, request.completion
+
+
+def _raise_failure(request: Request) -> None:
+    if (error := request.crash or request.failure) is not None:
+        raise error

@@ -15,15 +15,15 @@ LOGITS_AT_ONCE = 128  # tokens; in float64, the logits of one token of a large v
 @torch.inference_mode()
 def hidden_states(model: Llama, ids: Sequence[int], cache: KVCache) -> Iterator[Tensor]:
     """Runs `ids` in chunks, after the tokens in a cache of one row; yields the hidden states (T, C) of each chunk."""
-    for start in range(0, len(ids), PREFILL_CHUNK):
-        tokens = torch.tensor([ids[start : start + PREFILL_CHUNK]], dtype=torch.int64, device=model.device)
-        yield model.hidden(tokens, cache)[0]
+    tokens = torch.tensor([ids], dtype=torch.int64, device=model.device)
+    for part in _parts(tokens, PREFILL_CHUNK, 1):
+        yield model.hidden(part.contiguous(), cache)[0]
 
 
 @torch.inference_mode()
 def split_logits(model: Llama, x: Tensor) -> Iterator[Tensor]:
     """Yields the logits (N, V) of hidden states (T, C), at most LOGITS_AT_ONCE tokens at a time."""
-    for part in x.split(LOGITS_AT_ONCE) if len(x) else ():
+    for part in _parts(x, LOGITS_AT_ONCE):
         yield model.logits(part)
 
 
@@ -39,6 +39,12 @@ def predictions(model: Llama, ids: Sequence[int], first: int, cache: KVCache) ->
             yield logits, tokens[: len(logits)]
             tokens = tokens[len(logits) :]
         skip = max(0, skip - len(x))
+
+
+def _parts(x: Tensor, most: int, dim: int = 0) -> Iterator[Tensor]:
+    """x in equal parts of at most so many tokens: a part of one token would be rounded as decoding rounds."""
+    n = x.shape[dim]
+    yield from x.tensor_split(-(-n // most), dim) if n else ()
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

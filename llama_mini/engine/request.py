@@ -1,6 +1,7 @@
 """A request while it runs, and its results: chunks, a completion, statistics."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,8 +13,6 @@ from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import LlamaMiniError
 from llama_mini.machine import peak_memory_bytes
 from llama_mini.tokenizer import DecodeStream, Tokenizer
-
-INITIAL_NEW_TOKENS = 256  # cache positions for an answer without max_tokens; when they are full, the cache doubles
 
 FinishReason = Literal["stop", "length", "error", "abort"]
 Alternatives = list[tuple[int, float]]  # token ids and raw log-probabilities in nats, the likeliest first
@@ -47,7 +46,7 @@ class Completion:
         finish_reason: `stop` (an end-of-text token, a stop string or a stop token), `length` (max_tokens, max_time or
             the end of the context), `error` or `abort`.
         error: the message if the request failed, else None.
-        logprobs: log-probability of each token in nats, from the raw logits.
+        logprobs: log-probability of each token in nats, from the raw logits; empty without `token_logprobs`.
         stats: times and rates.
         top_logprobs: for each token the likeliest alternatives; None unless `SamplingParams.top_logprobs` is set.
         prompt_logprobs: for each token of the prompt, None for the first; None unless asked for.
@@ -86,7 +85,10 @@ class Request:
     Attributes:
         max_tokens: that of the parameters, else as many tokens as fit in the context after the prompt.
         index: position of the prompt in the list of its call.
-        chunk: the newest one.
+        deliver: takes each chunk when it is there, in the engine's thread.
+        pages: the pages of the cache that hold its first `filled` tokens.
+        cancelled: nobody waits for it any more. Any thread may set it.
+        crash: what was raised by code that is not the engine's, such as a hook of the model.
     """
 
     prompt: list[int]
@@ -100,10 +102,14 @@ class Request:
     top_logprobs: list[Alternatives] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=lambda: [None])
     prompt_top_logprobs: list[Alternatives | None] = field(default_factory=lambda: [None])
-    chunk: Chunk = Chunk("", None)
+    deliver: Callable[["Request", Chunk], None] = lambda _request, _chunk: None
+    pages: list[int] = field(default_factory=list)
+    filled: int = 0
+    cancelled: bool = False
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     failure: LlamaMiniError | None = None
+    crash: BaseException | None = None
     completion: Completion | None = None
 
     def __post_init__(self) -> None:
@@ -117,14 +123,30 @@ class Request:
 
     def start(self) -> None:
         """Records the time at which the prefill begins, and makes the random generator, 5 KB each."""
-        self._started_at = time.perf_counter()
-        self.generator = self.params.generator()
+        if not self._started_at:  # else it was set back, and goes on with what it has
+            self._started_at = time.perf_counter()
+            self.generator = self.params.generator()
 
     @property
     def positions(self) -> int:
-        """Cache positions to allocate: for the prompt and all new tokens but the last, which is never an input."""
-        new = self.max_tokens if self.params.max_tokens is not None else min(self.max_tokens, INITIAL_NEW_TOKENS)
-        return len(self.prompt) + new - 1
+        """Cache positions for the prompt and all new tokens but the last, which is never an input."""
+        return len(self.prompt) + self.max_tokens - 1
+
+    @property
+    def least_positions(self) -> int:
+        """The same, with one new token if no number was given: a default shrinks."""
+        return self.positions if self.params.max_tokens is not None else len(self.prompt)
+
+    @property
+    def new_inputs(self) -> list[int]:
+        """Its new tokens that are not in the cache yet."""
+        return self.token_ids[self.filled - len(self.prompt) :]
+
+    def set_back(self) -> None:
+        """Forgets what the cache holds; the tokens stay."""
+        self.pages, self.filled = [], 0
+        if not self.token_ids:
+            self.prompt_logprobs, self.prompt_top_logprobs = [None], [None]
 
     def score_prompt(self, logits: Tensor) -> None:
         """Scores the next tokens of the prompt from the logits (N, V) that predict them.
@@ -140,13 +162,14 @@ class Request:
 
     def append_token(self, token: int, logits: Tensor) -> None:
         """Appends a token and its log-probability under the raw logits (V,); finishes after the last token."""
-        self.logprobs.append(float(token_logprobs(logits, torch.tensor(token, device=logits.device))))
+        if self.params.token_logprobs:
+            self.logprobs.append(float(token_logprobs(logits, torch.tensor(token, device=logits.device))))
         if self.params.top_logprobs:
             self.top_logprobs += _alternatives(logits[None], self.params.top_logprobs)
         self._last_token_at = time.perf_counter()
         self._first_token_at = self._first_token_at or self._last_token_at
         self.token_ids.append(token)
-        self.chunk = self._next_chunk(token)
+        self._deliver(self._next_chunk(token))
 
     def _next_chunk(self, token: int) -> Chunk:
         if token in self._stop_ids:
@@ -164,7 +187,18 @@ class Request:
     def fail(self, failure: LlamaMiniError) -> None:
         """Finishes this request with an error. Others of its batch go on."""
         self.failure = failure
-        self.chunk = self._finish(None, "", "error")
+        self._deliver(self._finish(None, "", "error"))
+
+    def end(self, crash: BaseException | None = None) -> None:
+        """Finishes this request as it is: nobody waits for it, or there was a crash."""
+        self.crash = crash
+        self._deliver(self._finish(None, "", "abort"))
+
+    def _deliver(self, chunk: Chunk) -> None:
+        try:
+            self.deliver(self, chunk)
+        except RuntimeError:  # the event loop of its caller is closed
+            self.cancelled = True
 
     def _finish(self, token: int | None, text: str, reason: FinishReason) -> Chunk:
         text += self._stream.flush()

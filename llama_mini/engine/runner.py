@@ -1,200 +1,277 @@
-"""Runs requests on a model: each prompt is prefilled alone, then all sequences of a group decode together."""
+"""Runs requests together: prompts in parts, and steps of all running requests; and gives them pages of the cache."""
 
-import math
-import operator
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any
+import time
+from collections import deque
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llama_mini.engine.logprobs import hidden_states, split_logits
-from llama_mini.engine.prefix_cache import MIN_PREFIX, Prefix, common_prefix_length, reuse_prefix
+from llama_mini.engine.finite import non_finite_message
+from llama_mini.engine.logprobs import split_logits
+from llama_mini.engine.pages import PAGE, PagedTokens, Pages, pages_of
+from llama_mini.engine.prefix_cache import PrefixCache
 from llama_mini.engine.request import Request
 from llama_mini.engine.sampling import processed, sample
-from llama_mini.errors import CapacityError, LlamaMiniError, NumericalError, RequestError
+from llama_mini.errors import LlamaMiniError, NumericalError, RequestError
 from llama_mini.machine import one_thread
-from llama_mini.memory import check_cache_fits
-from llama_mini.model.kv_cache import KVCache
+from llama_mini.memory import PREFILL_CHUNK, cache_bytes, fitting_positions
 from llama_mini.model.llama import Llama
 
-DECODE_BATCH = 16  # sequences that decode together: the fast operators give each the bits it has alone up to this
+MAX_ROWS = 32  # requests that run at a time; beyond 16, more of them gain little speed
+PREFILL_SECONDS = 0.05  # that running requests wait for the prompts of others, between two of their tokens
+LEAST_PREFILL = 32  # tokens; fewer are no faster
+REPLAYED = 16  # tokens that a request which was set back runs in one step
 
 
 class Runner:
-    """Runs one list of requests at a time, and keeps the part of the cache that the next list may reuse."""
+    """The requests that wait and run, and the cache. It knows nothing of threads: one thread at a time uses it."""
 
-    def __init__(self, model: Llama, eos_ids: frozenset[int]) -> None:
-        self.model = model
-        self.eos_ids = eos_ids
-        self.last_prefix: Prefix | None = None
-        self._state = _state(model)  # when it was computed
+    def __init__(self, model: Llama, eos_ids: frozenset[int], keeps_prefixes: bool) -> None:
+        self.waiting: deque[Request] = deque()
+        self._model, self._eos_ids = model, eos_ids
+        self._prefilling: Request | None = None
+        self._running: list[Request] = []  # the newest last
+        self._token_seconds = PREFILL_SECONDS / LEAST_PREFILL  # of prefill, as measured
+        config, page_bytes = model.config, cache_bytes(model.config, PAGE, model.dtype)
+        context = pages_of(config.max_seq_len)
+        positions = fitting_positions(config, MAX_ROWS * context * PAGE, model.dtype, model.device)
+        self._pages = Pages(model, positions // PAGE)
+        self._prefixes: PrefixCache | None = None
+        if keeps_prefixes:
+            weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+            self._prefixes = PrefixCache(self._pages, max(MAX_ROWS, context, weights // page_bytes))
 
-    def run(self, requests: list[Request]) -> Generator[Request, None, None]:
-        """Runs the requests in groups of similar length, the longest first; yields each one at every new chunk."""
-        ordered = sorted(requests, key=lambda request: -request.positions)
-        groups = [ordered[start : start + DECODE_BATCH] for start in range(0, len(ordered), DECODE_BATCH)]
-        for group in groups:
-            longest = max(len(request.prompt) for request in group)
-            self.check_fits(len(group), max(request.positions for request in group), longest)
-        # The first and the last in alphabetical order differ no later than any other two.
-        prompts = [request.prompt for request in requests]
-        n_common = common_prefix_length(min(prompts), max(prompts)) if len(requests) > 1 else 0
-        last, self.last_prefix = self.last_prefix, None  # after an exception nothing half-written is reused
-        before, self._state = self._state, _state(self.model)
-        if not _same(before, self._state):
-            last = None  # the model has been edited since
-        for group in groups:
-            last = yield from self._run_group(group, last, n_common, single=len(requests) == 1)
-        self.last_prefix = last
+    @property
+    def most_positions(self) -> int:
+        """Positions that one request can have."""
+        return self._pages.count * PAGE
 
-    def _run_group(
-        self, group: list[Request], last: Prefix | None, n_common: int, single: bool
-    ) -> Generator[Request, None, Prefix | None]:
-        """Prefills each prompt alone, then decodes all sequences together; one that ends leaves the batch.
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self._prefilling or self._running)
 
-        n_common: number of tokens with which all prompts of the call begin.
-        Returns the prefix for later prompts: the whole sequence of a single request, or what all prompts share.
-        """
-        cache = self.model.new_cache(len(group), max(request.positions for request in group))
-        active, prefixes = list(group), [] if last is None else [last]
+    def forget(self) -> None:
+        """Frees the pages that no request uses."""
+        if self._prefixes is not None:
+            self._prefixes.clear()
+
+    def turn(self) -> bool:
+        """Runs a part of the prompts, and a step; False if there is nothing to do."""
+        for request in [r for r in (self._prefilling, *self._running) if r is not None and r.cancelled]:
+            request.end()
+            self._release(request)
+        if self.idle:
+            return False
         try:
-            for row, request in enumerate(group):
-                request.start()
-                self._sample(request, self._prefill(request, cache.row(row), prefixes))
-                prefixes.append(Prefix(request.prompt, cache.row(row)))
-                if row == 0 and n_common >= MIN_PREFIX and request.failure is None:
-                    last = Prefix(request.prompt[:n_common], cache.row(row).copy(n_common))
-                yield request
-            while any(request.finish_reason is None for request in active):
-                _remove_finished(active, cache)
-                logits = self._decode(active, cache)
-                for row, request in enumerate(active):
-                    self._sample(request, logits[row])
-                    yield request
-        except GeneratorExit:  # the caller stops between two steps, where the cache is complete
-            self.last_prefix = _whole_sequence(group[0], cache) if single else last
-            raise
-        return _whole_sequence(group[0], cache) if single else last
+            self._prefill()
+            if self._running:
+                self._step()
+        except BaseException as error:  # of a hook, or of PyTorch: those that run get it, and the thread goes on
+            for request in [r for r in (self._prefilling, *self._running) if r is not None]:
+                request.end(error)
+                self._release(request)
+        return True
 
-    def _prefill(self, request: Request, cache: KVCache, prefixes: Sequence[Prefix]) -> Tensor:
-        """Runs a prompt through an empty cache of one row; returns the logits (V,) after its last token."""
-        score = request.params.prompt_logprobs  # which need the logits of every token, so no prefix is reused
-        request.cached_tokens = 0 if score else reuse_prefix(request.prompt, prefixes, cache)
-        for x in hidden_states(self.model, request.prompt[request.cached_tokens :], cache):
-            for logits in split_logits(self.model, x) if score else ():
+    # --- prompts
+
+    def _prefill(self) -> None:
+        budget = PREFILL_CHUNK
+        if self._running:
+            budget = min(max(int(PREFILL_SECONDS / self._token_seconds), LEAST_PREFILL), PREFILL_CHUNK)
+        while budget > 1 and (self._prefilling or self._admit()):
+            budget -= self._prefill_part(budget)
+
+    def _admit(self) -> bool:
+        """Begins the next prompt; False if none waits or there is no room for it."""
+        while self.waiting and self.waiting[0].cancelled:
+            self.waiting.popleft().end()
+        if not self.waiting or len(self._running) == MAX_ROWS:
+            return False
+        request, pages, prefixes = self.waiting[0], self._pages, self._prefixes
+        length = len(request.prompt) + len(request.token_ids)
+        n_unused = 0 if prefixes is None else prefixes.n_unused
+        if self._running and pages_of(length + 1) > len(pages.free) + n_unused:
+            return False
+        self._prefilling = self.waiting.popleft()
+        request.start()
+        if prefixes is None:
+            return True
+        prefixes.check(self._model)
+        if request.params.prompt_logprobs and not request.token_ids:  # they need the logits of every token
+            return True
+        whole, partial, equal = prefixes.find(request.prompt, request.params.cache_salt)
+        request.pages = [pages.share(page) for page in whole]
+        request.filled = len(whole) * PAGE
+        if equal:
+            source = pages.share(partial)  # so that it is not evicted to make room for its copy
+            if pages.free or prefixes.evict():
+                request.pages.append(pages.take())
+                pages.copy(source, request.pages[-1], equal)
+                request.filled += equal
+            pages.give_back(source)
+        if not request.token_ids:
+            request.cached_tokens = request.filled
+        return True
+
+    def _prefill_part(self, most: int) -> int:
+        """Runs the next tokens of the prompt that is prefilled; returns their number.
+
+        Never one token by itself: it would be rounded as decoding rounds.
+        """
+        request = self._prefilling
+        assert request is not None
+        left = len(request.prompt) - request.filled
+        n = left if left <= most + 1 else most
+        if not self._make_room(request, request.filled + n):
+            return n
+        started, at = time.monotonic(), request.filled
+        tokens = torch.tensor([request.prompt[at : at + n]], device=self._model.device)
+        x = self._hidden(tokens, [request.pages], [range(at, at + n)])[0]
+        request.filled += n
+        if request.params.prompt_logprobs and not request.token_ids:
+            for logits in split_logits(self._model, x):
                 request.score_prompt(logits)
-        with torch.inference_mode():
-            return self.model.logits(x[-1])
+        if n == left:
+            self._prefilling = None
+            self._begin_decoding(request, x[-1])
+        if n >= LEAST_PREFILL:
+            self._token_seconds += 0.25 * ((time.monotonic() - started) / n - self._token_seconds)
+        return n
 
-    def _decode(self, active: list[Request], cache: KVCache) -> Tensor:
-        """One step of every sequence: the logits (B, V) after the newest token of each."""
-        filled = max(cache.lengths)
-        if filled == cache.length:
-            cache.grow(min(2 * filled, self.model.config.max_seq_len))
-        tokens = torch.tensor([[request.token_ids[-1]] for request in active], device=self.model.device)
+    def _begin_decoding(self, request: Request, x: Tensor) -> None:
+        """Samples the first token of a request whose prompt is prefilled, and of the others with the same prompt.
+
+        x: the hidden state (C,) of the prompt's last token.
+        """
+        self._running.append(request)
+        if request.token_ids:
+            return  # it was set back
+        requests = [request, *self._join_twins(request)]
         with torch.inference_mode():
-            return self.model(tokens, cache)[:, -1]
+            logits = self._model.logits(x)
+        if self._prefixes is not None and logits.isfinite().all():
+            self._prefixes.insert(request.prompt, request.pages, request.params.cache_salt)
+        self._sample(requests, logits.expand(len(requests), -1))
+
+    def _join_twins(self, request: Request) -> list[Request]:
+        """The next requests that wait, as far as they are other answers to the same prompt, and there is room."""
+        twins: list[Request] = []
+        pages, waiting, n_whole = self._pages, self.waiting, len(request.prompt) // PAGE
+        while waiting and waiting[0].prompt is request.prompt and not waiting[0].params.prompt_logprobs:
+            if waiting[0].token_ids or len(self._running) == MAX_ROWS or len(pages.free) < 2:
+                break
+            twin = waiting.popleft()
+            twin.start()
+            twin.pages = [pages.share(page) for page in request.pages[:n_whole]]
+            for page in request.pages[n_whole:]:
+                twin.pages.append(pages.take())
+                pages.copy(page, twin.pages[-1], len(request.prompt) % PAGE)
+            twin.filled = twin.cached_tokens = len(request.prompt)
+            self._running.append(twin)
+            twins.append(twin)
+        return twins
+
+    # --- steps
+
+    def _step(self) -> None:
+        """Runs the next input of each running request, and samples its next token."""
+        inputs: dict[Request, list[int]] = {}
+        for request in list(self._running):  # of which some may be set back meanwhile, the newest first
+            if request in self._running and self._make_room(request, request.filled + len(request.new_inputs)):
+                inputs[request] = request.new_inputs[:REPLAYED]
+        tokens = [[token] for each in inputs.values() for token in each]
+        if not tokens:
+            return
+        positions = [[r.filled + i] for r, each in inputs.items() for i in range(len(each))]
+        rows = [r.pages for r, each in inputs.items() for _ in each]
+        x = self._hidden(torch.tensor(tokens, device=self._model.device), rows, positions)
+        last, sampled, at = list[int](), list[Request](), 0
+        for request, each in inputs.items():
+            request.filled, at = request.filled + len(each), at + len(each)
+            if not request.new_inputs:
+                last.append(at - 1)
+                sampled.append(request)
+        if len(last) < len(x):
+            x = x[last]
+        if sampled:
+            with torch.inference_mode():
+                logits = self._model.logits(x)[:, -1]
+            self._sample(sampled, logits)
+
+    @torch.inference_mode()
+    def _hidden(self, tokens: Tensor, rows: list[list[int]], positions: Sequence[Sequence[int]]) -> Tensor:
+        return self._model.hidden(tokens, PagedTokens(self._pages, rows, positions))
 
     @one_thread()
-    def _sample(self, request: Request, logits: Tensor) -> None:
-        """Appends the next token of a sequence, sampled from logits (V,), or ends it with an error."""
-        if not _all_finite(logits):  # sampling would silently return some token
-            return request.fail(NumericalError(non_finite_message(self.model, request.prompt + request.token_ids)))
+    def _sample(self, requests: Sequence[Request], logits: Tensor) -> None:
+        """Appends the next token of each request, from its row of logits (N, V), or ends it with an error."""
+        likeliest = logits.numpy(force=True).argmax(1)  # 20 times faster than PyTorch's; on a tie, the lowest id
+        finite = logits.sum(1).isfinite()
+        if not finite.all():
+            finite |= logits.isfinite().all(1)  # a sum may overflow
+        tokens = likeliest.tolist()
+        failures: dict[int, LlamaMiniError] = {}
+        for i, request in enumerate(requests):
+            try:
+                if not finite[i]:  # sampling would silently return some token
+                    raise NumericalError(non_finite_message(self._model, request.prompt + request.token_ids))
+                if request.params.temperature or request.params.changes_logits:
+                    tokens[i] = self._choose(request, logits[i])
+            except LlamaMiniError as error:
+                failures[i] = error
+        for i, request in enumerate(requests):
+            if i in failures:
+                request.fail(failures[i])
+            else:
+                request.append_token(tokens[i], logits[i])
+            if request.finish_reason is not None:
+                self._release(request)
+
+    def _choose(self, request: Request, logits: Tensor) -> int:
         try:
-            final = processed(logits, request.params, request.prompt, request.token_ids, self.eos_ids)
-            token = sample(final, request.params, request.generator)
-        except LlamaMiniError as error:
-            return request.fail(error)
+            final = processed(logits, request.params, request.prompt, request.token_ids, self._eos_ids)
+            return sample(final, request.params, request.generator)
+        except LlamaMiniError:
+            raise
         except Exception as error:  # a logits processor is the user's code and may raise anything
-            return request.fail(RequestError(f"a logits processor raised {error!r}"))
-        return request.append_token(token, logits)
+            raise RequestError(f"a logits processor raised {error!r}") from error
 
-    def check_fits(self, rows: int, positions: int, longest: int) -> None:
-        """Raises CapacityError if a cache does not fit even after the last prefix is freed.
+    # --- pages
 
-        longest: tokens of the longest prompt.
+    def _make_room(self, request: Request, positions: int) -> bool:
+        """Gives a request the pages for so many positions. False if there are none: it is set back.
+
+        First prefixes of earlier prompts are dropped, then the newest request is set back: it runs again later.
         """
-        model = self.model
-        try:
-            check_cache_fits(model.config, rows, model.dtype, positions, longest, model.device)
-        except CapacityError:
-            if self.last_prefix is None:
-                raise
-            self.last_prefix = None
-            self.check_fits(rows, positions, longest)
+        pages = self._pages
+        while len(request.pages) < pages_of(positions):
+            if pages.free:
+                request.pages.append(pages.take())
+            elif self._prefixes is None or not self._prefixes.evict():
+                newest = self._prefilling or self._running[-1]
+                self._give_back(newest)
+                newest.set_back()
+                self.waiting.appendleft(newest)
+                if newest is request:
+                    return False
+        return True
 
+    def _release(self, request: Request) -> None:
+        """Takes a finished request out of the batch."""
+        if request.failure is not None:  # of a NaN, perhaps
+            first = len(request.prompt) if len(request.token_ids) else request.cached_tokens
+            for i in range(first // PAGE, len(request.pages)):
+                self._pages.zero(request.pages[i], max(0, first - i * PAGE))
+        self._give_back(request)
 
-def _state(model: Llama) -> tuple[list[object], list[int]]:
-    """What computes the outputs: modules, their hooks and tensors, and PyTorch's counts of the tensors' changes."""
-    modules: list[nn.Module] = [model]
-    hooks: list[object] = []
-    tensors: list[Tensor | None] = []
-    for module in modules:  # which grows meanwhile: three times faster than `modules()` and `parameters()`
-        modules += [child for child in module._modules.values() if child is not None]
-        hooks += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        tensors += [*module._parameters.values(), *module._buffers.values()]
-    versions = [0 if x is None or x.is_inference() else x._version for x in tensors]
-    return [*modules, *hooks, *tensors], versions
-
-
-def _same(a: tuple[list[object], list[int]], b: tuple[list[object], list[int]]) -> bool:
-    return a[1] == b[1] and len(a[0]) == len(b[0]) and all(map(operator.is_, a[0], b[0]))
-
-
-def first_nonfinite(model: Llama, outputs: Iterable[Tensor]) -> str | None:
-    """Where NaN or infinity begins: the innermost module that returns it, and the first token; None if none does.
-
-    outputs: runs the model when it is iterated, on the next tokens each time: (..., T, C).
-    """
-    found: list[str] = []
-    n_before = 0
-
-    def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def see(_module: nn.Module, _args: Any, y: Any) -> None:
-            if not found and isinstance(y, Tensor) and len(bad := (~y.isfinite()).flatten(2).any(-1).nonzero()):
-                row, token = bad[0].tolist()
-                of_row = f" of row {row}" if len(y) > 1 else ""
-                found.append(f"{path or 'the logits'}, token {n_before + token}{of_row}")
-
-        return see
-
-    # An empty slot is left out: the module before it in the forward pass says more.
-    modules = [(path, module) for path, module in model.named_modules() if not isinstance(module, nn.Identity)]
-    hooks = [module.register_forward_hook(watch(path)) for path, module in modules]
-    try:
-        for y in outputs:
-            if found:
-                return found[0]
-            n_before += y.shape[-2]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return None
-
-
-def non_finite_message(model: Llama, ids: list[int]) -> str:
-    """What is wrong with the logits after these tokens."""
-    first = first_nonfinite(model, hidden_states(model, ids, model.new_cache(1, len(ids))))
-    where = "the output of every layer is finite" if first is None else f"it is first at {first}"
-    return f"the logits after position {len(ids) - 1} hold NaN or infinity; {where}"
-
-
-def _all_finite(x: Tensor) -> bool:
-    """Checks the sum first, which is many times faster. Each element is checked only if the sum is not finite."""
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
-
-
-def _remove_finished(active: list[Request], cache: KVCache) -> None:
-    for row in reversed(range(len(active))):
-        if active[row].finish_reason is not None:
-            cache.swap_remove(row)
-            active[row] = active[-1]
-            active.pop()
-
-
-def _whole_sequence(request: Request, cache: KVCache) -> Prefix | None:
-    """Prompt and answer of a single request; None if it failed, since a NaN would spread to whoever reuses it."""
-    if request.failure is not None:
-        return None
-    return Prefix([*request.prompt, *request.token_ids][: cache.lengths[0]], cache)
+    def _give_back(self, request: Request) -> None:
+        if request is self._prefilling:
+            self._prefilling = None
+        else:
+            self._running.remove(request)
+        for page in request.pages:
+            self._pages.give_back(page)
+        request.pages = []
+        if self._prefixes is not None:
+            self._prefixes.trim()

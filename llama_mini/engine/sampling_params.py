@@ -75,12 +75,14 @@ def _settings(keywords: Mapping[str, Any], temperature: float = 0.0) -> dict[str
     names: dict[str, str] = {}
     for name, value in keywords.items():
         ours, value = ALIASES.get(name, name), as_plain(value)
+        if name == "logprobs" and isinstance(value, bool):
+            ours = "token_logprobs"
         if ours not in SamplingParams.__dataclass_fields__ and name != "do_sample":
             near = get_close_matches(name, [*SamplingParams.__dataclass_fields__, *ALIASES, "do_sample"], 1)
             known = f"known: {', '.join(SamplingParams.__dataclass_fields__)}"
             advice = ELSEWHERE.get(name, f"did you mean {near[0]}?" if near else known)
             raise RequestError(f"unknown setting {short_repr(name)}; {advice}")
-        if value is None or (name == "logprobs" and isinstance(value, bool)):  # the one of each token always comes
+        if value is None:
             continue
         if ours in settings and settings[ours] != value:
             both = f"{short_repr(settings[ours])} and {short_repr(value)}"
@@ -149,6 +151,9 @@ class SamplingParams:
         ignore_eos: do not stop at end-of-text tokens.
         top_logprobs: number of likeliest tokens to return for each token, with their log-probabilities.
         prompt_logprobs: return the log-probabilities of the prompt's tokens too.
+        token_logprobs: return the log-probability of each token; False, or `logprobs=False`, saves some time.
+        cache_salt: prompts share keys and values only with those of the same salt. So a user cannot find out, by the
+            time that an answer takes, what others have asked.
 
     Raises:
         RequestError: names the parameter, its value and the allowed values.
@@ -173,6 +178,8 @@ class SamplingParams:
     ignore_eos: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    token_logprobs: bool = True
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         for name in MINUS_ONE_IS_UNSET:
@@ -188,8 +195,10 @@ class SamplingParams:
             check_whole(name, getattr(self, name), RequestError, 0)
         check_whole("n", self.n, RequestError, 1, MAX_SEQUENCES)
         check_whole("top_logprobs", self.top_logprobs, RequestError, 0)
-        for name in ("ignore_eos", "prompt_logprobs"):
+        for name in ("ignore_eos", "prompt_logprobs", "token_logprobs"):
             check_flag(name, getattr(self, name), RequestError)
+        if self.cache_salt is not None and not isinstance(self.cache_salt, str):
+            raise RequestError(f"cache_salt must be a text, not {short_repr(self.cache_salt)}")
         if self.seed is not None:
             check_whole("seed", self.seed, RequestError, 0, 2**64 - 1)
         if self.max_time is not None:

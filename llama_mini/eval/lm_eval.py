@@ -18,7 +18,7 @@ from tqdm import tqdm
 from llama_mini.engine.llm import LLM
 from llama_mini.engine.logprobs import predictions, token_logprobs
 from llama_mini.engine.prefix_cache import common_prefix_length
-from llama_mini.engine.runner import DECODE_BATCH
+from llama_mini.engine.runner import MAX_ROWS
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.edits_file import edited_by
@@ -199,7 +199,7 @@ class LlamaMiniLM(TemplateLM):
 
 def _batch_size(value: int | str) -> int:
     if str(value) == "auto":
-        return DECODE_BATCH
+        return MAX_ROWS
     if not str(value).isdecimal() or int(value) < 1:
         raise RequestError(f"batch_size must be auto or a whole number of at least 1, not {short_repr(value)}")
     return int(value)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama_mini.engine.finite import first_nonfinite
 from llama_mini.engine.logprobs import LOGITS_AT_ONCE, kl_divergence, token_logprobs
-from llama_mini.engine.runner import first_nonfinite
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.texts import Ids, Texts, as_texts
 from llama_mini.model.llama import Llama

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama_mini.engine.finite import first_nonfinite
 from llama_mini.engine.logprobs import LOGITS_AT_ONCE
-from llama_mini.engine.runner import first_nonfinite
 from llama_mini.errors import NumericalError
 from llama_mini.lab.cost import standard_error
 from llama_mini.lab.students import Taper, trained

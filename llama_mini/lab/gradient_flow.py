@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_mini.engine.finite import first_nonfinite
 from llama_mini.engine.logprobs import LOGITS_AT_ONCE
-from llama_mini.engine.runner import first_nonfinite
 from llama_mini.errors import NumericalError
 from llama_mini.lab.paths import slots
 from llama_mini.lab.recording import first_and_median, watched

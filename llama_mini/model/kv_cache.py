@@ -102,48 +102,10 @@ class KVCache:
         self._v[:, row] = 0
 
     def row(self, index: int) -> "KVCache":
-        """A view of one row, as a cache. It shares the storage until the next `grow` or `swap_remove` of this cache."""
+        """A view of one row, as a cache that shares the storage."""
         if not 0 <= index < self.batch:
             raise CapacityError(f"there is no row {index} in a cache of {self.batch}")
-        return self._view(slice(index, index + 1))
-
-    def copy(self, n: int) -> "KVCache":
-        """A new cache with a copy of the first `n` positions; this cache has one row."""
-        copied = self._view(slice(0, 1))
-        copied.length = n
-        shape = (*self._k.shape[:3], whole_blocks(n), self._k.shape[4])
-        copied._k, copied._v = self._k.new_zeros(shape), self._v.new_zeros(shape)
-        copied._host_lengths, copied._lengths = torch.zeros_like(self._host_lengths), torch.zeros_like(self._lengths)
-        copied.copy_from(self, n)
-        return copied
-
-    def copy_from(self, other: "KVCache", n: int) -> None:
-        """Copies the first `n` positions of another cache into this empty one; both have one row."""
-        for target, source in ((self._k, other._k), (self._v, other._v)):
-            target[:, :, :, :n] = source[:, :, :, :n]
-        self.advance(n)
-
-    def swap_remove(self, row: int) -> None:
-        """Removes a row from the batch; the last row moves into its place."""
-        last = self.batch - 1
-        if row != last:
-            filled = self.lengths[last]
-            for storage in (self._k, self._v):
-                storage[:, row] = 0
-                storage[:, row, :, :filled] = storage[:, last, :, :filled]
-            self._host_lengths[row], self._lengths[row] = self._host_lengths[last], self._lengths[last]
-        vars(self).update(vars(self._view(slice(0, last))))
-
-    def grow(self, length: int) -> None:
-        """Allocates storage for `length` positions in each row; the filled positions are kept."""
-        if whole_blocks(length) > self._k.shape[3]:
-            pad = (0, 0, 0, whole_blocks(length) - self._k.shape[3])
-            self._k, self._v = (torch.nn.functional.pad(storage, pad) for storage in (self._k, self._v))
-            self._layers = None
-        self.length = max(self.length, length)
-
-    def _view(self, rows: slice) -> "KVCache":
-        view = object.__new__(KVCache)
+        view, rows = object.__new__(KVCache), slice(index, index + 1)
         view.length, view._layers = self.length, None
         view._k, view._v = self._k[:, rows], self._v[:, rows]
         view._host_lengths, view._lengths = self._host_lengths[rows], self._lengths[rows]

@@ -190,17 +190,6 @@ def test_a_bad_prompt_is_named(llm: LLM, prompt: object, message: str) -> None:
         llm.generate(prompt)
 
 
-def test_a_second_call_is_refused_while_a_stream_is_open(llm: LLM) -> None:
-    stream = llm.stream("hello", SamplingParams(max_tokens=5, ignore_eos=True))
-    next(stream)
-    with pytest.raises(RequestError, match="busy"):
-        llm.generate("hello", SamplingParams(max_tokens=1))
-    stream.close()
-    with llm.exclusive(), pytest.raises(RequestError, match="busy"):
-        llm.score([1, 2])
-    assert llm.generate("hello", SamplingParams(max_tokens=1))
-
-
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True])
 def test_threads_are_checked(tiny_dir, threads: object) -> None:
     with pytest.raises(RequestError, match="threads"):

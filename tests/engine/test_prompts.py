@@ -14,7 +14,7 @@ import torch
 from transformers import BatchEncoding
 
 from llama_mini import LLM, SamplingParams
-from llama_mini.engine import llm as llm_module
+from llama_mini.engine.llm import MOST_AT_ONCE
 from llama_mini.engine.prompts import is_messages
 from llama_mini.errors import CapacityError, RequestError
 
@@ -232,9 +232,9 @@ def test_completions_take_prompts_as_they_need_them(llm: LLM, expected: list[lis
 
     completions = llm.completions(endless(), repeat(GREEDY))
     first = next(completions)
-    assert taken <= 16
+    assert taken <= MOST_AT_ONCE
     found = dict([first, *(next(completions) for _ in range(99))])
-    assert taken <= 16 + 32 + 64
+    assert taken <= 100 + MOST_AT_ONCE
     completions.close()
     assert all("not 1.5" in c.error if index % 5 == 4 else c.token_ids == expected[0] for index, c in found.items())
     assert llm.generate(IDS, GREEDY)  # the model is free again
@@ -251,6 +251,6 @@ def test_only_a_path_or_a_name_is_a_model(llm: LLM) -> None:
 
 def test_a_score_that_does_not_fit_is_refused_before_it_runs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama_mini.memory.available_memory", lambda device: 1000)
-    monkeypatch.setattr(llm_module, "predictions", None)
-    with pytest.raises(CapacityError, match=f"a prompt with {len(IDS)} positions"):
+    llm.forget()
+    with pytest.raises(CapacityError, match=f"has {len(IDS)} positions .* only 0 positions fit"):
         llm.score(IDS)

@@ -49,8 +49,9 @@ def wrong_values() -> list[tuple[str, object]]:
         pairs += [(name, high + 1)] if high < math.inf else []
     for name in POSITIVE:
         pairs += [(name, value) for value in [*NO_NUMBER, HUGE, 0, -0.5]]
-    for name in ("ignore_eos", "prompt_logprobs"):
+    for name in ("ignore_eos", "prompt_logprobs", "token_logprobs"):
         pairs += [(name, value) for value in NO_FLAG]
+    pairs += [("cache_salt", value) for value in (5, True, b"a", ["a"])]
     for value in ("", ["a", 3], ["a", ""], [["a"]], 5, {"a": 1}, {""}, {1}, [None], b"a"):
         pairs.append(("stop", value))
     for value in (-1, True, 1.5, "5", b"5", [-1], [True], [1.0], ["1"], [[1]], {"1"}, [None], torch.ones(2)):

@@ -182,46 +182,6 @@ def test_a_row_is_a_view_of_storage_and_length() -> None:
     assert not storage(cache)[0].any()
 
 
-@pytest.mark.parametrize("dropped", [0, 1, 2])
-def test_a_dropped_row_is_replaced_by_the_last(model: Llama, dropped: int) -> None:
-    lengths = [30, 3, 17]
-    cache, new = filled_cache(model, lengths), random_tokens(3, 4)
-    expected = decode(model, filled_cache(model, lengths), new)
-    for part in storage_views(cache):
-        part[:, dropped] = torch.nan  # the reason for its end does not stay behind
-    cache.swap_remove(dropped)
-    left = [0, 1]
-    if dropped < 2:
-        left[dropped] = 2
-    assert cache.batch == 2
-    assert cache.lengths == [lengths[row] for row in left]
-    torch.testing.assert_close(decode(model, cache, new[left]), expected[left], **EXACT)
-
-
-def test_rows_can_be_dropped_until_one_is_left(model: Llama) -> None:
-    cache = filled_cache(model, [4, 8, 12])
-    cache.swap_remove(0)
-    cache.swap_remove(0)
-    assert cache.lengths == [8]
-    new = random_tokens(1, 2)
-    whole = torch.cat((random_tokens(1, 8, seed=1), new), dim=1)
-    torch.testing.assert_close(model(new, cache), model(whole)[:, 8:], **EXACT)
-
-
-def test_a_cache_grows_and_keeps_what_it_holds(model: Llama) -> None:
-    cache, new = filled_cache(model, [10, 14], capacity=14), random_tokens(2, 30)
-    before = [part.clone() for part in storage(cache)]
-    cache.grow(44)
-    assert (cache.length, cache.lengths) == (44, [10, 14])
-    for part, old in zip(storage(cache), before, strict=True):
-        assert part.shape[3] == 48
-        assert torch.equal(part[..., :16, :], old)
-        assert not part[..., 16:, :].any()
-    torch.testing.assert_close(model(new, cache), model(new, filled_cache(model, [10, 14])), **EXACT)
-    cache.grow(20)  # never shrinks
-    assert (cache.length, storage(cache)[0].shape[3]) == (44, 48)
-
-
 @pytest.mark.parametrize(("length", "filled", "new"), [(20, 20, 1), (20, 15, 6), (20, 0, 21), (16, 16, 1), (1, 1, 1)])
 def test_what_does_not_fit_is_refused_with_both_numbers(length: int, filled: int, new: int) -> None:
     model = tiny_model()

@@ -15,7 +15,15 @@ from torch.profiler import ProfilerActivity, profile
 from llama_mini import LLM, Llama, LlamaConfig, SamplingParams
 from llama_mini.errors import CapacityError
 from llama_mini.machine import gc_paused
-from llama_mini.memory import PREFILL_CHUNK, WeightBytes, cache_bytes, check_cache_fits, check_fits, work_bytes
+from llama_mini.memory import (
+    PREFILL_CHUNK,
+    WeightBytes,
+    cache_bytes,
+    check_cache_fits,
+    check_fits,
+    fitting_positions,
+    work_bytes,
+)
 from llama_mini.model.kv_cache import KVCache
 
 CPU = torch.device("cpu")
@@ -288,9 +296,26 @@ def test_the_engine_refuses_before_it_runs(tiny_dir: Path, monkeypatch: pytest.M
     llm = LLM(tiny_dir, dtype="float32")
     params = SamplingParams(max_tokens=400, ignore_eos=True)
     monkeypatch.setattr("llama_mini.memory.available_memory", lambda device: MiB // 2)
-    monkeypatch.setattr(llm.model, "new_cache", None)
-    with pytest.raises(CapacityError, match=r"3 prompts with 4\d\d positions of cache, .* do not fit in the 0\.5 MiB"):
+    monkeypatch.setattr(llm.model, "hidden", None)
+    with pytest.raises(
+        CapacityError, match=r"has 40\d positions and needs 0\.1 MiB .* only 0 positions fit"
+    ):
         llm.generate(["one", "two", "three"], params)
+
+
+def test_the_engine_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whole blocks, beside the work memory, and no more than is asked for."""
+    for available in (10**6, 10**8, 10**9, 3 * 10**9, 10**11):
+        monkeypatch.setattr("llama_mini.memory.available_memory", lambda device, n=available: n)
+        found = fitting_positions(LLAMA_8B, 50_000, torch.bfloat16, CPU)
+
+        def need(n: int) -> int:
+            work = work_bytes(LLAMA_8B, min(n, LLAMA_8B.max_seq_len), torch.bfloat16, PREFILL_CHUNK)
+            return cache_bytes(LLAMA_8B, n, torch.bfloat16) + work
+
+        assert found % 16 == 0
+        assert not found or need(found) <= 0.9 * available
+        assert found == 50_000 or need(found + 16) > 0.9 * available
 
 
 def test_a_model_is_refused_before_it_is_read(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from llama_mini import LLM, SamplingParams
-from llama_mini.engine import runner
+from llama_mini.engine.request import Request
+from llama_mini.engine.runner import Runner
 from llama_mini.errors import RequestError
 from llama_mini.machine import _was_set, one_thread, usable_cores
 from llama_mini.optimize import set_threads
@@ -177,15 +178,31 @@ def test_a_token_is_sampled_in_one_thread(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, params: SamplingParams
 ) -> None:
     """On a busy machine every operator over the vocabulary would wait for the second thread."""
-    llm, seen, sample = LLM(tiny_dir, threads=2), [], runner.sample
+    llm, seen, append = LLM(tiny_dir, threads=2), [], Request.append_token
 
-    def watched(*args: Any) -> int:
+    def watched(*args: Any) -> None:
         seen.append(torch.get_num_threads())
-        return sample(*args)
+        append(*args)
 
-    monkeypatch.setattr(runner, "sample", watched)
+    monkeypatch.setattr(Request, "append_token", watched)
     llm.generate("Hello", params)
     assert (seen, torch.get_num_threads()) == ([1, 1], 2)
+
+
+def test_a_number_that_is_set_between_two_calls_holds(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps one for each thread, and the engine has a thread of its own."""
+    llm, seen, hidden = LLM(tiny_dir, threads=2), set(), Runner._hidden
+
+    def watched(*args: Any) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return hidden(*args)
+
+    monkeypatch.setattr(Runner, "_hidden", watched)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        llm.generate("Hello", max_tokens=2)
+        assert (seen, torch.get_num_threads()) == ({threads}, threads)
+        seen.clear()
 
 
 def test_the_engine_takes_what_it_is_given(tiny_dir: Path) -> None:

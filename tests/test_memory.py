@@ -297,9 +297,7 @@ def test_the_engine_refuses_before_it_runs(tiny_dir: Path, monkeypatch: pytest.M
     params = SamplingParams(max_tokens=400, ignore_eos=True)
     monkeypatch.setattr("llama_mini.memory.available_memory", lambda device: MiB // 2)
     monkeypatch.setattr(llm.model, "hidden", None)
-    with pytest.raises(
-        CapacityError, match=r"has 40\d positions and needs 0\.1 MiB .* only 0 positions fit"
-    ):
+    with pytest.raises(CapacityError, match=r"has 40\d positions and needs 0\.1 MiB .* only 0 positions fit"):
         llm.generate(["one", "two", "three"], params)
 
 

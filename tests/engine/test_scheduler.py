@@ -238,7 +238,11 @@ LEFT = [closed, left_by_break, collected, completions_left, interrupted, task_ca
 
 @pytest.mark.parametrize("leave", LEFT)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_what_nobody_waits_for_leaves_the_batch(llm: LLM, leave: Callable[[LLM], Iterator[None]]) -> None:
+def test_what_nobody_waits_for_leaves_the_batch(
+    llm: LLM, leave: Callable[[LLM], Iterator[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, release = [], Runner._release
+    monkeypatch.setattr(Runner, "_release", lambda self, request: left.append(request) or release(self, request))
     llm.generate([5], max_tokens=1)
     runner = llm._scheduler._runner
     assert runner is not None
@@ -246,7 +250,10 @@ def test_what_nobody_waits_for_leaves_the_batch(llm: LLM, leave: Callable[[LLM],
     next(other)
     for _ in leave(llm):
         pass
-    until(lambda: len(runner._running) == 1 and not runner.waiting)
+    until(lambda: len(runner._running) <= 1 and not runner.waiting)
+    lengths = [len(request.token_ids) for request in left if request.prompt == [5]]
+    assert lengths
+    assert max(lengths) < LONG.max_tokens
     ids = [chunk.token_id for chunk in other]
     assert ids == alone(llm, prompt_of(9, 6), LONG).token_ids[1:]
     until(lambda: runner.idle)

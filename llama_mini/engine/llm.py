@@ -33,7 +33,8 @@ from llama_mini.validate import as_plain, check_flag, check_token_ids
 Prompt = str | Sequence[int] | torch.Tensor | np.ndarray[Any, Any]
 Params = SamplingParams | Mapping[str, Any]
 
-MOST_AT_ONCE = MAX_ROWS + 8  # prompts that `completions` takes ahead of the answers: as many as run, and the next ones
+TAKEN_AT_ONCE = 16  # prompts that `completions` takes before it runs them
+MOST_AT_ONCE = MAX_ROWS + 8  # of its requests that are not answered yet: as many as run, and the next ones
 
 
 class LLM:
@@ -127,22 +128,24 @@ class LLM:
         """
         pairs = enumerate(with_params(prompts, params, settings))
         with Call(self._scheduler) as call:
-            while True:
-                for index, pair in islice(pairs, max(0, MOST_AT_ONCE - call.n_open)):
+            ended = False
+            while not ended:
+                n = min(TAKEN_AT_ONCE, MOST_AT_ONCE - call.n_open)
+                taken, requests = list(islice(pairs, n)), list[Request]()
+                for index, pair in taken:
                     try:
-                        requests = self._requests(*pair, index)
+                        requests += self._requests(*pair, index)
                     except RequestError as error:
                         refused = Request([], SamplingParams(), 1, self.tokenizer, self.load_seconds)
                         refused.fail(error)
                         assert refused.completion is not None
                         yield index, refused.completion
-                    else:
-                        call.submit(requests)
-                    while call.has_chunks:  # the next prompt may take long to come
-                        yield _finished(call)
-                if not call.n_open:
-                    return
-                yield _finished(call)
+                call.submit(sorted(requests, key=lambda request: request.positions))  # so that an answer comes soon
+                ended = len(taken) < n
+                while call.has_chunks or call.n_open >= (1 if ended else MOST_AT_ONCE):
+                    request, _ = call.next()
+                    assert request.completion is not None
+                    yield request.index, request.completion
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: Params | None = None, **settings: Any) -> Completion:
         """Answers a chat: messages with `role` and `content`, formatted with the checkpoint's chat template.
@@ -262,13 +265,6 @@ class LLM:
         if len(ids) + n_new > limit:
             raise RequestError(f"{len(ids)} prompt tokens and {n_new} new ones exceed the context of {limit}")
         return ids
-
-
-def _finished(call: Call) -> tuple[int, Completion]:
-    """The next request that finishes: the index of its prompt, and its completion."""
-    request, _ = call.next()
-    assert request.completion is not None
-    return request.index, request.completion
 
 
 def _raise_failure(request: Request) -> None:

@@ -20,6 +20,7 @@ from llama_mini.model.llama import Llama
 
 MAX_ROWS = 32  # requests that run at a time; beyond 16, more of them gain little speed
 PREFILL_SECONDS = 0.05  # that running requests wait for the prompts of others, between two of their tokens
+FEW_ROWS = 8  # so many wait no longer than a step: a prompt that is let in sooner would slow down the first answers
 LEAST_PREFILL = 32  # tokens; fewer are no faster
 REPLAYED = 16  # tokens that a request which was set back runs in one step
 
@@ -33,6 +34,7 @@ class Runner:
         self._prefilling: Request | None = None
         self._running: list[Request] = []  # the newest last
         self._token_seconds = PREFILL_SECONDS / LEAST_PREFILL  # of prefill, as measured
+        self._step_seconds = 0.0
         config, page_bytes = model.config, cache_bytes(model.config, PAGE, model.dtype)
         context = pages_of(config.max_seq_len)
         positions = fitting_positions(config, MAX_ROWS * context * PAGE, model.dtype, model.device)
@@ -66,7 +68,9 @@ class Runner:
         try:
             self._prefill()
             if self._running:
+                started = time.monotonic()
                 self._step()
+                self._step_seconds = time.monotonic() - started
         except BaseException as error:  # of a hook, or of PyTorch: those that run get it, and the thread goes on
             for request in [r for r in (self._prefilling, *self._running) if r is not None]:
                 request.end(error)
@@ -76,11 +80,17 @@ class Runner:
     # --- prompts
 
     def _prefill(self) -> None:
-        budget = PREFILL_CHUNK
-        if self._running:
-            budget = min(max(int(PREFILL_SECONDS / self._token_seconds), LEAST_PREFILL), PREFILL_CHUNK)
-        while budget > 1 and (self._prefilling or self._admit()):
-            budget -= self._prefill_part(budget)
+        n = 0
+        while n < self._budget() - 1 and (self._prefilling or self._admit()):
+            n += self._prefill_part(self._budget() - n)
+
+    def _budget(self) -> int:
+        """How many tokens of prompts may run before the next step."""
+        if not self._running:
+            return PREFILL_CHUNK
+        few = len(self._running) <= FEW_ROWS
+        seconds = min(PREFILL_SECONDS, self._step_seconds) if few else PREFILL_SECONDS
+        return min(max(int(seconds / self._token_seconds), LEAST_PREFILL), PREFILL_CHUNK)
 
     def _admit(self) -> bool:
         """Begins the next prompt; False if none waits or there is no room for it."""

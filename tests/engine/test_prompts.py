@@ -14,7 +14,7 @@ import torch
 from transformers import BatchEncoding
 
 from llama_mini import LLM, SamplingParams
-from llama_mini.engine.llm import MOST_AT_ONCE
+from llama_mini.engine.llm import MOST_AT_ONCE, TAKEN_AT_ONCE
 from llama_mini.engine.prompts import is_messages
 from llama_mini.errors import CapacityError, RequestError
 
@@ -232,7 +232,7 @@ def test_completions_take_prompts_as_they_need_them(llm: LLM, expected: list[lis
 
     completions = llm.completions(endless(), repeat(GREEDY))
     first = next(completions)
-    assert taken <= MOST_AT_ONCE
+    assert taken <= TAKEN_AT_ONCE
     found = dict([first, *(next(completions) for _ in range(99))])
     assert taken <= 100 + MOST_AT_ONCE
     completions.close()

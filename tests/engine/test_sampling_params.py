@@ -203,7 +203,7 @@ def test_a_contradiction_of_do_sample_and_temperature_is_said() -> None:
 
 def test_logprobs_is_a_flag_or_a_number() -> None:
     for flag in (True, False):
-        assert SamplingParams(logprobs=flag, top_logprobs=4) == SamplingParams(top_logprobs=4)
+        assert SamplingParams(logprobs=flag, top_logprobs=4) == SamplingParams(token_logprobs=flag, top_logprobs=4)
     assert SamplingParams(logprobs=4).top_logprobs == 4
 
 

@@ -4,9 +4,7 @@ import asyncio
 import gc
 import random
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -163,98 +161,6 @@ def test_tasks_join(llm: LLM) -> None:
 
     for seed, found in enumerate(asyncio.run(all_of_them()), 1):
         assert found == alone(llm, prompt_of(9, seed), settings(seed, 30)).token_ids
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
-def closed(llm: LLM) -> Iterator[None]:
-    stream = llm.stream([5], LONG)
-    next(stream)
-    yield
-    stream.close()
-
-
-def left_by_break(llm: LLM) -> Iterator[None]:
-    for _ in llm.stream([5], LONG):
-        break
-    yield
-
-
-def collected(llm: LLM) -> Iterator[None]:
-    stream = llm.stream([5], LONG)
-    next(stream)
-    yield
-    del stream
-    gc.collect()
-
-
-def completions_left(llm: LLM) -> Iterator[None]:
-    completions = llm.completions([[5]] * 50, [SamplingParams(max_tokens=1), *[LONG] * 49])
-    next(completions)
-    yield
-    completions.close()
-
-
-def interrupted(llm: LLM) -> Iterator[None]:
-    yield
-    try:
-        for _ in llm.stream([5], LONG):
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        pass
-
-
-def task_cancelled(llm: LLM) -> Iterator[None]:
-    async def stream() -> None:
-        async for _ in llm.astream([5], LONG):
-            pass
-
-    async def cancel() -> None:
-        task = asyncio.create_task(stream())
-        await asyncio.sleep(0.01)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    yield
-    asyncio.run(cancel())
-
-
-def loop_closed(llm: LLM) -> Iterator[None]:
-    loop = asyncio.new_event_loop()
-    stream = llm.astream([5], LONG)
-    loop.run_until_complete(anext(stream))
-    loop.close()
-    yield
-
-
-LEFT = [closed, left_by_break, collected, completions_left, interrupted, task_cancelled, loop_closed]
-
-
-@pytest.mark.parametrize("leave", LEFT)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_what_nobody_waits_for_leaves_the_batch(
-    llm: LLM, leave: Callable[[LLM], Iterator[None]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    left, release = [], Runner._release
-    monkeypatch.setattr(Runner, "_release", lambda self, request: left.append(request) or release(self, request))
-    llm.generate([6], max_tokens=1)
-    runner = llm._scheduler._runner
-    assert runner is not None
-    other = llm.stream(prompt_of(9, 6), LONG)
-    next(other)
-    for _ in leave(llm):
-        pass
-    until(lambda: len(runner._running) <= 1 and not runner.waiting and any(r.prompt == [5] for r in left))
-    assert max(len(request.token_ids) for request in left if request.prompt == [5]) < LONG.max_tokens
-    ids = [chunk.token_id for chunk in other]
-    assert ids == alone(llm, prompt_of(9, 6), LONG).token_ids[1:]
-    until(lambda: runner.idle)
 
 
 def test_exclusive_waits_for_its_turn_and_others_for_its_end(llm: LLM) -> None:

@@ -280,15 +280,12 @@ class Step(NamedTuple):
         norms = [norm for layer in self.layers for norm in layer.norms]
         matrices = [matrix for layer in self.layers for matrix in layer.matrices]
         pages = torch.arange(len(self.x))[:, None] if self.pages is None else self.pages
+        first = (*self[:3], pages, self.positions)
         return torch.ops.llama_mini.layers(
-            *self[:3],
-            pages,
-            self.positions,
+            *first,
             [layer.k for layer in self.layers],
             [layer.v for layer in self.layers],
-            [norm.gain for norm in norms],
-            [norm.eps for norm in norms],
-            [int(norm.late) for norm in norms],
+            *([getattr(norm, name) for norm in norms] for name in ("gain", "eps", "late")),
             [tensor for matrix in matrices for tensor in matrix.tensors],
             [matrix.bias_or_empty for matrix in matrices],
             [layer.window for layer in self.layers],

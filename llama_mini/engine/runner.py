@@ -63,6 +63,10 @@ class Runner:
         for request in [r for r in (self._prefilling, *self._running) if r is not None and r.cancelled]:
             request.end()
             self._release(request)
+        if any(request.cancelled for request in self.waiting):
+            for request in [request for request in self.waiting if request.cancelled]:
+                self.waiting.remove(request)
+                request.end()
         if self.idle:
             return False
         try:
@@ -94,8 +98,6 @@ class Runner:
 
     def _admit(self) -> bool:
         """Begins the next prompt; False if none waits or there is no room for it."""
-        while self.waiting and self.waiting[0].cancelled:
-            self.waiting.popleft().end()
         if not self.waiting or len(self._running) == MAX_ROWS:
             return False
         request, pages, prefixes = self.waiting[0], self._pages, self._prefixes
@@ -269,7 +271,7 @@ class Runner:
 
     def _release(self, request: Request) -> None:
         """Takes a finished request out of the batch."""
-        if request.failure is not None:  # of a NaN, perhaps
+        if isinstance(request.failure, NumericalError):  # others share the pages of a prompt that another error ends
             first = len(request.prompt) if len(request.token_ids) else request.cached_tokens
             for i in range(first // PAGE, len(request.pages)):
                 self._pages.zero(request.pages[i], max(0, first - i * PAGE))

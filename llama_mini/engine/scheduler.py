@@ -46,24 +46,25 @@ class Scheduler:
         """
         self._begin()
         n_threads, runner = torch.get_num_threads(), self._get_runner()
-        longest = max((request.least_positions for request in requests), default=0)
-        if longest > runner.most_positions and runner.idle:
-            self._runner = None  # there may be more memory by now
+        if runner.idle and any(request.least_positions > runner.most_positions for request in requests):
+            self.forget()  # there may be more memory by now
             runner = self._get_runner()
-        if longest > (most := runner.most_positions):
-            need = format_bytes(cache_bytes(self._model.config, longest, self._model.dtype))
-            raise CapacityError(
-                f"a prompt with its new tokens has {longest} positions and needs {need} of cache, but only {most} "
-                "positions fit in the memory that is available: give a shorter prompt or fewer max_tokens"
-            )
         for request in requests:
             request.deliver = deliver
-            request.max_tokens = min(request.max_tokens, most - len(request.prompt) + 1)  # a default shrinks
+        self._fit(requests, runner)
 
         def queue(scheduler: Scheduler) -> None:
             if torch.get_num_threads() != n_threads:  # the number of a thread that was there before is not changed
                 torch.set_num_threads(n_threads)
-            scheduler._runner = scheduler._runner or runner  # it may have been forgotten meanwhile
+            with scheduler._lock:  # no other one may be made meanwhile: its requests would be lost
+                scheduler._runner = scheduler._runner or runner
+            if scheduler._runner is not runner:  # it was forgotten meanwhile, and there may be less memory by now
+                try:
+                    scheduler._fit(requests, scheduler._runner)
+                except CapacityError as error:
+                    for request in requests:
+                        request.fail(error)
+                    return
             scheduler._runner.waiting.extend(requests)
 
         self._inbox.put(queue)
@@ -84,7 +85,8 @@ class Scheduler:
             self._exclusive = threading.get_ident()
             yield
         finally:
-            self._exclusive = None
+            if self._exclusive == threading.get_ident():  # else it was interrupted before its turn
+                self._exclusive = None
             done.set()
 
     def forget(self) -> None:
@@ -109,6 +111,18 @@ class Scheduler:
                 weakref.finalize(self, _end, self._thread, self._inbox)
                 self._thread.start()
 
+    def _fit(self, requests: Sequence[Request], runner: Runner) -> None:
+        """Raises CapacityError for a request that can never run; a `max_tokens` that nobody gave shrinks."""
+        longest = max((request.least_positions for request in requests), default=0)
+        if longest > (most := runner.most_positions):
+            need = format_bytes(cache_bytes(self._model.config, longest, self._model.dtype))
+            raise CapacityError(
+                f"a prompt with its new tokens has {longest} positions and needs {need} of cache, but only {most} "
+                "positions fit in the memory that is available: give a shorter prompt or fewer max_tokens"
+            )
+        for request in requests:
+            request.max_tokens = min(request.max_tokens, most - len(request.prompt) + 1)
+
     def _get_runner(self) -> Runner:
         with self._lock:
             if self._runner is None:
@@ -132,8 +146,8 @@ class Call:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Raises as Scheduler.submit does."""
+        self._open.update(requests)  # first: Ctrl-C may come between the two
         self._scheduler.submit(requests, self._deliver)
-        self._open.update(requests)
 
     def _deliver(self, request: Request, chunk: Chunk) -> None:
         if self._each or chunk.finish_reason is not None:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from llama_mini import LLM, SamplingParams
+from llama_mini.engine import runner as runner_module
 from llama_mini.engine.runner import Runner
+from llama_mini.engine.scheduler import Call
 from tests.engine.test_scheduler import LONG, alone, prompt_of
 
 
@@ -62,13 +64,14 @@ def interrupted(llm: LLM) -> Iterator[None]:
 
 
 def task_cancelled(llm: LLM) -> Iterator[None]:
-    async def stream() -> None:
+    async def stream(runs: asyncio.Event) -> None:
         async for _ in llm.astream([5], LONG):
-            pass
+            runs.set()
 
     async def cancel() -> None:
-        task = asyncio.create_task(stream())
-        await asyncio.sleep(0.01)
+        runs = asyncio.Event()
+        task = asyncio.create_task(stream(runs))
+        await runs.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -106,4 +109,20 @@ def test_what_nobody_waits_for_leaves_the_batch(
     assert max(len(request.token_ids) for request in left if request.prompt == [5]) < LONG.max_tokens
     ids = [chunk.token_id for chunk in other]
     assert ids == alone(llm, prompt_of(9, 6), LONG).token_ids[1:]
+    until(lambda: runner.idle)
+
+
+def test_what_waits_leaves_the_queue_at_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a place in the batch is free, and without having run."""
+    monkeypatch.setattr(runner_module, "MAX_ROWS", 1)
+    running = llm.stream([6], LONG)
+    next(running)
+    runner = llm._scheduler._runner
+    assert runner is not None
+    with Call(llm._scheduler) as call:
+        call.submit(llm._requests([5], LONG))
+        until(lambda: len(runner.waiting) == 1)
+    until(lambda: not runner.waiting)
+    assert len(runner._running) == 1
+    running.close()
     until(lambda: runner.idle)

@@ -143,6 +143,22 @@ def test_a_failed_row_is_never_taken_over(llm: LLM) -> None:
     assert completion.token_ids == cold(llm, SYSTEM).token_ids
 
 
+def refuse(_ids: list[int], _logits: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("no token")
+
+
+def test_a_prompt_outlives_the_request_whose_processor_fails_at_its_first_token(llm: LLM) -> None:
+    """Its keys and values are in order, and others have taken them over."""
+    other = SamplingParams(max_tokens=24, ignore_eos=True, logits_processors=[refuse])
+    expected = cold(llm, SYSTEM)
+    llm.forget()
+    assert [c.finish_reason for c in llm.generate([SYSTEM, SYSTEM], [other, GREEDY])] == ["error", "length"]
+    for completion in (llm.generate(SYSTEM, GREEDY)[0], llm.generate([*SYSTEM, 50], other)[0]):
+        assert completion.stats.cached_tokens >= len(SYSTEM) - 2
+    warm = llm.generate(SYSTEM, GREEDY)[0]
+    assert (warm.token_ids, warm.logprobs) == (expected.token_ids, expected.logprobs)
+
+
 def test_prompt_logprobs_are_computed_anew(llm: LLM) -> None:
     llm.generate(SYSTEM, GREEDY)
     params = SamplingParams(max_tokens=2, prompt_logprobs=True, top_logprobs=3)

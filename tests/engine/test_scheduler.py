@@ -129,6 +129,25 @@ def test_what_does_not_fit_by_itself_is_refused_before_it_runs(tiny_dir, monkeyp
     assert llm.generate(prompt, max_tokens=58)  # there is more memory now
 
 
+def test_what_no_longer_fits_when_its_turn_comes_fails_and_the_others_run(
+    tiny_dir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is forgotten and made anew, with less memory, between the call and its turn."""
+    llm, found = LLM(tiny_dir, dtype="bfloat16", threads=1), list[Completion]()
+    llm.generate([5], max_tokens=1)
+    with llm.exclusive():
+        thread = threading.Thread(target=lambda: found.extend(llm.generate(prompt_of(300, 3), max_tokens=2)))
+        thread.start()
+        while not llm._scheduler._inbox.qsize():
+            pass
+        small_cache(monkeypatch, 1)
+        llm._scheduler._runner = None
+        llm._scheduler._get_runner()
+    thread.join()
+    assert "only 256 positions fit" in str(found[0].error)
+    assert llm.generate([5], max_tokens=1)[0].error is None
+
+
 @pytest.mark.parametrize("length", [2, 100, 256, 300])
 def test_the_answers_to_one_prompt_share_one_prefill(llm: LLM, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, ran, hidden = prompt_of(length, 4), [], Runner._hidden

@@ -175,8 +175,10 @@ def test_step_and_prompt_are_one_operator_for_each_run_of_layers_that_it_support
 @pytest.mark.parametrize(
     ("shape", "batch"),
     [
-        *product(("mqa, tied, biases, no multiple of 16", "head_dim 80, tied, windows in some layers"), (2, 3, 7, 40)),
-        *product(SHAPES_OF_FAMILIES, (3, 40)),
+        *product(
+            ("mqa, tied, biases, no multiple of 16", "head_dim 80, tied, windows in some layers"), (2, 3, 7, 16, 40)
+        ),
+        *product(SHAPES_OF_FAMILIES, (3, 16, 40)),
     ],
 )
 def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(

@@ -57,6 +57,10 @@ class RequestError(LlamaMiniError):
     exit_code = 2
 
 
+class ContextError(RequestError):
+    """A prompt and its new tokens are longer than the model's context."""
+
+
 class CapacityError(LlamaMiniError):
     """Something does not fit in memory or in the cache."""
 

@@ -20,6 +20,7 @@ SIGNATURES = {
     LLM.completions: "(self, prompts, params=None, **settings)",
     LLM.stream: "(self, prompt, params=None, **settings)",
     LLM.astream: "(self, prompt, params=None, **settings)",
+    LLM.submit: "(self, prompts, params=None, loop=None, **settings)",
     LLM.forget: "(self)",
     LLM.score: "(self, ids)",
     Llama: "(config)",
@@ -135,6 +136,7 @@ def test_errors_and_their_exit_codes() -> None:
         "CheckpointMismatchError": 3,
         "TokenizerError": 3,
         "RequestError": 2,
+        "ContextError": 2,
         "CapacityError": 4,
         "NumericalError": 1,
     }

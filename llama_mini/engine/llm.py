@@ -17,13 +17,14 @@ from llama_mini.checkpoint.load import load_model
 from llama_mini.checkpoint.open import Adapters, open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.weight_formats import check_quantize, quantize_for
+from llama_mini.engine.async_call import AsyncCall
 from llama_mini.engine.finite import non_finite_message
 from llama_mini.engine.prompts import is_messages, one_prompt, params_argument, text_or_ids, with_params
 from llama_mini.engine.request import Chunk, Completion, Request
 from llama_mini.engine.runner import MAX_ROWS
 from llama_mini.engine.sampling_params import SamplingParams, check_vocab, is_setting, sampling_params
 from llama_mini.engine.scheduler import Call, Scheduler
-from llama_mini.errors import NumericalError, RequestError
+from llama_mini.errors import ContextError, NumericalError, RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, set_threads
@@ -172,21 +173,26 @@ class LLM:
     ) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: the event loop is not blocked."""
         request = self._one_request(prompt, params, settings, chat=is_messages(prompt))
-        loop, chunks = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
-
-        def deliver(_: Request, chunk: Chunk) -> None:
-            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
-
-        self._scheduler.submit([request], deliver)
-        try:
-            reason = None
-            while reason is None:
-                chunk = await chunks.get()
-                reason = chunk.finish_reason
-                yield chunk
-        finally:
-            request.cancelled = True
+        with AsyncCall(self._scheduler, [request]) as call:
+            while call.n_open:
+                for _, chunk in await call.next():
+                    yield chunk
         _raise_failure(request)
+
+    def submit(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: Params | Iterable[Params] | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
+        **settings: Any,
+    ) -> AsyncCall:
+        """Starts the answers of `generate` for an event loop, which awaits their chunks; `n` for each prompt, in order.
+
+        May be called from any thread, if the loop is given. Raises as `generate` does, before anything runs.
+        """
+        pairs = enumerate(with_params(prompts, params, settings))
+        requests = [request for index, pair in pairs for request in self._requests(*pair, index)]
+        return AsyncCall(self._scheduler, requests, loop)
 
     def score(self, ids: Prompt) -> list[float | None]:
         """The log-probability of each token given those before it, in nats; None for the first.
@@ -263,7 +269,7 @@ class LLM:
         check_token_ids(ids, self.config.vocab_size, RequestError)
         limit = self.config.max_seq_len
         if len(ids) + n_new > limit:
-            raise RequestError(f"{len(ids)} prompt tokens and {n_new} new ones exceed the context of {limit}")
+            raise ContextError(f"{len(ids)} prompt tokens and {n_new} new ones exceed the context of {limit}")
         return ids
 
 

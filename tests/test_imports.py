@@ -16,7 +16,7 @@ FLOORS = [  # from the ground up; those of one floor may import each other, as l
     "checkpoint memory",
     "tokenizer optimize",
     "engine",
-    "eval lab",
+    "eval lab server",
     "cli",
     "__main__ generate score eval.__main__ lab.__main__",  # the commands
 ]

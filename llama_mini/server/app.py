@@ -1,0 +1,136 @@
+"""The application: which address does what."""
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from llama_mini.engine.async_call import AsyncCall
+from llama_mini.engine.llm import LLM
+from llama_mini.server.answers import Answer, ChatAnswer, TextAnswer
+from llama_mini.server.asked import Asked, chat_request, text_request
+from llama_mini.server.body import parse_body, read_body
+from llama_mini.server.errors import ApiError, as_api_error
+from llama_mini.server.reply import Reply
+from llama_mini.server.settings import Settings
+from llama_mini.tokenizer import Tokenizer
+from llama_mini.validate import join_names, short_repr
+
+
+def create_app(llm: LLM, settings: Settings) -> Starlette:
+    """The server's application for any ASGI server."""
+    api = Api(llm, settings)
+    post, get = ["POST"], ["GET"]
+    routes = [
+        Route("/v1/chat/completions", api.chat, methods=post),
+        Route("/v1/completions", api.complete, methods=post),
+        Route("/v1/models", api.models, methods=get),
+        Route("/v1/models/{name:path}", api.model, methods=get),
+        Route("/health", api.health, methods=get),
+    ]
+    return Starlette(routes=routes, exception_handlers={ApiError: _failed, HTTPException: _refused, Exception: _failed})
+
+
+class Api:
+    """The endpoints of one model."""
+
+    def __init__(self, llm: LLM, settings: Settings) -> None:
+        self._llm, self._settings = llm, settings
+        self._started = int(time.time())
+        self._lock, self._n_open = threading.Lock(), 0
+
+    async def chat(self, http: HTTPRequest) -> Response | Reply:
+        return await self._answer(http, chat_request, ChatAnswer, "chat.completion")
+
+    async def complete(self, http: HTTPRequest) -> Response | Reply:
+        return await self._answer(http, text_request, TextAnswer, "text_completion")
+
+    async def models(self, http: HTTPRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._settings.model_names]})
+
+    async def model(self, http: HTTPRequest) -> Response:
+        self._check_model({"model": http.path_params["name"]})
+        return JSONResponse(self._model(http.path_params["name"]))
+
+    async def health(self, http: HTTPRequest) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "llama_mini",
+            "max_model_len": self._llm.config.max_seq_len,
+        }
+
+    async def _answer(
+        self,
+        http: HTTPRequest,
+        parse: Callable[[dict[str, Any], Tokenizer], Asked],
+        answer: type[Answer],
+        kind: str,
+    ) -> Reply:
+        data, loop = await read_body(http), asyncio.get_running_loop()
+        body: dict[str, Any] = {}
+
+        def start() -> tuple[Asked, AsyncCall]:
+            body.update(parse_body(data))
+            self._check_model(body)
+            asked = parse(body, self._llm.tokenizer)
+            self._enter(n := len(asked.prompts) * asked.params.n)
+            try:
+                return asked, self._llm.submit(asked.prompts, asked.params, loop)
+            except BaseException:
+                self._leave(n)
+                raise
+
+        try:
+            asked, call = await asyncio.to_thread(start)  # a template or a long prompt would hold up the loop
+        except Exception as error:
+            failure = as_api_error(error)
+            if failure.param is None and (named := re.match(r"[a-z_]+", str(failure))) and named[0] in body:
+                failure.param = named[0]
+            raise failure from error
+
+        model = body.get("model", self._settings.model_names[0])
+        answers = [answer(i, asked, request, self._llm.tokenizer) for i, request in enumerate(call.requests)]
+        return Reply(call, asked, answers, kind, model, lambda: self._leave(len(answers)))
+
+    def _enter(self, n: int) -> None:
+        """Counts answers that run and wait. Raises ApiError if they are too many."""
+        with self._lock:
+            if self._n_open + n > (most := self._settings.max_queue):
+                message = f"{n} more answers than the {self._n_open} that run and wait are more than {most}"
+                raise ApiError(503, message, headers={"Retry-After": "1"})
+            self._n_open += n
+
+    def _leave(self, n: int) -> None:
+        with self._lock:
+            self._n_open -= n
+
+    def _check_model(self, body: Mapping[str, Any]) -> None:
+        """Raises ApiError unless the model is one that is served. A request without `model` means the only one."""
+        names = self._settings.model_names
+        if (name := body.get("model", names[0])) not in names:
+            known = f"the models here are {join_names(names)}"
+            raise ApiError(404, f"model {short_repr(name)} does not exist: {known}", "model", "model_not_found")
+
+
+async def _failed(http: HTTPRequest, error: Exception) -> Response:
+    return as_api_error(error).response()
+
+
+async def _refused(http: HTTPRequest, error: Exception) -> Response:
+    """Starlette's own refusals: no such address, no such method."""
+    assert isinstance(error, HTTPException)
+    message = f"there is no {http.method} {http.url.path[:100]} here"
+    return ApiError(error.status_code, message, headers=error.headers).response()

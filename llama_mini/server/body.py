@@ -1,0 +1,43 @@
+"""The body of a request: one JSON object, read strictly."""
+
+import json
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+
+from llama_mini.errors import RequestError
+from llama_mini.server.errors import ApiError
+from llama_mini.validate import as_dict, as_text
+
+
+async def read_body(http: Request) -> bytes:
+    """The bytes of a JSON body."""
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # other types may be sent by any web page, without asking first
+        raise ApiError(415, f"Content-Type must be application/json, not {kind or 'absent'!r:.100}")
+    return await http.body()
+
+
+def parse_body(data: bytes) -> dict[str, Any]:
+    """The fields that are given: null is not given. Raises RequestError for anything but one JSON object in UTF-8."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        return as_dict("the body", found, RequestError)
+
+    try:
+        body = json.loads(as_text(data, "the body", RequestError), object_pairs_hook=pairs, parse_constant=_refuse)
+        if b"\\u" in data:
+            json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair is not text
+    except UnicodeEncodeError:
+        raise RequestError(
+            "the body has half of a surrogate pair, such as \\ud83d alone: send whole characters"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}; send one JSON object") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"the body must be a JSON object, not {type(body).__name__}")
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")

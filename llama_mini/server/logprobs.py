@@ -1,0 +1,116 @@
+"""Log-probabilities of tokens in the shapes of OpenAI's two APIs."""
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama_mini.engine.request import Alternatives
+from llama_mini.tokenizer import Tokenizer
+
+LEAST = -9999.0  # stands for minus infinity, which JSON does not have; vLLM's value
+
+
+@dataclass
+class Entry:
+    """One token: the text that it completes, its bytes, and where the text begins."""
+
+    id: int
+    text: str
+    bytes: bytes
+    start: int
+    logprob: float | None
+    alternatives: Alternatives | None
+
+
+class TokenLogprobs:
+    """The tokens of one text as they come. Joined, the texts of all entries are the text, whole characters only.
+
+    Entries wait until their text is sent: it may be the beginning of a stop string. Of that, and of an end-of-text
+    token, they have no text. Positions count from `start`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
+        self._tokenizer, self._start, self._end = tokenizer, start, start
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip_space = tokenizer.strips_space
+        self._held: list[Entry] = []
+
+    def push(self, id: int, logprob: float | None, alternatives: Alternatives | None) -> None:
+        data = self._tokenizer.token_bytes(id)
+        text = self._utf8.decode(data)
+        if text and self._strip_space:
+            self._strip_space, text, data = False, text.removeprefix(" "), data.removeprefix(b" ")
+        self._held.append(Entry(id, text, data, self._end, logprob, alternatives))
+        self._end += len(text)
+
+    def sent(self, end: int) -> list[Entry]:
+        """The entries of what is sent, when that are the first `end` characters."""
+        n, end = 0, self._start + end
+        for entry in self._held:
+            if entry.start == end or entry.start + len(entry.text) > end:
+                break
+            n += 1
+        taken, self._held = self._held[:n], self._held[n:]
+        return taken
+
+    def rest(self, text: str) -> list[Entry]:
+        """The last entries, when the text is complete and known. They have what it has of them."""
+        end = self._start + len(text)
+        for entry in self._held:
+            if entry.start + len(entry.text) > end:  # it ends in a stop string
+                entry.text = text[entry.start - self._start :]
+                entry.bytes = entry.text.encode()
+        if self._held and self._end < end:  # the text ends within a character
+            self._held[-1].text += text[self._end - self._start :]
+        return self._held
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> dict[str, Any]:
+    """`logprobs` of a choice of a chat. `bytes` are there where a token is a part of a character, too."""
+    return {
+        "content": [
+            {
+                "token": entry.text,
+                "logprob": _number(entry.logprob),
+                "bytes": list(entry.bytes),
+                "top_logprobs": [_alternative(tokenizer, id, value) for id, value in entry.alternatives or ()],
+            }
+            for entry in entries
+        ],
+        "refusal": None,
+    }
+
+
+def text_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> dict[str, Any]:
+    """`logprobs` of a choice of a completion."""
+    return {
+        "tokens": [entry.text for entry in entries],
+        "token_logprobs": [_number(entry.logprob) for entry in entries],
+        "top_logprobs": [_by_text(tokenizer, entry) for entry in entries],
+        "text_offset": [entry.start for entry in entries],
+    }
+
+
+def _by_text(tokenizer: Tokenizer, entry: Entry) -> dict[str, float | None] | None:
+    """Text -> log-probability of the likeliest tokens and of the token itself, as in OpenAI's API."""
+    if entry.alternatives is None or entry.logprob is None:
+        return None
+    found: dict[str, float | None] = {}
+    for id, value in [*entry.alternatives, (entry.id, entry.logprob)]:
+        data = tokenizer.token_bytes(id, skip_special_tokens=False)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:  # OpenAI's way to write a part of a character
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        found.setdefault(text, _number(value))  # of two tokens with one text, the likelier
+    return found
+
+
+def _alternative(tokenizer: Tokenizer, id: int, value: float) -> dict[str, Any]:
+    data = tokenizer.token_bytes(id, skip_special_tokens=False)
+    return {"token": data.decode(errors="replace"), "logprob": _number(value), "bytes": list(data)}
+
+
+def _number(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST)

@@ -1,0 +1,138 @@
+"""The reply to a request for answers: JSON at once, or a stream of events."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from llama_mini.engine.async_call import AsyncCall
+from llama_mini.engine.request import Chunk, Request
+from llama_mini.server.answers import Answer
+from llama_mini.server.asked import Asked
+from llama_mini.server.errors import ApiError, as_api_error
+
+encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+class Reply:
+    """An ASGI application that sends the answers of one call. If the client goes away, they leave the batch.
+
+    Args:
+        call: the requests, which run.
+        answers: one for each request of the call.
+        kind: `chat.completion` or `text_completion`.
+        left: is called once, when the reply ends in whatever way.
+    """
+
+    def __init__(
+        self, call: AsyncCall, asked: Asked, answers: Sequence[Answer], kind: str, model: str, left: Callable[[], None]
+    ) -> None:
+        self._call, self._asked, self._answers, self._left = call, asked, answers, left
+        self._of = dict(zip(call.requests, answers, strict=True))
+        prefix, is_chunk = ("chatcmpl-", asked.stream) if kind.startswith("chat") else ("cmpl-", False)
+        self._head = {
+            "id": prefix + uuid.uuid4().hex,
+            "object": kind + ".chunk" if is_chunk else kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task((self._stream if self._asked.stream else self._whole)(send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            with self._call:
+                await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._left()
+            for task in (work, gone):
+                task.cancel()
+            with suppress(asyncio.CancelledError):
+                await gone
+            with suppress(asyncio.CancelledError):
+                await work  # raises what sending has raised
+
+    async def _whole(self, send: Send) -> None:
+        chunks: dict[Request, list[Chunk]] = {request: [] for request in self._call.requests}
+        try:
+            while self._call.n_open:
+                for request, chunk in await self._call.next():
+                    _check(request, chunk)
+                    chunks[request].append(chunk)
+            choices = [answer.whole(chunks[answer.request]) for answer in self._answers]
+            status, body = 200, self._head | {"choices": choices, "usage": self._usage()}
+        except Exception as error:
+            failure = as_api_error(error)
+            status, body = failure.status, failure.body
+        data = encode(body).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": data})
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        begin = "".join(self._event(choice) for answer in self._answers if (choice := answer.begin()))
+        await send({"type": "http.response.body", "body": begin.encode(), "more_body": True})
+        end = ""
+        try:
+            while self._call.n_open:
+                events = ""
+                for request, chunk in await self._call.next():
+                    _check(request, chunk)
+                    choice = self._of[request].choice(chunk)
+                    events += self._event(choice) if choice else ""
+                if events:  # one write for all
+                    await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+            if self._asked.usage:
+                end = _data(self._head | {"choices": [], "usage": self._usage()})
+            end += "data: [DONE]\n\n"
+        except OSError:
+            raise
+        except Exception as error:  # the status was sent: what is left is an event, then the end
+            end = _data(as_api_error(error).body)
+        await send({"type": "http.response.body", "body": end.encode()})
+
+    def _event(self, choice: dict[str, Any]) -> str:
+        usage = {"usage": self._usage()} if self._asked.usage_so_far else {}
+        return _data(self._head | {"choices": [choice]} | usage)
+
+    def _usage(self) -> dict[str, Any]:
+        """The numbers of tokens, a prompt counted once, whatever `n` is."""
+        firsts = self._call.requests[:: self._asked.params.n]
+        prompt = sum(len(request.prompt) for request in firsts)
+        new = 0 if self._asked.no_answer else sum(answer.n_tokens for answer in self._answers)
+        cached = sum(request.cached_tokens for request in firsts)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+def _data(event: dict[str, Any]) -> str:
+    return f"data: {encode(event)}\n\n"
+
+
+def _check(request: Request, chunk: Chunk) -> None:
+    """Raises the error of a request that failed."""
+    if chunk.finish_reason == "error":
+        assert request.failure is not None
+        raise request.failure
+    if chunk.finish_reason == "abort":
+        raise ApiError(503, "the server ends: ask again later")
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -23,7 +23,7 @@ from llama_mini.engine.prompts import is_messages, one_prompt, params_argument, 
 from llama_mini.engine.request import Chunk, Completion, Request
 from llama_mini.engine.runner import MAX_ROWS
 from llama_mini.engine.sampling_params import SamplingParams, check_vocab, is_setting, sampling_params
-from llama_mini.engine.scheduler import Call, Scheduler
+from llama_mini.engine.scheduler import Activity, Call, Scheduler
 from llama_mini.errors import ContextError, NumericalError, RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.model.llama import Llama
@@ -209,6 +209,10 @@ class LLM:
             with self.exclusive():
                 raise NumericalError(non_finite_message(self.model, ids[: bad[0]]))
         return scores
+
+    def activity(self) -> Activity:
+        """How many requests run and wait, how many tokens were generated, how full the cache is."""
+        return self._scheduler.activity()
 
     def forget(self) -> None:
         """Frees the cache that is kept for prefix reuse, and all of the cache if nothing runs."""

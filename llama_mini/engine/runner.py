@@ -30,6 +30,7 @@ class Runner:
 
     def __init__(self, model: Llama, eos_ids: frozenset[int], keeps_prefixes: bool) -> None:
         self.waiting: deque[Request] = deque()
+        self.generated_tokens = 0
         self._model, self._eos_ids = model, eos_ids
         self._prefilling: Request | None = None
         self._running: list[Request] = []  # the newest last
@@ -237,6 +238,7 @@ class Runner:
                 request.fail(failures[i])
             else:
                 request.append_token(tokens[i], logits[i])
+                self.generated_tokens += 1
             if request.finish_reason is not None:
                 self._release(request)
 

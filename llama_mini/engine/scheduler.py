@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import torch
@@ -22,6 +23,23 @@ from llama_mini.model.llama import Llama
 
 Message = Callable[["Scheduler"], None]
 EXIT_SECONDS = 10  # that the process waits for a step before it ends
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the engine does at the moment.
+
+    Attributes:
+        running: requests in the batch, whose prompts or answers are computed.
+        waiting: requests that wait for their turn.
+        generated_tokens: of all requests since the engine began.
+        cache_usage: share of the cache that running requests use, from 0 to 1.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    generated_tokens: int = 0
+    cache_usage: float = 0.0
 
 
 class Scheduler:
@@ -96,6 +114,15 @@ class Scheduler:
                 self._runner.forget()
                 if self._runner.idle:
                     self._runner = None
+
+    def activity(self) -> Activity:
+        runner = self._runner
+        if runner is None:
+            return Activity()
+        running = [request for request in (runner._prefilling, *runner._running) if request is not None]
+        pages = {page for request in running for page in request.pages}
+        usage = len(pages) / max(runner._pages.count, 1)
+        return Activity(len(running), len(runner.waiting), runner.generated_tokens, usage)
 
     def _begin(self) -> None:
         """Starts the thread if there is none."""

@@ -19,6 +19,7 @@ from llama_mini.errors import LlamaMiniError, RequestError
 COMMANDS = {
     "generate": "answer a prompt, or a file of prompts",
     "chat": "chat at the terminal",
+    "serve": "serve a model to clients of OpenAI's API, and a page to chat with",
     "score": "measure the perplexity of texts",
     "info": "describe a checkpoint without loading it",
     "convert": "convert a checkpoint to a Hugging Face directory",
@@ -48,7 +49,7 @@ def _run(command: str, argv: list[str], prog: str) -> int:
             return exit_code_of(lambda: _run_mode("--info", options.info_parser(prog), argv))
         case "convert":
             return run_convert(argv, prog)
-        case "generate" | "score":
+        case "generate" | "score" | "serve":
             return import_module(f"llama_mini.{command}").main(argv, prog)
         case "lab":
             return import_module("llama_mini.lab.__main__").main(argv, prog)

@@ -18,7 +18,7 @@ FLOORS = [  # from the ground up; those of one floor may import each other, as l
     "engine",
     "eval lab server",
     "cli",
-    "__main__ generate score eval.__main__ lab.__main__",  # the commands
+    "__main__ generate score serve eval.__main__ lab.__main__",  # the commands
 ]
 UPWARDS = {  # Llama.from_pretrained and save_pretrained, when they are called
     ("model.llama", "checkpoint.load"),

@@ -43,7 +43,7 @@ def test_the_console_script_is_this_function() -> None:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = run(capsys, "--help")
     assert (code, err) == (0, "")
-    assert list(COMMANDS) == ["generate", "chat", "score", "info", "convert", "eval", "lab", "bench"]
+    assert list(COMMANDS) == ["generate", "chat", "serve", "score", "info", "convert", "eval", "lab", "bench"]
     for name, meaning in COMMANDS.items():
         assert f"  {name:10}{meaning}\n" in out
     assert out.startswith("usage: llama-mini COMMAND ...\n")
@@ -53,7 +53,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], monkeypatc
     assert run(capsys) == (0, out.replace("llama-mini", "python -m llama_mini"), "")  # nothing typed, at a terminal
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "score", "info", "convert", "lab"])
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "score", "info", "convert", "lab"])
 def test_help_of_a_command_fits_eighty_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:

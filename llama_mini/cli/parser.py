@@ -18,6 +18,8 @@ _OTHER_NAMES = {  # of llama.cpp, vLLM and transformers; --top_k and the like ar
     "--repetition-penalty": "--repeat-penalty",
     "--seed": "-s",
     "--threads": "-t",
+    "--served-model-name": "--alias -a",
+    "--allowed-origin": "--allowed-origins",
 }
 ALIASES = {alias: option for option, aliases in _OTHER_NAMES.items() for alias in aliases.split()}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -19,24 +20,36 @@ from llama_mini.server.answers import Answer, ChatAnswer, TextAnswer
 from llama_mini.server.asked import Asked, chat_request, text_request
 from llama_mini.server.body import parse_body, read_body
 from llama_mini.server.errors import ApiError, as_api_error
+from llama_mini.server.limits import Limits
 from llama_mini.server.reply import Reply
+from llama_mini.server.security import Security
 from llama_mini.server.settings import Settings
+from llama_mini.server.traffic import Traffic
 from llama_mini.tokenizer import Tokenizer
 from llama_mini.validate import join_names, short_repr
 
 
 def create_app(llm: LLM, settings: Settings) -> Starlette:
     """The server's application for any ASGI server."""
-    api = Api(llm, settings)
+    api, traffic = Api(llm, settings), Traffic(llm, settings)
     post, get = ["POST"], ["GET"]
     routes = [
         Route("/v1/chat/completions", api.chat, methods=post),
         Route("/v1/completions", api.complete, methods=post),
         Route("/v1/models", api.models, methods=get),
         Route("/v1/models/{name:path}", api.model, methods=get),
-        Route("/health", api.health, methods=get),
+        Route("/health", traffic.health, methods=get),
+        Route("/metrics", traffic.show_metrics, methods=get),
     ]
-    return Starlette(routes=routes, exception_handlers={ApiError: _failed, HTTPException: _refused, Exception: _failed})
+    around = [
+        Middleware(traffic.around),
+        Middleware(Security, settings=settings),
+        Middleware(Limits, settings=settings),
+    ]
+    handlers = {ApiError: _failed, HTTPException: _refused, Exception: _failed}
+    app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)
+    app.state.traffic = traffic
+    return app
 
 
 class Api:
@@ -59,9 +72,6 @@ class Api:
     async def model(self, http: HTTPRequest) -> Response:
         self._check_model({"model": http.path_params["name"]})
         return JSONResponse(self._model(http.path_params["name"]))
-
-    async def health(self, http: HTTPRequest) -> Response:
-        return JSONResponse({"status": "ok"})
 
     def _model(self, name: str) -> dict[str, Any]:
         return {

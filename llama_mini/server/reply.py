@@ -48,6 +48,7 @@ class Reply:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["requests"] = self._call.requests  # for the log and the metrics
         work = asyncio.create_task((self._stream if self._asked.stream else self._whole)(send))
         gone = asyncio.create_task(_disconnected(receive))
         try:

@@ -1,0 +1,112 @@
+"""Runs the application: its address, signals and the log."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from ipaddress import ip_address
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from llama_mini.errors import LlamaMiniError, RequestError
+from llama_mini.server.limits import Connection
+from llama_mini.server.settings import Settings
+from llama_mini.server.traffic import Traffic
+
+IDLE_SECONDS = 65  # that a connection may stay open between requests: more than proxies keep theirs, nginx 60
+CLOSE_SECONDS = 2  # that connections have to close once all requests have ended
+SWITCH_SECONDS = 0.0005  # the engine's thread gives way to the event loop so soon; Python's 0.005 delays every token
+
+
+def bind(host: str, port: int, settings: Settings) -> socket.socket:
+    """The address, before anything is loaded. It refuses connections until it listens.
+
+    Raises RequestError for an address that other machines reach, without a key; LlamaMiniError if it is not free.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        if not (settings.api_keys or ip_address(address[0]).is_loopback):
+            raise RequestError(
+                f"--host {host} can be reached from other machines: give --api-key or LLAMA_MINI_API_KEY too"
+            )
+        server = socket.socket(family, socket.SOCK_STREAM)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(address)
+    except (OSError, OverflowError) as error:
+        raise LlamaMiniError(f"cannot serve at {host} port {port}: {getattr(error, 'strerror', error)}") from None
+    return server
+
+
+def serve(app: Starlette, settings: Settings, listener: socket.socket) -> None:
+    """Serves until SIGTERM or Ctrl-C. Then requests that run have time to finish; the second time, none."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
+    logging.getLogger("llama_mini.server").addHandler(handler)
+    logging.getLogger("llama_mini.server").setLevel(logging.INFO)
+    config = uvicorn.Config(
+        app,
+        http=partial(Connection, settings),  # type: ignore[arg-type]
+        ws="none",
+        loop="asyncio",
+        h11_max_incomplete_event_size=2 * settings.max_header_bytes,  # beyond it h11 refuses by itself
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+        backlog=settings.max_connections,
+        access_log=False,  # it has query strings
+        log_config=None,
+        log_level="error",
+        proxy_headers=False,
+        server_header=False,
+    )
+    _Server(config, app.state.traffic, settings.model_names[0]).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, traffic: Traffic, name: str) -> None:
+        super().__init__(config)
+        self._traffic, self._name = traffic, name
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"{self._name} is served at {url}, Ctrl-C stops it", file=sys.stderr, flush=True)
+
+    async def main_loop(self) -> None:
+        await super().main_loop()  # until a signal
+        await self._traffic.drain()  # connections are taken meanwhile, and new requests refused in a sentence
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike uvicorn's, it does not raise the signals again: a server that was told to stop has not failed."""
+        self._loop = asyncio.get_running_loop()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.should_exit = True
+        self._loop.call_soon_threadsafe(self._traffic.stop)  # which also wakes the loop
+
+
+class _Formatter(logging.Formatter):
+    """Of an error the place and the class: its message may hold a part of a prompt."""
+
+    def formatException(self, info: Any) -> str:
+        return "".join(traceback.format_tb(info[2])) + info[0].__name__

@@ -1,0 +1,142 @@
+"""The life of every HTTP request: its line in the log, its counts, comments while it is silent, its end at shutdown."""
+
+import asyncio
+import json
+import logging
+import time
+from contextlib import suppress
+from functools import partial
+
+from starlette.datastructures import Headers
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama_mini.engine.llm import LLM
+from llama_mini.server.errors import ApiError
+from llama_mini.server.limits import RETRY
+from llama_mini.server.metrics import Metrics
+from llama_mini.server.settings import Settings
+
+log = logging.getLogger("llama_mini.server")
+STOPPING = "the server is stopping: send the request again later"
+GONE = 499  # in the log: the client left before there was a reply; nginx's number
+
+
+class Traffic:
+    """Stands around the app, which puts the engine's requests into `scope["state"]["requests"]`."""
+
+    def __init__(self, llm: LLM, settings: Settings) -> None:
+        self._settings, self.metrics = settings, Metrics(llm)
+        self._n_open, self._stopping = 0, False
+        self._drained, self._over = asyncio.Event(), asyncio.Event()
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        return partial(self._serve, app)
+
+    async def health(self, http: HTTPRequest) -> Response:
+        return JSONResponse({"status": "stopping"}, 503) if self._stopping else JSONResponse({"status": "ok"})
+
+    async def show_metrics(self, http: HTTPRequest) -> Response:
+        return Response(self.metrics.text(), media_type=self.metrics.MEDIA_TYPE)
+
+    def stop(self) -> None:
+        """Takes no more requests; the second time, those that run end at once."""
+        if self._stopping:
+            self._drained.set()
+        self._stopping = True
+
+    async def drain(self) -> None:
+        """Once it takes no more: waits until all requests have ended, and ends those that have not in time."""
+        if self._n_open:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), self._settings.grace_seconds)
+        self._over.set()
+
+    async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        if self._stopping and scope["path"] not in ("/health", "/metrics"):
+            app = ApiError(503, STOPPING, headers=RETRY).response()
+        scope.setdefault("state", {})
+        started, reply = time.perf_counter(), _Reply(scope, receive, send)
+        self._n_open += 1
+        work = asyncio.ensure_future(app(scope, receive, reply.send))
+        try:
+            await self._run(work, reply)
+        except Exception as error:
+            log.error("a request failed", exc_info=error)
+            await reply.end(ApiError(500, "the server failed: its log has the reason"))
+        finally:
+            work.cancel()
+            self._n_open -= 1
+            if self._stopping and not self._n_open:
+                self._drained.set()
+            self._record(scope, reply.status, time.perf_counter() - started)
+
+    async def _run(self, work: "asyncio.Future[None]", reply: "_Reply") -> None:
+        over = asyncio.ensure_future(self._over.wait())
+        try:
+            while not work.done():
+                silence = self._settings.keepalive_seconds - (time.monotonic() - reply.sent_at)
+                await asyncio.wait((work, over), timeout=max(silence, 0.0), return_when=asyncio.FIRST_COMPLETED)
+                if over.done() and not work.done():
+                    work.cancel()
+                    await asyncio.wait((work,))
+                    await reply.end(ApiError(503, STOPPING, headers=RETRY))
+                    return
+                if time.monotonic() - reply.sent_at >= self._settings.keepalive_seconds:
+                    await reply.keep_alive()
+            work.result()
+        finally:
+            over.cancel()
+
+    def _record(self, scope: Scope, status: int | None, seconds: float) -> None:
+        """One line: no prompt, no key, no query string."""
+        client, requests = scope.get("client") or ("-",), scope["state"].get("requests", ())
+        tokens = ""
+        if requests:
+            self.metrics.count(requests)
+            cached, new = sum(r.cached_tokens for r in requests), sum(len(r.token_ids) for r in requests)
+            tokens = f" prompt={sum(len(r.prompt) for r in requests)} cached={cached} new={new}"
+            firsts = [r.completion.stats.ttft_seconds for r in requests if r.completion and r.token_ids]
+            tokens += f" first={min(firsts):.3f}s" if firsts else ""
+        path = scope["path"][:100].encode("unicode_escape").decode()
+        log.info("%s %s %s %s%s all=%.3fs", client[0], scope["method"], path, status or GONE, tokens, seconds)
+
+
+class _Reply:
+    """What was sent of a reply."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self.status: int | None = None
+        self.sent_at = time.monotonic()
+        self._sending = self._streams = self._ended = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._streams = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+        else:
+            self._ended = not message.get("more_body", False)
+        self._sending = True
+        try:
+            await self._send(message)
+        finally:
+            self._sending, self.sent_at = False, time.monotonic()
+
+    async def keep_alive(self) -> None:
+        """A comment in a stream that nothing is sent to; a proxy would close it after a minute."""
+        if self._streams and not self._sending and not self._ended:
+            await self.send({"type": "http.response.body", "body": b": keepalive\n\n", "more_body": True})
+        self.sent_at = time.monotonic()
+
+    async def end(self, error: ApiError) -> None:
+        """Ends it with an error, in the way that is still possible."""
+        if self.status is None:
+            await error.response()(self._scope, self._receive, self.send)
+        elif self._streams and not self._ended:
+            event = f"data: {json.dumps(error.body)}\n\n".encode()
+            await self.send({"type": "http.response.body", "body": event})

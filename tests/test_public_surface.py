@@ -47,7 +47,7 @@ SIGNATURES = {
 FIELDS = {
     SamplingParams: "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty "
     "logit_bias logits_processors n seed min_tokens max_tokens max_time stop stop_token_ids ignore_eos top_logprobs "
-    "prompt_logprobs token_logprobs cache_salt",
+    "prompt_logprobs token_logprobs cache_salt json_schema regex grammar choice",
     Completion: "text token_ids finish_reason error logprobs stats top_logprobs prompt_logprobs prompt_top_logprobs",
     Chunk: "text token_id finish_reason completion",
     LlamaConfig: "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len norm_eps rope_theta "

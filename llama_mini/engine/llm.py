@@ -24,6 +24,7 @@ from llama_mini.engine.request import Chunk, Completion, Request
 from llama_mini.engine.runner import MAX_ROWS
 from llama_mini.engine.sampling_params import SamplingParams, check_vocab, is_setting, sampling_params
 from llama_mini.engine.scheduler import Activity, Call, Scheduler
+from llama_mini.engine.structured import Structures
 from llama_mini.errors import ContextError, NumericalError, RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.model.llama import Llama
@@ -90,6 +91,7 @@ class LLM:
         self.config = self.model.config
         self.load_seconds = time.perf_counter() - started
         self._scheduler = Scheduler(self.model, self.tokenizer.eos_ids, prefix_cache)
+        self._structures = Structures(self.tokenizer, self.config.vocab_size)
 
     def generate(
         self,
@@ -258,11 +260,13 @@ class LLM:
             raise params
         ids = self._ids(prompt, params.max_tokens or max(params.min_tokens, 1))
         check_vocab(params, self.config.vocab_size)
+        constraint = self._structures.constraint(params.structure)
         max_tokens = params.max_tokens or self.config.max_seq_len - len(ids)
         each = [
             params if params.seed is None else replace(params, seed=(params.seed + i) % 2**64) for i in range(params.n)
         ]
-        return [Request(ids, sampling, max_tokens, self.tokenizer, self.load_seconds, index) for sampling in each]
+        shared = (max_tokens, self.tokenizer, self.load_seconds, index, constraint)
+        return [Request(ids, sampling, *shared) for sampling in each]
 
     def _ids(self, prompt: Any, n_new: int) -> list[int]:
         """A prompt as token ids; raises RequestError unless they and `n_new` more tokens fit in the context."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_mini.engine.logprobs import token_logprobs, top_logprobs
 from llama_mini.engine.sampling_params import SamplingParams
+from llama_mini.engine.structured import Constraint
 from llama_mini.errors import LlamaMiniError
 from llama_mini.machine import peak_memory_bytes
 from llama_mini.tokenizer import DecodeStream, Tokenizer
@@ -85,6 +86,7 @@ class Request:
     Attributes:
         max_tokens: that of the parameters, else as many tokens as fit in the context after the prompt.
         index: position of the prompt in the list of its call.
+        constraint: what the answer may be. All requests of the same structure share it until they start.
         deliver: takes each chunk when it is there, in the engine's thread.
         pages: the pages of the cache that hold its first `filled` tokens.
         cancelled: nobody waits for it any more. Any thread may set it.
@@ -97,6 +99,7 @@ class Request:
     tokenizer: Tokenizer
     load_seconds: float
     index: int = 0
+    constraint: Constraint | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[Alternatives] = field(default_factory=list)
@@ -126,6 +129,7 @@ class Request:
         if not self._started_at:  # else it was set back, and goes on with what it has
             self._started_at = time.perf_counter()
             self.generator = self.params.generator()
+            self.constraint = self.constraint and self.constraint.copy(self._stop_ids)
 
     @property
     def positions(self) -> int:
@@ -175,7 +179,8 @@ class Request:
         if token in self._stop_ids:
             return self._finish(token, "", "stop")
         text = self._stream.push(token)
-        if self._stream.stopped:
+        complete = self.constraint is not None and self.constraint.accept(token)
+        if self._stream.stopped or complete:
             return self._finish(token, text, "stop")
         elapsed = self._last_token_at - self._started_at
         timed_out = self.params.max_time is not None and elapsed >= self.params.max_time

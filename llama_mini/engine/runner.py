@@ -244,7 +244,8 @@ class Runner:
 
     def _choose(self, request: Request, logits: Tensor) -> int:
         try:
-            final = processed(logits, request.params, request.prompt, request.token_ids, self._eos_ids)
+            prompt, new = request.prompt, request.token_ids
+            final = processed(logits, request.params, prompt, new, self._eos_ids, request.constraint)
             return sample(final, request.params, request.generator)
         except LlamaMiniError:
             raise

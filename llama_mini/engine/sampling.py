@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from llama_mini.engine.sampling_params import LogitsProcessor, SamplingParams
+from llama_mini.engine.structured import Constraint
 from llama_mini.errors import RequestError
 
 
 def processed(
-    logits: Tensor, params: SamplingParams, prompt: list[int], new: list[int], eos_ids: Collection[int]
+    logits: Tensor,
+    params: SamplingParams,
+    prompt: list[int],
+    new: list[int],
+    eos_ids: Collection[int],
+    constraint: Constraint | None = None,
 ) -> Tensor:
     """Applies every step before the temperature: finite logits (V,) -> (V,) float32, -inf for banned tokens.
 
@@ -29,10 +35,14 @@ def processed(
         logits = with_count_penalties(logits, new, params.presence_penalty, params.frequency_penalty)
     if len(new) < params.min_tokens:
         logits = without_tokens(logits, {*eos_ids, *params.stop_token_ids})
+    banned, which = None, f"all {len(logits)} tokens"
+    if constraint is not None:
+        banned, which = constraint.banned().to(logits.device), f"all tokens that {constraint.name} allows"
+        logits = logits.masked_fill(banned, -math.inf)
     if logits.isneginf().all():
-        raise RequestError(f"logit_bias and min_tokens ban all {len(logits)} tokens: leave at least one to sample")
+        raise RequestError(f"logit_bias and min_tokens ban {which}: leave at least one to sample")
     for processor in params.logits_processors:
-        logits = _checked(processor, processor([*prompt, *new], logits), logits)
+        logits = _checked(processor, processor([*prompt, *new], logits), logits, banned)
     return logits
 
 
@@ -128,8 +138,8 @@ def without_tokens(logits: Tensor, banned: Collection[int]) -> Tensor:
     return logits.index_fill(0, tokens, -math.inf)
 
 
-def _checked(processor: LogitsProcessor, result: object, before: Tensor) -> Tensor:
-    """The result of a logits processor. Raises RequestError unless a token can be sampled from it."""
+def _checked(processor: LogitsProcessor, result: object, before: Tensor, banned: Tensor | None) -> Tensor:
+    """The result of a logits processor without the banned tokens, (V,) flags. Raises RequestError if none is left."""
     name = getattr(processor, "__name__", type(processor).__name__)
     expected = f"logits processor {name} must return floating-point logits of shape {tuple(before.shape)}"
     if not isinstance(result, Tensor):
@@ -140,6 +150,8 @@ def _checked(processor: LogitsProcessor, result: object, before: Tensor) -> Tens
     if logits.isnan().any() or logits.isposinf().any():
         value = "NaN" if logits.isnan().any() else "+inf"
         raise RequestError(f"{expected}, finite or -inf, not {value}")
+    if banned is not None:
+        logits = logits.masked_fill(banned, -math.inf)
     if logits.isneginf().all():
         raise RequestError(f"logits processor {name} bans all {len(logits)} tokens: it must leave at least one")
     return logits

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_mini.engine.structured import STRUCTURES, checked_structure, of_response_format
 from llama_mini.errors import RequestError, errors_about, warn
 from llama_mini.validate import (
     as_plain,
@@ -42,6 +43,7 @@ _OTHER_NAMES = {  # in transformers, OpenAI, llama.cpp, Ollama, lm-eval and Meta
     "top_logprobs": "logprobs",
 }
 ALIASES = {alias: field for field, aliases in _OTHER_NAMES.items() for alias in aliases.split()}
+_CONVERTED = ("do_sample", "response_format")
 ELSEWHERE = {  # settings of others that have no field here -> what to do
     "max_length": "give max_tokens, which counts new tokens alone",
     "min_length": "give min_tokens, which counts new tokens alone",
@@ -53,7 +55,8 @@ ELSEWHERE = {  # settings of others that have no field here -> what to do
 def sampling_params(base: "SamplingParams | Mapping[str, Any] | None" = None, /, **keywords: Any) -> "SamplingParams":
     """`base`, or the defaults, with the settings that keywords give; None is "not given", so that base's value stays.
 
-    The names of ALIASES work as well, and `do_sample`: False is temperature 0; True keeps a temperature, else it is 1.
+    The names of ALIASES work as well, `do_sample`: False is temperature 0; True keeps a temperature, else it is 1; and
+    OpenAI's `response_format`, which becomes `json_schema`.
 
     Raises RequestError for an unknown name, with the nearest one, and for one setting with two values.
     """
@@ -66,7 +69,7 @@ def sampling_params(base: "SamplingParams | Mapping[str, Any] | None" = None, /,
 
 def is_setting(name: str) -> bool:
     """Whether a keyword belongs to the sampling rather than to a chat template."""
-    return name in SamplingParams.__dataclass_fields__ or name in {*ALIASES, *ELSEWHERE, "do_sample"}
+    return name in SamplingParams.__dataclass_fields__ or name in {*ALIASES, *ELSEWHERE, *_CONVERTED}
 
 
 def _settings(keywords: Mapping[str, Any], temperature: float = 0.0) -> dict[str, Any]:
@@ -75,10 +78,12 @@ def _settings(keywords: Mapping[str, Any], temperature: float = 0.0) -> dict[str
     names: dict[str, str] = {}
     for name, value in keywords.items():
         ours, value = ALIASES.get(name, name), as_plain(value)
+        if name == "response_format" and value is not None:
+            ours, value = "json_schema", of_response_format(value)
         if name == "logprobs" and isinstance(value, bool):
             ours = "token_logprobs"
-        if ours not in SamplingParams.__dataclass_fields__ and name != "do_sample":
-            near = get_close_matches(name, [*SamplingParams.__dataclass_fields__, *ALIASES, "do_sample"], 1)
+        if ours not in SamplingParams.__dataclass_fields__ and name not in _CONVERTED:
+            near = get_close_matches(name, [*SamplingParams.__dataclass_fields__, *ALIASES, *_CONVERTED], 1)
             known = f"known: {', '.join(SamplingParams.__dataclass_fields__)}"
             advice = ELSEWHERE.get(name, f"did you mean {near[0]}?" if near else known)
             raise RequestError(f"unknown setting {short_repr(name)}; {advice}")
@@ -121,8 +126,8 @@ class SamplingParams:
     """How to sample and when to stop. The default is greedy, to the end of the text or of the context.
 
     Everything is applied in the order of transformers: logit_bias, repetition_penalty, presence_penalty and
-    frequency_penalty, min_tokens, logits_processors, then temperature, top_k, top_p, min_p. Greedy sampling takes the
-    likeliest token after the processors.
+    frequency_penalty, min_tokens, the structure that the answer must have, logits_processors, then temperature, top_k,
+    top_p, min_p. Greedy sampling takes the likeliest token after the processors.
 
     None is "not given", for every setting. The names that transformers, OpenAI, vLLM and llama.cpp have for a setting
     work too: `max_new_tokens`, `stop_strings`, `do_sample` and the others of ALIASES. `eos_token_id` replaces the
@@ -154,6 +159,11 @@ class SamplingParams:
         token_logprobs: return the log-probability of each token; False, or `logprobs=False`, saves some time.
         cache_salt: prompts share keys and values only with those of the same salt. So a user cannot find out, by the
             time that an answer takes, what others have asked.
+        json_schema: the answer is JSON that matches this schema, a dict or JSON text; True allows any JSON. A schema
+            with keywords that are not supported is refused. At most one of these four can be given:
+        regex: the whole answer matches this regular expression, without lookaround and references; \\d is 0 to 9.
+        grammar: the answer matches this grammar, in Lark's or in llama.cpp's syntax (GBNF).
+        choice: the answer is one of these texts.
 
     Raises:
         RequestError: names the parameter, its value and the allowed values.
@@ -180,6 +190,10 @@ class SamplingParams:
     prompt_logprobs: bool = False
     token_logprobs: bool = True
     cache_salt: str | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name in MINUS_ONE_IS_UNSET:
@@ -217,6 +231,11 @@ class SamplingParams:
         self._to_tuple("logits_processors", callable, "a list of functions (token_ids, logits) -> logits")
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _checked_biases(self.logit_bias))
+        given = [name for name in STRUCTURES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RequestError(f"{given[0]} and {given[1]} both say what the answer may be: give one of them")
+        for name in given:
+            object.__setattr__(self, name, checked_structure(name, getattr(self, name)))
 
     def _to_tuple(self, name: str, accept: Callable[[Any], bool], expected: str, unordered: bool = False) -> None:
         values: Any = getattr(self, name)
@@ -234,7 +253,12 @@ class SamplingParams:
     def changes_logits(self) -> bool:
         """Whether anything before the temperature changes the logits."""
         used = self.logit_bias, self.presence_penalty, self.frequency_penalty, self.min_tokens, self.logits_processors
-        return self.repetition_penalty != 1 or any(used)
+        return self.repetition_penalty != 1 or any(used) or self.structure is not None
+
+    @cached_property
+    def structure(self) -> tuple[str, Any] | None:
+        """The name and the value of the setting that says what the answer may be, if there is one."""
+        return next(((name, getattr(self, name)) for name in STRUCTURES if getattr(self, name) is not None), None)
 
 
 def _checked_biases(biases: Any) -> dict[int, float]:

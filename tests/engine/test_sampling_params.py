@@ -14,6 +14,7 @@ import torch
 
 from llama_mini import SamplingParams
 from llama_mini.engine.sampling_params import ALIASES, ELSEWHERE, check_vocab, is_setting, sampling_params
+from llama_mini.engine.structured import STRUCTURES
 from llama_mini.errors import LlamaMiniWarning, RequestError
 from llama_mini.validate import short_repr
 
@@ -51,6 +52,7 @@ def wrong_values() -> list[tuple[str, object]]:
         pairs += [(name, value) for value in [*NO_NUMBER, HUGE, 0, -0.5]]
     for name in ("ignore_eos", "prompt_logprobs", "token_logprobs"):
         pairs += [(name, value) for value in NO_FLAG]
+    pairs += [(name, value) for name in STRUCTURES for value in (5, "", b"a", [""], [["a"]], {"a": math.nan})]
     pairs += [("cache_salt", value) for value in (5, True, b"a", ["a"])]
     for value in ("", ["a", 3], ["a", ""], [["a"]], 5, {"a": 1}, {""}, {1}, [None], b"a"):
         pairs.append(("stop", value))

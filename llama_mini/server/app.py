@@ -21,6 +21,7 @@ from llama_mini.server.asked import Asked, chat_request, text_request
 from llama_mini.server.body import parse_body, read_body
 from llama_mini.server.errors import ApiError, as_api_error
 from llama_mini.server.limits import Limits
+from llama_mini.server.page import page_routes
 from llama_mini.server.reply import Reply
 from llama_mini.server.security import Security
 from llama_mini.server.settings import Settings
@@ -34,6 +35,7 @@ def create_app(llm: LLM, settings: Settings) -> Starlette:
     api, traffic = Api(llm, settings), Traffic(llm, settings)
     post, get = ["POST"], ["GET"]
     routes = [
+        *page_routes(),
         Route("/v1/chat/completions", api.chat, methods=post),
         Route("/v1/completions", api.complete, methods=post),
         Route("/v1/models", api.models, methods=get),

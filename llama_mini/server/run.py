@@ -20,7 +20,6 @@ from starlette.applications import Starlette
 from llama_mini.errors import LlamaMiniError, RequestError
 from llama_mini.server.limits import Connection
 from llama_mini.server.settings import Settings
-from llama_mini.server.traffic import Traffic
 
 IDLE_SECONDS = 65  # that a connection may stay open between requests: more than proxies keep theirs, nginx 60
 CLOSE_SECONDS = 2  # that connections have to close once all requests have ended
@@ -49,32 +48,31 @@ def bind(host: str, port: int, settings: Settings) -> socket.socket:
 def serve(app: Starlette, settings: Settings, listener: socket.socket) -> None:
     """Serves until SIGTERM or Ctrl-C. Then requests that run have time to finish; the second time, none."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
-    logging.getLogger("llama_mini.server").addHandler(handler)
-    logging.getLogger("llama_mini.server").setLevel(logging.INFO)
-    config = uvicorn.Config(
-        app,
-        http=partial(Connection, settings),  # type: ignore[arg-type]
-        ws="none",
-        loop="asyncio",
-        h11_max_incomplete_event_size=2 * settings.max_header_bytes,  # beyond it h11 refuses by itself
-        timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=CLOSE_SECONDS,
-        backlog=settings.max_connections,
-        access_log=False,  # it has query strings
-        log_config=None,
-        log_level="error",
-        proxy_headers=False,
-        server_header=False,
-    )
-    _Server(config, app.state.traffic, settings.model_names[0]).run(sockets=[listener])
+    with _log_to_standard_error():
+        Server(app, settings).run(sockets=[listener])
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, traffic: Traffic, name: str) -> None:
+class Server(uvicorn.Server):
+    """uvicorn, with deadlines for connections and another end."""
+
+    def __init__(self, app: Starlette, settings: Settings) -> None:
+        self._traffic, self._name = app.state.traffic, settings.model_names[0]
+        config = uvicorn.Config(
+            app,
+            http=partial(Connection, settings),  # type: ignore[arg-type]
+            ws="none",
+            loop="asyncio",
+            h11_max_incomplete_event_size=2 * settings.max_header_bytes,  # beyond it h11 refuses by itself
+            timeout_keep_alive=IDLE_SECONDS,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+            backlog=settings.max_connections,
+            access_log=False,  # it has query strings
+            log_config=None,
+            log_level="error",
+            proxy_headers=False,
+            server_header=False,
+        )
         super().__init__(config)
-        self._traffic, self._name = traffic, name
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -103,6 +101,18 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = True
         self._loop.call_soon_threadsafe(self._traffic.stop)  # which also wakes the loop
+
+
+@contextmanager
+def _log_to_standard_error() -> Iterator[None]:
+    log, handler = logging.getLogger("llama_mini.server"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 class _Formatter(logging.Formatter):

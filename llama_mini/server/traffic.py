@@ -28,8 +28,8 @@ class Traffic:
 
     def __init__(self, llm: LLM, settings: Settings) -> None:
         self._settings, self.metrics = settings, Metrics(llm)
-        self._n_open, self._stopping = 0, False
-        self._drained, self._over = asyncio.Event(), asyncio.Event()
+        self._open: set[asyncio.Future[None]] = set()
+        self._stopping, self._drained = False, asyncio.Event()
 
     def around(self, app: ASGIApp) -> ASGIApp:
         return partial(self._serve, app)
@@ -48,10 +48,11 @@ class Traffic:
 
     async def drain(self) -> None:
         """Once it takes no more: waits until all requests have ended, and ends those that have not in time."""
-        if self._n_open:
+        if self._open:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._drained.wait(), self._settings.grace_seconds)
-        self._over.set()
+        for work in self._open:
+            work.cancel()
 
     async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,36 +62,31 @@ class Traffic:
             app = ApiError(503, STOPPING, headers=RETRY).response()
         scope.setdefault("state", {})
         started, reply = time.perf_counter(), _Reply(scope, receive, send)
-        self._n_open += 1
         work = asyncio.ensure_future(app(scope, receive, reply.send))
+        self._open.add(work)
         try:
-            await self._run(work, reply)
+            await self._keep_alive(work, reply)
+            if work.cancelled():
+                await reply.end(ApiError(503, STOPPING, headers=RETRY))
+            else:
+                work.result()
         except Exception as error:
             log.error("a request failed", exc_info=error)
             await reply.end(ApiError(500, "the server failed: its log has the reason"))
         finally:
             work.cancel()
-            self._n_open -= 1
-            if self._stopping and not self._n_open:
+            self._open.remove(work)
+            if self._stopping and not self._open:
                 self._drained.set()
             self._record(scope, reply.status, time.perf_counter() - started)
 
-    async def _run(self, work: "asyncio.Future[None]", reply: "_Reply") -> None:
-        over = asyncio.ensure_future(self._over.wait())
-        try:
-            while not work.done():
-                silence = self._settings.keepalive_seconds - (time.monotonic() - reply.sent_at)
-                await asyncio.wait((work, over), timeout=max(silence, 0.0), return_when=asyncio.FIRST_COMPLETED)
-                if over.done() and not work.done():
-                    work.cancel()
-                    await asyncio.wait((work,))
-                    await reply.end(ApiError(503, STOPPING, headers=RETRY))
-                    return
-                if time.monotonic() - reply.sent_at >= self._settings.keepalive_seconds:
-                    await reply.keep_alive()
-            work.result()
-        finally:
-            over.cancel()
+    async def _keep_alive(self, work: "asyncio.Future[None]", reply: "_Reply") -> None:
+        """Waits for the end of the work, and sends comments meanwhile."""
+        seconds = self._settings.keepalive_seconds
+        while not work.done():
+            await asyncio.wait((work,), timeout=max(reply.sent_at + seconds - time.monotonic(), 0.0))
+            if not work.done() and time.monotonic() >= reply.sent_at + seconds:
+                await reply.keep_alive()
 
     def _record(self, scope: Scope, status: int | None, seconds: float) -> None:
         """One line: no prompt, no key, no query string."""

@@ -1,11 +1,13 @@
 """Answers in the shapes of OpenAI's two APIs: whole, or as chunks of a stream."""
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
 from llama_mini.engine.request import Chunk, Request
 from llama_mini.server.asked import Asked
 from llama_mini.server.logprobs import Entry, TokenLogprobs, chat_logprobs, text_logprobs
+from llama_mini.server.tool_calls import ToolCalls
 from llama_mini.tokenizer import Tokenizer
 
 
@@ -53,23 +55,68 @@ class Answer:
 class ChatAnswer(Answer):
     """A choice of /v1/chat/completions."""
 
+    def __init__(self, index: int, asked: Asked, request: Request, tokenizer: Tokenizer) -> None:
+        super().__init__(index, asked, request, tokenizer)
+        self._n_calls = 0
+        self._calls = None if asked.tools is None else ToolCalls(asked.tools, tokenizer)
+        self._mistral = asked.tools is not None and asked.tools.style == "mistral"
+
     def begin(self) -> dict[str, Any] | None:
-        return self._choice({"role": "assistant", "content": None}, [], None)
+        return self._choice({"role": "assistant", "content": self._prompt_text or None}, [], None)
 
     def choice(self, chunk: Chunk) -> dict[str, Any] | None:
-        entries = self._entries(chunk)
-        if not (chunk.text or entries or chunk.finish_reason):
-            return None
-        return self._choice({"content": chunk.text} if chunk.text else {}, entries, chunk.finish_reason)
+        entries, delta = self._entries(chunk), self._delta(chunk)
+        reason = self._reason(chunk)
+        return self._choice(delta, entries, reason) if delta or entries or reason else None
 
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
-        entries = [entry for chunk in chunks for entry in self._entries(chunk)]
+        entries, text, calls = list[Entry](), self._prompt_text, list[dict[str, Any]]()
+        for chunk in chunks:
+            entries += self._entries(chunk)
+            delta = self._delta(chunk)
+            text += delta.get("content", "")
+            for call in delta.get("tool_calls", ()):
+                if "id" in call:
+                    calls.append({name: call[name] for name in ("id", "type", "function")})
+                else:
+                    calls[-1]["function"]["arguments"] += call["function"]["arguments"]
+        if self._calls is not None and self._calls.incomplete and calls:
+            calls.pop()
+            text += self._calls.incomplete
+        message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
         return {
             "index": self.index,
-            "message": {"role": "assistant", "content": "".join(chunk.text for chunk in chunks), "refusal": None},
+            "message": message | ({"tool_calls": calls} if calls else {}),
             "logprobs": chat_logprobs(self._tokenizer, entries) if self._asked.logprobs else None,
-            "finish_reason": chunks[-1].finish_reason,
+            "finish_reason": self._reason(chunks[-1]),
         }
+
+    def _delta(self, chunk: Chunk) -> dict[str, Any]:
+        """What a chunk adds to the message."""
+        if self._calls is None:
+            return {"content": chunk.text} if chunk.text else {}
+        parts = self._calls.push(chunk.text, chunk.token_id)
+        if chunk.finish_reason is not None:
+            parts += self._calls.finish()
+        delta: dict[str, Any] = {}
+        for kind, text in parts:
+            calls = [] if kind == "text" else delta.setdefault("tool_calls", [])
+            if kind == "text":
+                delta["content"] = delta.get("content", "") + text
+            elif kind == "name":
+                id = secrets.token_hex(5)[:9] if self._mistral else f"call_{secrets.token_hex(12)}"  # 9 in its template
+                function = {"name": text, "arguments": ""}
+                self._n_calls += 1
+                calls.append({"index": self._n_calls - 1, "id": id, "type": "function", "function": function})
+            elif calls:
+                calls[-1]["function"]["arguments"] += text
+            else:
+                calls.append({"index": self._n_calls - 1, "function": {"arguments": text}})
+        return delta
+
+    def _reason(self, chunk: Chunk) -> str | None:
+        complete = self._calls is not None and self._calls.n_calls > 0 and not self._calls.incomplete
+        return "tool_calls" if complete and chunk.finish_reason is not None else chunk.finish_reason
 
     def _choice(self, delta: dict[str, Any], entries: list[Entry], finish_reason: str | None) -> dict[str, Any]:
         logprobs = chat_logprobs(self._tokenizer, entries) if entries else None

@@ -5,7 +5,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,9 +26,12 @@ from llama_mini.server.page import page_routes
 from llama_mini.server.reply import Reply
 from llama_mini.server.security import Security
 from llama_mini.server.settings import Settings
+from llama_mini.server.tokens import text_of, tokens_of
 from llama_mini.server.traffic import Traffic
 from llama_mini.tokenizer import Tokenizer
 from llama_mini.validate import join_names, short_repr
+
+Result = TypeVar("Result")
 
 
 def create_app(llm: LLM, settings: Settings) -> Starlette:
@@ -40,6 +44,11 @@ def create_app(llm: LLM, settings: Settings) -> Starlette:
         Route("/v1/completions", api.complete, methods=post),
         Route("/v1/models", api.models, methods=get),
         Route("/v1/models/{name:path}", api.model, methods=get),
+        Route("/chat/completions", api.chat, methods=post),  # llama.cpp has these without /v1, too
+        Route("/completions", api.complete, methods=post),
+        Route("/models", api.models, methods=get),
+        Route("/tokenize", api.tokenize, methods=post),
+        Route("/detokenize", api.detokenize, methods=post),
         Route("/health", traffic.health, methods=get),
         Route("/metrics", traffic.show_metrics, methods=get),
     ]
@@ -68,6 +77,22 @@ class Api:
     async def complete(self, http: HTTPRequest) -> Response | Reply:
         return await self._answer(http, text_request, TextAnswer, "text_completion")
 
+    async def tokenize(self, http: HTTPRequest) -> Response:
+        return await self._compute(http, tokens_of)
+
+    async def detokenize(self, http: HTTPRequest) -> Response:
+        return await self._compute(http, text_of)
+
+    async def _compute(self, http: HTTPRequest, compute: Callable[[dict[str, Any], LLM], dict[str, Any]]) -> Response:
+        data, body = await read_body(http), dict[str, Any]()
+
+        def work() -> dict[str, Any]:
+            body.update(parse_body(data))
+            self._check_model(body)
+            return compute(body, self._llm)
+
+        return JSONResponse(await _in_thread(work, body))
+
     async def models(self, http: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._model(name) for name in self._settings.model_names]})
 
@@ -92,27 +117,22 @@ class Api:
         kind: str,
     ) -> Reply:
         data, loop = await read_body(http), asyncio.get_running_loop()
+        user = http.scope["state"].get("cache_salt", "")  # of its API key
         body: dict[str, Any] = {}
 
         def start() -> tuple[Asked, AsyncCall]:
             body.update(parse_body(data))
             self._check_model(body)
             asked = parse(body, self._llm.tokenizer)
+            params = replace(asked.params, cache_salt=f"{user} {asked.params.cache_salt or ''}")
             self._enter(n := len(asked.prompts) * asked.params.n)
             try:
-                return asked, self._llm.submit(asked.prompts, asked.params, loop)
+                return asked, self._llm.submit(asked.prompts, params, loop)
             except BaseException:
                 self._leave(n)
                 raise
 
-        try:
-            asked, call = await asyncio.to_thread(start)  # a template or a long prompt would hold up the loop
-        except Exception as error:
-            failure = as_api_error(error)
-            if failure.param is None and (named := re.match(r"[a-z_]+", str(failure))) and named[0] in body:
-                failure.param = named[0]
-            raise failure from error
-
+        asked, call = await _in_thread(start, body)
         model = body.get("model", self._settings.model_names[0])
         answers = [answer(i, asked, request, self._llm.tokenizer) for i, request in enumerate(call.requests)]
         return Reply(call, asked, answers, kind, model, lambda: self._leave(len(answers)))
@@ -135,6 +155,17 @@ class Api:
         if (name := body.get("model", names[0])) not in names:
             known = f"the models here are {join_names(names)}"
             raise ApiError(404, f"model {short_repr(name)} does not exist: {known}", "model", "model_not_found")
+
+
+async def _in_thread(work: Callable[[], Result], body: Mapping[str, Any]) -> Result:
+    """Runs what would hold up the event loop: a template, a long prompt. Raises ApiError, which names a field."""
+    try:
+        return await asyncio.to_thread(work)
+    except Exception as error:
+        failure = as_api_error(error)
+        if failure.param is None and (named := re.match(r"[a-z_]+", str(failure))) and named[0] in body:
+            failure.param = named[0]  # most messages begin with it
+        raise failure from error
 
 
 async def _failed(http: HTTPRequest, error: Exception) -> Response:

@@ -156,6 +156,10 @@ class Tokenizer(TransformersNames):
         """What `apply_chat_template` takes for the template, such as `tools` or `enable_thinking`."""
         return self._templates.all_variables()
 
+    def choose_template(self, tools: bool) -> str:
+        """The text of the template that renders a chat with tools or without. Raises TokenizerError without one."""
+        return self._templates.choose(None, tools)
+
     def apply_chat_template(
         self,
         messages: Sequence[Any],

@@ -1,0 +1,147 @@
+"""The fields of requests: which there are, and those that both endpoints share.
+
+Each field of OpenAI's API is honoured or refused by name, and so are vLLM's further ones.
+"""
+
+from difflib import get_close_matches
+from typing import Any
+
+from llama_mini.engine.structured import of_response_format
+from llama_mini.errors import RequestError
+from llama_mini.validate import check_flag, check_whole, is_whole, join_names, short_repr
+
+MAX_LOGPROBS = 20  # likeliest tokens for each token
+MAX_ANSWERS = 128  # OpenAI's limit of `n`
+MAX_STOPS = 32
+
+Only = dict[str, tuple[tuple[Any, ...], str]]
+_SAMPLING = (  # fields of SamplingParams under their own names
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("n", "seed", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "cache_salt"),
+)
+_STRUCTURED = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}  # vLLM's name -> ours
+_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "request_id")  # they change no answer
+_ONLY: Only = {  # field -> what it may say, and why nothing else
+    "store": ((False,), "nothing is stored here"),
+    "service_tier": (("auto", "default"), "there is one tier"),
+    "prompt_cache_retention": (("in_memory",), "prompts are kept in memory alone"),
+    "priority": ((0,), "requests run in the order in which they come"),
+    "use_beam_search": ((False,), "there is no beam search"),
+    "length_penalty": ((1,), "there is no beam search"),
+    "early_stopping": ((False,), "there is no beam search"),
+    "include_stop_str_in_output": ((False,), "a stop string is not part of the text"),
+    "skip_special_tokens": ((True,), "special tokens are not part of the text"),
+    "spaces_between_special_tokens": ((True,), "special tokens are not part of the text"),
+}
+ONLY_CHAT: Only = _ONLY | {
+    "modalities": ((["text"],), "this model writes text alone"),
+    "audio": ((), "this model writes text alone"),
+    "prediction": ((), "answers are predicted without it"),
+    "web_search_options": ((), "nothing is fetched"),
+    "functions": ((), "give tools"),
+    "function_call": ((), "give tool_choice"),
+    "verbosity": (("medium",), "ask for it in the messages"),
+    "chat_template": ((), "the server uses the template of its model"),
+}
+ONLY_TEXT: Only = _ONLY | {"suffix": (("",), "an answer follows its prompt")}
+TEMPLATE = ("documents", "chat_template_kwargs", "reasoning_effort", "add_generation_prompt", "continue_final_message")
+_BOTH = (
+    *("model", "stream", "stream_options", "max_tokens", "logprobs", "logit_bias", "truncate_prompt_tokens", "echo"),
+    *("response_format", "structured_outputs", "return_tokens_as_token_ids"),
+    *(*_SAMPLING, *_LABELS),
+)
+_CHAT = ("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls")
+CHAT_FIELDS = frozenset((*_BOTH, *_CHAT, *TEMPLATE, *ONLY_CHAT))
+TEXT_FIELDS = frozenset((*_BOTH, *ONLY_TEXT, "prompt", "best_of", "add_special_tokens"))
+
+
+def check_fields(body: dict[str, Any], known: frozenset[str], only: Only, where: str = "") -> None:
+    """Raises RequestError for an unknown field, and for a value that a field of `only` may not have."""
+    for name, value in body.items():
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RequestError(f"unknown field {short_repr(where + name)}{hint}")
+        if name in only:
+            allowed, why = only[name]
+            if not any(value == each and type(value) in (type(each), float) for each in allowed):
+                must = " or ".join(map(repr, allowed))
+                must = f"must be {must}, not" if must else "cannot be"
+                raise RequestError(f"{where}{name} {must} {short_repr(value)}: {why}")
+
+
+def flag(body: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = body.get(name, default)
+    check_flag(name, value, RequestError)
+    return bool(value)
+
+
+def n_logprobs(body: dict[str, Any], name: str) -> int:
+    check_whole(name, value := body.get(name, 0), RequestError, 0, MAX_LOGPROBS)
+    return int(value)
+
+
+def sampling_settings(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of SamplingParams. OpenAI's default temperature is 1."""
+    settings = {"temperature": 1.0} | {name: body[name] for name in _SAMPLING if name in body}
+    if "n" in settings:
+        check_whole("n", settings["n"], RequestError, 1, MAX_ANSWERS)
+    if isinstance(stops := settings.get("stop"), list) and len(stops) > MAX_STOPS:
+        raise RequestError(f"stop has {len(stops)} texts, more than {MAX_STOPS}")
+    seed: Any = settings.get("seed")
+    if is_whole(seed) and -(2**63) <= seed < -1:  # it is signed in OpenAI's API
+        settings["seed"] = seed + 2**64
+    if "logit_bias" in body:
+        settings["logit_bias"] = _biases(body["logit_bias"])
+    return settings | _structure(body)
+
+
+def _structure(body: dict[str, Any]) -> dict[str, Any]:
+    """What the text has to match, as a field of SamplingParams."""
+    settings: dict[str, Any] = {}
+    if "response_format" in body and (schema := of_response_format(body["response_format"])) is not None:
+        settings["json_schema"] = schema
+    given = body.get("structured_outputs", {})
+    if not isinstance(given, dict):
+        raise RequestError(f"structured_outputs must be an object, not {short_repr(given)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    check_fields(given, frozenset((*_STRUCTURED, "json_object")), {}, "structured_outputs.")
+    for name, value in given.items():
+        ours = _STRUCTURED.get(name, "json_schema")
+        if settings:
+            raise RequestError(f"structured_outputs.{name} is the second thing that the answer has to match: give one")
+        if name != "json_object":
+            settings[ours] = value
+        elif flag(given, name):
+            settings[ours] = {"type": "object"}
+    return settings
+
+
+def _biases(given: Any) -> dict[int, float]:
+    if not isinstance(given, dict):
+        raise RequestError(f"logit_bias must be an object of token id to number, not {short_repr(given)}")
+    if wrong := [token for token in given if not (token.isascii() and token.isdecimal() and len(token) < 10)]:
+        raise RequestError(f"logit_bias must have token ids as names, not {join_names(map(repr, wrong))}")
+    return {int(token): bias for token, bias in given.items() if bias is not None}
+
+
+def stream_settings(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of Asked that say how a stream is sent."""
+    stream, options = flag(body, "stream"), body.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise RequestError(f"stream_options must be an object, not {short_repr(options)}")
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and not stream:
+        raise RequestError("stream_options needs stream: true")
+    names = ("include_usage", "continuous_usage_stats", "include_obfuscation")
+    check_fields(options, frozenset(names), {names[2]: ((False,), "no text is added to the events")}, "stream_options.")
+    usage, so_far = flag(options, names[0]), flag(options, names[1])
+    return {"stream": stream, "usage": usage, "usage_so_far": usage and so_far}
+
+
+def new_tokens(body: dict[str, Any], names: tuple[str, ...], least: int = 1) -> int | None:
+    """The number of new tokens. The last one of several names is the newest and wins."""
+    given = [name for name in names if name in body]
+    for name in given:
+        check_whole(name, body[name], RequestError, least)
+    return body[given[-1]] if given else None

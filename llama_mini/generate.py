@@ -120,7 +120,8 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams, Source]":
         positions = min(args.max_tokens or DEFAULT_MAX_TOKENS, config.max_seq_len)
         quantize, dtype = quantize_for(source, args.quantize, args.dtype, device), as_dtype(args.dtype, device)
         check_fits(config, partial(weight_bytes, source), dtype, positions, device, quantize=quantize)
-        llm = LLM(source, args.dtype, device, args.quantize, args.kernels, args.threads)
+        guesses = {"draft": args.draft, "speculation": args.speculation}
+        llm = LLM(source, args.dtype, device, args.quantize, args.kernels, args.threads, **guesses)
         gc.freeze()
     finally:
         gc.enable()

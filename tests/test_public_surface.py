@@ -14,7 +14,7 @@ from llama_mini.generate import parser
 
 SIGNATURES = {
     LLM: "(model, dtype='auto', device='cpu', quantize='auto', kernels='auto', threads=None, adapter=None, "
-    "prefix_cache=True)",
+    "prefix_cache=True, draft=None, speculation='auto')",
     LLM.generate: "(self, prompts=None, params=None, **settings)",
     LLM.chat: "(self, messages, params=None, **settings)",
     LLM.completions: "(self, prompts, params=None, **settings)",
@@ -59,7 +59,7 @@ FIELDS = {
 
 OPTIONS = (
     "--help --prompt --file --interactive --batch --output --info --version --model --adapter --dtype --device "
-    "--edit --quantize --kernels --threads "
+    "--edit --quantize --kernels --threads --draft --speculation "
     "--chat --raw --system --max-tokens --min-tokens --max-time --stop --stop-token --ignore-eos --logit-bias "
     "--repetition-penalty --presence-penalty --frequency-penalty --temperature --top-k --top-p --min-p --seed "
     "--no-stream --stats --json --top-logprobs --prompt-logprobs "

@@ -114,11 +114,12 @@ def table(rows: Mapping[str, str]) -> str:
 def summary(stats: "Stats") -> str:
     """The times of one answer. `prefill 21 of 65 tokens`: the others were in the cache."""
     prefilled = stats.prompt_tokens - stats.cached_tokens
+    guessed = f", {stats.accepted_tokens} of {stats.proposed_tokens} guesses right" if stats.proposed_tokens else ""
     prompt = f"{prefilled} of {stats.prompt_tokens}" if stats.cached_tokens else f"{prefilled}"
     return (
         f"first token {_or_dash(stats.ttft_seconds, '.2f', 's')} · "
         f"prefill {prompt} tokens, {_or_dash(stats.prefill_tok_s, '.1f', 'tok/s')} · "
-        f"decode {stats.new_tokens} tokens, {_or_dash(stats.decode_tok_s, '.1f', 'tok/s')}"
+        f"decode {stats.new_tokens} tokens, {_or_dash(stats.decode_tok_s, '.1f', 'tok/s')}{guessed}"
     )
 
 

@@ -41,7 +41,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add = p.add_argument
     add("--output", metavar="FILE", help="results of --batch, - is standard output; default: FILE.results.jsonl")
     add("--version", action="version", version=f"llama_mini {__version__}", help="print the version and exit")
-    model_options(p)
+    speculation_options(model_options(p))
     text = p.add_argument_group("text")
     mode = text.add_mutually_exclusive_group()
     mode.add_argument("--chat", action="store_true", help="answer as a chat; default if there is a chat template")
@@ -62,7 +62,7 @@ def chat_parser(prog: str) -> argparse.ArgumentParser:
     """The options of `chat`, parsed into a namespace with the defaults of `generate --interactive`."""
     description = "Chats at the terminal; /help there lists the commands."
     p = Parser(prog=prog, usage="%(prog)s [options]", description=description)
-    model_options(p)
+    speculation_options(model_options(p))
     _text_options(p.add_argument_group("text"), "at most N tokens an answer; default: to the end of the context")
     _sampling_options(p)
     return p
@@ -90,7 +90,7 @@ def convert_parser(prog: str) -> argparse.ArgumentParser:
     return p
 
 
-def model_options(p: argparse.ArgumentParser) -> None:
+def model_options(p: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     """Which model, in which number format, on which device."""
     group = p.add_argument_group("model")
     group.add_argument("--model", metavar="M", help=MODEL)
@@ -104,6 +104,14 @@ def model_options(p: argparse.ArgumentParser) -> None:
     kernels = "auto (default): fast operators, built once; off: PyTorch's"
     add("--kernels", choices=["auto", "off"], default="auto", help=kernels)
     add("--threads", type=int, metavar="N", help="CPU threads; default: OMP_NUM_THREADS, else one per usable core")
+    return group
+
+
+def speculation_options(group: "argparse._ActionsContainer") -> None:
+    add = group.add_argument
+    add("--draft", metavar="M", help="a smaller model of the same vocabulary, which guesses tokens; the text stays")
+    auto = "auto (default): guess tokens, by --draft or earlier text, where that pays; off: one by one; the text stays"
+    add("--speculation", choices=["auto", "off"], default="auto", help=auto)
 
 
 def _adapter(group: "argparse._ActionsContainer") -> None:

@@ -3,9 +3,10 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,19 +19,21 @@ from llama_mini.checkpoint.open import Adapters, open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.weight_formats import check_quantize, quantize_for
 from llama_mini.engine.async_call import AsyncCall
+from llama_mini.engine.draft import DraftGuesser, check_draft
 from llama_mini.engine.finite import non_finite_message
 from llama_mini.engine.prompts import is_messages, one_prompt, params_argument, text_or_ids, with_params
 from llama_mini.engine.request import Chunk, Completion, Request
 from llama_mini.engine.runner import MAX_ROWS
 from llama_mini.engine.sampling_params import SamplingParams, check_vocab, is_setting, sampling_params
 from llama_mini.engine.scheduler import Activity, Call, Scheduler
+from llama_mini.engine.speculative import Guesser, LookupGuesser
 from llama_mini.engine.structured import Structures
 from llama_mini.errors import ContextError, NumericalError, RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.model.llama import Llama
-from llama_mini.optimize import fuser, set_threads
+from llama_mini.optimize import fuser, runs_kernels, set_threads
 from llama_mini.tokenizer.tokenizer import open_tokenizer
-from llama_mini.validate import as_plain, check_flag, check_token_ids
+from llama_mini.validate import as_plain, check_choice, check_flag, check_token_ids
 
 Prompt = str | Sequence[int] | torch.Tensor | np.ndarray[Any, Any]
 Params = SamplingParams | Mapping[str, Any]
@@ -57,6 +60,9 @@ class LLM:
             list, or with their weights in a mapping, {"org/a": 1, "org/b": 0.5}. (A directory that holds an adapter
             alone may also be the `model`: it names its model.)
         prefix_cache: keeps the keys and values of prompts, so that others that begin alike are prefilled from there on.
+        draft: a many times smaller model with the same vocabulary, which guesses the next tokens; a checkpoint.
+        speculation: `auto` guesses tokens where that pays, which changes no text: by the draft model, or with the fast
+            operators by what followed the same tokens earlier in the prompt and the answer. `off` guesses nothing.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError, RequestError; CapacityError if it does not fit in memory.
@@ -72,6 +78,8 @@ class LLM:
         threads: int | None = None,
         adapter: Adapters | None = None,
         prefix_cache: bool = True,
+        draft: str | Path | None = None,
+        speculation: str = "auto",
     ) -> None:
         if not isinstance(model, str | Path | Source):
             expected = "model must be a path or a hub name, org/name"
@@ -79,6 +87,9 @@ class LLM:
         if isinstance(model, Source) and adapter:
             raise RequestError("an opened checkpoint takes no adapter: give it to open_checkpoint")
         check_flag("prefix_cache", prefix_cache, RequestError)
+        check_choice("speculation", speculation, ("auto", "off"), RequestError)
+        if draft is not None and speculation == "off":
+            raise RequestError("a draft model is for speculation, which is off: leave one of them out")
         check_quantize(quantize)  # before the checkpoint is opened or fetched
         set_threads(as_plain(threads))
         started = time.perf_counter()
@@ -89,8 +100,15 @@ class LLM:
             self.quantize = quantize_for(source, quantize, dtype, device)
             self.model = load_model(Llama, source, as_dtype(dtype, device), device, fuser(kernels), self.quantize)
         self.config = self.model.config
+        guesser: Callable[[], Guesser] | None = None
+        if draft is not None:
+            smaller = LLM(draft, dtype, device, quantize, kernels, threads, speculation="off")
+            check_draft(self.tokenizer, smaller.tokenizer)
+            guesser = partial(DraftGuesser, smaller.model, self.config.vocab_size)
+        elif speculation == "auto" and runs_kernels(self.model):
+            guesser = LookupGuesser
         self.load_seconds = time.perf_counter() - started
-        self._scheduler = Scheduler(self.model, self.tokenizer.eos_ids, prefix_cache)
+        self._scheduler = Scheduler(self.model, self.tokenizer.eos_ids, prefix_cache, guesser)
         self._structures = Structures(self.tokenizer, self.config.vocab_size)
 
     def generate(
@@ -179,7 +197,7 @@ class LLM:
             while call.n_open:
                 for _, chunk in await call.next():
                     yield chunk
-        _raise_failure(request)
+        request.raise_failure()
 
     def submit(
         self,
@@ -235,7 +253,7 @@ class LLM:
             call.submit([request])
             while call.n_open:
                 yield call.next()[1]
-        _raise_failure(request)
+        request.raise_failure()
 
     def _run(self, requests: list[Request]) -> None:
         with Call(self._scheduler) as call:
@@ -279,8 +297,3 @@ class LLM:
         if len(ids) + n_new > limit:
             raise ContextError(f"{len(ids)} prompt tokens and {n_new} new ones exceed the context of {limit}")
         return ids
-
-
-def _raise_failure(request: Request) -> None:
-    if (error := request.crash or request.failure) is not None:
-        raise error

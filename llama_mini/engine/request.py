@@ -24,7 +24,8 @@ class Stats:
     """Times of one request. Rates are its own tokens per second; None where too few tokens ran to measure.
 
     The first `cached_tokens` of the prompt were not prefilled, but copied from the cache of another prompt of the same
-    call, or of the call before.
+    call, or of the call before. Of the new tokens, `proposed_tokens` were guessed in advance, and `accepted_tokens`
+    of these guesses were right.
     """
 
     prompt_tokens: int
@@ -35,6 +36,8 @@ class Stats:
     prefill_tok_s: float | None
     decode_tok_s: float | None
     peak_memory_bytes: int | None
+    proposed_tokens: int
+    accepted_tokens: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class Request:
     filled: int = 0
     cancelled: bool = False
     cached_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
     finish_reason: FinishReason | None = None
     failure: LlamaMiniError | None = None
     crash: BaseException | None = None
@@ -199,6 +204,11 @@ class Request:
         self.crash = crash
         self._deliver(self._finish(None, "", "abort"))
 
+    def raise_failure(self) -> None:
+        """Raises the error with which it ended, if there was one."""
+        if (error := self.crash or self.failure) is not None:
+            raise error
+
     def _deliver(self, chunk: Chunk) -> None:
         try:
             self.deliver(self, chunk)
@@ -235,6 +245,8 @@ class Request:
             prefill_tok_s=(len(self.prompt) - self.cached_tokens) / prefill_seconds if new else None,
             decode_tok_s=(new - 1) / (self._last_token_at - self._first_token_at) if new > 1 else None,
             peak_memory_bytes=peak_memory_bytes(),
+            proposed_tokens=self.proposed_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
 
 

@@ -2,19 +2,18 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from llama_mini.engine.finite import non_finite_message
 from llama_mini.engine.logprobs import split_logits
+from llama_mini.engine.next_tokens import append_tokens
 from llama_mini.engine.pages import PAGE, PagedTokens, Pages, pages_of
 from llama_mini.engine.prefix_cache import PrefixCache
 from llama_mini.engine.request import Request
-from llama_mini.engine.sampling import processed, sample
-from llama_mini.errors import LlamaMiniError, NumericalError, RequestError
-from llama_mini.machine import one_thread
+from llama_mini.engine.speculative import Guesser
+from llama_mini.errors import NumericalError
 from llama_mini.memory import PREFILL_CHUNK, cache_bytes, fitting_positions
 from llama_mini.model.llama import Llama
 
@@ -28,7 +27,9 @@ REPLAYED = 16  # tokens that a request which was set back runs in one step
 class Runner:
     """The requests that wait and run, and the cache. It knows nothing of threads: one thread at a time uses it."""
 
-    def __init__(self, model: Llama, eos_ids: frozenset[int], keeps_prefixes: bool) -> None:
+    def __init__(
+        self, model: Llama, eos_ids: frozenset[int], keeps_prefixes: bool, new_guesser: Callable[[], Guesser] | None
+    ) -> None:
         self.waiting: deque[Request] = deque()
         self.generated_tokens = 0
         self._model, self._eos_ids = model, eos_ids
@@ -36,6 +37,7 @@ class Runner:
         self._running: list[Request] = []  # the newest last
         self._token_seconds = PREFILL_SECONDS / LEAST_PREFILL  # of prefill, as measured
         self._step_seconds = 0.0
+        self._guesser = None if new_guesser is None else new_guesser()
         config, page_bytes = model.config, cache_bytes(model.config, PAGE, model.dtype)
         context = pages_of(config.max_seq_len)
         positions = fitting_positions(config, MAX_ROWS * context * PAGE, model.dtype, model.device)
@@ -193,64 +195,51 @@ class Runner:
         for request in list(self._running):  # of which some may be set back meanwhile, the newest first
             if request in self._running and self._make_room(request, request.filled + len(request.new_inputs)):
                 inputs[request] = request.new_inputs[:REPLAYED]
-        tokens = [[token] for each in inputs.values() for token in each]
-        if not tokens:
+        if not inputs:
             return
+        guesses = self._add_guesses(inputs)
+        tokens = [[token] for each in inputs.values() for token in each]
         positions = [[r.filled + i] for r, each in inputs.items() for i in range(len(each))]
         rows = [r.pages for r, each in inputs.items() for _ in each]
+        started = time.monotonic()
         x = self._hidden(torch.tensor(tokens, device=self._model.device), rows, positions)
-        last, sampled, at = list[int](), list[Request](), 0
+        wanted, sampled, at = list[int](), list[Request](), 0
         for request, each in inputs.items():
-            request.filled, at = request.filled + len(each), at + len(each)
+            n = len(each) - len(guesses.get(request, ()))
+            request.filled += n
             if not request.new_inputs:
-                last.append(at - 1)
+                wanted += range(at + n - 1, at + len(each))
                 sampled.append(request)
-        if len(last) < len(x):
-            x = x[last]
-        if sampled:
-            with torch.inference_mode():
-                logits = self._model.logits(x)[:, -1]
-            self._sample(sampled, logits)
+            at += len(each)
+        if not sampled:
+            return
+        with torch.inference_mode():
+            logits = self._model.logits(x if len(wanted) == len(x) else x[wanted])[:, -1]
+        if self._guesser is not None:
+            logits[-1, -1].item()  # waits for a GPU
+            self._guesser.times.add(len(tokens), time.monotonic() - started)
+        self._sample(sampled, logits, guesses)
+
+    def _add_guesses(self, inputs: dict[Request, list[int]]) -> dict[Request, list[int]]:
+        """Appends guesses of the tokens that follow, where there are any, and returns them."""
+        if self._guesser is None or any(len(each) > 1 for each in inputs.values()):  # one was set back
+            return {}
+        rooms = {r: min(len(r.pages) * PAGE - r.filled, r.max_tokens - len(r.token_ids)) - 1 for r in inputs}
+        guesses = self._guesser.guesses(rooms)
+        for request, guess in guesses.items():
+            inputs[request] += guess
+            request.proposed_tokens += len(guess)
+        return guesses
 
     @torch.inference_mode()
     def _hidden(self, tokens: Tensor, rows: list[list[int]], positions: Sequence[Sequence[int]]) -> Tensor:
         return self._model.hidden(tokens, PagedTokens(self._pages, rows, positions))
 
-    @one_thread()
-    def _sample(self, requests: Sequence[Request], logits: Tensor) -> None:
-        """Appends the next token of each request, from its row of logits (N, V), or ends it with an error."""
-        likeliest = logits.numpy(force=True).argmax(1)  # 20 times faster than PyTorch's; on a tie, the lowest id
-        finite = logits.sum(1).isfinite()
-        if not finite.all():
-            finite |= logits.isfinite().all(1)  # a sum may overflow
-        tokens = likeliest.tolist()
-        failures: dict[int, LlamaMiniError] = {}
-        for i, request in enumerate(requests):
-            try:
-                if not finite[i]:  # sampling would silently return some token
-                    raise NumericalError(non_finite_message(self._model, request.prompt + request.token_ids))
-                if request.params.temperature or request.params.changes_logits:
-                    tokens[i] = self._choose(request, logits[i])
-            except LlamaMiniError as error:
-                failures[i] = error
-        for i, request in enumerate(requests):
-            if i in failures:
-                request.fail(failures[i])
-            else:
-                request.append_token(tokens[i], logits[i])
-                self.generated_tokens += 1
+    def _sample(self, requests: Sequence[Request], logits: Tensor, guesses: Mapping[Request, list[int]] = {}) -> None:
+        self.generated_tokens += append_tokens(self._model, self._eos_ids, requests, logits, guesses)
+        for request in requests:
             if request.finish_reason is not None:
                 self._release(request)
-
-    def _choose(self, request: Request, logits: Tensor) -> int:
-        try:
-            prompt, new = request.prompt, request.token_ids
-            final = processed(logits, request.params, prompt, new, self._eos_ids, request.constraint)
-            return sample(final, request.params, request.generator)
-        except LlamaMiniError:
-            raise
-        except Exception as error:  # a logits processor is the user's code and may raise anything
-            raise RequestError(f"a logits processor raised {error!r}") from error
 
     # --- pages
 

@@ -16,6 +16,7 @@ import torch
 
 from llama_mini.engine.request import Chunk, Request
 from llama_mini.engine.runner import Runner
+from llama_mini.engine.speculative import Guesser
 from llama_mini.errors import CapacityError, RequestError
 from llama_mini.machine import format_bytes
 from llama_mini.memory import cache_bytes
@@ -45,8 +46,14 @@ class Activity:
 class Scheduler:
     """Runs requests on a model. All methods that have no underscore may be called from any thread."""
 
-    def __init__(self, model: Llama, eos_ids: frozenset[int], prefix_cache: bool) -> None:
-        self._model, self._eos_ids, self._keeps_prefixes = model, eos_ids, prefix_cache
+    def __init__(
+        self,
+        model: Llama,
+        eos_ids: frozenset[int],
+        prefix_cache: bool,
+        new_guesser: Callable[[], Guesser] | None = None,
+    ) -> None:
+        self._model, self._runner_settings = model, (eos_ids, prefix_cache, new_guesser)
         self._reset()
 
     def _reset(self) -> None:
@@ -153,7 +160,7 @@ class Scheduler:
     def _get_runner(self) -> Runner:
         with self._lock:
             if self._runner is None:
-                self._runner = Runner(self._model, self._eos_ids, self._keeps_prefixes)
+                self._runner = Runner(self._model, *self._runner_settings)
             return self._runner
 
     def _turn(self) -> bool:

@@ -134,5 +134,10 @@ def quantized_formats(model: Llama) -> list[str]:
     return sorted(names, reverse=True)
 
 
+def runs_kernels(model: Llama) -> bool:
+    """Whether the C++ operators multiply, whose sums do not depend on the number of tokens."""
+    return any(isinstance(module, PackedLinear) and module.kernels for module in model.modules())
+
+
 def is_fused(model: Llama) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())

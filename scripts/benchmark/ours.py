@@ -38,7 +38,8 @@ class Ours:
     """`LLM` on a checkpoint."""
 
     def __init__(self, path: str, dtype: str, quantize: str | None, threads: int) -> None:
-        self._llm = LLM(path, dtype=dtype, quantize=quantize, threads=threads)
+        # The others decode token by token, and texts of random weights repeat themselves.
+        self._llm = LLM(path, dtype=dtype, quantize=quantize, threads=threads, speculation="off")
         self._model = self._llm.model
 
     def prefill(self, ids: list[int]) -> float:

@@ -22,6 +22,7 @@ from llama_mini.server.limits import Connection
 from llama_mini.server.settings import Settings
 
 IDLE_SECONDS = 65  # that a connection may stay open between requests: more than proxies keep theirs, nginx 60
+SEND_BUFFER = 2**16  # bytes of a connection that the system holds; by itself it takes MBs, and tells of them late
 CLOSE_SECONDS = 2  # that connections have to close once all requests have ended
 SWITCH_SECONDS = 0.0005  # the engine's thread gives way to the event loop so soon; Python's 0.005 delays every token
 
@@ -39,6 +40,7 @@ def bind(host: str, port: int, settings: Settings) -> socket.socket:
             )
         server = socket.socket(family, socket.SOCK_STREAM)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         server.bind(address)
     except (OSError, OverflowError) as error:
         raise LlamaMiniError(f"cannot serve at {host} port {port}: {getattr(error, 'strerror', error)}") from None

@@ -3,7 +3,8 @@
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,14 @@ def head(method: str = "GET", path: str = "/", **headers: object) -> bytes:
 def post(path: str, body: dict[str, Any], **headers: object) -> bytes:
     data = json.dumps(body).encode()
     return head("POST", path, content_type="application/json", content_length=len(data), **headers) + data
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for what another thread does."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def read_all(client: socket.socket) -> bytes:

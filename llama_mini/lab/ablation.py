@@ -105,7 +105,9 @@ def ablate(
         costs = [base.ablated(name, {path: modules[path] for path in done + groups[name]}) for name in candidates]
         best = min(costs, key=lambda row: (row.error is not None, row.dloss))
         rows.append(best)
-        done += groups.pop(best.path) if cumulative else groups.pop(best.path)[:0]
+        edited = groups.pop(best.path)
+        if cumulative:
+            done += edited
     return Table(rows, _note(settings, calibrate is not None))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from llama_mini import Llama, Tokenizer, lab
+from llama_mini import Llama, lab
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.editing import edited_norms
 from tests.tiny_families import random_model
@@ -186,31 +186,24 @@ def test_a_model_that_is_broken_already_has_no_costs(ours: Llama) -> None:
             measure(ours, TEXT)
 
 
-@pytest.fixture(scope="module")
-def real(smollm2_dir: Path) -> tuple[Llama, list[int]]:
-    ids = Tokenizer.from_pretrained(smollm2_dir).encode(ALICE.read_text(encoding="utf-8"))[:256]
-    return Llama.from_pretrained(smollm2_dir, dtype="float32"), ids
-
-
 @pytest.mark.slow
 def test_freezing_is_survivable_with_token_0_apart_once_its_massive_activation_is_born(
-    real: tuple[Llama, list[int]],
+    smollm2: Llama, alice: list[int]
 ) -> None:
     """From layer 12 on, one attention norm costs at most 0.012 nats with token 0 apart and at least 0.99 without.
 
     All 18 of them at once: 0.04 and 9.2. In layers 2 to 9, where later tokens have massive activations too, keeping
     token 0 apart does not suffice: one norm costs 0.6 to 3 nats all the same. 256 tokens of Alice, float32.
     """
-    model, ids = real
     early, late = "layers.[258].attention.pre_norm", "layers.[12][258].attention.pre_norm"  # nine layers of the thirty
-    apart = lab.ablate(model, ids, [early, late]).column("dloss")
-    without = lab.ablate(model, ids, [early, late], keep="none").column("dloss")
+    apart = lab.ablate(smollm2, alice, [early, late]).column("dloss")
+    without = lab.ablate(smollm2, alice, [early, late], keep="none").column("dloss")
     print("apart", *(f"{x:.4f}" for x in apart), "\nwithout", *(f"{x:.4f}" for x in without))
     assert max(apart[3:]) < 0.03
     assert min(without[3:]) > 0.5
     assert min(apart[:3]) > 0.3
-    base = lab.score(model, ids)
+    base = lab.score(smollm2, alice)
     for keep, (low, high) in {"first": (0.0, 0.1), "none": (5.0, 20.0)}.items():
         edits = {"layers.12-29.attention.pre_norm": {"freeze": "quadratic", "keep": keep}}
-        with lab.edit(model, edits, ids):
-            assert low < lab.score(model, ids, against=base).dloss < high
+        with lab.edit(smollm2, edits, alice):
+            assert low < lab.score(smollm2, alice, against=base).dloss < high

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llama_mini import Llama, Tokenizer, lab
+from llama_mini import Llama, lab
 from llama_mini.checkpoint.families import FAMILIES
 from llama_mini.errors import RequestError
 from llama_mini.lab import attention_heads
-from llama_mini.lab.training import sample_text
 from llama_mini.optimize.fuse import optimize
 from tests.tiny_families import random_model
 from tests.tiny_models import random_tokens, tiny_model
@@ -130,10 +129,9 @@ def test_an_optimized_model_is_read_too(quantize: str | None) -> None:
 
 
 @pytest.fixture(scope="module")
-def default(smollm2_dir: Path) -> tuple[list[int], Any]:
+def default(smollm2: Llama, alice: list[int]) -> tuple[list[int], Any]:
     """The first 256 tokens of Alice in Wonderland, and the heads of the default checkpoint on them."""
-    ids = Tokenizer.from_pretrained(smollm2_dir).encode(sample_text())[:256]
-    return ids, lab.attention(Llama.from_pretrained(smollm2_dir, "float32"), ids)
+    return alice, lab.attention(smollm2, alice)
 
 
 def test_the_sink_follows_the_massive_activation(default: tuple[list[int], Any]) -> None:

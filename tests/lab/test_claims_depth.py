@@ -1,33 +1,20 @@
 """What papers say of depth in pre-norm models, and of post-norm: the default checkpoint, and small random models."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from llama_mini import Llama, Tokenizer, lab
-from llama_mini.lab.training import sample_text
+from llama_mini import Llama, lab
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def model(smollm2_dir: Path) -> Llama:
-    return Llama.from_pretrained(smollm2_dir, "float32")
-
-
-@pytest.fixture(scope="module")
-def ids(smollm2_dir: Path) -> list[int]:
-    return Tokenizer.from_pretrained(smollm2_dir).encode(sample_text())[:256]
-
-
-def test_deep_layers_do_little_on_average_but_the_last_ones_do_much(model: Llama, ids: list[int]) -> None:
+def test_deep_layers_do_little_on_average_but_the_last_ones_do_much(smollm2: Llama, alice: list[int]) -> None:
     """Sun et al. 2025 (2502.05795): layers of the second half can be skipped at next to no cost.
 
     By thirds of the 30 layers, one at a time, on average: 1.46, 0.35 and 0.50 nats; layer 0 costs 8.2, layer 1 3.1,
     layer 29 2.1. The cheapest are those of the middle, and none is free: each costs more than two standard errors.
     """
-    rows = lab.skip_layers(model, ids)
+    rows = lab.skip_layers(smollm2, alice)
     costs, errors = (np.array(rows.column(name)) for name in ("dloss", "se"))
     print("skipped", *(f"{c:.3f}±{e:.3f}" for c, e in zip(costs, errors, strict=True)))
     first, middle, last = costs.reshape(3, 10).mean(-1)
@@ -40,16 +27,18 @@ def test_deep_layers_do_little_on_average_but_the_last_ones_do_much(model: Llama
     assert (costs > 2 * errors).all()
 
 
-def test_runs_of_deep_layers_cost_more_than_runs_of_the_middle(model: Llama, ids: list[int]) -> None:
+def test_runs_of_deep_layers_cost_more_than_runs_of_the_middle(smollm2: Llama, alice: list[int]) -> None:
     """Five layers at a time, and the branches of ten: the middle is the part that does least, not the end."""
-    (middle,) = lab.skip_layers(model, ids, "layers.14-18", run=5)
-    (late,) = lab.skip_layers(model, ids, "layers.22-26", run=5)
-    (early,) = lab.skip_layers(model, ids, "layers.1-5", run=5)
+    (middle,) = lab.skip_layers(smollm2, alice, "layers.14-18", run=5)
+    (late,) = lab.skip_layers(smollm2, alice, "layers.22-26", run=5)
+    (early,) = lab.skip_layers(smollm2, alice, "layers.1-5", run=5)
     for row in (early, middle, late):
         print(row.path, row.dloss, row.se, row.angle)
     assert middle.dloss + 2 * middle.se < late.dloss - 2 * late.se < early.dloss
     assert middle.angle < late.angle
-    thirds = {third: lab.skip_layers(model, ids, f"layers.{third}.*", run=10) for third in ("0-9", "10-19", "20-29")}
+    thirds = {
+        third: lab.skip_layers(smollm2, alice, f"layers.{third}.*", run=10) for third in ("0-9", "10-19", "20-29")
+    }
     for third, (attention, feed_forward) in thirds.items():
         print(third, attention.dloss, attention.se, feed_forward.dloss, feed_forward.se)
         assert feed_forward.dloss > attention.dloss > 2 * attention.se > 0
@@ -59,14 +48,14 @@ def r_squared(y: np.ndarray, x: np.ndarray) -> float:
     return float(1 - np.var(y - np.polyval(np.polyfit(x, y, 1), x)) / np.var(y))
 
 
-def test_the_stream_of_a_trained_pre_norm_model_grows_exponentially(model: Llama, ids: list[int]) -> None:
+def test_the_stream_of_a_trained_pre_norm_model_grows_exponentially(smollm2: Llama, alice: list[int]) -> None:
     """Kim et al. 2025 (2502.02732): exponentially after training, linearly at init; linearly in peri-norm.
 
     The second moment of the median token after layers 1 to 28 grows by 19 % a layer; a straight line through its
     logarithm explains 96 % of it, one through itself 57 %. At random init the line fits pre-norm, and peri is 1 + 2l. A
     trained peri-norm model is not at hand.
     """
-    points = lab.capture(model, ids, keep="stats").resid.resid_pre[1:]
+    points = lab.capture(smollm2, alice, keep="stats").resid.resid_pre[1:]
     moments, layers = np.array([point.median for point in points]) ** 2, np.arange(1, 30)
     factor = np.exp(np.polyfit(layers, np.log(moments), 1)[0])
     fits = r_squared(np.log(moments), layers), r_squared(moments, layers)

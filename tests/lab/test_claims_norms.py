@@ -3,27 +3,14 @@
 That a model recovers after training is in test_healing.py.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from llama_mini import Llama, Tokenizer, lab
-from llama_mini.lab.training import sample_text
+from llama_mini import Llama, lab
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def model(smollm2_dir: Path) -> Llama:
-    return Llama.from_pretrained(smollm2_dir, "float32")
-
-
-@pytest.fixture(scope="module")
-def ids(smollm2_dir: Path) -> list[int]:
-    return Tokenizer.from_pretrained(smollm2_dir).encode(sample_text())[:256]
 
 
 def explained(x: Tensor, y: Tensor) -> dict[str, tuple[float, float]]:
@@ -44,14 +31,14 @@ NORMS = [f"layers.{i}.attention.pre_norm" for i in (2, 6, 10, 14, 20, 28)] + ["n
 SPIKED = (NORMS[1], *NORMS[3:6])
 
 
-def test_the_s_shape_of_a_norm_is_that_of_its_massive_tokens(model: Llama, ids: list[int]) -> None:
+def test_the_s_shape_of_a_norm_is_that_of_its_massive_tokens(smollm2: Llama, alice: list[int]) -> None:
     """Zhu et al. 2025 (2503.10622), Chen et al. 2025 (2512.10938): a norm maps input to output in the shape of an S.
 
     Over all tokens it does where a token is massive: in layer 14 s·tanh(αx) explains 79 % of the output's energy and a
     line 2 %. Without the massive tokens a line explains 97 to 99.6 %, and tanh no more than 0.9 % beyond it. The best α
     falls as the stream grows. erf and tanh fit equally well.
     """
-    recording, alphas = lab.capture(model, ids, at=NORMS), []
+    recording, alphas = lab.capture(smollm2, alice, at=NORMS), []
     for path in NORMS:
         x = recording[path].x[0].double()
         y = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -68,7 +55,7 @@ def test_the_s_shape_of_a_norm_is_that_of_its_massive_tokens(model: Llama, ids: 
     assert alphas[1:] == sorted(alphas[1:], reverse=True)
 
 
-def test_the_final_norm_fixes_the_scale_of_the_logits(model: Llama, ids: list[int]) -> None:
+def test_the_final_norm_fixes_the_scale_of_the_logits(smollm2: Llama, alice: list[int]) -> None:
     """TaperNorm (2602.10408): without the final norm the loss depends on the stream's scale, and pulls at it.
 
     With it, twice the last layer's output gives the same loss. With its statistic frozen, the loss falls or rises with
@@ -78,15 +65,16 @@ def test_the_final_norm_fixes_the_scale_of_the_logits(model: Llama, ids: list[in
     found = {}
     for name, edit in edits.items():
         for factor in (0.8, 1.0, 1.25):
-            with lab.edit(model, edit, ids), model.layers[29].register_forward_hook(lambda _, __, y, c=factor: c * y):  # type: ignore[attr-defined]
-                found[name, factor] = lab.score(model, ids).loss
+            last = smollm2.get_submodule("layers.29")
+            with lab.edit(smollm2, edit, alice), last.register_forward_hook(lambda _, __, y, c=factor: c * y):
+                found[name, factor] = lab.score(smollm2, alice).loss
     print(found)
     assert found["as it is", 0.8] == pytest.approx(found["as it is", 1.25], abs=1e-5)
     assert found["frozen", 1.0] == pytest.approx(found["as it is", 1.0], abs=0.3)
     assert max(abs(found["frozen", c] - found["frozen", 1.0]) for c in (0.8, 1.25)) > 0.05
 
 
-def test_groups_of_norms_frozen_at_once(model: Llama, ids: list[int]) -> None:
+def test_groups_of_norms_frozen_at_once(smollm2: Llama, alice: list[int]) -> None:
     """Heimersheim 2024 (2409.13710), Baroni et al. 2025 (2507.02559): feed-forward norms go first, then those of
     attention, the final norm, and last the first token's and the end of text's; with training in between.
 
@@ -96,7 +84,7 @@ def test_groups_of_norms_frozen_at_once(model: Llama, ids: list[int]) -> None:
     costs = {}
     for name in ("feed_forward.pre_norm", "attention.pre_norm", "norm"):
         pattern = name if name == "norm" else f"layers.*.{name}"
-        (costs[name],) = lab.ablate(model, ids, pattern, joint=True, freeze="arithmetic", keep="massive")
+        (costs[name],) = lab.ablate(smollm2, alice, pattern, joint=True, freeze="arithmetic", keep="massive")
         print(name, costs[name])
     assert "first at layers." in (costs["feed_forward.pre_norm"].error or "")
     assert costs["attention.pre_norm"].dloss == pytest.approx(1.39, abs=0.2)

@@ -5,7 +5,6 @@ test_attention_heads.py. That sinks can be trained without massive activations i
 """
 
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from torch.nn.functional import normalize
 from llama_mini import Llama, Tokenizer, lab
 from llama_mini.lab.cost import Score
 from llama_mini.lab.recording import Recording
-from llama_mini.lab.training import sample_text
 
 pytestmark = pytest.mark.slow
 
@@ -33,28 +31,13 @@ BRANCHES = ("attention", "feed_forward")
 
 
 @pytest.fixture(scope="module")
-def model(smollm2_dir: Path) -> Llama:
-    return Llama.from_pretrained(smollm2_dir, "float32")
+def base(smollm2: Llama, alice: list[int]) -> Score:
+    return lab.score(smollm2, alice)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2_dir: Path) -> Tokenizer:
-    return Tokenizer.from_pretrained(smollm2_dir)
-
-
-@pytest.fixture(scope="module")
-def ids(tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(sample_text())[:256]
-
-
-@pytest.fixture(scope="module")
-def base(model: Llama, ids: list[int]) -> Score:
-    return lab.score(model, ids)
-
-
-@pytest.fixture(scope="module")
-def recordings(model: Llama, tokenizer: Tokenizer) -> list[Recording]:
-    return [lab.capture(model, tokenizer.encode(text)) for text in TEXTS]
+def recordings(smollm2: Llama, smollm2_tokenizer: Tokenizer) -> list[Recording]:
+    return [lab.capture(smollm2, smollm2_tokenizer.encode(text)) for text in TEXTS]
 
 
 def likeness(rows: list[Tensor]) -> tuple[float, float]:
@@ -99,14 +82,14 @@ def first_of_507(recording: Recording, layer: int) -> float:
     return float(recording.resid.resid_post[layer].x[0, 0, 507])
 
 
-def test_one_layer_makes_the_spike(model: Llama, ids: list[int], base: Score) -> None:
+def test_one_layer_makes_the_spike(smollm2: Llama, alice: list[int], base: Score) -> None:
     """Shi et al. 2026 (2605.08504): one layer makes it, by its norm's gain and its feed-forward layer together.
 
     The feed-forward layer of layer 11 adds 23,986 of it, and what comes after adds next to nothing until layers 28 and
     29 take it away; without that one branch no element of a later layer is massive. The gain has little part in it:
     with the mean in place of all gains the spike stays, and without the six largest gains it does too.
     """
-    whole = lab.capture(model, ids)
+    whole = lab.capture(smollm2, alice)
     stream = [float(whole.resid.resid_pre[0].x[0, 0, 507])]
     for i in range(30):
         stream += [float(whole.resid.resid_mid[i].x[0, 0, 507]), first_of_507(whole, i)]
@@ -116,22 +99,22 @@ def test_one_layer_makes_the_spike(model: Llama, ids: list[int], base: Score) ->
     assert abs(added[12:27]).max() < 50
     assert added[28:, 1].sum() < -19_000
     path = "layers.11.feed_forward.pre_norm"
-    largest = model.get_submodule(path).weight.abs().argsort(descending=True)
+    largest = smollm2.get_submodule(path).weight.abs().argsort(descending=True)
     for name, gain in {
         "mean": "mean",
         "six": {"dims": largest[:6].tolist()},
         "58": {"dims": largest[:58].tolist()},
     }.items():
-        with lab.edit(model, {path: {"gain": gain}}):
-            spike = first_of_507(lab.capture(model, ids), 11)
-            cost = lab.score(model, ids, against=base)
+        with lab.edit(smollm2, {path: {"gain": gain}}):
+            spike = first_of_507(lab.capture(smollm2, alice), 11)
+            cost = lab.score(smollm2, alice, against=base)
         print("gain", name, spike, cost.dloss, cost.se)
         assert spike > 10_000
-    down = model.layers[11].feed_forward.down_proj.weight
+    down = smollm2.layers[11].feed_forward.down_proj.weight
     kept = down.clone()
     down.zero_()
     try:
-        without, cost = lab.capture(model, ids, keep="stats"), lab.score(model, ids, against=base)
+        without, cost = lab.capture(smollm2, alice, keep="stats"), lab.score(smollm2, alice, against=base)
     finally:
         down.copy_(kept)
     times = [point.max_over_median for point in without.resid.resid_post]
@@ -140,16 +123,16 @@ def test_one_layer_makes_the_spike(model: Llama, ids: list[int], base: Score) ->
     assert cost.dloss == pytest.approx(1.31, abs=0.1)
 
 
-def test_masking_the_massive_dimension_does_not_help_this_model(model: Llama, ids: list[int], base: Score) -> None:
+def test_masking_the_massive_dimension_does_not_help_this_model(smollm2: Llama, alice: list[int], base: Score) -> None:
     """The same paper masks such dimensions where attention reads them, which weakens the sinks and raises its scores.
 
     Here the sink weakens too, but the loss on a novel grows. Benchmarks of instructions are not measured.
     """
     found = {}
     for name, edits in {"whole": {}, "masked": {"layers.12-29.attention.pre_norm": {"gain": {"dims": [507]}}}}.items():
-        with lab.edit(model, edits):
-            heads = [head for head in lab.attention(model, ids) if head.layer >= 12]
-            cost = lab.score(model, ids, against=base)
+        with lab.edit(smollm2, edits):
+            heads = [head for head in lab.attention(smollm2, alice) if head.layer >= 12]
+            cost = lab.score(smollm2, alice, against=base)
         found[name] = np.mean([head.first_mass for head in heads]), np.mean([head.entropy for head in heads]), cost
         print(name, *found[name][:2], cost.dloss, cost.se, cost.top1)
     (mass, entropy, _), (masked, wider, cost) = found["whole"], found["masked"]
@@ -158,12 +141,12 @@ def test_masking_the_massive_dimension_does_not_help_this_model(model: Llama, id
     assert cost.dloss > 2 * cost.se > 0
 
 
-def test_q_and_k_norms_bound_the_largest_logit(model: Llama, ids: list[int]) -> None:
+def test_q_and_k_norms_bound_the_largest_logit(smollm2: Llama, alice: list[int]) -> None:
     """Gemma 3, OLMo 2 and 3, Qwen 3: with both norms |q·k|/√D is at most √D times the largest gains: 8 with gains 1."""
-    bounded = lab.insert(model, "layers.*.attention.[qk]_norm", ids, gain="one")
+    bounded = lab.insert(smollm2, "layers.*.attention.[qk]_norm", alice, gain="one")
     before, after = (
         [max(head.largest_logit for head in heads if head.layer == i) for i in range(30)]
-        for heads in (lab.attention(model, ids), lab.attention(bounded, ids))
+        for heads in (lab.attention(smollm2, alice), lab.attention(bounded, alice))
     )
     print("largest logits", [round(x, 1) for x in before], [round(x, 2) for x in after])
     assert max(after) <= 8

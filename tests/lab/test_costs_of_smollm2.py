@@ -102,11 +102,6 @@ def plain(smollm2_dir: Path) -> Plain:
     return Plain(smollm2_dir)
 
 
-@pytest.fixture(scope="module")
-def model(smollm2_dir: Path) -> Llama:
-    return Llama.from_pretrained(smollm2_dir, dtype="float32")
-
-
 FEED_8, ATTENTION_4 = "layers.8.feed_forward.pre_norm", "layers.4.attention.pre_norm"
 LATE = [f"layers.{i}.attention.pre_norm" for i in range(12, 30)]
 COSTS: list[tuple[list[str], str, str, float, float]] = [
@@ -122,48 +117,48 @@ COSTS: list[tuple[list[str], str, str, float, float]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("paths", "freeze", "keep", "dloss", "se"), COSTS)
 def test_costs_against_plain_torch(
-    paths: list[str], freeze: str, keep: str, dloss: float, se: float, model: Llama, plain: Plain, ids: list[int]
+    paths: list[str], freeze: str, keep: str, dloss: float, se: float, smollm2: Llama, plain: Plain, ids: list[int]
 ) -> None:
-    (row,) = lab.ablate(model, ids, paths, freeze=freeze, keep=keep, joint=True)
+    (row,) = lab.ablate(smollm2, ids, paths, freeze=freeze, keep=keep, joint=True)
     assert (row.dloss, row.se) == pytest.approx(plain.cost(torch.tensor(ids), paths, freeze, keep), rel=1e-3, abs=5e-5)
     assert row.dloss == pytest.approx(dloss, rel=0.005, abs=5e-5)
     assert row.se == pytest.approx(se, rel=0.05)
 
 
 @pytest.mark.slow
-def test_massive_tokens_of_the_first_layers_are_six(model: Llama, ids: list[int], plain: Plain) -> None:
+def test_massive_tokens_of_the_first_layers_are_six(smollm2: Llama, ids: list[int], plain: Plain) -> None:
     plain.roots = {}
     plain.losses(torch.tensor(ids))
-    (row,) = lab.ablate(model, ids, FEED_8, keep="massive")
+    (row,) = lab.ablate(smollm2, ids, FEED_8, keep="massive")
     kept = KEPT["massive"](plain.own[FEED_8])
     assert row.kept == int(kept.sum()) == 6
     assert kept.nonzero()[:, 0].tolist() == [0, 1, 13, 32, 85, 200]
 
 
 @pytest.mark.slow
-def test_norms_that_are_free_alone_are_not_free_together(model: Llama, ids: list[int]) -> None:
+def test_norms_that_are_free_alone_are_not_free_together(smollm2: Llama, ids: list[int]) -> None:
     """Attention and feed-forward of layers 12 to 29 end in NaN, which is named; all of attention costs 14 nats.
 
     That model is destroyed: rounding alone moves its loss by half a nat. With massive tokens apart it costs one nat.
     """
     settings: dict[str, Any] = {"freeze": "quadratic", "joint": True}
-    (late,) = lab.ablate(model, ids, "layers.12-29.*.pre_norm", keep="first", **settings)
+    (late,) = lab.ablate(smollm2, ids, "layers.12-29.*.pre_norm", keep="first", **settings)
     assert late.error is not None
     assert "NaN or infinity in the logits, first at layers." in late.error
     assert ", token " in late.error
-    (attention,) = lab.ablate(model, ids, "layers.*.attention.pre_norm", keep="first", **settings)
+    (attention,) = lab.ablate(smollm2, ids, "layers.*.attention.pre_norm", keep="first", **settings)
     assert attention.dloss == pytest.approx(14, abs=1)
-    (apart,) = lab.ablate(model, ids, "layers.*.attention.pre_norm", keep="massive", **settings)
+    (apart,) = lab.ablate(smollm2, ids, "layers.*.attention.pre_norm", keep="massive", **settings)
     assert apart.dloss == pytest.approx(1.0, abs=0.2)
     assert apart.se == pytest.approx(0.1, abs=0.02)
 
 
 @pytest.mark.slow
-def test_attention_to_the_first_token_against_plain_torch(model: Llama, ids: list[int], plain: Plain) -> None:
+def test_attention_to_the_first_token_against_plain_torch(smollm2: Llama, ids: list[int], plain: Plain) -> None:
     """The mean over heads and all queries but the first, around the second birth of the massive activation."""
     plain.roots = {}
     plain.losses(torch.tensor(ids))
-    rows = lab.attention(model, ids)
+    rows = lab.attention(smollm2, ids)
     for layer, mass in ((8, 0.112), (11, 0.004), (12, 0.385)):
         q, k = plain.heads[layer]
         scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(torch.ones(256, 256).triu(1).bool(), -torch.inf)
@@ -175,10 +170,10 @@ def test_attention_to_the_first_token_against_plain_torch(model: Llama, ids: lis
 
 
 @pytest.mark.slow
-def test_gradients_around_a_norm_against_plain_torch(model: Llama, ids: list[int], plain: Plain) -> None:
+def test_gradients_around_a_norm_against_plain_torch(smollm2: Llama, ids: list[int], plain: Plain) -> None:
     """The first token's gradient over the median's, from layer 12 on: 21 to 123 after the norm, .2 to 1.7 before."""
     plain.roots, plain.graph = {}, True
-    loss, rows = plain.losses(torch.tensor(ids)).mean(), {row.point: row for row in lab.gradients(model, ids)}
+    loss, rows = plain.losses(torch.tensor(ids)).mean(), {row.point: row for row in lab.gradients(smollm2, ids)}
     plain.graph = False
     paths = [f"layers.{layer}.attention.pre_norm" for layer in (12, 20, 28)]
     at_outputs = torch.autograd.grad(loss, [plain.normed[path][1] for path in paths])

@@ -1,6 +1,5 @@
 """move_fitted: what the norm did on average stays, and the new gains are those of least squares."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,9 +72,10 @@ def test_what_no_matrix_can_take_over_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_on_the_default_checkpoint_it_costs_a_tenth_of_a_plain_move(smollm2_dir: Path) -> None:
-    model, tokenizer = Llama.from_pretrained(smollm2_dir, "float32"), Tokenizer.from_pretrained(smollm2_dir)
-    ids = tokenizer.encode(sample_text())
+def test_on_the_default_checkpoint_it_costs_a_tenth_of_a_plain_move(
+    smollm2: Llama, smollm2_tokenizer: Tokenizer
+) -> None:
+    model, ids = smollm2, smollm2_tokenizer.encode(sample_text())
     pattern, base = "layers.20-29.feed_forward.pre_norm", score(model, ids[:256])
     plain = score(move(model, pattern, "out"), ids[:256], against=base)
     fitted = score(move_fitted(model, pattern, "out", ids[1024:2048]), ids[:256], against=base)

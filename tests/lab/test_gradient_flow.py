@@ -1,6 +1,5 @@
 """Gradients along the stream, against torch.autograd through the whole model, and float64 NumPy at the norms."""
 
-from pathlib import Path
 from typing import Any
 from weakref import finalize
 
@@ -10,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_mini import Llama, NormPlan, Tokenizer, lab
+from llama_mini import Llama, NormPlan, lab
 from llama_mini.errors import NumericalError
 from llama_mini.lab.paths import slots
-from llama_mini.lab.training import sample_text
 from llama_mini.model.norm import NORMS, Norm
 from llama_mini.optimize.fuse import optimize
 from tests.tiny_models import random_tokens, tiny_model
@@ -199,11 +197,10 @@ def test_memory_does_not_grow_with_the_number_of_layers() -> None:
 
 
 @pytest.mark.slow
-def test_the_sink_is_one_of_gradients_too_and_the_norm_damps_it(smollm2_dir: Path) -> None:
+def test_the_sink_is_one_of_gradients_too_and_the_norm_damps_it(smollm2: Llama, alice: list[int]) -> None:
     """From layer 12 on a gradient at the first token's normed row is 10 times that of others, since later tokens attend
     to it. The norm divides it by the massive row's root mean square: it is a fraction of the others' at the stream."""
-    ids = Tokenizer.from_pretrained(smollm2_dir).encode(sample_text())[:96]
-    rows = {row.point: row for row in lab.gradients(Llama.from_pretrained(smollm2_dir, "float32"), ids)}
+    rows = {row.point: row for row in lab.gradients(smollm2, alice[:96])}
     for i in range(12, 30):
         output, inside = (rows[f"layers.{i}.attention.pre_norm.{part}"] for part in ("output", "input"))
         assert output.first > 8 * output.median

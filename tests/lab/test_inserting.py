@@ -163,13 +163,8 @@ def test_a_norm_that_the_slot_cannot_hold_and_an_edited_model() -> None:
 
 
 @pytest.mark.slow
-def test_norms_on_the_output_of_attention_cost_the_default_checkpoint_little(smollm2_dir: Path) -> None:
+def test_norms_on_the_output_of_attention_cost_the_default_checkpoint_little(smollm2: Llama, alice: list[int]) -> None:
     """With unit gains 10.6 nats, with fitted ones 0.22: so `pre -> peri` starts near the function."""
-    from llama_mini.lab.training import sample_text
-    from llama_mini.tokenizer import Tokenizer
-
-    model = Llama.from_pretrained(smollm2_dir, "float32")
-    ids = Tokenizer.from_pretrained(smollm2_dir).encode(sample_text())[:256]
-    base = score(model, ids)
-    new = insert(model, "layers.*.attention.out_norm", ids)
-    assert score(new, ids, against=base).dloss == pytest.approx(0.2176, abs=2e-3)
+    base = score(smollm2, alice)
+    new = insert(smollm2, "layers.*.attention.out_norm", alice)
+    assert score(new, alice, against=base).dloss == pytest.approx(0.2176, abs=2e-3)

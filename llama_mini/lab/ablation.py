@@ -12,7 +12,7 @@ from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.cost import score
 from llama_mini.lab.editing import edited_norms, swapped
 from llama_mini.lab.freezing import Frozen
-from llama_mini.lab.paths import select, select_layers, split
+from llama_mini.lab.paths import layer_of, select, select_layers, split
 from llama_mini.lab.recording import watched
 from llama_mini.lab.study import progress
 from llama_mini.lab.table import Table
@@ -195,19 +195,14 @@ class Base:
 
     def _cost(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
         """The costs of the model with these modules in place of its own; the layers below them return what they did."""
-        below = {f"layers.{i}": _Returns(self._outputs[i]) for i in range(min(map(self._layer, modules)))}
+        first = min(layer_of(path, len(self._outputs)) for path in modules)
+        below = {f"layers.{i}": _Returns(self._outputs[i]) for i in range(first)}
         with swapped(self.model, below | dict(modules)):
             try:
                 changed = score(self.model, self.texts, against=self.score)
             except NumericalError as error:
                 return dict.fromkeys(_COSTS, math.nan) | {"error": str(error)}
         return {name: getattr(changed, name) for name in _COSTS}
-
-    def _layer(self, path: str) -> int:
-        """The layer of a module; of the final norm, the number of layers."""
-        if not path.startswith("layers."):
-            return 0 if path == "embed_norm" else len(self.model.layers)
-        return int(path.split(".")[1])
 
 
 class _Returns(nn.Module):

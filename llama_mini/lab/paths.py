@@ -40,6 +40,12 @@ def slots(model: Llama) -> dict[str, nn.Module]:
     return {path: model.get_submodule(path) for path in ["embed_norm", *in_layers, "norm"]}
 
 
+def layer_of(name: str, depth: int) -> int:
+    """The layer of a norm or parameter: `depth` for the final norm, -1 for embedding and head."""
+    top, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if top == "layers" else depth if top == "norm" else -1
+
+
 def slot_width(config: LlamaConfig, path: str) -> int:
     """The width of a norm at `path`. A q, k or v norm is assumed to see each head by itself."""
     branch, _, slot = path.rpartition(".")

@@ -12,7 +12,7 @@ from llama_mini.errors import RequestError
 from llama_mini.lab.applying import has_plan, placed
 from llama_mini.lab.editing import Edits, edited_norms, swapped
 from llama_mini.lab.moving import with_norms
-from llama_mini.lab.paths import slots
+from llama_mini.lab.paths import layer_of, slots
 from llama_mini.lab.texts import Ids
 from llama_mini.model.llama import Llama
 from llama_mini.validate import join_names
@@ -34,7 +34,7 @@ def student_of(model: Llama, change: Edits | Llama, ids: Ids) -> tuple[Llama, in
         changed = change if isinstance(change, Llama) else model
         if not (differing := _differing(before, _described(changed))):
             raise RequestError("the change leaves the model as it is: there is nothing to heal")
-        first = min(_layer(model, name) for name in differing)
+        first = min(layer_of(name, len(model.layers)) for name in differing)
         return copied(changed, first), first
 
 
@@ -51,12 +51,6 @@ def _differing(before: dict[str, Tensor | str], after: dict[str, Tensor | str]) 
     return [name for name in before | after if not equal(before.get(name), after.get(name))]
 
 
-def _layer(model: Llama, name: str) -> int:
-    """The layer of a parameter or norm. The final norm comes after all layers, embedding and head count as below."""
-    top, _, rest = name.partition(".")
-    return int(rest.partition(".")[0]) if top == "layers" else len(model.layers) if top == "norm" else -1
-
-
 def copied(model: Llama, first: int) -> Llama:
     """A copy that owns what is trained: the norms and matrices from layer `first` on. It shares the rest with `model`.
 
@@ -65,7 +59,7 @@ def copied(model: Llama, first: int) -> Llama:
     own = {
         name
         for name, _ in model.named_parameters()
-        if name not in ("tok_embeddings.weight", "lm_head.weight") and _layer(model, name) >= first
+        if name not in ("tok_embeddings.weight", "lm_head.weight") and layer_of(name, len(model.layers)) >= first
     }
     shared = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for name, p in model.named_parameters() if name not in own

@@ -15,6 +15,7 @@ from llama_mini.lab.freezing import FREEZABLE, MEANS, squared_constant
 from llama_mini.lab.keep import TIMES_MEDIAN, as_keep
 from llama_mini.lab.massive_activations import MASSIVE, MassiveElement
 from llama_mini.lab.norm_table import NormRow, effective_gain, folded_gains, norms
+from llama_mini.lab.paths import layer_of
 from llama_mini.lab.recording import Record, Recording
 from llama_mini.lab.reporting.diagram import branch_boxes
 from llama_mini.lab.table import finite
@@ -57,9 +58,8 @@ def explore(
         gain = effective_gain(model.get_submodule(row.path))  # type: ignore[arg-type]
         norm_costs = {keep: rows[row.path] for keep, rows in costs.items() if row.path in rows}
         after_folding, record = folded.get(row.path), recording[row.path]
-        layer = int(row.path.split(".")[1]) if "." in row.path else None
         data[row.path] = {
-            "row": config.n_layers + 1 if row.path == "norm" else 0 if layer is None else layer + 1,
+            "row": 1 + layer_of(row.path, config.n_layers),
             "place": _place(config, row.path),
             "facts": _settings(row)
             | _gain_facts(gain, after_folding)
@@ -253,11 +253,7 @@ def _cost(cost: AblatedNorm) -> str:
 
 
 def _layer(
-    i: int,
-    recording: Recording,
-    massive: Sequence[MassiveElement],
-    heads: Sequence[AttentionHead],
-    tokens: _Tokens,
+    i: int, recording: Recording, massive: Sequence[MassiveElement], heads: Sequence[AttentionHead], tokens: _Tokens
 ) -> dict[str, Any]:
     stream, masses = recording.resid.resid_pre[i], [head.first_mass for head in heads if head.layer == i]
     born = [element for element in massive if element.layer == i]

@@ -4,13 +4,13 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from llama_mini.errors import RequestError
 from llama_mini.lab.ablation import AblatedNorm, SkippedLayer
 from llama_mini.lab.massive_activations import MASSIVE
 from llama_mini.lab.norm_table import NormRow
-from llama_mini.lab.recording import Recording, besides_first
+from llama_mini.lab.paths import layer_of
+from llama_mini.lab.recording import Recording, besides_first, first_and_median
 from llama_mini.lab.reporting.style import (
     BLUE,
     GREEN,
@@ -71,7 +71,7 @@ def residual_rms_picture(recording: Recording) -> "Figure":
         inside = {path: norm for path, norm in own.items() if norm.slot in ("mid_norm", "out_norm")}
         before = [recording[path].median for path in inside]
         after = [_median_rms_after(recording, path) for path in own]
-        name = f"a norm of {_named(branch)}" if branch else "a norm of the model"
+        name = f"a norm of {named(branch)}" if branch else "a norm of the model"
         looks: Any = {"linestyle": "", "color": color, "marker": marker, "markersize": 4}
         if inside:
             at = [_position(norm) for norm in inside.values()]
@@ -95,7 +95,7 @@ def norm_cost_picture(costs: Sequence[AblatedNorm]) -> "Figure":
     figure, panels = _slot_panels(rows)
     for axes, slot, branches in panels:
         for branch, (x, paths) in branches.items():
-            _bars(axes, x, [rows[path] for path in paths], _BRANCH[branch][0], _named(branch), width=0.38)
+            _bars(axes, x, [rows[path] for path in paths], _BRANCH[branch][0], named(branch), width=0.38)
         axes.margins(x=0.015)  # no tick beyond the last layer
         signed_scale(axes, [rows[path].dloss for _, paths in branches.values() for path in paths])
         axes.set_ylabel(f"{slot}: change of loss\n(nats per token)")
@@ -112,9 +112,9 @@ def cumulative_picture(costs: Sequence[AblatedNorm]) -> "Figure":
     axes.plot(x, dloss, color=INK, linewidth=0.8)
     axes.fill_between(x, dloss - error, dloss + error, color=GREY, alpha=0.3, linewidth=0, label="± 2 standard errors")
     for branch, (color, marker) in _BRANCH.items():
-        own = [i for i, row in enumerate(costs) if _branch(row.path) == branch]
+        own = [i for i, row in enumerate(costs) if branch_of(row.path) == branch]
         if own:
-            axes.plot(x[own], dloss[own], linestyle="", color=color, marker=marker, markersize=4, label=_named(branch))
+            axes.plot(x[own], dloss[own], linestyle="", color=color, marker=marker, markersize=4, label=named(branch))
     signed_scale(axes, list(dloss))
     axes.set(xlabel="norms edited", ylabel="change of loss\n(nats per token)")
     layer_ticks(axes, len(costs))
@@ -138,7 +138,7 @@ def gain_picture(rows: Sequence[NormRow]) -> "Figure":
             color, marker = _BRANCH[branch]
             low, mean, high = np.array([gains[path] for path in paths]).T
             error = mean - low, high - mean
-            axes.errorbar(x, mean, error, color=color, fmt=marker, markersize=4, label=_named(branch))
+            axes.errorbar(x, mean, error, color=color, fmt=marker, markersize=4, label=named(branch))
         axes.set_xlim(-0.7, _depth(gains) - 0.3)
         axes.set_ylabel(f"gain of {slot}\n(min, mean, max)")
         legend_above(axes, 3)
@@ -164,7 +164,7 @@ def skip_picture(rows: Sequence[SkippedLayer]) -> "Figure":
     """The cost of skipping layers, branches or runs of them, and the angle by which each turns the stream."""
     figure, (cost, angle) = new_figure(2, 2.3)
     kinds = {
-        kind: [row for row in rows if _branch(f"{row.path}.") == kind] for kind in ("", "attention", "feed_forward")
+        kind: [row for row in rows if branch_of(f"{row.path}.") == kind] for kind in ("", "attention", "feed_forward")
     }
     kinds = {kind: own for kind, own in kinds.items() if own}
     width, last = 0.8 / len(kinds), 0
@@ -172,7 +172,7 @@ def skip_picture(rows: Sequence[SkippedLayer]) -> "Figure":
         spans = [[int(layer) for layer in row.path.split(".")[1].split("-")] for row in own]
         x, last = [sum(span) / len(span) + (i - (len(kinds) - 1) / 2) * width for span in spans], max(last, *spans[-1])
         color, marker = _BRANCH[kind]
-        _bars(cost, x, own, color, f"{_named(kind) if kind else 'layers'} skipped", width)
+        _bars(cost, x, own, color, f"{named(kind) if kind else 'layers'} skipped", width)
         angle.plot(x, [row.angle for row in own], color=color, marker=marker, markersize=4)
     signed_scale(cost, [row.dloss for row in rows])
     cost.set_xlim(-0.7, last + 0.7)
@@ -197,19 +197,17 @@ def _bars(
             axes.bar(np.array(x)[which], height, width, yerr=error, color=shade, label=name, error_kw=looks)
 
 
-def _branch(path: str) -> str:
+def branch_of(path: str) -> str:
     return next((name for name in ("attention", "feed_forward") if f".{name}." in path), "")
 
 
 def _address(path: str, depth: int) -> _Address:
-    if path in ("embed_norm", "norm"):
-        return _Address(path, "", -1 if path == "embed_norm" else depth)
-    _, layer, branch, slot = path.split(".")
-    return _Address(slot, branch, int(layer))
+    branch, slot = path.split(".")[2:] if "." in path else ("", path)
+    return _Address(slot, branch, layer_of(path, depth))
 
 
 def _depth(paths: Iterable[str]) -> int:
-    return 1 + max((int(path.split(".")[1]) for path in paths if path.startswith("layers.")), default=-1)
+    return 1 + max((layer_of(path, -1) for path in paths), default=-1)
 
 
 def _slot_panels(paths: Collection[str]) -> "tuple[Figure, list[tuple[Axes, str, _Branches]]]":
@@ -239,18 +237,14 @@ def _position(norm: _Address) -> float:
     return norm.layer + within + (0.5 if norm.branch == "feed_forward" else 0)
 
 
-def _median(values: Tensor) -> float:
-    return float(values.double().quantile(0.5))  # torch's own median is the lower of two
-
-
 def _median_rms_after(recording: Recording, path: str) -> float:
     y = recording[path].y
     if y is None:
         raise RequestError(f"the recording kept no tensors of {path}: capture with keep='tensors'")
-    return _median(besides_first(y.double().pow(2).mean(-1).sqrt(), recording.texts.real))
+    return first_and_median(y.double().pow(2).mean(-1).sqrt(), recording.texts.real)[1]
 
 
-def _named(branch: str) -> str:
+def named(branch: str) -> str:
     return branch.replace("_", "-") or "embedding, final"
 
 

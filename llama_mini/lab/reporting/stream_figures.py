@@ -8,7 +8,8 @@ import numpy as np
 from llama_mini.lab.attention_heads import AttentionHead
 from llama_mini.lab.comparison import Comparison
 from llama_mini.lab.gradient_flow import Gradient
-from llama_mini.lab.reporting.figures import signed_scale
+from llama_mini.lab.paths import layer_of
+from llama_mini.lab.reporting.figures import branch_of, named, signed_scale
 from llama_mini.lab.reporting.style import (
     BLUE,
     GREEN,
@@ -98,20 +99,22 @@ def comparison_picture(comparison: Comparison) -> "Figure":
     """
     figure, (stream, change, cost) = new_figure(3, 2.4)
     rows = comparison.stream
-    x = np.arange(len(rows)) / 2
+    depth, x = len(rows) // 2, np.arange(len(rows)) / 2
     for who, label, color in (("median", "median token", BLUE), ("first", "first token", PURPLE)):
         stream.plot(x, rows.column(f"{who}_a"), color=color, label=f"a: {label}")
         stream.plot(x, rows.column(f"{who}_b"), ":", color=INK, label="" if who == "first" else "b")
         change.plot(x, rows.column(f"{who}_change"), color=color, label=f"from a to b: {label}")
     stream.set_ylabel("RMS of the stream")
     change.set_ylabel("change of the stream\n(share of its length)")
-    for branch, color, marker in (("attention", GREEN, "o"), ("feed_forward", VERMILION, "s")):
-        own = [row for row in comparison.norms if f".{branch}." in row.path]
-        for side, fill in (("a", color), ("b", "none")):
-            at = [int(row.path.split(".")[1]) + (0.5 if branch == "feed_forward" else 0) for row in own]
-            costs = np.array([[getattr(row, f"{name}_{side}") for row in own] for name in ("dloss", "se")], float)
-            label = f"{side}: {branch.replace('_', '-')}"
-            looks: Any = {"color": color, "markerfacecolor": fill, "markersize": 4, "label": label}
+    for branch, color, marker in (("attention", GREEN, "o"), ("feed_forward", VERMILION, "s"), ("", INK, "D")):
+        for side, fill, shift in (("a", color, -0.1), ("b", "none", 0.1)):  # side by side, since they may be equal
+            own = {row.path: row for row in comparison.norms if branch_of(row.path) == branch}
+            own = {path: row for path, row in own.items() if getattr(row, f"dloss_{side}") is not None}
+            if not own:
+                continue
+            at = [max(0, layer_of(path, depth)) + (0.5 if branch == "feed_forward" else 0) + shift for path in own]
+            costs = np.array([[getattr(row, f"{name}_{side}") for row in own.values()] for name in ("dloss", "se")])
+            looks: Any = {"color": color, "markerfacecolor": fill, "markersize": 4, "label": f"{side}: {named(branch)}"}
             cost.errorbar(at, costs[0], 2 * costs[1], fmt=marker, **looks)
     signed_scale(cost, [v for s in "ab" for v in comparison.norms.column(f"dloss_{s}") if v is not None])
     cost.set(xlabel="layer (feed-forward at the half)", ylabel="cost of a norm\n(nats per token)")
@@ -119,6 +122,6 @@ def comparison_picture(comparison: Comparison) -> "Figure":
     if max(rows.column("median_change")) > 0:  # the streams of a model and itself are equal
         log_scale(change)
     for axes in (stream, change, cost):
-        legend_above(axes, 4)
-    layer_ticks(cost, len(rows) // 2)
+        legend_above(axes, 3)
+    layer_ticks(cost, depth)
     return figure

@@ -7,6 +7,7 @@ import pytest
 
 from llama_mini import lab
 from llama_mini.lab.reporting import stream_figures
+from llama_mini.lab.reporting.figures import branch_of, named
 from llama_mini.lab.reporting.style import save
 from tests.tiny_models import random_tokens, tiny_model
 
@@ -49,13 +50,16 @@ def test_two_models_and_the_errors_of_their_costs() -> None:
     assert lines == [compared.stream.column(name) for name in ("median_a", "median_b", "first_a", "first_b")]
     lines = [list(line.get_ydata()) for line in change.get_lines()]
     assert lines == [compared.stream.column(name) for name in ("median_change", "first_change")]
+    places: list[float] = []
     for container in cost.containers:
         side, branch = container.get_label().split(": ")
-        own = [row for row in compared.norms if f".{branch.replace('-', '_')}." in row.path]
+        own = [row for row in compared.norms if named(branch_of(row.path)) == branch]
         middle, _, (bars,) = container
+        places += list(middle.get_xdata())
         assert list(middle.get_ydata()) == [getattr(row, f"dloss_{side}") for row in own]
         spans = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
         np.testing.assert_allclose(spans, [4 * getattr(row, f"se_{side}") for row in own])
+    assert len(set(places)) == 2 * len(compared.norms)  # no mark hides another
 
 
 @pytest.mark.parametrize("plan", ["none", "post", "parallel", "out+qk:full"])

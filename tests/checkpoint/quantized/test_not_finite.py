@@ -17,7 +17,7 @@ from tests.checkpoint.quantized.libraries import save_compressed, scheme
 
 MODULE = "model.layers.0."
 MORE = {  # groups of compressed-tensors that the fuzzer's checkpoints do not have
-    "int8": scheme("Linear", num_bits=8, strategy="channel"),
+    "compressed-int8": scheme("Linear", num_bits=8, strategy="channel"),
     "mxfp4": scheme("Linear", num_bits=4, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8),
 }
 pytestmark = pytest.mark.filterwarnings("ignore")

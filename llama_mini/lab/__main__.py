@@ -171,7 +171,7 @@ def _heal_options(heal: argparse.ArgumentParser) -> None:
     train = "text to train on; default: Python's language reference, and what the model writes"
     heal.add_argument("--train", type=Path, metavar="FILE", help=train)
     heal.add_argument("--taper", action="store_true", default=None, help="let the change come in slowly")
-    heal.add_argument("--no-control", action="store_true", help="do not train a random change of equal KL")
+    heal.add_argument("--no-control", dest="control", action="store_false", help="train no random change of equal KL")
     heal.add_argument("--folder", type=Path, metavar="DIR", help="keep the state here, and go on from it")
     heal.add_argument("--save", type=Path, metavar="DIR", help="write the healed model to this folder")
 

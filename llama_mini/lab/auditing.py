@@ -13,14 +13,7 @@ from llama_mini.model.norm import Norm
 from llama_mini.validate import check_number
 
 _IGNORE = ("rms", "scale", "l2", "prms", "crms", "group", "layer")  # kinds that a factor of their input does not change
-_DIVIDE = (
-    "rms",
-    "scale",
-    "l2",
-    "prms",
-    "crms",
-    "power",
-)  # kinds that only divide each vector by one number, but for gain
+_DIVIDE = ("rms", "scale", "l2", "prms", "crms", "power")  # that only divide each vector by one number, but for gain
 
 
 @dataclass(frozen=True)

@@ -114,10 +114,7 @@ def _value(key: str, text: str) -> Any:
 
 
 def show(
-    args: argparse.Namespace,
-    table: Table[Any],
-    picture: "Callable[[], Figure] | None" = None,
-    empty: str = "nothing",
+    args: argparse.Namespace, table: Table[Any], picture: "Callable[[], Figure] | None" = None, empty: str = "nothing"
 ) -> None:
     """Prints the table as --json and --csv ask, and draws the picture if --picture asks for it."""
     if args.json:

@@ -48,8 +48,9 @@ RACERS = ("pre", "post")  # of the report
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command that `args` name. Raises LlamaMiniError."""
-    if getattr(args, "picture", None) is not None:
-        check_picture(args.picture)
+    for name, check in {"picture": check_picture, "save": check_new}.items():
+        if (path := getattr(args, name, None)) is not None:
+            check(path)
     COMMANDS[args.command](args)
 
 
@@ -128,8 +129,6 @@ def _ablate(args: argparse.Namespace) -> None:
 
 
 def _edit(args: argparse.Namespace) -> None:
-    if args.save is not None:
-        check_new(args.save)
     model, tokenizer = read_model(args)
     ids, settings = read_ids(tokenizer, args), read_settings(args.settings) or {"eps": 1e-3}
     edit = {args.pattern: settings}, ids, calibration(tokenizer, args)
@@ -185,8 +184,6 @@ def _fold(args: argparse.Namespace) -> None:
 
 
 def _rebuild(args: argparse.Namespace, rebuild: Callable[[Llama, list[list[int]]], Llama], name: str) -> None:
-    if args.save is not None:
-        check_new(args.save)
     model, tokenizer = read_model(args)
     ids = read_ids(tokenizer, args)
     new = rebuild(model, ids)
@@ -226,13 +223,13 @@ def _words(args: argparse.Namespace, *names: str) -> str:
 
 
 def _tour(args: argparse.Namespace) -> None:
+    if args.csv:
+        raise RequestError("a tour is a text, not a table: leave --csv out")
     model, tokenizer = read_model(args)
     steps = tour(model, tokenizer.encode(TOUR_TEXT), args.lang)
     if args.json:
         print(json.dumps([vars(step) for step in steps], indent=2, ensure_ascii=False))
         return
-    if args.csv:
-        raise RequestError("a tour is a text, not a table: leave --csv out")
     for step in steps:
         numbers = "\n".join(f"    {line}" for line in step.numbers)
         text = textwrap.fill(step.text, WIDTHS[args.lang])

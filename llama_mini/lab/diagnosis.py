@@ -176,9 +176,8 @@ def _extreme(path: str, norm: Norm, gain: Tensor) -> Iterator[Finding]:
     if not gain.any():
         yield Finding("error", path, "all its gains are 0, so its output is 0", "check whether `1+w` was meant")
     bounded = norm.kind not in ("frozen", "power")
-    longest = (
-        1.0 if norm.kind in ("l2", "dyt", "derf") else math.sqrt(norm.dim / norm.groups)
-    )  # element of a normed row
+    # The largest element of a normed row.
+    longest = 1.0 if norm.kind in ("l2", "dyt", "derf") else math.sqrt(norm.dim / norm.groups)
     if bounded and (reach := float(gain.abs().max()) * longest * abs(norm.scale)) > _LARGEST:
         what = f"a gain of {float(gain.abs().max()):.4g} can give outputs of {reach:.3g}; float16 ends at {_LARGEST:g}"
         yield Finding("warning", path, what, "compare the weight with its origin; do not run it in float16")

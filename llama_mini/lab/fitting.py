@@ -43,16 +43,13 @@ def move_fitted(model: Llama, pattern: str | Sequence[str], to: str, ids: Ids) -
         assert isinstance(norm, Frozen)
         gain = effective_gain(norm)
         factor = norm.inverse_root * norm.scale * (1.0 if gain is None else gain)
-        for name in (f"{at}.{matrix}.weight" for matrix in READERS.get(place, ())):
-            if name in parameters:  # a feed-forward layer may have no gate
-                parameters[name] = _times(parameters[name], factor)
+        scaled = [(f"{at}.{matrix}.weight", factor) for matrix in READERS.get(place, ())]
         if place in _WRITERS:
-            for name, by in (
-                (f"{at}.{_WRITERS[place]}.weight", factor[..., None]),
-                (f"{at}.{_WRITERS[place]}.bias", factor),
-            ):
-                if name in parameters:
-                    parameters[name] = _times(parameters[name], by)
+            writer = f"{at}.{_WRITERS[place]}"
+            scaled = [(f"{writer}.weight", factor[..., None]), (f"{writer}.bias", factor)]
+        for name, by in scaled:
+            if name in parameters:  # a feed-forward layer may have no gate, a matrix no bias
+                parameters[name] = _times(parameters[name], by)
         spec = spec_at(moved.config, target := f"{at}.{to}_norm")
         assert spec is not None
         targets.setdefault(spec, []).append(target)

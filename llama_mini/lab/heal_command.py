@@ -3,7 +3,6 @@
 import argparse
 
 from llama_mini import lab
-from llama_mini.checkpoint.io.atomic import check_new
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.lab.command_io import read_ids, read_model, read_settings, read_text, save_model, show
 from llama_mini.lab.editing import Edits
@@ -19,8 +18,6 @@ def heal(args: argparse.Namespace) -> None:
     settings = read_settings(args.settings)
     if bool(settings) + args.insert + (args.to is not None) > 1:
         raise RequestError("give an edit, --insert or --to, and only one of them: norms are edited, inserted or moved")
-    if args.save is not None:
-        check_new(args.save)
     model, tokenizer = read_model(args)
     if args.pattern is None:
         args.pattern = _last_third(model, args.insert)
@@ -37,19 +34,8 @@ def heal(args: argparse.Namespace) -> None:
             change = lab.insert(model, args.pattern, fitted_on)
         else:
             change = lab.move_fitted(model, args.pattern, args.to or "out", fitted_on)
-    healed = lab.heal(
-        model,
-        change,
-        args.minutes,
-        args.seed,
-        steps=args.steps,
-        tokenizer=tokenizer,
-        text=text,
-        held_out=held_out,
-        taper=args.taper,
-        control=not args.no_control,
-        folder=args.folder,
-    )
+    options = {name: getattr(args, name) for name in ("minutes", "seed", "steps", "taper", "control", "folder")}
+    healed = lab.heal(model, change, tokenizer=tokenizer, text=text, held_out=held_out, **options)
     if healed.after.error is None:
         save_model(args, healed.model)  # first: whoever reads the table may stop reading
     show(args, healed.table(), lambda: healing_picture(healed))

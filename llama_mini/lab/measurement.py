@@ -54,10 +54,8 @@ def init(
     check_whole("seeds", seeds, RequestError, 1, MOST_SEEDS)
     bar = progress(range(seeds), f"init {label(plan):.40}", unit="model")
     with np.errstate(all="ignore"):
-        models = (
-            random_llama(norms, depth, dim, _TOKENS, seed, activation=activation, gated_mlp=gated) for seed in bar
-        )
-        runs = [_measure(model, seed) for seed, model in enumerate(models)]
+        of_ff = {"activation": activation, "gated_mlp": gated}
+        runs = [_measure(random_llama(norms, depth, dim, _TOKENS, seed, **of_ff), seed) for seed in bar]
         moment, gradient, angle = (np.array(values) for values in zip(*runs, strict=True))
         of_moment, of_gradient, of_angle = map(spread_over_seeds, (moment, gradient, angle))
         spread = Profile(label(plan), of_moment, of_gradient, of_angle) if seeds > 1 else None
@@ -79,15 +77,8 @@ def random_llama(plan: Plan, depth: int, dim: int, vocab_size: int, seed: int, *
     check_whole("dim", dim, RequestError, 8, 16384)
     if dim % 8:
         raise RequestError(f"dim must be a multiple of 8, for four heads of even width, not {dim}")
-    config = LlamaConfig(
-        dim=dim,
-        n_layers=depth,
-        n_heads=4,
-        hidden_dim=4 * dim,
-        vocab_size=vocab_size,
-        norm_plan=as_plan(plan, depth),
-        **settings,
-    )
+    sizes: Any = {"dim": dim, "n_layers": depth, "n_heads": 4, "hidden_dim": 4 * dim, "vocab_size": vocab_size}
+    config = LlamaConfig(norm_plan=as_plan(plan, depth), **sizes, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Llama(config)

@@ -92,10 +92,7 @@ class Recording(Mapping[str, Record]):
 
 
 def capture(
-    model: Llama,
-    ids: Ids,
-    at: str | Sequence[str] | None = None,
-    keep: Literal["tensors", "stats"] = "tensors",
+    model: Llama, ids: Ids, at: str | Sequence[str] | None = None, keep: Literal["tensors", "stats"] = "tensors"
 ) -> Recording:
     """Runs the model once on token ids, (T,), (B, T) or a list of texts, and records the norms and the residual stream.
 

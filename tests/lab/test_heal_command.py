@@ -64,7 +64,7 @@ def test_a_moved_norm_is_healed_drawn_and_saved(
 def test_the_change_is_that_of_edit_move_and_insert(
     words: list[str], change: dict | str, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(model: Llama, found: dict | Llama, *args: object, **settings: object) -> Healed:
+    def stop(model: Llama, found: dict | Llama, **settings: object) -> Healed:
         text = settings["text"]
         tokens = random_tokens(1, 9, 256)
         if change == "move":
@@ -75,7 +75,8 @@ def test_the_change_is_that_of_edit_move_and_insert(
             assert same_bits(found(tokens), lab.insert(model, pattern, text[:1024])(tokens))
         else:
             assert found == change
-        assert (args, settings["steps"], settings["taper"]) == ((2.0, 0), 3, True if "--taper" in words else None)
+        given = [settings[name] for name in ("minutes", "seed", "steps", "taper")]
+        assert given == [2.0, 0, 3, True if "--taper" in words else None]
         assert [len(row) for row in settings["held_out"]] == [20, 20]
         raise KeyboardInterrupt
 

@@ -173,11 +173,7 @@ def _frozen(rows: Iterable[list[AblatedNorm]]) -> dict[str, Table[AblatedNorm]]:
 
 
 def _watched(
-    model: Llama,
-    texts: Texts,
-    other: Texts | None,
-    frozen: dict[str, Table[AblatedNorm]],
-    tokenizer: Tokenizer | None,
+    model: Llama, texts: Texts, other: Texts | None, frozen: dict[str, Table[AblatedNorm]], tokenizer: Tokenizer | None
 ) -> Any:
     """The data of the explorer, on the residual stream, and on its massive elements."""
     recording, of_other = capture(model, texts), None if other is None else capture(model, other, keep="stats")

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,23 +23,25 @@ from llama_mini.errors import RequestError, errors_about
 from llama_mini.tokenizer import Tokenizer
 from llama_mini.validate import as_plain, check_choice, short_repr
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher
-
 STRUCTURES = ("json_schema", "regex", "grammar", "choice")  # settings, of which a request may have one
 FORMATS = ("text", "json_object", "json_schema")  # OpenAI's
 MAX_CHARS = 65_536  # of a schema or grammar: one step of a larger one may take 0.1 s
 MAX_UNCHECKED = 2000  # characters: too few for rules that refer to each other too deeply
+SLOW = "multipleOf"  # in a schema: compiling takes as many steps as its value says
 MAX_KEPT = 64  # compiled grammars
 SECONDS = 0.5  # of processor time that a check may take
 WHITE_SPACE = r"[ ]|\n{1,2}[ \t]{0,20}"  # in JSON, as in llama.cpp: models might write white space without end
-LIMITS: dict[str, Any] = {"verbose_errors": False, "max_lexer_states": 50_000}  # of 2 KB each
+LIMITS: dict[str, Any] = {
+    "verbose_errors": False,
+    "max_lexer_states": 50_000,
+    "step_max_items": 20_000,
+}  # 100 MB, 60 ms
 # The library takes short steps, but its compiler has no limit on time, and rules that refer to each other to a depth of
 # thousands end the process. So a long grammar is first compiled in another one, with half the stack of threads here.
 _CHECK = f"""
 import json, sys, threading
 sys.path.append(sys.argv[1])
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 if sys.platform != "win32":
     import resource, signal
@@ -52,7 +54,9 @@ def check():
     try:
         if "gbnf" in grammar:
             grammar["lark_grammar"] = gbnf_to_lark(grammar.pop("gbnf"))
-        error = LLMatcher.validate_grammar(json.dumps({{"grammars": [grammar]}}), limits=LLParserLimits(**{LIMITS}))
+        text, limits = json.dumps({{"grammars": [grammar]}}), LLParserLimits(**{LIMITS})
+        error = LLMatcher.validate_grammar(text, limits=limits)
+        LLMatcher(LLTokenizer("byte"), text, log_level=0, limits=limits).compute_bitmask()  # it may take long, too
     except Exception as failure:
         error = str(failure) or repr(failure)
     print(json.dumps([error, grammar]))
@@ -136,7 +140,7 @@ class Structures:
 
     def _compiled(self, name: str, value: Any) -> "Constraint":
         grammar = _as_grammar(name, value)
-        if "gbnf" in grammar or len(json.dumps(grammar)) > MAX_UNCHECKED:
+        if "gbnf" in grammar or SLOW in value or len(json.dumps(grammar)) > MAX_UNCHECKED:
             with errors_about(name):
                 grammar = _checked(grammar)
         plain = self._with_start("@answer", grammar, name)
@@ -149,12 +153,12 @@ class Structures:
         return self._with_start(start, grammar, name)
 
     def _with_start(self, start: str, grammar: dict[str, Any], name: str) -> "Constraint":
-        from llguidance import LLMatcher, LLParserLimits
-
+        library = _library()
         # With no_forcing all tokens whose texts match are allowed, not only those that the tokenizer would choose.
         first = {"lark_grammar": f'%llguidance {{"no_forcing": true}}\nstart: {start}'}
         text = json.dumps({"grammars": [first, grammar | {"name": "answer"}]})
-        matcher = LLMatcher(self._vocabulary.library, text, log_level=0, limits=LLParserLimits(**LIMITS))
+        limits = library.LLParserLimits(**LIMITS)
+        matcher = library.LLMatcher(self._vocabulary.for_library, text, log_level=0, limits=limits)
         constraint = Constraint(matcher, name, self._vocab_size)
         constraint.allowed()  # raises if the grammar is wrong or matches nothing
         return constraint
@@ -171,7 +175,7 @@ class Constraint:
     ends: the tokens that end the answer of its request.
     """
 
-    def __init__(self, matcher: "LLMatcher", name: str, vocab_size: int, ends: Collection[int] = ()) -> None:
+    def __init__(self, matcher: Any, name: str, vocab_size: int, ends: Collection[int] = ()) -> None:
         self.name, self._matcher, self._vocab_size = name, matcher, vocab_size
         self._ends = [token for token in ends if token < vocab_size]
 
@@ -210,11 +214,6 @@ class _Vocabulary:
     is_tokenizer_wrapper, bos_token_id = True, None
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        try:
-            from llguidance import LLTokenizer
-        except ImportError:
-            do = "pip install 'llama-mini[serve]'"
-            raise RequestError(f"structured output needs llguidance, which is not installed: {do}") from None
         known = range(min(vocab_size, tokenizer.vocab_size))
         texts = [tokenizer.token_bytes(id) for id in known]
         names = {id: tokenizer.token_bytes(id, skip_special_tokens=False) for id in known if not texts[id]}
@@ -222,27 +221,33 @@ class _Vocabulary:
         self.eos_token_id = vocab_size
         self.tokens = [names.get(id) or text for id, text in enumerate(texts)]
         self.tokens += [b""] * (vocab_size - len(known)) + [b"<|end of the answer|>"]
-        self.library = LLTokenizer(self)  # type: ignore[arg-type]
+        self.for_library = _library().LLTokenizer(self)
+
+
+def _library() -> Any:
+    """llguidance, which is optional and takes a moment to load."""
+    try:
+        import llguidance
+    except ImportError:
+        do = "pip install 'llama-mini[serve]'"
+        raise RequestError(f"structured output needs llguidance, which is not installed: {do}") from None
+    return llguidance
 
 
 def _as_grammar(name: str, value: Any) -> dict[str, Any]:
     """A structure in the form that llguidance takes."""
-    from llguidance import LLMatcher, regex_to_lark
-
     if name == "json_schema":
-        return json.loads(LLMatcher.grammar_from_json_schema(value, {"whitespace_pattern": WHITE_SPACE}))["grammars"][0]
+        return {"json_schema": {"x-guidance": {"whitespace_pattern": WHITE_SPACE}} | json.loads(value)}
     if name == "choice":
         value = "|".join("".join(f"\\x{{{ord(char):x}}}" for char in text) for text in value)
     if name != "grammar":
-        return {"lark_grammar": f"start: /{regex_to_lark(value, 'd')}/"}
+        return {"lark_grammar": f"start: /{_library().regex_to_lark(value, 'd')}/"}
     return {"gbnf" if re.search(r"^\s*[\w-]+\s*::=", value, re.MULTILINE) else "lark_grammar": value}
 
 
 def _checked(grammar: dict[str, Any]) -> dict[str, Any]:
     """The grammar, a GBNF one as Lark, after it was compiled in another process. Raises RequestError if that failed."""
-    import llguidance
-
-    command = [sys.executable, "-I", "-c", _CHECK, str(Path(llguidance.__file__).parents[1])]
+    command = [sys.executable, "-I", "-c", _CHECK, str(Path(_library().__file__).parents[1])]
     try:
         done = subprocess.run(command, input=json.dumps(grammar).encode(), capture_output=True, timeout=20 * SECONDS)
         error, grammar = json.loads(done.stdout)

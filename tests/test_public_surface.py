@@ -63,7 +63,7 @@ OPTIONS = (
     "--chat --raw --system --max-tokens --min-tokens --max-time --stop --stop-token --ignore-eos --logit-bias "
     "--repetition-penalty --presence-penalty --frequency-penalty --temperature --top-k --top-p --min-p --seed "
     "--no-stream --stats --json --top-logprobs --prompt-logprobs "
-    "--special --template-arg"
+    "--special --template-arg --json-schema --regex --grammar --choice"
 )
 
 LAYER_KEYS = (

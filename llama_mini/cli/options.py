@@ -4,12 +4,13 @@ import argparse
 import json
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_mini import __version__
 from llama_mini.cli.parser import Parser
-from llama_mini.cli.streams import typed_text
+from llama_mini.cli.streams import read_file, typed_text
 from llama_mini.errors import RequestError
 from llama_mini.validate import as_dict, short_repr
 
@@ -49,6 +50,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     text.add_argument("--special", action="store_true", help="with --raw: names of special tokens in it become tokens")
     _text_options(text, f"at most N new tokens; default: {DEFAULT_MAX_TOKENS}")
     _sampling_options(p)
+    _structure_options(p)
     add = p.add_argument_group("output").add_argument
     add("--no-stream", action="store_true", help="print the text when it is complete, not token by token")
     add("--stats", action="store_true", help="print times, tokens per second and peak memory afterwards")
@@ -65,6 +67,7 @@ def chat_parser(prog: str) -> argparse.ArgumentParser:
     speculation_options(model_options(p))
     _text_options(p.add_argument_group("text"), "at most N tokens an answer; default: to the end of the context")
     _sampling_options(p)
+    _structure_options(p)
     return p
 
 
@@ -149,6 +152,22 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="F", help="keep the likeliest tokens that sum to F; default 1: all")
     add("--min-p", type=float, default=0.0, metavar="F", help="keep tokens at least F times as likely as the likeliest")
     add("--seed", type=int, metavar="N", help="same seed, same text; default: a new one for each run")
+
+
+def _structure_options(p: argparse.ArgumentParser) -> None:
+    """Their values are read here, so that a batch that is resumed notices if a file has changed."""
+    add = p.add_argument_group("structure of the answer", "at most one of these").add_argument
+    schema = "JSON that matches a JSON schema: the schema itself, or a file"
+    add("--json-schema", type=_schema, metavar="JSON|FILE", help=schema)
+    regex = "text that matches a regular expression as a whole"
+    add("--regex", type=partial(typed_text, name="--regex"), metavar="R", help=regex)
+    add("--grammar", type=read_file, metavar="FILE", help="text of a grammar in Lark's or llama.cpp's syntax")
+    choice = partial(typed_text, name="--choice")
+    add("--choice", action="append", type=choice, metavar="TEXT", help="one of these texts; may be repeated")
+
+
+def _schema(text: str) -> str:
+    return typed_text(text, "--json-schema") if text.lstrip().startswith("{") else read_file(text)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -17,6 +17,8 @@ _OTHER_NAMES = {  # of llama.cpp, vLLM and transformers; --top_k and the like ar
     "--temperature": "--temp",
     "--repetition-penalty": "--repeat-penalty",
     "--seed": "-s",
+    "--json-schema": "-j --json-schema-file -jf",
+    "--grammar": "--grammar-file",
     "--threads": "-t",
     "--served-model-name": "--alias -a",
     "--allowed-origin": "--allowed-origins",

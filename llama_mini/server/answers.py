@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_mini.engine.request import Chunk, Request
 from llama_mini.server.asked import Asked
-from llama_mini.server.logprobs import Entry, TokenLogprobs, chat_logprobs, text_logprobs
+from llama_mini.server.logprobs import Entry, TokenLogprobs, TokenNames, chat_logprobs, text_logprobs
 from llama_mini.server.tool_calls import ToolCalls
 from llama_mini.tokenizer import Tokenizer
 
@@ -17,6 +17,7 @@ class Answer:
     def __init__(self, index: int, asked: Asked, request: Request, tokenizer: Tokenizer) -> None:
         self.index, self.request = index, request
         self._asked, self._tokenizer = asked, tokenizer
+        self._names = TokenNames(tokenizer, asked.ids_as_tokens)
         self._tokens = TokenLogprobs(tokenizer, len(self._prompt_text)) if asked.logprobs else None
         self.n_tokens = self._n_chars = 0
 
@@ -87,7 +88,7 @@ class ChatAnswer(Answer):
         return {
             "index": self.index,
             "message": message | ({"tool_calls": calls} if calls else {}),
-            "logprobs": chat_logprobs(self._tokenizer, entries) if self._asked.logprobs else None,
+            "logprobs": chat_logprobs(self._names, entries) if self._asked.logprobs else None,
             "finish_reason": self._reason(chunks[-1]),
         }
 
@@ -119,7 +120,7 @@ class ChatAnswer(Answer):
         return "tool_calls" if complete and chunk.finish_reason is not None else chunk.finish_reason
 
     def _choice(self, delta: dict[str, Any], entries: list[Entry], finish_reason: str | None) -> dict[str, Any]:
-        logprobs = chat_logprobs(self._tokenizer, entries) if entries else None
+        logprobs = chat_logprobs(self._names, entries) if entries else None
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
@@ -154,5 +155,5 @@ class TextAnswer(Answer):
         return tokens.rest(self._prompt_text)
 
     def _choice(self, text: str, entries: list[Entry], finish_reason: str | None) -> dict[str, Any]:
-        logprobs = text_logprobs(self._tokenizer, entries) if self._asked.logprobs else None
+        logprobs = text_logprobs(self._names, entries) if self._asked.logprobs else None
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

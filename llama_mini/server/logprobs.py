@@ -66,50 +66,60 @@ class TokenLogprobs:
         return self._held
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> dict[str, Any]:
+class TokenNames:
+    """What tokens are called: by their text, or by their id, `token_id:7`, if the client asks for that."""
+
+    def __init__(self, tokenizer: Tokenizer, by_id: bool) -> None:
+        self._tokenizer, self._by_id = tokenizer, by_id
+
+    def of(self, id: int, text: str) -> str:
+        return f"token_id:{id}" if self._by_id else text
+
+    def bytes(self, id: int) -> bytes:
+        """Those of a token by itself; of a special one, its name."""
+        return self._tokenizer.token_bytes(id, skip_special_tokens=False)
+
+    def unique(self, id: int) -> str:
+        """A name that parts of characters have, too, in OpenAI's way."""
+        data = self.bytes(id)
+        try:
+            return self.of(id, data.decode())
+        except UnicodeDecodeError:
+            return self.of(id, "bytes:" + "".join(f"\\x{byte:02x}" for byte in data))
+
+
+def chat_logprobs(names: TokenNames, entries: Sequence[Entry]) -> dict[str, Any]:
     """`logprobs` of a choice of a chat. `bytes` are there where a token is a part of a character, too."""
-    return {
-        "content": [
-            {
-                "token": entry.text,
-                "logprob": _number(entry.logprob),
-                "bytes": list(entry.bytes),
-                "top_logprobs": [_alternative(tokenizer, id, value) for id, value in entry.alternatives or ()],
-            }
-            for entry in entries
-        ],
-        "refusal": None,
-    }
+
+    def token(id: int, text: str, data: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": names.of(id, text), "logprob": _number(logprob), "bytes": list(data)}
+
+    content = []
+    for entry in entries:
+        top = [(id, names.bytes(id), logprob) for id, logprob in entry.alternatives or ()]
+        likeliest = [token(id, data.decode(errors="replace"), data, logprob) for id, data, logprob in top]
+        content.append(token(entry.id, entry.text, entry.bytes, entry.logprob) | {"top_logprobs": likeliest})
+    return {"content": content, "refusal": None}
 
 
-def text_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> dict[str, Any]:
+def text_logprobs(names: TokenNames, entries: Sequence[Entry]) -> dict[str, Any]:
     """`logprobs` of a choice of a completion."""
     return {
-        "tokens": [entry.text for entry in entries],
+        "tokens": [names.of(entry.id, entry.text) for entry in entries],
         "token_logprobs": [_number(entry.logprob) for entry in entries],
-        "top_logprobs": [_by_text(tokenizer, entry) for entry in entries],
+        "top_logprobs": [_by_name(names, entry) for entry in entries],
         "text_offset": [entry.start for entry in entries],
     }
 
 
-def _by_text(tokenizer: Tokenizer, entry: Entry) -> dict[str, float | None] | None:
-    """Text -> log-probability of the likeliest tokens and of the token itself, as in OpenAI's API."""
+def _by_name(names: TokenNames, entry: Entry) -> dict[str, float | None] | None:
+    """The likeliest tokens and the token itself, as in OpenAI's API."""
     if entry.alternatives is None or entry.logprob is None:
         return None
     found: dict[str, float | None] = {}
-    for id, value in [*entry.alternatives, (entry.id, entry.logprob)]:
-        data = tokenizer.token_bytes(id, skip_special_tokens=False)
-        try:
-            text = data.decode()
-        except UnicodeDecodeError:  # OpenAI's way to write a part of a character
-            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-        found.setdefault(text, _number(value))  # of two tokens with one text, the likelier
+    for id, logprob in (*entry.alternatives, (entry.id, entry.logprob)):
+        found.setdefault(names.unique(id), _number(logprob))  # of two tokens with one name, the likelier
     return found
-
-
-def _alternative(tokenizer: Tokenizer, id: int, value: float) -> dict[str, Any]:
-    data = tokenizer.token_bytes(id, skip_special_tokens=False)
-    return {"token": data.decode(errors="replace"), "logprob": _number(value), "bytes": list(data)}
 
 
 def _number(logprob: float | None) -> float | None:

@@ -101,7 +101,7 @@ def of_response_format(value: Any) -> Any:
     if kind == "text":
         return None
     if kind == "json_object":
-        return {"type": "object"}
+        return value.get("schema") or {"type": "object"}  # llama.cpp has a schema beside it
     described = value.get("json_schema")
     schema = described.get("schema") if isinstance(described, Mapping) else None
     if schema is None:

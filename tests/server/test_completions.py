@@ -147,5 +147,5 @@ def test_structured_text(client: Client) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert "".join(text(response_format=form).split()) == '{"a":1}'
     assert text(response_format={"type": "json_object"}).lstrip().startswith("{")
-    assert text(response_format={"type": "json_object", "schema": schema}).split()[0][0] == "{"
+    assert "".join(text(response_format={"type": "json_object", "schema": schema}).split()) == '{"a":1}'
     assert len(text(response_format={"type": "text"})) > 0

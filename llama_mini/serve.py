@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         from llama_mini.server.app import create_app
         from llama_mini.server.run import bind, serve
     except ModuleNotFoundError as error:
-        if error.name in ("starlette", "uvicorn", "prometheus_client"):
+        if (error.name or "").partition(".")[0] in ("starlette", "uvicorn", "prometheus_client"):
             raise LlamaMiniError(INSTALL) from None
         raise
     from llama_mini.engine.llm import LLM

@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from ipaddress import ip_address
 from types import FrameType
@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 from llama_mini.errors import LlamaMiniError, RequestError
 from llama_mini.server.limits import Connection
 from llama_mini.server.settings import Settings
+from llama_mini.validate import check_whole
 
 IDLE_SECONDS = 65  # that a connection may stay open between requests: more than proxies keep theirs, nginx 60
 SEND_BUFFER = 2**16  # bytes of a connection that the system holds; by itself it takes MBs, and tells of them late
@@ -32,19 +33,22 @@ def bind(host: str, port: int, settings: Settings) -> socket.socket:
 
     Raises RequestError for an address that other machines reach, without a key; LlamaMiniError if it is not free.
     """
+    check_whole("port", port, RequestError, minimum=0, maximum=65535)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         if not (settings.api_keys or ip_address(address[0]).is_loopback):
             raise RequestError(
                 f"--host {host} can be reached from other machines: give --api-key or LLAMA_MINI_API_KEY too"
             )
-        server = socket.socket(family, socket.SOCK_STREAM)
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        server.bind(address)
-    except (OSError, OverflowError) as error:
-        raise LlamaMiniError(f"cannot serve at {host} port {port}: {getattr(error, 'strerror', error)}") from None
-    return server
+        with ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            listener.bind(address)
+            stack.pop_all()
+    except OSError as error:
+        raise LlamaMiniError(f"cannot serve at {host} port {port}: {error.strerror}") from None
+    return listener
 
 
 def serve(app: Starlette, settings: Settings, listener: socket.socket) -> None:

@@ -70,8 +70,12 @@ def connect(port: int, sent: bytes = b"", buffer: int | None = None) -> socket.s
     if buffer is not None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     client.settimeout(SECONDS)
-    client.connect(("127.0.0.1", port))
-    client.sendall(sent)
+    try:
+        client.connect(("127.0.0.1", port))
+        client.sendall(sent)
+    except OSError:
+        client.close()
+        raise
     return client
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -109,14 +110,27 @@ def test_formats_and_kernels_reach_the_engine(
     given: list[tuple[object, ...]] = []
 
     class Spy(LLM):
-        def __init__(self, *args: object) -> None:
-            given.append(args[1:])
-            super().__init__(*args)
+        def __init__(self, *args: object, **guesses: object) -> None:
+            given.append((*args[1:], guesses))
+            super().__init__(*args, **guesses)
 
     monkeypatch.setattr("llama_mini.engine.llm.LLM", Spy)
     options = ["--kernels", kernels, "--threads", "1", "--dtype", "float32", "--max-tokens", "3"]
-    assert main(["--model", str(tiny_dir), *options, *(["--quantize", quantize] if quantize else []), "hi"]) == 0
-    assert given == [("float32", torch.device("cpu"), quantize or "auto", kernels, 1)]
+    guesses = {"draft": None, "speculation": "off" if quantize else "auto"}
+    more = ["--quantize", quantize, "--speculation", "off"] if quantize else []
+    assert main(["--model", str(tiny_dir), *options, *more, "hi"]) == 0
+    assert given == [("float32", torch.device("cpu"), quantize or "auto", kernels, 1, guesses)]
+
+
+def test_a_draft_model_guesses(run: Run, tiny_dir) -> None:
+    options = ("--model", tiny_dir, "--raw", "--ignore-eos", "--max-tokens", 60, "--stats", "x x x x x x x x")
+    plain, drafted = run(*options, "--speculation", "off"), run(*options, "--draft", tiny_dir)
+    assert drafted.stdout == plain.stdout
+    assert re.search(r" tok/s, \d+ of \d+ guesses right · peak", drafted.stderr)
+    assert "guesses" not in plain.stderr
+    refused = run(*options, "--draft", tiny_dir, "--speculation", "off")
+    assert refused.returncode == 2
+    assert "a draft model is for speculation, which is off: leave one of them out" in refused.stderr
 
 
 def test_the_default_length_shrinks_to_the_context(run: Run, tiny_dir) -> None:

@@ -21,19 +21,19 @@ from llama_mini.checkpoint.weight_formats import check_quantize, quantize_for
 from llama_mini.engine.async_call import AsyncCall
 from llama_mini.engine.draft import DraftGuesser, check_draft
 from llama_mini.engine.finite import non_finite_message
-from llama_mini.engine.prompts import is_messages, one_prompt, params_argument, text_or_ids, with_params
+from llama_mini.engine.prompts import is_messages, one_prompt, params_argument, token_ids, with_params
 from llama_mini.engine.request import Chunk, Completion, Request
 from llama_mini.engine.runner import MAX_ROWS
 from llama_mini.engine.sampling_params import SamplingParams, check_vocab, is_setting, sampling_params
 from llama_mini.engine.scheduler import Activity, Call, Scheduler
 from llama_mini.engine.speculative import Guesser, LookupGuesser
 from llama_mini.engine.structured import Structures
-from llama_mini.errors import ContextError, NumericalError, RequestError
+from llama_mini.errors import NumericalError, RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, runs_kernels, set_threads
 from llama_mini.tokenizer.tokenizer import open_tokenizer
-from llama_mini.validate import as_plain, check_choice, check_flag, check_token_ids
+from llama_mini.validate import as_plain, check_choice, check_flag
 
 Prompt = str | Sequence[int] | torch.Tensor | np.ndarray[Any, Any]
 Params = SamplingParams | Mapping[str, Any]
@@ -149,7 +149,7 @@ class LLM:
         """
         pairs = enumerate(with_params(prompts, params, settings))
         with Call(self._scheduler) as call:
-            ended = False
+            began = ended = False
             while not ended:
                 n = min(TAKEN_AT_ONCE, MOST_AT_ONCE - call.n_open)
                 taken, requests = list(islice(pairs, n)), list[Request]()
@@ -161,10 +161,18 @@ class LLM:
                         refused.fail(error)
                         assert refused.completion is not None
                         yield index, refused.completion
-                call.submit(sorted(requests, key=lambda request: request.positions))  # so that an answer comes soon
                 ended = len(taken) < n
-                while call.has_chunks or call.n_open >= (1 if ended else MOST_AT_ONCE):
-                    request, _ = call.next()
+                requests.sort(key=lambda request: request.max_tokens + len(request.prompt) / 20)  # as long as they take
+                done = list[Request]()
+                if not began and requests and 50 * requests[0].max_tokens <= sum(r.max_tokens for r in requests):
+                    call.submit(
+                        requests[:1]
+                    )  # a short one alone: its answer comes at once, and the others hardly later
+                    requests, done = requests[1:], [call.next()[0]]
+                began = began or bool(requests or done)
+                call.submit(requests)
+                while done or call.has_chunks or call.n_open >= (1 if ended else MOST_AT_ONCE):
+                    request = done.pop() if done else call.next()[0]
                     assert request.completion is not None
                     yield request.index, request.completion
 
@@ -220,7 +228,7 @@ class LLM:
         Raises RequestError for what `generate` refuses as a prompt; CapacityError if the cache does not fit in memory;
         NumericalError for NaN or infinite logits.
         """
-        ids = self._ids(one_prompt(ids), 0)
+        ids = token_ids(one_prompt(ids), 0, self.tokenizer, self.config)
         params = SamplingParams(max_tokens=1, prompt_logprobs=True)
         request = Request(ids, params, 1, self.tokenizer, self.load_seconds)
         self._run([request])
@@ -276,7 +284,7 @@ class LLM:
         """One request for each of the `n` answers."""
         if isinstance(params, RequestError):
             raise params
-        ids = self._ids(prompt, params.max_tokens or max(params.min_tokens, 1))
+        ids = token_ids(prompt, params.max_tokens or max(params.min_tokens, 1), self.tokenizer, self.config)
         check_vocab(params, self.config.vocab_size)
         constraint = self._structures.constraint(params.structure)
         max_tokens = params.max_tokens or self.config.max_seq_len - len(ids)
@@ -285,15 +293,3 @@ class LLM:
         ]
         shared = (max_tokens, self.tokenizer, self.load_seconds, index, constraint)
         return [Request(ids, sampling, *shared) for sampling in each]
-
-    def _ids(self, prompt: Any, n_new: int) -> list[int]:
-        """A prompt as token ids; raises RequestError unless they and `n_new` more tokens fit in the context."""
-        given = text_or_ids(prompt)
-        ids = self.tokenizer.encode(given) if isinstance(given, str) else given
-        if not ids:
-            raise RequestError("the prompt is empty: there is no token to start from")
-        check_token_ids(ids, self.config.vocab_size, RequestError)
-        limit = self.config.max_seq_len
-        if len(ids) + n_new > limit:
-            raise ContextError(f"{len(ids)} prompt tokens and {n_new} new ones exceed the context of {limit}")
-        return ids

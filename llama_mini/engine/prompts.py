@@ -5,8 +5,10 @@ from itertools import islice, repeat, zip_longest
 from typing import Any
 
 from llama_mini.engine.sampling_params import SamplingParams, sampling_params
-from llama_mini.errors import RequestError
-from llama_mini.validate import as_plain, is_whole, short_repr
+from llama_mini.errors import ContextError, RequestError
+from llama_mini.model.config import LlamaConfig
+from llama_mini.tokenizer import Tokenizer
+from llama_mini.validate import as_plain, check_token_ids, is_whole, short_repr
 
 _EXPECTED = "a prompt is a text or a list of token ids, whole numbers"
 _MISSING = object()
@@ -54,6 +56,18 @@ def with_params(prompts: Any, params: Any, settings: dict[str, Any]) -> Iterator
     if isinstance(params, Iterable) and not isinstance(params, Mapping | str):
         return _with_each(batch, params, settings)
     return zip(batch, repeat(sampling_params(params, **settings)), strict=False)
+
+
+def token_ids(prompt: Any, n_new: int, tokenizer: Tokenizer, config: LlamaConfig) -> list[int]:
+    """A prompt as token ids; raises RequestError unless they and `n_new` more tokens fit in the context."""
+    given = text_or_ids(prompt)
+    ids = tokenizer.encode(given) if isinstance(given, str) else given
+    if not ids:
+        raise RequestError("the prompt is empty: there is no token to start from")
+    check_token_ids(ids, config.vocab_size, RequestError)
+    if len(ids) + n_new > (limit := config.max_seq_len):
+        raise ContextError(f"{len(ids)} prompt tokens and {n_new} new ones exceed the context of {limit}")
+    return ids
 
 
 def text_or_ids(prompt: Any) -> str | list[int]:

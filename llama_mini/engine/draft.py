@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -96,6 +97,7 @@ class DraftGuesser:
         self, inputs: dict[Request, list[int]], rooms: Mapping[Request, int], most: int
     ) -> dict[Request, list[int]]:
         generators = {r: r.generator.clone_state() for r in inputs if r.params.temperature}
+        constraints = {r: r.constraint.copy() for r in inputs if r.constraint is not None}
         rows = {request: self._rows[request] for request in inputs}
         for request, row in rows.items():
             row.at, row.guess = row.filled + len(inputs[request]), []
@@ -116,8 +118,11 @@ class DraftGuesser:
                     row, params = rows[request], request.params
                     if params.changes_logits and not params.logits_processors:  # which may keep count of their calls
                         new, eos_ids = [*request.token_ids, *row.guess], request.tokenizer.eos_ids
-                        one = processed(one, params, request.prompt, new, eos_ids)
+                        with suppress(RequestError):  # which the request raises if it comes that far
+                            one = processed(one, params, request.prompt, new, eos_ids, constraints.get(request))
                     token = sample(one, params, generators.get(request, request.generator))
+                    if request in constraints and constraints[request].accept(token):
+                        del constraints[request]  # the answer is complete
                     row.filled += len(each)
                     row.guess.append(token)
                     inputs[request] = [token]

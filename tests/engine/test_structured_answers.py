@@ -189,6 +189,17 @@ def test_a_request_that_is_set_back_keeps_its_place(tiny_dir, monkeypatch: pytes
     assert any(len(request.token_ids) > 1 for request in seen)
 
 
+def test_guesses_change_no_answer(tiny_dir, llm: LLM) -> None:
+    """The draft model is the model itself, so that many of its guesses are right."""
+    guessing = LLM(tiny_dir, dtype="bfloat16", threads=1, draft=tiny_dir)
+    each = [replace(SAMPLED, seed=1, **one) for one in ({"json_schema": PERSON}, *OTHERS)]
+    each += [replace(params, temperature=0.0) for params in each]
+    found = [guessing.generate("hello", params)[0] for params in each]
+    for completion, params in zip(found, each, strict=True):
+        assert completion.token_ids == llm.generate("hello", params)[0].token_ids
+    assert sum(completion.stats.accepted_tokens for completion in found) > 10
+
+
 def test_a_slow_one_delays_only_its_caller(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on, compiled = threading.Event(), threading.Event(), structured._checked
 

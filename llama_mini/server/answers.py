@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_mini.engine.request import Chunk, Request
 from llama_mini.server.asked import Asked
-from llama_mini.server.logprobs import Entry, TokenLogprobs, TokenNames, chat_logprobs, text_logprobs
+from llama_mini.server.logprobs import Entry, TokenLogprobs, TokenNames, chat_logprobs, prompt_logprob, text_logprobs
 from llama_mini.server.tool_calls import ToolCalls
 from llama_mini.tokenizer import Tokenizer
 
@@ -20,6 +20,7 @@ class Answer:
         self._names = TokenNames(tokenizer, asked.ids_as_tokens)
         self._tokens = TokenLogprobs(tokenizer, len(self._prompt_text)) if asked.logprobs else None
         self.n_tokens = self._n_chars = 0
+        self._new_ids: list[int] = []  # of tokens that were not sent
 
     @property
     def _prompt_text(self) -> str:
@@ -29,6 +30,10 @@ class Answer:
     def begin(self) -> dict[str, Any] | None:
         """The choice that a stream sends before the first token."""
         return None
+
+    def beside(self, whole: bool) -> dict[str, Any]:
+        """What stands beside the choices of a whole reply, or of the first chunk of a stream."""
+        return {}
 
     def choice(self, chunk: Chunk) -> dict[str, Any] | None:
         """The choice that a stream sends for a chunk; None if there is nothing to send."""
@@ -41,16 +46,31 @@ class Answer:
     def _entries(self, chunk: Chunk) -> list[Entry]:
         """The tokens whose log-probabilities are sent with a chunk."""
         request, n = self.request, self.n_tokens
-        self.n_tokens += chunk.token_id is not None
+        if chunk.token_id is not None:
+            self.n_tokens += 1
+            self._new_ids.append(chunk.token_id)
         if self._tokens is None:
             return []
         self._n_chars += len(chunk.text)
         if chunk.token_id is not None:
-            alternatives = request.top_logprobs[n] if request.params.top_logprobs else []
+            alternatives = request.top_logprobs[n][: self._asked.n_top] if request.params.top_logprobs else []
             self._tokens.push(chunk.token_id, request.logprobs[n], alternatives)
         if chunk.completion is None:
             return self._tokens.sent(self._n_chars)
         return self._tokens.rest(chunk.completion.text)
+
+    def _ids(self) -> dict[str, Any]:
+        """The field with the ids of the tokens that are sent, if they are asked for."""
+        ids, self._new_ids = self._new_ids, []
+        return {"token_ids": ids} if self._asked.return_ids else {}
+
+    def _prompt_logprobs(self) -> dict[str, Any]:
+        n, request = self._asked.n_prompt_top, self.request
+        if n is None:
+            return {"prompt_logprobs": None}
+        top = request.prompt_top_logprobs if request.params.top_logprobs else [[] for _ in request.prompt]
+        tokens = zip(request.prompt, request.prompt_logprobs, top, strict=True)
+        return {"prompt_logprobs": [prompt_logprob(self._names, *token, n) for token in tokens]}
 
 
 class ChatAnswer(Answer):
@@ -64,6 +84,10 @@ class ChatAnswer(Answer):
 
     def begin(self) -> dict[str, Any] | None:
         return self._choice({"role": "assistant", "content": self._prompt_text or None}, [], None)
+
+    def beside(self, whole: bool) -> dict[str, Any]:
+        prompt = {"prompt_token_ids": self.request.prompt} if self._asked.return_ids else {}
+        return prompt | (self._prompt_logprobs() if whole else {})
 
     def choice(self, chunk: Chunk) -> dict[str, Any] | None:
         entries, delta = self._entries(chunk), self._delta(chunk)
@@ -90,6 +114,7 @@ class ChatAnswer(Answer):
             "message": message | ({"tool_calls": calls} if calls else {}),
             "logprobs": chat_logprobs(self._names, entries) if self._asked.logprobs else None,
             "finish_reason": self._reason(chunks[-1]),
+            **self._ids(),
         }
 
     def _delta(self, chunk: Chunk) -> dict[str, Any]:
@@ -121,13 +146,14 @@ class ChatAnswer(Answer):
 
     def _choice(self, delta: dict[str, Any], entries: list[Entry], finish_reason: str | None) -> dict[str, Any]:
         logprobs = chat_logprobs(self._names, entries) if entries else None
-        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return choice | self._ids()
 
 
 class TextAnswer(Answer):
     """A choice of /v1/completions. With `echo` it begins with the prompt."""
 
-    _begun = False
+    _begun = _sent = False
 
     def choice(self, chunk: Chunk) -> dict[str, Any] | None:
         text, entries = self._part(chunk)
@@ -136,7 +162,8 @@ class TextAnswer(Answer):
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
         parts = [self._part(chunk) for chunk in chunks]
         text, entries = "".join(text for text, _ in parts), [entry for _, each in parts for entry in each]
-        return self._choice(text, entries, chunks[-1].finish_reason)
+        prompt = {"prompt_token_ids": None} | self._prompt_logprobs()
+        return prompt | self._choice(text, entries, chunks[-1].finish_reason)
 
     def _part(self, chunk: Chunk) -> tuple[str, list[Entry]]:
         entries = self._entries(chunk)
@@ -148,12 +175,16 @@ class TextAnswer(Answer):
         return text, entries
 
     def _prompt_entries(self) -> list[Entry]:
-        request, tokens = self.request, TokenLogprobs(self._tokenizer)
-        alternatives = request.prompt_top_logprobs if request.params.top_logprobs else [[] for _ in request.prompt]
-        for token in zip(request.prompt, request.prompt_logprobs, alternatives, strict=True):
-            tokens.push(*token)
+        request, with_special = self.request, self._tokenizer.decode(self.request.prompt, skip_special_tokens=False)
+        tokens = TokenLogprobs(self._tokenizer, skip_special=self._prompt_text != with_special)
+        top = request.prompt_top_logprobs if request.params.top_logprobs else [[] for _ in request.prompt]
+        for id, logprob, likeliest in zip(request.prompt, request.prompt_logprobs, top, strict=True):
+            tokens.push(id, logprob, None if likeliest is None else likeliest[: self._asked.n_top])
         return tokens.rest(self._prompt_text)
 
     def _choice(self, text: str, entries: list[Entry], finish_reason: str | None) -> dict[str, Any]:
         logprobs = text_logprobs(self._names, entries) if self._asked.logprobs else None
-        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        first = self._asked.return_ids and not self._sent
+        self._sent = True
+        return choice | self._ids() | ({"prompt_token_ids": self.request.prompt} if first else {})

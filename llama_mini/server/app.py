@@ -15,6 +15,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from llama_mini import __version__
 from llama_mini.engine.async_call import AsyncCall
 from llama_mini.engine.llm import LLM
 from llama_mini.server.answers import Answer, ChatAnswer, TextAnswer
@@ -49,6 +50,7 @@ def create_app(llm: LLM, settings: Settings) -> Starlette:
         Route("/models", api.models, methods=get),
         Route("/tokenize", api.tokenize, methods=post),
         Route("/detokenize", api.detokenize, methods=post),
+        Route("/version", api.version, methods=get),
         Route("/health", traffic.health, methods=get),
         Route("/metrics", traffic.show_metrics, methods=get),
     ]
@@ -100,10 +102,14 @@ class Api:
         self._check_model({"model": http.path_params["name"]})
         return JSONResponse(self._model(http.path_params["name"]))
 
+    async def version(self, http: HTTPRequest) -> Response:
+        return JSONResponse({"version": __version__})
+
     def _model(self, name: str) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
+            "root": name,
             "created": self._started,
             "owned_by": "llama_mini",
             "max_model_len": self._llm.config.max_seq_len,

@@ -13,14 +13,14 @@ from llama_mini.server.fields import (
     TEXT_FIELDS,
     check_fields,
     flag,
-    n_logprobs,
+    logprob_settings,
     new_tokens,
+    reply_settings,
     sampling_settings,
-    stream_settings,
 )
 from llama_mini.server.tools import Tools, tools_of
 from llama_mini.tokenizer import Tokenizer
-from llama_mini.validate import check_whole, is_token, short_repr
+from llama_mini.validate import check_choice, check_whole, is_token, short_repr
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class Asked:
         no_answer: the one token that runs is not sent: the client asked for none.
         usage: whether a stream ends with the numbers of tokens.
         usage_so_far: whether all its chunks have them.
+        n_top: likeliest tokens beside each token of an answer.
+        n_prompt_top: the same for the tokens of the prompts, if these have log-probabilities of their own.
         ids_as_tokens: whether log-probabilities name tokens by their ids.
+        return_ids: whether the ids of all tokens are sent, too.
         tools: the functions that the model may call.
     """
 
@@ -45,7 +48,10 @@ class Asked:
     usage_so_far: bool = False
     echo: list[str] | None = None
     no_answer: bool = False
+    n_top: int = 0
+    n_prompt_top: int | None = None
     ids_as_tokens: bool = False
+    return_ids: bool = False
     tools: Tools | None = None
 
 
@@ -55,8 +61,8 @@ def chat_request(body: dict[str, Any], tokenizer: Tokenizer) -> Asked:
     logprobs = flag(body, "logprobs")
     if "top_logprobs" in body and not logprobs:
         raise RequestError("top_logprobs needs logprobs: true")
-    settings = sampling_settings(body) | {"top_logprobs": n_logprobs(body, "top_logprobs"), "token_logprobs": logprobs}
-    settings["max_tokens"] = new_tokens(body, ("max_tokens", "max_completion_tokens"))
+    settings = sampling_settings(body) | {"token_logprobs": logprobs}
+    settings["max_tokens"] = new_tokens(body, ("n_predict", "max_tokens", "max_completion_tokens"))
     tools, variables = tools_of(body, tokenizer), {name: body[name] for name in TEMPLATE if name in body}
     if tools is not None:
         variables["tools"] = body["tools"]
@@ -69,12 +75,11 @@ def chat_request(body: dict[str, Any], tokenizer: Tokenizer) -> Asked:
     echo = isinstance(last.get("content"), str) and last.get("role") == "assistant" and flag(body, "echo")
     return Asked(
         [_truncated(ids, body)],
-        SamplingParams(**settings),
+        SamplingParams(**settings | logprob_settings(body, "top_logprobs", False)),
         logprobs=logprobs,
         echo=[last["content"]] if echo else None,
-        ids_as_tokens=flag(body, "return_tokens_as_token_ids"),
         tools=tools,
-        **stream_settings(body),
+        **reply_settings(body, "top_logprobs"),
     )
 
 
@@ -82,20 +87,23 @@ def text_request(body: dict[str, Any], tokenizer: Tokenizer) -> Asked:
     """A body of /v1/completions. Raises RequestError."""
     check_fields(body, TEXT_FIELDS, ONLY_TEXT)
     echo, special, logprobs = flag(body, "echo"), flag(body, "add_special_tokens", True), "logprobs" in body
-    settings = sampling_settings(body) | {"top_logprobs": n_logprobs(body, "logprobs"), "token_logprobs": logprobs}
-    n_new = new_tokens({"max_tokens": 16} | body, ("max_tokens",), 0)
+    settings = sampling_settings(body) | {"token_logprobs": logprobs}
+    n_new = new_tokens(body, ("n_predict", "max_tokens"), 0)
+    n_new = 16 if n_new is None else n_new  # OpenAI's default
     if body.get("best_of", n := settings.get("n", 1)) != n:
         raise RequestError(f"best_of must be n, {n}, not {short_repr(body['best_of'])}: all answers are returned")
     prompts = _prompts(body.get("prompt"))
-    ids = [tokenizer.encode(prompt, special) if isinstance(prompt, str) else prompt for prompt in prompts]
+    all_ids = [tokenizer.encode(prompt, special) if isinstance(prompt, str) else prompt for prompt in prompts]
+    ids = [_truncated(each, body) for each in all_ids]
+    pairs = zip(prompts, ids, all_ids, strict=True)
+    texts = [p if isinstance(p, str) and len(a) == len(b) else tokenizer.decode(a, False) for p, a, b in pairs]
     return Asked(
-        [_truncated(each, body) for each in ids],
-        SamplingParams(prompt_logprobs=echo and logprobs, max_tokens=n_new or 1, **settings),
+        ids,
+        SamplingParams(max_tokens=n_new or 1, **settings | logprob_settings(body, "logprobs", echo and logprobs)),
         logprobs=logprobs,
-        echo=[p if isinstance(p, str) else tokenizer.decode(p) for p in prompts] if echo else None,
+        echo=texts if echo else None,
         no_answer=n_new == 0,
-        ids_as_tokens=flag(body, "return_tokens_as_token_ids"),
-        **stream_settings(body),
+        **reply_settings(body, "logprobs"),
     )
 
 
@@ -112,8 +120,10 @@ def _prompts(given: Any) -> list[str | list[int]]:
 
 
 def _truncated(ids: list[int], body: dict[str, Any]) -> list[int]:
-    """The last `truncate_prompt_tokens` ids."""
+    """The last `truncate_prompt_tokens` ids; with `truncation_side` "right", the first ones."""
+    side = body.get("truncation_side", "left")
+    check_choice("truncation_side", side, ("left", "right"), RequestError)
     if (n := body.get("truncate_prompt_tokens", -1)) == -1:
         return ids
     check_whole("truncate_prompt_tokens", n, RequestError)
-    return ids[-n:]
+    return ids[:n] if side == "right" else ids[-n:]

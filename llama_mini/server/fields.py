@@ -20,10 +20,11 @@ _SAMPLING = (  # fields of SamplingParams under their own names
     *("n", "seed", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "cache_salt"),
 )
 _STRUCTURED = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}  # vLLM's name -> ours
-_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "request_id")  # they change no answer
+_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "request_id", "id_slot")  # change no answer
 _ONLY: Only = {  # field -> what it may say, and why nothing else
     "store": ((False,), "nothing is stored here"),
     "service_tier": (("auto", "default"), "there is one tier"),
+    "cache_prompt": ((True,), "prompts are kept; give cache_salt to share none"),
     "prompt_cache_retention": (("in_memory",), "prompts are kept in memory alone"),
     "priority": ((0,), "requests run in the order in which they come"),
     "use_beam_search": ((False,), "there is no beam search"),
@@ -47,7 +48,8 @@ ONLY_TEXT: Only = _ONLY | {"suffix": (("",), "an answer follows its prompt")}
 TEMPLATE = ("documents", "chat_template_kwargs", "reasoning_effort", "add_generation_prompt", "continue_final_message")
 _BOTH = (
     *("model", "stream", "stream_options", "max_tokens", "logprobs", "logit_bias", "truncate_prompt_tokens", "echo"),
-    *("response_format", "structured_outputs", "return_tokens_as_token_ids"),
+    *("response_format", "structured_outputs", "json_schema", "grammar", "n_predict", "truncation_side"),
+    *("prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids"),
     *(*_SAMPLING, *_LABELS),
 )
 _CHAT = ("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls")
@@ -81,6 +83,12 @@ def n_logprobs(body: dict[str, Any], name: str) -> int:
     return int(value)
 
 
+def logprob_settings(body: dict[str, Any], name: str, echo: bool) -> dict[str, Any]:
+    """The fields of SamplingParams for log-probabilities. With `echo`, prompts have them as answers have."""
+    most = max(n_logprobs(body, name), n_logprobs(body, "prompt_logprobs"))
+    return {"top_logprobs": most, "prompt_logprobs": echo or "prompt_logprobs" in body}
+
+
 def sampling_settings(body: dict[str, Any]) -> dict[str, Any]:
     """The fields of SamplingParams. OpenAI's default temperature is 1."""
     settings = {"temperature": 1.0} | {name: body[name] for name in _SAMPLING if name in body}
@@ -106,10 +114,13 @@ def _structure(body: dict[str, Any]) -> dict[str, Any]:
         raise RequestError(f"structured_outputs must be an object, not {short_repr(given)}")
     given = {name: value for name, value in given.items() if value is not None}
     check_fields(given, frozenset((*_STRUCTURED, "json_object")), {}, "structured_outputs.")
+    for name in ("json_schema", "grammar"):  # llama.cpp's fields
+        if name in body:
+            given[name] = body[name]
     for name, value in given.items():
         ours = _STRUCTURED.get(name, "json_schema")
         if settings:
-            raise RequestError(f"structured_outputs.{name} is the second thing that the answer has to match: give one")
+            raise RequestError(f"{name} is the second thing that the answer has to match: give one")
         if name != "json_object":
             settings[ours] = value
         elif flag(given, name):
@@ -125,18 +136,28 @@ def _biases(given: Any) -> dict[int, float]:
     return {int(token): bias for token, bias in given.items() if bias is not None}
 
 
-def stream_settings(body: dict[str, Any]) -> dict[str, Any]:
-    """The fields of Asked that say how a stream is sent."""
+def reply_settings(body: dict[str, Any], logprobs: str) -> dict[str, Any]:
+    """The fields of Asked that say what a reply holds; `logprobs` is the field with the number of likeliest tokens."""
     stream, options = flag(body, "stream"), body.get("stream_options", {})
     if not isinstance(options, dict):
         raise RequestError(f"stream_options must be an object, not {short_repr(options)}")
     options = {name: value for name, value in options.items() if value is not None}
     if options and not stream:
         raise RequestError("stream_options needs stream: true")
+    if stream and "prompt_logprobs" in body:
+        raise RequestError("prompt_logprobs are not part of a stream: give stream: false")
     names = ("include_usage", "continuous_usage_stats", "include_obfuscation")
     check_fields(options, frozenset(names), {names[2]: ((False,), "no text is added to the events")}, "stream_options.")
     usage, so_far = flag(options, names[0]), flag(options, names[1])
-    return {"stream": stream, "usage": usage, "usage_so_far": usage and so_far}
+    return {
+        "stream": stream,
+        "usage": usage,
+        "usage_so_far": usage and so_far,
+        "n_top": n_logprobs(body, logprobs),
+        "n_prompt_top": n_logprobs(body, "prompt_logprobs") if "prompt_logprobs" in body else None,
+        "ids_as_tokens": flag(body, "return_tokens_as_token_ids"),
+        "return_ids": flag(body, "return_token_ids"),
+    }
 
 
 def new_tokens(body: dict[str, Any], names: tuple[str, ...], least: int = 1) -> int | None:

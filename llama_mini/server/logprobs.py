@@ -30,14 +30,14 @@ class TokenLogprobs:
     token, they have no text. Positions count from `start`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
-        self._tokenizer, self._start, self._end = tokenizer, start, start
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, skip_special: bool = True) -> None:
+        self._tokenizer, self._start, self._end, self._skip_special = tokenizer, start, start, skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip_space = tokenizer.strips_space
         self._held: list[Entry] = []
 
     def push(self, id: int, logprob: float | None, alternatives: Alternatives | None) -> None:
-        data = self._tokenizer.token_bytes(id)
+        data = self._tokenizer.token_bytes(id, self._skip_special)
         text = self._utf8.decode(data)
         if text and self._strip_space:
             self._strip_space, text, data = False, text.removeprefix(" "), data.removeprefix(b" ")
@@ -109,6 +109,24 @@ def text_logprobs(names: TokenNames, entries: Sequence[Entry]) -> dict[str, Any]
         "token_logprobs": [_number(entry.logprob) for entry in entries],
         "top_logprobs": [_by_name(names, entry) for entry in entries],
         "text_offset": [entry.start for entry in entries],
+    }
+
+
+def prompt_logprob(
+    names: TokenNames, id: int, logprob: float | None, top: Alternatives | None, n: int
+) -> dict[str, Any] | None:
+    """One token of a prompt, after the first, and the `n` likeliest ones in its place, in vLLM's shape."""
+    if logprob is None or top is None:
+        return None
+    ranks = {other: rank for rank, (other, _) in enumerate(top, 1)}
+    shown = {id: logprob} | dict(top[:n])
+    return {
+        str(each): {
+            "logprob": _number(value),
+            "rank": ranks.get(each),  # not known of a token that is not among the likeliest
+            "decoded_token": names.bytes(each).decode(errors="replace"),
+        }
+        for each, value in shown.items()
     }
 
 

@@ -71,7 +71,8 @@ class Reply:
                     _check(request, chunk)
                     chunks[request].append(chunk)
             choices = [answer.whole(chunks[answer.request]) for answer in self._answers]
-            status, body = 200, self._head | {"choices": choices, "usage": self._usage()}
+            body = self._head | {"choices": choices, "usage": self._usage()} | self._answers[0].beside(whole=True)
+            status = 200
         except Exception as error:
             failure = as_api_error(error)
             status, body = failure.status, failure.body
@@ -82,7 +83,10 @@ class Reply:
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-        begin = "".join(self._event(choice) for answer in self._answers if (choice := answer.begin()))
+        begin = ""
+        for answer in self._answers:
+            if choice := answer.begin():
+                begin += self._event(choice, None if begin else answer.beside(whole=False))
         await send({"type": "http.response.body", "body": begin.encode(), "more_body": True})
         end = ""
         try:
@@ -103,9 +107,9 @@ class Reply:
             end = _data(as_api_error(error).body)
         await send({"type": "http.response.body", "body": end.encode()})
 
-    def _event(self, choice: dict[str, Any]) -> str:
+    def _event(self, choice: dict[str, Any], beside: dict[str, Any] | None = None) -> str:
         usage = {"usage": self._usage()} if self._asked.usage_so_far else {}
-        return _data(self._head | {"choices": [choice]} | usage)
+        return _data(self._head | {"choices": [choice]} | usage | (beside or {}))
 
     def _usage(self) -> dict[str, Any]:
         """The numbers of tokens, a prompt counted once, whatever `n` is."""

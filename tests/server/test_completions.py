@@ -34,7 +34,14 @@ def test_prompts_in_all_forms(llm: LLM, client: Client) -> None:
     expected = [llm.generate(prompt, max_tokens=6)[0].text for prompt in ("Once", "Twice")]
     for prompt in ("Once", ids, [ids], ["Once"]):
         (choice,) = client.post(TEXT, prompt=prompt, temperature=0, max_tokens=6)["choices"]
-        assert choice == {"index": 0, "text": expected[0], "logprobs": None, "finish_reason": "length"}
+        assert choice == {
+            "index": 0,
+            "text": expected[0],
+            "logprobs": None,
+            "finish_reason": "length",
+            "prompt_token_ids": None,
+            "prompt_logprobs": None,
+        }
     for prompt in (["Once", "Twice"], [ids, "Twice"]):
         reply = client.post(TEXT, prompt=prompt, temperature=0, max_tokens=6)
         assert [choice["text"] for choice in reply["choices"]] == expected
@@ -57,6 +64,10 @@ def test_special_tokens_and_truncation(llm: LLM, client: Client) -> None:
         return client.post(TEXT, prompt="abcdef", max_tokens=1, **settings)["usage"]["prompt_tokens"]
 
     assert (n(), n(add_special_tokens=False), n(truncate_prompt_tokens=3), n(truncate_prompt_tokens=-1)) == (7, 6, 3, 7)
+    for side, text in (("left", "def"), ("right", "<|begin_of_text|>ab")):
+        settings = {"truncate_prompt_tokens": 3, "truncation_side": side, "echo": True, "max_tokens": 0, "logprobs": 0}
+        (choice,) = client.post(TEXT, prompt="abcdef", **settings)["choices"]
+        assert choice["text"] == "".join(choice["logprobs"]["tokens"]) == text
 
 
 @pytest.mark.parametrize("ids", [False, True])
@@ -68,7 +79,8 @@ def test_echo_with_log_probabilities(llm: LLM, client: Client, k: int, ids: bool
     (choice,) = client.post(TEXT, **settings)["choices"]
     (expected,) = llm.generate(text, max_tokens=n, prompt_logprobs=True, top_logprobs=max(k, 1))
     found = choice["logprobs"]
-    assert choice["text"] == text + expected.text
+    shown = "<|begin_of_text|>" + text if ids else text  # a list of ids is shown with all of them
+    assert choice["text"] == shown + expected.text
     assert "".join(found["tokens"]) == choice["text"]
     assert found["token_logprobs"][0] is None is found["top_logprobs"][0]
     values = [*expected.prompt_logprobs[1:], *expected.logprobs]
@@ -85,6 +97,48 @@ def test_echo_with_log_probabilities(llm: LLM, client: Client, k: int, ids: bool
     for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
         assert [value for each in streamed for value in each[key]] == found[key]
     assert joined(events) == choice["text"]
+
+
+def test_log_probabilities_of_prompts(llm: LLM, client: Client) -> None:
+    (expected,) = llm.generate("To be", max_tokens=1, prompt_logprobs=True, top_logprobs=3)
+    ids = llm.tokenizer.encode("To be")
+    chat = client.post(
+        "/v1/chat/completions", messages=[{"role": "user", "content": "a"}], max_tokens=1, prompt_logprobs=0
+    )
+    assert [len(each or {}) for each in chat["prompt_logprobs"]] == [0] + [1] * (chat["usage"]["prompt_tokens"] - 1)
+    for k, logprobs in ((0, None), (2, None), (3, 1)):
+        settings = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": k, "logprobs": logprobs}
+        (choice,) = client.post(TEXT, prompt="To be", **settings)["choices"]
+        first, *rest = choice["prompt_logprobs"]
+        assert first is None
+        for id, found, logprob, top in zip(
+            ids[1:], rest, expected.prompt_logprobs[1:], expected.prompt_top_logprobs[1:], strict=True
+        ):
+            assert found.keys() == {str(id)} | {str(other) for other, _ in top[:k]}
+            assert found[str(id)]["logprob"] == pytest.approx(logprob, abs=1e-4)
+            assert found[str(id)]["decoded_token"] == llm.tokenizer.decode(id)
+            assert [found[str(other)]["rank"] for other, _ in top[:k]] == list(range(1, k + 1))
+        if logprobs:
+            assert len(choice["logprobs"]["top_logprobs"][0]) in (1, 2)
+    assert "not part of a stream" in client.refused(TEXT, prompt="a", stream=True, prompt_logprobs=1)["message"]
+
+
+def test_ids_of_all_tokens(llm: LLM, client: Client) -> None:
+    prompt, new = llm.tokenizer.encode("a"), llm.generate("a", max_tokens=6)[0].token_ids
+    settings = {"temperature": 0, "max_tokens": 6, "return_token_ids": True}
+    (choice,) = client.post(TEXT, prompt="a", **settings)["choices"]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == (prompt, new)
+    choices = [event["choices"][0] for event in client.events(TEXT, prompt="a", **settings)]
+    assert [id for each in choices for id in each["token_ids"]] == new
+    assert [each.get("prompt_token_ids") for each in choices] == [prompt] + [None] * (len(choices) - 1)
+    chat, messages = "/v1/chat/completions", [{"role": "user", "content": "a"}]
+    whole = client.post(chat, messages=messages, **settings)
+    assert whole["prompt_token_ids"] == client.post("/tokenize", messages=messages)["tokens"]
+    first, *events = client.events(chat, messages=messages, **settings)
+    assert first["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert not any("prompt_token_ids" in event for event in events)
+    streamed = [id for event in (first, *events) for id in event["choices"][0]["token_ids"]]
+    assert streamed == whole["choices"][0]["token_ids"]
 
 
 def test_a_prompt_is_scored_without_an_answer(llm: LLM, client: Client) -> None:
@@ -149,3 +203,5 @@ def test_structured_text(client: Client) -> None:
     assert text(response_format={"type": "json_object"}).lstrip().startswith("{")
     assert "".join(text(response_format={"type": "json_object", "schema": schema}).split()) == '{"a":1}'
     assert len(text(response_format={"type": "text"})) > 0
+    assert "".join(text(json_schema=schema).split()) == '{"a":1}'
+    assert text(grammar='root ::= "a"{5,5}') == "aaaaa"

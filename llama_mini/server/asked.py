@@ -72,7 +72,7 @@ def chat_request(body: dict[str, Any], tokenizer: Tokenizer) -> Asked:
     messages: Any = body.get("messages")
     ids = tokenizer.apply_chat_template(messages, **variables)
     last = messages[-1]
-    echo = isinstance(last.get("content"), str) and last.get("role") == "assistant" and flag(body, "echo")
+    echo = flag(body, "echo") and isinstance(last.get("content"), str) and last.get("role") == "assistant"
     return Asked(
         [_truncated(ids, body)],
         SamplingParams(**settings | logprob_settings(body, "top_logprobs", False)),

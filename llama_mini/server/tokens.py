@@ -26,7 +26,9 @@ def tokens_of(body: dict[str, Any], llm: LLM) -> dict[str, Any]:
         variables = {name: body[name] for name in (*TEMPLATE, "tools") if name in body}
         ids = llm.tokenizer.apply_chat_template(body["messages"], **variables)
     else:
-        ids = llm.tokenizer.encode(body[given[0]], special)
+        if not isinstance(text := body[given[0]], str):
+            raise RequestError(f"{given[0]} must be a text, not {short_repr(text)}")
+        ids = llm.tokenizer.encode(text, special)
     pieces = [llm.tokenizer.decode(id, False) for id in ids] if flag(body, "return_token_strs") else None
     return {"count": len(ids), "max_model_len": llm.config.max_seq_len, "tokens": ids, "token_strs": pieces}
 

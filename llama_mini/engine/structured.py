@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ FORMATS = ("text", "json_object", "json_schema")  # OpenAI's
 MAX_CHARS = 65_536  # of a schema or grammar: one step of a larger one may take 0.1 s
 MAX_UNCHECKED = 2000  # characters: too few for rules that refer to each other too deeply
 SLOW = "multipleOf"  # in a schema: compiling takes as many steps as its value says
-MAX_KEPT = 64  # compiled grammars
+MAX_KEPT = 16  # compiled grammars
+MAX_USES = 50  # of one of these: then it is compiled anew
 SECONDS = 0.5  # of processor time that a check may take
 WHITE_SPACE = r"[ ]|\n{1,2}[ \t]{0,20}"  # in JSON, as in llama.cpp: models might write white space without end
 LIMITS: dict[str, Any] = {
     "verbose_errors": False,
-    "max_lexer_states": 50_000,
-    "step_max_items": 20_000,
-}  # 100 MB, 60 ms
+    "max_lexer_states": 100_000,  # 25 MB
+    "step_max_items": 20_000,  # at most 80 ms
+}
 # The library takes short steps, but its compiler has no limit on time, and rules that refer to each other to a depth of
 # thousands end the process. So a long grammar is first compiled in another one, with half the stack of threads here.
 _CHECK = f"""
@@ -128,12 +130,15 @@ class Structures:
         if setting is None:
             return None
         with self._lock:
-            if setting in self._kept:
+            kept = self._kept.get(setting)
+            if kept is not None and kept.is_usable():
+                kept.n_uses += 1
                 self._kept.move_to_end(setting)
-                return self._kept[setting]
+                return kept
         compiled = self._compiled(*setting)  # without the lock: a long one delays no other
         with self._lock:
             self._kept[setting] = compiled
+            self._kept.move_to_end(setting)
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
         return compiled
@@ -178,6 +183,13 @@ class Constraint:
     def __init__(self, matcher: Any, name: str, vocab_size: int, ends: Collection[int] = ()) -> None:
         self.name, self._matcher, self._vocab_size = name, matcher, vocab_size
         self._ends = [token for token in ends if token < vocab_size]
+        self.n_uses = 0
+
+    def is_usable(self) -> bool:
+        """Whether more requests may have copies. All copies share the states of a lexer, whose number is limited."""
+        with suppress(RequestError):  # of a copy: the engine's thread may be copying this one
+            return self.n_uses < MAX_USES and bool(self.copy().allowed().any())
+        return False
 
     def copy(self, ends: Collection[int] | None = None) -> "Constraint":
         """The same state for another answer, or for guesses at this one. It takes 1 µs."""

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import regex
 
 from llama_mini import SamplingParams, Tokenizer
+from llama_mini.engine import structured
 from llama_mini.engine.sampling_params import is_setting, sampling_params
-from llama_mini.engine.structured import MAX_KEPT, Structures
+from llama_mini.engine.structured import MAX_KEPT, MAX_USES, Structures
 from llama_mini.errors import RequestError
 from llama_mini.validate import short_repr
 from tests.tiny_gguf import tiny_llama, write_gguf  # noqa: F401
@@ -203,6 +205,32 @@ def test_the_last_structures_are_kept(structures: Structures) -> None:
     for i in range(MAX_KEPT):
         structures.constraint(("choice", (str(i),)))
     assert structures.constraint(("regex", "kept")) is not first
+
+
+def test_answers_use_up_a_structure_and_it_is_compiled_anew(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All copies share the states of a lexer: once there are too many, each new answer would fail."""
+    tokenizer = Tokenizer.from_pretrained(tiny_dir)
+    setting = ("regex", "(a|b)*a(a|b){9}c")
+    monkeypatch.setitem(structured.LIMITS, "max_lexer_states", 300)
+    structures, rng = Structures(tokenizer, tokenizer.vocab_size), np.random.default_rng(0)
+    used = structures.constraint(setting)
+    for _ in range(100):
+        answer = structures.constraint(setting).copy(())
+        with suppress(RequestError):
+            for token in rng.choice(tokenizer.encode("ab", add_special_tokens=False), 20):
+                answer.accept(int(token))
+                answer.allowed()
+        assert structures.constraint(setting).copy(()).allowed().any()
+    assert structures.constraint(setting) is not used
+    monkeypatch.undo()
+    structures = Structures(tokenizer, tokenizer.vocab_size)
+    first = structures.constraint(("regex", "a"))
+    for _ in range(MAX_USES):
+        assert structures.constraint(("regex", "a")) is first
+    assert structures.constraint(("regex", "a")) is not first
+
+
+def test_nothing_asked_for_is_no_structure(structures: Structures) -> None:
     assert structures.constraint(None) is None
 
 

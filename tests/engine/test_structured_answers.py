@@ -48,7 +48,7 @@ SCHEMAS = [
     },
 ]
 OTHERS = [
-    {"regex": r"(\w{2,4}@(example|test)\.(org|net)|[+-]?\d{1,3}(\.\d\d)?) — [^a-z]{3}"},
+    {"regex": r"([a-zé]{2,4}@(example|test)\.(org|net)|[+-]?\d{1,3}(\.\d\d)?) — [^a-z]{3}"},
     {"choice": ["yes", "no", "perhaps\n", "日本"]},
     {"grammar": 'start: pair ("," pair)*\npair: NAME "=" /[0-9]{1,3}/\nNAME: /[a-z]{1,4}/'},
     {"grammar": 'root ::= pair ("," pair)*\npair ::= name "=" [0-9]{1,3}\nname ::= [a-z]{1,4}'},

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @styled
 def attention_picture(rows: Sequence[AttentionHead]) -> "Figure":
     """Each head's mass on the first token, under the RMS of that token and of the others where the layer reads them."""
-    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+    from matplotlib.colors import ListedColormap, to_rgba
 
     mass = np.zeros((1 + max(row.head for row in rows), 1 + max(row.layer for row in rows)))
     for row in rows:
@@ -44,8 +44,9 @@ def attention_picture(rows: Sequence[AttentionHead]) -> "Figure":
     log_scale(size)
     size.set_ylabel("RMS of the stream\nbefore the layer")
     legend_above(size, 2)
-    # Clear instead of white: it fits a dark page. Few steps, since each is a shape in the file.
-    clear_to_blue = LinearSegmentedColormap.from_list("mass", [to_rgba(BLUE, 0), to_rgba(BLUE, 1)], 25)
+    # Clear instead of white fits a dark page, on which a tenth would look like nothing without the root.
+    # Few steps, since each is a shape in the file.
+    clear_to_blue = ListedColormap([to_rgba(BLUE, (step / 24) ** 0.5) for step in range(25)])
     looks: Any = {"cmap": clear_to_blue, "vmin": 0, "vmax": 1, "aspect": "auto", "origin": "lower"}
     image = heads.imshow(mass, interpolation="none", **looks)  # in an SVG a pixel for each head
     heads.grid(False)

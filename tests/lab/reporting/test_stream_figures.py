@@ -21,6 +21,8 @@ def test_a_pixel_for_each_head_under_the_size_of_the_stream(tmp_path: Path) -> N
     size, heads, _ = figure.axes
     (image,) = heads.get_images()
     np.testing.assert_allclose(image.get_array(), np.reshape(rows.column("first_mass"), (3, 6)).T)
+    nothing, a_tenth = (image.cmap(image.norm(mass))[3] for mass in (0.0, 0.1))
+    assert (nothing, a_tenth > 0.25) == (0, True)  # how opaque they are: a tenth can be seen on any page
     first, median = (line.get_ydata() for line in size.get_lines())
     assert list(first) == rows.column("first_rms")[::6]
     assert list(median) == rows.column("median_rms")[::6]

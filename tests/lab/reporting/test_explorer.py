@@ -201,7 +201,7 @@ def test_the_script_shows_what_one_points_at_clicks_and_moves_to(written: Path, 
         panel.textContent, panel.querySelectorAll("svg").length]);
       const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
       note();
-      link("layers.1.attention.pre_norm").dispatchEvent(new MouseEvent("mouseover", {bubbles: true})); note();
+      link("layers.1.attention.pre_norm").dispatchEvent(new MouseEvent("mousemove", {bubbles: true})); note();
       map.dispatchEvent(new MouseEvent("mouseleave")); note();
       link("layers.0.attention.q_norm").click(); note();
       for (const name of ["ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft", "ArrowUp"]) { press(name); note(); }

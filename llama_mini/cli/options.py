@@ -112,8 +112,8 @@ def model_options(p: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
 
 def speculation_options(group: "argparse._ActionsContainer") -> None:
     add = group.add_argument
-    add("--draft", metavar="M", help="a smaller model of the same vocabulary, which guesses tokens; the text stays")
-    auto = "auto (default): guess tokens, by --draft or earlier text, where that pays; off: one by one; the text stays"
+    add("--draft", metavar="M", help="a smaller model of the same vocabulary, which guesses tokens; answers stay")
+    auto = "auto (default): guess tokens, by --draft or earlier text, where that pays; answers stay; off: no guesses"
     add("--speculation", choices=["auto", "off"], default="auto", help=auto)
 
 

@@ -20,6 +20,7 @@ _OTHER_NAMES = {  # of llama.cpp, vLLM and transformers; --top_k and the like ar
     "--json-schema": "-j --json-schema-file -jf",
     "--grammar": "--grammar-file",
     "--threads": "-t",
+    "--draft": "--model-draft -md --draft-model",
     "--served-model-name": "--alias -a",
     "--allowed-origin": "--allowed-origins",
 }

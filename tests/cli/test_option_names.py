@@ -47,6 +47,7 @@ def test_a_value_may_begin_like_an_option() -> None:
         ["-p", "-hello", "--stop", "---", "--stop", "-_x", "--min_p", "-.5", "--stop=--raw", "-n", "3"]
     )
     assert (args.prompt_option, args.stop, args.min_p, args.max_tokens) == ("-hello", ["---", "-_x", "--raw"], -0.5, 3)
+    assert {parser().parse_args(["x", name, "m"]).draft for name in ("--draft", "-md", "--draft_model")} == {"m"}
     args = parser().parse_args(["--batch", "-", "--output", "-"])
     assert (args.batch, args.output) == ("-", "-")
 

@@ -109,7 +109,7 @@ class LLM:
             guesser = LookupGuesser
         self.load_seconds = time.perf_counter() - started
         self._scheduler = Scheduler(self.model, self.tokenizer.eos_ids, prefix_cache, guesser)
-        self._structures = Structures(self.tokenizer, self.config.vocab_size)
+        self.structures = Structures(self.tokenizer, self.config.vocab_size)
 
     def generate(
         self,
@@ -286,7 +286,7 @@ class LLM:
             raise params
         ids = token_ids(prompt, params.max_tokens or max(params.min_tokens, 1), self.tokenizer, self.config)
         check_vocab(params, self.config.vocab_size)
-        constraint = self._structures.constraint(params.structure)
+        constraint = self.structures.constraint(params.structure)
         max_tokens = params.max_tokens or self.config.max_seq_len - len(ids)
         each = [
             params if params.seed is None else replace(params, seed=(params.seed + i) % 2**64) for i in range(params.n)

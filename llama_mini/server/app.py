@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from starlette.routing import Route
 from llama_mini import __version__
 from llama_mini.engine.async_call import AsyncCall
 from llama_mini.engine.llm import LLM
+from llama_mini.errors import RequestError
 from llama_mini.server.answers import Answer, ChatAnswer, TextAnswer
 from llama_mini.server.asked import Asked, chat_request, text_request
 from llama_mini.server.body import parse_body, read_body
@@ -37,6 +39,8 @@ Result = TypeVar("Result")
 
 def create_app(llm: LLM, settings: Settings) -> Starlette:
     """The server's application for any ASGI server."""
+    with suppress(RequestError):  # without llguidance, each request that needs it is refused
+        llm.structures.read_vocabulary()
     api, traffic = Api(llm, settings), Traffic(llm, settings)
     post, get = ["POST"], ["GET"]
     routes = [

@@ -103,6 +103,9 @@ def test_what_is_no_call_is_text(llm: LLM, client: Client, text: str, settings: 
 def test_a_call_that_is_cut_off_is_text(llm: LLM, client: Client) -> None:
     """A client must not run it. A stream has sent the beginning by then; its finish reason tells."""
     cut = CALL[: CALL.index("Mo")]
+    with writing(llm, CALL):  # of which the last token completes the call
+        (choice,) = client.post(CHAT, messages=MESSAGES, tools=TOOLS, temperature=0, max_tokens=len(CALL))["choices"]
+    assert (choice["finish_reason"], len(choice["message"]["tool_calls"])) == ("tool_calls", 1)
     with writing(llm, CALL):
         (choice,) = client.post(CHAT, messages=MESSAGES, tools=TOOLS, temperature=0, max_tokens=len(cut))["choices"]
     assert (choice["finish_reason"], "tool_calls" in choice["message"]) == ("length", False)

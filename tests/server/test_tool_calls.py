@@ -9,7 +9,7 @@ from llama_mini.server.tool_calls import Part, ToolCalls
 from llama_mini.server.tools import Tools
 
 NAMES = frozenset({"weather", "time"})
-CITY = '{"city": "Zürich", "note": "a \\"}\\" and ]"}'
+CITY = '{"city": "Zürich", "note": "a \\"}\\" and ]", "days": [1, {"more": []}]}'
 HERMES = f'Let me see.\n<tool_call>\n{{"name": "weather", "arguments": {CITY}}}\n</tool_call>'
 TWO = HERMES + '\n<tool_call>\n{"arguments": {}, "name": "time"}\n</tool_call>'
 ADA = '{"name": "Ada", "parameters": {"a": 1}} is one'

@@ -167,7 +167,9 @@ class TextAnswer(Answer):
 
     def _part(self, chunk: Chunk) -> tuple[str, list[Entry]]:
         entries = self._entries(chunk)
-        text, entries = ("", []) if self._asked.no_answer else (chunk.text, entries)
+        text = chunk.text
+        if self._asked.no_answer:
+            text, entries, self._new_ids = "", [], []
         if not self._begun:
             self._begun, text = True, self._prompt_text + text
             if self._asked.echo and self._asked.logprobs:

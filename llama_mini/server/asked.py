@@ -69,6 +69,8 @@ def chat_request(body: dict[str, Any], tokenizer: Tokenizer) -> Asked:
         if any(name in body for name in ("response_format", "structured_outputs")):
             raise RequestError("tools do not go with a format of the answer: give tool_choice 'none', or no format")
         settings |= {} if tools.schema is None else {"json_schema": tools.schema}
+    if variables.get("continue_final_message") is True and variables.get("add_generation_prompt") is True:
+        raise RequestError("continue_final_message and add_generation_prompt cannot both be true: give one of them")
     messages: Any = body.get("messages")
     ids = tokenizer.apply_chat_template(messages, **variables)
     last = messages[-1]

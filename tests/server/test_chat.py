@@ -194,3 +194,5 @@ def test_the_last_message_is_continued(llm: LLM, client: Client) -> None:
     assert text == expected
     assert client.post(CHAT, max_tokens=4, echo=True, **settings)["choices"][0]["message"]["content"] == "Well" + text
     assert content(client.events(CHAT, max_tokens=4, echo=True, **settings)) == "Well" + text
+    error = client.refused(CHAT, **settings | {"add_generation_prompt": True})
+    assert "cannot both be true" in error["message"]

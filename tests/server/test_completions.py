@@ -55,8 +55,9 @@ def test_prompts_in_all_forms(llm: LLM, client: Client) -> None:
 
 def test_sixteen_tokens_unless_another_number_is_given(client: Client) -> None:
     assert client.post(TEXT, prompt="a", ignore_eos=True)["usage"]["completion_tokens"] == 16
-    nothing = client.post(TEXT, prompt="a", max_tokens=0)
-    assert (nothing["choices"][0]["text"], nothing["usage"]["completion_tokens"]) == ("", 0)
+    nothing = client.post(TEXT, prompt="a", max_tokens=0, return_token_ids=True)
+    assert nothing["usage"]["completion_tokens"] == 0
+    assert (nothing["choices"][0]["text"], nothing["choices"][0]["token_ids"]) == ("", [])
 
 
 def test_special_tokens_and_truncation(llm: LLM, client: Client) -> None:

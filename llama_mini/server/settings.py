@@ -18,7 +18,7 @@ class Settings:
         allowed_origins: web pages, such as https://example.com, that may ask, besides the server's own; `*` is any.
         max_queue: answers that may run and wait at a time; more get status 503.
         grace_seconds: that running requests have to finish once the server is told to stop.
-        max_connections: more get status 503.
+        max_connections: more get status 503. Many systems allow a process 1,024 files.
         receive_seconds: that the head of a request may take, and its body.
         send_seconds: within which a reader must take at least `least_bytes` of what waits for it.
         keepalive_seconds: of silence in a stream, after which a comment tells proxies that it lives.
@@ -32,7 +32,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = ()
     max_queue: int = 512
     grace_seconds: float = 30.0
-    max_connections: int = 1000
+    max_connections: int = 700
     max_header_bytes: int = 2**14
     max_body_bytes: int = 2**24
     receive_seconds: float = 30.0

@@ -88,7 +88,7 @@ def test_it_serves_until_it_is_told_to_stop(
     assert "sk-" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_let_streams_finish(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[object], number: signal.Signals
 ) -> None:

@@ -26,7 +26,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], list[int
 
     def hidden(self: Llama, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         assert cache is not None
-        seen.append((tuple(tokens.shape), cache.lengths))
+        seen.append((tuple(tokens.shape), cache.positions(tokens.shape[1])[:, 0].tolist()))
         return plain(self, tokens, cache)
 
     monkeypatch.setattr(Llama, "hidden", hidden)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from llama_mini.server import limits
@@ -157,6 +157,25 @@ def test_a_reader_that_hardly_reads_is_closed() -> None:
             assert ask(port, head())[0] == 200  # others are served
         assert stream.ended.is_set()
         assert stream.sent < 8 * 2**20  # what the systems of both sides hold, and no more
+
+
+def test_a_short_reply_that_nobody_reads_is_dropped() -> None:
+    async def sized(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(b"x" * int(scope["path"][1:]))(scope, receive, send)
+
+    with serving(wrapped(sized, SETTINGS), SETTINGS) as (server, port):
+        size, left = 2**16, 0
+        while not left:  # what the systems of both sides take by themselves
+            size += 2**15
+            with connect(port, head(path=f"/{size}"), 4096) as client:
+                assert client.recv(1) == b"H"
+                until(lambda: not server.server_state.tasks)
+                (connection,) = server.server_state.connections
+                left = connection.transport.get_write_buffer_size()
+                if left:
+                    assert left < 2**16  # less than uvicorn would wait for
+                    until(lambda: not server.server_state.connections)
+            until(lambda: not server.server_state.connections)
 
 
 @pytest.mark.slow

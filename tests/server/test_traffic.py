@@ -20,7 +20,10 @@ EVENTS = {"type": "http.response.start", "status": 200, "headers": [(b"content-t
 
 
 class Gated:
-    """/stream sends an event, waits for the gate and sends the last one; /whole waits before it says anything."""
+    """/stream sends an event, waits for the gate and sends the last one; /whole waits before it says anything.
+
+    /parts waits in the midst of a text.
+    """
 
     def __init__(self) -> None:
         self.gate, self.n_waiting = threading.Event(), 0
@@ -30,12 +33,15 @@ class Gated:
         if scope["path"] == "/stream":
             await send(EVENTS)
             await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        elif scope["path"] == "/parts":
+            await send(EVENTS | {"headers": []})
+            await send({"type": "http.response.body", "body": b"a part, ", "more_body": True})
         elif scope["path"] == "/crash-in-stream":
             await send(EVENTS)
             raise KeyError("a secret of a prompt")
         elif scope["path"] == "/crash":
             raise KeyError("a secret of a prompt")
-        if scope["path"] in ("/stream", "/whole"):
+        if scope["path"] in ("/stream", "/whole", "/parts"):
             self.n_waiting += 1
             try:
                 while not self.gate.is_set():
@@ -44,6 +50,8 @@ class Gated:
                 self.n_waiting -= 1
         if scope["path"] == "/stream":
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        elif scope["path"] == "/parts":
+            await send({"type": "http.response.body", "body": b"done"})
         else:
             await PlainTextResponse("done")(scope, receive, send)
 
@@ -63,7 +71,7 @@ def test_comments_tell_that_a_silent_stream_lives() -> None:
 
 def test_a_reply_that_is_no_stream_gets_no_comment() -> None:
     app = Gated()
-    with serving(wrapped(app, SETTINGS), SETTINGS) as (_, port), connect(port, head(path="/whole")) as client:
+    with serving(wrapped(app, SETTINGS), SETTINGS) as (_, port), connect(port, head(path="/parts")) as client:
         with connect(port, head(path="/stream")) as other:
             read_until(other, b": keepalive\n\n\r\nd\r\n: keepalive")
         app.gate.set()

@@ -97,7 +97,7 @@ def text_request(body: dict[str, Any], tokenizer: Tokenizer) -> Asked:
     prompts = _prompts(body.get("prompt"))
     all_ids = [tokenizer.encode(prompt, special) if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = [_truncated(each, body) for each in all_ids]
-    pairs = zip(prompts, ids, all_ids, strict=True)
+    pairs = zip(prompts, ids, all_ids, strict=True) if echo else ()
     texts = [p if isinstance(p, str) and len(a) == len(b) else tokenizer.decode(a, False) for p, a, b in pairs]
     return Asked(
         ids,

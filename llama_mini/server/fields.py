@@ -114,17 +114,14 @@ def _structure(body: dict[str, Any]) -> dict[str, Any]:
         raise RequestError(f"structured_outputs must be an object, not {short_repr(given)}")
     given = {name: value for name, value in given.items() if value is not None}
     check_fields(given, frozenset((*_STRUCTURED, "json_object")), {}, "structured_outputs.")
-    for name in ("json_schema", "grammar"):  # llama.cpp's fields
-        if name in body:
-            given[name] = body[name]
-    for name, value in given.items():
-        ours = _STRUCTURED.get(name, "json_schema")
+    found = [(f"structured_outputs.{name}", _STRUCTURED[name], given[name]) for name in _STRUCTURED if name in given]
+    if flag(given, "json_object"):
+        found.append(("structured_outputs.json_object", "json_schema", {"type": "object"}))
+    found += [(name, name, body[name]) for name in ("json_schema", "grammar") if name in body]  # llama.cpp's fields
+    for where, name, value in found:
         if settings:
-            raise RequestError(f"{name} is the second thing that the answer has to match: give one")
-        if name != "json_object":
-            settings[ours] = value
-        elif flag(given, name):
-            settings[ours] = {"type": "object"}
+            raise RequestError(f"{where} is the second thing that the answer has to match: give one")
+        settings[name] = value
     return settings
 
 

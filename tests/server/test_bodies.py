@@ -123,6 +123,7 @@ def test_any_json_in_any_field_is_answered_or_refused(client: Client, path: str)
         (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}}, "schema", None),
         (TEXT, {"structured_outputs": {"regex": "["}}, "regex", None),
         (TEXT, {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "the second thing", "structured_outputs"),
+        (TEXT, {"structured_outputs": {"grammar": "a"}, "grammar": "b"}, "the second thing", "grammar"),
         (TEXT, {"structured_outputs": {"grammer": "a"}}, "did you mean grammar", None),
     ],
 )

@@ -38,7 +38,7 @@ class Stub:
 
     Attributes:
         asked: the requests.
-        held: an answer waits before its last token until this is cleared; `left` is set if its client leaves.
+        held: the number of tokens after which an answer waits; `left` is set if its client leaves meanwhile.
         end: what the stream ends with, if not as it should.
         key: that requests must have.
     """
@@ -53,7 +53,8 @@ class Stub:
         self.refusal: Response | None = None
         self.end: list[str] | None = None
         self.key: str | None = None
-        self.held, self.left = False, threading.Event()
+        self.held: int | None = None
+        self.left = threading.Event()
         self.asked: list[dict[str, Any]] = []
 
     async def models(self, http: Request) -> Response:
@@ -71,7 +72,7 @@ class Stub:
     async def events(self) -> AsyncIterator[str]:
         yield ": keepalive\n\n" + choice({"role": "assistant", "content": ""})
         for i, token in enumerate(self.tokens):
-            while self.held and i == len(self.tokens) - 1:
+            while self.held is not None and i >= self.held:
                 try:
                     await asyncio.sleep(0.01)
                 except asyncio.CancelledError:

@@ -13,13 +13,13 @@ pytestmark = [needs_chromium, pytest.mark.slow]
 
 
 def test_an_answer_comes_as_it_is_written(stub: Stub, chat: Chat) -> None:
-    stub.held = True
+    stub.held = 2
     chat.send("How are you?", wait=False)
     expect(chat.page.locator(".token")).to_have_count(2)
     assert chat.articles == ["How are you?", "Fine, and"]
     assert chat.part("send").inner_text() == "Stop"
     assert chat.part("log").get_attribute("aria-busy") == "true"
-    stub.held = False
+    stub.held = None
     chat.wait()
     assert chat.articles == ["How are you?", "Fine, and you?"]
     assert re.fullmatch(r"4 tokens · first in \d+ ms · [\d.]+ tokens/s", chat.note)
@@ -44,7 +44,7 @@ def test_an_answer_comes_as_it_is_written(stub: Stub, chat: Chat) -> None:
 
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop_ends_the_request_and_keeps_the_text(how: str, stub: Stub, chat: Chat) -> None:
-    stub.held = True
+    stub.held = 2
     chat.send("Hello", wait=False)
     expect(chat.page.locator(".token")).to_have_count(2)
     chat.part("send").click() if how == "button" else chat.page.keyboard.press("Escape")
@@ -52,7 +52,7 @@ def test_stop_ends_the_request_and_keeps_the_text(how: str, stub: Stub, chat: Ch
     assert stub.left.wait(30)
     assert chat.articles == ["Hello", "Fine, and"]
     assert chat.note.endswith("· stopped")
-    stub.held = False
+    stub.held = None
     chat.send("Again")
     assert chat.articles[-1] == "Fine, and you?"
 
@@ -170,13 +170,13 @@ def test_the_last_turn_is_answered_again_edited_and_left(stub: Stub, chat: Chat)
     chat.part("edit").click()
     assert chat.articles == []
     assert chat.part("input").input_value() == "One"
-    stub.held = True
+    stub.held = 1
     chat.send("Two", wait=False)
     chat.page.wait_for_selector(".token")
     chat.part("new").click()
     assert stub.left.wait(30)
     assert chat.articles == []
-    stub.held, stub.end = False, None
+    stub.held, stub.end = None, None
     chat.send("Three")
     assert chat.articles == ["Three", "Cut off"]
     assert [len(body["messages"]) for body in stub.asked] == [1, 1, 1, 1]

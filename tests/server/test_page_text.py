@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from playwright.sync_api import Error
+from playwright.sync_api import Error, expect
 
 from tests.server.browser import Chat, needs_chromium
 from tests.server.stub import Stub
@@ -30,6 +30,7 @@ MARKDOWN = {
 HOSTILE = [
     "<img src=x onerror=alert(1)><script>alert(1)</script><b>bold</b>",
     "[x](javascript:alert(1)) [y](data:text/html,<script>alert(1)</script>) [z]( https://a.org)",
+    "[x](javascript:location=name) [y](data:text/html,a) [z](//a.org) <https://b.org>",
     '[x](https://a.org/"onmouseover="alert(1)) [<img src=x>](https://a.org/<b>)',
     "```\n</code></pre><script>alert(1)</script>\n```",
     "&lt;b&gt; &amp; <!-- -->",
@@ -58,6 +59,25 @@ def test_markdown(number: int, stub: Stub, chat: Chat) -> None:
     chat.page.reload()
     assert body(chat) == streamed
     assert json.loads(chat.page.evaluate("sessionStorage.chat"))[1]["content"] == text
+
+
+def test_a_text_that_grows_is_drawn_once(stub: Stub, chat: Chat) -> None:
+    stub.tokens = ["# A", "\n\nOne **tw", "o** th", "ree\n- a", "\n- b\n```\nc", "\n```\nd", "e"]
+    drawn = [
+        "<h3>A</h3>",
+        "<h3>A\n</h3><p>One **tw</p>",
+        "<h3>A\n</h3><p>One <strong>two</strong> th</p>",
+        "<h3>A\n</h3><p>One <strong>two</strong> three\n</p><ul><li>a</li></ul>",
+        "<h3>A\n</h3><p>One <strong>two</strong> three\n</p><ul><li>a\n</li><li>b\n</li></ul><pre><code>c</code></pre>",
+    ]
+    stub.held = 0
+    chat.send("Hello", wait=False)
+    for n, html in enumerate(drawn, 1):
+        stub.held = n
+        expect(chat.page.locator(".note").last).to_contain_text(f"{n} tokens")
+        assert body(chat) == html
+    stub.held = None
+    chat.wait()
 
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))

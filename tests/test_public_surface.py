@@ -21,6 +21,7 @@ SIGNATURES = {
     LLM.stream: "(self, prompt, params=None, **settings)",
     LLM.astream: "(self, prompt, params=None, **settings)",
     LLM.submit: "(self, prompts, params=None, loop=None, **settings)",
+    LLM.activity: "(self)",
     LLM.forget: "(self)",
     LLM.score: "(self, ids)",
     Llama: "(config)",

@@ -1,6 +1,7 @@
 """Measures this engine beside the peers that are installed, in turn, on SmolLM2-135M-Instruct.
 
     python scripts/bench.py [--only decode,prefill,...] [--json FILE]
+    python scripts/bench.py --serve [--server NAME=COMMAND ...]
     python scripts/bench.py --profile
 
 Peers: llama.cpp, transformers, OpenVINO GenAI, CTranslate2; pip install -e '.[bench]'. Each engine has a process of its
@@ -21,7 +22,14 @@ def main() -> int:
     from benchmark import MEASURES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="M,...", default=",".join(MEASURES), help=f"of {', '.join(MEASURES)}")
+    only = f"of {', '.join(MEASURES)}; all unless given, none with --serve"
+    parser.add_argument("--only", metavar="M,...", help=only)
+    serve = "measure this project's server under load, beside llama-server if that is on the path"
+    parser.add_argument("--serve", action="store_true", help=serve)
+    server = (
+        "another server to measure beside it: its address, or its command with {port} in place of a port; repeatable"
+    )
+    parser.add_argument("--server", metavar="NAME=COMMAND", action="append", default=[], help=server)
     parser.add_argument("--quick", action="store_true", help="a smoke run of small sizes, whose numbers mean nothing")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the line of JSON to FILE too")
     parser.add_argument("--profile", action="store_true", help="print where this engine spends its time, and end")
@@ -29,12 +37,20 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from benchmark import MEASURES
     from benchmark.run import profile, run
+    from llama_mini.errors import RequestError
 
     if args.profile:
         profile(args.quick)
     else:
-        run(args.only.split(","), args.quick, args.json, ROOT)
+        measures = args.only.split(",") if args.only else () if args.serve else MEASURES
+        servers = {name: command for name, _, command in (each.partition("=") for each in args.server)}
+        if servers and not args.serve:
+            raise RequestError("--server names what --serve measures: give --serve too")
+        if wrong := [name for name, command in servers.items() if not (name and command)]:
+            raise RequestError(f"--server is NAME=COMMAND or NAME=ADDRESS, not {wrong[0]!r:.80}")
+        run(measures, args.quick, args.json, ROOT, servers if args.serve else None)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ class Sizes:
     new_in_context: int = 16
     shape: Mapping[str, int] = field(default_factory=dict)  # sizes that replace those of LLaMA-3.2-1B
     text: int = 2048
+    requests: int = 64  # of the load on servers, by so many users at once
+    users: Sequence[int] = (1, 4, 16, 32)
+    long: int = 4096  # a prompt beside streams of so many tokens
+    new_beside: int = 600
 
 
 QUICK = Sizes(
@@ -52,6 +56,10 @@ QUICK = Sizes(
     new_in_context=4,
     shape={"dim": 256, "hidden_dim": 512, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 1000},
     text=64,
+    requests=4,
+    users=(1, 2),
+    long=200,
+    new_beside=100,
 )
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -67,6 +68,13 @@ class Ours:
         times = self._stream(ids, new + 1)
         return times[-1] - times[0]
 
+    def closed_loop(self, prompts: list[str], new: list[int], users: int) -> float:
+        """New tokens per second of as many threads, each of which waits for an answer before it asks again."""
+        started = time.perf_counter()
+        with ThreadPoolExecutor(users) as pool:
+            list(pool.map(self._answer, prompts, new))
+        return sum(new) / (time.perf_counter() - started)
+
     def nll(self, ids: list[int]) -> float:
         """The mean loss of a text, in nats a token."""
         scores = [score for score in self._llm.score(ids) if score is not None]
@@ -75,6 +83,9 @@ class Ours:
     def profile(self, ids: list[int], new: int) -> str:
         self.decode(ids, new)
         return profiled(lambda: self.decode(ids, new), f"a prompt of {len(ids)} tokens and {new} steps")
+
+    def _answer(self, prompt: str, new: int) -> None:
+        self._llm.generate(prompt, max_tokens=new, ignore_eos=True, logprobs=False)
 
     def _stream(self, ids: list[int], new: int) -> list[float]:
         params = SamplingParams(max_tokens=new, ignore_eos=True)

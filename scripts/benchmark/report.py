@@ -28,8 +28,11 @@ UNITS = {
     "memory": "MiB",
     "peak": "×",
     "quality": "nats",
+    "serve": "tok/s",
+    "first": "ms",
+    "gap": "ms",
 }
-PACKAGES = ("torch", "transformers", "llama-cpp-python", "openvino-genai", "ctranslate2")
+PACKAGES = ("torch", "transformers", "llama-cpp-python", "openvino-genai", "ctranslate2", "uvicorn", "aiohttp")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
-            env=_environment(),
+            env=environment(),
         )
         try:
             self._answer()
@@ -100,7 +100,7 @@ def first_byte(watch: Watch, command: Sequence[str]) -> float:
     watch.begin()
     started = time.perf_counter()
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, env=_environment()
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, env=environment()
     ) as process:
         assert process.stdout is not None
         byte = process.stdout.read(1)
@@ -148,7 +148,7 @@ def _busy() -> float:
     return sum(getattr(times, field, 0.0) for field in fields)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's, less settings that change the threads of some engines only; `benchmark` can be imported."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     kept = {name: value for name, value in os.environ.items() if name not in names}

@@ -1,6 +1,6 @@
 """A whole run of the bench: the measures asked for, one after another, and what is printed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmark import MEASURES
@@ -8,6 +8,7 @@ from benchmark.engines import Checkpoint
 from benchmark.measures import QUICK, Bench, Sizes, against_peers, batch, context, loading, quality, say, start
 from benchmark.report import as_json, conditions, ratio_table, ratios, table
 from benchmark.rounds import Child, Watch
+from benchmark.servers import command_of
 from llama_mini.errors import RequestError
 from llama_mini.machine import usable_cores
 from llama_mini.tokenizer import Tokenizer
@@ -15,8 +16,18 @@ from llama_mini.tokenizer import Tokenizer
 TEXTS = Path(__file__).parent / "texts"  # fixed copies: a text that changes would move every figure taken on it
 
 
-def run(measures: Sequence[str], quick: bool, json_file: Path | None, root: Path) -> None:
-    """Measures and prints. root: the checkout, whose commit is stated. Raises LlamaMiniError."""
+def run(
+    measures: Sequence[str],
+    quick: bool,
+    json_file: Path | None,
+    root: Path,
+    servers: Mapping[str, str] | None = None,
+) -> None:
+    """Measures and prints. Raises LlamaMiniError.
+
+    root: the checkout, whose commit is stated. servers: beside which this project's server is measured, by name; None
+    measures no server.
+    """
     if unknown := [name for name in measures if name not in MEASURES]:
         raise RequestError(f"unknown measure {unknown[0]!r:.80} in --only; known: {', '.join(MEASURES)}")
     bench = _bench(quick)
@@ -27,6 +38,10 @@ def run(measures: Sequence[str], quick: bool, json_file: Path | None, root: Path
             measure(bench)
     if loads := [name for name in ("load", "memory") if name in measures]:
         loading(bench, loads)
+    if servers is not None:
+        from benchmark.serving import serving  # which needs what the other measures do not
+
+        serving(bench, {name: command_of(text) for name, text in servers.items()})
 
     found = ratios(bench.series, bench.pairs)
     about = {**conditions(bench.threads, bench.sizes.repeats, bench.watch, root), "builds": bench.builds}

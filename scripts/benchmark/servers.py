@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from http import HTTPStatus
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
@@ -42,11 +43,15 @@ class Server:
             )
         try:
             self._wait()
-            with urlopen(f"{self.url}/v1/models", timeout=5) as reply:
-                self.model = json.load(reply)["data"][0]["id"]
         except BaseException:
             self.close()
             raise
+
+    @cached_property
+    def model(self) -> str:
+        """The name of the first model that it serves."""
+        with urlopen(f"{self.url}/v1/models", timeout=5) as reply:
+            return json.load(reply)["data"][0]["id"]
 
     def cpu_seconds(self) -> float | None:
         """Processor time that it and its children took; None for one that was not started here."""

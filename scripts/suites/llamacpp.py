@@ -6,6 +6,7 @@ model, such as its words and its count of tokens, cannot come true.
 
 import sys
 import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -26,27 +27,33 @@ FILES = (  # no embeddings, images, adapters, saved slots, routers, other APIs; 
     "unit/test_tokenize.py",
 )
 NAMES = ("gpt-3.5-turbo-instruct", "gpt-3.5-turbo", "davinci-002")  # that the tests ask for, of a server of any name
+LOOPBACK = [f"http://{host}{port}" for host in ("localhost", "127.0.0.1", "[::1]") for port in ("", ":3000", ":8080")]
 
 sys.modules["wget"] = types.ModuleType("wget")  # which their launcher imports, to download models
 
 
 def pytest_collection_finish() -> None:
     utils: Any = sys.modules["utils"]
-    utils.ServerProcess.start = _start
-    utils.ServerProcess.stop = lambda _: None
+    process = utils.ServerProcess
+    process.start, process.stop, process.make_url = _start, lambda _: None, _url(process.make_url)
     utils.ServerPreset.load_all = lambda: None
-    # A request to a server that hangs fails in seconds, not in ten minutes.
-    utils.ServerProcess.make_request.__defaults__ = (None, None, 60, None)
+    process.make_request.__defaults__ = (None, None, 60, None)  # a hung request fails in a minute, not in ten
+
+
+def _url(make_url: Callable[..., str]) -> Callable[..., str]:
+    """Their server has OpenAI's endpoints with and without /v1."""
+    paths = ("/chat/completions", "/completions", "/models")
+    return lambda process, path, host=None: make_url(process, f"/v1{path}" if path in paths else path, host)
 
 
 def _start(process: Any, **_: Any) -> None:
+    origins = LOOPBACK if process.cors_origins == "localhost" else ("*",)  # theirs answers all pages unless told
     if process.model_hf_repo != "ggml-org/test-model-stories260K" and not process.cors_origins:
         pytest.skip("another model")
     names = [(process.model_alias or "default").split(",")[0], *NAMES]
-    options = [
-        "--model",
-        str(ensure_default_checkpoint()),
-        *(word for name in names for word in ("--served-model-name", name)),
-    ]
-    address = server_with(*options, *(["--api-key", process.api_key] if process.api_key else []))
+    options: dict[str, Sequence[str]] = {"--served-model-name": names, "--allowed-origin": origins}
+    if process.api_key:
+        options["--api-key"] = [process.api_key]
+    words = [word for option, values in options.items() for value in values for word in (option, value)]
+    address = server_with("--model", str(ensure_default_checkpoint()), *words)
     process.server_port = int(address.rpartition(":")[2])

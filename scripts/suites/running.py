@@ -28,7 +28,7 @@ markers = slow
 """
 
 
-def outcomes_of(suite: str, only: str | None) -> dict[str, str]:
+def outcomes_of(suite: str, only: str | None = None) -> dict[str, str]:
     """Every test of a suite, by its file and name: empty if it passed, else the last line of its error."""
     plugin = import_module(SUITES[suite])
     folder = tests_of(plugin.REQUIREMENT, plugin.SHA256, plugin.FOLDER)
@@ -40,7 +40,7 @@ def outcomes_of(suite: str, only: str | None) -> dict[str, str]:
         words = ["-c", str(ini), "--rootdir", str(folder), "-q", *plugins, *plugin.FILES]
         path = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), OUTCOMES: str(results)}
-        command = [sys.executable, "-m", "pytest", *words, *(["-k", only] if only else [])]
+        command = [sys.executable, "-P", "-m", "pytest", *words, *(["-k", only] if only else [])]
         ran = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )

@@ -1,12 +1,18 @@
 """A pytest plugin with which llama.cpp's server tests run against our server, with the default checkpoint.
 
-Their launcher starts ours; of its options only names and keys are taken over. What the tests say of their own small
+Their launcher starts ours; of its options names, keys, pages and the context are taken over. What the tests say of their own small
 model, such as its words and its count of tokens, cannot come true.
 """
 
+import atexit
+import json
+import shutil
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +52,19 @@ def _url(make_url: Callable[..., str]) -> Callable[..., str]:
     return lambda process, path, host=None: make_url(process, f"/v1{path}" if path in paths else path, host)
 
 
+@cache
+def _with_context(length: int) -> Path:
+    """The default checkpoint with a context of so many tokens."""
+    checkpoint, copy = ensure_default_checkpoint(), Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, copy)
+    for file in checkpoint.iterdir():
+        (copy / file.name).symlink_to(file)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": length}))
+    return copy
+
+
 def _start(process: Any, **_: Any) -> None:
     origins = LOOPBACK if process.cors_origins == "localhost" else ("*",)  # theirs answers all pages unless told
     if process.model_hf_repo != "ggml-org/test-model-stories260K" and not process.cors_origins:
@@ -55,5 +74,5 @@ def _start(process: Any, **_: Any) -> None:
     if process.api_key:
         options["--api-key"] = [process.api_key]
     words = [word for option, values in options.items() for value in values for word in (option, value)]
-    address = server_with("--model", str(ensure_default_checkpoint()), *words)
+    address = server_with("--model", str(_with_context(process.n_ctx // process.n_slots)), *words)
     process.server_port = int(address.rpartition(":")[2])

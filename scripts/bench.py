@@ -10,12 +10,14 @@ error; the conditions, a table of all series, the ratios against the peers, and 
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 from llama_mini.cli.common import exit_code_of
 
 ROOT = Path(__file__).resolve().parents[1]
+TERMINATED = 143
 
 
 def main() -> int:
@@ -33,6 +35,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a smoke run of small sizes, whose numbers mean nothing")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the line of JSON to FILE too")
     parser.add_argument("--profile", action="store_true", help="print where this engine spends its time, and end")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # which ends the processes that it started too
     return exit_code_of(lambda: _run(parser.parse_args()))
 
 

@@ -41,7 +41,7 @@ class Security:
             self._check_host(headers)
             shared = self._headers_for_origin(headers)
             if shared and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                app = Response(status_code=204, headers=_preflight(headers))
+                app = Response(status_code=200, headers=_preflight(headers))
             elif self._keys and scope["path"] not in OPEN_PATHS:
                 scope.setdefault("state", {})["cache_salt"] = self._check_key(headers)
         except ApiError as error:

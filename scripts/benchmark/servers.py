@@ -92,11 +92,11 @@ def ours(files: Checkpoint, number_format: str, threads: int) -> list[str]:
     return [sys.executable, "-m", "llama_mini.serve", *options, *quantized]
 
 
-def llama_server(files: Checkpoint, number_format: str, users: int, unified: bool, threads: int) -> list[str] | None:
-    """The command of llama.cpp's server with room for `users` at once; None if it is not installed."""
+def llama_server(files: Checkpoint, number_format: str, users: int, unified: bool, threads: int) -> list[str]:
+    """The command of llama.cpp's server with room for `users` at once. Raises LlamaMiniError if it is not installed."""
     program = shutil.which("llama-server")
     if program is None:
-        return None
+        raise LlamaMiniError("llama-server is not on the path")
     room = 640 * users  # positions: a request of the load has at most 610
     options = ["-m", files.gguf(number_format), "-t", str(threads), "-np", str(users), "-c", str(room)]
     return [program, *options, "--port", "{port}", *(["-kvu"] if unified else ["-no-kvu"])]

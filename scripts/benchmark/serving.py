@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 
 from benchmark.engines import OURS
 from benchmark.load import Ask, asks, beside_a_long_prompt, closed_loop
 from benchmark.measures import Bench, say
 from benchmark.rounds import Child, Watch, in_rounds
 from benchmark.servers import Server, llama_server, ours
+from llama_mini.errors import LlamaMiniError
 from llama_mini.tokenizer import Tokenizer
 
 PEER = "llama-server"
@@ -99,20 +101,16 @@ def _alone(engine: Child, requests: Sequence[Ask], users: int, turn: int) -> dic
 def _best_llama_server(
     bench: Bench, stack: ExitStack, number_format: str, users: int, requests: Sequence[Ask]
 ) -> Server | None:
-    """llama.cpp's server with the settings that are the fastest on a part of the requests; None if not installed."""
-    best: tuple[float, bool, int] | None = None
+    """llama.cpp's server with the settings that are the fastest on a part of the requests; None if it cannot run."""
     sample = requests[: max(8, 2 * users)]
-    for unified in (True, False):
-        for threads in {1, bench.threads}:
-            command = llama_server(bench.files, number_format, users, unified, threads)
-            if command is None:
-                say(f"{PEER} is left out: it is not installed")
-                return None
-            with Server(command) as server:
-                speed = asyncio.run(closed_loop(server.url, server.model, sample, users, 0))["speed"]
-            best = max(best or (0.0, False, 0), (speed, unified, threads))
-    assert best is not None
-    bench.builds[f"{PEER}, {number_format}, {users} users"] = f"unified cache {best[1]}, {best[2]} threads"
-    command = llama_server(bench.files, number_format, users, *best[1:])
-    assert command is not None
-    return stack.enter_context(Server(command))
+    speeds: dict[tuple[bool, int], float] = {}
+    try:
+        for setting in product((True, False), sorted({1, bench.threads})):
+            with Server(llama_server(bench.files, number_format, users, *setting)) as server:
+                speeds[setting] = asyncio.run(closed_loop(server.url, server.model, sample, users, 0))["speed"]
+    except LlamaMiniError as error:
+        say(f"{PEER} is left out in {number_format}: {error}")
+        return None
+    unified, threads = best = max(speeds, key=speeds.__getitem__)
+    bench.builds[f"{PEER}, {number_format}, {users} users"] = f"unified cache {unified}, {threads} threads"
+    return stack.enter_context(Server(llama_server(bench.files, number_format, users, *best)))

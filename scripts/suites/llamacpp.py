@@ -1,7 +1,7 @@
 """A pytest plugin with which llama.cpp's server tests run against our server, with the default checkpoint.
 
-Their launcher starts ours; of its options names, keys, pages and the context are taken over. What the tests say of their own small
-model, such as its words and its count of tokens, cannot come true.
+Their launcher starts ours; of its options names, keys, pages and the context are taken over. What the tests say of
+their own small model, such as its words and its count of tokens, cannot come true.
 """
 
 import atexit
@@ -55,12 +55,10 @@ def _url(make_url: Callable[..., str]) -> Callable[..., str]:
 @cache
 def _with_context(length: int) -> Path:
     """The default checkpoint with a context of so many tokens."""
-    checkpoint, copy = ensure_default_checkpoint(), Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, copy)
-    for file in checkpoint.iterdir():
-        (copy / file.name).symlink_to(file)
-    config = json.loads((checkpoint / "config.json").read_text())
-    (copy / "config.json").unlink()
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    copy = Path(shutil.copytree(ensure_default_checkpoint(), folder / "checkpoint"))
+    config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": length}))
     return copy
 

@@ -4,21 +4,15 @@ Their launcher starts ours; of its options names, keys, pages and the context ar
 their own small model, such as its words and its count of tokens, cannot come true.
 """
 
-import atexit
-import json
-import shutil
 import sys
-import tempfile
 import types
 from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
+from requests.structures import CaseInsensitiveDict
 
-from llama_mini.cli.default_model import ensure_default_checkpoint
-from suites.servers import server_with
+from suites.servers import checkpoint_with, server_with
 
 REQUIREMENT = "llama_cpp_python==0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -44,23 +38,24 @@ def pytest_collection_finish() -> None:
     process.start, process.stop, process.make_url = _start, lambda _: None, _url(process.make_url)
     utils.ServerPreset.load_all = lambda: None
     process.make_request.__defaults__ = (None, None, 60, None)  # a hung request fails in a minute, not in ten
+    process.make_request = _any_case(process.make_request)
+
+
+def _any_case(make_request: Callable[..., Any]) -> Callable[..., Any]:
+    """They look for headers by the case in which their server writes the names; HTTP's names have none."""
+
+    def request(*words: Any, **settings: Any) -> Any:
+        reply = make_request(*words, **settings)
+        reply.headers = CaseInsensitiveDict(reply.headers)
+        return reply
+
+    return request
 
 
 def _url(make_url: Callable[..., str]) -> Callable[..., str]:
     """Their server has OpenAI's endpoints with and without /v1."""
     paths = ("/chat/completions", "/completions", "/models")
     return lambda process, path, host=None: make_url(process, f"/v1{path}" if path in paths else path, host)
-
-
-@cache
-def _with_context(length: int) -> Path:
-    """The default checkpoint with a context of so many tokens."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
-    copy = Path(shutil.copytree(ensure_default_checkpoint(), folder / "checkpoint"))
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": length}))
-    return copy
 
 
 def _start(process: Any, **_: Any) -> None:
@@ -72,5 +67,5 @@ def _start(process: Any, **_: Any) -> None:
     if process.api_key:
         options["--api-key"] = [process.api_key]
     words = [word for option, values in options.items() for value in values for word in (option, value)]
-    address = server_with("--model", str(_with_context(process.n_ctx // process.n_slots)), *words)
+    address = server_with(checkpoint_with(process.n_ctx // process.n_slots), *words)
     process.server_port = int(address.rpartition(":")[2])

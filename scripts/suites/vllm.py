@@ -1,7 +1,8 @@
 """A pytest plugin with which vLLM's tests over HTTP run against our server, without vLLM.
 
-Their launcher starts ours with the default checkpoint under the name that a test asks for; of its options only keys
-are taken over. The modules of vLLM are empty, but for what the tests ask about their model: the tokenizer and its size.
+Their launcher starts ours with the default checkpoint under the name that a test asks for; of its options keys are
+taken over, and one for tools gives the checkpoint a template that knows tools. The modules of vLLM are empty, but for
+what the tests ask about their model: the tokenizer and its size.
 """
 
 import importlib.abc
@@ -18,7 +19,7 @@ import openai
 import pytest
 
 from llama_mini.cli.default_model import ensure_default_checkpoint
-from suites.servers import server_with
+from suites.servers import checkpoint_with, server_with
 
 REQUIREMENT = "vllm==0.33.0"
 SHA256 = "f4c33c2503d52bb411146afa9618a4f48bed68912f617e6803ac8d76e4c74112"
@@ -44,6 +45,26 @@ FILES = (  # those of a server that completes text and chats; no images, audio, 
 )
 SECONDS = 60.0  # that a client waits: an answer of the whole context takes longer
 
+TEMPLATE = """{%- macro turn(role, content) %}<|im_start|>{{ role }}
+{{ content }}<|im_end|>
+{% endmacro %}
+{%- if tools %}
+{%- set shown = tools | map("tojson") | join("\n") %}
+{{- turn("system", 'To call a function, write <tool_call>{"name": ..., "arguments": ...}</tool_call>:\n' + shown) }}
+{%- endif %}
+{%- for message in messages %}
+{%- set calls = message.tool_calls or [] %}
+{%- set written = calls | map(attribute="function") | map("tojson") | join("\n") %}
+{{- turn(message.role, (message.content or "") + ("<tool_call>" + written + "</tool_call>" if calls else "")) }}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}
+{%- endif %}"""  # the default checkpoint's, with tools as in the models that the tests name
+
 
 class RemoteOpenAIServer:
     """Stands for vLLM's launcher."""
@@ -54,9 +75,9 @@ class RemoteOpenAIServer:
     def __init__(
         self, model: str, args: Sequence[str] = (), env_dict: Mapping[str, str] | None = None, **_: Any
     ) -> None:
-        options = ["--model", str(ensure_default_checkpoint()), "--served-model-name", model]
+        checkpoint = checkpoint_with(template=TEMPLATE if "--tool-call-parser" in args else None)
         key = dict(itertools.pairwise(args)).get("--api-key") or (env_dict or {}).get("VLLM_API_KEY")
-        self.url_root = server_with(*options, *(["--api-key", key] if key else []))
+        self.url_root = server_with(checkpoint, "--served-model-name", model, *(["--api-key", key] if key else []))
 
     def __enter__(self) -> "RemoteOpenAIServer":
         return self

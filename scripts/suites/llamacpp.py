@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from requests.structures import CaseInsensitiveDict
 
 from suites.servers import checkpoint_with, server_with
 
@@ -38,15 +37,15 @@ def pytest_collection_finish() -> None:
     process.start, process.stop, process.make_url = _start, lambda _: None, _url(process.make_url)
     utils.ServerPreset.load_all = lambda: None
     process.make_request.__defaults__ = (None, None, 60, None)  # a hung request fails in a minute, not in ten
-    process.make_request = _any_case(process.make_request)
+    process.make_request = _any_case(process.make_request, utils.requests.structures.CaseInsensitiveDict)
 
 
-def _any_case(make_request: Callable[..., Any]) -> Callable[..., Any]:
+def _any_case(make_request: Callable[..., Any], headers: Callable[..., Any]) -> Callable[..., Any]:
     """They look for headers by the case in which their server writes the names; HTTP's names have none."""
 
     def request(*words: Any, **settings: Any) -> Any:
         reply = make_request(*words, **settings)
-        reply.headers = CaseInsensitiveDict(reply.headers)
+        reply.headers = headers(reply.headers)
         return reply
 
     return request

@@ -166,6 +166,7 @@ def test_lm_eval_scores_by_http_what_it_scores_in_process(server: Server, tiny_d
     from llama_mini.eval.lm_eval import LlamaMiniLM
 
     options: Any = {"tokenizer": str(tiny_dir), "tokenizer_backend": "huggingface", "num_concurrent": 4}
+    options["add_bos_token"] = True  # without it lm-eval sends prompts without their first token
     theirs = LocalCompletionsAPI(model=NAME, base_url=f"{server.url}/v1/completions", max_length=512, **options)
     ours = LlamaMiniLM(str(tiny_dir), dtype="float32")
     scored = [("The Rabbit", " ran."), ("Alice was", " beginning"), ("a b c", " d e"), ("Ünï ", "cödé")]

@@ -43,7 +43,7 @@ FILES = (  # those of a server that completes text and chats; no images, audio, 
     "serve/middleware/test_optional_middleware.py",
     "serve/tokenize/test_tokenization.py",
 )
-SECONDS = 60.0  # that a client waits: an answer of the whole context takes longer
+SECONDS = 30.0  # that a client waits: an answer of the whole context takes longer
 
 TEMPLATE = """{%- macro turn(role, content) %}<|im_start|>{{ role }}
 {{ content }}<|im_end|>

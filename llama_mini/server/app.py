@@ -20,17 +20,17 @@ from llama_mini import __version__
 from llama_mini.engine.async_call import AsyncCall
 from llama_mini.engine.llm import LLM
 from llama_mini.errors import RequestError
-from llama_mini.server.answers import Answer, ChatAnswer, TextAnswer
-from llama_mini.server.asked import Asked, chat_request, text_request
+from llama_mini.server.api_request import ApiRequest, chat_request, text_request
 from llama_mini.server.body import parse_body, read_body
+from llama_mini.server.choices import ChatChoice, Choice, TextChoice
 from llama_mini.server.errors import ApiError, as_api_error
+from llama_mini.server.lifecycle import Lifecycle
 from llama_mini.server.limits import Limits
 from llama_mini.server.page import page_routes
-from llama_mini.server.reply import Reply
+from llama_mini.server.response import GenerationResponse
 from llama_mini.server.security import Security
 from llama_mini.server.settings import Settings
-from llama_mini.server.tokens import text_of, tokens_of
-from llama_mini.server.traffic import Traffic
+from llama_mini.server.tokenization import detokenize, tokenize
 from llama_mini.tokenizer import Tokenizer
 from llama_mini.validate import join_names, short_repr
 
@@ -41,7 +41,7 @@ def create_app(llm: LLM, settings: Settings) -> Starlette:
     """The server's application for any ASGI server."""
     with suppress(RequestError):  # without llguidance, each request that needs it is refused
         llm.structures.read_vocabulary()
-    api, traffic = Api(llm, settings), Traffic(llm, settings)
+    api, lifecycle = Api(llm, settings), Lifecycle(llm, settings)
     post, get = ["POST"], ["GET"]
     routes = [
         *page_routes(),
@@ -55,17 +55,17 @@ def create_app(llm: LLM, settings: Settings) -> Starlette:
         Route("/tokenize", api.tokenize, methods=post),
         Route("/detokenize", api.detokenize, methods=post),
         Route("/version", api.version, methods=get),
-        Route("/health", traffic.health, methods=get),
-        Route("/metrics", traffic.show_metrics, methods=get),
+        Route("/health", lifecycle.health, methods=get),
+        Route("/metrics", lifecycle.show_metrics, methods=get),
     ]
     around = [
-        Middleware(traffic.around),
+        Middleware(lifecycle.around),
         Middleware(Security, settings=settings),
         Middleware(Limits, settings=settings),
     ]
     handlers = {ApiError: _failed, HTTPException: _refused, Exception: _failed}
     app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)
-    app.state.traffic = traffic
+    app.state.lifecycle = lifecycle
     return app
 
 
@@ -77,17 +77,17 @@ class Api:
         self._started = int(time.time())
         self._lock, self._n_open = threading.Lock(), 0
 
-    async def chat(self, http: HTTPRequest) -> Response | Reply:
-        return await self._answer(http, chat_request, ChatAnswer, "chat.completion")
+    async def chat(self, http: HTTPRequest) -> GenerationResponse:
+        return await self._generate(http, chat_request, ChatChoice, "chat.completion")
 
-    async def complete(self, http: HTTPRequest) -> Response | Reply:
-        return await self._answer(http, text_request, TextAnswer, "text_completion")
+    async def complete(self, http: HTTPRequest) -> GenerationResponse:
+        return await self._generate(http, text_request, TextChoice, "text_completion")
 
     async def tokenize(self, http: HTTPRequest) -> Response:
-        return await self._compute(http, tokens_of)
+        return await self._compute(http, tokenize)
 
     async def detokenize(self, http: HTTPRequest) -> Response:
-        return await self._compute(http, text_of)
+        return await self._compute(http, detokenize)
 
     async def _compute(self, http: HTTPRequest, compute: Callable[[dict[str, Any], LLM], dict[str, Any]]) -> Response:
         data, body = await read_body(http), dict[str, Any]()
@@ -119,18 +119,18 @@ class Api:
             "max_model_len": self._llm.config.max_seq_len,
         }
 
-    async def _answer(
+    async def _generate(
         self,
         http: HTTPRequest,
-        parse: Callable[[dict[str, Any], Tokenizer], Asked],
-        answer: type[Answer],
+        parse: Callable[[dict[str, Any], Tokenizer], ApiRequest],
+        choice: type[Choice],
         kind: str,
-    ) -> Reply:
+    ) -> GenerationResponse:
         data, loop = await read_body(http), asyncio.get_running_loop()
         user = http.scope["state"].get("cache_salt", "")  # of its API key
         body: dict[str, Any] = {}
 
-        def start() -> tuple[Asked, AsyncCall]:
+        def start() -> tuple[ApiRequest, AsyncCall]:
             body.update(parse_body(data))
             self._check_model(body)
             asked = parse(body, self._llm.tokenizer)
@@ -144,8 +144,8 @@ class Api:
 
         asked, call = await _in_thread(start, body)
         model = body.get("model", self._settings.model_names[0])
-        answers = [answer(i, asked, request, self._llm.tokenizer) for i, request in enumerate(call.requests)]
-        return Reply(call, asked, answers, kind, model, lambda: self._leave(len(answers)))
+        choices = [choice(i, asked, request, self._llm.tokenizer) for i, request in enumerate(call.requests)]
+        return GenerationResponse(call, asked, choices, kind, model, lambda: self._leave(len(choices)))
 
     def _enter(self, n: int) -> None:
         """Counts answers that run and wait. Raises ApiError if they are too many."""

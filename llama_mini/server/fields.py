@@ -133,8 +133,8 @@ def _biases(given: Any) -> dict[int, float]:
     return {int(token): bias for token, bias in given.items() if bias is not None}
 
 
-def reply_settings(body: dict[str, Any], logprobs: str) -> dict[str, Any]:
-    """The fields of Asked that say what a reply holds; `logprobs` is the field with the number of likeliest tokens."""
+def response_settings(body: dict[str, Any], logprobs: str) -> dict[str, Any]:
+    """The fields of ApiRequest that say what a response holds; `logprobs` names the number of likeliest tokens."""
     stream, options = flag(body, "stream"), body.get("stream_options", {})
     if not isinstance(options, dict):
         raise RequestError(f"stream_options must be an object, not {short_repr(options)}")

@@ -62,7 +62,7 @@ class Server(uvicorn.Server):
     """uvicorn, with deadlines for connections and another end."""
 
     def __init__(self, app: Starlette, settings: Settings) -> None:
-        self._traffic, self._name = app.state.traffic, settings.model_names[0]
+        self._lifecycle, self._name = app.state.lifecycle, settings.model_names[0]
         config = uvicorn.Config(
             app,
             http=partial(Connection, settings),  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ class Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         await super().main_loop()  # until a signal
-        await self._traffic.drain()  # connections are taken meanwhile, and new requests refused in a sentence
+        await self._lifecycle.drain()  # connections are taken meanwhile, and new requests refused in a sentence
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -106,7 +106,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.should_exit = True
-        self._loop.call_soon_threadsafe(self._traffic.stop)  # which also wakes the loop
+        self._loop.call_soon_threadsafe(self._lifecycle.stop)  # which also wakes the loop
 
 
 @contextmanager

@@ -14,7 +14,7 @@ STYLES = {  # what is in a chat template -> how its model writes calls
     "[TOOL_CALLS]": "mistral",  # [TOOL_CALLS][{"name": ..., "arguments": {...}}], or [TOOL_CALLS]name[ARGS]{...}
     '"parameters": dictionary of argument': "json",  # {"name": ..., "parameters": {...}}: LLaMA 3
 }
-CHOICES = ("none", "auto", "required")
+TOOL_CHOICES = ("none", "auto", "required")
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ def tools_of(body: dict[str, Any], tokenizer: Tokenizer) -> Tools | None:
         function = choice.get("function")
         name = function.get("name") if choice.get("type") == "function" and isinstance(function, dict) else None
         if not isinstance(name, str):
-            expected = f'{", ".join(CHOICES)} or {{"type": "function", "function": {{"name": ...}}}}'
+            expected = f'{", ".join(TOOL_CHOICES)} or {{"type": "function", "function": {{"name": ...}}}}'
             raise RequestError(f"tool_choice must be one of {expected}, not {short_repr(choice)}")
         if name not in functions:
             raise RequestError(f"tool_choice names {short_repr(name)}; the tools are {join_names(functions)}")
         return Tools(frozenset(functions), "arguments", name, {"type": "object"} | functions[name], parallel)
-    check_choice("tool_choice", choice := "auto" if choice is None else choice, CHOICES, RequestError)
+    check_choice("tool_choice", choice := "auto" if choice is None else choice, TOOL_CHOICES, RequestError)
     if choice == "none":
         return None
     if choice == "required":

@@ -14,28 +14,28 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llama_mini.engine.scheduler import Activity
+from llama_mini.server.lifecycle import Lifecycle
 from llama_mini.server.limits import Limits
 from llama_mini.server.run import Server, bind
 from llama_mini.server.security import Security
 from llama_mini.server.settings import Settings
-from llama_mini.server.traffic import Traffic
 
 SECONDS = 20.0  # after which a test that waits has failed
 
 
 def wrapped(app: ASGIApp, settings: Settings) -> Starlette:
     """A stub of an app with all that stands around the real one, and its /health."""
-    traffic = Traffic(SimpleNamespace(activity=Activity), settings)
+    lifecycle = Lifecycle(SimpleNamespace(activity=Activity), settings)
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
-        chosen: Any = await traffic.health(None) if scope["path"] == "/health" else app
+        chosen: Any = await lifecycle.health(None) if scope["path"] == "/health" else app
         await chosen(scope, receive, send)
 
     made = Starlette(
-        middleware=[Middleware(traffic.around), Middleware(Security, settings), Middleware(Limits, settings)]
+        middleware=[Middleware(lifecycle.around), Middleware(Security, settings), Middleware(Limits, settings)]
     )
     made.router = routed
-    made.state.traffic = traffic
+    made.state.lifecycle = lifecycle
     return made
 
 

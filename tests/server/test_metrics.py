@@ -13,7 +13,7 @@ from llama_mini.server.app import create_app
 from llama_mini.server.settings import Settings
 from tests.server.live import ask, connect, head, post, read_until, serving, until
 from tests.server.local import Client
-from tests.server.test_replies import Gate
+from tests.server.test_responses import Gate
 
 Figures = dict[str, float]
 LONG = {"prompt": "one, two", "max_tokens": 400, "ignore_eos": True, "stream": True}

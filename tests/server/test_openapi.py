@@ -19,7 +19,7 @@ from llama_mini.server.app import create_app
 from llama_mini.server.fields import CHAT_FIELDS, ONLY_CHAT, ONLY_TEXT, TEXT_FIELDS, Only
 from llama_mini.server.page import FOLDER
 from llama_mini.server.settings import Settings
-from llama_mini.server.tokens import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
+from llama_mini.server.tokenization import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
 from tests.server.live import serving
 from tests.server.local import Client
 

@@ -13,7 +13,7 @@ TOKENIZE_FIELDS = frozenset(
 DETOKENIZE_FIELDS = frozenset(("model", "tokens"))
 
 
-def tokens_of(body: dict[str, Any], llm: LLM) -> dict[str, Any]:
+def tokenize(body: dict[str, Any], llm: LLM) -> dict[str, Any]:
     """The ids of a text, `prompt` (in llama.cpp `content`), or of a chat, `messages`. Raises RequestError."""
     check_fields(body, TOKENIZE_FIELDS, {})
     given = [name for name in ("prompt", "content", "messages") if name in body]
@@ -33,7 +33,7 @@ def tokens_of(body: dict[str, Any], llm: LLM) -> dict[str, Any]:
     return {"count": len(ids), "max_model_len": llm.config.max_seq_len, "tokens": ids, "token_strs": pieces}
 
 
-def text_of(body: dict[str, Any], llm: LLM) -> dict[str, Any]:
+def detokenize(body: dict[str, Any], llm: LLM) -> dict[str, Any]:
     """The text of ids. Raises RequestError."""
     check_fields(body, DETOKENIZE_FIELDS, {})
     ids = body.get("tokens")

@@ -11,8 +11,8 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+from llama_mini.server.lifecycle import STOPPING
 from llama_mini.server.settings import Settings
-from llama_mini.server.traffic import STOPPING
 from tests.server.live import SECONDS, ask, connect, head, parsed, read_all, read_until, serving, until, wrapped
 
 SETTINGS = Settings(keepalive_seconds=0.05, grace_seconds=SECONDS)

@@ -23,7 +23,7 @@ STOPPING = "the server is stopping: send the request again later"
 GONE = 499  # in the log: the client left before there was a reply; nginx's number
 
 
-class Traffic:
+class Lifecycle:
     """Stands around the app, which puts the engine's requests into `scope["state"]["requests"]`."""
 
     def __init__(self, llm: LLM, settings: Settings) -> None:
@@ -61,7 +61,7 @@ class Traffic:
         if self._stopping and scope["path"] not in ("/health", "/metrics"):
             app = ApiError(503, STOPPING, headers=RETRY).response()
         scope.setdefault("state", {})
-        started, reply = time.perf_counter(), _Reply(scope, receive, send)
+        started, reply = time.perf_counter(), _Sent(scope, receive, send)
         work = asyncio.ensure_future(app(scope, receive, reply.send))
         self._open.add(work)
         try:
@@ -80,7 +80,7 @@ class Traffic:
                 self._drained.set()
             self._record(scope, reply.status, time.perf_counter() - started)
 
-    async def _keep_alive(self, work: "asyncio.Future[None]", reply: "_Reply") -> None:
+    async def _keep_alive(self, work: "asyncio.Future[None]", reply: "_Sent") -> None:
         """Waits for the end of the work, and sends comments meanwhile."""
         seconds = self._settings.keepalive_seconds
         while not work.done():
@@ -102,8 +102,8 @@ class Traffic:
         log.info("%s %s %s %s%s all=%.3fs", client[0], scope["method"], path, status or GONE, tokens, seconds)
 
 
-class _Reply:
-    """What was sent of a reply."""
+class _Sent:
+    """What was sent of a response."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send

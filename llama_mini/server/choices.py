@@ -1,20 +1,20 @@
-"""Answers in the shapes of OpenAI's two APIs: whole, or as chunks of a stream."""
+"""Choices, the answers of a response, in the shapes of OpenAI's two APIs: complete, or as chunks of a stream."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llama_mini.engine.request import Chunk, Request
-from llama_mini.server.asked import Asked
+from llama_mini.engine.request import Alternatives, Chunk, Request
+from llama_mini.server.api_request import ApiRequest
 from llama_mini.server.logprobs import Entry, TokenLogprobs, TokenNames, chat_logprobs, prompt_logprob, text_logprobs
 from llama_mini.server.tool_calls import ToolCalls
 from llama_mini.tokenizer import Tokenizer
 
 
-class Answer:
-    """One choice of a reply, as it grows: `n_tokens` so far. `index` is its place among the choices."""
+class Choice:
+    """One answer to a prompt, of `n_tokens` so far. `index` is its place among the choices of the response."""
 
-    def __init__(self, index: int, asked: Asked, request: Request, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, asked: ApiRequest, request: Request, tokenizer: Tokenizer) -> None:
         self.index, self.request = index, request
         self._asked, self._tokenizer = asked, tokenizer
         self._names = TokenNames(tokenizer, asked.ids_as_tokens)
@@ -27,20 +27,20 @@ class Answer:
         """The prompt's text if it stands before the answer, else nothing."""
         return self._asked.echo[self.request.index] if self._asked.echo else ""
 
-    def begin(self) -> dict[str, Any] | None:
-        """The choice that a stream sends before the first token."""
+    def opening(self) -> dict[str, Any] | None:
+        """The choice that a stream sends before the first token; None if there is none."""
         return None
 
-    def beside(self, whole: bool) -> dict[str, Any]:
-        """What stands beside the choices of a whole reply, or of the first chunk of a stream."""
+    def extra_fields(self, streamed: bool) -> dict[str, Any]:
+        """Fields that a complete response, or the first chunk of a stream, has besides its choices."""
         return {}
 
-    def choice(self, chunk: Chunk) -> dict[str, Any] | None:
+    def streamed(self, chunk: Chunk) -> dict[str, Any] | None:
         """The choice that a stream sends for a chunk; None if there is nothing to send."""
         raise NotImplementedError
 
-    def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
-        """The choice of a reply that is sent at once, from all chunks."""
+    def complete(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        """The choice of a response that is sent at once, from all chunks."""
         raise NotImplementedError
 
     def _entries(self, chunk: Chunk) -> list[Entry]:
@@ -65,36 +65,39 @@ class Answer:
         return {"token_ids": ids} if self._asked.return_ids else {}
 
     def _prompt_logprobs(self) -> dict[str, Any]:
-        n, request = self._asked.n_prompt_top, self.request
-        if n is None:
+        if (n := self._asked.n_prompt_top) is None:
             return {"prompt_logprobs": None}
+        return {"prompt_logprobs": [prompt_logprob(self._names, *token, n) for token in self._scored_prompt()]}
+
+    def _scored_prompt(self) -> Iterator[tuple[int, float | None, Alternatives | None]]:
+        """Each token of the prompt, its log-probability, and the likeliest tokens in its place."""
+        request = self.request
         top = request.prompt_top_logprobs if request.params.top_logprobs else [[] for _ in request.prompt]
-        tokens = zip(request.prompt, request.prompt_logprobs, top, strict=True)
-        return {"prompt_logprobs": [prompt_logprob(self._names, *token, n) for token in tokens]}
+        return zip(request.prompt, request.prompt_logprobs, top, strict=True)
 
 
-class ChatAnswer(Answer):
+class ChatChoice(Choice):
     """A choice of /v1/chat/completions."""
 
-    def __init__(self, index: int, asked: Asked, request: Request, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, asked: ApiRequest, request: Request, tokenizer: Tokenizer) -> None:
         super().__init__(index, asked, request, tokenizer)
         self._n_calls = 0
         self._calls = None if asked.tools is None else ToolCalls(asked.tools, tokenizer)
         self._mistral = asked.tools is not None and asked.tools.style == "mistral"
 
-    def begin(self) -> dict[str, Any] | None:
+    def opening(self) -> dict[str, Any] | None:
         return self._choice({"role": "assistant", "content": self._prompt_text or None}, [], None)
 
-    def beside(self, whole: bool) -> dict[str, Any]:
+    def extra_fields(self, streamed: bool) -> dict[str, Any]:
         prompt = {"prompt_token_ids": self.request.prompt} if self._asked.return_ids else {}
-        return prompt | (self._prompt_logprobs() if whole else {})
+        return prompt if streamed else prompt | self._prompt_logprobs()
 
-    def choice(self, chunk: Chunk) -> dict[str, Any] | None:
+    def streamed(self, chunk: Chunk) -> dict[str, Any] | None:
         entries, delta = self._entries(chunk), self._delta(chunk)
         reason = self._reason(chunk)
         return self._choice(delta, entries, reason) if delta or entries or reason else None
 
-    def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+    def complete(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
         entries, text, calls = list[Entry](), self._prompt_text, list[dict[str, Any]]()
         for chunk in chunks:
             entries += self._entries(chunk)
@@ -150,16 +153,16 @@ class ChatAnswer(Answer):
         return choice | self._ids()
 
 
-class TextAnswer(Answer):
+class TextChoice(Choice):
     """A choice of /v1/completions. With `echo` it begins with the prompt."""
 
     _begun = _sent = False
 
-    def choice(self, chunk: Chunk) -> dict[str, Any] | None:
+    def streamed(self, chunk: Chunk) -> dict[str, Any] | None:
         text, entries = self._part(chunk)
         return self._choice(text, entries, chunk.finish_reason) if text or entries or chunk.finish_reason else None
 
-    def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+    def complete(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
         parts = [self._part(chunk) for chunk in chunks]
         text, entries = "".join(text for text, _ in parts), [entry for _, each in parts for entry in each]
         prompt = {"prompt_token_ids": None} | self._prompt_logprobs()
@@ -177,10 +180,9 @@ class TextAnswer(Answer):
         return text, entries
 
     def _prompt_entries(self) -> list[Entry]:
-        request, with_special = self.request, self._tokenizer.decode(self.request.prompt, skip_special_tokens=False)
+        with_special = self._tokenizer.decode(self.request.prompt, skip_special_tokens=False)
         tokens = TokenLogprobs(self._tokenizer, skip_special=self._prompt_text != with_special)
-        top = request.prompt_top_logprobs if request.params.top_logprobs else [[] for _ in request.prompt]
-        for id, logprob, likeliest in zip(request.prompt, request.prompt_logprobs, top, strict=True):
+        for id, logprob, likeliest in self._scored_prompt():
             tokens.push(id, logprob, None if likeliest is None else likeliest[: self._asked.n_top])
         return tokens.rest(self._prompt_text)
 

@@ -15,7 +15,7 @@ from llama_mini.server.fields import (
     flag,
     logprob_settings,
     new_tokens,
-    reply_settings,
+    response_settings,
     sampling_settings,
 )
 from llama_mini.server.tools import Tools, tools_of
@@ -24,7 +24,7 @@ from llama_mini.validate import check_choice, check_whole, is_token, short_repr
 
 
 @dataclass(frozen=True)
-class Asked:
+class ApiRequest:
     """What a request asks for.
 
     Attributes:
@@ -55,7 +55,7 @@ class Asked:
     tools: Tools | None = None
 
 
-def chat_request(body: dict[str, Any], tokenizer: Tokenizer) -> Asked:
+def chat_request(body: dict[str, Any], tokenizer: Tokenizer) -> ApiRequest:
     """A body of /v1/chat/completions. Raises RequestError, TokenizerError."""
     check_fields(body, CHAT_FIELDS, ONLY_CHAT)
     logprobs = flag(body, "logprobs")
@@ -75,17 +75,17 @@ def chat_request(body: dict[str, Any], tokenizer: Tokenizer) -> Asked:
     ids = tokenizer.apply_chat_template(messages, **variables)
     last = messages[-1]
     echo = flag(body, "echo") and isinstance(last.get("content"), str) and last.get("role") == "assistant"
-    return Asked(
+    return ApiRequest(
         [_truncated(ids, body)],
         SamplingParams(**settings | logprob_settings(body, "top_logprobs", False)),
         logprobs=logprobs,
         echo=[last["content"]] if echo else None,
         tools=tools,
-        **reply_settings(body, "top_logprobs"),
+        **response_settings(body, "top_logprobs"),
     )
 
 
-def text_request(body: dict[str, Any], tokenizer: Tokenizer) -> Asked:
+def text_request(body: dict[str, Any], tokenizer: Tokenizer) -> ApiRequest:
     """A body of /v1/completions. Raises RequestError."""
     check_fields(body, TEXT_FIELDS, ONLY_TEXT)
     echo, special, logprobs = flag(body, "echo"), flag(body, "add_special_tokens", True), "logprobs" in body
@@ -99,13 +99,13 @@ def text_request(body: dict[str, Any], tokenizer: Tokenizer) -> Asked:
     ids = [_truncated(each, body) for each in all_ids]
     pairs = zip(prompts, ids, all_ids, strict=True) if echo else ()
     texts = [p if isinstance(p, str) and len(a) == len(b) else tokenizer.decode(a, False) for p, a, b in pairs]
-    return Asked(
+    return ApiRequest(
         ids,
         SamplingParams(max_tokens=n_new or 1, **settings | logprob_settings(body, "logprobs", echo and logprobs)),
         logprobs=logprobs,
         echo=texts if echo else None,
         no_answer=n_new == 0,
-        **reply_settings(body, "logprobs"),
+        **response_settings(body, "logprobs"),
     )
 
 

@@ -1,10 +1,10 @@
-"""The reply to a request for answers: JSON at once, or a stream of events."""
+"""The response to a request for answers: JSON at once, or a stream of events."""
 
 import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,8 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from llama_mini.engine.async_call import AsyncCall
 from llama_mini.engine.request import Chunk, Request
-from llama_mini.server.answers import Answer
-from llama_mini.server.asked import Asked
+from llama_mini.server.api_request import ApiRequest
+from llama_mini.server.choices import Choice
 from llama_mini.server.errors import ApiError, as_api_error
 
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -24,21 +24,27 @@ STREAM_HEADERS = [
 ]
 
 
-class Reply:
+class GenerationResponse:
     """An ASGI application that sends the answers of one call. If the client goes away, they leave the batch.
 
     Args:
         call: the requests, which run.
-        answers: one for each request of the call.
+        choices: one for each request of the call.
         kind: `chat.completion` or `text_completion`.
-        left: is called once, when the reply ends in whatever way.
+        left: is called once, when the response ends, in whatever way.
     """
 
     def __init__(
-        self, call: AsyncCall, asked: Asked, answers: Sequence[Answer], kind: str, model: str, left: Callable[[], None]
+        self,
+        call: AsyncCall,
+        asked: ApiRequest,
+        choices: Sequence[Choice],
+        kind: str,
+        model: str,
+        left: Callable[[], None],
     ) -> None:
-        self._call, self._asked, self._answers, self._left = call, asked, answers, left
-        self._of = dict(zip(call.requests, answers, strict=True))
+        self._call, self._asked, self._choices, self._left = call, asked, choices, left
+        self._of = dict(zip(call.requests, choices, strict=True))
         prefix, is_chunk = ("chatcmpl-", asked.stream) if kind.startswith("chat") else ("cmpl-", False)
         self._head = {
             "id": prefix + uuid.uuid4().hex,
@@ -49,7 +55,7 @@ class Reply:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["requests"] = self._call.requests  # for the log and the metrics
-        work = asyncio.create_task((self._stream if self._asked.stream else self._whole)(send))
+        work = asyncio.create_task((self._stream if self._asked.stream else self._complete)(send))
         gone = asyncio.create_task(_disconnected(receive))
         try:
             with self._call:
@@ -63,15 +69,16 @@ class Reply:
             with suppress(asyncio.CancelledError):
                 await work  # raises what sending has raised
 
-    async def _whole(self, send: Send) -> None:
+    async def _complete(self, send: Send) -> None:
         chunks: dict[Request, list[Chunk]] = {request: [] for request in self._call.requests}
         try:
             while self._call.n_open:
                 for request, chunk in await self._call.next():
                     _check(request, chunk)
                     chunks[request].append(chunk)
-            choices = [answer.whole(chunks[answer.request]) for answer in self._answers]
-            body = self._head | {"choices": choices, "usage": self._usage()} | self._answers[0].beside(whole=True)
+            choices = [choice.complete(chunks[choice.request]) for choice in self._choices]
+            extra = self._choices[0].extra_fields(streamed=False)
+            body = self._head | {"choices": choices, "usage": self._usage()} | extra
             status = 200
         except Exception as error:
             failure = as_api_error(error)
@@ -84,9 +91,9 @@ class Reply:
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         begin = ""
-        for answer in self._answers:
-            if choice := answer.begin():
-                begin += self._event(choice, None if begin else answer.beside(whole=False))
+        for choice in self._choices:
+            if opening := choice.opening():
+                begin += self._event(opening, {} if begin else choice.extra_fields(streamed=True))
         await send({"type": "http.response.body", "body": begin.encode(), "more_body": True})
         end = ""
         try:
@@ -94,8 +101,8 @@ class Reply:
                 events = ""
                 for request, chunk in await self._call.next():
                     _check(request, chunk)
-                    choice = self._of[request].choice(chunk)
-                    events += self._event(choice) if choice else ""
+                    if part := self._of[request].streamed(chunk):
+                        events += self._event(part)
                 if events:  # one write for all
                     await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
             if self._asked.usage:
@@ -107,15 +114,15 @@ class Reply:
             end = _data(as_api_error(error).body)
         await send({"type": "http.response.body", "body": end.encode()})
 
-    def _event(self, choice: dict[str, Any], beside: dict[str, Any] | None = None) -> str:
+    def _event(self, choice: dict[str, Any], extra: Mapping[str, Any] = {}) -> str:
         usage = {"usage": self._usage()} if self._asked.usage_so_far else {}
-        return _data(self._head | {"choices": [choice]} | usage | (beside or {}))
+        return _data({**self._head, "choices": [choice], **usage, **extra})
 
     def _usage(self) -> dict[str, Any]:
         """The numbers of tokens, a prompt counted once, whatever `n` is."""
         firsts = self._call.requests[:: self._asked.params.n]
         prompt = sum(len(request.prompt) for request in firsts)
-        new = 0 if self._asked.no_answer else sum(answer.n_tokens for answer in self._answers)
+        new = 0 if self._asked.no_answer else sum(choice.n_tokens for choice in self._choices)
         cached = sum(request.cached_tokens for request in firsts)
         return {
             "prompt_tokens": prompt,

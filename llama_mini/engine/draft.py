@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_mini.engine.pages import PAGE, PagedTokens, Pages, pages_of
 from llama_mini.engine.request import Request
 from llama_mini.engine.sampling import processed, sample
-from llama_mini.engine.speculative import MOST_TOKENS, RATE, StepTimes
+from llama_mini.engine.speculative import MOST_TOKENS, SMOOTHING, StepTimes
 from llama_mini.errors import RequestError
 from llama_mini.machine import one_thread
 from llama_mini.memory import fitting_positions
@@ -22,21 +22,21 @@ from llama_mini.tokenizer import Tokenizer
 
 @dataclass
 class _DraftRow:
-    """A request in the draft model.
+    """What the draft model knows of a request.
 
     pages: of its cache, which holds its first `filled` tokens, guesses included.
     guess: what was guessed after its first `at` tokens.
-    right: how often a guess was right, lately.
+    rate: the share of guesses that were accepted lately.
     """
 
     pages: list[int] = field(default_factory=list)
     filled: int = 0
     guess: list[int] = field(default_factory=list)
     at: int = 0
-    right: float = 0.6
+    rate: float = 0.6
 
 
-class DraftGuesser:
+class DraftProposer:
     """Guesses of a smaller model. It samples with the same random numbers, so both mostly choose the same token."""
 
     prefilled = 256  # tokens of a prompt that it reads before a step
@@ -52,34 +52,34 @@ class DraftGuesser:
         self._seconds = 0.0  # of a step of the draft, as measured
         self._skipped = 0
 
-    def guesses(self, rooms: Mapping[Request, int]) -> dict[Request, list[int]]:
-        for request in [request for request in self._rows if request not in rooms]:
+    def propose(self, limits: Mapping[Request, int]) -> dict[Request, list[int]]:
+        for request in [request for request in self._rows if request not in limits]:
             self._forget(request)
         for request, row in self._rows.items():
             _compare(request, row)
-        if not (most := self._most(rooms)):
+        if not (most := self._most(limits)):
             return {}
         inputs: dict[Request, list[int]] = {}
-        for request, room in rooms.items():
+        for request, limit in limits.items():
             row = self._rows.setdefault(request, _DraftRow())
-            if room > 0 and self._make_room(request, row, most):
+            if limit > 0 and self._make_room(request, row, most):
                 missing = self._prefill(request, row)
                 if len(missing) <= MOST_TOKENS:
                     inputs[request] = missing
-        return self._guess(inputs, rooms, most) if inputs else {}
+        return self._guess(inputs, limits, most) if inputs else {}
 
-    def _most(self, rooms: Mapping[Request, int]) -> int:
+    def _most(self, limits: Mapping[Request, int]) -> int:
         """How many guesses of each request bring the most tokens a second."""
-        step, each = self.times.line()
-        rights = [self._rows[request].right if request in self._rows else _DraftRow.right for request in rooms]
-        best, fastest, expected = 0, len(rooms) / (step + each * len(rooms)), float(len(rooms))
-        for n in range(1, MOST_TOKENS // len(rooms)):
-            expected += sum(right**n for right in rights)
-            speed = expected / (step + each * len(rooms) * (n + 1) + n * self._seconds)
+        step, each = self.times.fit()
+        rates = [self._rows[request].rate if request in self._rows else _DraftRow.rate for request in limits]
+        best, fastest, expected = 0, len(limits) / (step + each * len(limits)), float(len(limits))
+        for n in range(1, MOST_TOKENS // len(limits)):
+            expected += sum(rate**n for rate in rates)
+            speed = expected / (step + each * len(limits) * (n + 1) + n * self._seconds)
             if speed > fastest:
                 best, fastest = n, speed
         self._skipped = 0 if best else self._skipped + 1
-        tries = self._skipped and not self._skipped % self.retry and 2 * len(rooms) <= MOST_TOKENS
+        tries = self._skipped and not self._skipped % self.retry and 2 * len(limits) <= MOST_TOKENS
         return 1 if tries else best
 
     def _prefill(self, request: Request, row: _DraftRow) -> list[int]:
@@ -94,7 +94,7 @@ class DraftGuesser:
         return missing[len(part) :]
 
     def _guess(
-        self, inputs: dict[Request, list[int]], rooms: Mapping[Request, int], most: int
+        self, inputs: dict[Request, list[int]], limits: Mapping[Request, int], most: int
     ) -> dict[Request, list[int]]:
         generators = {r: r.generator.clone_state() for r in inputs if r.params.temperature}
         constraints = {r: r.constraint.copy() for r in inputs if r.constraint is not None}
@@ -127,8 +127,8 @@ class DraftGuesser:
                     row.guess.append(token)
                     inputs[request] = [token]
             seconds = time.monotonic() - started
-            self._seconds += RATE * (seconds - self._seconds) if self._seconds else seconds
-        return {request: row.guess[: rooms[request]] for request, row in rows.items()}
+            self._seconds += SMOOTHING * (seconds - self._seconds) if self._seconds else seconds
+        return {request: row.guess[: limits[request]] for request, row in rows.items()}
 
     @torch.inference_mode()
     def _hidden(self, tokens: list[list[int]], rows: list[list[int]], positions: Sequence[Sequence[int]]) -> Tensor:
@@ -154,7 +154,7 @@ def _compare(request: Request, row: _DraftRow) -> None:
     hits = [guess == token for guess, token in zip(row.guess, new, strict=False)]
     n_right = hits.index(False) if False in hits else len(hits)
     for hit in hits[: n_right + 1]:
-        row.right += RATE * (hit - row.right)
+        row.rate += SMOOTHING * (hit - row.rate)
     if hits:  # the newest token has not run
         row.filled = min(row.filled, row.at + min(n_right, len(new) - 1))
     row.guess = []

@@ -19,14 +19,14 @@ from llama_mini.checkpoint.open import Adapters, open_checkpoint, resolve
 from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.weight_formats import check_quantize, quantize_for
 from llama_mini.engine.async_call import AsyncCall
-from llama_mini.engine.draft import DraftGuesser, check_draft
+from llama_mini.engine.draft import DraftProposer, check_draft
 from llama_mini.engine.finite import non_finite_message
 from llama_mini.engine.prompts import is_messages, one_prompt, params_argument, token_ids, with_params
 from llama_mini.engine.request import Chunk, Completion, Request
 from llama_mini.engine.runner import MAX_ROWS
 from llama_mini.engine.sampling_params import SamplingParams, check_vocab, is_setting, sampling_params
 from llama_mini.engine.scheduler import Activity, Call, Scheduler
-from llama_mini.engine.speculative import Guesser, LookupGuesser
+from llama_mini.engine.speculative import LookupProposer, Proposer
 from llama_mini.engine.structured import Structures
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
@@ -100,15 +100,15 @@ class LLM:
             self.quantize = quantize_for(source, quantize, dtype, device)
             self.model = load_model(Llama, source, as_dtype(dtype, device), device, fuser(kernels), self.quantize)
         self.config = self.model.config
-        guesser: Callable[[], Guesser] | None = None
+        proposer: Callable[[], Proposer] | None = None
         if draft is not None:
             smaller = LLM(draft, dtype, device, quantize, kernels, threads, speculation="off")
             check_draft(self.tokenizer, smaller.tokenizer)
-            guesser = partial(DraftGuesser, smaller.model, self.config.vocab_size)
+            proposer = partial(DraftProposer, smaller.model, self.config.vocab_size)
         elif speculation == "auto" and runs_kernels(self.model):
-            guesser = LookupGuesser
+            proposer = LookupProposer
         self.load_seconds = time.perf_counter() - started
-        self._scheduler = Scheduler(self.model, self.tokenizer.eos_ids, prefix_cache, guesser)
+        self._scheduler = Scheduler(self.model, self.tokenizer.eos_ids, prefix_cache, proposer)
         self.structures = Structures(self.tokenizer, self.config.vocab_size)
 
     def generate(

@@ -131,7 +131,7 @@ class Request:
 
     def start(self) -> None:
         """Records the time at which the prefill begins, and makes the random generator, 5 KB each."""
-        if not self._started_at:  # else it was set back, and goes on with what it has
+        if not self._started_at:  # else it was preempted, and goes on with what it has
             self._started_at = time.perf_counter()
             self.generator = self.params.generator()
             self.constraint = self.constraint and self.constraint.copy(self._stop_ids)
@@ -151,7 +151,7 @@ class Request:
         """Its new tokens that are not in the cache yet."""
         return self.token_ids[self.filled - len(self.prompt) :]
 
-    def set_back(self) -> None:
+    def preempt(self) -> None:
         """Forgets what the cache holds; the tokens stay."""
         self.pages, self.filled = [], 0
         if not self.token_ids:

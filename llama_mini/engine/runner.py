@@ -12,7 +12,7 @@ from llama_mini.engine.next_tokens import append_tokens
 from llama_mini.engine.pages import PAGE, PagedTokens, Pages, pages_of
 from llama_mini.engine.prefix_cache import PrefixCache
 from llama_mini.engine.request import Request
-from llama_mini.engine.speculative import Guesser
+from llama_mini.engine.speculative import Proposer
 from llama_mini.errors import NumericalError
 from llama_mini.memory import PREFILL_CHUNK, cache_bytes, fitting_positions
 from llama_mini.model.llama import Llama
@@ -21,14 +21,14 @@ MAX_ROWS = 32  # requests that run at a time; beyond 16, more of them gain littl
 PREFILL_SECONDS = 0.05  # that running requests wait for the prompts of others, between two of their tokens
 FEW_ROWS = 8  # so many wait no longer than a step: a prompt that is let in sooner would slow down the first answers
 LEAST_PREFILL = 32  # tokens; fewer are no faster
-REPLAYED = 16  # tokens that a request which was set back runs in one step
+REPLAYED = 16  # tokens that a request which was preempted runs in one step
 
 
 class Runner:
     """The requests that wait and run, and the cache. It knows nothing of threads: one thread at a time uses it."""
 
     def __init__(
-        self, model: Llama, eos_ids: frozenset[int], keeps_prefixes: bool, new_guesser: Callable[[], Guesser] | None
+        self, model: Llama, eos_ids: frozenset[int], keeps_prefixes: bool, new_proposer: Callable[[], Proposer] | None
     ) -> None:
         self.waiting: deque[Request] = deque()
         self.generated_tokens = 0
@@ -37,7 +37,7 @@ class Runner:
         self._running: list[Request] = []  # the newest last
         self._token_seconds = PREFILL_SECONDS / LEAST_PREFILL  # of prefill, as measured
         self._step_seconds = 0.0
-        self._guesser = None if new_guesser is None else new_guesser()
+        self._proposer = None if new_proposer is None else new_proposer()
         config, page_bytes = model.config, cache_bytes(model.config, PAGE, model.dtype)
         context = pages_of(config.max_seq_len)
         positions = fitting_positions(config, MAX_ROWS * context * PAGE, model.dtype, model.device)
@@ -161,38 +161,38 @@ class Runner:
         """
         self._running.append(request)
         if request.token_ids:
-            return  # it was set back
-        requests = [request, *self._join_twins(request)]
+            return  # it was preempted
+        requests = [request, *self._join_same_prompt(request)]
         with torch.inference_mode():
             logits = self._model.logits(x)
         if self._prefixes is not None and logits.isfinite().all():
             self._prefixes.insert(request.prompt, request.pages, request.params.cache_salt)
         self._sample(requests, logits.expand(len(requests), -1))
 
-    def _join_twins(self, request: Request) -> list[Request]:
+    def _join_same_prompt(self, request: Request) -> list[Request]:
         """The next requests that wait, as far as they are other answers to the same prompt, and there is room."""
-        twins: list[Request] = []
+        joined: list[Request] = []
         pages, waiting, n_whole = self._pages, self.waiting, len(request.prompt) // PAGE
         while waiting and waiting[0].prompt is request.prompt and not waiting[0].params.prompt_logprobs:
             if waiting[0].token_ids or len(self._running) == MAX_ROWS or len(pages.free) < 2:
                 break
-            twin = waiting.popleft()
-            twin.start()
-            twin.pages = [pages.share(page) for page in request.pages[:n_whole]]
+            other = waiting.popleft()
+            other.start()
+            other.pages = [pages.share(page) for page in request.pages[:n_whole]]
             for page in request.pages[n_whole:]:
-                twin.pages.append(pages.take())
-                pages.copy(page, twin.pages[-1], len(request.prompt) % PAGE)
-            twin.filled = twin.cached_tokens = len(request.prompt)
-            self._running.append(twin)
-            twins.append(twin)
-        return twins
+                other.pages.append(pages.take())
+                pages.copy(page, other.pages[-1], len(request.prompt) % PAGE)
+            other.filled = other.cached_tokens = len(request.prompt)
+            self._running.append(other)
+            joined.append(other)
+        return joined
 
     # --- steps
 
     def _step(self) -> None:
         """Runs the next input of each running request, and samples its next token."""
         inputs: dict[Request, list[int]] = {}
-        for request in list(self._running):  # of which some may be set back meanwhile, the newest first
+        for request in list(self._running):  # of which some may be preempted meanwhile, the newest first
             if request in self._running and self._make_room(request, request.filled + len(request.new_inputs)):
                 inputs[request] = request.new_inputs[:REPLAYED]
         if not inputs:
@@ -215,17 +215,17 @@ class Runner:
             return
         with torch.inference_mode():
             logits = self._model.logits(x if len(wanted) == len(x) else x[wanted])[:, -1]
-        if self._guesser is not None:
+        if self._proposer is not None:
             logits[-1, -1].item()  # waits for a GPU
-            self._guesser.times.add(len(tokens), time.monotonic() - started)
+            self._proposer.times.add(len(tokens), time.monotonic() - started)
         self._sample(sampled, logits, guesses)
 
     def _add_guesses(self, inputs: dict[Request, list[int]]) -> dict[Request, list[int]]:
         """Appends guesses of the tokens that follow, where there are any, and returns them."""
-        if self._guesser is None or any(len(each) > 1 for each in inputs.values()):  # one was set back
+        if self._proposer is None or any(len(each) > 1 for each in inputs.values()):  # one was preempted
             return {}
-        rooms = {r: min(len(r.pages) * PAGE - r.filled, r.max_tokens - len(r.token_ids)) - 1 for r in inputs}
-        guesses = self._guesser.guesses(rooms)
+        limits = {r: min(len(r.pages) * PAGE - r.filled, r.max_tokens - len(r.token_ids)) - 1 for r in inputs}
+        guesses = self._proposer.propose(limits)
         for request, guess in guesses.items():
             inputs[request] += guess
             request.proposed_tokens += len(guess)
@@ -244,9 +244,9 @@ class Runner:
     # --- pages
 
     def _make_room(self, request: Request, positions: int) -> bool:
-        """Gives a request the pages for so many positions. False if there are none: it is set back.
+        """Gives a request the pages for so many positions. False if there are none: it is preempted.
 
-        First prefixes of earlier prompts are dropped, then the newest request is set back: it runs again later.
+        First prefixes of earlier prompts are dropped, then the newest request is preempted: it runs again later.
         """
         pages = self._pages
         while len(request.pages) < pages_of(positions):
@@ -255,7 +255,7 @@ class Runner:
             elif self._prefixes is None or not self._prefixes.evict():
                 newest = self._prefilling or self._running[-1]
                 self._give_back(newest)
-                newest.set_back()
+                newest.preempt()
                 self.waiting.appendleft(newest)
                 if newest is request:
                     return False

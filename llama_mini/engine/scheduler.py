@@ -16,7 +16,7 @@ import torch
 
 from llama_mini.engine.request import Chunk, Request
 from llama_mini.engine.runner import Runner
-from llama_mini.engine.speculative import Guesser
+from llama_mini.engine.speculative import Proposer
 from llama_mini.errors import CapacityError, RequestError
 from llama_mini.machine import format_bytes
 from llama_mini.memory import cache_bytes
@@ -51,9 +51,9 @@ class Scheduler:
         model: Llama,
         eos_ids: frozenset[int],
         prefix_cache: bool,
-        new_guesser: Callable[[], Guesser] | None = None,
+        new_proposer: Callable[[], Proposer] | None = None,
     ) -> None:
-        self._model, self._runner_settings = model, (eos_ids, prefix_cache, new_guesser)
+        self._model, self._runner_settings = model, (eos_ids, prefix_cache, new_proposer)
         self._reset()
 
     def _reset(self) -> None:

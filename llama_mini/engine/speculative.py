@@ -12,51 +12,51 @@ from typing import Protocol
 from llama_mini.engine.request import Request
 
 MOST_TOKENS = 16  # of a step with guesses; with as many requests, nothing is guessed
-RATE = 0.1  # how fast an estimate of how often guesses are right follows what happens
+SMOOTHING = 0.1  # weight of the newest value in a moving average
 
 
 class StepTimes:
-    """How long a step takes with so many tokens: a line through the latest ones."""
+    """How long a step takes, by its number of tokens: a straight line fitted to the latest steps."""
 
-    kept = 0.98  # of a step's weight when the next one comes: some 50 steps count
-    without = 6.0  # until both few and many tokens were seen: a step takes as long as so many more tokens
+    decay = 0.98  # of the weights of earlier steps, at each new one: some 50 steps count
+    overhead = 6.0  # of a step, in times of a token: assumed until steps of few and of many tokens were measured
 
     def __init__(self) -> None:
         self._sums = [0.0] * 5  # of weights, tokens, seconds, tokens², tokens · seconds
 
     def add(self, n: int, seconds: float) -> None:
-        step, each = self.line()
-        if self._sums[0]:  # one step that other processes held up says little
+        step, each = self.fit()
+        if self._sums[0]:  # a step that other processes held up says little
             seconds = min(seconds, 2 * (step + each * n))
         new = 1, n, seconds, n * n, n * seconds
-        self._sums = [self.kept * old + x for old, x in zip(self._sums, new, strict=True)]
+        self._sums = [self.decay * old + x for old, x in zip(self._sums, new, strict=True)]
 
-    def line(self) -> tuple[float, float]:
-        """Seconds of a step, and of each of its tokens."""
+    def fit(self) -> tuple[float, float]:
+        """Seconds of a step by itself, and of each of its tokens. Before the first step only their ratio counts."""
         if not (weight := self._sums[0]):
-            return self.without, 1.0
+            return self.overhead, 1.0
         n, seconds, squares, products = (total / weight for total in self._sums[1:])
-        usual = seconds / (self.without + n)
+        usual = seconds / (self.overhead + n)
         slope = (products - n * seconds + 0.05 * usual) / (squares - n * n + 0.05)
         slope = max(slope, usual / 4)
         return seconds - slope * n, slope
 
 
-class Guesser(Protocol):
-    """What guesses the next tokens of running requests. The engine adds the times of its steps to `times`."""
+class Proposer(Protocol):
+    """Guesses the next tokens of running requests. The engine adds the times of its steps to `times`."""
 
     times: StepTimes
 
-    def guesses(self, rooms: Mapping[Request, int]) -> dict[Request, list[int]]:
-        """Guesses for the next step of all running requests, each with room for so many."""
+    def propose(self, limits: Mapping[Request, int]) -> dict[Request, list[int]]:
+        """Guesses for the next step of all running requests: of each at most as many as its limit."""
 
 
 class PromptLookup:
-    """Guesses that a text goes on as it did where its last tokens stood before. The time a token does not grow."""
+    """Guesses that a text goes on as it did after the same tokens the last time. A long text takes no longer."""
 
-    sizes = (3, 2, 1)  # numbers of tokens that are looked up, the more the better
-    # How often the next token is right after so many equal tokens, at first: measured on summaries, edits, code, chats.
-    usual = (0.0, 0.25, 0.4, 0.55, 0.65, 0.75, 0.75, 0.9)
+    sizes = (3, 2, 1)  # of the n-grams that are looked up; the longest that is found counts
+    # Share of guesses that is accepted after so many equal tokens, at first: of summaries, edits, code, chats.
+    initial_rates = (0.0, 0.25, 0.4, 0.55, 0.65, 0.75, 0.75, 0.9)
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._tokens = list(prompt)
@@ -64,7 +64,7 @@ class PromptLookup:
         for size in self.sizes:
             ngrams = zip(*(prompt[i:] for i in range(size)), strict=False)
             self._after.update(zip(ngrams, range(size, len(prompt)), strict=False))
-        self._right = list(self.usual)
+        self._rates = list(self.initial_rates)
         self._next = self._equal = 0  # where the guess begins, after so many tokens that equal the last ones
         self._find()
 
@@ -73,8 +73,8 @@ class PromptLookup:
         known = self._tokens
         for token in tokens:
             if self._equal:
-                hit, i = known[self._next] == token, min(self._equal, len(self._right) - 1)
-                self._right[i] += RATE * (hit - self._right[i])
+                hit, i = known[self._next] == token, min(self._equal, len(self._rates) - 1)
+                self._rates[i] += SMOOTHING * (hit - self._rates[i])
                 self._next, self._equal = (self._next + 1, self._equal + 1) if hit else (0, 0)
             for size in self.sizes:
                 self._after[tuple(known[-size:])] = len(known)
@@ -86,12 +86,12 @@ class PromptLookup:
         return len(self._tokens)
 
     def token(self, i: int) -> int:
-        """The i-th token of the guess, from 0. Where it reaches the end of the text, it goes round."""
+        """The i-th token of the guess, from 0. At the end of the text it begins again."""
         return self._tokens[self._next + i % (len(self._tokens) - self._next)]
 
-    def right(self, i: int) -> float:
-        """How likely it is right, if those before it are; 0 without a guess."""
-        return self._right[min(self._equal + i, len(self._right) - 1)] if self._equal else 0.0
+    def rate(self, i: int) -> float:
+        """How likely that token is accepted, if those before it are; 0 without a guess."""
+        return self._rates[min(self._equal + i, len(self._rates) - 1)] if self._equal else 0.0
 
     def _find(self) -> None:
         for size in self.sizes:
@@ -100,28 +100,28 @@ class PromptLookup:
                 return
 
 
-class LookupGuesser:
+class LookupProposer:
     """Guesses by prompt lookup (Saxena, 2023), as many as pay."""
 
     def __init__(self) -> None:
         self.times = StepTimes()
         self._lookups: dict[Request, PromptLookup] = {}
 
-    def guesses(self, rooms: Mapping[Request, int]) -> dict[Request, list[int]]:
+    def propose(self, limits: Mapping[Request, int]) -> dict[Request, list[int]]:
         """A guess pays if it brings more tokens, on average, than the rest of the step does in the same time."""
-        self._lookups = {request: lookup for request, lookup in self._lookups.items() if request in rooms}
-        if len(rooms) >= MOST_TOKENS:
+        self._lookups = {request: lookup for request, lookup in self._lookups.items() if request in limits}
+        if len(limits) >= MOST_TOKENS:
             return {}
         chances: dict[Request, float] = {}  # that all guesses, and the next one, are right
-        for request, room in rooms.items():
+        for request, limit in limits.items():
             if (lookup := self._lookups.get(request)) is None:
                 lookup = self._lookups[request] = PromptLookup(request.prompt)
             lookup.extend(request.token_ids[len(lookup) - len(request.prompt) :])
-            if room > 0:
-                chances[request] = lookup.right(0)
+            if limit > 0:
+                chances[request] = lookup.rate(0)
         found: dict[Request, list[int]] = {}
-        step, each = self.times.line()
-        n, expected = len(rooms), float(len(rooms))
+        step, each = self.times.fit()
+        n, expected = len(limits), float(len(limits))
         while chances and n < MOST_TOKENS:
             request = max(chances, key=lambda request: chances[request])
             chance, lookup = chances[request], self._lookups[request]
@@ -130,7 +130,7 @@ class LookupGuesser:
             guess = found.setdefault(request, [])
             guess.append(lookup.token(len(guess)))
             n, expected = n + 1, expected + chance
-            chances[request] *= lookup.right(len(guess))
-            if len(guess) == rooms[request]:
+            chances[request] *= lookup.rate(len(guess))
+            if len(guess) == limits[request]:
                 del chances[request]
         return found

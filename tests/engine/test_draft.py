@@ -6,7 +6,7 @@ import pytest
 
 from llama_mini import LLM, Llama, SamplingParams
 from llama_mini.engine import draft
-from llama_mini.engine.draft import DraftGuesser
+from llama_mini.engine.draft import DraftProposer
 from llama_mini.errors import RequestError
 from tests.engine.test_scheduler import prompt_of
 from tests.engine.test_speculative import (
@@ -42,15 +42,15 @@ def test_a_draft_model_changes_no_text(tiny_dir, other_dir: Path, plain: LLM) ->
 @pytest.mark.usefixtures("no_text")
 def test_a_draft_model_steps_aside_where_it_does_not_pay(tiny_dir) -> None:
     """Where it is as slow as the model; now and then it tries again."""
-    guesser = DraftGuesser(Llama.from_pretrained(tiny_dir), 260)
-    rooms = {request_of([5, 6], [7]): 9, request_of([8, 9], [7]): 9}
+    proposer = DraftProposer(Llama.from_pretrained(tiny_dir), 260)
+    limits = {request_of([5, 6], [7]): 9, request_of([8, 9], [7]): 9}
     for n in range(1, 50):
-        guesser.times.add(n % 3 + 1, 1.0)
-    guesser._seconds = 0.01
-    assert guesser._most(rooms) > 2
-    assert guesser._most(dict.fromkeys((request_of([5], []) for _ in range(16)), 9)) == 0
-    guesser._seconds = 1.0
-    assert [guesser._most(rooms) for _ in range(64)].count(1) == 2
+        proposer.times.add(n % 3 + 1, 1.0)
+    proposer._seconds = 0.01
+    assert proposer._most(limits) > 2
+    assert proposer._most(dict.fromkeys((request_of([5], []) for _ in range(16)), 9)) == 0
+    proposer._seconds = 1.0
+    assert [proposer._most(limits) for _ in range(64)].count(1) == 2
 
 
 @pytest.mark.usefixtures("eager")
@@ -62,10 +62,10 @@ def test_a_draft_model_without_room_guesses_nothing(tiny_dir, plain: LLM, monkey
     found = llm.generate(prompts, params)
     assert [c.stats.proposed_tokens > 0 for c in found] == [True, False]
     assert [c.token_ids for c in found] == [c.token_ids for c in plain.generate(prompts, params)]
-    guesser = llm._scheduler._runner._guesser
-    assert isinstance(guesser, DraftGuesser)
+    proposer = llm._scheduler._runner._proposer
+    assert isinstance(proposer, DraftProposer)
     assert llm.generate([5], max_tokens=2)
-    assert len(guesser._rows) <= 1
+    assert len(proposer._rows) <= 1
 
 
 def test_a_draft_model_has_the_same_vocabulary(tiny_dir, smollm2_dir) -> None:

@@ -88,16 +88,16 @@ def test_bits_do_not_depend_on_how_a_prompt_is_cut(
 
 
 def small_cache(monkeypatch: pytest.MonkeyPatch, pages: int) -> list[int]:
-    """A cache of so few pages. The list that comes back grows by one each time that a request is set back."""
+    """A cache of so few pages. The list that comes back grows by one each time that a request is preempted."""
     monkeypatch.setattr(runner_module, "fitting_positions", lambda *_: pages * PAGE)
     seen: list[int] = []
-    set_back = runner_module.Request.set_back
-    monkeypatch.setattr(runner_module.Request, "set_back", lambda request: seen.append(1) or set_back(request))
+    preempt = runner_module.Request.preempt
+    monkeypatch.setattr(runner_module.Request, "preempt", lambda request: seen.append(1) or preempt(request))
     return seen
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-def test_a_request_that_is_set_back_goes_on_with_the_same_tokens(
+def test_a_request_that_is_preempted_goes_on_with_the_same_tokens(
     tiny_dir, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six that need two pages each at their end, in a cache of five: pages run out while they run."""

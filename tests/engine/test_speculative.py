@@ -13,7 +13,7 @@ from llama_mini import LLM, Completion, Llama, SamplingParams
 from llama_mini.engine import draft, speculative
 from llama_mini.engine.request import Request
 from llama_mini.engine.runner import Runner
-from llama_mini.engine.speculative import LookupGuesser, PromptLookup, StepTimes
+from llama_mini.engine.speculative import LookupProposer, PromptLookup, StepTimes
 from tests.engine.test_scheduler import prompt_of, small_cache
 
 PROMPTS = [[7, 8, 9, 10] * 12, prompt_of(250, 1), [5], prompt_of(40, 2) * 2]
@@ -23,7 +23,7 @@ SAMPLED = {"temperature": 0.1, "seed": 3}
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every guess pays."""
-    monkeypatch.setattr(StepTimes, "line", lambda self: (1e9, 1.0))
+    monkeypatch.setattr(StepTimes, "fit", lambda self: (1e9, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_logits_processor_sees_each_token_once(tiny_dir, plain: LLM) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_requests_with_guesses_are_set_back_and_stream(tiny_dir, plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_with_guesses_are_preempted_and_stream(tiny_dir, plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(tiny_dir, dtype="bfloat16", threads=1)
     prompts = [[7, 8, 9, 10] * 50, prompt_of(210, 2), prompt_of(110, 3) * 2, prompt_of(250, 2)]
     params = SamplingParams(max_tokens=100, ignore_eos=True)
@@ -167,9 +167,9 @@ def request_of(prompt: list[int], new: list[int]) -> Request:
     return Request(prompt, SamplingParams(), 100, None, 0.0, token_ids=new)  # type: ignore[arg-type]
 
 
-def looked_up(prompt: list[int], new: list[int], guesser: LookupGuesser, room: int = 15) -> list[int]:
+def looked_up(prompt: list[int], new: list[int], proposer: LookupProposer, limit: int = 15) -> list[int]:
     request = request_of(prompt, new)
-    return guesser.guesses({request: room}).get(request, [])
+    return proposer.propose({request: limit}).get(request, [])
 
 
 @pytest.fixture
@@ -181,33 +181,33 @@ def no_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_guesses_are_as_many_as_pay() -> None:
     """By what tokens cost beside a step, and by how many tokens are equal."""
     text = list(range(40, 60))
-    guesser = LookupGuesser()
-    assert looked_up(text, text[:9], guesser, room=3) == text[9:12]
-    assert looked_up(text, text[:9], guesser, room=0) == []
+    proposer = LookupProposer()
+    assert looked_up(text, text[:9], proposer, limit=3) == text[9:12]
+    assert looked_up(text, text[:9], proposer, limit=0) == []
     for cost, fewest, most in ((1e-4, 11, 11), (0.1, 3, 11), (1.5, 0, 0)):
         for n in range(1, 200):
-            guesser.times.add(n % 4 + 1, 1 + cost * (n % 4))
-        guess = looked_up(text, text[:9], guesser)
+            proposer.times.add(n % 4 + 1, 1 + cost * (n % 4))
+        guess = looked_up(text, text[:9], proposer)
         assert guess[:11] == text[9:][: len(guess)]
         assert fewest <= min(len(guess), 11) <= most
-    assert looked_up(text, [1, 2, 3], LookupGuesser()) == []
-    assert len(looked_up(text, [1, 2, *text[:2]], LookupGuesser())) < len(looked_up(text, text[:9], LookupGuesser()))
+    assert looked_up(text, [1, 2, 3], LookupProposer()) == []
+    assert len(looked_up(text, [1, 2, *text[:2]], LookupProposer())) < len(looked_up(text, text[:9], LookupProposer()))
 
 
 def test_the_time_of_a_step_is_a_line_through_what_was_measured() -> None:
     times, draw = StepTimes(), random.Random(0)
-    step, each = times.line()
+    step, each = times.fit()
     assert 0 < each < step
     for _ in range(30):
         times.add(1, 0.005)
-    step, each = times.line()
+    step, each = times.fit()
     assert step + each == pytest.approx(0.005)
     assert 0 < each < step
     for _ in range(200):
         n = draw.randrange(1, 9)
         times.add(n, (0.004 + 0.0007 * n) * draw.uniform(0.9, 1.1))
     times.add(2, 1.0)  # another process had the processor
-    step, each = times.line()
+    step, each = times.fit()
     assert each == pytest.approx(0.0007, rel=0.3)
     assert step == pytest.approx(0.004, rel=0.25)
 
@@ -215,14 +215,14 @@ def test_the_time_of_a_step_is_a_line_through_what_was_measured() -> None:
 def test_what_never_comes_true_is_guessed_no_more() -> None:
     """And again once it does. A token counts whether it was guessed in a step or not."""
     lookup = PromptLookup([1, 2, 3])
-    before = lookup.usual[2]
+    before = lookup.initial_rates[2]
     for i in range(60):
         lookup.extend([1, 2, 100 + i])
     lookup.extend([1, 2])
-    assert lookup.right(0) < 0.1 * before
+    assert lookup.rate(0) < 0.1 * before
     for _ in range(40):
         lookup.extend([7, 8, 9, 30, 31, 32, 33, 34])
-    assert lookup.right(0) > 0.9
+    assert lookup.rate(0) > 0.9
 
 
 def test_a_guess_follows_the_longest_run_of_equal_tokens_that_it_began_with() -> None:
@@ -234,7 +234,7 @@ def test_a_guess_follows_the_longest_run_of_equal_tokens_that_it_began_with() ->
             if token is not None:
                 lookup.extend([token])
                 tokens.append(token)
-            if not lookup.right(0):
+            if not lookup.rate(0):
                 assert tokens[-1] not in tokens[:-1]
                 continue
             n, at = lookup._equal, lookup._next

@@ -175,15 +175,15 @@ def test_answers_to_one_prompt_keep_their_own_place(llm: LLM) -> None:
         assert answer.token_ids == llm.generate("hello", replace(params, n=1, seed=3 + i))[0].token_ids
 
 
-def test_a_request_that_is_set_back_keeps_its_place(tiny_dir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_is_preempted_keeps_its_place(tiny_dir, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(tiny_dir, dtype="bfloat16", threads=1)
     prompts = [[i] * 200 for i in (3, 4, 5)]
     params = replace(SAMPLED, regex=r"(\d\d:[a-z]+;){50}", max_tokens=100, seed=1)
     expected = llm.generate(prompts, params)
     llm.forget()
     monkeypatch.setattr(runner_module, "fitting_positions", lambda *_: 4 * PAGE)
-    seen, set_back = [], runner_module.Request.set_back
-    monkeypatch.setattr(runner_module.Request, "set_back", lambda request: seen.append(request) or set_back(request))
+    seen, preempt = [], runner_module.Request.preempt
+    monkeypatch.setattr(runner_module.Request, "preempt", lambda request: seen.append(request) or preempt(request))
     for completion, other in zip(llm.generate(prompts, params), expected, strict=True):
         assert completion.token_ids == other.token_ids
     assert any(len(request.token_ids) > 1 for request in seen)

@@ -62,6 +62,7 @@ class Scheduler:
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._runner: Runner | None = None
+        self._forgotten_tokens = 0  # that runners generated which are no more
         self._exclusive: int | None = None  # the thread that has the model for itself
 
     def submit(self, requests: Sequence[Request], deliver: Callable[[Request, Chunk], None]) -> None:
@@ -120,16 +121,20 @@ class Scheduler:
             if self._runner is not None:
                 self._runner.forget()
                 if self._runner.idle:
-                    self._runner = None
+                    with self._lock:  # else activity() might count its tokens twice
+                        self._forgotten_tokens += self._runner.generated_tokens
+                        self._runner = None
 
     def activity(self) -> Activity:
-        runner = self._runner
+        with self._lock:
+            runner, generated = self._runner, self._forgotten_tokens
         if runner is None:
-            return Activity()
+            return Activity(generated_tokens=generated)
+        generated += runner.generated_tokens
         running = [request for request in (runner._prefilling, *runner._running) if request is not None]
         pages = {page for request in running for page in request.pages}
         usage = len(pages) / max(runner._pages.count, 1)
-        return Activity(len(running), len(runner.waiting), runner.generated_tokens, usage)
+        return Activity(len(running), len(runner.waiting), generated, usage)
 
     def _begin(self) -> None:
         """Starts the thread if there is none."""

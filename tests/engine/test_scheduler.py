@@ -46,6 +46,17 @@ def same_bits(a: Completion, b: Completion) -> bool:
     return (a.token_ids, a.logprobs, a.prompt_logprobs) == (b.token_ids, b.logprobs, b.prompt_logprobs)
 
 
+def test_the_number_of_generated_tokens_never_falls(llm: LLM) -> None:
+    before = llm.activity().generated_tokens
+    for n in (3, 5):
+        llm.generate("a", max_tokens=n, ignore_eos=True)
+        llm.forget()
+        before += n
+        assert llm.activity().generated_tokens == before
+    llm.generate("a", max_tokens=1)  # of a new runner, which counts once its step has ended
+    assert before <= llm.activity().generated_tokens <= before + 1
+
+
 @pytest.mark.parametrize("quantize", FORMATS)
 def test_a_request_has_the_bits_that_it_has_alone_in_any_company(tiny_dir, quantize: str | None) -> None:
     """Forty of them from four threads: they join and leave at any time, and some begin like others."""

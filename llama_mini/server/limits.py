@@ -97,6 +97,15 @@ class Connection(H11Protocol):
             self._receiving.cancel()
             self._receiving = None
 
+    def send_400_response(self, msg: str) -> None:
+        """To what is not HTTP, a head without end, or a wrong length."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            reply = ApiError(400, "the request is not valid HTTP/1.1, or its head is too long").response()
+            head = h11.Response(status_code=400, headers=[*reply.raw_headers, (b"connection", b"close")])
+            for event in (head, h11.Data(bytes(reply.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()  # where a reply has begun, there is no place for another one
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:

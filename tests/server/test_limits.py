@@ -1,6 +1,7 @@
 """Limits of one client, on real sockets: bytes and time of a request, and the time to take the reply."""
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -76,8 +77,40 @@ def test_headers_that_are_too_large_are_refused(echoing: tuple[Server, int]) -> 
     assert ask(port, head(x="a" * 3900))[0] == 200
     assert ask(port, head(x="a" * 4096))[0] == 431
     assert ask(port, head(**{f"x-{i}": "" for i in range(800)}))[0] == 431
-    with connect(port, b"GET / HTTP/1.1\r\nx: " + b"a" * 2**14) as client:
-        assert read_all(client).startswith(b"HTTP/1.1 400 ")  # its end has not come
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\nx: " + b"a" * 2**14,  # its end has not come
+        b"GET / HTTP/1.1\r\n\r\n",  # without a host
+        b"\x16\x03\x01\x02\x00\r\n\r\n",  # TLS
+        head("POST", content_length=-1),
+        head("POST", transfer_encoding="chunked") + b"zz\r\n",
+    ],
+    ids=["endless", "host", "tls", "length", "chunk"],
+)
+def test_what_is_not_http_is_refused_as_all_else(echoing: tuple[Server, int], sent: bytes) -> None:
+    _, port = echoing
+    with connect(port, sent) as client:
+        status, headers, body = parsed(read_all(client))
+    assert (status, headers["connection"], headers["content-type"]) == (400, "close", "application/json")
+    error = json.loads(body)["error"]
+    assert (error["type"], error["message"]) == (
+        "invalid_request_error",
+        "the request is not valid HTTP/1.1, or its head is too long",
+    )
+
+
+def test_a_body_that_breaks_after_its_reply_ends_the_connection(
+    echoing: tuple[Server, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, port = echoing
+    with connect(port, head("POST", host="evil", transfer_encoding="chunked")) as client:
+        assert parsed(read_until(client, b"}}"))[0] == 403
+        client.sendall(b"zz\r\n")
+        assert read_all(client) == b""
+    assert not caplog.records
 
 
 def test_two_hundred_clients_that_drip_are_closed_and_cost_others_nothing(echoing: tuple[Server, int]) -> None:

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -65,6 +66,7 @@ def create_app(llm: LLM, settings: Settings) -> Starlette:
     ]
     handlers = {ApiError: _failed, HTTPException: _refused, Exception: _failed}
     app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # behind a proxy with TLS it would send clients to http
     app.state.lifecycle = lifecycle
     return app
 
@@ -76,6 +78,7 @@ class Api:
         self._llm, self._settings = llm, settings
         self._started = int(time.time())
         self._lock, self._n_open = threading.Lock(), 0
+        self._threads = ThreadPoolExecutor(thread_name_prefix="llama_mini request")
 
     async def chat(self, http: HTTPRequest) -> GenerationResponse:
         return await self._generate(http, chat_request, ChatChoice, "chat.completion")
@@ -97,7 +100,7 @@ class Api:
             self._check_model(body)
             return compute(body, self._llm)
 
-        return JSONResponse(await _in_thread(work, body))
+        return JSONResponse(await _result(self._threads.submit(work), body))
 
     async def models(self, http: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._model(name) for name in self._settings.model_names]})
@@ -142,15 +145,28 @@ class Api:
                 self._leave(n)
                 raise
 
-        asked, call = await _in_thread(start, body)
+        job = self._threads.submit(start)
+        try:
+            asked, call = await _result(job, body)
+        except asyncio.CancelledError:
+            job.add_done_callback(self._abandon)
+            raise
         model = body.get("model", self._settings.model_names[0])
         choices = [choice(i, asked, request, self._llm.tokenizer) for i, request in enumerate(call.requests)]
         return GenerationResponse(call, asked, choices, kind, model, lambda: self._leave(len(choices)))
 
+    def _abandon(self, job: "Future[tuple[ApiRequest, AsyncCall]]") -> None:
+        """Ends what was started for a reply that nobody makes any more."""
+        if not job.cancelled() and job.exception() is None:
+            with job.result()[1] as call:
+                self._leave(len(call.requests))
+
     def _enter(self, n: int) -> None:
         """Counts answers that run and wait. Raises ApiError if they are too many."""
+        if n > (most := self._settings.max_queue):  # it would not help to ask again
+            raise ApiError(400, f"{n} answers are more than the {most} that may run and wait: ask for fewer at a time")
         with self._lock:
-            if self._n_open + n > (most := self._settings.max_queue):
+            if self._n_open + n > most:
                 message = f"{n} more answers than the {self._n_open} that run and wait are more than {most}"
                 raise ApiError(503, message, headers={"Retry-After": "1"})
             self._n_open += n
@@ -167,10 +183,10 @@ class Api:
             raise ApiError(404, f"model {short_repr(name)} does not exist: {known}", "model", "model_not_found")
 
 
-async def _in_thread(work: Callable[[], Result], body: Mapping[str, Any]) -> Result:
-    """Runs what would hold up the event loop: a template, a long prompt. Raises ApiError, which names a field."""
+async def _result(job: "Future[Result]", body: Mapping[str, Any]) -> Result:
+    """Of what would hold up the event loop: a template, a long prompt. Raises ApiError, which names a field."""
     try:
-        return await asyncio.to_thread(work)
+        return await asyncio.wrap_future(job)
     except Exception as error:
         failure = as_api_error(error)
         if failure.param is None and (named := re.match(r"[a-z_]+", str(failure))) and named[0] in body:

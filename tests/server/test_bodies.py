@@ -158,8 +158,9 @@ def test_the_name_of_the_model(client: Client) -> None:
 
 
 def test_other_addresses_and_methods(client: Client) -> None:
-    for method, path, status in (("GET", "/v2", 404), ("GET", TEXT, 405), ("POST", "/v1/models", 405)):
-        reply = client.http.request(method, path)
+    wrong = ("GET", "/v2", 404), ("GET", TEXT, 405), ("POST", "/v1/models", 405), ("POST", TEXT + "/", 404)
+    for method, path, status in wrong:
+        reply = client.http.request(method, path, follow_redirects=False)
         assert reply.status_code == status
         assert f"there is no {method} {path} here" in reply.json()["error"]["message"]
 

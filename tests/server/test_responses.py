@@ -76,6 +76,9 @@ class Visitor:
         self._gone.set()
         await self.reply()
 
+    def cancel(self) -> None:
+        self._work.cancel()
+
     async def reply(self) -> dict[str, Any] | None:
         await asyncio.wait_for(self._work, SECONDS)
         data = b"".join(message.get("body", b"") for message in self.messages)
@@ -189,12 +192,62 @@ def test_others_go_on_when_one_fails(llm: LLM, failing: None) -> None:
 def test_too_many_answers(llm: LLM) -> None:
     with Client(llm, max_queue=2) as client:
         reply = client.http.post(TEXT, json={"prompt": ["a", "b", "c"], "max_tokens": 1})
-        assert reply.status_code == 503
-        assert reply.headers["retry-after"] == "1"
-        assert "are more than 2" in reply.json()["error"]["message"]
+        assert (reply.status_code, "retry-after" in reply.headers) == (400, False)  # it would never be taken
+        assert "3 answers are more than the 2 that may run and wait" in reply.json()["error"]["message"]
         for _ in range(3):  # those that ended or were refused make room
             assert len(client.post(TEXT, prompt=["a", "b"], max_tokens=1)["choices"]) == 2
             client.refused(TEXT, prompt=["a", "b"], max_tokens=1000)
+
+
+def test_answers_for_which_there_is_no_room_now(llm: LLM) -> None:
+    async def run() -> None:
+        async with gated(llm) as (_, gate):
+            app = create_app(llm, Settings(max_queue=2))
+            first = Visitor(app, prompt=["a", "b"], max_tokens=1)
+            await until(lambda: gate.passes == 1)
+            second = Visitor(app, prompt="c", max_tokens=1)
+            assert "1 more answers than the 2 that run and wait" in (await second.reply())["error"]["message"]
+            start = second.messages[0]
+            assert (start["status"], dict(start["headers"])[b"retry-after"]) == (503, b"1")
+            gate.allow(10)
+            assert len((await first.reply())["choices"]) == 2
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_cancelled_while_it_starts_leaves_the_batch(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Before its requests are submitted, or after: nobody waits for them, and they take no room."""
+    begun, submit, submitted, go_on = threading.Event(), llm.submit, [], threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        if late:
+            submitted.append(submit(*arguments))
+        begun.set()
+        assert go_on.wait(SECONDS)
+        if not late:
+            submitted.append(submit(*arguments))
+        return submitted[0]
+
+    async def run() -> None:
+        async with gated(llm) as (_, gate):
+            app = create_app(llm, Settings(max_queue=2))
+            monkeypatch.setattr(llm, "submit", slow)
+            visitor = Visitor(app, prompt="a", n=2, max_tokens=400, ignore_eos=True)
+            await until(begun.is_set)
+            visitor.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await visitor.reply()
+            monkeypatch.undo()
+            go_on.set()
+            await until(lambda: bool(submitted) and all(request.cancelled for request in submitted[0].requests))
+            gate.allow(100)
+            assert len((await Visitor(app, prompt="b", n=2, max_tokens=3).reply())["choices"]) == 2
+
+    asyncio.run(run())
+    assert [request.finish_reason for request in submitted[0].requests] == ["abort", "abort"]
 
 
 def test_an_unforeseen_failure_tells_nothing_but_the_log(

@@ -81,10 +81,10 @@ class Api:
         self._threads = ThreadPoolExecutor(thread_name_prefix="llama_mini request")
 
     async def chat(self, http: HTTPRequest) -> GenerationResponse:
-        return await self._generate(http, chat_request, ChatChoice, "chat.completion")
+        return await self._generate(http, chat_request, ChatChoice)
 
     async def complete(self, http: HTTPRequest) -> GenerationResponse:
-        return await self._generate(http, text_request, TextChoice, "text_completion")
+        return await self._generate(http, text_request, TextChoice)
 
     async def tokenize(self, http: HTTPRequest) -> Response:
         return await self._compute(http, tokenize)
@@ -127,7 +127,6 @@ class Api:
         http: HTTPRequest,
         parse: Callable[[dict[str, Any], Tokenizer], ApiRequest],
         choice: type[Choice],
-        kind: str,
     ) -> GenerationResponse:
         data, loop = await read_body(http), asyncio.get_running_loop()
         user = http.scope["state"].get("cache_salt", "")  # of its API key
@@ -153,7 +152,7 @@ class Api:
             raise
         model = body.get("model", self._settings.model_names[0])
         choices = [choice(i, asked, request, self._llm.tokenizer) for i, request in enumerate(call.requests)]
-        return GenerationResponse(call, asked, choices, kind, model, lambda: self._leave(len(choices)))
+        return GenerationResponse(call, asked, choices, model, lambda: self._leave(len(choices)))
 
     def _abandon(self, job: "Future[tuple[ApiRequest, AsyncCall]]") -> None:
         """Ends what was started for a reply that nobody makes any more."""
@@ -168,7 +167,7 @@ class Api:
         with self._lock:
             if self._n_open + n > most:
                 message = f"{n} more answers than the {self._n_open} that run and wait are more than {most}"
-                raise ApiError(503, message, headers={"Retry-After": "1"})
+                raise ApiError(503, message)
             self._n_open += n
 
     def _leave(self, n: int) -> None:

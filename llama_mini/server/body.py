@@ -1,6 +1,7 @@
 """The body of a request: one JSON object, read strictly."""
 
 import json
+from functools import partial
 from typing import Any, NoReturn
 
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from llama_mini.validate import as_dict, as_text
 
 
 async def read_body(http: Request) -> bytes:
-    """The bytes of a JSON body."""
+    """The bytes of a JSON body. Raises ApiError for another content type."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # other types may be sent by any web page, without asking first
         raise ApiError(415, f"Content-Type must be application/json, not {kind or 'absent'!r:.100}")
@@ -20,18 +21,14 @@ async def read_body(http: Request) -> bytes:
 
 def parse_body(data: bytes) -> dict[str, Any]:
     """The fields that are given: null is not given. Raises RequestError for anything but one JSON object in UTF-8."""
-
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        return as_dict("the body", found, RequestError)
-
+    pairs = partial(as_dict, "the body", error=RequestError)
     try:
         body = json.loads(as_text(data, "the body", RequestError), object_pairs_hook=pairs, parse_constant=_refuse)
         if b"\\u" in data:
             json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair is not text
     except UnicodeEncodeError:
-        raise RequestError(
-            "the body has half of a surrogate pair, such as \\ud83d alone: send whole characters"
-        ) from None
+        alone = "the body has half of a surrogate pair, such as \\ud83d alone"
+        raise RequestError(f"{alone}: send whole characters") from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}; send one JSON object") from None
     if not isinstance(body, dict):

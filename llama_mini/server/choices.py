@@ -14,6 +14,10 @@ from llama_mini.tokenizer import Tokenizer
 class Choice:
     """One answer to a prompt, of `n_tokens` so far. `index` is its place among the choices of the response."""
 
+    prefix: str  # of a response's id
+    kind: str  # the `object` of a complete response
+    chunk_kind: str  # that of each chunk of a stream
+
     def __init__(self, index: int, asked: ApiRequest, request: Request, tokenizer: Tokenizer) -> None:
         self.index, self.request = index, request
         self._asked, self._tokenizer = asked, tokenizer
@@ -78,6 +82,8 @@ class Choice:
 
 class ChatChoice(Choice):
     """A choice of /v1/chat/completions."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, index: int, asked: ApiRequest, request: Request, tokenizer: Tokenizer) -> None:
         super().__init__(index, asked, request, tokenizer)
@@ -156,6 +162,7 @@ class ChatChoice(Choice):
 class TextChoice(Choice):
     """A choice of /v1/completions. With `echo` it begins with the prompt."""
 
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
     _begun = _sent = False
 
     def streamed(self, chunk: Chunk) -> dict[str, Any] | None:

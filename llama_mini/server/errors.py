@@ -14,7 +14,10 @@ log = logging.getLogger("llama_mini.server")
 
 
 class ApiError(Exception):
-    """What a client is told. `param` is the field of its request that is wrong; `code` is for programs."""
+    """What a client is told, with status 503 also when to try again.
+
+    `param` is the field of its request that is wrong; `code` is for programs.
+    """
 
     def __init__(
         self,
@@ -25,7 +28,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers
+        self.status, self.param, self.code = status, param, code
+        self.headers = ({"Retry-After": "1"} if status == 503 else {}) | dict(headers or {})
 
     @property
     def body(self) -> dict[str, Any]:

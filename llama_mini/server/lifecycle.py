@@ -13,18 +13,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_mini.engine.llm import LLM
-from llama_mini.server.errors import ApiError
-from llama_mini.server.limits import RETRY
+from llama_mini.server.errors import ApiError, as_api_error
 from llama_mini.server.metrics import Metrics
 from llama_mini.server.settings import Settings
 
 log = logging.getLogger("llama_mini.server")
 STOPPING = "the server is stopping: send the request again later"
-GONE = 499  # in the log: the client left before there was a reply; nginx's number
+GONE = 499  # in the log: the client left before there was a response; nginx's number
 
 
 class Lifecycle:
-    """Stands around the app, which puts the engine's requests into `scope["state"]["requests"]`."""
+    """A middleware around the app, which puts the engine's requests into `scope["state"]["requests"]`."""
 
     def __init__(self, llm: LLM, settings: Settings) -> None:
         self._settings, self.metrics = settings, Metrics(llm)
@@ -47,7 +46,7 @@ class Lifecycle:
         self._stopping = True
 
     async def drain(self) -> None:
-        """Once it takes no more: waits until all requests have ended, and ends those that have not in time."""
+        """Waits until all requests have ended, for at most `grace_seconds`, and ends those that have not."""
         if self._open:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._drained.wait(), self._settings.grace_seconds)
@@ -59,34 +58,33 @@ class Lifecycle:
             await app(scope, receive, send)
             return
         if self._stopping and scope["path"] not in ("/health", "/metrics"):
-            app = ApiError(503, STOPPING, headers=RETRY).response()
+            app = ApiError(503, STOPPING).response()
         scope.setdefault("state", {})
-        started, reply = time.perf_counter(), _Sent(scope, receive, send)
-        work = asyncio.ensure_future(app(scope, receive, reply.send))
+        started, response = time.perf_counter(), _Sent(scope, receive, send)
+        work = asyncio.ensure_future(app(scope, receive, response.send))
         self._open.add(work)
         try:
-            await self._keep_alive(work, reply)
+            await self._keep_alive(work, response)
             if work.cancelled():
-                await reply.end(ApiError(503, STOPPING, headers=RETRY))
+                await response.end(ApiError(503, STOPPING))
             else:
                 work.result()
         except Exception as error:
-            log.error("a request failed", exc_info=error)
-            await reply.end(ApiError(500, "the server failed: its log has the reason"))
+            await response.end(as_api_error(error))
         finally:
             work.cancel()
             self._open.remove(work)
             if self._stopping and not self._open:
                 self._drained.set()
-            self._record(scope, reply.status, time.perf_counter() - started)
+            self._record(scope, response.status, time.perf_counter() - started)
 
-    async def _keep_alive(self, work: "asyncio.Future[None]", reply: "_Sent") -> None:
+    async def _keep_alive(self, work: "asyncio.Future[None]", response: "_Sent") -> None:
         """Waits for the end of the work, and sends comments meanwhile."""
         seconds = self._settings.keepalive_seconds
         while not work.done():
-            await asyncio.wait((work,), timeout=max(reply.sent_at + seconds - time.monotonic(), 0.0))
-            if not work.done() and time.monotonic() >= reply.sent_at + seconds:
-                await reply.keep_alive()
+            await asyncio.wait((work,), timeout=max(response.sent_at + seconds - time.monotonic(), 0.0))
+            if not work.done() and time.monotonic() >= response.sent_at + seconds:
+                await response.keep_alive()
 
     def _record(self, scope: Scope, status: int | None, seconds: float) -> None:
         """One line: no prompt, no key, no query string."""
@@ -124,13 +122,13 @@ class _Sent:
             self._sending, self.sent_at = False, time.monotonic()
 
     async def keep_alive(self) -> None:
-        """A comment in a stream that nothing is sent to; a proxy would close it after a minute."""
+        """Sends a comment in a silent stream; a proxy would close it after a minute."""
         if self._streams and not self._sending and not self._ended:
             await self.send({"type": "http.response.body", "body": b": keepalive\n\n", "more_body": True})
         self.sent_at = time.monotonic()
 
     async def end(self, error: ApiError) -> None:
-        """Ends it with an error, in the way that is still possible."""
+        """Ends it with an error: as a response, or as an event if the stream has begun."""
         if self.status is None:
             await error.response()(self._scope, self._receive, self.send)
         elif self._streams and not self._ended:

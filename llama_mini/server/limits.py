@@ -12,7 +12,6 @@ from llama_mini.server.errors import ApiError
 from llama_mini.server.settings import Settings
 
 LINGER_SECONDS = 2.0  # that a client may go on sending a body after its reply, so that it gets to read it
-RETRY = {"Retry-After": "1"}
 
 
 class Limits:
@@ -138,6 +137,6 @@ class _Busy:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = ApiError(503, "too many connections are open: try again", headers=RETRY | {"Connection": "close"})
+        error = ApiError(503, "too many connections are open: try again", headers={"Connection": "close"})
         app = self._app if scope["path"] == "/health" else error.response()
         await app(scope, receive, send)

@@ -30,25 +30,18 @@ class GenerationResponse:
     Args:
         call: the requests, which run.
         choices: one for each request of the call.
-        kind: `chat.completion` or `text_completion`.
-        left: is called once, when the response ends, in whatever way.
+        model: the name that the response states.
+        ended: is called once, when the response ends, in whatever way.
     """
 
     def __init__(
-        self,
-        call: AsyncCall,
-        asked: ApiRequest,
-        choices: Sequence[Choice],
-        kind: str,
-        model: str,
-        left: Callable[[], None],
+        self, call: AsyncCall, asked: ApiRequest, choices: Sequence[Choice], model: str, ended: Callable[[], None]
     ) -> None:
-        self._call, self._asked, self._choices, self._left = call, asked, choices, left
+        self._call, self._asked, self._choices, self._ended = call, asked, choices, ended
         self._of = dict(zip(call.requests, choices, strict=True))
-        prefix, is_chunk = ("chatcmpl-", asked.stream) if kind.startswith("chat") else ("cmpl-", False)
         self._head = {
-            "id": prefix + uuid.uuid4().hex,
-            "object": kind + ".chunk" if is_chunk else kind,
+            "id": f"{choices[0].prefix}-{uuid.uuid4().hex}",
+            "object": choices[0].chunk_kind if asked.stream else choices[0].kind,
             "created": int(time.time()),
             "model": model,
         }
@@ -61,7 +54,7 @@ class GenerationResponse:
             with self._call:
                 await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._left()
+            self._ended()
             for task in (work, gone):
                 task.cancel()
             with suppress(asyncio.CancelledError):

@@ -36,8 +36,8 @@ class Stats:
     prefill_tok_s: float | None
     decode_tok_s: float | None
     peak_memory_bytes: int | None
-    proposed_tokens: int
-    accepted_tokens: int
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -113,12 +113,14 @@ class Server(uvicorn.Server):
 def _log_to_standard_error() -> Iterator[None]:
     log, handler = logging.getLogger("llama_mini.server"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
+    level = log.level
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
+        log.setLevel(level)
 
 
 class _Formatter(logging.Formatter):

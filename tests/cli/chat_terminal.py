@@ -37,7 +37,13 @@ from llama_mini.engine.sampling_params import SamplingParams
 
 ANSWERS = {"escape": "\x1b]0;owned\x07\x1b[31mred\x9b1m\rback 日本 👩\u200d👧\tx", "blank": "", "lines": "one\ntwo\n"}
 STATS = SimpleNamespace(
-    ttft_seconds=0.25, prompt_tokens=5, prefill_tok_s=8.0, new_tokens=7, decode_tok_s=30.0, cached_tokens=4
+    ttft_seconds=0.25,
+    prompt_tokens=5,
+    prefill_tok_s=8.0,
+    new_tokens=7,
+    decode_tok_s=30.0,
+    cached_tokens=4,
+    proposed_tokens=0,
 )
 
 def chunk(text, completion=None):

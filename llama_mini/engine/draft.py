@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -106,12 +107,9 @@ class DraftProposer:
             tokens = [[token] for each in inputs.values() for token in each]
             positions = [[rows[r].filled + i] for r, each in inputs.items() for i in range(len(each))]
             x = self._hidden(tokens, [rows[r].pages for r, each in inputs.items() for _ in each], positions)
-            last, at = list[int](), -1
-            for each in inputs.values():
-                at += len(each)
-                last.append(at)
+            ends = list(accumulate(map(len, inputs.values())))
             with torch.inference_mode():
-                logits = self._model.logits(x[last])[:, -1]
+                logits = self._model.logits(x[[end - 1 for end in ends]])[:, -1]
             logits = F.pad(logits, (0, self._vocab_size - logits.shape[1]), value=-torch.inf).nan_to_num()
             with one_thread():
                 for one, (request, each) in zip(logits, inputs.items(), strict=True):

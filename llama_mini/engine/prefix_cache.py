@@ -39,7 +39,10 @@ class PrefixCache:
         self._state: ModelState | None = None
 
     def find(self, prompt: list[int], salt: str | None) -> tuple[list[int], int, int]:
-        """Pages that begin like a prompt: the whole ones, the next one, of which a part is equal, and how much of it.
+        """Finds the pages of other prompts that hold the first tokens of a prompt; a short match counts as none.
+
+        Returns (whole, partial, equal): the pages whose tokens are all equal; the page after these, of which the first
+        `equal` tokens are equal, or -1; and `equal`.
 
         The last two tokens are never found. They must run through the model, which gives the next token's logits; and
         one token by itself would be rounded as decoding rounds.

@@ -53,8 +53,13 @@ class Runner:
         return self._pages.count * PAGE
 
     @property
+    def active(self) -> list[Request]:
+        """The requests in the batch: the one whose prompt is prefilled, and those that have tokens."""
+        return [*([self._prefilling] if self._prefilling else ()), *self._running]
+
+    @property
     def idle(self) -> bool:
-        return not (self.waiting or self._prefilling or self._running)
+        return not (self.waiting or self.active)
 
     def forget(self) -> None:
         """Frees the pages that no request uses."""
@@ -63,13 +68,12 @@ class Runner:
 
     def turn(self) -> bool:
         """Runs a part of the prompts, and a step; False if there is nothing to do."""
-        for request in [r for r in (self._prefilling, *self._running) if r is not None and r.cancelled]:
+        for request in [request for request in self.active if request.cancelled]:
             request.end()
             self._release(request)
-        if any(request.cancelled for request in self.waiting):
-            for request in [request for request in self.waiting if request.cancelled]:
-                self.waiting.remove(request)
-                request.end()
+        for request in [request for request in self.waiting if request.cancelled]:
+            self.waiting.remove(request)
+            request.end()
         if self.idle:
             return False
         try:
@@ -79,7 +83,7 @@ class Runner:
                 self._step()
                 self._step_seconds = time.monotonic() - started
         except BaseException as error:  # of a hook, or of PyTorch: those that run get it, and the thread goes on
-            for request in [r for r in (self._prefilling, *self._running) if r is not None]:
+            for request in self.active:
                 request.end(error)
                 self._release(request)
         return True

@@ -7,13 +7,12 @@ from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.errors import RequestError
 from llama_mini.server.fields import (
     CHAT_FIELDS,
-    ONLY_CHAT,
-    ONLY_TEXT,
+    FIXED_CHAT,
+    FIXED_TEXT,
     TEMPLATE,
     TEXT_FIELDS,
     check_fields,
     flag,
-    logprob_settings,
     new_tokens,
     response_settings,
     sampling_settings,
@@ -57,11 +56,12 @@ class ApiRequest:
 
 def chat_request(body: dict[str, Any], tokenizer: Tokenizer) -> ApiRequest:
     """A body of /v1/chat/completions. Raises RequestError, TokenizerError."""
-    check_fields(body, CHAT_FIELDS, ONLY_CHAT)
+    check_fields(body, CHAT_FIELDS, FIXED_CHAT)
     logprobs = flag(body, "logprobs")
     if "top_logprobs" in body and not logprobs:
         raise RequestError("top_logprobs needs logprobs: true")
-    settings = sampling_settings(body) | {"token_logprobs": logprobs}
+    settings, response = sampling_settings(body), response_settings(body, "top_logprobs")
+    settings["token_logprobs"] = logprobs
     settings["max_tokens"] = new_tokens(body, ("n_predict", "max_tokens", "max_completion_tokens"))
     tools, variables = tools_of(body, tokenizer), {name: body[name] for name in TEMPLATE if name in body}
     if tools is not None:
@@ -77,19 +77,19 @@ def chat_request(body: dict[str, Any], tokenizer: Tokenizer) -> ApiRequest:
     echo = flag(body, "echo") and isinstance(last.get("content"), str) and last.get("role") == "assistant"
     return ApiRequest(
         [_truncated(ids, body)],
-        SamplingParams(**settings | logprob_settings(body, "top_logprobs", False)),
+        _params(settings, response, False),
         logprobs=logprobs,
         echo=[last["content"]] if echo else None,
         tools=tools,
-        **response_settings(body, "top_logprobs"),
+        **response,
     )
 
 
 def text_request(body: dict[str, Any], tokenizer: Tokenizer) -> ApiRequest:
     """A body of /v1/completions. Raises RequestError."""
-    check_fields(body, TEXT_FIELDS, ONLY_TEXT)
+    check_fields(body, TEXT_FIELDS, FIXED_TEXT)
     echo, special, logprobs = flag(body, "echo"), flag(body, "add_special_tokens", True), "logprobs" in body
-    settings = sampling_settings(body) | {"token_logprobs": logprobs}
+    settings, response = sampling_settings(body), response_settings(body, "logprobs")
     n_new = new_tokens(body, ("n_predict", "max_tokens"), 0)
     n_new = 16 if n_new is None else n_new  # OpenAI's default
     if body.get("best_of", n := settings.get("n", 1)) != n:
@@ -101,12 +101,19 @@ def text_request(body: dict[str, Any], tokenizer: Tokenizer) -> ApiRequest:
     texts = [p if isinstance(p, str) and len(a) == len(b) else tokenizer.decode(a, False) for p, a, b in pairs]
     return ApiRequest(
         ids,
-        SamplingParams(max_tokens=n_new or 1, **settings | logprob_settings(body, "logprobs", echo and logprobs)),
+        _params(settings | {"max_tokens": n_new or 1, "token_logprobs": logprobs}, response, echo and logprobs),
         logprobs=logprobs,
         echo=texts if echo else None,
         no_answer=n_new == 0,
-        **response_settings(body, "logprobs"),
+        **response,
     )
+
+
+def _params(settings: dict[str, Any], response: dict[str, Any], echo: bool) -> SamplingParams:
+    """With `echo`, prompts have log-probabilities as answers have."""
+    n_prompt = response["n_prompt_top"]
+    top = max(response["n_top"], n_prompt or 0)
+    return SamplingParams(**settings, top_logprobs=top, prompt_logprobs=echo or n_prompt is not None)
 
 
 def _prompts(given: Any) -> list[str | list[int]]:

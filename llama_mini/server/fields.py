@@ -14,14 +14,14 @@ MAX_LOGPROBS = 20  # likeliest tokens for each token
 MAX_ANSWERS = 128  # OpenAI's limit of `n`
 MAX_STOPS = 32
 
-Only = dict[str, tuple[tuple[Any, ...], str]]
+Fixed = dict[str, tuple[tuple[Any, ...], str]]
 _SAMPLING = (  # fields of SamplingParams under their own names
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("n", "seed", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "cache_salt"),
 )
 _STRUCTURED = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}  # vLLM's name -> ours
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "request_id", "id_slot")  # change no answer
-_ONLY: Only = {  # field -> what it may say, and why nothing else
+_FIXED: Fixed = {  # field -> the values that it may have, and why no others
     "store": ((False,), "nothing is stored here"),
     "service_tier": (("auto", "default"), "there is one tier"),
     "cache_prompt": ((True,), "prompts are kept; give cache_salt to share none"),
@@ -34,7 +34,7 @@ _ONLY: Only = {  # field -> what it may say, and why nothing else
     "skip_special_tokens": ((True,), "special tokens are not part of the text"),
     "spaces_between_special_tokens": ((True,), "special tokens are not part of the text"),
 }
-ONLY_CHAT: Only = _ONLY | {
+FIXED_CHAT: Fixed = _FIXED | {
     "modalities": ((["text"],), "this model writes text alone"),
     "audio": ((), "this model writes text alone"),
     "prediction": ((), "answers are predicted without it"),
@@ -44,7 +44,7 @@ ONLY_CHAT: Only = _ONLY | {
     "verbosity": (("medium",), "ask for it in the messages"),
     "chat_template": ((), "the server uses the template of its model"),
 }
-ONLY_TEXT: Only = _ONLY | {"suffix": (("",), "an answer follows its prompt")}
+FIXED_TEXT: Fixed = _FIXED | {"suffix": (("",), "an answer follows its prompt")}
 TEMPLATE = ("documents", "chat_template_kwargs", "reasoning_effort", "add_generation_prompt", "continue_final_message")
 _BOTH = (
     *("model", "stream", "stream_options", "max_tokens", "logprobs", "logit_bias", "truncate_prompt_tokens", "echo"),
@@ -53,19 +53,19 @@ _BOTH = (
     *(*_SAMPLING, *_LABELS),
 )
 _CHAT = ("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls")
-CHAT_FIELDS = frozenset((*_BOTH, *_CHAT, *TEMPLATE, *ONLY_CHAT))
-TEXT_FIELDS = frozenset((*_BOTH, *ONLY_TEXT, "prompt", "best_of", "add_special_tokens"))
+CHAT_FIELDS = frozenset((*_BOTH, *_CHAT, *TEMPLATE, *FIXED_CHAT))
+TEXT_FIELDS = frozenset((*_BOTH, *FIXED_TEXT, "prompt", "best_of", "add_special_tokens"))
 
 
-def check_fields(body: dict[str, Any], known: frozenset[str], only: Only, where: str = "") -> None:
-    """Raises RequestError for an unknown field, and for a value that a field of `only` may not have."""
+def check_fields(body: dict[str, Any], known: frozenset[str], fixed: Fixed, where: str = "") -> None:
+    """Raises RequestError for an unknown field, and for a value that a field of `fixed` may not have."""
     for name, value in body.items():
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise RequestError(f"unknown field {short_repr(where + name)}{hint}")
-        if name in only:
-            allowed, why = only[name]
+        if name in fixed:
+            allowed, why = fixed[name]
             if not any(value == each and type(value) in (type(each), float) for each in allowed):
                 must = " or ".join(map(repr, allowed))
                 must = f"must be {must}, not" if must else "cannot be"
@@ -76,17 +76,6 @@ def flag(body: dict[str, Any], name: str, default: bool = False) -> bool:
     value = body.get(name, default)
     check_flag(name, value, RequestError)
     return bool(value)
-
-
-def n_logprobs(body: dict[str, Any], name: str) -> int:
-    check_whole(name, value := body.get(name, 0), RequestError, 0, MAX_LOGPROBS)
-    return int(value)
-
-
-def logprob_settings(body: dict[str, Any], name: str, echo: bool) -> dict[str, Any]:
-    """The fields of SamplingParams for log-probabilities. With `echo`, prompts have them as answers have."""
-    most = max(n_logprobs(body, name), n_logprobs(body, "prompt_logprobs"))
-    return {"top_logprobs": most, "prompt_logprobs": echo or "prompt_logprobs" in body}
 
 
 def sampling_settings(body: dict[str, Any]) -> dict[str, Any]:
@@ -143,15 +132,18 @@ def response_settings(body: dict[str, Any], logprobs: str) -> dict[str, Any]:
         raise RequestError("stream_options needs stream: true")
     if stream and "prompt_logprobs" in body:
         raise RequestError("prompt_logprobs are not part of a stream: give stream: false")
-    names = ("include_usage", "continuous_usage_stats", "include_obfuscation")
-    check_fields(options, frozenset(names), {names[2]: ((False,), "no text is added to the events")}, "stream_options.")
-    usage, so_far = flag(options, names[0]), flag(options, names[1])
+    known = frozenset(("include_usage", "continuous_usage_stats", "include_obfuscation"))
+    fixed: Fixed = {"include_obfuscation": ((False,), "no text is added to the events")}
+    check_fields(options, known, fixed, "stream_options.")
+    usage, so_far = flag(options, "include_usage"), flag(options, "continuous_usage_stats")
+    for name in (logprobs, "prompt_logprobs"):
+        check_whole(name, body.get(name, 0), RequestError, 0, MAX_LOGPROBS)
     return {
         "stream": stream,
         "usage": usage,
         "usage_so_far": usage and so_far,
-        "n_top": n_logprobs(body, logprobs),
-        "n_prompt_top": n_logprobs(body, "prompt_logprobs") if "prompt_logprobs" in body else None,
+        "n_top": body.get(logprobs, 0),
+        "n_prompt_top": body.get("prompt_logprobs"),
         "ids_as_tokens": flag(body, "return_tokens_as_token_ids"),
         "return_ids": flag(body, "return_token_ids"),
     }

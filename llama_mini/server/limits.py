@@ -42,6 +42,7 @@ class Limits:
         await self._app(scope, replay, send)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """Raises ApiError for a request that is too large or too slow, ClientDisconnect if the client goes away."""
         limits, headers = self._settings, scope["headers"]
         if (size := sum(len(name) + len(value) + 4 for name, value in headers)) > limits.max_header_bytes:
             raise ApiError(431, f"the headers have {size} bytes, at most {limits.max_header_bytes} are taken")
@@ -65,7 +66,7 @@ class Limits:
 
 
 class Connection(H11Protocol):
-    """A connection of uvicorn with deadlines, of which uvicorn has none that a single byte does not put off."""
+    """A connection of uvicorn with deadlines: those of uvicorn itself begin again with each byte."""
 
     def __init__(self, settings: Settings, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -123,6 +124,7 @@ class Connection(H11Protocol):
             self._sending.cancel()
 
     def _watch_reader(self, before: int) -> None:
+        """Closes the connection of a client that took less than `least_bytes` since `before` bytes waited for it."""
         left = self.transport.get_write_buffer_size()
         if before - left < self._settings.least_bytes:
             self.transport.abort()

@@ -45,7 +45,7 @@ class TokenLogprobs:
         self._end += len(text)
 
     def sent(self, end: int) -> list[Entry]:
-        """The entries of what is sent, when that are the first `end` characters."""
+        """The next entries, when the first `end` characters of the text are sent."""
         n, end = 0, self._start + end
         for entry in self._held:
             if entry.start == end or entry.start + len(entry.text) > end:
@@ -55,7 +55,7 @@ class TokenLogprobs:
         return taken
 
     def rest(self, text: str) -> list[Entry]:
-        """The last entries, when the text is complete and known. They have what it has of them."""
+        """The last entries, when the text is complete. Of a stop string, which is not in it, they have no text."""
         end = self._start + len(text)
         for entry in self._held:
             if entry.start + len(entry.text) > end:  # it ends in a stop string
@@ -76,11 +76,11 @@ class TokenNames:
         return f"token_id:{id}" if self._by_id else text
 
     def bytes(self, id: int) -> bytes:
-        """Those of a token by itself; of a special one, its name."""
+        """The bytes of a token by itself; of a special one, those of its name."""
         return self._tokenizer.token_bytes(id, skip_special_tokens=False)
 
     def unique(self, id: int) -> str:
-        """A name that parts of characters have, too, in OpenAI's way."""
+        """A name also for a part of a character, in OpenAI's form: `bytes:\\xe2\\x82`."""
         data = self.bytes(id)
         try:
             return self.of(id, data.decode())
@@ -89,7 +89,7 @@ class TokenNames:
 
 
 def chat_logprobs(names: TokenNames, entries: Sequence[Entry]) -> dict[str, Any]:
-    """`logprobs` of a choice of a chat. `bytes` are there where a token is a part of a character, too."""
+    """`logprobs` of a choice of a chat."""
 
     def token(id: int, text: str, data: bytes, logprob: float | None) -> dict[str, Any]:
         return {"token": names.of(id, text), "logprob": _number(logprob), "bytes": list(data)}

@@ -59,7 +59,7 @@ def serve(app: Starlette, settings: Settings, listener: socket.socket) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with deadlines for connections and another end."""
+    """uvicorn, with deadlines for connections, and time for running requests when it is stopped."""
 
     def __init__(self, app: Starlette, settings: Settings) -> None:
         self._lifecycle, self._name = app.state.lifecycle, settings.model_names[0]

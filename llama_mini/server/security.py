@@ -21,8 +21,8 @@ OPEN_PATHS = ("/", "/health", "/openapi.yaml")  # without a key: a browser opens
 class Security:
     """Refuses a request before its body is read.
 
-    A page on another site can make a browser send requests to this machine: the Origin header tells which page it is.
-    Its own name may also lead to this machine, and it is then the origin of what it asks: the Host header tells that.
+    A page of another site can make a browser send requests to this machine: the Origin header names the site. Or the
+    name of the site itself leads to this machine (DNS rebinding), which is then its origin: the Host header has it.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -36,31 +36,31 @@ class Security:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, app, shared = Headers(scope=scope), self._app, dict[str, str]()
+        headers, app, cors = Headers(scope=scope), self._app, dict[str, str]()
         try:
             self._check_host(headers)
-            shared = self._headers_for_origin(headers)
-            if shared and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            cors = self._cors_headers(headers)
+            if cors and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 app = Response(status_code=200, headers=_preflight(headers))
             elif self._keys and scope["path"] not in OPEN_PATHS:
                 scope.setdefault("state", {})["cache_salt"] = self._check_key(headers)
         except ApiError as error:
             app = error.response()
 
-        async def send_shared(message: MutableMapping[str, Any]) -> None:
+        async def send_with_cors(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(shared)
+                MutableHeaders(scope=message).update(cors)
             await send(message)
 
-        await app(scope, receive, send_shared if shared else send)
+        await app(scope, receive, send_with_cors if cors else send)
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "")
         if not (self._any_host or (name := _name(host)) in self._hosts or _is_loopback(name)):
             raise ApiError(403, f"no Host is called {short_repr(host)} here: give the server --allowed-host for it")
 
-    def _headers_for_origin(self, headers: Headers) -> dict[str, str]:
-        """Headers with which a browser shows the reply to a page of another origin; none for others."""
+    def _cors_headers(self, headers: Headers) -> dict[str, str]:
+        """CORS headers, with which a browser lets a page of another origin read the response. Raises ApiError."""
         origin = headers.get("origin")
         if origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower():
             return {}
@@ -69,7 +69,7 @@ class Security:
         return {"access-control-allow-origin": origin, "vary": "origin"}
 
     def _check_key(self, headers: Headers) -> str:
-        """What keeps the users of different keys apart in the prefix cache."""
+        """A salt, which keeps the users of different keys apart in the prefix cache. Raises ApiError."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         digest = sha256(given.encode()).digest()

@@ -31,8 +31,8 @@ class ToolCalls:
         self._in_calls = tools.style in ("list", "json", "arguments")  # these begin without a mark
         self._before = ""  # the mark of calls, and what else stands before the first one
         self._held = ""  # what is not read yet
-        self._arguments: _Value | None = None  # of the call that is being read, once its name is known
-        self._object: _Value | None = None  # the call itself
+        self._arguments: _JsonObject | None = None  # of the call that is being read, once its name is known
+        self._object: _JsonObject | None = None  # the call itself
         self.n_calls = 0
 
     def push(self, text: str, token_id: int | None = None) -> list[Part]:
@@ -91,7 +91,7 @@ class ToolCalls:
         named = _NAME.match(held) if self._tools.style == "mistral" else None
         if held.startswith("{") or named:
             self._before += self._held[: len(self._held) - len(held)]
-            self._held, self._object = held[named.end() :] if named else held, _Value()
+            self._held, self._object = held[named.end() :] if named else held, _JsonObject()
             name = named[1] if named else self._tools.only
             return [*(self._begin_call(name) if name else ()), *self._read()]
         waits = not held or (self._tools.style == "mistral" and _MAYBE_NAME.fullmatch(held))
@@ -136,7 +136,7 @@ class ToolCalls:
         return name if isinstance(name, str) and (self._tools.style != "json" or name in self._tools.names) else None
 
     def _begin_call(self, name: str) -> list[Part]:
-        self._arguments, self._before = _Value(), ""
+        self._arguments, self._before = _JsonObject(), ""
         self.n_calls += 1
         return self._sent("name", name)
 
@@ -148,8 +148,8 @@ class ToolCalls:
         return [(kind, text)] if text and (self.n_calls == 1 or self._tools.parallel) else []
 
 
-class _Value:
-    """A JSON object as it comes."""
+class _JsonObject:
+    """A JSON object that arrives in parts: its `text` so far, and whether it is `complete`."""
 
     def __init__(self) -> None:
         self.text = ""

@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from llama_mini import LLM
 from llama_mini.server.app import create_app
-from llama_mini.server.fields import CHAT_FIELDS, ONLY_CHAT, ONLY_TEXT, TEXT_FIELDS, Only
+from llama_mini.server.fields import CHAT_FIELDS, FIXED_CHAT, FIXED_TEXT, TEXT_FIELDS, Fixed
 from llama_mini.server.page import FOLDER
 from llama_mini.server.settings import Settings
 from llama_mini.server.tokenization import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
@@ -49,7 +49,7 @@ def resolved(schema: dict[str, Any]) -> dict[str, Any]:
     return API["components"]["schemas"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
 
 
-def never(only: Only) -> set[str]:
+def never(only: Fixed) -> set[str]:
     """The fields that are known and refused, whatever they say."""
     return {name for name, (allowed, _) in only.items() if not allowed}
 
@@ -87,8 +87,8 @@ def test_it_is_served(client: Client) -> None:
 
 
 def test_it_names_every_field_that_is_taken() -> None:
-    assert fields("/v1/chat/completions").keys() == CHAT_FIELDS - never(ONLY_CHAT)
-    assert fields("/v1/completions").keys() == TEXT_FIELDS - never(ONLY_TEXT)
+    assert fields("/v1/chat/completions").keys() == CHAT_FIELDS - never(FIXED_CHAT)
+    assert fields("/v1/completions").keys() == TEXT_FIELDS - never(FIXED_TEXT)
     assert fields("/tokenize").keys() == TOKENIZE_FIELDS
     assert fields("/detokenize").keys() == DETOKENIZE_FIELDS
 

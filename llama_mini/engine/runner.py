@@ -1,4 +1,4 @@
-"""Runs requests together: prompts in parts, and steps of all running requests; and gives them pages of the cache."""
+"""Continuous batching: prefill of prompts in parts, steps of all running requests, and their pages of the cache."""
 
 import time
 from collections import deque
@@ -19,7 +19,7 @@ from llama_mini.model.llama import Llama
 
 MAX_ROWS = 32  # requests that run at a time; beyond 16, more of them gain little speed
 PREFILL_SECONDS = 0.05  # that running requests wait for the prompts of others, between two of their tokens
-FEW_ROWS = 8  # so many wait no longer than a step: a prompt that is let in sooner would slow down the first answers
+FEW_ROWS = 8  # where so few run, prompts get at most the time of a step: more would slow down these answers
 LEAST_PREFILL = 32  # tokens; fewer are no faster
 REPLAYED = 16  # tokens that a request which was preempted runs in one step
 
@@ -55,7 +55,7 @@ class Runner:
     @property
     def active(self) -> list[Request]:
         """The requests in the batch: the one whose prompt is prefilled, and those that have tokens."""
-        return [*([self._prefilling] if self._prefilling else ()), *self._running]
+        return [request for request in (self._prefilling, *self._running) if request is not None]
 
     @property
     def idle(self) -> bool:

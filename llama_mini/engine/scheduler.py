@@ -62,7 +62,7 @@ class Scheduler:
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._runner: Runner | None = None
-        self._forgotten_tokens = 0  # that runners generated which are no more
+        self._forgotten_tokens = 0  # that earlier runners generated
         self._exclusive: int | None = None  # the thread that has the model for itself
 
     def submit(self, requests: Sequence[Request], deliver: Callable[[Request, Chunk], None]) -> None:
@@ -131,10 +131,9 @@ class Scheduler:
         if runner is None:
             return Activity(generated_tokens=generated)
         generated += runner.generated_tokens
-        running = [request for request in (runner._prefilling, *runner._running) if request is not None]
+        running = runner.active
         pages = {page for request in running for page in request.pages}
-        usage = len(pages) / max(runner._pages.count, 1)
-        return Activity(len(running), len(runner.waiting), generated, usage)
+        return Activity(len(running), len(runner.waiting), generated, len(pages) / max(runner._pages.count, 1))
 
     def _begin(self) -> None:
         """Starts the thread if there is none."""
@@ -173,7 +172,7 @@ class Scheduler:
 
 
 class Call:
-    """The requests of one caller, and the chunks that are there: the last one of each request, or with `each` all.
+    """The requests of one caller, and their chunks: the last one of each request, or with `each` all.
 
     Leaving its `with` cancels the requests.
     """

@@ -27,7 +27,7 @@ from llama_mini.validate import as_plain, check_choice, short_repr
 STRUCTURES = ("json_schema", "regex", "grammar", "choice")  # settings, of which a request may have one
 FORMATS = ("text", "json_object", "json_schema")  # OpenAI's
 MAX_CHARS = 65_536  # of a schema or grammar: one step of a larger one may take 0.1 s
-MAX_UNCHECKED = 2000  # characters: too few for rules that refer to each other too deeply
+MAX_UNCHECKED = 2000  # characters of a grammar that is compiled at once: too few for rules that nest too deeply
 SLOW = "multipleOf"  # in a schema: compiling takes as many steps as its value says
 MAX_KEPT = 16  # compiled grammars
 MAX_USES = 50  # of one of these: then it is compiled anew
@@ -123,7 +123,7 @@ class Structures:
         self._lock = threading.Lock()
 
     def constraint(self, setting: tuple[str, Any] | None) -> "Constraint | None":
-        """What a setting, its name and its value, allows an answer to be, to be copied for each answer.
+        """The compiled form of a setting, (name, value); each answer takes a copy. None without a setting.
 
         Raises RequestError if it cannot be compiled, takes too long, or if no text matches it.
         """
@@ -144,7 +144,7 @@ class Structures:
         return compiled
 
     def read_vocabulary(self) -> None:
-        """Does at once what else the first call waits for: no other thread runs for 0.1 s, with 49,152 tokens."""
+        """Does now what the first request would wait for: with 49,152 tokens, no other thread runs for 0.1 s."""
         _ = self._vocabulary
 
     def _compiled(self, name: str, value: Any) -> "Constraint":
@@ -178,7 +178,7 @@ class Structures:
 
 
 class Constraint:
-    """What may follow in one answer. It keeps up with the tokens that are accepted.
+    """The state of one answer in its grammar: which tokens may follow those that were accepted.
 
     name: the setting that asks for it.
     ends: the tokens that end the answer of its request.

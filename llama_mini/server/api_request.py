@@ -29,11 +29,11 @@ class ApiRequest:
     Attributes:
         prompts: token ids of each prompt.
         echo: what stands before the answers to each prompt: the prompts, or the message that is continued.
-        no_answer: the one token that runs is not sent: the client asked for none.
+        no_answer: whether no new token is asked for. One is generated, and not sent.
         usage: whether a stream ends with the numbers of tokens.
         usage_so_far: whether all its chunks have them.
         n_top: likeliest tokens beside each token of an answer.
-        n_prompt_top: the same for the tokens of the prompts, if these have log-probabilities of their own.
+        n_prompt_top: the same in `prompt_logprobs`; None without these.
         ids_as_tokens: whether log-probabilities name tokens by their ids.
         return_ids: whether the ids of all tokens are sent, too.
         tools: the functions that the model may call.

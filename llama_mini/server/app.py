@@ -59,11 +59,7 @@ def create_app(llm: LLM, settings: Settings) -> Starlette:
         Route("/health", lifecycle.health, methods=get),
         Route("/metrics", lifecycle.show_metrics, methods=get),
     ]
-    around = [
-        Middleware(lifecycle.around),
-        Middleware(Security, settings=settings),
-        Middleware(Limits, settings=settings),
-    ]
+    around = [Middleware(lifecycle.around), *(Middleware(each, settings=settings) for each in (Security, Limits))]
     handlers = {ApiError: _failed, HTTPException: _refused, Exception: _failed}
     app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)
     app.router.redirect_slashes = False  # behind a proxy with TLS it would send clients to http
@@ -123,10 +119,7 @@ class Api:
         }
 
     async def _generate(
-        self,
-        http: HTTPRequest,
-        parse: Callable[[dict[str, Any], Tokenizer], ApiRequest],
-        choice: type[Choice],
+        self, http: HTTPRequest, parse: Callable[[dict[str, Any], Tokenizer], ApiRequest], choice: type[Choice]
     ) -> GenerationResponse:
         data, loop = await read_body(http), asyncio.get_running_loop()
         user = http.scope["state"].get("cache_salt", "")  # of its API key
@@ -155,19 +148,18 @@ class Api:
         return GenerationResponse(call, asked, choices, model, lambda: self._leave(len(choices)))
 
     def _abandon(self, job: "Future[tuple[ApiRequest, AsyncCall]]") -> None:
-        """Ends what was started for a reply that nobody makes any more."""
+        """Ends the requests that were started for a client that has left meanwhile."""
         if not job.cancelled() and job.exception() is None:
             with job.result()[1] as call:
                 self._leave(len(call.requests))
 
     def _enter(self, n: int) -> None:
-        """Counts answers that run and wait. Raises ApiError if they are too many."""
+        """Counts answers that begin to wait. Raises ApiError if there would be too many."""
         if n > (most := self._settings.max_queue):  # it would not help to ask again
             raise ApiError(400, f"{n} answers are more than the {most} that may run and wait: ask for fewer at a time")
         with self._lock:
             if self._n_open + n > most:
-                message = f"{n} more answers than the {self._n_open} that run and wait are more than {most}"
-                raise ApiError(503, message)
+                raise ApiError(503, f"{n} more answers than the {self._n_open} that run and wait are more than {most}")
             self._n_open += n
 
     def _leave(self, n: int) -> None:
@@ -183,7 +175,7 @@ class Api:
 
 
 async def _result(job: "Future[Result]", body: Mapping[str, Any]) -> Result:
-    """Of what would hold up the event loop: a template, a long prompt. Raises ApiError, which names a field."""
+    """The result of work in a thread: a template or a long prompt would hold up the event loop. Raises ApiError."""
     try:
         return await asyncio.wrap_future(job)
     except Exception as error:

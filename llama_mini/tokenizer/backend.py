@@ -12,6 +12,7 @@ import tokenizers
 from llama_mini.errors import RequestError
 from llama_mini.tokenizer.config_files import AddedToken
 
+LONG = 10_000  # characters, which take 5 ms
 Piece = str | int  # plain text, or the id of a control token
 
 
@@ -66,7 +67,7 @@ class AddedTokens:
         if not tokens:
             return
         with native_failures_as(RequestError, "encoding a text"):
-            found = self._finders[special].encode(text, add_special_tokens=False)
+            found = encoding_of(self._finders[special], text)
             matches = list(zip(found.ids, found.offsets, strict=True))
         for index, (start, end) in matches:
             content, match = tokens[index].content, text[start:end]
@@ -81,6 +82,13 @@ def _finder(tokens: list[AddedToken], normalizer: Any) -> tokenizers.Tokenizer:
         finder.normalizer = normalizer
     finder.add_tokens(list(map(of_library, tokens)))
     return finder
+
+
+def encoding_of(encoder: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """The encoding of a text. While a long one is encoded, other threads run: a batch does not hold Python's lock."""
+    if len(text) < LONG:  # a batch starts threads, of which a forked process would be warned
+        return encoder.encode(text, add_special_tokens=False)
+    return encoder.encode_batch([text], add_special_tokens=False)[0]
 
 
 def of_library(token: AddedToken) -> tokenizers.AddedToken:

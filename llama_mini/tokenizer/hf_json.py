@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 
 from llama_mini.errors import RequestError, TokenizerError
-from llama_mini.tokenizer.backend import AddedTokens, Piece, is_control, native_failures_as, of_library
+from llama_mini.tokenizer.backend import AddedTokens, Piece, encoding_of, is_control, native_failures_as, of_library
 from llama_mini.tokenizer.config_files import AddedToken, ConfigFiles
 from llama_mini.tokenizer.json_decoder import BYTE_TOKEN, respelled, token_reader
 from llama_mini.tokenizer.tokenizer_json import bpe_model
@@ -65,7 +65,7 @@ class HuggingFaceJson:
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
         text = "".join(self._mask_of[piece] if isinstance(piece, int) else piece for piece in pieces)
         with native_failures_as(RequestError, "encoding a text"):
-            return self._encoder.encode(text, add_special_tokens=False).ids
+            return encoding_of(self._encoder, text).ids
 
     def token_id(self, content: str) -> int | None:
         return self._encoder.token_to_id(self._mask_of.get(self.control_ids.get(content, -1), content))

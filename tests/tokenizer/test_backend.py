@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,3 +77,18 @@ def test_many_words_are_found_in_linear_time(
     assert tokenizer.encode("<7> <8>  " * 5_000) == [607, 608] * 5_000
     assert tokenizer.encode(" " * 50_000, parse_special=True)
     assert time.process_time() - started < 20  # measured: 0.1 s
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level_spec: Callable, tmp_path: Path) -> None:
+    """A server answers others meanwhile."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level_spec()))
+    tokenizer, text, ends = Tokenizer.from_pretrained(tmp_path), "a" * 500_000, list[float]()
+    expected = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+    thread = threading.Thread(target=lambda: ends.append(tokenizer.encode(text) == expected))
+    thread.start()
+    longest, last = 0.0, (started := time.monotonic())
+    while thread.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, (now := time.monotonic()) - last), now
+    assert ends == [True]
+    assert longest < (last - started) / 2

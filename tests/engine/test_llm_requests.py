@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import shutil
+import threading
 from dataclasses import replace
 from itertools import count
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, SequenceBiasLogitsProcessor
 
-from llama_mini import LLM, SamplingParams
+from llama_mini import LLM, Chunk, SamplingParams
 from llama_mini.engine import request as request_module
+from llama_mini.engine.runner import Runner
 from llama_mini.errors import RequestError
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -160,26 +162,30 @@ def test_completions_come_as_they_end_and_errors_alone(llm: LLM) -> None:
     assert found[2].token_ids == llm.generate("b", SamplingParams(max_tokens=3))[0].token_ids
 
 
-def test_the_async_stream_is_the_stream_and_leaves_the_loop_free(llm: LLM) -> None:
-    async def both() -> tuple[list, int]:
-        turns = 0
+def test_the_async_stream_is_the_stream_and_leaves_the_loop_free(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    turned, step = threading.Event(), Runner._step
 
+    def step_after_the_loop_turned(runner: Runner) -> None:
+        turned.clear()
+        assert turned.wait(20)
+        step(runner)
+
+    async def both() -> list[Chunk]:
         async def other() -> None:
-            nonlocal turns
             while True:
-                turns += 1
+                turned.set()
                 await asyncio.sleep(0)
 
         task = asyncio.create_task(other())
         chunks = [chunk async for chunk in llm.astream("hello", GREEDY)]
         task.cancel()
-        return chunks, turns
+        return chunks
 
-    chunks, turns = asyncio.run(both())
     plain = list(llm.stream("hello", GREEDY))
+    monkeypatch.setattr(Runner, "_step", step_after_the_loop_turned)
+    chunks = asyncio.run(both())
     assert [chunk.token_id for chunk in chunks] == [chunk.token_id for chunk in plain]
     assert "".join(chunk.text for chunk in chunks) == plain[-1].completion.text
-    assert turns > len(chunks)
 
 
 def test_an_async_stream_left_early_lets_the_model_go(llm: LLM) -> None:

@@ -36,7 +36,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     p.add_argument("--version", action="version", version=f"llama_mini {__version__}")
     speculation_options(model_options(p))
-    name = "name of the model for clients; may be repeated, replies have the first; default: that of its path"
+    name = "name of the model for clients; may be repeated, responses have the first; default: that of its path"
     p.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help=name)
     add = p.add_argument_group("address").add_argument
     host = "address to listen at; default 127.0.0.1: only this machine; any that others reach needs a key"

@@ -73,6 +73,7 @@ def check_fields(body: dict[str, Any], known: frozenset[str], fixed: Fixed, wher
 
 
 def flag(body: dict[str, Any], name: str, default: bool = False) -> bool:
+    """A field that is true or false. Raises RequestError for another value."""
     value = body.get(name, default)
     check_flag(name, value, RequestError)
     return bool(value)

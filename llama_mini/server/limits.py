@@ -1,4 +1,4 @@
-"""Limits of one client: bytes and time of a request, and time to take the reply."""
+"""Limits of one client: bytes and time of a request, and time to take the response."""
 
 import asyncio
 from typing import Any
@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from llama_mini.server.errors import ApiError
 from llama_mini.server.settings import Settings
 
-LINGER_SECONDS = 2.0  # that a client may go on sending a body after its reply, so that it gets to read it
+LINGER_SECONDS = 2.0  # that a client may go on sending a body after its response, so that it gets to read it
 
 
 class Limits:
@@ -100,11 +100,11 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """To what is not HTTP, a head without end, or a wrong length."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            reply = ApiError(400, "the request is not valid HTTP/1.1, or its head is too long").response()
-            head = h11.Response(status_code=400, headers=[*reply.raw_headers, (b"connection", b"close")])
-            for event in (head, h11.Data(bytes(reply.body)), h11.EndOfMessage()):
+            response = ApiError(400, "the request is not valid HTTP/1.1, or its head is too long").response()
+            head = h11.Response(status_code=400, headers=[*response.raw_headers, (b"connection", b"close")])
+            for event in (head, h11.Data(bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()  # where a reply has begun, there is no place for another one
+        self.transport.close()  # where a response has begun, there is no place for another one
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -55,12 +55,11 @@ class GenerationResponse:
                 await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._ended()
-            for task in (work, gone):
-                task.cancel()
-            with suppress(asyncio.CancelledError):
-                await gone
-            with suppress(asyncio.CancelledError):
-                await work  # raises what sending has raised
+            work.cancel()
+            gone.cancel()
+            for task in (gone, work):
+                with suppress(asyncio.CancelledError):
+                    await task  # raises what sending has raised
 
     async def _complete(self, send: Send) -> None:
         chunks: dict[Request, list[Chunk]] = {request: [] for request in self._call.requests}

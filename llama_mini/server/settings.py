@@ -12,7 +12,7 @@ class Settings:
     """Whom the server answers, and how much it takes from one client. The command has options for the first ones.
 
     Args:
-        model_names: the names that a request may give as `model`; the first one stands in the replies.
+        model_names: the names that a request may give as `model`; the first one stands in the responses.
         api_keys: one of them must come with each request; none: everybody may ask.
         allowed_hosts: names besides localhost that the Host header may have. With keys and no names, any.
         allowed_origins: web pages, such as https://example.com, that may ask, besides the server's own; `*` is any.

@@ -18,9 +18,8 @@ def tokenize(body: dict[str, Any], llm: LLM) -> dict[str, Any]:
     check_fields(body, TOKENIZE_FIELDS, {})
     given = [name for name in ("prompt", "content", "messages") if name in body]
     if len(given) != 1:
-        raise RequestError(
-            "the body must have either prompt, a text, or messages" + (f", not {given}" if given else "")
-        )
+        found = f", not {given}" if given else ""
+        raise RequestError(f"the body must have either prompt, a text, or messages{found}")
     special = flag(body, "add_special_tokens", given != ["messages"])
     if given == ["messages"]:
         variables = {name: body[name] for name in (*TEMPLATE, "tools") if name in body}

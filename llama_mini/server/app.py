@@ -89,14 +89,8 @@ class Api:
         return await self._compute(http, detokenize)
 
     async def _compute(self, http: HTTPRequest, compute: Callable[[dict[str, Any], LLM], dict[str, Any]]) -> Response:
-        data, body = await read_body(http), dict[str, Any]()
-
-        def work() -> dict[str, Any]:
-            body.update(parse_body(data))
-            self._check_model(body)
-            return compute(body, self._llm)
-
-        return JSONResponse(await _result(self._threads.submit(work), body))
+        job = self._threads.submit(self._work, await read_body(http), lambda body: compute(body, self._llm))
+        return JSONResponse(await asyncio.wrap_future(job))
 
     async def models(self, http: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._model(name) for name in self._settings.model_names]})
@@ -123,31 +117,44 @@ class Api:
     ) -> GenerationResponse:
         data, loop = await read_body(http), asyncio.get_running_loop()
         user = http.scope["state"].get("cache_salt", "")  # of its API key
-        body: dict[str, Any] = {}
 
-        def start() -> tuple[ApiRequest, AsyncCall]:
-            body.update(parse_body(data))
-            self._check_model(body)
+        def start(body: dict[str, Any]) -> tuple[ApiRequest, AsyncCall, str]:
+            model = body.get("model", self._settings.model_names[0])
             asked = parse(body, self._llm.tokenizer)
             params = replace(asked.params, cache_salt=f"{user} {asked.params.cache_salt or ''}")
             self._enter(n := len(asked.prompts) * asked.params.n)
             try:
-                return asked, self._llm.submit(asked.prompts, params, loop)
+                return asked, self._llm.submit(asked.prompts, params, loop), model
             except BaseException:
                 self._leave(n)
                 raise
 
-        job = self._threads.submit(start)
+        job = self._threads.submit(self._work, data, start)
         try:
-            asked, call = await _result(job, body)
+            asked, call, model = await asyncio.wrap_future(job)
         except asyncio.CancelledError:
             job.add_done_callback(self._abandon)
             raise
-        model = body.get("model", self._settings.model_names[0])
         choices = [choice(i, asked, request, self._llm.tokenizer) for i, request in enumerate(call.requests)]
         return GenerationResponse(call, asked, choices, model, lambda: self._leave(len(choices)))
 
-    def _abandon(self, job: "Future[tuple[ApiRequest, AsyncCall]]") -> None:
+    def _work(self, data: bytes, work: Callable[[dict[str, Any]], Result]) -> Result:
+        """Works on a body, in a thread: a template or a long prompt would hold up the event loop.
+
+        Raises ApiError, which names the field that is wrong.
+        """
+        body: dict[str, Any] = {}
+        try:
+            body = parse_body(data)
+            self._check_model(body)
+            return work(body)
+        except Exception as error:
+            failure = as_api_error(error)
+            if failure.param is None and (named := re.match(r"[a-z_]+", str(failure))) and named[0] in body:
+                failure.param = named[0]  # most messages begin with it
+            raise failure from error
+
+    def _abandon(self, job: "Future[tuple[ApiRequest, AsyncCall, str]]") -> None:
         """Ends the requests that were started for a client that has left meanwhile."""
         if not job.cancelled() and job.exception() is None:
             with job.result()[1] as call:
@@ -172,17 +179,6 @@ class Api:
         if (name := body.get("model", names[0])) not in names:
             known = f"the models here are {join_names(names)}"
             raise ApiError(404, f"model {short_repr(name)} does not exist: {known}", "model", "model_not_found")
-
-
-async def _result(job: "Future[Result]", body: Mapping[str, Any]) -> Result:
-    """The result of work in a thread: a template or a long prompt would hold up the event loop. Raises ApiError."""
-    try:
-        return await asyncio.wrap_future(job)
-    except Exception as error:
-        failure = as_api_error(error)
-        if failure.param is None and (named := re.match(r"[a-z_]+", str(failure))) and named[0] in body:
-            failure.param = named[0]  # most messages begin with it
-        raise failure from error
 
 
 async def _failed(http: HTTPRequest, error: Exception) -> Response:

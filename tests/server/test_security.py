@@ -164,6 +164,7 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
             "an allowed origin must be like https://example.com, or *, not 'app.ex",
         ),
         ({"allowed_origins": ("https://app.example/",)}, "an allowed origin must be like"),
+        ({"model_names": ("a", "")}, "the name of a served model is empty"),
         ({"max_queue": -1}, "max_queue must be a whole number of at least 0, not -1"),
         ({"grace_seconds": float("inf")}, "grace_seconds must be a finite number"),
     ],

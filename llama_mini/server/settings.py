@@ -42,7 +42,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
-            raise RequestError("the name of a served model is empty: give one that clients can ask for")
+            raise RequestError("the name of a served model is empty: give one that requests can name")
         for key in self.api_keys:
             if not re.fullmatch(r"[!-~]+", key):  # the key itself never stands in a message
                 raise RequestError("an API key must be printable ASCII without spaces: choose another one")

@@ -16,7 +16,7 @@ from llama_mini.engine.pages import PAGE
 from llama_mini.engine.runner import Runner
 from llama_mini.errors import CapacityError, RequestError
 
-FORMATS = (None, "int8", "int4")
+FORMATS = ["int4", *(pytest.param(each, marks=pytest.mark.slow) for each in (None, "int8"))]
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
 
 
@@ -107,7 +107,7 @@ def small_cache(monkeypatch: pytest.MonkeyPatch, pages: int) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("prefix_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_request_that_is_preempted_goes_on_with_the_same_tokens(
     tiny_dir, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

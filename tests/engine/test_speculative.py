@@ -124,7 +124,7 @@ def test_requests_with_guesses_are_preempted_and_stream(tiny_dir, plain: LLM, mo
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("with_draft", [False, True])
+@pytest.mark.parametrize("with_draft", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sampled_tokens_have_the_distribution_of_the_model(
     tiny_dir, other_dir: Path, with_draft: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

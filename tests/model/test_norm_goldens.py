@@ -64,6 +64,7 @@ def test_every_recorded_input_gives_the_recorded_bits(name: str, dtype: str) -> 
     assert rejected(recorded_calls(name, dtype), rebuild) == []
 
 
+@pytest.mark.slow
 def test_the_bits_do_not_depend_on_the_instruction_set() -> None:
     test = f"{__file__}::{test_every_recorded_input_gives_the_recorded_bits.__name__}"
     narrow = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}

@@ -106,6 +106,7 @@ def test_the_compiler_may_be_several_words(
     assert ("-pipe -shared" in log.read_text()) == ("-pipe" in words)
 
 
+@pytest.mark.slow
 def test_of_two_processes_at_once_one_builds(tmp_path: Path, log: Path) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)

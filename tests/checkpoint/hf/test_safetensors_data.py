@@ -227,6 +227,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_memory_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     script = """
 import sys, torch

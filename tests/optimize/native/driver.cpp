@@ -117,17 +117,22 @@ struct Case {
 
 struct Heads {
   Attention a{};
+  const int64_t page_size, row_pages;  // one page that ends with the last position, or pages in any order
   Numbers q_gain, k_gain, k, v;
   Vector<float> cos, sin;
-  Vector<int64_t> positions;
+  Vector<int64_t> pages, positions;
   Heads(const Case& c, int64_t batch, int64_t length)
-      : q_gain(c.wide, c.dim),
+      : page_size(below(2) ? c.longest : PAGE_MULTIPLE),
+        row_pages((c.longest + page_size - 1) / page_size),
+        q_gain(c.wide, c.dim),
         k_gain(c.wide, c.dim),
-        k(c.wide, batch * c.kv_heads * c.longest * c.dim),
-        v(c.wide, batch * c.kv_heads * c.longest * c.dim),
+        k(c.wide, batch * row_pages * c.kv_heads * page_size * c.dim),
+        v(c.wide, batch * row_pages * c.kv_heads * page_size * c.dim),
         cos(batch * length * c.dim / 2, .6f),
         sin(batch * length * c.dim / 2, .8f),
+        pages(batch * row_pages),
         positions(batch * length) {
+    for (int64_t i = 0, n = pages.size(); i < n; i++) pages[i] = n - 1 - i;
     const int64_t start = below(c.longest - length + 1);
     for (int64_t i = 0; i < batch * length; i++)
       positions[i] = length > 1 ? start + i : i == 0 ? c.longest - 1 : below(c.longest);
@@ -139,7 +144,8 @@ struct Heads {
     a.v_at = a.k_at + (a.kv_heads * c.dim + block - 1) / block * block;
     if (c.norms) a.q = {q_gain.data(), 1e-5f, true}, a.k = {k_gain.data(), 1e-5f, false};
     a.k_cache = k.data(), a.v_cache = v.data();
-    a.cache_head = c.longest * c.dim, a.cache_row = c.kv_heads * a.cache_head;
+    a.cache_head = page_size * c.dim, a.cache_page = c.kv_heads * a.cache_head;
+    a.page_size = page_size, a.row_pages = row_pages, a.pages = pages.data();
   }
 };
 

@@ -18,9 +18,9 @@ from llama_mini.memory import PREFILL_CHUNK, cache_bytes, fitting_positions
 from llama_mini.model.llama import Llama
 
 MAX_ROWS = 32  # requests that run at a time; beyond 16, more of them gain little speed
-PREFILL_SECONDS = 0.05  # that running requests wait for the prompts of others, between two of their tokens
-FEW_ROWS = 8  # where so few run, prompts get at most the time of a step: more would slow down these answers
-LEAST_PREFILL = 32  # tokens; fewer are no faster
+PREFILL_SECONDS = 0.1  # that running requests wait for the prompts of others, between two of their tokens
+FEW_ROWS = 8  # where so few run and more wait, prompts get half of the time: the first answers come sooner
+LEAST_PREFILL = 32  # tokens; fewer are hardly faster
 REPLAYED = 16  # tokens that a request which was preempted runs in one step
 
 
@@ -36,7 +36,7 @@ class Runner:
         self._prefilling: Request | None = None
         self._running: list[Request] = []  # the newest last
         self._token_seconds = PREFILL_SECONDS / LEAST_PREFILL  # of prefill, as measured
-        self._step_seconds = 0.0
+        self._lead = 0.0  # seconds that prompts had more than steps, PREFILL_SECONDS at most
         self._proposer = None if new_proposer is None else new_proposer()
         config, page_bytes = model.config, cache_bytes(model.config, PAGE, model.dtype)
         context = pages_of(config.max_seq_len)
@@ -81,7 +81,7 @@ class Runner:
             if self._running:
                 started = time.monotonic()
                 self._step()
-                self._step_seconds = time.monotonic() - started
+                self._lead = max(0.0, self._lead - (time.monotonic() - started))
         except BaseException as error:  # of a hook, or of PyTorch: those that run get it, and the thread goes on
             for request in self.active:
                 request.end(error)
@@ -99,9 +99,10 @@ class Runner:
         """How many tokens of prompts may run before the next step."""
         if not self._running:
             return PREFILL_CHUNK
-        few = len(self._running) <= FEW_ROWS
-        seconds = min(PREFILL_SECONDS, self._step_seconds) if few else PREFILL_SECONDS
-        return min(max(int(seconds / self._token_seconds), LEAST_PREFILL), PREFILL_CHUNK)
+        n = len(self._running)
+        if n <= FEW_ROWS and n < len(self.waiting) and self._lead > 0:
+            return 0
+        return min(max(int(PREFILL_SECONDS / self._token_seconds), LEAST_PREFILL), PREFILL_CHUNK)
 
     def _admit(self) -> bool:
         """Begins the next prompt; False if none waits or there is no room for it."""
@@ -154,8 +155,10 @@ class Runner:
         if n == left:
             self._prefilling = None
             self._begin_decoding(request, x[-1])
+        seconds = time.monotonic() - started
+        self._lead = min(self._lead + seconds, PREFILL_SECONDS)
         if n >= LEAST_PREFILL:
-            self._token_seconds += 0.25 * ((time.monotonic() - started) / n - self._token_seconds)
+            self._token_seconds += 0.25 * (seconds / n - self._token_seconds)
         return n
 
     def _begin_decoding(self, request: Request, x: Tensor) -> None:

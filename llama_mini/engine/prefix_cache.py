@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llama_mini.engine.pages import PAGE, Pages
 from llama_mini.model.llama import Llama
 
-MIN_PREFIX = 32  # tokens; a shorter prefix saves little time
+MIN_PREFIX = 16  # tokens; a shorter prefix saves little time
 ModelState = tuple[list[object], list[int]]
 
 

@@ -165,14 +165,12 @@ class LLM:
                 requests.sort(key=lambda request: request.max_tokens + len(request.prompt) / 20)  # as long as they take
                 done = list[Request]()
                 if not began and requests and 50 * requests[0].max_tokens <= sum(r.max_tokens for r in requests):
-                    call.submit(
-                        requests[:1]
-                    )  # a short one alone: its answer comes at once, and the others hardly later
-                    requests, done = requests[1:], [call.next()[0]]
+                    call.submit(requests[:1])  # alone: its answer comes at once, and the others hardly later
+                    requests, done = requests[1:], [call.take()[0]]
                 began = began or bool(requests or done)
                 call.submit(requests)
                 while done or call.has_chunks or call.n_open >= (1 if ended else MOST_AT_ONCE):
-                    request = done.pop() if done else call.next()[0]
+                    request = done.pop() if done else call.take()[0]
                     assert request.completion is not None
                     yield request.index, request.completion
 
@@ -260,14 +258,14 @@ class LLM:
         with Call(self._scheduler, each=True) as call:
             call.submit([request])
             while call.n_open:
-                yield call.next()[1]
+                yield call.take()[1]
         request.raise_failure()
 
     def _run(self, requests: list[Request]) -> None:
         with Call(self._scheduler) as call:
             call.submit(requests)
             while call.n_open:
-                call.next()
+                call.take()
 
     def _one_request(self, prompt: Any, params: Params | None, settings: dict[str, Any], chat: bool) -> Request:
         """The request for one answer, to one prompt or to the messages of a chat."""

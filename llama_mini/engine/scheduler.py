@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import Self
 
 import torch
 
@@ -200,7 +201,7 @@ class Call:
     def has_chunks(self) -> bool:
         return not self._chunks.empty()
 
-    def next(self) -> tuple[Request, Chunk]:
+    def take(self) -> tuple[Request, Chunk]:
         """Waits for the next chunk. Raises what a hook of the model raised."""
         if os.getpid() != self._process:  # only the parent has the thread that runs it
             raise RequestError("this call began before a fork, and goes on in the parent process alone")
@@ -211,7 +212,7 @@ class Call:
             self._open.discard(request)
         return request, chunk
 
-    def __enter__(self) -> "Call":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

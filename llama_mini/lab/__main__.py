@@ -81,9 +81,6 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     audit.add_argument(
         "--most", type=float, default=0.01, metavar="F", help="nats a norm that can go costs; default: %(default)s"
     )
-    audit.add_argument(
-        "--keep", default="none", metavar="TOKENS", help="tokens that keep their own statistic; default: %(default)s"
-    )
     move = add("move", "measure the cost of moving norms to another slot", model, text)
     insert = add("insert", "measure the cost of new norms in empty slots", model, text)
     fold = add("fold", "fold gains into the weights that read them, and compare", model, text)

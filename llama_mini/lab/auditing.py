@@ -42,11 +42,10 @@ class AuditedNorm:
     error: str | None
 
 
-def audit(model: Llama, ids: Ids, most: float = 0.01, keep: Any = "none") -> Table[AuditedNorm]:
+def audit(model: Llama, ids: Ids, most: float = 0.01) -> Table[AuditedNorm]:
     """A row for each norm, in the order of the forward pass: whether it folds, cancels or can go, and at what cost.
 
     most: nats per token that a norm that can go may cost, with two standard errors.
-    keep: the tokens that keep their own statistic, as in `edit`; with any but "none" a norm is not gone.
 
     The costs are those of one norm at a time. Source of folding and cancelling: Graef et al. 2024, "FlashNorm".
 
@@ -58,9 +57,11 @@ def audit(model: Llama, ids: Ids, most: float = 0.01, keep: Any = "none") -> Tab
         raise RequestError("the model has no norms to audit")
     ways = {path: "frozen" if norm.kind in ("rms", "scale") else "skipped" for path, norm in norms.items()}
     costs: dict[str, AblatedNorm] = {}
-    for way, settings in {"frozen": {"freeze": "quadratic", "keep": keep}, "skipped": {"skip": True}}.items():
+    settings: dict[str, dict[str, Any]]
+    settings = {"frozen": {"freeze": "quadratic", "keep": "none"}, "skipped": {"skip": True}}
+    for way in settings:
         if paths := [path for path in norms if ways[path] == way]:
-            costs |= {row.path: row for row in ablate(model, ids, paths, **settings)}
+            costs |= {row.path: row for row in ablate(model, ids, paths, **settings[way])}
     rows = []
     for path, norm in norms.items():
         folds = [name.removesuffix(".weight").rpartition(".")[2] for name in readers(path, model.config)]

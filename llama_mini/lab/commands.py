@@ -27,7 +27,6 @@ from llama_mini.lab.command_io import (
 from llama_mini.lab.cost import Score
 from llama_mini.lab.heal_command import heal
 from llama_mini.lab.healing_texts import training_text
-from llama_mini.lab.keep import keep_words
 from llama_mini.lab.massive_activations import MASSIVE, lives
 from llama_mini.lab.reporting import figures, plan_figures, stream_figures
 from llama_mini.lab.reporting.gain_figures import folded_gain_picture
@@ -157,7 +156,7 @@ def _check_finite(rows: Table[Any]) -> None:
 
 def _audit(args: argparse.Namespace) -> None:
     model, tokenizer = read_model(args)
-    rows = lab.audit(model, read_ids(tokenizer, args), args.most, keep_words(args.keep))
+    rows = lab.audit(model, read_ids(tokenizer, args), args.most)
     show(args, rows)
     _check_finite(rows)
 

@@ -30,7 +30,6 @@ from llama_mini.validate import check_choice, short_repr
 
 # Equal to rms at init for large d: the mean has 1/d of the energy, scalar gains are 1, each group has the row's mean.
 COVERED = ("rms", "layer", "scale", "group", "power", "frozen")
-TOLERANCES = (0.05, 0.06)  # forward and backward
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,6 @@ class Profile:
                 for name in ("second_moment", "gradient", "angle")
                 for expected in [getattr(prediction, name)]
             }
-
-    def close(self, prediction: "Profile", rtol: float | tuple[float, float] = TOLERANCES) -> bool:
-        """Whether each value is within a relative tolerance: one number, or one for forward and one for backward."""
-        forward, backward = rtol if isinstance(rtol, tuple) else (rtol, rtol)
-        off = self.deviation(prediction)
-        return off["second_moment"] <= forward and off["angle"] <= forward and off["gradient"] <= backward
 
     def table(self) -> Table[LayerRow]:
         """A row for each layer and one after the last; a measurement has its spread in columns of their own."""

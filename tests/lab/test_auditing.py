@@ -120,14 +120,14 @@ def test_the_rows_are_those_of_ablate_and_folds_those_of_fold() -> None:
 def test_what_cancels_costs_nothing_and_most_is_the_limit() -> None:
     plan = NormPlan(attention=QKV, feed_forward=BranchPlan(pre=RMS))
     model = tiny_model(1, n_layers=2, norm_plan=plan, norm_eps=1e-12)
-    rows = audit(model, TOKENS, keep="first")
+    rows = audit(model, TOKENS)
     gone = [row for row in rows if row.cancels]
     assert [row.path for row in gone] == ["layers.0.attention.pre_norm", f"{ATTENTION}.pre_norm"]
     assert all(abs(row.dloss) < 1e-5 and row.can_go for row in gone)
     assert not all(row.can_go for row in rows)
     assert all(row.can_go for row in audit(model, TOKENS, most=100.0))
     base = score(model, TOKENS)
-    with edit(model, {"norm": {"freeze": "quadratic", "keep": "first"}}, TOKENS):
+    with edit(model, {"norm": {"freeze": "quadratic", "keep": "none"}}, TOKENS):
         assert rows[-1].dloss == score(model, TOKENS, against=base).dloss
 
 
@@ -137,7 +137,7 @@ def test_refusals_and_the_command(tiny_dir: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(RequestError, match="most must be a finite number of at least 0, not -1"):
         audit(tiny_model(), TOKENS, most=-1)
     words = ["audit", "--model", str(tiny_dir), "--tokens", "24", "--json"]
-    assert main([*words, "--most", "5", "--keep", "massive:3"]) == 0
+    assert main([*words, "--most", "5"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert all(row["can_go"] for row in rows)
     assert {row["folds"] for row in rows} == {"q_proj, k_proj, v_proj", "gate_proj, up_proj", "lm_head"}

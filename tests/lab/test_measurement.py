@@ -10,6 +10,7 @@ import torch
 from llama_mini.errors import ConfigError, RequestError
 from llama_mini.lab import init, predict
 from llama_mini.lab.measurement import random_llama, residual_stream
+from llama_mini.lab.theory import Profile
 from llama_mini.model.norm_plan import NormPlan
 from llama_mini.model.norm_slots import BranchPlan, NormSpec
 from tests.tiny_models import random_tokens, tiny_model
@@ -19,6 +20,12 @@ PRESETS = ["pre", "post", "peri", "out", "deep", "mix(.25)", "lns", "sub", "norm
 SMALL = BranchPlan(pre=NormSpec(), beta=0.2)
 UP = BranchPlan(pre=NormSpec(scale=2.0), up=NormSpec(), beta=0.5)
 VARIANTS = ["out+qk:full", "pre+qk", "peri+embed", "pre-final"]
+
+
+def is_close(measured: Profile, predicted: Profile, forward: float = 0.05, backward: float = 0.06) -> bool:
+    """Whether each value is within a relative tolerance; NaN is not."""
+    off = measured.deviation(predicted)
+    return off["second_moment"] <= forward and off["angle"] <= forward and off["gradient"] <= backward
 
 
 @pytest.mark.parametrize(
@@ -56,17 +63,20 @@ VARIANTS = ["out+qk:full", "pre+qk", "peri+embed", "pre-final"]
 )
 def test_theory_knows_the_plans_of_other_families(plan: Any, activation: Any, gated: bool) -> None:
     measured, predicted = init(plan, 12, 256, 2, activation, gated), predict(plan, 12, activation, gated)
-    assert measured.close(predicted), measured.deviation(predicted)
-    assert not measured.close(predict("post", 12, activation, gated))
+    assert is_close(measured, predicted), measured.deviation(predicted)
+    assert not is_close(measured, predict("post", 12, activation, gated))
 
 
 @pytest.mark.parametrize(
     ("plan", "seeds"),
-    [*((plan, 3) for plan in PRESETS), *(pytest.param(plan, 2, marks=pytest.mark.slow) for plan in VARIANTS)],
+    [
+        *((plan, 3) for plan in PRESETS if plan not in ("peri", "out")),  # which are those of Gemma 3 and EXAONE 4
+        *(pytest.param(plan, 2, marks=pytest.mark.slow) for plan in ["peri", "out", *VARIANTS]),
+    ],
 )
 def test_theory_within_5_percent_forward_and_6_backward_at_12_layers(plan: str, seeds: int) -> None:
     measured, predicted = init(plan, 12, seeds=seeds), predict(plan, 12)
-    assert measured.close(predicted, (0.05, 0.06)), measured.deviation(predicted)
+    assert is_close(measured, predicted), measured.deviation(predicted)
 
 
 @pytest.mark.parametrize(
@@ -83,26 +93,26 @@ def test_theory_within_5_percent_forward_and_6_backward_at_12_layers(plan: str, 
 def test_theory_at_32_layers(plan: str, dim: int) -> None:
     """The fluctuations of a finite width add up with depth, most of all in `post`: 8 % at width 256, 5 % at 512."""
     measured, predicted = init(plan, 32, dim=dim), predict(plan, 32)
-    assert measured.close(predicted, (0.05, 0.06)), measured.deviation(predicted)
+    assert is_close(measured, predicted), measured.deviation(predicted)
 
 
 def test_no_norm_within_tolerance_while_the_model_is_shallow() -> None:
     """Every layer squares the stream and doubles each relative deviation, so that depth needs width."""
     measured, predicted = init("none", 2, dim=1024), predict("none", 2)
-    assert measured.close(predicted, (0.05, 0.06)), measured.deviation(predicted)
+    assert is_close(measured, predicted), measured.deviation(predicted)
 
 
 def test_theory_tells_plans_apart() -> None:
     measured = init("pre", 8)
-    assert not measured.close(predict("peri", 8), 0.15)
-    assert not measured.close(predict("post", 8), 0.15)
+    assert not is_close(measured, predict("peri", 8), 0.15, 0.15)
+    assert not is_close(measured, predict("post", 8), 0.15, 0.15)
 
 
 def test_overflow_is_data() -> None:
     profile = init("none", 10, dim=32, seeds=1)
     assert not np.isfinite(profile.second_moment[-1])
     assert np.isfinite(profile.second_moment[:3]).all()
-    assert not profile.close(profile, 1.0)
+    assert not is_close(profile, profile, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(("plan", "per_layer"), [("pre", 1 + SILU), ("peri", 2.0), ("out", 2.0), ("post", 0.0)])

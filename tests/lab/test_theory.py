@@ -223,24 +223,17 @@ def test_what_is_no_plan() -> None:
         predict(NormPlan(overrides=(Override(first=0, last=4),)), 3)
 
 
-def test_close_takes_one_tolerance_or_two_and_no_nan() -> None:
+def test_the_deviation_is_the_largest_of_each_field_and_nan_stays() -> None:
     base = predict("peri", 6)
-    forward = replace(base, second_moment=base.second_moment * 1.04)
-    backward = replace(base, gradient=base.gradient * 1.055)
-    turned = replace(base, angle=base.angle * 1.04)
-    assert base.close(base, 0.0)
-    assert forward.deviation(base) == {"second_moment": pytest.approx(0.04), "gradient": 0, "angle": 0}
-    assert forward.close(base)
-    assert backward.close(base)
-    assert turned.close(base)
-    assert not forward.close(base, 0.039)
-    assert not turned.close(base, (0.039, 1.0))
-    assert not backward.close(base, 0.05)
-    assert backward.close(base, (0.0, 0.056))
-    broken = replace(base, angle=base.angle * np.nan)
-    assert not broken.close(base, 1e9)
+    fields = {"second_moment": 0.0, "gradient": 0.0, "angle": 0.0}
+    assert base.deviation(base) == fields
+    for name, off in {"second_moment": 0.04, "gradient": -0.055, "angle": 0.03}.items():
+        values = getattr(base, name).copy()
+        values[2] *= 1 + off
+        assert replace(base, **{name: values}).deviation(base) == fields | {name: pytest.approx(abs(off))}
+    assert np.isnan(replace(base, angle=base.angle * np.nan).deviation(base)["angle"])
     with pytest.raises(RequestError, match="profiles of 6 and 5 layers"):
-        base.close(predict("peri", 5))
+        base.deviation(predict("peri", 5))
 
 
 def test_json_table_and_repr() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_mini.checkpoint.hf.config import to_hf
+from llama_mini.checkpoint.hf.directory import common_dtype
 from llama_mini.checkpoint.hf.safetensors_data import write_file
 from llama_mini.checkpoint.io.atomic import new_directory
 from llama_mini.checkpoint.io.files import SINGLE, write_json
@@ -103,7 +105,7 @@ def save_model(model: nn.Module, path: Path) -> None:
     check_plain(model)
     parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     check_contents(model, parameters)
-    raw = to_hf(config, dtype_name(next(iter(parameters.values())).dtype))
+    raw = to_hf(config, dtype_name(common_dtype(parameters, attrgetter("dtype"))))  # which rounds none of them
     with new_directory(path) as directory:
         write_json(directory / "config.json", raw)
         write_json(directory / "generation_config.json", special_ids(config))

@@ -121,6 +121,15 @@ def test_what_a_checkpoint_can_hold_is_saved(tmp_path: Path) -> None:
     assert torch.equal(Llama.from_pretrained(tmp_path / "saved")(TEXT), model(TEXT))
 
 
+def test_parameters_of_several_dtypes_come_back_as_they_were(tmp_path: Path) -> None:
+    model = tiny_model(1, torch.bfloat16)
+    model.norm.weight.data, model.layers[0].attention.o_proj.weight.data = torch.rand(48), torch.rand(48, 48).half()
+    model.save_pretrained(tmp_path / "saved")
+    again = Llama.from_pretrained(tmp_path / "saved")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter.float()), name
+
+
 def half_the_frequencies(model: Llama) -> None:
     model.rope.inv_freq = model.rope.inv_freq / 2
 

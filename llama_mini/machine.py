@@ -42,6 +42,9 @@ def as_device(device: torch.device | str) -> torch.device:
     """The device, after a check that PyTorch can use it here. Raises RequestError."""
     try:
         device = torch.device(device.lower() if isinstance(device, str) else device)
+    except RuntimeError:
+        raise RequestError(f"unknown device {device!r}: give cpu, cuda, or cuda:1 for the second GPU") from None
+    try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RequestError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None

@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _read_texts(files: list[str]) -> list[str]:
     names = files or ["-"]
+    if names.count("-") > 1:
+        raise RequestError("standard input, -, is given twice, but can be read once: leave one of them out")
     texts = [read_file(name) for name in names]
     for name, text in zip(names, texts, strict=True):
         if not text:

@@ -199,6 +199,9 @@ def test_a_dtype_by_any_name_and_a_device_in_any_case(tiny_dir: Path, dtype: tor
     assert as_dtype("AUTO") == as_dtype("auto")
     assert Llama.from_pretrained(tiny_dir, names[dtype][1], "CPU").dtype == dtype
     assert as_device("CPU") == CPU
+    for name in ("gpu", "cuda:x", ""):
+        with pytest.raises(RequestError, match=f"^unknown device '{name}': give cpu, cuda, or cuda:1"):
+            as_device(name)
     for name in ("float8", "int8", ""):
         with pytest.raises(RequestError, match=f"unknown dtype '{name}'; known: auto, float32, bfloat16"):
             as_dtype(name)

@@ -101,6 +101,14 @@ def test_a_fault_is_one_sentence(
     assert message in err
 
 
+def test_standard_input_is_read_once(tiny_dir: Path, capsys) -> None:
+    found, _, err = run(capsys, "-", "-", "--model", tiny_dir)
+    assert (found, err) == (
+        2,
+        "error: standard input, -, is given twice, but can be read once: leave one of them out\n",
+    )
+
+
 def test_a_byte_order_mark_and_a_pipe(tiny_dir: Path, tmp_path: Path, capsys) -> None:
     found = []
     for mark in (b"", b"\xef\xbb\xbf"):

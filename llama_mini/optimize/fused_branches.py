@@ -1,7 +1,7 @@
 """Attention and feed-forward with fused projections: q, k and v are one matrix, and so are gate and up."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,12 @@ class FusedBranch(Residual):
                 self.add_module(name, module)
         for name, module in linears.items():
             self.add_module(name, module)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            held = ", ".join(name for name, module in self._modules.items() if isinstance(module, PackedLinear))
+            raise AttributeError(f"a fast model has {name} within {held}; Llama.from_pretrained gives the plain model")
+        return super().__getattr__(name)
 
     @property
     def linears(self) -> list[PackedLinear]:

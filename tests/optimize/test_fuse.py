@@ -38,6 +38,9 @@ def test_norms_are_adopted_and_matrices_replaced(tied: bool, kernels: str) -> No
     assert isinstance(fast.layers, FusedLayers) is (kernels == "auto")
     kinds = {m.name for m in fast.modules() if isinstance(m, PackedLinear)}
     assert kinds == {"int4", "int8"}
+    assert not hasattr(fast.layers[0].attention, "v_proj")
+    with pytest.raises(AttributeError, match=r"has q_proj within qkv_proj, o_proj; Llama\.from_pretrained gives the"):
+        _ = fast.layers[0].attention.q_proj
     left = {name for name, p in fast.named_parameters() if "norm" not in name}
     assert left == (set() if tied else {"tok_embeddings.weight"})
     assert (fast.dtype, fast.device, fast.training) == (torch.float32, torch.device("cpu"), False)

@@ -1,13 +1,9 @@
-"""What the tests of the report read: a page that was parsed and checked, and a browser that runs it."""
+"""What the tests of the report read: a page that was parsed and checked."""
 
 import json
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 HOSTILE = "\"><script>alert(1)</script>&'\x00"
 
@@ -68,15 +64,3 @@ class Page(HTMLParser):
 class HostileTokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return HOSTILE
-
-
-CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH")
-
-
-def browse(page: Path, folder: Path, *options: str) -> str:
-    """Runs headless Chromium on a page; what it prints."""
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
-    quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command = [str(CHROMIUM), *quiet, f"--user-data-dir={folder / 'profile'}", *options, page.as_uri()]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout

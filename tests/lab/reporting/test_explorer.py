@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import Browser
 
 from llama_mini import lab
 from llama_mini.errors import RequestError
@@ -18,7 +19,8 @@ from llama_mini.lab.reporting import report as report_module
 from llama_mini.lab.reporting.explorer import KEEPS, explore
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
-from tests.lab.reporting.pages import HostileTokenizer, Page, browse, needs_chromium
+from tests.lab.reporting.pages import HostileTokenizer, Page
+from tests.server.browser import needs_chromium
 from tests.tiny_models import random_tokens, tiny_model
 
 pytest.importorskip("matplotlib", reason="the report needs the extra lab")
@@ -192,9 +194,9 @@ def test_a_cost_within_two_standard_errors_is_grey() -> None:
 
 
 @needs_chromium
-def test_the_script_shows_what_one_points_at_clicks_and_moves_to(written: Path, tmp_path: Path) -> None:
+def test_the_script_shows_what_one_points_at_clicks_and_moves_to(browser: Browser, written: Path) -> None:
     """Runs the page, and compares what the panel says with the data, after each event."""
-    probe = """<script>
+    probe = """() => {
       const seen = [], panel = document.getElementById("panel"), map = document.getElementById("map");
       const link = path => map.querySelector(`a[href="#${path}"]`);
       const note = () => seen.push([panel.querySelector("h3").textContent, document.activeElement.getAttribute("href"),
@@ -206,14 +208,11 @@ def test_the_script_shows_what_one_points_at_clicks_and_moves_to(written: Path, 
       link("layers.0.attention.q_norm").click(); note();
       for (const name of ["ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft", "ArrowUp"]) { press(name); note(); }
       panel.querySelectorAll("button")[1].click(); note();
-      document.body.textContent = JSON.stringify(seen);
-    </script>"""
-    copy = tmp_path / "copy.html"
-    copy.write_text(written.read_text().replace("</body>", probe + "</body>"))
-    found = Page(written)
-    body = re.search(r"<body>(.*)</body>", browse(copy, tmp_path, "--dump-dom"), re.DOTALL)
-    assert body is not None
-    seen = json.loads(body[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+      return seen;
+    }"""
+    window = browser.new_page()
+    window.goto(written.as_uri())
+    seen, found = window.evaluate(probe), Page(written)
     q, k = "layers.0.attention.q_norm", "layers.0.attention.k_norm"
     first, below = "layers.0.attention.pre_norm", "layers.1.attention.q_norm"
     beside = "layers.1.attention.k_norm"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from playwright.sync_api import Browser
 from tqdm import tqdm
 
 from llama_mini import lab
@@ -21,7 +22,8 @@ from llama_mini.lab.reporting.style import DARK, LIGHT, SVG
 from llama_mini.lab.training import Race
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm_plan import NormPlan
-from tests.lab.reporting.pages import HOSTILE, HostileTokenizer, Page, browse, needs_chromium
+from tests.lab.reporting.pages import HOSTILE, HostileTokenizer, Page
+from tests.server.browser import needs_chromium
 from tests.tiny_models import TINY, random_tokens, tiny_model
 
 pytest.importorskip("matplotlib", reason="the report needs the extra lab")
@@ -221,43 +223,24 @@ def test_costs_that_are_nan_are_said_and_not_taken_for_the_highest(
 
 
 @needs_chromium
-@pytest.mark.parametrize(("scheme", "page"), [(1, LIGHT), (0, DARK)])
-def test_the_page_is_drawn_in_light_and_dark(scheme: int, page: str, written: Path, tmp_path: Path) -> None:
+def test_the_page_is_drawn_in_light_and_dark_and_does_not_scroll_sideways(
+    browser: Browser, written: Path, tmp_path: Path
+) -> None:
     from matplotlib.image import imread
 
     shot = tmp_path / "shot.png"
-    browse(
-        written,
-        tmp_path,
-        f"--screenshot={shot}",
-        "--window-size=1000,2400",
-        f"--blink-settings=preferredColorScheme={scheme}",
-    )
-    pixels = (imread(shot)[..., :3] * 255).round().astype(int)
-    ground = [int(page[i : i + 2], 16) for i in (1, 3, 5)]
-    different = (np.abs(pixels - ground).max(-1) > 60).mean(1)  # by line of the picture
-    assert (pixels[0, 0] == ground).all()
-    assert 0.2 < (different > 0.001).mean() < 0.98
-    assert different.mean() < 0.3
-
-
-@needs_chromium
-@pytest.mark.parametrize("width", [340, pytest.param(1200, marks=pytest.mark.slow)])
-def test_the_page_does_not_scroll_sideways(width: int, written: Path, tmp_path: Path) -> None:
-    probe = (
-        f"<style>html{{width:{width}px}}</style><script>document.title=document.documentElement.scrollWidth</script>"
-    )
-    copy = tmp_path / "copy.html"
-    copy.write_text(written.read_text().replace("</body>", probe + "</body>"))
-    title = re.search(
-        r"<title>(\d+)</title>", browse(copy, tmp_path, "--dump-dom", f"--window-size={max(width, 500)},900")
-    )
-    assert title is not None
-    assert int(title[1]) <= max(width, 500)
-    body = copy.read_text().replace("document.documentElement.scrollWidth", "document.body.scrollWidth")
-    copy.write_text(body)
-    title = re.search(
-        r"<title>(\d+)</title>", browse(copy, tmp_path, "--dump-dom", f"--window-size={max(width, 500)},900")
-    )
-    assert title is not None
-    assert int(title[1]) <= width
+    for scheme, page in (("light", LIGHT), ("dark", DARK)):
+        window = browser.new_page(viewport={"width": 1000, "height": 2400}, color_scheme=scheme)  # type: ignore[arg-type]
+        window.goto(written.as_uri())
+        window.screenshot(path=shot)
+        pixels = (imread(shot)[..., :3] * 255).round().astype(int)
+        ground = [int(page[i : i + 2], 16) for i in (1, 3, 5)]
+        different = (np.abs(pixels - ground).max(-1) > 60).mean(1)  # by line of the picture
+        assert (pixels[0, 0] == ground).all()
+        assert 0.2 < (different > 0.001).mean() < 0.98
+        assert different.mean() < 0.3
+        for width in (340, 1200):
+            window.set_viewport_size({"width": width, "height": 900})
+            for element in ("documentElement", "body"):
+                assert window.evaluate(f"document.{element}.scrollWidth") <= width
+        window.close()

@@ -68,14 +68,27 @@ def test_help_names_every_command_and_fits_eighty_columns(either: Terminal) -> N
         assert "not a command" not in either.until("\r\n") + either.until(">>>")
 
 
-def test_a_slash_is_a_command_unless_a_space_stands_in_front(either: Terminal) -> None:
+def test_a_slash_is_a_command_unless_a_space_stands_in_front_and_ctrl_d_leaves(either: Terminal) -> None:
     either.type("/etc/passwd is what?" + ENTER)
     either.until("error: '/etc/passwd' is not a command; ")
     either.until(">>>")
     assert "[1 0.0 None user '/exit is what?']" in either.say(" /exit is what?")
+    either.type(CTRL_L)
+    either.until("\x1b[2J")  # the editor reads again: before that a terminal drops a Ctrl-D
+    either.type(CTRL_D)
+    assert either.ended() == 0
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_came(either: Terminal) -> None:
+    either.type("silent" + ENTER)  # a second Ctrl-C does not wait for the first token
+    either.until("working")
+    either.type(CTRL_C)
+    either.until("pressed")
+    either.type(CTRL_C)
+    either.until("the chat is as before")
+    either.until(">>>")
+    either.press_ctrl_c()  # the editor holds the question again
+    either.until(">>>")
     either.type("endless" + ENTER)
     either.until("word word ")
     either.type(CTRL_C)
@@ -84,16 +97,6 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_came(either: Terminal) -> None:
     assert "[3 " in either.say("more")
     either.type("/undo" + ENTER)
     either.until("Removed: more")
-
-
-def test_a_second_ctrl_c_does_not_wait_for_the_first_token(either: Terminal) -> None:
-    either.type("silent" + ENTER)
-    either.until("working")
-    either.type(CTRL_C)
-    either.until("pressed")
-    either.type(CTRL_C)
-    either.until("the chat is as before")
-    either.until(">>>")
 
 
 def test_ctrl_c_twice_or_ctrl_d_leaves(either: Terminal) -> None:
@@ -111,11 +114,6 @@ def test_ctrl_c_twice_or_ctrl_d_leaves(either: Terminal) -> None:
     either.type(CTRL_L)
     either.until("\x1b[2J")
     either.press_ctrl_c()
-    assert either.ended() == 0
-
-
-def test_ctrl_d_leaves(either: Terminal) -> None:
-    either.type(CTRL_D)
     assert either.ended() == 0
 
 

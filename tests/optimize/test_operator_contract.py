@@ -76,7 +76,7 @@ CALLS += [(name, format_) for name in ("gemv", "gemm") for format_ in FORMATS]
 CALLS += [*(("dequantize_rows", format_) for format_ in CODED), ("rms_norm", "float"), ("attend", "float")]
 # A format is data to an operator, whose schema and shapes are the same for all: one of each kind is enough for quick.
 LONG = [call for call in CALLS if call[0] in ("gemv", "gemm", "dequantize_rows")]
-LONG = [call for call in LONG if call[1] not in ("float", "int8", "int4", "int3g16", "nf4")]
+LONG = [call for call in LONG if call[1] not in ("float", "int4", "nf4")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

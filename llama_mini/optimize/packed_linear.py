@@ -24,12 +24,7 @@ class PackedLinear(nn.Module):
     block_rows: ClassVar[int] = 1  # each part begins at a multiple of it
 
     def __init__(
-        self,
-        parts: Sequence[int],
-        columns: int,
-        dtype: torch.dtype,
-        kernels: bool,
-        bias: bool = False,
+        self, parts: Sequence[int], columns: int, dtype: torch.dtype, kernels: bool, bias: bool = False
     ) -> None:
         super().__init__()
         self.parts, self.columns, self.dtype, self.kernels = parts, columns, dtype, kernels

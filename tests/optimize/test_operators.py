@@ -1,6 +1,5 @@
 """The operators of one matrix, in every ISA variant that the processor has, against float64 from the formulas."""
 
-from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -29,7 +28,6 @@ from tests.optimize.twins import (
     some,
 )
 
-Product = Callable[[Tensor, PackedLinear], Tensor]
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**32)

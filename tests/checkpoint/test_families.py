@@ -18,7 +18,7 @@ from tests.tiny_models import random_tokens
 
 FIRST_FIVE = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 SEEDS = [
-    pytest.param(name, seed, marks=[] if (seed < 8 if name in FIRST_FIVE else seed == 1) else pytest.mark.slow)
+    pytest.param(name, seed, marks=[] if (seed < 4 if name in FIRST_FIVE else seed == 1) else pytest.mark.slow)
     for name in FAMILIES
     for seed in range(16)
 ]

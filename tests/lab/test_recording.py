@@ -87,6 +87,7 @@ def test_bit_for_bit_what_transformers_records(family: str, tmp_path: Path) -> N
     assert_same_as_transformers(*both(tmp_path), family, TEXT)
 
 
+@pytest.mark.slow  # the norms of this checkpoint are compared with recorded ones in tests/model/test_norm_layers.py
 def test_bit_for_bit_on_the_default_checkpoint(default: tuple[Llama, Any, Tokenizer]) -> None:
     model, theirs, tokenizer = default
     ids = tokenizer.encode(ALICE.read_text(encoding="utf-8"))[:96]

@@ -33,7 +33,7 @@ def tolerance(format_: str, dtype: torch.dtype) -> float:
     norms=st.booleans(),
     late=st.integers(0, 15),
 )
-@examples(25)
+@examples(16)
 def test_layers(
     isa: str,
     format_: str,

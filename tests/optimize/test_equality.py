@@ -103,7 +103,7 @@ def run(model: Llama, lengths: Sequence[int], n: int, chunks: Sequence[int] = (1
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("quantize", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow), 5, 16])
+@pytest.mark.parametrize("batch", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5)), 16])
 def test_every_batch_after_prompts_in_chunks(
     batch: int, dtype: torch.dtype, quantize: str | None, kernels: str
 ) -> None:
@@ -218,7 +218,7 @@ def test_answers_of_a_batch_are_those_of_each_prompt_alone(tiny_dir, quantize: s
 QUESTIONS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village by the sea,"]
 
 
-@pytest.mark.parametrize("quantize", FORMATS)
+@pytest.mark.parametrize("quantize", ["int4", *(pytest.param(name, marks=pytest.mark.slow) for name in (None, "int8"))])
 def test_answers_of_the_default_checkpoint_have_the_same_bits_in_a_batch(smollm2_dir, quantize: str | None) -> None:
     llm = LLM(smollm2_dir, dtype="bfloat16", quantize=quantize, threads=1)
     params = SamplingParams(max_tokens=8, ignore_eos=True)

@@ -41,17 +41,20 @@ class Checkpoint:
         return str(self.directory), number_format, None
 
     def gguf(self, number_format: str) -> str:
-        if number_format == "int4":
-            return str(self.four_bit)
-        kind = _GGUF[number_format]
-        return self._made(
-            f"SmolLM2-135M-Instruct.{kind}.gguf", lambda files, to: files("gguf", str(self.four_bit), to, kind)
-        )
+        return str(self.four_bit) if number_format == "int4" else self._gguf(_GGUF[number_format])
+
+    def fastest_gguf(self, number_format: str) -> str:
+        """In 4 bits the kind that llama.cpp computes fastest, whose weights are rounded once more."""
+        return self._gguf("Q4_0") if number_format == "int4" else self.gguf(number_format)
 
     def ctranslate2(self) -> str:
         return self._made(
             "smollm2-135m-instruct-ctranslate2", lambda files, to: files("ctranslate2", str(self.directory), to)
         )
+
+    def _gguf(self, kind: str) -> str:
+        name = f"SmolLM2-135M-Instruct.{kind}.gguf"
+        return self._made(name, lambda files, to: files("gguf", str(self.four_bit), to, kind))
 
     def _made(self, name: str, make: Callable[[Child, str], None]) -> str:
         target = self._cache / name

@@ -8,7 +8,6 @@ import asyncio
 import itertools
 import json
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,10 @@ class Ask:
 
     prompt: str
     new: int
+
+    def numbered(self, number: int) -> str:
+        """The prompt after a number, which keeps caches of prefixes out; all numbers have as many tokens."""
+        return f"{number:06}: {self.prompt}"
 
 
 @dataclass
@@ -70,11 +73,11 @@ async def ask(
     chat: bool = False,
     begun: asyncio.Event | None = None,
 ) -> Answer:
-    """One streamed answer. A number before the prompt keeps caches of prefixes out. Raises LlamaMiniError.
+    """One streamed answer. Raises LlamaMiniError.
 
-    begun: set when the first part of the answer comes.
+    number: one that the server has not read. begun: set when the first part of the answer comes.
     """
-    prompt = f"{number}: {request.prompt}"
+    prompt = request.numbered(number)
     body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
     body |= {"model": model, "max_tokens": request.new, "temperature": 0, "ignore_eos": True}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -116,8 +119,7 @@ async def closed_loop(
 ) -> dict[str, float]:
     """All requests by `users` that each wait for an answer before they ask again.
 
-    Returns new tokens per second, and in milliseconds the median time to the first text and the 95th percentile of the
-    times between texts. turn: a number that no other run has.
+    Returns new tokens per second, and latencies in milliseconds. turn: a number that no other run has.
     """
     waiting = list(enumerate(requests, 1000 * turn))[::-1]
     answers: list[Answer] = []
@@ -150,15 +152,17 @@ async def beside_a_long_prompt(url: str, model: str, streams: Sequence[Ask], lon
         raise LlamaMiniError("a stream ended before the long prompt was read: the streams must be longer")
     ends = first.pieces[0]
     gaps = [gap for answer in answers for gap in _gaps_between(answer.pieces, first.asked, ends)]
-    return {"gap": 1e3 * max(gaps), "first": 1e3 * (ends - first.asked)}
+    return {"longest_gap": 1e3 * max(gaps), "first": 1e3 * (ends - first.asked)}
 
 
 def latencies(answers: Sequence[Answer]) -> dict[str, float]:
-    """In milliseconds: the median time to the first text, and the 95th percentile between texts of one answer."""
-    gaps = sorted(gap for answer in answers for gap in answer.gaps) or [0.0]
+    """In milliseconds: the time to the first text and those between texts of one answer, median and 95th percentile."""
+    firsts = [answer.pieces[0] - answer.asked for answer in answers]
+    gaps = [gap for answer in answers for gap in answer.gaps] or [0.0]
     return {
-        "first": 1e3 * statistics.median(answer.pieces[0] - answer.asked for answer in answers),
-        "gap95": 1e3 * gaps[min(len(gaps) - 1, int(0.95 * len(gaps)))],
+        f"{name}{percent}": 1e3 * sorted(values)[len(values) * percent // 100]
+        for name, values in {"first": firsts, "gap": gaps}.items()
+        for percent in (50, 95)
     }
 
 

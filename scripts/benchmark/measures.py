@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmark.engines import OURS, Checkpoint, installed, start_engines
 from benchmark.rounds import Child, Watch, first_byte, in_rounds
+from benchmark.serving_tables import Cell
 
 STREAM = "llama_mini, LLM.stream"
 PROMPT = "The history of mathematics begins"
@@ -41,6 +42,9 @@ class Sizes:
     text: int = 2048
     requests: int = 64  # of the load on servers, by so many users at once
     users: Sequence[int] = (1, 4, 16, 32)
+    users_guessing: Sequence[int] = (1, 4)  # with whom this project's server guesses tokens in a row of its own
+    users_overhead: Sequence[int] = (4, 16)  # with whom chats and the engine without a server are measured
+    rounds_serving: int = 2  # each of which takes minutes
     long: int = 4096  # a prompt beside streams of so many tokens
     new_beside: int = 600
 
@@ -58,6 +62,9 @@ QUICK = Sizes(
     text=64,
     requests=4,
     users=(1, 2),
+    users_guessing=(1,),
+    users_overhead=(2,),
+    rounds_serving=1,
     long=200,
     new_beside=100,
 )
@@ -74,7 +81,8 @@ class Bench:
     watch: Watch
     series: dict[str, list[float]] = field(default_factory=dict)
     pairs: list[tuple[str, str]] = field(default_factory=list)  # names of series whose ratio is printed
-    builds: dict[str, str] = field(default_factory=dict)  # how a peer was compiled: its version does not say
+    cells: list[Cell] = field(default_factory=list)  # of servers under load
+    builds: dict[str, str] = field(default_factory=dict)  # how a peer was compiled or set: its version does not say
 
     def take(self, runs: Mapping[str, Callable[[int], float]]) -> dict[str, list[float]]:
         say(f"measuring {', '.join(runs)}")
@@ -173,8 +181,8 @@ def start(bench: Bench) -> None:
     commands = {OURS: [sys.executable, "-m", "llama_mini.generate", *settings, PROMPT]}
     if installed("transformers"):
         commands["transformers"] = [sys.executable, "-c", _TRANSFORMERS, directory, PROMPT, threads]
-        bench.pairs.append((f"start {OURS}", "start transformers"))
     bench.take({f"start {name}": partial(_start, bench.watch, command) for name, command in commands.items()})
+    bench.pairs += [(f"start {OURS}", f"start {name}") for name in commands if name != OURS]
 
 
 def _start(watch: Watch, command: Sequence[str], _: int) -> float:

@@ -153,6 +153,7 @@ class Files:
             "F32": llama_cpp.LLAMA_FTYPE_ALL_F32,
             "BF16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
             "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+            "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
         }[kind]
         params.allow_requantize = True
         if llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):

@@ -28,9 +28,6 @@ UNITS = {
     "memory": "MiB",
     "peak": "×",
     "quality": "nats",
-    "serve": "tok/s",
-    "first": "ms",
-    "gap": "ms",
 }
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "openvino-genai", "ctranslate2", "uvicorn", "aiohttp")
 
@@ -50,9 +47,14 @@ def ratios(series: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str
     """The ratio of each pair of names."""
     found = []
     for over, under in pairs:
-        values = [a / b for a, b in zip(series[over], series[under], strict=True)]
-        found.append(Ratio(over, under, statistics.median(values), min(values), max(values)))
+        found.append(Ratio(over, under, *rounds_ratio(series[over], series[under])))
     return found
+
+
+def rounds_ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, float, float]:
+    """Median, least and most of the ratios, round by round."""
+    values = [a / b for a, b in zip(over, under, strict=True)]
+    return statistics.median(values), min(values), max(values)
 
 
 def table(series: Mapping[str, Sequence[float]]) -> str:
@@ -73,7 +75,7 @@ def _lines(lines: Mapping[str, tuple[float, float, float, str]]) -> str:
     width = max(map(len, lines), default=0)
     text = [f"{'':{width}}  {'median':>9} {'min':>9} {'max':>9}"]
     for name, (*numbers, unit) in lines.items():
-        text.append(f"{name:{width}}  {' '.join(f'{_digits(number):>9}' for number in numbers)} {unit}".rstrip())
+        text.append(f"{name:{width}}  {' '.join(f'{digits(number):>9}' for number in numbers)} {unit}".rstrip())
     return "\n".join(text)
 
 
@@ -100,7 +102,7 @@ def as_json(about: Mapping[str, Any], series: Mapping[str, Sequence[float]], fou
     return json.dumps({**about, "series": parts, "ratios": [asdict(ratio) for ratio in found]})
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3g}"
 
 

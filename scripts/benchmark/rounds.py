@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,16 +116,20 @@ def first_byte(watch: Watch, command: Sequence[str]) -> float:
 
 
 def in_rounds(
-    watch: Watch, runs: Mapping[str, Callable[[int], Value]], repeats: int, tries: int
+    watch: Watch,
+    runs: Mapping[str, Callable[[int], Value]],
+    repeats: int,
+    tries: int,
+    turns: Iterator[int] | None = None,
 ) -> dict[str, list[Value]]:
     """Calls every run once a round, in turn, and collects their values; one round before these warms up.
 
     A run gets a number that is new in each round. A round that other programs disturbed is repeated, up to `tries`
-    times in all; the last is kept as it is.
+    times in all; the last is kept as it is. turns: the numbers, for runs that are warm already.
     """
     values: dict[str, list[Value]] = {name: [] for name in runs}
-    turns = count()
-    for number in range(-1, repeats):
+    first, turns = (-1, count()) if turns is None else (0, turns)
+    for number in range(first, repeats):
         for attempt in range(tries):
             watch.disturbed = False
             turn = next(turns)  # in a repeated round too: an engine may keep what it has read

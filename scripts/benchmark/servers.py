@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from http import HTTPStatus
 from urllib.error import HTTPError, URLError
@@ -20,6 +21,7 @@ from benchmark.engines import Checkpoint
 from benchmark.rounds import environment
 from llama_mini.errors import LlamaMiniError
 
+PEER = "llama-server"
 START_SECONDS = 600
 
 
@@ -62,8 +64,13 @@ class Server:
         return sum(each.user + each.system for each in times)
 
     def close(self) -> None:
+        """Ends it and the processes that it started."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(self._process.pid)
+                for each in [process, *process.children(recursive=True)]:
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
             self._process.wait()
         self._log.close()
 
@@ -92,14 +99,19 @@ def ours(files: Checkpoint, number_format: str, threads: int) -> list[str]:
     return [sys.executable, "-m", "llama_mini.serve", *options, *quantized]
 
 
-def llama_server(files: Checkpoint, number_format: str, users: int, unified: bool, threads: int) -> list[str]:
+def llama_server(files: Checkpoint, number_format: str, users: int, settings: str) -> list[str]:
     """The command of llama.cpp's server with room for `users` at once. Raises LlamaMiniError if it is not installed."""
-    program = shutil.which("llama-server")
+    program = shutil.which(PEER)
     if program is None:
-        raise LlamaMiniError("llama-server is not on the path")
-    room = 640 * users  # positions: a request of the load has at most 610
-    options = ["-m", files.gguf(number_format), "-t", str(threads), "-np", str(users), "-c", str(room)]
-    return [program, *options, "--port", "{port}", *(["-kvu"] if unified else ["-no-kvu"])]
+        raise LlamaMiniError(f"{PEER} is not on the path")
+    room = 640 * users  # positions: a request of the load has at most 620
+    options = ["-m", files.fastest_gguf(number_format), "-np", str(users), "-c", str(room), "--port", "{port}"]
+    return [program, *options, *settings.split()]
+
+
+def llama_server_version() -> str:
+    done = subprocess.run([PEER, "--version"], capture_output=True, text=True, check=False)
+    return ", ".join((done.stdout + done.stderr).split("\n")[:2])
 
 
 def command_of(text: str) -> list[str] | str:

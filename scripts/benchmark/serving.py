@@ -1,25 +1,26 @@
 """The measures of bench.py --serve: this project's server, others, and the engine without a server, in turn."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import count
 
+from benchmark import SERVED
 from benchmark.engines import OURS
 from benchmark.load import Ask, asks, beside_a_long_prompt, closed_loop
 from benchmark.measures import Bench, say
-from benchmark.rounds import Child, Watch, in_rounds
-from benchmark.servers import Server, llama_server, ours
+from benchmark.rounds import Child, in_rounds
+from benchmark.servers import PEER, Server, llama_server, llama_server_version, ours
+from benchmark.serving_tables import CHAT, ENGINE, GUESSING, Cell, Figures, figures_text
 from llama_mini.errors import LlamaMiniError
 from llama_mini.tokenizer import Tokenizer
 
-PEER = "llama-server"
-ENGINE = "llama_mini without a server"
-CHAT = "llama_mini, chats"
-UNITS = {"speed": "serve", "first": "first text", "gap95": "gap 95%", "gap": "gap"}  # a figure -> its series
 STREAMS = 4
-Run = Callable[[int], dict[str, float]]
+WARM_TOKENS = 8  # of each answer before anything is timed
+MOST_TO_CHOOSE = 24  # requests for each setting of llama-server
+Run = Callable[[int], Figures]
 
 
 def serving(bench: Bench, others: Mapping[str, Sequence[str] | str]) -> None:
@@ -27,90 +28,122 @@ def serving(bench: Bench, others: Mapping[str, Sequence[str] | str]) -> None:
 
     others: names and commands, or addresses, of servers besides llama.cpp's, if that is installed.
     """
-    sizes = bench.sizes
-    tokenizer = Tokenizer.from_pretrained(bench.files.directory)
-    requests = asks(tokenizer, [token for ids in bench.ids.values() for token in ids], sizes.requests)
-    for number_format in [name for name in sizes.formats if name != "float32"]:
+    for number_format in [name for name in bench.sizes.formats if name in SERVED]:
         with ExitStack() as stack:
-            server = stack.enter_context(Server(ours(bench.files, number_format, bench.threads)))
-            engine = stack.enter_context(
-                Child(bench.watch, "ours.Ours", *bench.files.ours(number_format), bench.threads)
-            )
-            peers = {name: stack.enter_context(Server(command)) for name, command in others.items()}
-            for users in sizes.users:
-                with ExitStack() as once:
-                    servers = {OURS: server, **peers}
-                    if (peer := _best_llama_server(bench, once, number_format, users, requests)) is not None:
-                        servers[PEER] = peer
-                    runs = {name: _run(bench.watch, each, requests, users) for name, each in servers.items()}
-                    runs[CHAT] = _run(bench.watch, server, requests, users, chat=True)
-                    runs[ENGINE] = partial(_alone, engine, requests, users)
-                    _take(bench, f"{number_format}, {users} users,", runs)
-            _take(bench, f"{number_format}, a long prompt beside {STREAMS} streams,", _long(bench, tokenizer, server))
+            _Load(bench, number_format, stack, others).measure()
 
 
-def _take(bench: Bench, what: str, runs: Mapping[str, Run]) -> None:
-    """Measures, and asks for the ratios of this server to all others."""
-    say(f"serving, {what} {', '.join(runs)}")
-    found = in_rounds(bench.watch, runs, bench.sizes.repeats, bench.sizes.tries)
-    for name, rounds in found.items():
-        for figure, series in UNITS.items():
-            if figure in rounds[0]:
-                bench.series[f"{series} {what} {name}"] = [each[figure] for each in rounds]
-                if name != OURS:
-                    over, under = (CHAT, OURS) if name == CHAT else (OURS, name)
-                    bench.pairs.append((f"{series} {what} {over}", f"{series} {what} {under}"))
+class _Load:
+    """The load on all servers of one format. None but llama.cpp's and this project's second one guesses tokens."""
 
+    _turns = count(1)  # of all loads: a number that a server has not read yet
 
-def _run(watch: Watch, server: Server, requests: Sequence[Ask], users: int, chat: bool = False) -> Run:
-    def run(turn: int) -> dict[str, float]:
-        return _watched(watch, server, lambda: closed_loop(server.url, server.model, requests, users, turn, chat))
+    def __init__(
+        self, bench: Bench, number_format: str, stack: ExitStack, others: Mapping[str, Sequence[str] | str]
+    ) -> None:
+        self._bench, self._format = bench, number_format
+        self._tokenizer = Tokenizer.from_pretrained(bench.files.directory)
+        self._ids = [token for ids in bench.ids.values() for token in ids]
+        self._requests = asks(self._tokenizer, self._ids, bench.sizes.requests)
+        say(f"serving, {number_format}: starting servers")
+        command = ours(bench.files, number_format, bench.threads)
+        self._server = stack.enter_context(Server([*command, "--speculation", "off"]))
+        self._guessing = stack.enter_context(Server(command))
+        worker = ("ours.Ours", *bench.files.ours(number_format), bench.threads)
+        self._engine = stack.enter_context(Child(bench.watch, *worker))
+        self._others = {name: stack.enter_context(Server(command)) for name, command in others.items()}
 
-    return run
+    def measure(self) -> None:
+        sizes = self._bench.sizes
+        for users in sizes.users:
+            with ExitStack() as stack:
+                servers = {OURS: self._server, **self._others}
+                if (command := self._best_llama_server(users)) is not None:
+                    servers[PEER] = stack.enter_context(Server(command))
+                runs = {name: self._run(server, users) for name, server in servers.items()}
+                if users in sizes.users_guessing:
+                    runs[GUESSING] = self._run(self._guessing, users)
+                if users in sizes.users_overhead:
+                    runs[CHAT] = self._run(self._server, users, chat=True)
+                    runs[ENGINE] = self._run_engine(users)
+                self._take(users, runs)
+        self._take(STREAMS, {f"{OURS} beside a prompt of {sizes.long:,} tokens": self._run_beside_a_long_prompt()})
 
+    def _take(self, users: int, runs: Mapping[str, Run]) -> None:
+        def told(name: str, run: Run, turn: int) -> Figures:
+            figures = run(turn)
+            say(f"serving, {self._format}, {users} users, {name}: {figures_text([figures])}")
+            return figures
 
-def _long(bench: Bench, tokenizer: Tokenizer, server: Server) -> dict[str, Run]:
-    ids = [token for each in bench.ids.values() for token in each]
-    new = bench.sizes.new_beside
-    long = Ask(tokenizer.decode(ids[: bench.sizes.long - 8]), 1)  # a few tokens less: the number before it, and a BOS
-    streams = [Ask(tokenizer.decode(ids[at : at + 64]), new) for at in range(0, 64 * STREAMS, 64)]
+        bench = self._bench
+        told_runs = {name: partial(told, name, run) for name, run in runs.items()}
+        found = in_rounds(bench.watch, told_runs, bench.sizes.rounds_serving, 1, self._turns)
+        bench.cells += [Cell(self._format, users, name, rounds) for name, rounds in found.items()]
 
-    def run(turn: int) -> dict[str, float]:
-        return _watched(
-            bench.watch, server, lambda: beside_a_long_prompt(server.url, server.model, streams, long, turn)
+    def _run(self, server: Server, users: int, chat: bool = False) -> Run:
+        """All requests. As many users as there will be have asked something before."""
+
+        def run(turn: int, requests: Sequence[Ask] = self._requests) -> Figures:
+            return self._watched(server, lambda: closed_loop(server.url, server.model, requests, users, turn, chat))
+
+        run(next(self._turns), self._warm_up(users))
+        return run
+
+    def _run_engine(self, users: int) -> Run:
+        def run(turn: int, requests: Sequence[Ask] = self._requests) -> Figures:
+            prompts = [request.numbered(number) for number, request in enumerate(requests, 1000 * turn)]
+            return {"speed": self._engine("closed_loop", prompts, [request.new for request in requests], users)}
+
+        run(next(self._turns), self._warm_up(users))
+        return run
+
+    def _warm_up(self, users: int) -> list[Ask]:
+        return [replace(request, new=WARM_TOKENS) for request in self._requests[: max(4, users)]]
+
+    def _run_beside_a_long_prompt(self) -> Run:
+        sizes, decode = self._bench.sizes, self._tokenizer.decode
+        long = Ask(decode(self._ids[: sizes.long - 8]), 1)  # a few tokens less: the number before it, and a BOS
+        streams = [Ask(decode(self._ids[at : at + 64]), sizes.new_beside) for at in range(0, 64 * STREAMS, 64)]
+        server = self._server
+        return lambda turn: self._watched(
+            server, lambda: beside_a_long_prompt(server.url, server.model, streams, long, turn)
         )
 
-    return {OURS: run}
+    def _watched(self, server: Server, ask: Callable[[], Awaitable[Figures]]) -> Figures:
+        """What the requests found. Work of a server that was not started here cannot be told from a disturbance."""
+        before = server.cpu_seconds()
+        self._bench.watch.begin()
+        found: Figures = asyncio.run(ask())  # type: ignore[arg-type]
+        if before is not None and (after := server.cpu_seconds()) is not None:
+            self._bench.watch.end(after - before)
+        return found
 
+    def _best_llama_server(self, users: int) -> list[str] | None:
+        """The command with the settings that are the fastest on a part of the requests; None if it cannot run.
 
-def _watched(watch: Watch, server: Server, ask: Callable[[], object]) -> dict[str, float]:
-    """What the requests found. Work of a server that was not started here cannot be told from a disturbance."""
-    before = server.cpu_seconds()
-    watch.begin()
-    found: dict[str, float] = asyncio.run(ask())  # type: ignore[arg-type]
-    if before is not None and (after := server.cpu_seconds()) is not None:
-        watch.end(after - before)
-    return found
+        First the number of threads is chosen, then whether all requests share one cache; for one user that is the same.
+        """
+        bench, speeds = self._bench, dict[str, float]()
+        sample = self._requests[: min(max(4, 2 * users), MOST_TO_CHOOSE)]
 
+        def speed(settings: str) -> float:
+            with Server(llama_server(bench.files, self._format, users, settings)) as server:
+                load = closed_loop(server.url, server.model, sample, users, next(self._turns))
+                return asyncio.run(load)["speed"]
 
-def _alone(engine: Child, requests: Sequence[Ask], users: int, turn: int) -> dict[str, float]:
-    prompts = [f"{1000 * turn + number}: {request.prompt}" for number, request in enumerate(requests)]
-    return {"speed": engine("closed_loop", prompts, [request.new for request in requests], users)}
-
-
-def _best_llama_server(
-    bench: Bench, stack: ExitStack, number_format: str, users: int, requests: Sequence[Ask]
-) -> Server | None:
-    """llama.cpp's server with the settings that are the fastest on a part of the requests; None if it cannot run."""
-    sample = requests[: max(8, 2 * users)]
-    speeds: dict[tuple[bool, int], float] = {}
-    try:
-        for setting in product((True, False), sorted({1, bench.threads})):
-            with Server(llama_server(bench.files, number_format, users, *setting)) as server:
-                speeds[setting] = asyncio.run(closed_loop(server.url, server.model, sample, users, 0))["speed"]
-    except LlamaMiniError as error:
-        say(f"{PEER} is left out in {number_format}: {error}")
-        return None
-    unified, threads = best = max(speeds, key=speeds.__getitem__)
-    bench.builds[f"{PEER}, {number_format}, {users} users"] = f"unified cache {unified}, {threads} threads"
-    return stack.enter_context(Server(llama_server(bench.files, number_format, users, *best)))
+        try:
+            for threads in sorted({1, bench.threads}):
+                speeds[f"-t {threads} -kvu"] = speed(f"-t {threads} -kvu")
+            if users > 1:
+                apart = max(speeds, key=speeds.__getitem__).replace("-kvu", "-no-kvu")
+                speeds[apart] = speed(apart)
+        except LlamaMiniError as error:
+            say(f"{PEER} is left out in {self._format}: {error}")
+            return None
+        bench.builds[PEER] = llama_server_version()
+        best = max(speeds, key=speeds.__getitem__)
+        tried = ", ".join(f"{settings} {found:.0f}" for settings, found in speeds.items())
+        cell = f"{PEER}, {self._format}, {users} users"
+        bench.builds[cell] = f"{best}, the fastest in tokens per second of {tried}"
+        say(f"{cell}: {bench.builds[cell]}")
+        return llama_server(bench.files, self._format, users, best)

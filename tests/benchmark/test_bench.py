@@ -68,3 +68,35 @@ def test_an_unknown_measure_is_an_error_that_lists_those_there_are(
         "error: unknown measure 'speed' in --only; "
         "known: decode, prefill, batch, context, start, load, memory, quality\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--formats int8", "--formats is of the measure --serve: give --serve too"),
+        ("--users 4", "--users is of the measure --serve: give --serve too"),
+        ("--server a=b", "--server is of the measure --serve: give --serve too"),
+        ("--serve --server a=", "--server is NAME=COMMAND or NAME=ADDRESS, not 'a'"),
+        ("--serve --formats int8,float32", "--formats must be bfloat16, int8 or int4, not 'float32'"),
+        ("--serve --users 1,0", "--users are whole numbers from 1 on, such as 1,4, not '1,0'"),
+    ],
+)
+def test_what_serve_cannot_measure_is_an_error(
+    words: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words.split()])
+    assert bench.main() == 2
+    assert capsys.readouterr().err == f"error: {reason}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("smollm2_dir")
+def test_a_quick_run_of_serve_measures_every_server(tmp_path: Path) -> None:
+    run = run_bench("--serve", "--quick", "--formats", "int4", "--users", "1,2", "--json", str(tmp_path / "run.json"))
+    assert run.returncode == 0, run.stderr
+    found = [(cell["users"], cell["server"]) for cell in json.loads((tmp_path / "run.json").read_text())["serving"]]
+    ours = [(1, "llama_mini"), (1, "llama_mini, guessing tokens"), (2, "llama_mini"), (2, "llama_mini, chats")]
+    ours += [(2, "llama_mini without a server"), (4, "llama_mini beside a prompt of 200 tokens")]
+    assert [cell for cell in found if cell[1] != "llama-server"] == ours
+    assert ("llama-server is left out" in run.stderr) != ((2, "llama-server") in found)
+    assert "\n| new tokens per second, int4, llama_mini, chats / llama_mini |  | " in run.stdout

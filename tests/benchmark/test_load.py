@@ -59,11 +59,11 @@ def test_a_closed_loop_asks_each_request_once_and_never_more_users_than_there_ar
     server, requests = Server(), [Ask(f"prompt {i}", i + 1) for i in range(7)]
     found = asyncio.run(with_server(server, lambda url: closed_loop(url, "m", requests, 3, 2, chat)))
     prompts = [body["messages"][0]["content"] if chat else body["prompt"] for body in server.asked]  # type: ignore[index]
-    assert sorted(prompts) == [f"{2000 + i}: prompt {i}" for i in range(7)]
+    assert sorted(prompts) == [f"{2000 + i:06}: prompt {i}" for i in range(7)]
     assert server.most <= 3
     assert {body["ignore_eos"] for body in server.asked} == {True}
     assert found["speed"] > 0
-    assert found["first"] > 0
+    assert found["first50"] > 0
 
 
 def test_a_server_that_refuses_or_ends_an_answer_is_an_error() -> None:
@@ -76,7 +76,7 @@ def test_a_server_that_refuses_or_ends_an_answer_is_an_error() -> None:
 
 def test_latencies_are_those_of_the_texts() -> None:
     answers = [Answer(0.0, pieces=[0.5, 0.6, 0.7]), Answer(1.0, pieces=[1.1, 1.2, 2.2]), Answer(2.0, pieces=[2.3])]
-    assert latencies(answers) == pytest.approx({"first": 300, "gap95": 1000})
+    assert latencies(answers) == pytest.approx({"first50": 300, "first95": 500, "gap50": 100, "gap95": 1000})
 
 
 def test_streams_must_outlast_the_long_prompt() -> None:

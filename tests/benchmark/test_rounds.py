@@ -23,6 +23,12 @@ def test_runs_alternate_after_one_round_to_warm_up() -> None:
     assert (watch.rounds, watch.repeated, watch.disturbed_rounds) == (2, 0, 0)
 
 
+def test_warm_runs_begin_with_the_first_round_and_the_turns_that_are_given() -> None:
+    turns = iter(range(7, 20))
+    for expected in ([7, 8], [9, 10]):
+        assert in_rounds(Watch(), {"a": lambda turn: turn}, repeats=2, tries=1, turns=turns) == {"a": expected}
+
+
 @pytest.mark.parametrize(
     ("disturbed", "repeated", "kept", "value"), [([1, 0], 1, 0, 2), ([1, 1, 0], 2, 0, 3), ([1, 1, 1], 2, 1, 3)]
 )

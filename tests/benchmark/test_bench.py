@@ -77,7 +77,7 @@ def test_an_unknown_measure_is_an_error_that_lists_those_there_are(
         ("--users 4", "--users is of the measure --serve: give --serve too"),
         ("--server a=b", "--server is of the measure --serve: give --serve too"),
         ("--serve --server a=", "--server is NAME=COMMAND or NAME=ADDRESS, not 'a'"),
-        ("--serve --formats int8,float32", "--formats must be bfloat16, int8 or int4, not 'float32'"),
+        ("--serve --formats int8,float32", "unknown --formats 'float32'; known: bfloat16, int8, int4"),
         ("--serve --users 1,0", "--users are whole numbers from 1 on, such as 1,4, not '1,0'"),
     ],
 )

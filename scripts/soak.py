@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,7 @@ WRONG: list[tuple[bytes, int]] = [
     (b'{"prompt": "x", "max_tokens": 99999999}', 400),
     (b'{"prompt": "x", "temperature": "hot"}', 400),
 ]
+TERMINATED = 143
 GROWTH = 1.03  # of the median memory from the second third to the last one, beyond 8 MiB
 
 
@@ -200,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="how long; default 600")
     parser.add_argument("--seed", type=int, default=0, help="of what the clients do; default 0")
     args, others = parser.parse_known_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # which ends the server too
     return exit_code_of(lambda: run(args, others))
 
 

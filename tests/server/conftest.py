@@ -1,12 +1,32 @@
-"""The page in a browser, before a server whose answers a test writes."""
+"""The tiny model behind the app; and the page in a browser, before a server whose answers a test writes."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser
 
+from llama_mini import LLM
 from tests.server.browser import Chat, Open, chromium
+from tests.server.local import Client
 from tests.server.stub import Stub, served
+
+
+@pytest.fixture
+def new_llm(tiny_dir: Path) -> LLM:
+    return LLM(tiny_dir, dtype="float32", kernels="off", threads=1)
+
+
+@pytest.fixture(scope="session")
+def llm(tiny_dir: Path) -> LLM:
+    """One for all files: it has a cache, and the requests of other tests behind it."""
+    return LLM(tiny_dir, dtype="float32", kernels="off", threads=1)
+
+
+@pytest.fixture(scope="module")
+def client(llm: LLM) -> Iterator[Client]:
+    with Client(llm) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")  # not longer: while it is open, this thread has an event loop

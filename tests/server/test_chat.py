@@ -1,8 +1,6 @@
 """/v1/chat/completions: the shapes of its replies, whole and in a stream."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +11,6 @@ from tests.server.local import Client, writing
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
 EMOJI = "é 日本 👩‍👧 end"
-
-
-@pytest.fixture(scope="module")
-def llm(tiny_dir: Path) -> LLM:
-    return LLM(tiny_dir, dtype="float32", kernels="off", threads=1)
-
-
-@pytest.fixture(scope="module")
-def client(llm: LLM) -> Iterator[Client]:
-    with Client(llm) as client:
-        yield client
 
 
 def content(events: list[Any], index: int = 0) -> str:

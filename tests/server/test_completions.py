@@ -1,8 +1,6 @@
 """/v1/completions: prompts in all forms, echo, and log-probabilities in the older shape."""
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,17 +9,6 @@ from llama_mini import LLM
 from tests.server.local import Client, writing
 
 TEXT = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def llm(tiny_dir: Path) -> LLM:
-    return LLM(tiny_dir, dtype="float32", kernels="off", threads=1)
-
-
-@pytest.fixture(scope="module")
-def client(llm: LLM) -> Iterator[Client]:
-    with Client(llm) as client:
-        yield client
 
 
 def joined(events: list[Any], index: int = 0) -> str:

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,9 +17,9 @@ README = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def port(tiny_dir: Path) -> Iterator[int]:
+def port(llm: LLM) -> Iterator[int]:
     settings = Settings()
-    with serving(create_app(LLM(tiny_dir, kernels="off"), settings), settings) as (_, port):
+    with serving(create_app(llm, settings), settings) as (_, port):
         yield port
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -19,11 +18,6 @@ Figures = dict[str, float]
 LONG = {"prompt": "one, two", "max_tokens": 400, "ignore_eos": True, "stream": True}
 
 
-@pytest.fixture
-def llm(tiny_dir: Path) -> LLM:
-    return LLM(tiny_dir, dtype="float32", kernels="off", threads=1)
-
-
 def figures(text: str) -> Figures:
     found = {}
     for family in text_string_to_metric_families(text):
@@ -35,8 +29,8 @@ def figures(text: str) -> Figures:
     return found
 
 
-def test_they_count_what_the_replies_say(llm: LLM) -> None:
-    with Client(llm) as client:
+def test_they_count_what_the_replies_say(new_llm: LLM) -> None:
+    with Client(new_llm) as client:
         bodies = [
             {"prompt": "a longer prompt of which the second request takes over a part", "max_tokens": 5, "n": 2},
             {"prompt": "a longer prompt of which the second request takes over more", "max_tokens": 3},
@@ -60,10 +54,14 @@ def test_they_count_what_the_replies_say(llm: LLM) -> None:
     assert found["num_requests_running"] == found["num_requests_waiting"] == found["kv_cache_usage_perc"] == 0
 
 
-def test_a_client_that_leaves_is_seen_to_leave(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_leaves_is_seen_to_leave(new_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "MAX_ROWS", 2)
     settings = Settings()
-    with serving(create_app(llm, settings), settings) as (server, port), Gate(llm) as gate, ExitStack() as stack:
+    with (
+        serving(create_app(new_llm, settings), settings) as (server, port),
+        Gate(new_llm) as gate,
+        ExitStack() as stack,
+    ):
 
         def now() -> Figures:
             return figures(ask(port, head(path="/metrics"))[2].decode())

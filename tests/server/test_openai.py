@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
@@ -17,9 +16,8 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def address(tiny_dir: Path) -> Iterator[str]:
+def address(llm: LLM) -> Iterator[str]:
     settings = Settings(model_names=("tiny",), api_keys=("sk-1",))
-    llm = LLM(tiny_dir, dtype="float32", kernels="off", threads=1)
     with serving(create_app(llm, settings), settings) as (_, port):
         yield f"http://127.0.0.1:{port}/v1"
 

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -55,17 +54,6 @@ def never(only: Fixed) -> set[str]:
 
 
 FIELDS = [(path, name) for path in LEAST for name in fields(path)]
-
-
-@pytest.fixture(scope="module")
-def llm(tiny_dir: Path) -> LLM:
-    return LLM(tiny_dir, kernels="off")
-
-
-@pytest.fixture(scope="module")
-def client(llm: LLM) -> Iterator[Client]:
-    with Client(llm) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +20,6 @@ from tests.server.local import Client, sent
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 SECONDS = 20.0  # after which a test that waits has failed
-
-
-@pytest.fixture(scope="module")
-def llm(tiny_dir: Path) -> LLM:
-    return LLM(tiny_dir, dtype="float32", kernels="off", threads=1)
 
 
 class Gate:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,6 @@ def llm(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> LLM:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     return LLM(copy, dtype="float32", kernels="off", threads=1)
-
-
-@pytest.fixture(scope="module")
-def client(llm: LLM) -> Iterator[Client]:
-    with Client(llm) as client:
-        yield client
 
 
 def joined(events: list[Any]) -> tuple[str, list[dict[str, Any]], list[str]]:

@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 
 from llama_mini.cli.options import SET_BY_THE_COMMAND, checked_json
 from llama_mini.errors import RequestError
-from llama_mini.validate import as_dict, as_text, check_choice, short_repr
+from llama_mini.server.fields import given, token_biases
+from llama_mini.validate import as_text, check_choice, short_repr
 
 MAX_LINE = 16 << 20  # bytes: more than the text of a million tokens
 NAMES = ("id", "custom_id")  # a line's own names for itself, which its result repeats
@@ -68,7 +69,7 @@ def parse(line: Line) -> tuple[dict[str, Any], dict[str, Any]]:
         raise RequestError(f"the line is not JSON: {error}") from None
     if not isinstance(request, dict):
         raise RequestError(f'the line must be an object with "prompt" or "messages", not {short_repr(request)}')
-    request = _given(request)
+    request = given(request)
     return {name: request.pop(name) for name in NAMES if name in request}, request
 
 
@@ -89,10 +90,8 @@ def asked(request: dict[str, Any]) -> Asked:
         raise RequestError(f"chat_template_kwargs must be an object, not {short_repr(more)}")
     if reserved := sorted(set(more) & set(SET_BY_THE_COMMAND)):
         raise RequestError(f"chat_template_kwargs: {reserved[0]} is set by the command: leave it out")
-    biases = request.get("logit_bias")
-    if isinstance(biases, dict):  # the keys of JSON are strings
-        ids = (int(key) if key.isdecimal() and len(key) < 20 else key for key in biases)
-        request["logit_bias"] = as_dict("logit_bias", zip(ids, biases.values(), strict=True), RequestError)
+    if "logit_bias" in request:
+        request["logit_bias"] = token_biases(request["logit_bias"])
     return Asked(prompt, is_chat or (False if is_raw else None), variables | more, request)
 
 
@@ -104,14 +103,9 @@ def _body(request: dict[str, Any]) -> dict[str, Any]:
     check_choice("method", request.get("method", "POST"), ["POST"], RequestError)
     if not isinstance(body, dict):
         raise RequestError(f"body must be an object, not {short_repr(body)}")
-    fields = {name: value for name, value in _given(body).items() if name not in HARMLESS}
+    fields = {name: value for name, value in given(body).items() if name not in HARMLESS}
     if url is not None:
         check_choice("url", url, PROMPTS, RequestError)
         if PROMPTS[url] not in fields:
             raise RequestError(f"the body of a request to {url} must have {PROMPTS[url]!r}: {short_repr(body)}")
     return fields
-
-
-def _given(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are not null, which means "not given"."""
-    return {name: value for name, value in fields.items() if value is not None}

@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from llama_mini.errors import RequestError
 from llama_mini.server.errors import ApiError
+from llama_mini.server.fields import given
 from llama_mini.validate import as_dict, as_text
 
 
@@ -20,7 +21,7 @@ async def read_body(http: Request) -> bytes:
 
 
 def parse_body(data: bytes) -> dict[str, Any]:
-    """The fields that are given: null is not given. Raises RequestError for anything but one JSON object in UTF-8."""
+    """The fields that are given. Raises RequestError for anything but one JSON object in UTF-8."""
     pairs = partial(as_dict, "the body", error=RequestError)
     try:
         body = json.loads(as_text(data, "the body", RequestError), object_pairs_hook=pairs, parse_constant=_refuse)
@@ -33,7 +34,7 @@ def parse_body(data: bytes) -> dict[str, Any]:
         raise RequestError(f"the body is not valid JSON: {error}; send one JSON object") from None
     if not isinstance(body, dict):
         raise RequestError(f"the body must be a JSON object, not {type(body).__name__}")
-    return {name: value for name, value in body.items() if value is not None}
+    return given(body)
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_mini.engine.structured import of_response_format
 from llama_mini.errors import RequestError
-from llama_mini.validate import check_flag, check_whole, is_whole, join_names, short_repr
+from llama_mini.validate import as_dict, check_flag, check_whole, is_whole, join_names, short_repr
 
 MAX_LOGPROBS = 20  # likeliest tokens for each token
 MAX_ANSWERS = 128  # OpenAI's limit of `n`
@@ -57,6 +57,11 @@ CHAT_FIELDS = frozenset((*_BOTH, *_CHAT, *TEMPLATE, *FIXED_CHAT))
 TEXT_FIELDS = frozenset((*_BOTH, *FIXED_TEXT, "prompt", "best_of", "add_special_tokens"))
 
 
+def given(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are not null, which means "not given"."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def check_fields(body: dict[str, Any], known: frozenset[str], fixed: Fixed, where: str = "") -> None:
     """Raises RequestError for an unknown field, and for a value that a field of `fixed` may not have."""
     for name, value in body.items():
@@ -90,7 +95,7 @@ def sampling_settings(body: dict[str, Any]) -> dict[str, Any]:
     if is_whole(seed) and -(2**63) <= seed < -1:  # it is signed in OpenAI's API
         settings["seed"] = seed + 2**64
     if "logit_bias" in body:
-        settings["logit_bias"] = _biases(body["logit_bias"])
+        settings["logit_bias"] = token_biases(body["logit_bias"])
     return settings | _structure(body)
 
 
@@ -99,14 +104,14 @@ def _structure(body: dict[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if "response_format" in body and (schema := of_response_format(body["response_format"])) is not None:
         settings["json_schema"] = schema
-    given = body.get("structured_outputs", {})
-    if not isinstance(given, dict):
-        raise RequestError(f"structured_outputs must be an object, not {short_repr(given)}")
-    given = {name: value for name, value in given.items() if value is not None}
-    check_fields(given, frozenset((*_STRUCTURED, "json_object")), {}, "structured_outputs.")
-    found = [(f"structured_outputs.{name}", _STRUCTURED[name], given[name]) for name in _STRUCTURED if name in given]
-    if flag(given, "json_object"):
-        found.append(("structured_outputs.json_object", "json_schema", {"type": "object"}))
+    outputs = body.get("structured_outputs", {})
+    if not isinstance(outputs, dict):
+        raise RequestError(f"structured_outputs must be an object, not {short_repr(outputs)}")
+    outputs, prefix = given(outputs), "structured_outputs."
+    check_fields(outputs, frozenset((*_STRUCTURED, "json_object")), {}, prefix)
+    found = [(prefix + name, ours, outputs[name]) for name, ours in _STRUCTURED.items() if name in outputs]
+    if flag(outputs, "json_object"):
+        found.append((prefix + "json_object", "json_schema", {"type": "object"}))
     found += [(name, name, body[name]) for name in ("json_schema", "grammar") if name in body]  # llama.cpp's fields
     for where, name, value in found:
         if settings:
@@ -115,12 +120,13 @@ def _structure(body: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _biases(given: Any) -> dict[int, float]:
-    if not isinstance(given, dict):
-        raise RequestError(f"logit_bias must be an object of token id to number, not {short_repr(given)}")
-    if wrong := [token for token in given if not (token.isascii() and token.isdecimal() and len(token) < 10)]:
+def token_biases(biases: Any) -> dict[int, float]:
+    """`logit_bias`, of which the names are token ids, as JSON has it. Raises RequestError for anything else."""
+    if not isinstance(biases, dict):
+        raise RequestError(f"logit_bias must be an object of token id to number, not {short_repr(biases)}")
+    if wrong := [token for token in biases if not (token.isascii() and token.isdecimal() and len(token) < 10)]:
         raise RequestError(f"logit_bias must have token ids as names, not {join_names(map(repr, wrong))}")
-    return {int(token): bias for token, bias in given.items() if bias is not None}
+    return as_dict("logit_bias", ((int(token), bias) for token, bias in given(biases).items()), RequestError)
 
 
 def response_settings(body: dict[str, Any], logprobs: str) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def response_settings(body: dict[str, Any], logprobs: str) -> dict[str, Any]:
     stream, options = flag(body, "stream"), body.get("stream_options", {})
     if not isinstance(options, dict):
         raise RequestError(f"stream_options must be an object, not {short_repr(options)}")
-    options = {name: value for name, value in options.items() if value is not None}
+    options = given(options)
     if options and not stream:
         raise RequestError("stream_options needs stream: true")
     if stream and "prompt_logprobs" in body:
@@ -152,7 +158,7 @@ def response_settings(body: dict[str, Any], logprobs: str) -> dict[str, Any]:
 
 def new_tokens(body: dict[str, Any], names: tuple[str, ...], least: int = 1) -> int | None:
     """The number of new tokens. The last one of several names is the newest and wins."""
-    given = [name for name in names if name in body]
-    for name in given:
+    found = [name for name in names if name in body]
+    for name in found:
         check_whole(name, body[name], RequestError, least)
-    return body[given[-1]] if given else None
+    return body[found[-1]] if found else None

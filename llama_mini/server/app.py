@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -26,7 +27,6 @@ from llama_mini.server.body import parse_body, read_body
 from llama_mini.server.choices import ChatChoice, Choice, TextChoice
 from llama_mini.server.errors import ApiError, as_api_error
 from llama_mini.server.lifecycle import Lifecycle
-from llama_mini.server.limits import Limits
 from llama_mini.server.page import page_routes
 from llama_mini.server.response import GenerationResponse
 from llama_mini.server.security import Security
@@ -43,24 +43,25 @@ def create_app(llm: LLM, settings: Settings) -> Starlette:
     with suppress(RequestError):  # without llguidance, each request that needs it is refused
         llm.structures.read_vocabulary()
     api, lifecycle = Api(llm, settings), Lifecycle(llm, settings)
-    post, get = ["POST"], ["GET"]
+    post = ["POST"]
+    chat, complete = partial(api.generate, chat_request, ChatChoice), partial(api.generate, text_request, TextChoice)
     routes = [
         *page_routes(),
-        Route("/v1/chat/completions", api.chat, methods=post),
-        Route("/v1/completions", api.complete, methods=post),
-        Route("/v1/models", api.models, methods=get),
-        Route("/v1/models/{name:path}", api.model, methods=get),
-        Route("/chat/completions", api.chat, methods=post),  # llama.cpp has these without /v1, too
-        Route("/completions", api.complete, methods=post),
-        Route("/models", api.models, methods=get),
-        Route("/tokenize", api.tokenize, methods=post),
-        Route("/detokenize", api.detokenize, methods=post),
-        Route("/version", api.version, methods=get),
-        Route("/health", lifecycle.health, methods=get),
-        Route("/metrics", lifecycle.show_metrics, methods=get),
+        Route("/v1/chat/completions", chat, methods=post),
+        Route("/v1/completions", complete, methods=post),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.model),
+        Route("/chat/completions", chat, methods=post),  # llama.cpp has these without /v1, too
+        Route("/completions", complete, methods=post),
+        Route("/models", api.models),
+        Route("/tokenize", partial(api.compute, tokenize), methods=post),
+        Route("/detokenize", partial(api.compute, detokenize), methods=post),
+        Route("/version", api.version),
+        Route("/health", lifecycle.health),
+        Route("/metrics", lifecycle.show_metrics),
     ]
-    around = [Middleware(lifecycle.around), *(Middleware(each, settings=settings) for each in (Security, Limits))]
-    handlers = {ApiError: _failed, HTTPException: _refused, Exception: _failed}
+    around = [Middleware(lifecycle.around), Middleware(Security, settings=settings)]
+    handlers = {ApiError: _failed, HTTPException: _refused}
     app = Starlette(routes=routes, middleware=around, exception_handlers=handlers)
     app.router.redirect_slashes = False  # behind a proxy with TLS it would send clients to http
     app.state.lifecycle = lifecycle
@@ -76,20 +77,9 @@ class Api:
         self._lock, self._n_open = threading.Lock(), 0
         self._threads = ThreadPoolExecutor(thread_name_prefix="llama_mini request")
 
-    async def chat(self, http: HTTPRequest) -> GenerationResponse:
-        return await self._generate(http, chat_request, ChatChoice)
-
-    async def complete(self, http: HTTPRequest) -> GenerationResponse:
-        return await self._generate(http, text_request, TextChoice)
-
-    async def tokenize(self, http: HTTPRequest) -> Response:
-        return await self._compute(http, tokenize)
-
-    async def detokenize(self, http: HTTPRequest) -> Response:
-        return await self._compute(http, detokenize)
-
-    async def _compute(self, http: HTTPRequest, compute: Callable[[dict[str, Any], LLM], dict[str, Any]]) -> Response:
-        job = self._threads.submit(self._work, await read_body(http), lambda body: compute(body, self._llm))
+    async def compute(self, work: Callable[..., dict[str, Any]], http: HTTPRequest) -> Response:
+        data = await read_body(http, self._settings)
+        job = self._threads.submit(self._work, data, partial(work, llm=self._llm))
         return JSONResponse(await asyncio.wrap_future(job))
 
     async def models(self, http: HTTPRequest) -> Response:
@@ -112,10 +102,10 @@ class Api:
             "max_model_len": self._llm.config.max_seq_len,
         }
 
-    async def _generate(
-        self, http: HTTPRequest, parse: Callable[[dict[str, Any], Tokenizer], ApiRequest], choice: type[Choice]
+    async def generate(
+        self, parse: Callable[[dict[str, Any], Tokenizer], ApiRequest], choice: type[Choice], http: HTTPRequest
     ) -> GenerationResponse:
-        data, loop = await read_body(http), asyncio.get_running_loop()
+        data, loop = await read_body(http, self._settings), asyncio.get_running_loop()
         user = http.scope["state"].get("cache_salt", "")  # of its API key
 
         def start(body: dict[str, Any]) -> tuple[ApiRequest, AsyncCall, str]:

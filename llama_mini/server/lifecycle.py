@@ -13,13 +13,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_mini.engine.llm import LLM
+from llama_mini.server.body import GONE
 from llama_mini.server.errors import ApiError, as_api_error
 from llama_mini.server.metrics import Metrics
 from llama_mini.server.settings import Settings
 
 log = logging.getLogger("llama_mini.server")
 STOPPING = "the server is stopping: send the request again later"
-GONE = 499  # in the log: the client left before there was a response; nginx's number
 
 
 class Lifecycle:

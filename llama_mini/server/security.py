@@ -1,4 +1,4 @@
-"""Who may ask: the names and web pages by which a browser reaches the server, and API keys."""
+"""Who may ask: the names and web pages by which a browser reaches the server, and API keys; the size of headers."""
 
 import secrets
 from collections.abc import MutableMapping
@@ -30,7 +30,7 @@ class Security:
         self._keys = [sha256(key.encode()).digest() for key in settings.api_keys]
         self._hosts = {host.lower() for host in settings.allowed_hosts}
         self._any_host = bool(self._keys) and not self._hosts
-        self._origins = settings.allowed_origins
+        self._origins, self._max_bytes = settings.allowed_origins, settings.max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,6 +38,8 @@ class Security:
             return
         headers, app, cors = Headers(scope=scope), self._app, dict[str, str]()
         try:
+            if (size := sum(len(name) + len(value) + 4 for name, value in headers.raw)) > self._max_bytes:
+                raise ApiError(431, f"the headers have {size} bytes, at most {self._max_bytes} are taken")
             self._check_host(headers)
             cors = self._cors_headers(headers)
             if cors and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:

@@ -15,7 +15,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llama_mini.engine.scheduler import Activity
 from llama_mini.server.lifecycle import Lifecycle
-from llama_mini.server.limits import Limits
 from llama_mini.server.run import Server, bind
 from llama_mini.server.security import Security
 from llama_mini.server.settings import Settings
@@ -31,9 +30,7 @@ def wrapped(app: ASGIApp, settings: Settings) -> Starlette:
         chosen: Any = await lifecycle.health(None) if scope["path"] == "/health" else app
         await chosen(scope, receive, send)
 
-    made = Starlette(
-        middleware=[Middleware(lifecycle.around), Middleware(Security, settings), Middleware(Limits, settings)]
-    )
+    made = Starlette(middleware=[Middleware(lifecycle.around), Middleware(Security, settings)])
     made.router = routed
     made.state.lifecycle = lifecycle
     return made

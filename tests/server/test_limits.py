@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from llama_mini.server import limits
+from llama_mini.server.body import read_body
 from llama_mini.server.run import Server
 from llama_mini.server.settings import Settings
 from tests.server.live import SECONDS, ask, connect, head, parsed, post, read_all, read_until, serving, until, wrapped
@@ -24,8 +25,12 @@ SETTINGS = Settings(
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     """Tells the size of the body."""
-    message = await receive()
-    await JSONResponse({"bytes": len(message["body"]), "more": message["more_body"]})(scope, receive, send)
+    data = await read_body(Request(scope, receive), SETTINGS) if scope["method"] == "POST" else b""
+    await JSONResponse({"bytes": len(data)})(scope, receive, send)
+
+
+def upload(**headers: object) -> bytes:
+    return head("POST", content_type="application/json", **headers)
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +41,44 @@ def echoing() -> Iterator[tuple[Server, int]]:
 
 def test_a_body_of_the_greatest_size_is_taken(echoing: tuple[Server, int]) -> None:
     _, port = echoing
-    whole = head("POST", content_length=2**20) + b"x" * 2**20
-    assert ask(port, whole)[2] == b'{"bytes":1048576,"more":false}'
-    chunks = head("POST", transfer_encoding="chunked") + b"4\r\nabcd\r\n" * 9 + b"0\r\n\r\n"
-    assert ask(port, chunks)[2] == b'{"bytes":36,"more":false}'
-    assert ask(port, head())[2] == b'{"bytes":0,"more":false}'
+    whole = upload(content_length=2**20) + b"x" * 2**20
+    assert ask(port, whole)[2] == b'{"bytes":1048576}'
+    chunks = upload(transfer_encoding="chunked") + b"4\r\nabcd\r\n" * 9 + b"0\r\n\r\n"
+    assert ask(port, chunks)[2] == b'{"bytes":36}'
+    assert ask(port, head())[2] == b'{"bytes":0}'
 
 
 def test_a_body_that_is_too_large_is_refused_unread(echoing: tuple[Server, int]) -> None:
     _, port = echoing
-    status, _, body = ask(port, head("POST", content_length=10 * 2**30))  # no byte of it follows
+    status, _, body = ask(port, upload(content_length=10 * 2**30))  # no byte of it follows
     assert status == 413
     assert b"at most 1048576 bytes" in body
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({"content_length": 3 * 2**19}, 413), ({"transfer_encoding": "chunked"}, 413), ({"host": "evil"}, 403)],
+    ids=["length", "chunks", "host"],
+)
+def test_a_client_that_sends_all_of_its_body_first_gets_to_read_why_it_is_refused(
+    echoing: tuple[Server, int], headers: dict[str, object], status: int, connection: str
+) -> None:
+    """A system that closes a connection with unread bytes resets it, and what the client has not read is lost."""
+    _, port = echoing
+    data = b"x" * (3 * 2**19)
+    if "content_length" not in headers:
+        headers, data = headers | {"transfer_encoding": "chunked"}, b"180000\r\n" + data + b"\r\n0\r\n\r\n"
+    with connect(port, upload(connection=connection, **headers)) as client:
+        for at in range(0, len(data), 2**16):
+            client.sendall(data[at : at + 2**16])
+        reply = read_until(client, b"}}")
+        assert parsed(reply)[0] == status
+        if connection == "close":
+            assert client.recv(1) == b""
+        else:
+            client.sendall(head())
+            assert b'{"bytes":0}' in read_until(client, b"0}")  # the connection is still good
 
 
 def pour(client: socket.socket) -> None:
@@ -55,21 +86,18 @@ def pour(client: socket.socket) -> None:
         client.sendall(b"10000\r\n" + b"x" * 2**16 + b"\r\n")
 
 
-def test_a_body_without_end_is_refused_at_the_limit_and_then_cut(
-    echoing: tuple[Server, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(limits, "LINGER_SECONDS", 0.2)
+def test_a_body_without_end_is_refused_at_the_limit_and_then_cut(echoing: tuple[Server, int]) -> None:
     _, port = echoing
     with (
-        connect(port, head("POST", transfer_encoding="chunked")) as client,
+        connect(port, upload(transfer_encoding="chunked")) as client,
         pytest.raises(OSError, match=r"reset|pipe"),
     ):
         pour(client)
-    with connect(port, head("POST", transfer_encoding="chunked") + b"80000\r\n" + b"x" * 2**19) as client:
+    with connect(port, upload(transfer_encoding="chunked") + b"80000\r\n" + b"x" * 2**19) as client:
         client.sendall(b"\r\n80001\r\n" + b"x" * (2**19 + 1) + b"\r\n")
         assert parsed(read_until(client, b"}}"))[0] == 413  # to one that goes on for a moment
         client.sendall(b"0\r\n\r\n" + head("GET"))
-        assert b'{"bytes":0,"more":false}' in read_until(client, b"false}")  # the connection is still good
+        assert b'{"bytes":0}' in read_until(client, b"0}")  # the connection is still good
 
 
 def test_headers_that_are_too_large_are_refused(echoing: tuple[Server, int]) -> None:
@@ -85,8 +113,8 @@ def test_headers_that_are_too_large_are_refused(echoing: tuple[Server, int]) -> 
         b"GET / HTTP/1.1\r\nx: " + b"a" * 2**14,  # its end has not come
         b"GET / HTTP/1.1\r\n\r\n",  # without a host
         b"\x16\x03\x01\x02\x00\r\n\r\n",  # TLS
-        head("POST", content_length=-1),
-        head("POST", transfer_encoding="chunked") + b"zz\r\n",
+        upload(content_length=-1),
+        upload(transfer_encoding="chunked") + b"zz\r\n",
     ],
     ids=["endless", "host", "tls", "length", "chunk"],
 )
@@ -106,7 +134,7 @@ def test_a_body_that_breaks_after_its_reply_ends_the_connection(
     echoing: tuple[Server, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     _, port = echoing
-    with connect(port, head("POST", host="evil", transfer_encoding="chunked")) as client:
+    with connect(port, upload(host="evil", transfer_encoding="chunked")) as client:
         assert parsed(read_until(client, b"}}"))[0] == 403
         client.sendall(b"zz\r\n")
         assert read_all(client) == b""
@@ -140,7 +168,7 @@ def test_two_hundred_clients_that_drip_are_closed_and_cost_others_nothing(echoin
 
 def test_a_body_that_does_not_arrive_is_refused(echoing: tuple[Server, int]) -> None:
     _, port = echoing
-    with connect(port, head("POST", content_length=5) + b"half") as client:
+    with connect(port, upload(content_length=5) + b"half") as client:
         status, _, body = parsed(read_until(client, b"}}"))
     assert status == 408
     assert b"did not arrive within 0.3 seconds" in body
@@ -149,12 +177,12 @@ def test_a_body_that_does_not_arrive_is_refused(echoing: tuple[Server, int]) -> 
 def test_between_requests_a_connection_may_rest(echoing: tuple[Server, int]) -> None:
     _, port = echoing
     with connect(port, head()) as client:
-        read_until(client, b"false}")
+        read_until(client, b"0}")
         with connect(port) as silent:
             assert read_all(silent) == b""  # longer than a request may take
         client.sendall(head()[:20])
         client.sendall(head()[20:])
-        assert b" 200 " in read_until(client, b"false}")
+        assert b" 200 " in read_until(client, b"0}")
 
 
 class Stream:
@@ -236,7 +264,7 @@ def test_connections_beyond_the_limit_are_told_so() -> None:
     with serving(wrapped(echo, settings), settings) as (server, port), ExitStack() as stack:
         held = [stack.enter_context(connect(port, head())) for _ in range(3)]
         for client in held:
-            read_until(client, b"false}")
+            read_until(client, b"0}")
         status, headers, body = ask(port, post("/v1/completions", {}))
         assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
         assert b"too many connections" in body
@@ -251,7 +279,7 @@ def test_a_client_that_leaves_before_its_body_is_no_error(
 ) -> None:
     caplog.set_level("INFO", "llama_mini.server")
     server, port = echoing
-    with connect(port, head("POST", content_length=5)) as client:
+    with connect(port, upload(content_length=5)) as client:
         until(lambda: bool(server.server_state.tasks))
         client.shutdown(socket.SHUT_RDWR)
     until(lambda: not server.server_state.tasks)

@@ -1,7 +1,6 @@
 """The application: which address does what."""
 
 import asyncio
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from llama_mini.server.api_request import ApiRequest, chat_request, text_request
 from llama_mini.server.body import parse_body, read_body
 from llama_mini.server.choices import ChatChoice, Choice, TextChoice
 from llama_mini.server.errors import ApiError, as_api_error
+from llama_mini.server.fields import field_of
 from llama_mini.server.lifecycle import Lifecycle
 from llama_mini.server.page import page_routes
 from llama_mini.server.response import GenerationResponse
@@ -133,15 +133,15 @@ class Api:
 
         Raises ApiError, which names the field that is wrong.
         """
-        body: dict[str, Any] = {}
+        body: dict[str, Any] | None = None
         try:
             body = parse_body(data)
             self._check_model(body)
             return work(body)
         except Exception as error:
             failure = as_api_error(error)
-            if failure.param is None and (named := re.match(r"[a-z_]+", str(failure))) and named[0] in body:
-                failure.param = named[0]  # most messages begin with it
+            if failure.param is None and failure.status == 400 and body is not None:
+                failure.param = field_of(error, body)
             raise failure from error
 
     def _abandon(self, job: "Future[tuple[ApiRequest, AsyncCall, str]]") -> None:
@@ -153,7 +153,8 @@ class Api:
     def _enter(self, n: int) -> None:
         """Counts answers that begin to wait. Raises ApiError if there would be too many."""
         if n > (most := self._settings.max_queue):  # it would not help to ask again
-            raise ApiError(400, f"{n} answers are more than the {most} that may run and wait: ask for fewer at a time")
+            do = "give fewer prompts, or a smaller n"
+            raise ApiError(400, f"{n} answers are more than the {most} that may run and wait: {do}")
         with self._lock:
             if self._n_open + n > most:
                 raise ApiError(503, f"{n} more answers than the {self._n_open} that run and wait are more than {most}")

@@ -3,16 +3,19 @@
 Each field of OpenAI's API is honoured or refused by name, and so are vLLM's further ones.
 """
 
+import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from llama_mini.engine.structured import of_response_format
-from llama_mini.errors import RequestError
+from llama_mini.engine.structured import STRUCTURES, of_response_format
+from llama_mini.errors import RequestError, TokenizerError
 from llama_mini.validate import as_dict, check_flag, check_whole, is_whole, join_names, short_repr
 
 MAX_LOGPROBS = 20  # likeliest tokens for each token
 MAX_ANSWERS = 128  # OpenAI's limit of `n`
 MAX_STOPS = 32
+PROMPTS = ("messages", "prompt", "content", "tokens")  # what a request is about has one of these names
 
 Fixed = dict[str, tuple[tuple[Any, ...], str]]
 _SAMPLING = (  # fields of SamplingParams under their own names
@@ -75,6 +78,23 @@ def check_fields(body: dict[str, Any], known: frozenset[str], fixed: Fixed, wher
                 must = " or ".join(map(repr, allowed))
                 must = f"must be {must}, not" if must else "cannot be"
                 raise RequestError(f"{where}{name} {must} {short_repr(value)}: {why}")
+
+
+def field_of(error: Exception, body: Mapping[str, Any]) -> str | None:
+    """The field of a body that an error is about: the first one that its message names, else the prompt."""
+    prompt = next((name for name in PROMPTS if name in body), None)
+    if isinstance(error, TokenizerError):  # has the words of a chat template
+        return prompt
+    names = {key: name for name, value in body.items() if isinstance(value, dict) for key in value}
+    names |= {name: name for name in body}
+    for word in re.findall(r"[A-Za-z_]\w*", str(error)):
+        if word in names:
+            return names[word]
+        if word in PROMPTS:
+            return prompt or word
+        if word in STRUCTURES:  # these have other names in OpenAI's API and in vLLM's
+            return next((name for name in ("response_format", "structured_outputs", "tools") if name in body), None)
+    return None if str(error).startswith("unknown field") else prompt
 
 
 def flag(body: dict[str, Any], name: str, default: bool = False) -> bool:

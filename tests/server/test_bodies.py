@@ -14,6 +14,7 @@ from tests.server.local import Client
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
+WRONG_SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}
 
 
 @pytest.mark.parametrize(
@@ -96,28 +97,40 @@ def test_any_json_in_any_field_is_answered_or_refused(client: Client, path: str)
         (TEXT, {"suffix": "x"}, "suffix must be '', not 'x'", "suffix"),
         (TEXT, {"prompt": []}, "prompt must be a text, a list of token ids or a list of these, not []", "prompt"),
         (TEXT, {"prompt": ["a", 5]}, r"prompt\[1\] must be a text or a list of token ids, not 5", "prompt"),
-        (TEXT, {"prompt": [0, 260]}, "token id 260 is outside the vocabulary of 260", None),
+        (TEXT, {"prompt": [0, 260]}, "token id 260 is outside the vocabulary of 260", "prompt"),
         (TEXT, {"stop": ["a"] * 33}, "stop has 33 texts, more than 32", "stop"),
         (TEXT, {"stop": [""]}, "stop must be non-empty strings", "stop"),
         (TEXT, {"logit_bias": {"260": 1}}, "logit_bias: token id 260 is outside the vocabulary of 260", "logit_bias"),
         (TEXT, {"logit_bias": {"a": 1, "b": 1}}, "not 'a', 'b'", "logit_bias"),
         (TEXT, {"logit_bias": {"1": "x"}}, "logit_bias of token 1 must be a number", "logit_bias"),
         (TEXT, {"stream_options": {"include_usage": True}}, "stream_options needs stream: true", "stream_options"),
-        (TEXT, {"stream": True, "stream_options": {"usage": 1}}, "unknown field 'stream_options.usage'", None),
-        (TEXT, {"temprature": 1}, "unknown field 'temprature'; did you mean temperature?", None),
+        (
+            TEXT,
+            {"stream": True, "stream_options": {"usage": 1}},
+            "unknown field 'stream_options.usage'",
+            "stream_options",
+        ),
+        (TEXT, {"a-b": 1}, "unknown field 'a-b'", None),
+        (TEXT, {"temprature": 1}, "unknown field 'temprature'; did you mean temperature?", "temprature"),
         (TEXT, {"use_beam_search": True}, "must be False, not True: there is no beam search", "use_beam_search"),
         (CHAT, {"store": True}, "store must be False, not True: nothing is stored here", "store"),
         (CHAT, {"audio": {}}, "audio cannot be {}: this model writes text alone", "audio"),
         (CHAT, {"chat_template": "{{ 1 }}"}, "the server uses the template of its model", "chat_template"),
         (CHAT, {"messages": []}, "messages is list .*, expected a list of at least one", "messages"),
         (CHAT, {"messages": [{"role": 3, "content": "x"}]}, r"messages\[0\]\['role'\]", "messages"),
-        (CHAT, {"reasoning_effort": "high"}, "the chat template does not read 'reasoning_effort'", None),
-        (CHAT, {"response_format": {"type": "sound"}}, "unknown response_format type 'sound'; known: text", None),
-        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}}, "schema", None),
-        (TEXT, {"structured_outputs": {"regex": "["}}, "regex", None),
+        (CHAT, {"reasoning_effort": "high"}, "the chat template does not read 'reasoning_effort'", "reasoning_effort"),
+        (CHAT, {"response_format": {"type": "sound"}}, "unknown .* 'sound'; known: text", "response_format"),
+        (CHAT, {"response_format": WRONG_SCHEMA}, "json_schema", "response_format"),
+        (TEXT, {"json_schema": {"type": 3}}, "json_schema", "json_schema"),
+        (TEXT, {"structured_outputs": {"regex": "["}}, "regex", "structured_outputs"),
         (TEXT, {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "the second thing", "structured_outputs"),
         (TEXT, {"structured_outputs": {"grammar": "a"}, "grammar": "b"}, "the second thing", "grammar"),
-        (TEXT, {"structured_outputs": {"grammer": "a"}}, "did you mean grammar", None),
+        (TEXT, {"structured_outputs": {"grammer": "a"}}, "did you mean grammar", "structured_outputs"),
+        (CHAT, {"messages": None}, "messages is missing, expected a list", "messages"),
+        (TEXT, {"prompt": None}, "prompt must be a text", "prompt"),
+        (TEXT, {"prompt": "", "add_special_tokens": False}, "no token to start from", "prompt"),
+        (CHAT, {"chat_template_kwargs": {"n": 1}}, "does not read 'n'", "chat_template_kwargs"),
+        (CHAT, {"tools": [{"type": "function"}]}, r"tools\[0\] must be", "tools"),
     ],
 )
 def test_wrong_fields(client: Client, path: str, body: dict[str, Any], message: str, param: str | None) -> None:
@@ -132,7 +145,9 @@ def test_a_prompt_longer_than_the_context(client: Client, stream: bool) -> None:
     """Before a stream begins, with both numbers."""
     error = client.refused(TEXT, prompt="x" * 500, max_tokens=20, stream=stream)
     assert error["message"] == "501 prompt tokens and 20 new ones exceed the context of 512"
-    assert error["code"] == "context_length_exceeded"
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    error = client.refused(CHAT, messages=[{"role": "user", "content": "x" * 600}], stream=stream)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert client.refused(TEXT, prompt="x" * 600, stream=stream)["code"] == "context_length_exceeded"
     assert client.post(TEXT, prompt="x" * 500, max_tokens=11, ignore_eos=True)["usage"]["total_tokens"] == 512
 
@@ -163,12 +178,18 @@ def test_a_template_that_refuses(tiny_dir: Path, tmp_path: Path) -> None:
     (copy / "chat_template.jinja").unlink()
     with_template = copy / "tokenizer_config.json"
     config = json.loads(with_template.read_text())
-    with_template.write_text(json.dumps(config | {"chat_template": "{{ raise_exception('No system role!') }}"}))
+    with_template.write_text(
+        json.dumps(config | {"chat_template": "{{ raise_exception('No system role for a model!') }}"})
+    )
     with Client(LLM(copy, dtype="float32", kernels="off", threads=1)) as client:
-        assert "No system role!" in client.refused(CHAT, messages=MESSAGES)["message"]
+        error = client.refused(CHAT, messages=MESSAGES, model="tiny")
+        assert "No system role for a model!" in error["message"]
+        assert error["param"] == "messages"
     with_template.write_text(json.dumps(config))
     with Client(LLM(copy, dtype="float32", kernels="off", threads=1)) as client:
-        assert "has no chat template" in client.refused(CHAT, messages=MESSAGES)["message"]
+        error = client.refused(CHAT, messages=MESSAGES)
+        assert "has no chat template" in error["message"]
+        assert error["param"] == "messages"
 
 
 def test_tokens_and_text(client: Client) -> None:
@@ -183,13 +204,14 @@ def test_tokens_and_text(client: Client) -> None:
     assert client.post("/tokenize", prompt="ab", add_special_tokens=False)["tokens"] == reply["tokens"][1:]
     assert client.post("/detokenize", tokens=reply["tokens"]) == {"prompt": "<|begin_of_text|>ab"}
     assert client.post("/detokenize", tokens=[]) == {"prompt": ""}
-    for path, body in (
-        ("/tokenize", {}),
-        ("/tokenize", {"prompt": 5}),
-        ("/tokenize", {"prompt": "a", "messages": MESSAGES}),
-        ("/tokenize", {"prompt": "a", "x": 1}),
-        ("/detokenize", {}),
-        ("/detokenize", {"tokens": [260]}),
-        ("/detokenize", {"tokens": ["a"]}),
+    for path, body, param in (
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"content": 5}, "content"),
+        ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
+        ("/tokenize", {"prompt": "a", "x": 1}, "x"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [260]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens"),
     ):
-        client.refused(path, **body)
+        assert client.refused(path, **body)["param"] == param

@@ -187,7 +187,9 @@ def test_too_many_answers(llm: LLM) -> None:
     with Client(llm, max_queue=2) as client:
         reply = client.http.post(TEXT, json={"prompt": ["a", "b", "c"], "max_tokens": 1})
         assert (reply.status_code, "retry-after" in reply.headers) == (400, False)  # it would never be taken
-        assert "3 answers are more than the 2 that may run and wait" in reply.json()["error"]["message"]
+        error = reply.json()["error"]
+        assert "3 answers are more than the 2 that may run and wait" in error["message"]
+        assert (error["param"], client.refused(TEXT, prompt="a", n=3)["param"]) == ("prompt", "n")
         for _ in range(3):  # those that ended or were refused make room
             assert len(client.post(TEXT, prompt=["a", "b"], max_tokens=1)["choices"]) == 2
             client.refused(TEXT, prompt=["a", "b"], max_tokens=1000)

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -43,22 +43,23 @@ def create_app(llm: LLM, settings: Settings) -> Starlette:
     with suppress(RequestError):  # without llguidance, each request that needs it is refused
         llm.structures.read_vocabulary()
     api, lifecycle = Api(llm, settings), Lifecycle(llm, settings)
-    post = ["POST"]
+    post, get = ["POST"], ["GET"]
+    models = JSONResponse({"object": "list", "data": [*api.models.values()]})
     chat, complete = partial(api.generate, chat_request, ChatChoice), partial(api.generate, text_request, TextChoice)
     routes = [
         *page_routes(),
         Route("/v1/chat/completions", chat, methods=post),
         Route("/v1/completions", complete, methods=post),
-        Route("/v1/models", api.models),
+        Route("/v1/models", models, methods=get),
         Route("/v1/models/{name:path}", api.model),
         Route("/chat/completions", chat, methods=post),  # llama.cpp has these without /v1, too
         Route("/completions", complete, methods=post),
-        Route("/models", api.models),
+        Route("/models", models, methods=get),
         Route("/tokenize", partial(api.compute, tokenize), methods=post),
         Route("/detokenize", partial(api.compute, detokenize), methods=post),
-        Route("/version", api.version),
+        Route("/version", JSONResponse({"version": __version__}), methods=get),
         Route("/health", lifecycle.health),
-        Route("/metrics", lifecycle.show_metrics),
+        Route("/metrics", lifecycle.metrics.show),
     ]
     around = [Middleware(lifecycle.around), Middleware(Security, settings=settings)]
     handlers = {ApiError: _failed, HTTPException: _refused}
@@ -73,7 +74,9 @@ class Api:
 
     def __init__(self, llm: LLM, settings: Settings) -> None:
         self._llm, self._settings = llm, settings
-        self._started = int(time.time())
+        common: dict[str, Any] = {"object": "model", "created": int(time.time()), "owned_by": "llama_mini"}
+        common["max_model_len"] = llm.config.max_seq_len
+        self.models = {name: {"id": name, "root": name, **common} for name in settings.model_names}
         self._lock, self._n_open = threading.Lock(), 0
         self._threads = ThreadPoolExecutor(thread_name_prefix="llama_mini request")
 
@@ -82,25 +85,9 @@ class Api:
         job = self._threads.submit(self._work, data, partial(work, llm=self._llm))
         return JSONResponse(await asyncio.wrap_future(job))
 
-    async def models(self, http: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._settings.model_names]})
-
     async def model(self, http: HTTPRequest) -> Response:
-        self._check_model({"model": http.path_params["name"]})
-        return JSONResponse(self._model(http.path_params["name"]))
-
-    async def version(self, http: HTTPRequest) -> Response:
-        return JSONResponse({"version": __version__})
-
-    def _model(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "root": name,
-            "created": self._started,
-            "owned_by": "llama_mini",
-            "max_model_len": self._llm.config.max_seq_len,
-        }
+        self._check_model(http.path_params["name"])
+        return JSONResponse(self.models[http.path_params["name"]])
 
     async def generate(
         self, parse: Callable[[dict[str, Any], Tokenizer], ApiRequest], choice: type[Choice], http: HTTPRequest
@@ -136,7 +123,8 @@ class Api:
         body: dict[str, Any] | None = None
         try:
             body = parse_body(data)
-            self._check_model(body)
+            if "model" in body:  # else it is the first one
+                self._check_model(body["model"])
             return work(body)
         except Exception as error:
             failure = as_api_error(error)
@@ -164,11 +152,10 @@ class Api:
         with self._lock:
             self._n_open -= n
 
-    def _check_model(self, body: Mapping[str, Any]) -> None:
-        """Raises ApiError unless the model is one that is served. A request without `model` means the only one."""
-        names = self._settings.model_names
-        if (name := body.get("model", names[0])) not in names:
-            known = f"the models here are {join_names(names)}"
+    def _check_model(self, name: Any) -> None:
+        """Raises ApiError unless the model is one that is served."""
+        if name not in self._settings.model_names:
+            known = f"the models here are {join_names(self._settings.model_names)}"
             raise ApiError(404, f"model {short_repr(name)} does not exist: {known}", "model", "model_not_found")
 
 

@@ -2,42 +2,41 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
 from llama_mini.errors import CapacityError, ContextError, LlamaMiniError, RequestError, TokenizerError
 
-INVALID, SERVER = "invalid_request_error", "server_error"
-_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 log = logging.getLogger("llama_mini.server")
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """What a client is told, with status 503 also when to try again.
 
     `param` is the field of its request that is wrong; `code` is for programs.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-        self.headers = ({"Retry-After": "1"} if status == 503 else {}) | dict(headers or {})
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = _KINDS.get(self.status, INVALID if self.status < 500 else SERVER)
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        return JSONResponse(self.body, self.status, self.headers)
+        again = {"Retry-After": "1"} if self.status == 503 else {}
+        return JSONResponse(self.body, self.status, {**again, **(self.headers or {})})
 
 
 def as_api_error(error: BaseException) -> ApiError:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import time
 from contextlib import suppress
 from functools import partial
@@ -14,11 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_mini.engine.llm import LLM
 from llama_mini.server.body import GONE
-from llama_mini.server.errors import ApiError, as_api_error
+from llama_mini.server.errors import ApiError, as_api_error, log
 from llama_mini.server.metrics import Metrics
 from llama_mini.server.settings import Settings
 
-log = logging.getLogger("llama_mini.server")
 STOPPING = "the server is stopping: send the request again later"
 
 
@@ -35,9 +33,6 @@ class Lifecycle:
 
     async def health(self, http: HTTPRequest) -> Response:
         return JSONResponse({"status": "stopping"}, 503) if self._stopping else JSONResponse({"status": "ok"})
-
-    async def show_metrics(self, http: HTTPRequest) -> Response:
-        return Response(self.metrics.text(), media_type=self.metrics.MEDIA_TYPE)
 
     def stop(self) -> None:
         """Takes no more requests; the second time, those that run end at once."""

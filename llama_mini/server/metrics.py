@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
 
 from llama_mini.engine.llm import LLM
 from llama_mini.engine.request import Request
@@ -16,8 +18,6 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50
 
 class Metrics:
     """Counts of one server. A request is counted when it ends; what the engine does is read when somebody asks."""
-
-    MEDIA_TYPE = CONTENT_TYPE_LATEST
 
     def __init__(self, llm: LLM) -> None:
         self._registry = CollectorRegistry()
@@ -54,8 +54,8 @@ class Metrics:
                 if new > 1:
                     self._each.observe(token)
 
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
+    async def show(self, _: HTTPRequest) -> Response:
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Engine(Collector):

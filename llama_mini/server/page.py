@@ -5,7 +5,6 @@ import hashlib
 import re
 from pathlib import Path
 
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -21,15 +20,9 @@ def page_routes() -> list[Route]:
         "X-Content-Type-Options": "nosniff",
         "Cache-Control": "no-cache",
     }
-    api = (FOLDER / "openapi.yaml").read_text(encoding="utf-8")
-
-    async def page(_: Request) -> Response:
-        return Response(html, headers=headers, media_type="text/html")
-
-    async def openapi(_: Request) -> Response:
-        return Response(api, media_type="application/yaml")
-
-    return [Route("/", page), Route("/openapi.yaml", openapi)]
+    page = Response(html, headers=headers, media_type="text/html")
+    api = Response((FOLDER / "openapi.yaml").read_text(encoding="utf-8"), media_type="application/yaml")
+    return [Route("/", page, methods=["GET"]), Route("/openapi.yaml", api, methods=["GET"])]
 
 
 def content_policy(html: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from llama_mini.engine.async_call import AsyncCall
@@ -48,7 +49,8 @@ class GenerationResponse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["requests"] = self._call.requests  # for the log and the metrics
-        work = asyncio.create_task((self._stream if self._asked.stream else self._complete)(send))
+        respond = self._stream(send) if self._asked.stream else self._complete(scope, receive, send)
+        work = asyncio.create_task(respond)
         gone = asyncio.create_task(_disconnected(receive))
         try:
             with self._call:
@@ -61,7 +63,7 @@ class GenerationResponse:
                 with suppress(asyncio.CancelledError):
                     await task  # raises what sending has raised
 
-    async def _complete(self, send: Send) -> None:
+    async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         chunks: dict[Request, list[Chunk]] = {request: [] for request in self._call.requests}
         try:
             while self._call.n_open:
@@ -70,15 +72,10 @@ class GenerationResponse:
                     chunks[request].append(chunk)
             choices = [choice.complete(chunks[choice.request]) for choice in self._choices]
             extra = self._choices[0].extra_fields(streamed=False)
-            body = self._head | {"choices": choices, "usage": self._usage()} | extra
-            status = 200
+            response: Response = JSONResponse(self._head | {"choices": choices, "usage": self._usage()} | extra)
         except Exception as error:
-            failure = as_api_error(error)
-            status, body = failure.status, failure.body
-        data = encode(body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": data})
+            response = as_api_error(error).response()
+        await response(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})

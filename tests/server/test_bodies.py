@@ -79,7 +79,9 @@ def test_any_json_in_any_field_is_answered_or_refused(client: Client, path: str)
             if reply.status_code != 200:
                 error = reply.json()["error"]
                 assert error["message"]
-                assert error["param"] in (None, name), (name, value, error)
+                # Of a prompt that is too long with max_tokens, OpenAI's API names the prompt.
+                named = next(iter(needed)) if error["code"] == "context_length_exceeded" else name
+                assert error["param"] == named, (name, value, error)
 
 
 @pytest.mark.parametrize(

@@ -36,14 +36,17 @@ class Security:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, app, cors = Headers(scope=scope), self._app, dict[str, str]()
+        headers, app, cors = Headers(scope=scope), self._app, None
         try:
             if (size := sum(len(name) + len(value) + 4 for name, value in headers.raw)) > self._max_bytes:
                 raise ApiError(431, f"the headers have {size} bytes, at most {self._max_bytes} are taken")
             self._check_host(headers)
             cors = self._cors_headers(headers)
-            if cors and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                app = Response(status_code=200, headers=_preflight(headers))
+            if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+                app = Response(status_code=200, headers=_preflight(headers) if cors else None)
+            elif cors is None:
+                page = short_repr(headers["origin"])
+                raise ApiError(403, f"pages of {page} may not ask: give the server --allowed-origin for them")
             elif self._keys and scope["path"] not in OPEN_PATHS:
                 scope.setdefault("state", {})["cache_salt"] = self._check_key(headers)
         except ApiError as error:
@@ -51,7 +54,7 @@ class Security:
 
         async def send_with_cors(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(cors)
+                MutableHeaders(scope=message).update(cors or {})
             await send(message)
 
         await app(scope, receive, send_with_cors if cors else send)
@@ -61,13 +64,13 @@ class Security:
         if not (self._any_host or (name := _name(host)) in self._hosts or _is_loopback(name)):
             raise ApiError(403, f"no Host is called {short_repr(host)} here: give the server --allowed-host for it")
 
-    def _cors_headers(self, headers: Headers) -> dict[str, str]:
-        """CORS headers, with which a browser lets a page of another origin read the response. Raises ApiError."""
+    def _cors_headers(self, headers: Headers) -> dict[str, str] | None:
+        """CORS headers, with which a browser lets a page of another origin read the response; None if it may not."""
         origin = headers.get("origin")
         if origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower():
             return {}
         if origin not in self._origins and "*" not in self._origins:
-            raise ApiError(403, f"pages of {short_repr(origin)} may not ask: give the server --allowed-origin for them")
+            return None
         return {"access-control-allow-origin": origin, "vary": "origin"}
 
     def _check_key(self, headers: Headers) -> str:

@@ -154,9 +154,9 @@ def response_settings(body: dict[str, Any], logprobs: str) -> dict[str, Any]:
     stream, options = flag(body, "stream"), body.get("stream_options", {})
     if not isinstance(options, dict):
         raise RequestError(f"stream_options must be an object, not {short_repr(options)}")
-    options = given(options)
-    if options and not stream:
+    if "stream_options" in body and not stream:
         raise RequestError("stream_options needs stream: true")
+    options = given(options)
     if stream and "prompt_logprobs" in body:
         raise RequestError("prompt_logprobs are not part of a stream: give stream: false")
     known = frozenset(("include_usage", "continuous_usage_stats", "include_obfuscation"))

@@ -106,6 +106,7 @@ def test_any_json_in_any_field_is_answered_or_refused(client: Client, path: str)
         (TEXT, {"logit_bias": {"a": 1, "b": 1}}, "not 'a', 'b'", "logit_bias"),
         (TEXT, {"logit_bias": {"1": "x"}}, "logit_bias of token 1 must be a number", "logit_bias"),
         (TEXT, {"stream_options": {"include_usage": True}}, "stream_options needs stream: true", "stream_options"),
+        (TEXT, {"stream_options": {"include_usage": None}}, "stream_options needs stream: true", "stream_options"),
         (
             TEXT,
             {"stream": True, "stream_options": {"usage": 1}},

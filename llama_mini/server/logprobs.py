@@ -131,12 +131,12 @@ def prompt_logprob(
 
 
 def _by_name(names: TokenNames, entry: Entry) -> dict[str, float | None] | None:
-    """The likeliest tokens and the token itself, as in OpenAI's API."""
+    """The token itself and the likeliest ones, as in OpenAI's API. Of two tokens with one name, the first one."""
     if entry.alternatives is None or entry.logprob is None:
         return None
     found: dict[str, float | None] = {}
-    for id, logprob in (*entry.alternatives, (entry.id, entry.logprob)):
-        found.setdefault(names.unique(id), _number(logprob))  # of two tokens with one name, the likelier
+    for id, logprob in ((entry.id, entry.logprob), *entry.alternatives):
+        found.setdefault(names.unique(id), _number(logprob))
     return found
 
 

@@ -61,4 +61,6 @@ def test_minus_infinity_is_a_number_that_json_has() -> None:
     entries, names = tokens.rest("The"), TokenNames(TOKENIZER, by_id=False)
     (chosen,) = chat_logprobs(names, entries)["content"]
     assert chosen["logprob"] == chosen["top_logprobs"][1]["logprob"] == LEAST
-    assert text_logprobs(names, entries)["top_logprobs"] == [{" quick": -0.5, "bytes:\\xf0\\x9f": LEAST, "The": LEAST}]
+    assert text_logprobs(names, entries)["top_logprobs"] == [{"The": LEAST, " quick": -0.5, "bytes:\\xf0\\x9f": LEAST}]
+    (top,) = text_logprobs(names, entries)["top_logprobs"]
+    assert next(iter(top)) == "The"  # the token itself is the first, as in vLLM

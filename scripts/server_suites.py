@@ -7,6 +7,7 @@ none of their code is in this repository. Needs pip install -e '.[suites]'. Ends
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -18,21 +19,24 @@ LIST = Path(__file__).resolve().parents[1] / "tests" / "server" / "suites.toml"
 
 
 def main() -> int:
-    from suites.running import SUITES
+    from suites.running import STOPS, SUITES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", nargs="*", help=f"of {', '.join(SUITES)}; all unless given")
     parser.add_argument("-k", metavar="EXPRESSION", help="only tests whose names match, as for pytest")
     parser.add_argument("-v", action="store_true", help="print the outcome of every test")
+    for number in STOPS:  # each as Ctrl-C: what was started has to end
+        signal.signal(number, signal.default_int_handler)
     return exit_code_of(lambda: _run(parser.parse_args()))
 
 
 def _run(args: argparse.Namespace) -> None:
     from suites.running import SUITES, differences, outcomes_of, read_list
 
+    for suite in args.suite:
+        check_choice("suite", suite, SUITES, RequestError)
     found = []
     for suite in args.suite or SUITES:
-        check_choice("suite", suite, SUITES, RequestError)
         outcomes = outcomes_of(suite, args.k)
         if args.v:
             print("".join(f"{'failed' if error else 'passed'} {test} {error}\n" for test, error in outcomes.items()))

@@ -2,23 +2,31 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-
-import pytest
+from typing import TYPE_CHECKING
 
 from llama_mini.errors import LlamaMiniError
+from llama_mini.validate import join_names
 from suites.sources import tests_of
 
+if TYPE_CHECKING:
+    import pytest
+
+MODULES = ("jsonschema", "openai", "pytest_asyncio", "regex", "requests", "starlette", "transformers", "uvicorn")
 SUITES = {"vllm": "suites.vllm", "llama.cpp": "suites.llamacpp"}
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OUTCOMES = "SUITE_OUTCOMES"  # the file, by an environment variable, into which the plugin writes
-TIMEOUT = 1800
+TIMEOUT = 7200  # seconds, for a suite; each takes ten minutes on two idle cores
 INI = """[pytest]
 asyncio_mode = auto
 asyncio_default_fixture_loop_scope = function
@@ -30,6 +38,9 @@ markers = slow
 
 def outcomes_of(suite: str, only: str | None = None) -> dict[str, str]:
     """Every test of a suite, by its file and name: empty if it passed, else the last line of its error."""
+    if missing := [name for name in MODULES if find_spec(name) is None]:
+        do = "pip install -c constraints.txt -e '.[suites]'"
+        raise LlamaMiniError(f"the suites need {join_names(missing)}, which is not installed: {do}")
     plugin = import_module(SUITES[suite])
     folder = tests_of(plugin.REQUIREMENT, plugin.SHA256, plugin.FOLDER)
     (folder.parent / "__init__.py").touch()  # vLLM's are a package of that name
@@ -39,17 +50,51 @@ def outcomes_of(suite: str, only: str | None = None) -> dict[str, str]:
         plugins = ["-p", SUITES[suite], "-p", "suites.running", "-p", "no:cacheprovider", "-p", "no:xdist"]
         words = ["-c", str(ini), "--rootdir", str(folder), "-q", *plugins, *plugin.FILES]
         path = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), OUTCOMES: str(results)}
+        # the copies of the checkpoint go with the folder
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), OUTCOMES: str(results), "TMPDIR": work}
         command = [sys.executable, "-P", "-m", "pytest", *words, *(["-k", only] if only else [])]
-        ran = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
-        )
-        if ran.returncode not in (0, 1):
-            raise LlamaMiniError(f"pytest ended with status {ran.returncode}:\n{(ran.stdout + ran.stderr)[-3000:]}")
+        status, output = run_in_group(command, folder, environment, TIMEOUT)
+        if status not in (0, 1):
+            raise LlamaMiniError(f"pytest ended with status {status}:\n{output[-3000:]}")
         return dict(json.loads(line) for line in results.read_text().splitlines())
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+def run_in_group(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], seconds: float
+) -> tuple[int, str]:
+    """A command's status and output. Whatever it started ends with it, also when this process is told to stop.
+
+    Raises LlamaMiniError if it takes longer than `seconds`.
+    """
+    told: list[int] = []  # a signal between the start and `try` would leave it running
+    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in STOPS}
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if told:
+                raise KeyboardInterrupt
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise LlamaMiniError(f"the tests took longer than {seconds:g} s") from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, output
+
+
+def pytest_runtest_logreport(report: "pytest.TestReport") -> None:
     """As a plugin: one line of JSON for each test that ran."""
     if report.skipped or (report.when != "call" and report.passed):
         return

@@ -1,8 +1,8 @@
 """A pytest plugin with which vLLM's tests over HTTP run against our server, without vLLM.
 
-Their launcher starts ours with the default checkpoint under the name that a test asks for; of its options keys are
-taken over, and one for tools gives the checkpoint a template that knows tools. The modules of vLLM are empty, but for
-what the tests ask about their model: the tokenizer and its size.
+Their launcher starts ours with the default checkpoint under the name that a test asks for; of its options keys and the
+context are taken over, and one for tools gives the checkpoint a template that knows tools. The modules of vLLM are
+empty, but for what the tests ask about their server, its version, and their model, the tokenizer and its size.
 """
 
 import importlib.abc
@@ -18,6 +18,7 @@ from unittest.mock import MagicMock
 import openai
 import pytest
 
+from llama_mini import __version__
 from llama_mini.cli.default_model import ensure_default_checkpoint
 from suites.servers import checkpoint_with, server_with
 
@@ -75,8 +76,10 @@ class RemoteOpenAIServer:
     def __init__(
         self, model: str, args: Sequence[str] = (), env_dict: Mapping[str, str] | None = None, **_: Any
     ) -> None:
-        checkpoint = checkpoint_with(template=TEMPLATE if "--tool-call-parser" in args else None)
-        key = dict(itertools.pairwise(args)).get("--api-key") or (env_dict or {}).get("VLLM_API_KEY")
+        options = dict(itertools.pairwise(args))
+        context, template = options.get("--max-model-len"), TEMPLATE if "--tool-call-parser" in args else None
+        checkpoint = checkpoint_with(None if context is None else int(context), template)
+        key = options.get("--api-key") or (env_dict or {}).get("VLLM_API_KEY")
         self.url_root = server_with(checkpoint, "--served-model-name", model, *(["--api-key", key] if key else []))
 
     def __enter__(self) -> "RemoteOpenAIServer":
@@ -144,6 +147,8 @@ class _ModelConfig:
 
 _ANSWERS: dict[str, dict[str, Any]] = {
     "tests.utils": {"RemoteOpenAIServer": RemoteOpenAIServer, "ROCM_EXTRA_ARGS": []},
+    "vllm": {"envs": types.SimpleNamespace(VLLM_USE_RUST_FRONTEND=False)},
+    "vllm.version": {"__version__": __version__},
     "vllm.config": {"ModelConfig": _ModelConfig},
     "vllm.tokenizers": {"get_tokenizer": _tokenizer},
     "vllm.model_executor.model_loader.weight_utils": {"download_weights_from_hf": lambda name, **_: name},

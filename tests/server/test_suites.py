@@ -1,10 +1,19 @@
 """scripts/server_suites.py: outcomes against the committed list. The suites take ten minutes each: run the script."""
 
+import os
+import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import pytest
 
 import server_suites
+from llama_mini.errors import LlamaMiniError
+from suites import running
 from suites.running import SUITES, Listed, differences, read_list
 
 LISTED = Listed(passes=["a", "b"], fails={"c": "not ours", "d": "not ours"}, either={"e": "the model's choice"})
@@ -45,6 +54,60 @@ def test_the_list_names_each_test_once_and_gives_a_reason_for_each_that_fails(su
 def test_an_unknown_suite_is_an_error_that_lists_those_there_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["server_suites.py", "sglang"])
+    monkeypatch.setattr(sys, "argv", ["server_suites.py", "vllm", "sglang"])
+    monkeypatch.setattr(running, "outcomes_of", None)  # nothing runs before
     assert server_suites.main() == 2
     assert capsys.readouterr().err == "error: unknown suite 'sglang'; known: vllm, llama.cpp\n"
+
+
+def test_without_its_libraries_the_script_says_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "MODULES", ("json", "no_such_library", "nor_this"))
+    with pytest.raises(LlamaMiniError, match=r"need no_such_library, nor_this, .* pip install .*'\.\[suites\]'$"):
+        running.outcomes_of("vllm")
+
+
+STARTS_ANOTHER = "sleep 60 > /dev/null 2>&1 & echo $! > started; "
+
+
+@pytest.fixture
+def _signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in running.STOPS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ended(folder: Path) -> bool:
+    """Whether the process whose number stands in `started` ends soon."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(int((folder / "started").read_text()))
+        for _ in range(500):
+            if process.status() == psutil.STATUS_ZOMBIE:  # until somebody asks how it ended
+                break
+            time.sleep(0.01)
+        else:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["TERM", "HUP", "INT"])
+@pytest.mark.usefixtures("_signals")
+def test_a_script_that_is_told_to_stop_leaves_no_process(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sh", "-c", f"{STARTS_ANOTHER} kill -{name} $PPID; wait"]
+    monkeypatch.setattr(running, "outcomes_of", lambda *_: running.run_in_group(command, tmp_path, os.environ, 60))
+    monkeypatch.setattr(sys, "argv", ["server_suites.py", "vllm"])
+    assert server_suites.main() == 130
+    assert ended(tmp_path)
+
+
+@pytest.mark.parametrize(("end", "status"), [("exit 7", 7), ("wait", None)])
+def test_what_a_suite_has_started_ends_with_it(end: str, status: int | None, tmp_path: Path) -> None:
+    command = ["sh", "-c", f"{STARTS_ANOTHER} echo out; {end}"]
+    if status is None:
+        with pytest.raises(LlamaMiniError, match=r"longer than 0\.2 s"):
+            running.run_in_group(command, tmp_path, os.environ, 0.2)
+    else:
+        assert running.run_in_group(command, tmp_path, os.environ, 60) == (status, "out\n")
+    assert ended(tmp_path)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MODULES = ("jsonschema", "openai", "pytest_asyncio", "regex", "requests", "starlette", "transformers", "uvicorn")
 SUITES = {"vllm": "suites.vllm", "llama.cpp": "suites.llamacpp"}
+KINDS = ("theirs", "model", "otherwise")  # of reasons, in the list
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OUTCOMES = "SUITE_OUTCOMES"  # the file, by an environment variable, into which the plugin writes
 TIMEOUT = 7200  # seconds, for a suite; each takes ten minutes on two idle cores
@@ -106,11 +107,16 @@ def pytest_runtest_logreport(report: "pytest.TestReport") -> None:
 
 @dataclass(frozen=True)
 class Listed:
-    """The committed outcomes of a suite: what passes, what fails, and what does either, with the reasons."""
+    """The committed outcomes of a suite: what passes, what fails, by the kind of the reason, and what does either."""
 
     passes: list[str]
-    fails: dict[str, str]
+    fails: dict[str, dict[str, str]]
     either: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """The reason of each test that fails."""
+        return {test: reason for kind in self.fails.values() for test, reason in kind.items()}
 
 
 def read_list(file: Path, suite: str) -> Listed:
@@ -122,14 +128,14 @@ def differences(outcomes: Mapping[str, str], listed: Listed, is_part: bool = Fal
 
     is_part: only some of the tests were to run.
     """
-    lines = []
+    lines, fails = [], listed.reasons
     for test, error in outcomes.items():
         if test in listed.either:
             continue
-        if error and test not in listed.fails:
+        if error and test not in fails:
             lines.append(f"{test} {'fails' if test in listed.passes else 'is not listed, and fails'}: {error}")
         if not error and test not in listed.passes:
-            known = "is listed among those that fail" if test in listed.fails else "is not listed"
+            known = "is listed among those that fail" if test in fails else "is not listed"
             lines.append(f"{test} {known}; it passes")
-    known_tests = [*listed.passes, *listed.fails, *listed.either]
+    known_tests = [*listed.passes, *fails, *listed.either]
     return lines + [f"{test} is listed and did not run" for test in known_tests if test not in outcomes and not is_part]

@@ -1,6 +1,7 @@
 """scripts/server_suites.py: outcomes against the committed list. The suites take ten minutes each: run the script."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -12,11 +13,13 @@ import psutil
 import pytest
 
 import server_suites
+from llama_mini import server
 from llama_mini.errors import LlamaMiniError
 from suites import running
-from suites.running import SUITES, Listed, differences, read_list
+from suites.running import KINDS, SUITES, Listed, differences, read_list
 
-LISTED = Listed(passes=["a", "b"], fails={"c": "not ours", "d": "not ours"}, either={"e": "the model's choice"})
+FAILS = {"theirs": {"c": "not ours"}, "model": {"d": "another one"}}
+LISTED = Listed(passes=["a", "b"], fails=FAILS, either={"e": "the model's choice"})
 AS_LISTED = {"a": "", "b": "", "c": "error", "d": "error", "e": ""}
 
 
@@ -46,9 +49,21 @@ def test_a_listed_test_must_run() -> None:
 @pytest.mark.parametrize("suite", SUITES)
 def test_the_list_names_each_test_once_and_gives_a_reason_for_each_that_fails(suite: str) -> None:
     listed = read_list(server_suites.LIST, suite)
-    names = [*listed.passes, *listed.fails, *listed.either]
+    names = [*listed.passes, *listed.reasons, *listed.either]
     assert len(set(names)) == len(names) > 40
-    assert min(map(len, [*listed.fails.values(), *listed.either.values()])) > 10
+    assert min(map(len, [*listed.reasons.values(), *listed.either.values()])) > 10
+
+
+def test_the_readme_has_the_numbers_of_the_list() -> None:
+    readme = Path(server.__file__).with_name("README.md").read_text(encoding="utf-8")
+    numbers = []
+    for suite in SUITES:
+        listed = read_list(server_suites.LIST, suite)
+        parts = [*map(len, (listed.passes, *(listed.fails.pop(kind) for kind in KINDS), listed.either))]
+        assert not listed.fails
+        numbers.append([sum(parts), *parts])
+    rows = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|$", readme, re.MULTILINE)
+    assert [[int(number) for number in column] for column in zip(*rows, strict=True)] == numbers
 
 
 def test_an_unknown_suite_is_an_error_that_lists_those_there_are(

@@ -91,9 +91,10 @@ class Runner:
     # --- prompts
 
     def _prefill(self) -> None:
-        n = 0
-        while n < self._budget() - 1 and (self._prefilling or self._admit()):
-            n += self._prefill_part(self._budget() - n)
+        n, budget = 0, self._budget()
+        while n < budget - 1 and (self._prefilling or self._admit()):
+            n += self._prefill_part(budget - n)
+            budget = min(budget, self._budget())
 
     def _budget(self) -> int:
         """How many tokens of prompts may run before the next step."""

@@ -22,7 +22,7 @@ def healing_study_picture(study: dict[str, Any]) -> "Figure":
     """The cost of each change at once and after training, and of a random change of equal KL after the same training.
 
     study: healing_study.json. A panel for each range of layers, a mark for each seed; lines are two standard errors. A
-    cost that is NaN has no mark.
+    cost that is NaN has no mark; a change that cannot be trained is said to diverge.
     """
     columns, runs = study["columns"], study["runs"]
     changes, ranges = (list(dict.fromkeys(run[key] for run in runs)) for key in ("change", "layers"))
@@ -35,6 +35,10 @@ def healing_study_picture(study: dict[str, Any]) -> "Figure":
             x = [changes.index(run["change"]) + shift + 0.06 * run["seed"] for run, _ in marks]
             y, se = np.array([(end["dloss"], end["se"]) for _, end in marks], float).reshape(-1, 2).T
             axes.errorbar(x, y, 2 * se, markersize=4, elinewidth=0.8, linestyle="", **looks)
+        for change in sorted({run["change"] for run in own if "error" in run}):
+            axes.annotate(
+                "diverges", (changes.index(change), 0), (0, 4), textcoords="offset points", ha="center", fontsize=8
+            )
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylabel(f"layers {layers}:\nchange of loss (nats)")

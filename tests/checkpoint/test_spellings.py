@@ -187,11 +187,15 @@ def test_names_that_no_file_can_have(name: str, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("device", ["foo", "meta"])
-def test_devices_that_cannot_be_used(tiny_dir: Path, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("device", "message"), [("foo", "unknown device 'foo': give cpu"), ("meta", "device 'meta' cannot be used: ")]
+)
+def test_devices_that_cannot_be_used(
+    tiny_dir: Path, device: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     for args in (["--info"], ["hi"]):
         assert main(["--model", str(tiny_dir), "--device", device, *args]) == 2
-        assert capsys.readouterr().err.startswith(f"error: device '{device}' cannot be used: ")
+        assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_what_is_no_file_is_said(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_a_report_is_one_page_whose_captions_can_be_run(
     assert out(["report", "norms.html", *model, *text], capsys) == "norms.html\n"
     page = (tmp_path / "norms.html").read_text(encoding="utf-8")
     assert "A race of plans" in page
-    made = [shlex.split(html.unescape(code)) for code in re.findall("<code>(.*?)</code>", page)]
+    made = [shlex.split(html.unescape(code)) for code in re.findall("<code>(python .*?)</code>", page)]
     assert [words[:3] for words in made] == [["python", "-m", "llama_mini.lab"]] * 10
     printed = {words[3]: out(words[3:], capsys) for words in made}
     assert list(printed) == ["ablate", "norms", "capture", "skip", "doctor", "init", "race"]

@@ -69,7 +69,12 @@ def test_a_client_that_leaves_is_seen_to_leave(new_llm: LLM, monkeypatch: pytest
         def reached(**expected: float) -> Callable[[], bool]:
             return lambda: {name: now()[name] for name in expected} == expected
 
+        def submitted() -> int:
+            seen = new_llm.activity()
+            return seen.running + seen.waiting + new_llm._scheduler._inbox.qsize()
+
         clients = [stack.enter_context(connect(port, post("/v1/completions", LONG))) for _ in range(3)]
+        until(lambda: submitted() == 3)  # while the gate holds the first forward pass
         gate.allow(10)
         until(reached(num_requests_running=2, num_requests_waiting=1))
         assert 0 < now()["kv_cache_usage_perc"] <= 1

@@ -159,4 +159,4 @@ def _checked(processor: LogitsProcessor, result: object, before: Tensor, banned:
 
 def _within_float32(divisor: float) -> float:
     """The divisor, moved away from 0 and infinity in float32, so that 0 / 0 and inf / inf cannot occur."""
-    return min(max(divisor, 1e-30), 1e30)
+    return float(min(max(divisor, 1e-30), 1e30))  # PyTorch refuses a large int

@@ -145,7 +145,7 @@ class SamplingParams:
         logits_processors: functions (token_ids, logits) -> logits. The ids include the prompt; the logits are (V,)
             float32, -inf for a banned token.
         n: number of answers to each prompt.
-        seed: seeds the random numbers of this request; None or -1 chooses a seed at random.
+        seed: seeds the random numbers of this request, 64 bits with or without a sign; None or -1 chooses one.
         min_tokens: number of new tokens before which nothing ends the answer but max_time: end-of-text tokens and
             stop_token_ids are banned, and a stop string that is complete by then is text.
         max_tokens: maximum number of new tokens; None or -1: as many as fit in the context.
@@ -214,7 +214,7 @@ class SamplingParams:
         if self.cache_salt is not None and not isinstance(self.cache_salt, str):
             raise RequestError(f"cache_salt must be a text, not {short_repr(self.cache_salt)}")
         if self.seed is not None:
-            check_whole("seed", self.seed, RequestError, 0, 2**64 - 1)
+            check_whole("seed", self.seed, RequestError, -(2**63), 2**64 - 1)
         if self.max_time is not None:
             check_number("max_time", self.max_time, RequestError, above=0)
         if self.max_tokens is not None:
@@ -247,7 +247,7 @@ class SamplingParams:
 
     def generator(self) -> torch.Generator:
         """A new random generator, seeded with `seed` or at random."""
-        return torch.Generator().manual_seed(secrets.randbits(64) if self.seed is None else self.seed)
+        return torch.Generator().manual_seed(secrets.randbits(64) if self.seed is None else self.seed % 2**64)
 
     @cached_property
     def changes_logits(self) -> bool:

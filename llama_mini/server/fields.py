@@ -10,7 +10,7 @@ from typing import Any
 
 from llama_mini.engine.structured import STRUCTURES, of_response_format
 from llama_mini.errors import RequestError, TokenizerError
-from llama_mini.validate import as_dict, check_flag, check_whole, is_whole, join_names, short_repr
+from llama_mini.validate import as_dict, check_flag, check_whole, join_names, short_repr
 
 MAX_LOGPROBS = 20  # likeliest tokens for each token
 MAX_ANSWERS = 128  # OpenAI's limit of `n`
@@ -111,9 +111,6 @@ def sampling_settings(body: dict[str, Any]) -> dict[str, Any]:
         check_whole("n", settings["n"], RequestError, 1, MAX_ANSWERS)
     if isinstance(stops := settings.get("stop"), list) and len(stops) > MAX_STOPS:
         raise RequestError(f"stop has {len(stops)} texts, more than {MAX_STOPS}")
-    seed: Any = settings.get("seed")
-    if is_whole(seed) and -(2**63) <= seed < -1:  # it is signed in OpenAI's API
-        settings["seed"] = seed + 2**64
     if "logit_bias" in body:
         settings["logit_bias"] = token_biases(body["logit_bias"])
     return settings | _structure(body)

@@ -28,7 +28,7 @@ NUMBERS = {
 WHOLE = {
     "top_k": (0, math.inf),
     "n": (1, 16384),
-    "seed": (0, 2**64 - 1),
+    "seed": (-(2**63), 2**64 - 1),
     "min_tokens": (0, math.inf),
     "max_tokens": (1, math.inf),
     "top_logprobs": (0, math.inf),
@@ -46,7 +46,7 @@ def wrong_values() -> list[tuple[str, object]]:
         pairs += [(name, value) for value in [*NO_NUMBER, HUGE, low - 0.1]]
         pairs += [(name, high + 0.1)] if high < math.inf else []
     for name, (low, high) in WHOLE.items():
-        pairs += [(name, value) for value in [*NO_NUMBER, 1.0, -2 if name in MINUS_ONE else low - 1]]
+        pairs += [(name, value) for value in [*NO_NUMBER, 1.0, -2 if low == 0 and name in MINUS_ONE else low - 1]]
         pairs += [(name, high + 1)] if high < math.inf else []
     for name in POSITIVE:
         pairs += [(name, value) for value in [*NO_NUMBER, HUGE, 0, -0.5]]

@@ -186,7 +186,7 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(shape: str, dtype: torc
         together = first_rows(filled, batch)
         for token, expected in zip(tokens, own, strict=True):
             logits, expected = fast(token[:batch], together), expected[:batch]
-            if dtype == torch.float32 and batch > 16 and shape in SHAPES_OF_FAMILIES:  # PyTorch's SiLU, among others
+            if dtype == torch.float32 and shape in SHAPES_OF_FAMILIES:  # PyTorch's SiLU depends on how many there are
                 assert error(logits, expected) < tolerance(dtype, quantize, "auto"), batch
             else:
                 assert torch.equal(logits, expected), batch

@@ -137,16 +137,21 @@ def multiplied(x: Tensor, matrix: PackedLinear, isa: str) -> tuple[Tensor, Tenso
         return x.double(), weight
     if isa == "amx" and x.dtype == torch.bfloat16:
         return x.double(), weight.float().bfloat16().double()
-    return quantized(x, isa), weight
+    return quantized(x, isa, x.dtype), weight
 
 
-def quantized(x: Tensor, isa: str) -> Tensor:
-    """Tokens (..., columns) as gemm quantizes them: eight bits for 32 columns, sixteen if they hold an outlier."""
+def product_of_few(x: Tensor, matrix: PackedLinear, isa: str, dtype: torch.dtype) -> Tensor:
+    """As gemv multiplies, in a model of `dtype`."""
+    return product(x if matrix.name == "float" else quantized(x, isa, dtype), matrix)
+
+
+def quantized(x: Tensor, isa: str, dtype: torch.dtype) -> Tensor:
+    """Tokens (..., columns) for a quantized matrix: eight bits for 32 columns, sixteen if they hold an outlier."""
     columns = x.shape[-1]
     steps = torch.nn.functional.pad(x.float(), (0, -columns % 32)).unflatten(-1, (-1, 32))
     peak = steps.abs().amax(-1, keepdim=True)
     outlier = peak.square() > 3 * peak.square().mean(-2, keepdim=True)
-    if x.dtype == torch.float32 or isa == "avx2":
+    if dtype == torch.float32 or isa == "avx2":
         outlier = torch.ones_like(outlier)
     levels = torch.where(outlier, 32512.0, 127.0)
     codes = torch.where(peak == 0, 0, steps.double() * (levels / peak).double()).round()
@@ -203,13 +208,6 @@ def attend(
     return torch.einsum("hts,hsd->thd", weights, values).flatten(1)
 
 
-def sixteen_bits(x: Tensor) -> Tensor:
-    """Rows (..., columns) as gemv quantizes them for quantized weights."""
-    peak = x.float().abs().amax(-1, keepdim=True)
-    levels = torch.where(peak == 0, 0, x.double() * (32512 / peak).double()).round()
-    return levels * peak.double() / 32512
-
-
 def silu(x: Tensor) -> Tensor:
     return x.double() * torch.sigmoid(x.double())
 
@@ -235,7 +233,7 @@ def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer
         x = x.to(dtype) if rounds else x
         if many:
             return matrix.split(product_of_many(x, matrix, isa))
-        return matrix.split(product(x if matrix.name == "float" else sixteen_bits(x), matrix))
+        return matrix.split(product_of_few(x, matrix, isa, dtype))
 
     projected = times(rms_norm(x, layer.norms[0], dtype), qkv)
     q, k, v = ((part.to(dtype) if many else part).unflatten(-1, (-1, dim)) for part in projected)

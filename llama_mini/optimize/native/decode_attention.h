@@ -117,8 +117,8 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
   Array<float> heads(group * dim), scores(group * CHUNK);
   for (int64_t g = 0; g < group; g++) prepare_head<T>(row + (h * group + g) * dim, a.q, cos, sin, dim, heads + g * dim);
   Input in;
-  pack(in, sizeof(T) == 4 ? Kind::FLOAT32 : Kind::BFLOAT16, heads, group, dim);
-  dots(k, to - from, dim, dim, in, scores, CHUNK);
+  pack<T>(in, sizeof(T) == 4 ? Kind::FLOAT32 : Kind::BFLOAT16, heads, group, dim);
+  dots(k, to - from, dim, dim, in, scores, CHUNK, (const char*)v - (const char*)k);
   float* out = part + 2 * group;
   for (int64_t g = 0; g < group; g++)
     part[g] = softmax_chunk(scores + g * CHUNK, to - from, a.scale, a.softcap, part[group + g]);

@@ -24,6 +24,7 @@ inline int64_t n_blocks(const Matrix& m) { return (m.rows + BLOCK_ROWS - 1) / BL
 inline int64_t block_rows(const Matrix& m, int64_t t) { return min(m.rows - t * BLOCK_ROWS, BLOCK_ROWS); }
 
 // Packs x (batch, m.columns) for `gemv_block`. Only bfloat16 dot products, with AMX or without, round it to bfloat16.
+template <typename T>
 inline void pack(Input& in, const Matrix& m, const float* x, int64_t batch) {
 #ifdef __AMX_BF16__
   if (m.kind == Kind::BFLOAT16) {
@@ -31,7 +32,7 @@ inline void pack(Input& in, const Matrix& m, const float* x, int64_t batch) {
     return pair(in, x, batch, m.columns);
   }
 #endif
-  pack(in, m.kind, x, batch, m.columns);
+  pack<T>(in, m.kind, x, batch, m.columns);
 }
 
 #ifdef __AMX_BF16__

@@ -18,7 +18,10 @@ constexpr int BATCH = 4;  // rows of the batch: as many as fit in the registers
 constexpr int BATCH = 1;
 #endif
 
-inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + PREFETCH_AHEAD, 0, 2); }
+// Always inline: GCC 12 takes a call of it for one without effect, and may drop it.
+[[gnu::always_inline]] inline void prefetch(const void* p, int64_t ahead = PREFETCH_AHEAD) {
+  __builtin_prefetch((const char*)p + ahead, 0, 2);
+}
 
 inline f32 times(f32 acc, const float* w, const Input& in, int64_t at) {
   for (int i = 0; i < GROUP; i += LANES) acc += load(w + i) * load(in.floats + at + i);
@@ -41,45 +44,51 @@ inline f32 times(f32 acc, const bf16* w, const Input& in, int64_t at) {
 
 // out[b * stride + r] = R rows of w, `pitch` apart, times B rows of the batch from `row` on.
 template <int R, int B, typename T>
-inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, int64_t row, float* out, int64_t stride) {
+inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, int64_t row, float* out, int64_t stride,
+                     int64_t ahead) {
   f32 acc[B][R] = {};
   const int64_t whole = n / GROUP * GROUP, base = row * in.width;
   for (int64_t i = 0; i < whole; i += GROUP)
     for (int r = 0; r < R; r++) {
       const T* at = w + r * pitch + i;
-      prefetch(at);
-      if (sizeof(T) == 4) prefetch(at + GROUP / 2);
+      prefetch(at, ahead);
+      if (sizeof(T) == 4) prefetch(at + GROUP / 2, ahead);
       for (int b = 0; b < B; b++) acc[b][r] = times(acc[b][r], at, in, base + b * in.width + i);
     }
   if (whole < n)
+#pragma GCC unroll 4  // all of it, or the sums would live in memory
     for (int r = 0; r < R; r++) {
       T tail[GROUP] = {};  // never read beyond the end of a row: NaN may follow, or memory that is not ours
       std::memcpy(tail, w + r * pitch + whole, (n - whole) * sizeof(T));
+#pragma GCC unroll 4
       for (int b = 0; b < B; b++) acc[b][r] = times(acc[b][r], tail, in, base + b * in.width + whole);
     }
+#pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
     if (R == 4)
       _mm_storeu_ps(out + b * stride, sums(acc[b]));
     else
+#pragma GCC unroll 4
       for (int r = 0; r < R; r++) out[b * stride + r] = sum(acc[b][r]);
   }
 }
 
 template <int R, typename T>
-inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, float* out, int64_t stride) {
+inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, float* out, int64_t stride, int64_t ahead) {
   int64_t b = 0;
-  for (; b + BATCH <= in.batch; b += BATCH) products<R, BATCH>(w, n, pitch, in, b, out + b * stride, stride);
-  for (; BATCH > 1 && b + 3 <= in.batch; b += 3) products<R, 3>(w, n, pitch, in, b, out + b * stride, stride);
-  for (; b < in.batch; b++) products<R, 1>(w, n, pitch, in, b, out + b * stride, stride);
+  for (; b + BATCH <= in.batch; b += BATCH) products<R, BATCH>(w, n, pitch, in, b, out + b * stride, stride, ahead);
+  for (; BATCH > 1 && b + 3 <= in.batch; b += 3) products<R, 3>(w, n, pitch, in, b, out + b * stride, stride, ahead);
+  for (; b < in.batch; b++) products<R, 1>(w, n, pitch, in, b, out + b * stride, stride, ahead);
 }
 
-// `rows` rows of w times every row of the batch.
+// `rows` rows of w times every row of the batch; meanwhile what is `ahead` bytes from them is prefetched.
 template <typename T>
-inline void dots(const T* w, int64_t rows, int64_t n, int64_t pitch, const Input& in, float* out, int64_t stride) {
+inline void dots(const T* w, int64_t rows, int64_t n, int64_t pitch, const Input& in, float* out, int64_t stride,
+                 int64_t ahead = PREFETCH_AHEAD) {
   int64_t r = 0;
   if (in.batch > 1 || !IN_SEQUENCE)
-    for (; r + ROWS <= rows; r += ROWS) products<ROWS>(w + r * pitch, n, pitch, in, out + r, stride);
-  for (; r < rows; r++) products<1>(w + r * pitch, n, pitch, in, out + r, stride);
+    for (; r + ROWS <= rows; r += ROWS) products<ROWS>(w + r * pitch, n, pitch, in, out + r, stride, ahead);
+  for (; r < rows; r++) products<1>(w + r * pitch, n, pitch, in, out + r, stride, ahead);
 }
 
 }  // namespace ISA

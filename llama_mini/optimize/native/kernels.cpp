@@ -11,7 +11,7 @@ void pack_rows(Input& in, const Matrix& m, const void* x, const Norm& norm, int6
   const int64_t n = m.columns;
   Array<float> rows(batch * n);
   for (int64_t b = 0; b < batch; b++) norm_row<T>((const T*)x + b * n, norm, n, rows + b * n);
-  pack(in, m, rows, batch);
+  pack<T>(in, m, rows, batch);
 }
 
 // out (batch, stride) = packed rows times the matrix.
@@ -32,7 +32,7 @@ void gemv_packed(const Matrix& m, const Input& in, float* out, int64_t stride, P
 template <typename T>
 void gemv_add(const Matrix& m, const float* y, int64_t batch, const T* x, T* out, Pool pool) {
   Input in;
-  pack(in, m, y, batch);
+  pack<T>(in, m, y, batch);
   parallel(pool, n_blocks(m), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const AmxRegisters registers(in.columns);
     Array<float> part(batch * BLOCK_ROWS);

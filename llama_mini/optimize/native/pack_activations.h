@@ -1,6 +1,9 @@
 // Packs the rows of a batch once; gemv then multiplies all blocks of a matrix by them.
 //
-// For a quantized matrix, activations are quantized to 16 bits, round(x * 32512 / max|x|), stored as two signed bytes.
+// For a quantized matrix, activations are quantized too, 32 columns (a group) at a time. A group has eight bits and a
+// scale. A group that holds an outlier has sixteen bits, because its rounding errors would be large (LLM.int8, Dettmers
+// 2022, also treats outliers apart). In a float32 model, and without VNNI, every group has sixteen. How a row is
+// quantized depends on that row alone, and is the same in decoding and in a prompt.
 #pragma once
 
 #include <cstdlib>
@@ -43,11 +46,47 @@ struct Input {
   Array<uint16_t> halves;        // bfloat16
   int64_t columns = 1;           // with AMX: rows of the batch that are multiplied at once
   Array<uint16_t> pairs;         // bfloat16 with AMX: (batch / columns, width / 2, columns, 2)
-  Array<int32_t> first, second;  // quantized, in quads: high and low bytes; without VNNI: columns (0, 2) and (1, 3)
-  int scales_each;               // scales of the matrix for 32 columns
-  Array<int32_t> sums;           // quantized, of the columns of each such scale
-  Array<float> scales;           // of each quantized row
+  Codes codes;                   // of a quantized matrix; what follows is for one, (groups, batch)
+  Array<int32_t> first, second;  // in quads: high and low bytes; without VNNI: columns (0, 2) and (1, 3)
+  Array<uint8_t> sixteen_bits;
+  Array<float> scales;
+  Array<float> total;    // (groups, codes.scales, batch): sums of the columns of a scale, scaled
+  Array<int32_t> start;  // the same shape: cancels the code that means 0
 };
+
+constexpr float OUTLIER = 3;  // a group holds an outlier if its squared maximum exceeds so many means over the groups
+
+#ifdef __AVX512VNNI__
+template <typename T>
+constexpr bool ALWAYS_16_BITS = sizeof(T) == 4;
+#else
+template <typename T>
+constexpr bool ALWAYS_16_BITS = true;
+#endif
+
+// Finds the largest magnitude in each group of a row of whole groups, and which groups hold an outlier. Returns NaN if
+// anything is not finite: no integer holds that, so the scales become NaN.
+template <typename T>
+inline float find_outliers(const float* x, int64_t groups, float* peaks, uint8_t* outliers) {
+  f32 zeros = {};
+  float squares = 0;
+  for (int64_t s = 0; s < groups; s++) {
+    f32 most = {};
+    for (int i = 0; i < GROUP; i += LANES) {
+      const f32 v = load(x + s * GROUP + i);
+      most = max(most, max(v, -v));
+      zeros += v * 0.f;
+    }
+    peaks[s] = largest(most);
+    squares += peaks[s] * peaks[s];
+  }
+  const float nonfinite = sum(zeros);
+  for (int64_t s = 0; s < groups; s++) {
+    if (nonfinite != 0) peaks[s] = 0;
+    outliers[s] = ALWAYS_16_BITS<T> || peaks[s] * peaks[s] * groups > OUTLIER * squares;
+  }
+  return nonfinite;
+}
 
 // Stores 32 quantized columns. With VNNI, 16 bits are stored as high bytes (`first`) and low bytes (`second`), and 8
 // bits in `first` alone. Without VNNI, pairs of columns are stored.
@@ -78,28 +117,40 @@ inline void sums_of(const i32* q, int scales_each, int32_t* sums) {
     sums[i] = (int32_t)sum(__builtin_convertvector(half[i], f32));  // below 2^24, so exact
 }
 
-inline void quantize_input_group(Input& in, const float* x, int64_t n, float to_int, int64_t group) {
+// Quantizes one group; `sums` as in sums_of.
+inline void quantize_activation_group(const float* x, float peak, bool outlier, bool sixteen_bits, int32_t* first,
+                                      int32_t* second, int scales_each, int32_t* sums) {
+  const float to_int = peak > 1e-30f ? (outlier ? 32512.f : 127.f) / peak : 0.f;
   i32 q[GROUP / LANES];
-  for (int at = 0; at < GROUP; at += LANES) {
-    f32 v = n > at && to_int != 0 ? load_first(x + at, n - at) : f32{};
-    q[at / LANES] = (i32)(v * to_int + 12582912.f) - 0x4b400000;  // rounds to nearest: 1.5 * 2^23 leaves no fraction
+  for (int i = 0; i < GROUP / LANES; i++) {
+    const f32 v = to_int != 0 ? load(x + i * LANES) * to_int : f32{};
+    q[i] = (i32)(v + 12582912.f) - 0x4b400000;  // rounds to nearest: 1.5 * 2^23 leaves no fraction
+    if (sixteen_bits && !outlier) q[i] <<= 8;
   }
-  store_activations(q, true, in.first + group * QUADS, in.second + group * QUADS);
-  sums_of(q, in.scales_each, in.sums + group * in.scales_each);
+  store_activations(q, sixteen_bits, first, second);
+  sums_of(q, scales_each, sums);
 }
 
-inline void quantize_input_row(Input& in, const float* x, int64_t n, int64_t b) {
-  f32 most = {}, zeros = {};
-  for (int64_t i = 0; i < n; i += LANES) {
-    f32 v = load_first(x + i, n - i);
-    most = max(most, max(v, -v));
-    zeros += v * 0.f;  // NaN if anything is not finite: no integer holds that, so the scale becomes NaN
+template <typename T>
+inline void quantize_input_row(Input& in, const float* x, int64_t b) {
+  const int64_t groups = in.width / GROUP;
+  Array<float> peaks(groups);
+  Array<uint8_t> outliers(groups);
+  const float nonfinite = find_outliers<T>(x, groups, peaks, outliers);
+  for (int64_t s = 0; s < groups; s++) {
+    const int64_t at = s * in.batch + b, quad = at * QUADS;
+    const bool outlier = in.sixteen_bits[at] = outliers[s];
+    if (!outlier) std::memset(in.second + quad, 0, QUADS * sizeof(int32_t));  // read where another row has an outlier
+    int32_t sums[2];
+    quantize_activation_group(x + s * GROUP, peaks[s], outlier, outlier, in.first + quad, in.second + quad,
+                              in.codes.scales, sums);
+    in.scales[at] = peaks[s] * (1 / 127.f) * (outlier ? 1 / 256.f : 1.f) + nonfinite;
+    for (int i = 0; i < in.codes.scales; i++) {
+      const int64_t to = (s * in.codes.scales + i) * in.batch + b;
+      in.total[to] = in.scales[at] * sums[i];
+      in.start[to] = -in.codes.zero() * sums[i];
+    }
   }
-  float peak = largest(most), nonfinite = sum(zeros);
-  float to_int = peak > 1e-30f && nonfinite == 0 ? 32512.f / peak : 0.f;
-  in.scales[b] = peak / 32512.f + nonfinite;
-  int64_t groups = in.width / GROUP;
-  for (int64_t s = 0; s < groups; s++) quantize_input_group(in, x + s * GROUP, n - s * GROUP, to_int, b * groups + s);
 }
 
 #ifdef __AMX_BF16__
@@ -120,16 +171,21 @@ inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
 #endif
 
 // Packs x (batch, n) for dot products with rows of `kind`. Only bfloat16 dot products round it to bfloat16.
+template <typename T>
 inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
   in.batch = batch;
   int64_t w = in.width = groups_of(n) * GROUP;
   if (quantized(kind)) {
-    in.scales_each = codes_of(kind).scales;
-    in.first.resize(batch * w / 4);
-    in.second.resize(batch * w / 4);
-    in.sums.resize(batch * w / GROUP * in.scales_each);
-    in.scales.resize(batch);
-    for (int64_t b = 0; b < batch; b++) quantize_input_row(in, x + b * n, n, b);
+    const int64_t all = batch * w / GROUP;
+    in.codes = codes_of(kind);
+    in.first.resize(all * QUADS), in.second.resize(all * QUADS), in.sixteen_bits.resize(all), in.scales.resize(all);
+    in.total.resize(all * in.codes.scales), in.start.resize(all * in.codes.scales);
+    Array<float> row(w);
+    std::memset(row + n, 0, (w - n) * sizeof(float));
+    for (int64_t b = 0; b < batch; b++) {
+      std::memcpy(row, x + b * n, n * sizeof(float));
+      quantize_input_row<T>(in, row, b);
+    }
     return;
   }
 #ifdef __AVX512BF16__

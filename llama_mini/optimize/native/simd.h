@@ -117,6 +117,7 @@ inline float sum(f32 v) {
 // Four sums at once, each in that order.
 inline __m128 sums(const f32* v) {
   __m128 d[4];
+#pragma GCC unroll 4
   for (int i = 0; i < 4; i++) d[i] = quarter(v[i], [](auto a, auto b) { return a + b; });
   const __m128 a = _mm_unpacklo_ps(d[0], d[1]) + _mm_unpackhi_ps(d[0], d[1]);
   const __m128 b = _mm_unpacklo_ps(d[2], d[3]) + _mm_unpackhi_ps(d[2], d[3]);

@@ -9,7 +9,7 @@ constexpr int VECTORS = BLOCK_ROWS / LANES;  // of the codes of a quad, or of th
 #ifdef __AVX512VNNI__
 constexpr int INT_BATCH = 8;  // rows of the batch: as many as fit in the registers, with two or three sums each
 #else
-constexpr int INT_BATCH = BATCH;
+constexpr int INT_BATCH = 1;
 #endif
 
 // For each of sixteen rows, the sum of weights times activations of eight bits, or WIDE: of sixteen, in exact integers.
@@ -42,6 +42,23 @@ struct IntSums {
   }
   f32 total(int vector, bool) const { return __builtin_convertvector((i32)half[vector], f32); }
 #endif
+};
+
+// Several passes over a block, each for some rows of the batch, prefetch the next block into the first-level cache.
+// They take turns, group by group, so that memory is read all the time. A single pass prefetches further ahead.
+struct Turns {
+  int64_t passes, left;  // left: groups until the next turn
+  [[gnu::always_inline]] bool mine() {
+    if (--left != 0) return false;
+    left = passes;
+    return true;
+  }
+  [[gnu::always_inline]] void prefetch_from(const uint8_t* q, int64_t block_bytes) const {
+    if (passes == 1)
+      prefetch(q);
+    else
+      __builtin_prefetch(q + block_bytes, 0, 3);
+  }
 };
 
 // Adds group s of a block of a quantized matrix, whose codes are at q, times B rows of the batch from `row` on.
@@ -80,15 +97,15 @@ template <int B, Kind KIND, bool WIDE>
 
 // out[b * BLOCK_ROWS ...] = one block of a quantized matrix times B rows of the batch from `row` on.
 template <int B, Kind KIND>
-inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int64_t row, float* out) {
+inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int64_t row, float* out, Turns turns) {
   constexpr int64_t BYTES = codes_of(KIND).group_bytes();
   constexpr uint8_t NONE[B] = {};
   const int64_t groups = in.width / GROUP;
   const uint8_t* q = (const uint8_t*)m.data + block * groups * BYTES;
   f32 acc[B][VECTORS] = {};
   for (int64_t s = 0; s < groups; s++, q += BYTES) {
-    if (B > 1 && row == 0)  // later rows find the block in the cache
-      for (int i = 0; i < BYTES; i += 64) prefetch(q + i);
+    if (B > 1 && turns.mine())
+      for (int i = 0; i < BYTES; i += 64) turns.prefetch_from(q + i, groups * BYTES);
     // Memory limits the speed of one row, and a branch would make it slower.
     if (B == 1 || std::memcmp(in.sixteen_bits + s * in.batch + row, NONE, B) != 0)
       add_group<B, KIND, true>(m, block, s, q, in, row, acc);
@@ -101,12 +118,18 @@ inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int6
 
 template <Kind KIND>
 [[gnu::noinline]] void gemv_block_int(const Matrix& m, int64_t block, const Input& in, float* out) {
-  int64_t b = 0;
-  for (; b + INT_BATCH <= in.batch; b += INT_BATCH)
-    gemv_block_int<INT_BATCH, KIND>(m, block, in, b, out + b * BLOCK_ROWS);
-  for (; b + BATCH <= in.batch; b += BATCH) gemv_block_int<BATCH, KIND>(m, block, in, b, out + b * BLOCK_ROWS);
-  for (; BATCH > 1 && b + 2 <= in.batch; b += 2) gemv_block_int<2, KIND>(m, block, in, b, out + b * BLOCK_ROWS);
-  for (; b < in.batch; b++) gemv_block_int<1, KIND>(m, block, in, b, out + b * BLOCK_ROWS);
+  const int64_t passes = in.batch / INT_BATCH + __builtin_popcountll(in.batch % INT_BATCH);  // of 8, then 4, 2, 1
+  int64_t b = 0, pass = 0;
+  auto next = [&]<int B>() {
+    gemv_block_int<B, KIND>(m, block, in, b, out + b * BLOCK_ROWS, Turns{passes, ++pass});
+    b += B;
+  };
+  while (b + INT_BATCH <= in.batch) next.template operator()<INT_BATCH>();
+  if constexpr (INT_BATCH > 1) {
+    if (in.batch - b >= 4) next.template operator()<4>();
+    if (in.batch - b >= 2) next.template operator()<2>();
+    if (b < in.batch) next.template operator()<1>();
+  }
 }
 
 }  // namespace ISA

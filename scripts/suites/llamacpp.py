@@ -1,7 +1,8 @@
 """A pytest plugin with which llama.cpp's server tests run against our server, with the default checkpoint.
 
-Their launcher starts ours; of its options names, keys, pages and the context are taken over. What the tests say of
-their own small model, such as its words and its count of tokens, cannot come true.
+Their launcher starts ours; of its options names, keys, pages and the context are taken over. Requests to endpoints of
+their own are translated. What the tests say of their own small model, such as its words and its count of tokens, cannot
+come true.
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from suites.native import translated, translated_stream
 from suites.servers import checkpoint_with, server_with
 
 REQUIREMENT = "llama_cpp_python==0.3.36"
@@ -39,7 +41,9 @@ def pytest_collection_finish() -> None:
     process.start, process.stop = _start, lambda _: None
     utils.ServerPreset.load_all = lambda: None
     process.make_request.__defaults__ = (None, None, 60, None)  # a hung request fails in a minute, not in ten
-    process.make_request = _any_case(process.make_request, utils.requests.structures.CaseInsensitiveDict)
+    plain = _any_case(process.make_request, utils.requests.structures.CaseInsensitiveDict)
+    process.make_request = translated(plain)
+    process.make_stream_request = translated_stream(process.make_stream_request, plain)
 
 
 def _any_case(make_request: Callable[..., Any], headers: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,5 +67,6 @@ def _start(process: Any, **_: Any) -> None:
     if process.api_key:
         options["--api-key"] = [process.api_key]
     words = [word for option, values in options.items() for value in values for word in (option, value)]
-    address = server_with(checkpoint_with(process.n_ctx // process.n_slots), *words)
+    context = process.n_ctx if process.kv_unified else process.n_ctx // process.n_slots
+    address = server_with(checkpoint_with(context), *words)
     process.server_port = int(address.rpartition(":")[2])

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llama_mini.checkpoint.code_formats import code_format
 from llama_mini.optimize.build import ISA_VARIANTS
 from llama_mini.optimize.fusable import NormArgs
 from llama_mini.optimize.packed_linear import PackedLinear
+from llama_mini.optimize.quantized_linear import QuantizedLinear
 from tests.optimize import twins
 from tests.optimize.twins import (
     CODED,
@@ -23,6 +25,7 @@ from tests.optimize.twins import (
     product_of_few,
     product_of_many,
     random,
+    random_codes,
     random_gain,
     random_matrix,
     same_bits,
@@ -161,6 +164,22 @@ def test_a_group_with_an_outlier_has_sixteen_bits(isa: str) -> None:
 
 
 # --- either ---
+
+
+@pytest.mark.parametrize("format_", CODED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_codes_and_activations_do_not_overflow(isa: str, format_: str, dtype: torch.dtype) -> None:
+    for first, value in product((1.0, 1e3), (1.0, -1.0)):  # 1e3: an outlier, whose group has sixteen bits
+        codes = random_codes(format_, 35, 96, generator(3))
+        codes.codes.fill_(2 ** code_format(format_).bits - 1)
+        matrix = QuantizedLinear(format_, [35], 96, dtype, True)
+        matrix.load_codes(0, codes)
+        x = torch.full((7, 96), value, dtype=dtype)
+        x[:, :32] *= first
+        bound = 1e-5 * (x.double().abs() @ dense(matrix)[:35].abs().T).amax()
+        assert ((gemv(x, matrix) - product_of_few(x, matrix, isa, dtype)).abs() <= bound).all(), (first, value)
+        expected = product_of_many(x, matrix, isa)
+        assert ((gemm(x, matrix) - expected).abs() <= bound + rounding(dtype) * expected.abs()).all(), (first, value)
 
 
 @pytest.mark.parametrize("format_", FORMATS)

@@ -137,21 +137,22 @@ def multiplied(x: Tensor, matrix: PackedLinear, isa: str) -> tuple[Tensor, Tenso
         return x.double(), weight
     if isa == "amx" and x.dtype == torch.bfloat16:
         return x.double(), weight.float().bfloat16().double()
-    return quantized(x, isa, x.dtype), weight
+    return quantized(x, matrix, isa, x.dtype), weight
 
 
 def product_of_few(x: Tensor, matrix: PackedLinear, isa: str, dtype: torch.dtype) -> Tensor:
     """As gemv multiplies, in a model of `dtype`."""
-    return product(x if matrix.name == "float" else quantized(x, isa, dtype), matrix)
+    return product(x if matrix.name == "float" else quantized(x, matrix, isa, dtype), matrix)
 
 
-def quantized(x: Tensor, isa: str, dtype: torch.dtype) -> Tensor:
+def quantized(x: Tensor, matrix: PackedLinear, isa: str, dtype: torch.dtype) -> Tensor:
     """Tokens (..., columns) for a quantized matrix: eight bits for 32 columns, sixteen if they hold an outlier."""
+    codes = code_formats.code_format(matrix.name)
     columns = x.shape[-1]
     steps = torch.nn.functional.pad(x.float(), (0, -columns % 32)).unflatten(-1, (-1, 32))
     peak = steps.abs().amax(-1, keepdim=True)
     outlier = peak.square() > 3 * peak.square().mean(-2, keepdim=True)
-    if dtype == torch.float32 or isa == "avx2":
+    if dtype == torch.float32 or (isa == "avx2" and (codes.bits == 8 or codes.table)):
         outlier = torch.ones_like(outlier)
     levels = torch.where(outlier, 32512.0, 127.0)
     codes = torch.where(peak == 0, 0, steps.double() * (levels / peak).double()).round()

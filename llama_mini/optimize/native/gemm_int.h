@@ -59,7 +59,7 @@ inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
   }
 }
 
-template <int N>
+template <int N, int>
 inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool sixteen_bits,
                       const int32_t* start) {
   for (int b = 0; b < TILE_TOKENS; b++)
@@ -71,24 +71,49 @@ inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* first, co
   add_quads<N>(sums, q, second);
 }
 #else
-template <int N>
-inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool,
+// sums[b][strip] += some quads of the panel times bytes of each token.
+template <int N, int MOST>
+inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
+  for (int from = 0; from < N; from += MOST) {
+    __m256i sums_16[TILE_TOKENS][2] = {};
+    for (int i = from; i < (from + MOST < N ? from + MOST : N); i++)
+#pragma GCC unroll 2  // all, here and below, or the sums would live in memory
+      for (int strip = 0; strip < 2; strip++)
+#pragma GCC unroll 8
+        for (int b = 0; b < TILE_TOKENS; b++)
+          add_bytes(sums_16[b][strip], load_as<__m256i>(q + (2 * i + strip) * 32), x[b * QUADS + i]);
+#pragma GCC unroll 8
+    for (int b = 0; b < TILE_TOKENS; b++)
+#pragma GCC unroll 2
+      for (int strip = 0; strip < 2; strip++) sums[b][strip] += sums_of_pairs(sums_16[b][strip]);
+  }
+}
+
+template <int N, int MOST>
+inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool sixteen_bits,
                       const int32_t* start) {
-  for (int b = 0; b < TILE_TOKENS; b++) sums[b][0] = sums[b][1] = i32{} + (start == nullptr ? 0 : start[b]);
-  for (int i = 0; i < N; i++)
-    for (int strip = 0; strip < 2; strip++) {
-      const __m256i all = load_as<__m256i>(q + (2 * i + strip) * 32);
-      const __m256i evens = _mm256_and_si256(all, _mm256_set1_epi16(255)), odds = _mm256_srli_epi16(all, 8);
-      for (int b = 0; b < TILE_TOKENS; b++) {
-        sums[b][strip] += (i32)_mm256_madd_epi16(evens, _mm256_set1_epi32(first[b * QUADS + i]));
-        sums[b][strip] += (i32)_mm256_madd_epi16(odds, _mm256_set1_epi32(second[b * QUADS + i]));
-      }
+  for (int b = 0; b < TILE_TOKENS; b++) sums[b][0] = sums[b][1] = i32{};
+  if constexpr (MOST == 0) {
+    for (int i = 0; i < N; i++)
+#pragma GCC unroll 2
+      for (int strip = 0; strip < 2; strip++)
+#pragma GCC unroll 8
+        for (int b = 0; b < TILE_TOKENS; b++)
+          add_pairs(sums[b][strip], load_as<__m256i>(q + (2 * i + strip) * 32), first[b * QUADS + i],
+                    second[b * QUADS + i]);
+  } else {
+    add_quads<N, MOST>(sums, q, first);
+    if (sixteen_bits) {
+      for (int b = 0; b < TILE_TOKENS; b++) sums[b][0] <<= 8, sums[b][1] <<= 8;
+      add_quads<N, MOST>(sums, q, second);
     }
+  }
+  for (int b = 0; b < TILE_TOKENS && start != nullptr; b++) sums[b][0] += start[b], sums[b][1] += start[b];
 }
 #endif
 
-// out (TILE_TOKENS, 2, LANES): a panel times a tile of tokens. SCALES: of 32 columns.
-template <bool HAS_MIN, int SCALES>
+// out (TILE_TOKENS, 2, LANES): a panel times a tile of tokens. SCALES: of 32 columns. MOST: quads_in_16_bits.
+template <bool HAS_MIN, int SCALES, int MOST>
 void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile, float* out) {
   constexpr int STEP = QUADS / SCALES;  // quads that share a scale
   f32 acc[TILE_TOKENS][2] = {};
@@ -97,8 +122,8 @@ void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile,
                   quad = at * QUADS + s % SCALES * STEP;
     const int64_t of = (tile * in.groups * SCALES + s) * TILE_TOKENS;  // total and start
     i32 sums[TILE_TOKENS][2];
-    add_quads<STEP>(sums, panel.q + s * STEP * 4 * PANEL, in.first + quad, in.second + quad, in.sixteen_bits[group],
-                    HAS_MIN ? nullptr : in.start + of);
+    add_quads<STEP, MOST>(sums, panel.q + s * STEP * 4 * PANEL, in.first + quad, in.second + quad,
+                          in.sixteen_bits[group], HAS_MIN ? nullptr : in.start + of);
     for (int i = 0; i < 2; i++) {
       const f32 scale = load(panel.scales + (2 * s + i) * LANES);
       for (int b = 0; b < TILE_TOKENS; b++)
@@ -116,8 +141,11 @@ void panel_times(const IntPanel& panel, const QuantizedTokens& in, int64_t tile,
 // `strip(panel, 0 or 1)` names the strips of a panel.
 template <typename S, typename F>
 void times_tokens(int64_t panels, const S& strip, const QuantizedTokens& in, Pool pool, const F& done) {
-  const auto times = in.codes.scales == 1 ? (in.codes.has_min ? panel_times<true, 1> : panel_times<false, 1>)
-                                          : (in.codes.has_min ? panel_times<true, 2> : panel_times<false, 2>);
+  decltype(&panel_times<true, 1, 0>) times = nullptr;
+  with_kind(strip(0, 0).of->kind, [&]<Kind KIND>() {
+    constexpr Codes CODES = codes_of(KIND);
+    times = panel_times<CODES.has_min, CODES.scales, quads_in_16_bits(CODES)>;
+  });
   parallel(pool, panels, [&](int64_t first, int64_t last) {
     IntPanel panel(in.groups, in.codes);
     Array<float> y(TILE_TOKENS * PANEL);

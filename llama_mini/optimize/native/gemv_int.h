@@ -6,22 +6,18 @@
 namespace ISA {
 
 constexpr int VECTORS = BLOCK_ROWS / LANES;  // of the codes of a quad, or of the scales of a block
-#ifdef __AVX512VNNI__
-constexpr int INT_BATCH = 8;  // rows of the batch: as many as fit in the registers, with two or three sums each
-#else
-constexpr int INT_BATCH = 1;
-#endif
 
 // For each of sixteen rows, the sum of weights times activations of eight bits, or WIDE: of sixteen, in exact integers.
-template <bool WIDE>
-struct IntSums {
 #ifdef __AVX512VNNI__
+constexpr int INT_BATCH = 8;  // rows of the batch: as many as fit in the registers, with two or three sums each
+template <bool WIDE, Kind>
+struct IntSums {
   __m512i high, low;
   void start(int32_t from) {
     high = _mm512_setzero_si512();
     low = _mm512_set1_epi32(from);
   }
-  void add(const u32* q, const int32_t* first, const int32_t* second) {
+  void add(const u32* q, int, const int32_t* first, const int32_t* second) {
     if (WIDE) low = _mm512_dpbusd_epi32(low, (__m512i)q[0], _mm512_set1_epi32(*second));
     (WIDE ? high : low) = _mm512_dpbusd_epi32(WIDE ? high : low, (__m512i)q[0], _mm512_set1_epi32(*first));
   }
@@ -29,20 +25,42 @@ struct IntSums {
     const __m512i all = WIDE ? _mm512_add_epi32(_mm512_slli_epi32(high, sixteen_bits ? 8 : 0), low) : low;
     return __builtin_convertvector((i32)all, f32);
   }
+};
 #else
-  __m256i half[2];
-  void start(int32_t from) { half[0] = half[1] = _mm256_set1_epi32(from); }
-  void add(const u32* q, const int32_t* first, const int32_t* second) {
-    for (int i = 0; i < 2; i++) {
-      __m256i evens = _mm256_and_si256((__m256i)q[i], _mm256_set1_epi16(255));
-      __m256i odds = _mm256_srli_epi16((__m256i)q[i], 8);
-      half[i] = _mm256_add_epi32(half[i], _mm256_madd_epi16(evens, _mm256_set1_epi32(*first)));
-      half[i] = _mm256_add_epi32(half[i], _mm256_madd_epi16(odds, _mm256_set1_epi32(*second)));
+constexpr int INT_BATCH = 4;
+template <bool WIDE, Kind KIND>
+struct IntSums {
+  static constexpr int MOST = quads_in_16_bits(codes_of(KIND));
+  i32 high[VECTORS], low[VECTORS];
+  __m256i high_16[VECTORS], low_16[VECTORS];
+  void start(int32_t from) {
+    for (int v = 0; v < VECTORS; v++) {
+      high[v] = i32{}, low[v] = i32{} + from;
+      high_16[v] = low_16[v] = __m256i{};
     }
   }
-  f32 total(int vector, bool) const { return __builtin_convertvector((i32)half[vector], f32); }
-#endif
+  void add(const u32* q, int quad, const int32_t* first, const int32_t* second) {
+    for (int v = 0; v < VECTORS; v++) {
+      if constexpr (MOST == 0) {
+        add_pairs(low[v], (__m256i)q[v], *first, *second);
+        asm("" : "+x"(low[v]));  // as there
+      } else {
+        add_bytes(high_16[v], (__m256i)q[v], *first);
+        if (WIDE) add_bytes(low_16[v], (__m256i)q[v], *second);
+        if ((quad + 1) % MOST == 0) widen(v);
+      }
+    }
+  }
+  void widen(int v) {
+    high[v] += sums_of_pairs(high_16[v]), high_16[v] = __m256i{};
+    if (WIDE) low[v] += sums_of_pairs(low_16[v]), low_16[v] = __m256i{};
+  }
+  f32 total(int v, bool sixteen_bits) {
+    if (MOST > 0) widen(v);
+    return __builtin_convertvector((WIDE && sixteen_bits ? high[v] << 8 : high[v]) + low[v], f32);
+  }
 };
+#endif
 
 // Several passes over a block, each for some rows of the batch, prefetch the next block into the first-level cache.
 // They take turns, group by group, so that memory is read all the time. A single pass prefetches further ahead.
@@ -71,7 +89,7 @@ template <int B, Kind KIND, bool WIDE>
 #pragma GCC unroll 2
   for (int part = 0; part < CODES.scales; part++) {
     const int64_t of = (s * CODES.scales + part) * in.batch + row;  // total and start
-    IntSums<WIDE> sums[B];
+    IntSums<WIDE, KIND> sums[B];
     for (int b = 0; b < B; b++) sums[b].start(CODES.has_min ? 0 : in.start[of + b]);
 #pragma GCC unroll 8
     for (int i = part * STEP; i < (part + 1) * STEP; i++) {
@@ -80,7 +98,7 @@ template <int B, Kind KIND, bool WIDE>
       for (int v = 0; v < VECTORS; v++) codes[v] = load_quad<u32>(m, KIND, q + v * 4 * LANES, i);
       for (int b = 0; b < B; b++) {
         const int64_t at = (group + b) * QUADS + i;
-        sums[b].add(codes, in.first + at, in.second + at);
+        sums[b].add(codes, i, in.first + at, in.second + at);
       }
     }
     for (int v = 0; v < VECTORS; v++) {
@@ -107,7 +125,7 @@ inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int6
     if (B > 1 && turns.mine())
       for (int i = 0; i < BYTES; i += 64) turns.prefetch_from(q + i, groups * BYTES);
     // Memory limits the speed of one row, and a branch would make it slower.
-    if (B == 1 || std::memcmp(in.sixteen_bits + s * in.batch + row, NONE, B) != 0)
+    if (B == 1 || !in_bytes(codes_of(KIND)) || std::memcmp(in.sixteen_bits + s * in.batch + row, NONE, B) != 0)
       add_group<B, KIND, true>(m, block, s, q, in, row, acc);
     else
       add_group<B, KIND, false>(m, block, s, q, in, row, acc);
@@ -118,18 +136,16 @@ inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int6
 
 template <Kind KIND>
 [[gnu::noinline]] void gemv_block_int(const Matrix& m, int64_t block, const Input& in, float* out) {
-  const int64_t passes = in.batch / INT_BATCH + __builtin_popcountll(in.batch % INT_BATCH);  // of 8, then 4, 2, 1
+  const int64_t passes = in.batch / INT_BATCH + __builtin_popcountll(in.batch % INT_BATCH);  // of 8 or 4, ..., 2, 1
   int64_t b = 0, pass = 0;
   auto next = [&]<int B>() {
     gemv_block_int<B, KIND>(m, block, in, b, out + b * BLOCK_ROWS, Turns{passes, ++pass});
     b += B;
   };
   while (b + INT_BATCH <= in.batch) next.template operator()<INT_BATCH>();
-  if constexpr (INT_BATCH > 1) {
-    if (in.batch - b >= 4) next.template operator()<4>();
-    if (in.batch - b >= 2) next.template operator()<2>();
-    if (b < in.batch) next.template operator()<1>();
-  }
+  if (INT_BATCH > 4 && in.batch - b >= 4) next.template operator()<4>();
+  if (in.batch - b >= 2) next.template operator()<2>();
+  if (b < in.batch) next.template operator()<1>();
 }
 
 }  // namespace ISA

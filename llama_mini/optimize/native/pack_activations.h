@@ -2,8 +2,9 @@
 //
 // For a quantized matrix, activations are quantized too, 32 columns (a group) at a time. A group has eight bits and a
 // scale. A group that holds an outlier has sixteen bits, because its rounding errors would be large (LLM.int8, Dettmers
-// 2022, also treats outliers apart). In a float32 model, and without VNNI, every group has sixteen. How a row is
-// quantized depends on that row alone, and is the same in decoding and in a prompt.
+// 2022, also treats outliers apart). In a float32 model every group has sixteen; so it has for codes of eight bits
+// without VNNI, where sixteen are as fast. How a row is quantized depends on that row alone, and is the same in
+// decoding and in a prompt.
 #pragma once
 
 #include <cstdlib>
@@ -35,6 +36,23 @@ struct Array {
   operator const T*() const { return data; }
 };
 
+#ifndef __AVX512VNNI__
+// Products of two neighbours, a code and a byte each, are added in 16 bits.
+inline void add_bytes(__m256i& sums, __m256i codes, int32_t x) {
+  sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(x)));
+  asm("" : "+x"(sums));  // else GCC adds all products at the end, and spills them until then
+}
+
+inline i32 sums_of_pairs(__m256i sums) { return (i32)_mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+
+// The same for activations of 16 bits, of columns (0, 2) and (1, 3) of the quad.
+inline void add_pairs(i32& sums, __m256i codes, int32_t first, int32_t second) {
+  const __m256i evens = _mm256_and_si256(codes, _mm256_set1_epi16(255)), odds = _mm256_srli_epi16(codes, 8);
+  sums += (i32)_mm256_madd_epi16(evens, _mm256_set1_epi32(first));
+  sums += (i32)_mm256_madd_epi16(odds, _mm256_set1_epi32(second));
+}
+#endif
+
 template <typename F>
 void parallel(Pool pool, int64_t n, const F& f) {
   pool.run(pool.self, n, [](void* f, int64_t first, int64_t last) { (*(const F*)f)(first, last); }, (void*)&f);
@@ -47,7 +65,7 @@ struct Input {
   int64_t columns = 1;           // with AMX: rows of the batch that are multiplied at once
   Array<uint16_t> pairs;         // bfloat16 with AMX: (batch / columns, width / 2, columns, 2)
   Codes codes;                   // of a quantized matrix; what follows is for one, (groups, batch)
-  Array<int32_t> first, second;  // in quads: high and low bytes; without VNNI: columns (0, 2) and (1, 3)
+  Array<int32_t> first, second;  // in quads: high and low bytes; if not `in_bytes`: columns (0, 2) and (1, 3)
   Array<uint8_t> sixteen_bits;
   Array<float> scales;
   Array<float> total;    // (groups, codes.scales, batch): sums of the columns of a scale, scaled
@@ -57,17 +75,20 @@ struct Input {
 constexpr float OUTLIER = 3;  // a group holds an outlier if its squared maximum exceeds so many means over the groups
 
 #ifdef __AVX512VNNI__
-template <typename T>
-constexpr bool ALWAYS_16_BITS = sizeof(T) == 4;
+constexpr int quads_in_16_bits(Codes) { return 0; }  // VNNI adds products in 32 bits
+constexpr bool in_bytes(Codes) { return true; }
 #else
-template <typename T>
-constexpr bool ALWAYS_16_BITS = true;
+// The quads whose products with bytes can be added in 16 bits; none for codes of eight bits.
+constexpr int quads_in_16_bits(Codes codes) {
+  return codes.bits == 8 || codes.has_table ? 0 : codes.bits <= 4 ? 8 : codes.bits == 5 ? 4 : 2;
+}
+// Whether activations are multiplied as bytes, those of sixteen bits as two. Else they are pairs of 16-bit numbers.
+constexpr bool in_bytes(Codes codes) { return quads_in_16_bits(codes) > 0; }
 #endif
 
-// Finds the largest magnitude in each group of a row of whole groups, and which groups hold an outlier. Returns NaN if
-// anything is not finite: no integer holds that, so the scales become NaN.
-template <typename T>
-inline float find_outliers(const float* x, int64_t groups, float* peaks, uint8_t* outliers) {
+// Finds the largest magnitude in each group of a row of whole groups, and which groups hold an outlier: all if
+// `always`. Returns NaN if anything is not finite: no integer holds that, so the scales become NaN.
+inline float find_outliers(const float* x, int64_t groups, bool always, float* peaks, uint8_t* outliers) {
   f32 zeros = {};
   float squares = 0;
   for (int64_t s = 0; s < groups; s++) {
@@ -83,28 +104,28 @@ inline float find_outliers(const float* x, int64_t groups, float* peaks, uint8_t
   const float nonfinite = sum(zeros);
   for (int64_t s = 0; s < groups; s++) {
     if (nonfinite != 0) peaks[s] = 0;
-    outliers[s] = ALWAYS_16_BITS<T> || peaks[s] * peaks[s] * groups > OUTLIER * squares;
+    outliers[s] = always || peaks[s] * peaks[s] * groups > OUTLIER * squares;
   }
   return nonfinite;
 }
 
-// Stores 32 quantized columns. With VNNI, 16 bits are stored as high bytes (`first`) and low bytes (`second`), and 8
-// bits in `first` alone. Without VNNI, pairs of columns are stored.
-inline void store_activations(const i32* q, bool sixteen_bits, int32_t* first, int32_t* second) {
-#ifdef __AVX512VNNI__
-  for (int i = 0; i < GROUP / LANES; i++) {
-    const i32 low = sixteen_bits ? ((q[i] + 128) & 255) - 128 : i32{};
-    _mm_storeu_si128((__m128i*)first + i, _mm512_cvtepi32_epi8((__m512i)(sixteen_bits ? (q[i] - low) >> 8 : q[i])));
-    if (sixteen_bits) _mm_storeu_si128((__m128i*)second + i, _mm512_cvtepi32_epi8((__m512i)low));
+// Stores 32 quantized columns: 16 bits as high bytes (`first`) and low bytes (`second`), and 8 bits in `first` alone;
+// or all of them as pairs of columns.
+inline void store_activations(const i32* q, bool sixteen_bits, bool bytes, int32_t* first, int32_t* second) {
+  if (bytes) {
+    for (int i = 0; i < GROUP / LANES; i++) {
+      const i32 low = sixteen_bits ? ((q[i] + 128) & 255) - 128 : i32{};
+      store_bytes((int8_t*)first + i * LANES, sixteen_bits ? (q[i] - low) >> 8 : q[i]);
+      if (sixteen_bits) store_bytes((int8_t*)second + i * LANES, low);
+    }
+    return;
   }
-#else
   int32_t x[GROUP];
   std::memcpy(x, q, sizeof x);
   for (int i = 0; i < QUADS; i++) {
     first[i] = (x[4 * i] & 0xffff) | (int32_t)((uint32_t)x[4 * i + 2] << 16);
     second[i] = (x[4 * i + 1] & 0xffff) | (int32_t)((uint32_t)x[4 * i + 3] << 16);
   }
-#endif
 }
 
 // The sums of 32 quantized columns, or of 16 and 16.
@@ -117,9 +138,9 @@ inline void sums_of(const i32* q, int scales_each, int32_t* sums) {
     sums[i] = (int32_t)sum(__builtin_convertvector(half[i], f32));  // below 2^24, so exact
 }
 
-// Quantizes one group; `sums` as in sums_of.
-inline void quantize_activation_group(const float* x, float peak, bool outlier, bool sixteen_bits, int32_t* first,
-                                      int32_t* second, int scales_each, int32_t* sums) {
+// Quantizes one group for a matrix of some codes; `sums` as in sums_of.
+inline void quantize_activation_group(const float* x, float peak, bool outlier, bool sixteen_bits, Codes codes,
+                                      int32_t* first, int32_t* second, int32_t* sums) {
   const float to_int = peak > 1e-30f ? (outlier ? 32512.f : 127.f) / peak : 0.f;
   i32 q[GROUP / LANES];
   for (int i = 0; i < GROUP / LANES; i++) {
@@ -127,8 +148,8 @@ inline void quantize_activation_group(const float* x, float peak, bool outlier, 
     q[i] = (i32)(v + 12582912.f) - 0x4b400000;  // rounds to nearest: 1.5 * 2^23 leaves no fraction
     if (sixteen_bits && !outlier) q[i] <<= 8;
   }
-  store_activations(q, sixteen_bits, first, second);
-  sums_of(q, scales_each, sums);
+  store_activations(q, sixteen_bits, in_bytes(codes), first, second);
+  sums_of(q, codes.scales, sums);
 }
 
 template <typename T>
@@ -136,14 +157,14 @@ inline void quantize_input_row(Input& in, const float* x, int64_t b) {
   const int64_t groups = in.width / GROUP;
   Array<float> peaks(groups);
   Array<uint8_t> outliers(groups);
-  const float nonfinite = find_outliers<T>(x, groups, peaks, outliers);
+  const float nonfinite = find_outliers(x, groups, sizeof(T) == 4 || !in_bytes(in.codes), peaks, outliers);
   for (int64_t s = 0; s < groups; s++) {
     const int64_t at = s * in.batch + b, quad = at * QUADS;
     const bool outlier = in.sixteen_bits[at] = outliers[s];
     if (!outlier) std::memset(in.second + quad, 0, QUADS * sizeof(int32_t));  // read where another row has an outlier
     int32_t sums[2];
-    quantize_activation_group(x + s * GROUP, peaks[s], outlier, outlier, in.first + quad, in.second + quad,
-                              in.codes.scales, sums);
+    quantize_activation_group(x + s * GROUP, peaks[s], outlier, outlier, in.codes, in.first + quad, in.second + quad,
+                              sums);
     in.scales[at] = peaks[s] * (1 / 127.f) * (outlier ? 1 / 256.f : 1.f) + nonfinite;
     for (int i = 0; i < in.codes.scales; i++) {
       const int64_t to = (s * in.codes.scales + i) * in.batch + b;

@@ -36,7 +36,8 @@ void quantize_tiles(QuantizedTokens& in, int64_t columns, int64_t first, int64_t
     for (int b = 0; b < TILE_TOKENS; b++) {
       if (tile * TILE_TOKENS + b < in.count)
         row(tile * TILE_TOKENS + b, rows + b * width);  // rows past the last token keep old data, which nobody reads
-      nonfinite[b] = find_outliers<T>(rows + b * width, groups, peaks + b * groups, outlier + b * groups);
+      nonfinite[b] = find_outliers(rows + b * width, groups, sizeof(T) == 4 || !in_bytes(in.codes), peaks + b * groups,
+                                   outlier + b * groups);
       for (int64_t s = 0; s < groups; s++) in.sixteen_bits[tile * groups + s] |= outlier[b * groups + s];
     }
     for (int64_t s = 0; s < groups; s++)
@@ -45,8 +46,8 @@ void quantize_tiles(QuantizedTokens& in, int64_t columns, int64_t first, int64_t
         const bool sixteen_bits = in.sixteen_bits[tile * groups + s];
         const float peak = peaks[b * groups + s];
         int32_t sums[2];
-        quantize_activation_group(rows + b * width + s * GROUP, peak, outlier[b * groups + s], sixteen_bits,
-                                  in.first + at * QUADS, in.second + at * QUADS, in.codes.scales, sums);
+        quantize_activation_group(rows + b * width + s * GROUP, peak, outlier[b * groups + s], sixteen_bits, in.codes,
+                                  in.first + at * QUADS, in.second + at * QUADS, sums);
         in.scales[at] = peak * (1 / 127.f) * (sixteen_bits ? 1 / 256.f : 1.f) + nonfinite[b];
         for (int i = 0; i < in.codes.scales; i++) {
           const int64_t to = ((tile * groups + s) * in.codes.scales + i) * TILE_TOKENS + b;

@@ -46,6 +46,7 @@ inline f32 half_to_float(const uint16_t* x) { return (f32)_mm512_cvtph_ps(load_a
 inline u32 looked_up(const uint8_t* table, u32 v) {
   return (u32)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_as<__m128i>(table)), (__m512i)v);
 }
+inline void store_bytes(int8_t* to, i32 v) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v)); }
 #else
 inline u32 widened(u16 v) { return (u32)_mm256_cvtepu16_epi32((__m128i)v); }
 inline u16 narrowed(u32 v) {
@@ -54,6 +55,10 @@ inline u16 narrowed(u32 v) {
 inline f32 half_to_float(const uint16_t* x) { return (f32)_mm256_cvtph_ps(load_as<__m128i>(x)); }
 inline u32 looked_up(const uint8_t* table, u32 v) {
   return (u32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_as<__m128i>(table)), (__m256i)v);
+}
+inline void store_bytes(int8_t* to, i32 v) {
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(half, half));
 }
 #endif
 // For each byte, which is below 16, the byte of the table.

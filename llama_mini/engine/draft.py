@@ -1,15 +1,15 @@
 """Guesses of a draft model: a smaller one with the same vocabulary."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from llama_mini.engine.next_tokens import step
 from llama_mini.engine.pages import PAGE, PagedTokens, Pages, pages_of
 from llama_mini.engine.request import Request
 from llama_mini.engine.sampling import processed, sample
@@ -18,6 +18,7 @@ from llama_mini.errors import RequestError
 from llama_mini.machine import one_thread
 from llama_mini.memory import fitting_positions
 from llama_mini.model.llama import Llama
+from llama_mini.optimize.fused_step import FusedStep
 from llama_mini.tokenizer import Tokenizer
 
 
@@ -45,7 +46,7 @@ class DraftProposer:
 
     def __init__(self, model: Llama, vocab_size: int) -> None:
         self.times = StepTimes()
-        self._model, self._vocab_size = model, vocab_size
+        self._model, self._vocab_size, self._fused_step = model, vocab_size, FusedStep(model)
         config, self._rows = model.config, dict[Request, _DraftRow]()
         contexts = MOST_TOKENS // 2 * pages_of(config.max_seq_len) * PAGE
         positions = fitting_positions(config, 8 * contexts, model.dtype, model.device) // 8
@@ -90,7 +91,11 @@ class DraftProposer:
         if len(missing) <= MOST_TOKENS:
             return missing
         part = missing[: min(self.prefilled, len(missing) - 1)]
-        self._hidden([part], [row.pages], [range(row.filled, row.filled + len(part))])
+        positions = [range(row.filled, row.filled + len(part))]
+        with torch.inference_mode():
+            self._model.hidden(
+                torch.tensor([part], device=self._model.device), PagedTokens(self._pages, [row.pages], positions)
+            )
         row.filled += len(part)
         return missing[len(part) :]
 
@@ -106,10 +111,9 @@ class DraftProposer:
             started = time.monotonic()
             tokens = [[token] for each in inputs.values() for token in each]
             positions = [[rows[r].filled + i] for r, each in inputs.items() for i in range(len(each))]
-            x = self._hidden(tokens, [rows[r].pages for r, each in inputs.items() for _ in each], positions)
-            ends = list(accumulate(map(len, inputs.values())))
-            with torch.inference_mode():
-                logits = self._model.logits(x[[end - 1 for end in ends]])[:, -1]
+            pages = [rows[r].pages for r, each in inputs.items() for _ in each]
+            logits, _ = step(self._model, self._fused_step, tokens, PagedTokens(self._pages, pages, positions))
+            logits = logits[[end - 1 for end in accumulate(map(len, inputs.values()))]]
             logits = F.pad(logits, (0, self._vocab_size - logits.shape[1]), value=-torch.inf).nan_to_num()
             with one_thread():
                 for one, (request, each) in zip(logits, inputs.items(), strict=True):
@@ -127,11 +131,6 @@ class DraftProposer:
             seconds = time.monotonic() - started
             self._seconds += SMOOTHING * (seconds - self._seconds) if self._seconds else seconds
         return {request: row.guess[: limits[request]] for request, row in rows.items()}
-
-    @torch.inference_mode()
-    def _hidden(self, tokens: list[list[int]], rows: list[list[int]], positions: Sequence[Sequence[int]]) -> Tensor:
-        ids = torch.tensor(tokens, device=self._model.device)
-        return self._model.hidden(ids, PagedTokens(self._pages, rows, positions))
 
     def _make_room(self, request: Request, row: _DraftRow, most: int) -> bool:
         positions = len(request.prompt) + len(request.token_ids) + most

@@ -2,13 +2,13 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from llama_mini.engine.logprobs import split_logits
-from llama_mini.engine.next_tokens import append_tokens
+from llama_mini.engine.next_tokens import append_tokens, likeliest_tokens, step
 from llama_mini.engine.pages import PAGE, PagedTokens, Pages, pages_of
 from llama_mini.engine.prefix_cache import PrefixCache
 from llama_mini.engine.request import Request
@@ -16,6 +16,7 @@ from llama_mini.engine.speculative import Proposer
 from llama_mini.errors import NumericalError
 from llama_mini.memory import PREFILL_CHUNK, cache_bytes, fitting_positions
 from llama_mini.model.llama import Llama
+from llama_mini.optimize.fused_step import FusedStep
 
 MAX_ROWS = 32  # requests that run at a time; beyond 16, more of them gain little speed
 PREFILL_SECONDS = 0.1  # that running requests wait for the prompts of others, between two of their tokens
@@ -38,6 +39,7 @@ class Runner:
         self._token_seconds = PREFILL_SECONDS / LEAST_PREFILL  # of prefill, as measured
         self._lead = 0.0  # seconds that prompts had more than steps, PREFILL_SECONDS at most
         self._proposer = None if new_proposer is None else new_proposer()
+        self._fused_step = FusedStep(model)
         config, page_bytes = model.config, cache_bytes(model.config, PAGE, model.dtype)
         context = pages_of(config.max_seq_len)
         positions = fitting_positions(config, MAX_ROWS * context * PAGE, model.dtype, model.device)
@@ -148,7 +150,8 @@ class Runner:
             return n
         started, at = time.monotonic(), request.filled
         tokens = torch.tensor([request.prompt[at : at + n]], device=self._model.device)
-        x = self._hidden(tokens, [request.pages], [range(at, at + n)])[0]
+        with torch.inference_mode():
+            x = self._model.hidden(tokens, PagedTokens(self._pages, [request.pages], [range(at, at + n)]))[0]
         request.filled += n
         if request.params.prompt_logprobs and not request.token_ids:
             for logits in split_logits(self._model, x):
@@ -175,7 +178,7 @@ class Runner:
             logits = self._model.logits(x)
         if self._prefixes is not None and logits.isfinite().all():
             self._prefixes.insert(request.prompt, request.pages, request.params.cache_salt)
-        self._sample(requests, logits.expand(len(requests), -1))
+        self._sample(requests, logits.expand(len(requests), -1), likeliest_tokens(logits[None]) * len(requests))
 
     def _join_same_prompt(self, request: Request) -> list[Request]:
         """The next requests that wait, as far as they are other answers to the same prompt, and there is room."""
@@ -210,7 +213,8 @@ class Runner:
         positions = [[r.filled + i] for r, each in inputs.items() for i in range(len(each))]
         rows = [r.pages for r, each in inputs.items() for _ in each]
         started = time.monotonic()
-        x = self._hidden(torch.tensor(tokens, device=self._model.device), rows, positions)
+        cache = PagedTokens(self._pages, rows, positions)
+        logits, likeliest = step(self._model, self._fused_step, tokens, cache)
         wanted, sampled, at = list[int](), list[Request](), 0
         for request, each in inputs.items():
             n = len(each) - len(guesses.get(request, ()))
@@ -221,12 +225,11 @@ class Runner:
             at += len(each)
         if not sampled:
             return
-        with torch.inference_mode():
-            logits = self._model.logits(x if len(wanted) == len(x) else x[wanted])[:, -1]
         if self._proposer is not None:
-            logits[-1, -1].item()  # waits for a GPU
             self._proposer.times.add(len(tokens), time.monotonic() - started)
-        self._sample(sampled, logits, guesses)
+        if len(wanted) < len(likeliest):  # a request that was preempted runs its earlier tokens again
+            logits, likeliest = logits[wanted], [likeliest[i] for i in wanted]
+        self._sample(sampled, logits, likeliest, guesses)
 
     def _add_guesses(self, inputs: dict[Request, list[int]]) -> dict[Request, list[int]]:
         """Appends guesses of the tokens that follow, where there are any, and returns them."""
@@ -239,12 +242,10 @@ class Runner:
             request.proposed_tokens += len(guess)
         return guesses
 
-    @torch.inference_mode()
-    def _hidden(self, tokens: Tensor, rows: list[list[int]], positions: Sequence[Sequence[int]]) -> Tensor:
-        return self._model.hidden(tokens, PagedTokens(self._pages, rows, positions))
-
-    def _sample(self, requests: Sequence[Request], logits: Tensor, guesses: Mapping[Request, list[int]] = {}) -> None:
-        self.generated_tokens += append_tokens(self._model, self._eos_ids, requests, logits, guesses)
+    def _sample(
+        self, requests: list[Request], logits: Tensor, likeliest: list[int], guesses: Mapping[Request, list[int]] = {}
+    ) -> None:
+        self.generated_tokens += append_tokens(self._model, self._eos_ids, requests, logits, likeliest, guesses)
         for request in requests:
             if request.finish_reason is not None:
                 self._release(request)

@@ -68,14 +68,14 @@ class FusableNorms:
         self._parameters = [norm._parameters for norm in self._norms]
         self._args: NormLists | None = None
 
-    def args(self, x: Tensor) -> NormLists | None:
-        """Gains, eps and late casts of the norms; None if the layers must run module by module for this x."""
-        if any(self._hooks) or self._children != self._fused_children or not x.is_contiguous():
+    def args(self, dtype: torch.dtype) -> NormLists | None:
+        """Gains, eps and late casts of the norms; None if the layers must run module by module for such an input."""
+        if any(self._hooks) or self._children != self._fused_children:
             return None
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self._weights()) if t is not None):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self._weights() if t is not None):
             return None
-        if self._args is None or not self._still_valid(x.dtype):
-            self._args = self._read(x.dtype)
+        if self._args is None or not self._still_valid(dtype):
+            self._args = self._read(dtype)
         return self._args
 
     def _weights(self) -> list[Tensor | None]:

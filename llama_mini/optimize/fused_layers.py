@@ -27,13 +27,14 @@ class FusedLayers(Layers):
         self._gather()
 
     def forward(self, x: Tensor, ropes: list[Rope | None], masks: list[Tensor], kv: list[LayerCache] | None) -> Tensor:
-        if kv is None or 1 not in x.shape[:2] or self._modules != self._fused_children:
+        whole = self.whole
+        if kv is None or whole is None or 1 not in x.shape[:2]:
             return super().forward(x, ropes, masks, kv)
-        if all(rope is ropes[0] for rope in ropes) and (norms := self._whole.norms(x, ropes[0])) is not None:
-            return _run([self._whole], [norms], x, ropes[0], kv)
+        if all(rope is ropes[0] for rope in ropes) and _fits(x) and (norms := whole.norms(x.dtype, ropes[0])):
+            return _run([whole], [norms], x, ropes[0], kv)
         begin, pending = 0, list[NormLists]()  # norms of the layers from `begin` on, which the next call computes
         for i, layer in enumerate(self._each):
-            norms = layer.norms(x, ropes[i])
+            norms = layer.norms(x.dtype, ropes[i]) if _fits(x) else None
             if norms is None or ropes[i] is not ropes[begin]:
                 x = _run(self._each[begin:i], pending, x, ropes[begin], kv[begin:i])
                 begin, pending = i, []
@@ -44,10 +45,15 @@ class FusedLayers(Layers):
                 pending.append(norms)
         return _run(self._each[begin:], pending, x, ropes[-1], kv[begin:])
 
+    @property
+    def whole(self) -> "LayerOperands | None":
+        """The arguments for all layers; None if one of them was swapped."""
+        return self._whole if self._modules == self._fused_children else None
+
     def _gather(self) -> None:
         self._fused_children = dict(self._modules)
         bias = any(isinstance(module, PackedLinear) and module.bias is not None for module in self.modules())
-        self._whole, self._each = _Operands([*self], bias), [_Operands([block], bias) for block in self]
+        self._whole, self._each = LayerOperands([*self], bias), [LayerOperands([block], bias) for block in self]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedLayers":
         super()._apply(fn, recurse)
@@ -55,7 +61,7 @@ class FusedLayers(Layers):
         return self
 
 
-class _Operands:
+class LayerOperands:
     """The operator's arguments for consecutive layers, gathered once: building the lists takes as long as a layer."""
 
     def __init__(self, blocks: Sequence[nn.Module], bias: bool) -> None:
@@ -76,24 +82,33 @@ class _Operands:
         self.heads, self.hidden_dim = attentions[0].n_heads, feed_forwards[0].down_proj.columns
         self._pairs = attentions[0].head_dim // 2
 
-    def norms(self, x: Tensor, rope: Rope | None) -> NormLists | None:
-        """The norms' arguments; None if these layers must run module by module.
+    def norms(self, dtype: torch.dtype, rope: Rope | None) -> NormLists | None:
+        """The norms' arguments for an input of this dtype; None if these layers must run module by module.
 
         The operator turns whole heads, and does not scale the queries by their positions.
         """
         turns_all = rope is not None and len(rope) == 2 and rope[0].shape[-1] == self._pairs
-        return self._norms.args(x) if self._supported and turns_all else None
+        return self._norms.args(dtype) if self._supported and turns_all else None
 
 
 def _run(
-    layers: Sequence[_Operands], norms: Sequence[NormLists], x: Tensor, rope: Rope | None, caches: Sequence[LayerCache]
+    layers: Sequence[LayerOperands],
+    norms: Sequence[NormLists],
+    x: Tensor,
+    rope: Rope | None,
+    caches: Sequence[LayerCache],
 ) -> Tensor:
     """x (B, T, C) through consecutive layers with one rotation; x itself if there are none."""
     if not layers or rope is None:
         return x
-    return torch.ops.llama_mini.layers.default(
-        x,
-        *rope,
+    return torch.ops.llama_mini.layers.default(x, *rope, *layer_args(layers, norms, caches))
+
+
+def layer_args(
+    layers: Sequence[LayerOperands], norms: Sequence[NormLists], caches: Sequence[LayerCache]
+) -> tuple[Any, ...]:
+    """What the operators take for consecutive layers, from `pages` to `hidden`."""
+    return (
         caches[0].pages,
         caches[0].positions,
         [cache.k for cache in caches],
@@ -105,6 +120,11 @@ def _run(
         layers[0].heads,
         layers[0].hidden_dim,
     )
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether the operator may take x."""
+    return x.is_contiguous() and not needs_grad(x)
 
 
 def _joined(lists: Sequence[list[Any]]) -> list[Any]:

@@ -16,7 +16,6 @@ from transformers import BatchEncoding
 from llama_mini import LLM, SamplingParams
 from llama_mini.engine.llm import MOST_AT_ONCE, TAKEN_AT_ONCE
 from llama_mini.engine.prompts import is_messages
-from llama_mini.engine.runner import Runner
 from llama_mini.errors import CapacityError, RequestError
 
 IDS = [256, 104, 101, 108, 108, 111]
@@ -244,18 +243,16 @@ def test_completions_take_prompts_as_they_need_them(llm: LLM, expected: list[lis
     assert "max_tokens" in wrong[1].error
 
 
-def test_a_short_answer_comes_before_the_others_begin(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_answer_comes_before_the_others_begin(llm: LLM, passes: list[tuple[int, int]]) -> None:
     """And where it would delay the others, it runs with them."""
-    ran, hidden = list[tuple[int, ...]](), Runner._hidden
-    monkeypatch.setattr(Runner, "_hidden", lambda self, x, *rest: ran.append(x.shape) or hidden(self, x, *rest))
     for n_new, alone in ((2, True), (39, False)):
         llm.forget()
         each = [SamplingParams(max_tokens=n_new if i == 9 else 40, ignore_eos=True) for i in range(16)]
-        ran.clear()
+        passes.clear()
         index, completion = next(llm.completions([[256, i] for i in range(16)], each))
         assert (index, len(completion.token_ids)) == (9, n_new)
-        assert ran[0] == (1, 2)
-        assert ((1, 2) not in ran[1:n_new]) == alone  # the prompt of another one, before its last step
+        assert passes[0] == (1, 2)
+        assert ((1, 2) not in passes[1:n_new]) == alone  # the prompt of another one, before its last step
 
 
 def test_only_a_path_or_a_name_is_a_model(llm: LLM) -> None:

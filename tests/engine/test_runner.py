@@ -5,28 +5,20 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from torch import Tensor
 
 from llama_mini import LLM
 from llama_mini.engine import runner as runner_module
-from llama_mini.engine.runner import LEAST_PREFILL, PREFILL_SECONDS, Runner
+from llama_mini.engine.runner import LEAST_PREFILL, PREFILL_SECONDS
 
 TOKEN, STEP = 2**-10, 2**-6  # seconds of a token of a prompt, and of a step
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(rows, tokens of each) of the forward passes: a step has one token a row, a part of a prompt more, in one row."""
-    seen, clock, hidden = list[tuple[int, int]](), [0.0], Runner._hidden
+@pytest.fixture(autouse=True)
+def clock(passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def now() -> float:
+        return sum(STEP if n == 1 else TOKEN * n for _, n in passes)
 
-    def timed(self: Runner, tokens: Tensor, *rest: object) -> Tensor:
-        seen.append(tuple(tokens.shape))
-        clock[0] += STEP if tokens.shape[1] == 1 else TOKEN * tokens.shape[1]
-        return hidden(self, tokens, *rest)
-
-    monkeypatch.setattr(Runner, "_hidden", timed)
-    monkeypatch.setattr(runner_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    return seen
+    monkeypatch.setattr(runner_module, "time", SimpleNamespace(monotonic=now))
 
 
 def generate(tiny_dir, n: int, length: int) -> None:

@@ -13,7 +13,6 @@ import torch
 from llama_mini import LLM, Completion, SamplingParams
 from llama_mini.engine import runner as runner_module
 from llama_mini.engine.pages import PAGE
-from llama_mini.engine.runner import Runner
 from llama_mini.errors import CapacityError, RequestError
 
 FORMATS = ["int4", *(pytest.param(each, marks=pytest.mark.slow) for each in (None, "int8"))]
@@ -160,16 +159,16 @@ def test_what_no_longer_fits_when_its_turn_comes_fails_and_the_others_run(
 
 
 @pytest.mark.parametrize("length", [2, 100, 256, 300])
-def test_the_answers_to_one_prompt_share_one_prefill(llm: LLM, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt, ran, hidden = prompt_of(length, 4), [], Runner._hidden
+def test_the_answers_to_one_prompt_share_one_prefill(llm: LLM, length: int, passes: list[tuple[int, int]]) -> None:
+    prompt = prompt_of(length, 4)
     each = [SamplingParams(max_tokens=8, temperature=1.0, seed=9 + i, ignore_eos=True) for i in range(20)]
     expected = [alone(llm, prompt, params) for params in each]
-    monkeypatch.setattr(Runner, "_hidden", lambda self, x, *rest: ran.append(x.shape) or hidden(self, x, *rest))
+    passes.clear()
     llm.forget()
     found = llm.generate(prompt, SamplingParams(max_tokens=8, temperature=1.0, seed=9, n=20, ignore_eos=True))
     assert all(map(same_bits, found, expected))
-    assert sum(n for rows, n in ran if n > 1) == length
-    assert {rows for rows, n in ran if n == 1} == {20}
+    assert sum(n for rows, n in passes if n > 1) == length
+    assert {rows for rows, n in passes if n == 1} == {20}
 
 
 def test_calls_join_while_a_stream_is_open(llm: LLM) -> None:

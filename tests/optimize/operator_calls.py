@@ -11,7 +11,7 @@ from tests.optimize.twins import generator, random, random_codes, random_gain, r
 
 Arguments = dict[str, Any]
 op = torch.ops.llama_mini
-DIM, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, BATCH, LAYERS = 24, 18, 6, 2, 20, 3, 2
+DIM, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, BATCH, LAYERS, VOCAB = 24, 18, 6, 2, 20, 3, 2, 37
 
 
 def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32) -> Arguments:
@@ -53,6 +53,8 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
             "scale": 0.3,
             "softcap": 2.0,
         }
+    if name == "step":
+        return _step(format_, dtype)
     prompt = name == "prompt"
     angles = torch.rand(BATCH, HEAD_DIM // 2, generator=rng)
     rows = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM]
@@ -76,6 +78,26 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
         "windows": [0, 4],
         "heads": HEADS,
         "hidden": HIDDEN,
+    }
+
+
+def _step(format_: str, dtype: torch.dtype) -> Arguments:
+    """A whole step: the arguments of `layers` with another beginning and end."""
+    rng, arguments = generator(2), valid("layers", format_, dtype)
+    embedding, head = (random_matrix(format_, [VOCAB], DIM, dtype, rng) for _ in range(2))
+    angles = torch.rand(11, HEAD_DIM // 2, generator=rng)
+    del arguments["x"]
+    return arguments | {
+        "tokens": torch.tensor([[3], [0], [VOCAB - 1]]),
+        "embedding": embedding.tensors,
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "gains": [*arguments["gains"], random_gain(DIM, dtype, rng)],
+        "eps": [*arguments["eps"], 1e-5],
+        "late": [*arguments["late"], 1],
+        "head": head.tensors,
+        "head_bias": random((VOCAB,), dtype, rng),
+        "vocab": VOCAB,
     }
 
 
@@ -168,6 +190,27 @@ WRONG = {
     "step: tokens of two rows": wrong("layers", x=lambda x: x[:2].repeat(1, 2, 1)),
     "step: hidden": wrong("layers", hidden=HIDDEN - 1),
     "step: hidden below zero": wrong("layers", hidden=-1),
+    **{f"whole step: {each} too short": wrong("step", **{each: lambda v: v[:-1]}) for each in LISTS[2:5]},
+    "whole step: no layers": wrong("step", **{each: [] for each in LISTS}),
+    "whole step: no norm before the head": wrong("step", gains=last(lambda t: t[:0])),
+    "whole step: last gain longer": wrong("step", gains=last(longer)),
+    "whole step: a token past the end": wrong("step", tokens=torch.tensor([[3], [0], [VOCAB]])),
+    "whole step: a token below zero": wrong("step", tokens=torch.tensor([[3], [-1], [0]])),
+    "whole step: tokens of int32": wrong("step", tokens=Tensor.int),
+    "whole step: two tokens of a row": wrong("step", tokens=two_columns),
+    "whole step: no tokens": wrong("step", **dict.fromkeys(("tokens", "pages", "positions"), lambda t: t[:0])),
+    "whole step: fewer tokens than rows": wrong("step", tokens=lambda t: t[:2]),
+    "whole step: a table that is too short": wrong("step", cos=lambda t: t[:10]),
+    "whole step: a table that is too wide": wrong("step", sin=longer),
+    "whole step: a table of float64": wrong("step", **dict.fromkeys(("cos", "sin"), Tensor.double)),
+    "whole step: position before the start": wrong("step", positions=torch.tensor([[-1], [0], [10]])),
+    "whole step: vocabulary too large": wrong("step", vocab=VOCAB + 1),
+    "whole step: no vocabulary": wrong("step", vocab=0),
+    "whole step: no embedding": wrong("step", embedding=[]),
+    "whole step: embedding of bfloat16": wrong("step", embedding=last(Tensor.bfloat16)),
+    "whole step: embedding too short": wrong("step", embedding=last(lambda t: t[:-1])),
+    "whole step: head wider": wrong("step", head=last(longer)),
+    "whole step: bias of the head too short": wrong("step", head_bias=lambda t: t[:-1]),
     "prompt: nothing new": wrong(
         "prompt", x=lambda x: x[:, :0], positions=lambda t: t[:, :0], cos=lambda t: t[:0], sin=lambda t: t[:0]
     ),

@@ -63,7 +63,7 @@ def test_a_wrong_call_is_refused_and_writes_nothing() -> None:
 
 CALLS: list[Any] = [
     pytest.param(name, format_, marks=pytest.mark.slow if format_ in ("int8", "int4") else ())  # mixed layers hold both
-    for name in ("layers", "prompt")
+    for name in ("layers", "prompt", "step")
     for format_ in LAYER_FORMATS
 ]
 CALLS += [(name, format_) for name in ("gemv", "gemm") for format_ in FORMATS]
@@ -95,7 +95,7 @@ def test_two_threads_at_once_get_the_same_bits(name: str, format_: str) -> None:
     def run() -> list[Tensor]:
         arguments = valid(name, format_)
         result = called(name)(**arguments)
-        return [result, *tensors(arguments)]
+        return [*([result] if isinstance(result, Tensor) else result), *tensors(arguments)]
 
     def check() -> None:
         start.wait()

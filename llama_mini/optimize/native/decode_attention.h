@@ -135,9 +135,12 @@ void attend_decode(const Attention& a, const float* qkv, int64_t width, float* o
   const int64_t size = group * (stride + 2), pairs = a.batch * a.kv_heads;
   int64_t chunks = 1;
   for (int64_t b = 0; b < a.batch; b++) chunks = max(chunks, a.positions[b] / CHUNK + 1);
-  Array<float> parts(pairs * chunks * size), head(dim);
-  for (int64_t b = 0; b < a.batch; b++)  // a job of several threads would take longer
-    append<T>(a, qkv + b * width, b, a.positions[b], angles(a.cos, a, b), angles(a.sin, a, b), head);
+  Array<float> parts(pairs * chunks * size);
+  each_row(&pool, a.batch, [&](int64_t first, int64_t last) {
+    Array<float> head(dim);
+    for (int64_t b = first; b < last; b++)
+      append<T>(a, qkv + b * width, b, a.positions[b], angles(a.cos, a, b), angles(a.sin, a, b), head);
+  });
   auto first_chunk = [&](int64_t b) {
     const int64_t seen = a.positions[b] + 1;
     return a.window > 0 && seen > a.window ? (seen - a.window) / CHUNK : 0;
@@ -152,24 +155,26 @@ void attend_decode(const Attention& a, const float* qkv, int64_t width, float* o
       attend_chunk<T>(a, qkv, width, b, pair % a.kv_heads, chunk, parts + i * size);
     }
   });
-  for (int64_t pair = 0; pair < pairs; pair++)
-    for (int64_t g = 0; g < group; g++) {
-      const int64_t b = pair / a.kv_heads, begin = first_chunk(b), end = a.positions[b] / CHUNK + 1;
-      const float* part = parts + pair * chunks * size;
-      float most = NO_SCORE, total = 0;
-      for (int64_t c = begin; c < end; c++)
-        most = part[c * size + group + g] > most ? part[c * size + group + g] : most;
-      Array<float> acc(stride);
-      for (int64_t i = 0; i < stride; i++) acc[i] = 0;
-      for (int64_t c = begin; c < end; c++) {
-        const float share = exp(splat(part[c * size + group + g] - most))[0];
-        total += share * part[c * size + g];
-        for (int64_t i = 0; i < stride; i += LANES)
-          store(acc + i, load(acc + i) + share * load(part + c * size + 2 * group + g * stride + i));
+  each_row(&pool, pairs, [&](int64_t first, int64_t last) {
+    Array<float> acc(stride);
+    for (int64_t pair = first; pair < last; pair++)
+      for (int64_t g = 0; g < group; g++) {
+        const int64_t b = pair / a.kv_heads, begin = first_chunk(b), end = a.positions[b] / CHUNK + 1;
+        const float* part = parts + pair * chunks * size;
+        float most = NO_SCORE, total = 0;
+        for (int64_t c = begin; c < end; c++)
+          most = part[c * size + group + g] > most ? part[c * size + group + g] : most;
+        for (int64_t i = 0; i < stride; i++) acc[i] = 0;
+        for (int64_t c = begin; c < end; c++) {
+          const float share = exp(splat(part[c * size + group + g] - most))[0];
+          total += share * part[c * size + g];
+          for (int64_t i = 0; i < stride; i += LANES)
+            store(acc + i, load(acc + i) + share * load(part + c * size + 2 * group + g * stride + i));
+        }
+        float* to = out + (b * a.heads + pair % a.kv_heads * group + g) * dim;
+        for (int64_t i = 0; i < dim; i += LANES) store_first(to + i, load(acc + i) / total, dim - i);
       }
-      float* to = out + (b * a.heads + pair % a.kv_heads * group + g) * dim;
-      for (int64_t i = 0; i < dim; i += LANES) store_first(to + i, load(acc + i) / total, dim - i);
-    }
+  });
 }
 
 }  // namespace ISA

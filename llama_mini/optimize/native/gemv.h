@@ -25,14 +25,14 @@ inline int64_t block_rows(const Matrix& m, int64_t t) { return min(m.rows - t * 
 
 // Packs x (batch, m.columns) for `gemv_block`. Only bfloat16 dot products, with AMX or without, round it to bfloat16.
 template <typename T>
-inline void pack(Input& in, const Matrix& m, const float* x, int64_t batch) {
+inline void pack(Input& in, const Matrix& m, const float* x, int64_t batch, const Pool& pool) {
 #ifdef __AMX_BF16__
   if (m.kind == Kind::BFLOAT16) {
     in.batch = batch, in.width = groups_of(m.columns) * GROUP;
     return pair(in, x, batch, m.columns);
   }
 #endif
-  pack<T>(in, m.kind, x, batch, m.columns);
+  pack<T>(in, m.kind, x, batch, m.columns, &pool);
 }
 
 #ifdef __AMX_BF16__

@@ -95,13 +95,16 @@ struct Kernels {
                             Pool);
   void (*prefill_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
                                int64_t count, void* out, Pool);
-  // out (batch, rows) float32 = x (batch, columns) times the matrix. The other kernels' out has the model's dtype.
-  void (*gemv)(const void* x, const Matrix&, int64_t batch, void* out, Pool);
-  // out (count, rows) = x (count, columns) times the matrix.
-  void (*gemm)(const void* x, const Matrix&, int64_t count, void* out, Pool);
+  // out (batch, rows) float32 = norm(x) (batch, columns) times the matrix. The other kernels' out has the model's
+  // dtype.
+  void (*gemv)(const void* x, const Norm&, const Matrix&, int64_t batch, void* out, Pool);
+  // out (count) = the first largest of each n logits; -1 if one of them is not finite.
+  void (*likeliest)(const float* logits, int64_t count, int64_t n, int64_t* out, Pool);
+  // out (count, rows) = norm(x) (count, columns) times the matrix.
+  void (*gemm)(const void* x, const Norm&, const Matrix&, int64_t count, void* out, Pool);
   // out (count, n) = the norm of each row of x.
   void (*rms_norm)(const void* x, const Norm&, int64_t count, int64_t n, void* out, Pool);
-  // out (n, columns) = rows of a quantized matrix.
+  // out (n, columns) = rows of a matrix as floats.
   void (*dequantize_rows)(const Matrix&, const int64_t* at, int64_t n, void* out, Pool);
   // Quantizes rows x (n, columns) into the matrix. False if x is not finite, or a scale or minimum exceeds float16.
   bool (*quantize)(const void* x, int64_t n, const Matrix&, Pool);

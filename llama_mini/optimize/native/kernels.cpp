@@ -7,11 +7,13 @@ namespace ISA {
 
 // Packs the rows of x (batch, m.columns), normalized if there is a norm, for `gemv_block`.
 template <typename T>
-void pack_rows(Input& in, const Matrix& m, const void* x, const Norm& norm, int64_t batch) {
+void pack_rows(Input& in, const Matrix& m, const void* x, const Norm& norm, int64_t batch, Pool pool) {
   const int64_t n = m.columns;
   Array<float> rows(batch * n);
-  for (int64_t b = 0; b < batch; b++) norm_row<T>((const T*)x + b * n, norm, n, rows + b * n);
-  pack<T>(in, m, rows, batch);
+  each_row(&pool, batch, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; b++) norm_row<T>((const T*)x + b * n, norm, n, rows + b * n);
+  });
+  pack<T>(in, m, rows, batch, pool);
 }
 
 // out (batch, stride) = packed rows times the matrix.
@@ -32,7 +34,7 @@ void gemv_packed(const Matrix& m, const Input& in, float* out, int64_t stride, P
 template <typename T>
 void gemv_add(const Matrix& m, const float* y, int64_t batch, const T* x, T* out, Pool pool) {
   Input in;
-  pack<T>(in, m, y, batch);
+  pack<T>(in, m, y, batch, pool);
   parallel(pool, n_blocks(m), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const AmxRegisters registers(in.columns);
     Array<float> part(batch * BLOCK_ROWS);
@@ -59,7 +61,7 @@ void decode_attention(const void* x, const Norm& norm, const Matrix& qkv, const 
                       const Matrix& next, void* out, Pool pool) {
   Array<float> projected(a.batch * qkv.rows), y(a.batch * o.columns);
   Input in;
-  pack_rows<T>(in, qkv, x, norm, a.batch);
+  pack_rows<T>(in, qkv, x, norm, a.batch, pool);
   prefetch_next<T>(pool, o);
   gemv_packed<T>(qkv, in, projected, qkv.rows, pool);
   attend_decode<T>(a, projected, qkv.rows, y, pool);
@@ -82,7 +84,7 @@ void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up,
   const int64_t hidden = down.columns;
   Array<float> y(batch * hidden);
   Input in;
-  pack_rows<T>(in, gate_up, x, norm, batch);
+  pack_rows<T>(in, gate_up, x, norm, batch, pool);
   const Matrix gate = slice_rows<T>(gate_up, 0, hidden), up = slice_rows<T>(gate_up, up_at, hidden);
   prefetch_next<T>(pool, down);
   parallel(pool, n_blocks(gate), [&](int64_t first, int64_t last) {
@@ -103,10 +105,31 @@ void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up,
 }
 
 template <typename T>
-void gemv(const void* x, const Matrix& m, int64_t batch, void* out, Pool pool) {
+void gemv(const void* x, const Norm& norm, const Matrix& m, int64_t batch, void* out, Pool pool) {
   Input in;
-  pack_rows<T>(in, m, x, Norm{}, batch);
+  pack_rows<T>(in, m, x, norm, batch, pool);
   gemv_packed<T>(m, in, (float*)out, m.rows, pool);
+}
+
+inline void likeliest(const float* logits, int64_t count, int64_t n, int64_t* out, Pool pool) {
+  parallel(pool, count, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float* x = logits + row * n;
+      f32 most = splat(*x), zeros = {};
+      for (int64_t i = 0; i + LANES <= n; i += LANES) {
+        most = max(load(x + i), most);
+        zeros += load(x + i) * 0.f;
+      }
+      float top = largest(most), zero = sum(zeros);  // NaN if one is not finite
+      for (int64_t i = n / LANES * LANES; i < n; i++) {
+        top = x[i] > top ? x[i] : top;
+        zero += x[i] * 0.f;
+      }
+      int64_t at = 0;
+      while (zero == 0 && x[at] != top) at++;
+      out[row] = zero == 0 ? at : -1;
+    }
+  });
 }
 
 template <typename T>
@@ -127,6 +150,10 @@ void dequantize_rows(const Matrix& m, const int64_t* at, int64_t n, void* out, P
   parallel(pool, n, [&](int64_t first, int64_t last) {
     Array<float> row(groups * GROUP);
     for (int64_t i = first; i < last; i++) {
+      if (!quantized(m.kind)) {
+        std::memcpy((T*)out + i * m.columns, (const T*)m.data + at[i] * m.columns, m.columns * sizeof(T));
+        continue;
+      }
       for (int64_t quad = 0; quad < groups * QUADS; quad++) {
         const int64_t block = at[i] / BLOCK_ROWS, lane = at[i] % BLOCK_ROWS, group = quad / QUADS;
         const uint8_t* q = (const uint8_t*)m.data + (block * groups + group) * codes.group_bytes() + 4 * lane;
@@ -142,8 +169,8 @@ void dequantize_rows(const Matrix& m, const int64_t* at, int64_t n, void* out, P
 }
 
 template <typename T>
-void gemm(const void* x, const Matrix& m, int64_t count, void* out, Pool pool) {
-  gemm_tokens<T>(tokens_of((const T*)x, Norm{}, m.columns, pool), m, count, nullptr, (T*)out, pool);
+void gemm(const void* x, const Norm& norm, const Matrix& m, int64_t count, void* out, Pool pool) {
+  gemm_tokens<T>(tokens_of((const T*)x, norm, m.columns, pool), m, count, nullptr, (T*)out, pool);
 }
 
 template <typename T>
@@ -159,6 +186,7 @@ constexpr Kernels kernels_of() {
           prefill_attention<T>,
           prefill_feed_forward<T>,
           gemv<T>,
+          likeliest,
           gemm<T>,
           rms_norm_rows<T>,
           dequantize_rows<T>,

@@ -191,9 +191,16 @@ inline void pair(Input& in, const float* x, int64_t batch, int64_t n) {
 }
 #endif
 
+// Calls f(first, last) for ranges of a few rows: in several threads where there are enough of them.
+template <typename F>
+void each_row(const Pool* pool, int64_t rows, const F& f) {
+  constexpr int64_t FEW = 4;  // rows that take no longer than the start of a job
+  pool != nullptr&& rows > FEW ? parallel(*pool, rows, f) : f(0, rows);
+}
+
 // Packs x (batch, n) for dot products with rows of `kind`. Only bfloat16 dot products round it to bfloat16.
 template <typename T>
-inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n) {
+inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n, const Pool* pool = nullptr) {
   in.batch = batch;
   int64_t w = in.width = groups_of(n) * GROUP;
   if (quantized(kind)) {
@@ -201,12 +208,14 @@ inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n)
     in.codes = codes_of(kind);
     in.first.resize(all * QUADS), in.second.resize(all * QUADS), in.sixteen_bits.resize(all), in.scales.resize(all);
     in.total.resize(all * in.codes.scales), in.start.resize(all * in.codes.scales);
-    Array<float> row(w);
-    std::memset(row + n, 0, (w - n) * sizeof(float));
-    for (int64_t b = 0; b < batch; b++) {
-      std::memcpy(row, x + b * n, n * sizeof(float));
-      quantize_input_row<T>(in, row, b);
-    }
+    each_row(pool, batch, [&](int64_t first, int64_t last) {
+      Array<float> row(w);
+      std::memset(row + n, 0, (w - n) * sizeof(float));
+      for (int64_t b = first; b < last; b++) {
+        std::memcpy(row, x + b * n, n * sizeof(float));
+        quantize_input_row<T>(in, row, b);
+      }
+    });
     return;
   }
 #ifdef __AVX512BF16__

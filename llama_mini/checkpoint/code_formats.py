@@ -31,6 +31,7 @@ class CodeFormat:
 
 FORMATS = {
     **{f"int{bits}": CodeFormat(bits) for bits in (2, 3, 4, 5, 6)},
+    "int4sym": CodeFormat(4, has_min=False),  # Q4_0
     "int8": CodeFormat(8, has_min=False),
     "int2g16": CodeFormat(2, 16),  # Q2_K
     "int3g16": CodeFormat(3, 16, False),  # Q3_K
@@ -62,19 +63,20 @@ def common_format(names: Collection[str]) -> str:
     """The format of matrices that are joined into one: the most bits and the smallest groups, if it holds the codes of
     all; else int8.
     """
-    groups = [code_format(name).group for name in names]
-    widest = max(names, key=lambda name: (code_format(name).bits, -code_format(name).group))
-    common = grouped(widest, min(groups)) if min(groups) >= 32 else widest
+    formats = {name: code_format(name) for name in names}
+    widest = max(names, key=lambda name: (formats[name].bits, -formats[name].group, formats[name].has_min))
+    group = min(kind.group for kind in formats.values())
+    common = grouped(widest, group) if group >= 32 else widest
     return common if all(holds_codes(common, name) for name in names) else "int8"
 
 
 def holds_codes(wanted: str, kept: str) -> bool:
     """Whether codes of the format `kept` are codes of `wanted` too, perhaps with their scales repeated.
 
-    Five bits with a minimum hold four, and groups of 32 hold those of 64.
+    Five bits with a minimum hold four, with one or without, and groups of 32 hold those of 64.
     """
     one, other = code_format(wanted), code_format(kept)
-    same_kind = (one.has_min, one.table) == (other.has_min, other.table)
+    same_kind = one.table == other.table and one.has_min >= other.has_min
     wide_enough = one.bits >= other.bits if one.has_min else one.bits == other.bits
     return same_kind and wide_enough and other.group % one.group == 0
 

@@ -25,7 +25,8 @@ COLUMNS = 32  # of a row that lie together; they have one scale or two, or share
 _QUADS = COLUMNS // 4
 _QUANTIZE_ROWS = 512  # rows quantized at a time: a whole embedding in float32 may take as much memory as the model
 _DEQUANTIZE_ROWS = 16384  # rows dequantized at a time where there are no operators
-_REPACKED = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1")}  # GGUF types that an operator stores by itself
+# GGUF types that an operator stores by itself
+_REPACKED = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1"), "int4sym": ("Q4_0",)}
 
 
 class QuantizedLinear(PackedLinear):
@@ -77,6 +78,8 @@ class QuantizedLinear(PackedLinear):
             return
         with one_thread():
             codes, scale, least = rows.unpacked()
+        if least is None and self.format.has_min:
+            least = -8 * scale  # of int4sym, the only format without minimums whose codes one with them holds
         scale, least = self._of_groups(scale), None if least is None else self._of_groups(least)
         if self.kernels:
             packed = [tensor.contiguous() for tensor in (codes, scale, least) if tensor is not None]

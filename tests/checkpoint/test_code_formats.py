@@ -47,7 +47,7 @@ def test_a_code_of_a_table_is_a_signed_byte(name: str) -> None:
 
 def test_bits_per_weight() -> None:
     expected = {"int2": 3, "int4": 5, "int6": 7, "int8": 8.5, "int2g16": 4, "int3g16": 4, "int6g16": 7, "iq4": 4.5}
-    expected |= {"mxfp4": 4.5, "nvfp4": 5, "nf4": 4.5}
+    expected |= {"mxfp4": 4.5, "nvfp4": 5, "nf4": 4.5, "int4sym": 4.5}
     expected |= {"int4g64": 4.5, "int4g128": 4.25, "int8g64": 8.25, "int8row": 8.0625, "int2g256": 2.125}
     assert {name: code_format(name).n_bytes(16, 256) * 8 / 4096 for name in expected} == expected
     assert code_format("int4g128").n_bytes(3, 160) == 3 * (80 + 2 * 2 * 2)  # the second group is cut
@@ -74,6 +74,8 @@ def test_a_common_format_holds_the_codes_of_all_or_is_int8() -> None:
             assert of_all.bits == max(kind.bits for kind in kinds)
             assert of_all.group == min(kind.group for kind in kinds)
     assert common_format(["int4", "int5", "int3"]) == "int5"
+    assert common_format(["int4sym", "int4"]) == common_format(["int4", "int4sym"]) == "int4"
+    assert common_format(["int4sym", "int5"]) == "int5"
     assert common_format(["int4g64", "int5g128", "int3row"]) == "int5g64"
     assert common_format(["int5g128", "int4"]) == "int5"
     assert common_format(["int8g64", "int8row"]) == "int8g64"

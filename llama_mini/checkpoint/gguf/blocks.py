@@ -29,8 +29,7 @@ _Unpacked = tuple[Tensor, Tensor, Tensor | None]  # the fields of QuantizedWeigh
 
 
 def _q4_0(blocks: Tensor) -> _Unpacked:
-    scale = _float16(blocks, 0)
-    return _fields(blocks[..., 2:], 4, 16), scale, -8 * scale
+    return _fields(blocks[..., 2:], 4, 16), _float16(blocks, 0), None
 
 
 def _q4_1(blocks: Tensor) -> _Unpacked:
@@ -118,7 +117,7 @@ def _tq2_0(blocks: Tensor) -> _Unpacked:
 
 # Type -> the format of ours whose codes its blocks hold, the bytes of a block, and how to unpack it.
 CODES: dict[str, tuple[str, int, Callable[[Tensor], _Unpacked]]] = {
-    "Q4_0": ("int4", 18, _q4_0),
+    "Q4_0": ("int4sym", 18, _q4_0),
     "Q4_1": ("int4", 20, _q4_1),
     "Q5_0": ("int5", 22, _q5_0),
     "Q5_1": ("int5", 24, _q5_1),

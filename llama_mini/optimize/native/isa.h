@@ -5,7 +5,22 @@
 
 #include <cstdint>
 
-enum class Kind { FLOAT32, BFLOAT16, INT2, INT3, INT4, INT5, INT6, INT8, INT2G16, INT3G16, INT6G16, TABLE, TABLE_G16 };
+enum class Kind {
+  FLOAT32,
+  BFLOAT16,
+  INT2,
+  INT3,
+  INT4,
+  INT5,
+  INT6,
+  INT4SYM,
+  INT8,
+  INT2G16,
+  INT3G16,
+  INT6G16,
+  TABLE,
+  TABLE_G16
+};
 
 // The codes of a kind (codes.h): `scales` of 32 columns of a row, with a minimum each, or what codes mean in a table.
 // If it is one, several times 32 columns may share it: Matrix::shift.
@@ -24,6 +39,7 @@ static constexpr Codes CODES[] = {
     {4, 1, true, false},
     {5, 1, true, false},
     {6, 1, true, false},
+    {4, 1, false, false},
     {8, 1, false, false},
     {2, 2, true, false},
     {3, 2, false, false},

@@ -134,8 +134,10 @@ bool repack(const Tensor& blocks, TensorList w, int64_t columns, int64_t block) 
   const Matrix m = blocks_of(w, block, blocks.size(0), columns, w[w.size() - 1]);
   const int64_t bytes = blocks.size(1) / (columns / 32);
   TORCH_CHECK(bytes * (columns / 32) == blocks.size(1) && m.shift == 0 &&
-                  (m.kind == Kind::INT8 ? bytes == 34 : m.kind == Kind::INT4 && (bytes == 18 || bytes == 20)),
-              "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, not ", blocks.size(1), " bytes for ", columns, " columns");
+                  ((m.kind == Kind::INT8 && bytes == 34) || (m.kind == Kind::INT4SYM && bytes == 18) ||
+                   (m.kind == Kind::INT4 && (bytes == 18 || bytes == 20))),
+              "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, Q4_0 for 4 without minimums, not ", blocks.size(1), " bytes for ",
+              columns, " columns");
   bool finite = false;
   const Kernels& kernels = kernels_for(true);  // the same for both dtypes: blocks are bytes
   with_pool(

@@ -118,14 +118,12 @@ inline bool repack(const uint8_t* from, int64_t bytes, int64_t n, const Matrix& 
     const float number = _cvtsh_ss(*scale);
     to_half(number, finite);
     uint32_t stored[QUADS], quads[QUADS];
-    const int64_t n_bytes = min != nullptr ? GROUP / 2 : GROUP;
+    const int64_t n_bytes = m.kind == Kind::INT8 ? GROUP : GROUP / 2;
     std::memcpy(stored, block + bytes - n_bytes, n_bytes);
-    if (min == nullptr) {
-      for (int i = 0; i < QUADS; i++) quads[i] = stored[i] ^ 0x80808080u;
-      return store_quads(Kind::INT8, quads, q);
-    }
-    for (int i = 0; i < QUADS; i++) quads[i] = stored[i % 4] >> i / 4 * 4;  // the low halves are the first 16 columns
-    store_quads(Kind::INT4, quads, q);
+    for (int i = 0; i < QUADS; i++)  // of 4 bits, the low halves are the first 16 columns
+      quads[i] = m.kind == Kind::INT8 ? stored[i] ^ 0x80808080u : stored[i % 4] >> i / 4 * 4;
+    store_quads(m.kind, quads, q);
+    if (min == nullptr) return;
     if (bytes > 18) {
       std::memcpy(min, block + 2, 2);
       to_half(_cvtsh_ss(*min), finite);

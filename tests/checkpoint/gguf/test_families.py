@@ -131,7 +131,8 @@ def test_q_k_and_v_in_one_tensor(tmp_path: Path, model_type: str, kind: Kind) ->
     for name in [f"layers.{i}.attention.{part}_proj.weight" for i in range(3) for part in "qkv"]:
         if kind is Kind.Q4_0:
             stored, joined = (codes(open_gguf(path), name) for path in paths)
-            assert all(torch.equal(a, b) for a, b in zip(stored, joined, strict=True))
+            assert stored.min is joined.min is None
+            assert all(torch.equal(a, b) for a, b in zip(stored[:2], joined[:2], strict=True))
 
 
 def test_a_joined_tensor_of_another_size_is_named(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llama_mini import LLM, SamplingParams
+from llama_mini.engine import runner
 from llama_mini.engine.request import Request
-from llama_mini.engine.runner import Runner
 from llama_mini.errors import RequestError
 from llama_mini.machine import _was_set, one_thread, usable_cores
 from llama_mini.optimize import set_threads
@@ -191,13 +191,13 @@ def test_a_token_is_sampled_in_one_thread(
 
 def test_a_number_that_is_set_between_two_calls_holds(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch keeps one for each thread, and the engine has a thread of its own."""
-    llm, seen, hidden = LLM(tiny_dir, threads=2), set(), Runner._hidden
+    llm, seen, tokens = LLM(tiny_dir, threads=2), set(), runner.PagedTokens
 
-    def watched(*args: Any) -> torch.Tensor:
+    def watched(*args: Any) -> runner.PagedTokens:
         seen.add(torch.get_num_threads())
-        return hidden(*args)
+        return tokens(*args)
 
-    monkeypatch.setattr(Runner, "_hidden", watched)
+    monkeypatch.setattr(runner, "PagedTokens", watched)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         llm.generate("Hello", max_tokens=2)

@@ -87,7 +87,7 @@ def _register_fakes() -> None:
             tokens.new_empty(len(tokens), rest[-1], dtype=torch.float32),
             tokens.new_empty(len(tokens)),
         ),
-        "rms_norm": lambda x, gain, eps, late: x.new_empty(x.shape),
+        "rms_norm": lambda x, gain, eps, flags: x.new_empty(x.shape),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"llama_mini::{name}", fake, allow_override=True)

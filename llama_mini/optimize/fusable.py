@@ -23,10 +23,10 @@ class NormArgs(NamedTuple):
 
     gain: Tensor
     eps: float
-    late: int
+    flags: int  # 1 for a late cast, 2 for a gain 1+w
 
 
-NormLists = tuple[list[Tensor], list[float], list[int]]  # gains, eps and late casts, one for each norm
+NormLists = tuple[list[Tensor], list[float], list[int]]  # gains, eps and flags, one for each norm
 
 
 class FusedRMSNorm(RMSNorm):
@@ -46,9 +46,9 @@ def norm_args(norm: nn.Module, dtype: torch.dtype) -> NormArgs | None:
     if not isinstance(norm, RMSNorm) or type(norm) not in (RMSNorm, FusedRMSNorm):  # a subclass may compute anything
         return None
     weight = norm._parameters["weight"]
-    if norm.gain != "w" or norm.scale != 1 or weight is None or weight.dtype != dtype:
+    if norm.scale != 1 or weight is None or weight.dtype != dtype:
         return None
-    return NormArgs(weight, norm.eps, int(norm.cast == "late"))
+    return NormArgs(weight, norm.eps, (norm.cast == "late") + 2 * (norm.gain == "1+w"))
 
 
 class FusableNorms:
@@ -69,7 +69,7 @@ class FusableNorms:
         self._args: NormLists | None = None
 
     def args(self, dtype: torch.dtype) -> NormLists | None:
-        """Gains, eps and late casts of the norms; None if the layers must run module by module for such an input."""
+        """Gains, eps and flags of the norms; None if the layers must run module by module for such an input."""
         if any(self._hooks) or self._children != self._fused_children:
             return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in self._weights() if t is not None):
@@ -94,5 +94,5 @@ class FusableNorms:
         args = [each for norm in self._all if (each := norm_args(norm, dtype)) is not None]
         if len(args) < len(self._all):
             return None
-        gains, eps, late = map(list, zip(*args, strict=True))
-        return gains, eps, late
+        gains, eps, flags = map(list, zip(*args, strict=True))
+        return gains, eps, flags

@@ -14,8 +14,9 @@ from llama_mini.model.rope import Rope
 from llama_mini.optimize.packed_linear import PackedLinear, needs_grad
 
 MakeLinear = Callable[[Sequence[nn.Linear]], PackedLinear]
+OPERATOR_ACTIVATIONS = ("silu", "gelu_tanh")  # by their number for the operators
 # Slots whose norms no operator computes.
-_UNSUPPORTED = ("out_norm", "post_norm", "mid_norm", "v_norm", "gate_norm", "up_norm")
+_UNSUPPORTED = ("mid_norm", "v_norm", "gate_norm", "up_norm")
 
 
 class FusedBranch(Residual):
@@ -55,14 +56,19 @@ class FusedBranch(Residual):
         """Whether the operator can compute this branch, apart from the settings of its norms."""
         others = [self.get_submodule(slot) for slot in _UNSUPPORTED if slot in self._modules]
         kernels = all(linear.kernels for linear in self.linears)
-        unscaled = not self._parameters and self.alpha == self.beta == 1  # learned scales are parameters
-        return kernels and bool(unscaled) and all(isinstance(norm, nn.Identity) for norm in others)
+        learned = bool(self._parameters)  # scales of the residual sum
+        return kernels and not learned and all(isinstance(norm, nn.Identity) for norm in others)
+
+    @property
+    def scales(self) -> list[float]:
+        """Those that the operator takes: first of the residual sum, α and β."""
+        return [scale if isinstance(scale, (int, float)) else 1.0 for scale in (self.alpha, self.beta)]
 
 
 class FusedAttention(FusedBranch, Attention):
     """Attention whose q, k and v are one matrix. `window`: positions that this layer sees; 0 for all."""
 
-    norm_slots = ("pre_norm", "q_norm", "k_norm")
+    norm_slots = ("pre_norm", "q_norm", "k_norm", "out_norm", "post_norm")
     qkv_proj: PackedLinear
     o_proj: PackedLinear  # type: ignore[assignment]
 
@@ -73,17 +79,19 @@ class FusedAttention(FusedBranch, Attention):
 
     @property
     def supported(self) -> bool:
-        per_head = self.q_view[0] == self.n_heads and self.k_view[0] == self.n_kv_heads  # not over all heads at once
-        plain = self.scale is None and self.softcap is None and not self.norm_after_rope
-        return super().supported and per_head and plain
+        return super().supported and not self.norm_after_rope
+
+    @property
+    def scales(self) -> list[float]:
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return [*super().scales, scale, self.softcap or 0.0]
 
     def branch(self, x: Tensor, rope: Rope | None, mask: Tensor, kv: LayerCache | None) -> Tensor:  # type: ignore[override]
         if kv is None or x.shape[1] > 1 or not self.qkv_proj.kernels or needs_grad(x):
             return super().branch(x, rope, mask, kv)
         qkv = torch.cat(self.qkv(x, rope), 2)  # tokens of any rows; PyTorch's attention takes ten times as long
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        cache, window, cap = (kv.k, kv.v, kv.pages, kv.positions), self.window, self.softcap or 0.0
-        return self.o_proj(self.mid_norm(torch.ops.llama_mini.attend(qkv, *cache, window, scale, cap)))
+        cache, scales = (kv.k, kv.v, kv.pages, kv.positions), self.scales[2:]
+        return self.o_proj(self.mid_norm(torch.ops.llama_mini.attend(qkv, *cache, self.window, *scales)))
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
         return self.qkv_proj.split(self.qkv_proj(x))
@@ -92,7 +100,7 @@ class FusedAttention(FusedBranch, Attention):
 class FusedFeedForward(FusedBranch, FeedForward):
     """SwiGLU whose gate and up are one matrix."""
 
-    norm_slots = ("pre_norm",)
+    norm_slots = ("pre_norm", "out_norm", "post_norm")
     gate_up_proj: PackedLinear
     down_proj: PackedLinear  # type: ignore[assignment]
 
@@ -107,4 +115,4 @@ class FusedFeedForward(FusedBranch, FeedForward):
 
     @property
     def supported(self) -> bool:
-        return super().supported and self.activation == "silu" and len(self.gate_up_proj.parts) == 2
+        return super().supported and self.activation in OPERATOR_ACTIVATIONS and len(self.gate_up_proj.parts) == 2

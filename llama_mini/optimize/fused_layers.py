@@ -15,7 +15,7 @@ from llama_mini.model.kv_cache import LayerCache
 from llama_mini.model.llama import Layers, TransformerBlock
 from llama_mini.model.rope import Rope
 from llama_mini.optimize.fusable import FusableNorms, NormLists
-from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
+from llama_mini.optimize.fused_branches import OPERATOR_ACTIVATIONS, FusedAttention, FusedFeedForward
 from llama_mini.optimize.packed_linear import PackedLinear, decodes, needs_grad
 
 
@@ -30,20 +30,18 @@ class FusedLayers(Layers):
         whole = self.whole
         if kv is None or whole is None or 1 not in x.shape[:2]:
             return super().forward(x, ropes, masks, kv)
-        if all(rope is ropes[0] for rope in ropes) and _fits(x) and (norms := whole.norms(x.dtype, ropes[0])):
-            return _run([whole], [norms], x, ropes[0], kv)
+        if _fits(x) and (norms := whole.norms(x.dtype, ropes)) is not None:
+            return _run([whole], [norms], x, ropes, kv)
         begin, pending = 0, list[NormLists]()  # norms of the layers from `begin` on, which the next call computes
         for i, layer in enumerate(self._each):
-            norms = layer.norms(x.dtype, ropes[i]) if _fits(x) else None
-            if norms is None or ropes[i] is not ropes[begin]:
-                x = _run(self._each[begin:i], pending, x, ropes[begin], kv[begin:i])
-                begin, pending = i, []
-            if norms is None:
-                x = self[i](x, ropes[i], masks[i], kv[i])
-                begin = i + 1
-            else:
+            norms = layer.norms(x.dtype, ropes[i : i + 1]) if _fits(x) else None
+            if norms is not None:
                 pending.append(norms)
-        return _run(self._each[begin:], pending, x, ropes[-1], kv[begin:])
+                continue
+            x = _run(self._each[begin:i], pending, x, ropes[begin:i], kv[begin:i])
+            x = self[i](x, ropes[i], masks[i], kv[i])
+            begin, pending = i + 1, []
+        return _run(self._each[begin:], pending, x, ropes[begin:], kv[begin:])
 
     @property
     def whole(self) -> "LayerOperands | None":
@@ -78,37 +76,51 @@ class LayerOperands:
         self._norms = FusableNorms(blocks, [norm for branch in branches for norm in branch.norms])
         self.weights = [tensor for linear in linears for tensor in linear.tensors]
         self.biases = [linear.bias_or_empty for linear in linears] if bias else []  # empty tensors take time too
-        self.windows = [attention.window for attention in attentions]
+        self.settings = [number for pair in zip(attentions, feed_forwards, strict=True) for number in _settings(*pair)]
+        self.scales = [scale for branch in branches for scale in branch.scales]
         self.heads, self.hidden_dim = attentions[0].n_heads, feed_forwards[0].down_proj.columns
-        self._pairs = attentions[0].head_dim // 2
 
-    def norms(self, dtype: torch.dtype, rope: Rope | None) -> NormLists | None:
+    def norms(self, dtype: torch.dtype, ropes: Sequence[Rope | None]) -> NormLists | None:
         """The norms' arguments for an input of this dtype; None if these layers must run module by module.
 
-        The operator turns whole heads, and does not scale the queries by their positions.
+        The operator does not scale the queries by their positions.
         """
-        turns_all = rope is not None and len(rope) == 2 and rope[0].shape[-1] == self._pairs
-        return self._norms.args(dtype) if self._supported and turns_all else None
+        plain = all(rope is None or len(rope) == 2 for rope in ropes)
+        return self._norms.args(dtype) if self._supported and plain else None
+
+
+def _settings(attention: FusedAttention, feed_forward: FusedFeedForward) -> tuple[int, int, int]:
+    """Window, activation and rotation of a layer. An activation that no operator has makes the layer unsupported."""
+    known = feed_forward.activation in OPERATOR_ACTIVATIONS
+    return attention.window, OPERATOR_ACTIVATIONS.index(feed_forward.activation) if known else 0, 0
 
 
 def _run(
     layers: Sequence[LayerOperands],
     norms: Sequence[NormLists],
     x: Tensor,
-    rope: Rope | None,
+    ropes: Sequence[Rope | None],
     caches: Sequence[LayerCache],
 ) -> Tensor:
-    """x (B, T, C) through consecutive layers with one rotation; x itself if there are none."""
-    if not layers or rope is None:
-        return x
-    return torch.ops.llama_mini.layers.default(x, *rope, *layer_args(layers, norms, caches))
+    """x (B, T, C) through consecutive layers; x itself if there are none."""
+    return torch.ops.llama_mini.layers.default(x, *layer_args(layers, norms, ropes, caches)) if layers else x
 
 
 def layer_args(
-    layers: Sequence[LayerOperands], norms: Sequence[NormLists], caches: Sequence[LayerCache]
+    layers: Sequence[LayerOperands],
+    norms: Sequence[NormLists],
+    ropes: Sequence[Rope | None],
+    caches: Sequence[LayerCache],
 ) -> tuple[Any, ...]:
-    """What the operators take for consecutive layers, from `pages` to `hidden`."""
+    """What the operators take for consecutive layers, from `ropes` to `hidden`."""
+    each = {id(rope): rope for rope in ropes if rope is not None}
+    settings = _joined([layer.settings for layer in layers])
+    if len(each) != 1 or any(rope is None for rope in ropes):
+        numbers = dict(zip(each, range(len(each)), strict=True))
+        settings = list(settings)
+        settings[2::3] = [numbers.get(id(rope), -1) for rope in ropes]
     return (
+        [angles for rope in each.values() for angles in rope],
         caches[0].pages,
         caches[0].positions,
         [cache.k for cache in caches],
@@ -116,7 +128,8 @@ def layer_args(
         *map(_joined, zip(*norms, strict=True)),
         _joined([layer.weights for layer in layers]),
         _joined([layer.biases for layer in layers]),
-        _joined([layer.windows for layer in layers]),
+        settings,
+        _joined([layer.scales for layer in layers]),
         layers[0].heads,
         layers[0].hidden_dim,
     )

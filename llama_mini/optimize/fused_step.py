@@ -29,11 +29,10 @@ class FusedStep:
         fused = isinstance(model.layers, FusedLayers) and isinstance(self._head, FusedHead)
         norms = isinstance(model.embed_norm, nn.Identity) and isinstance(model.norm, RMSNorm)
         unscaled = config.embedding_scale == config.logit_scale == 1 and config.logit_softcap is None
-        one_rotation = model.sliding_rope is None and not config.unrotated_layers
         known = isinstance(embedding, (FusedEmbedding, Embedding))
-        self._supported = fused and norms and unscaled and one_rotation and known
+        self._supported = fused and norms and unscaled and known
         self._norm = FusableNorms([module for module in model.children() if module is not model.layers], [model.norm])
-        self._inv_freq, self._rope = torch.empty(0, device="cpu"), tuple[Tensor, ...]()
+        self._frequencies, self._ropes = list[Tensor](), list[Rope | None]()
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Tensor] | None:
         """The next tokens (N, 1) of a cache's rows -> logits (N, V), and the likeliest of each (N,).
@@ -45,23 +44,30 @@ class FusedStep:
             return None
         assert isinstance(layers, FusedLayers)
         assert isinstance(self._head, FusedHead)
-        rope, last, head = self._rotation(cache.read_length(1)), self._norm.args(dtype), self._head.linear
-        if layers.whole is None or last is None or (norms := layers.whole.norms(dtype, rope)) is None:
+        ropes, last, head = self._rotations(cache.read_length(1)), self._norm.args(dtype), self._head.linear
+        if layers.whole is None or last is None or (norms := layers.whole.norms(dtype, ropes)) is None:
             return None
         embedding = self._embedding
         rows = embedding.head.linear.tensors if isinstance(embedding, FusedEmbedding) else [embedding.weight]
         every = norms[0] + last[0], norms[1] + last[1], norms[2] + last[2]
-        args = layer_args([layers.whole], [every], cache.layers(cache.positions(1)))
+        args = layer_args([layers.whole], [every], ropes, cache.layers(cache.positions(1)))
         of_head = head.tensors, head.bias_or_empty, head.width
-        found: tuple[Tensor, Tensor] = torch.ops.llama_mini.step.default(tokens, rows, *rope, *args, *of_head)
+        found: tuple[Tensor, Tensor] = torch.ops.llama_mini.step.default(tokens, rows, *args, *of_head)
         cache.advance(1)
         return found
 
-    def _rotation(self, length: int) -> Rope:
-        """Cosines and sines of `length` positions or more, (P, R/2) each: PyTorch's, whose last bits no other has."""
-        rope = self._model.rope
-        if not torch.equal(rope.inv_freq, self._inv_freq) or len(self._rope[0]) < length:
-            positions = torch.arange(-(-length // TABLE_STEP) * TABLE_STEP, device="cpu")
-            self._rope = tuple(each[0, :, 0] for each in rope(positions[None], cached=True))
-            self._inv_freq = rope.inv_freq.clone()
-        return self._rope
+    def _rotations(self, length: int) -> list[Rope | None]:
+        """Of each layer, cosines and sines of `length` positions or more, (P, R/2): PyTorch's own."""
+        model, config = self._model, self._model.config
+        rotaries = [rotary for rotary in (model.rope, model.sliding_rope) if rotary is not None]
+        same = len(rotaries) == len(self._frequencies) and all(
+            torch.equal(rotary.inv_freq, old) for rotary, old in zip(rotaries, self._frequencies, strict=True)
+        )
+        longest = next((len(rope[0]) for rope in self._ropes if rope is not None), length)
+        if not same or longest < length:
+            positions = torch.arange(-(-length // TABLE_STEP) * TABLE_STEP, device="cpu")[None]
+            tables = [tuple(each[0, :, 0] for each in rotary(positions, cached=True)) for rotary in rotaries]
+            by_layer = [tables[-1] if i in config.sliding_layers else tables[0] for i in range(config.n_layers)]
+            self._ropes = [None if i in config.unrotated_layers else rope for i, rope in enumerate(by_layer)]
+            self._frequencies = [rotary.inv_freq.clone() for rotary in rotaries]
+        return self._ropes

@@ -12,6 +12,7 @@ from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser
+from llama_mini.optimize.fused_step import FusedStep
 from tests.tiny_models import TINY, random_tokens, tiny_model
 
 SMALL = {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 97}
@@ -22,14 +23,21 @@ IDS = list(range(3, 40))
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], list[int]]]:
     """What every forward pass of any model gets: the shape of its tokens, and how much was filled before."""
     seen: list[tuple[tuple[int, ...], list[int]]] = []
-    plain = Llama.hidden
+    plain, whole = Llama.hidden, FusedStep.__call__
 
     def hidden(self: Llama, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         assert cache is not None
         seen.append((tuple(tokens.shape), cache.positions(tokens.shape[1])[:, 0].tolist()))
         return plain(self, tokens, cache)
 
+    def step(self: FusedStep, tokens: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor] | None:
+        before = cache.positions(1)[:, 0].tolist()
+        if (found := whole(self, tokens, cache)) is not None:
+            seen.append((tuple(tokens.shape), before))
+        return found
+
     monkeypatch.setattr(Llama, "hidden", hidden)
+    monkeypatch.setattr(FusedStep, "__call__", step)
     return seen
 
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tests.optimize.twins import Layer, NormArgs, Step, generator, norm_of, random, random_matrix, same_bits
+from llama_mini.optimize.fusable import NormArgs
+from tests.optimize.layer_twins import Layer, Step, norm_of
+from tests.optimize.twins import generator, random, random_matrix, same_bits
 
 LAYER_FORMATS = ["float", "int8", "int4", "mixed"]  # mixed layers hold int5 too
 NO_NORM = {dtype: NormArgs(torch.empty(0, dtype=dtype), 0.0, 0) for dtype in (torch.float32, torch.bfloat16)}
@@ -26,13 +28,19 @@ def random_step(
     norms: bool = True,
     late: int = 0,
     windows: Sequence[int] = (0, 9),
+    parts: int = 0,
 ) -> Step:
-    """A token of each row, at random positions; a layer for each window. late: a bit for each norm of a layer."""
+    """A token of each row, at random positions; a layer for each window. late: a bit for each norm of a layer.
+
+    parts: bits for norms out, norms post, norms of q and k over all heads, gains 1+w, GELU, scales and caps, a rotation
+        of half of a head, and for none in the last layer.
+    """
     rng, head_dim = generator(seed), 2 * half
     heads = kv_heads * group
+    out, post, whole, one_plus, gelu, scaled, partly, unrotated = (parts >> i & 1 for i in range(8))
     positions = torch.randint(longest, (batch, 1), generator=rng)
-    angles = torch.rand(batch, 1, half, generator=rng) * 6
-    layers = []
+    angles = torch.rand(batch, 1, max(1, half // 2) if partly else half, generator=rng) * 6
+    layers, none = [], NO_NORM[dtype]
     for window in windows:
         parts = [[n * head_dim for n in (heads, kv_heads, kv_heads)], [dim], [hidden, hidden], [dim]]
         widths = [dim, heads * head_dim, dim, hidden]
@@ -43,8 +51,16 @@ def random_step(
         for cache in (k, v):
             for row, position in zip(cache, positions, strict=True):
                 row[:, int(position) :] = torch.nan
-        gains = [norm_of(n, dtype, rng, bool(late >> i & 1)) for i, n in enumerate((dim, head_dim, head_dim, dim))]
-        layers.append(Layer(gains if norms else [NO_NORM[dtype]] * 4, matrices, k, v, window))
+        of_heads = [n * head_dim if whole else head_dim for n in (heads, kv_heads)]
+        widths = [dim, *of_heads, dim * out, dim * post, dim, dim * out, dim * post]
+        late_casts = [late >> i & 1 for i in (0, 1, 2, 0, 1, 3, 2, 3)]
+        each = [
+            norm_of(width, dtype, rng, cast + 2 * one_plus) if width else none
+            for width, cast in zip(widths, late_casts, strict=True)
+        ]
+        scales = [0.7, 1.3, 0.4, 2.5, 1.2, 0.6] if scaled else [1.0, 1.0, head_dim**-0.5, 0.0, 1.0, 1.0]
+        rotated = not unrotated or len(layers) < len(windows) - 1
+        layers.append(Layer(each if norms else [none] * 8, matrices, k, v, window, scales, bool(gelu), rotated))
     return Step(random((batch, 1, dim), dtype, rng), angles.cos(), angles.sin(), positions, layers, heads, hidden)
 
 
@@ -62,17 +78,18 @@ def random_prompt(
     bias: bool = True,
     late: int = 0,
     windows: Sequence[int] = (0, 9),
+    parts: int = 0,
 ) -> Step:
     """Tokens of one row after `old` others. The cache is NaN beyond them."""
     step = random_step(
-        seed, format_, dtype, 1, kv_heads, group, half, dim, hidden, old + new, bias, late=late, windows=windows
+        seed, format_, dtype, 1, kv_heads, group, half, dim, hidden, old + new, bias, True, late, windows, parts
     )
     rng = generator(seed + 1)
     for layer in step.layers:
         for cache in (layer.k, layer.v):
             cache[:, :, :old] = random((1, kv_heads, old, 2 * half), dtype, rng)
             cache[:, :, old:] = torch.nan
-    angles = torch.rand(1, new, half, generator=rng) * 6
+    angles = torch.rand(1, new, step.cos.shape[-1], generator=rng) * 6
     return step._replace(
         x=random((1, new, dim), dtype, rng),
         cos=angles.cos(),

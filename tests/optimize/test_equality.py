@@ -145,7 +145,7 @@ def test_a_plan_that_no_operator_knows_runs_module_by_module(plan: str, quantize
 
 @pytest.mark.parametrize("quantize", FORMATS)
 @pytest.mark.parametrize(
-    ("plan", "n_operators"), [("pre", 1), ("pre+qk", 1), ("pre+qk:full", 0), ("peri", 0), ("lns", 1), ("mix(.5)", 1)]
+    ("plan", "n_operators"), [("pre", 1), ("pre+qk", 1), ("pre+qk:full", 1), ("peri", 1), ("lns", 1), ("mix(.5)", 1)]
 )
 def test_step_and_prompt_are_one_operator_for_each_run_of_layers_that_it_supports(
     plan: str, n_operators: int, quantize: str | None

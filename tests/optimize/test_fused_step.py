@@ -60,7 +60,21 @@ def test_it_has_the_bits_of_the_modules(quantize: str | None, dtype: torch.dtype
     assert both(model, FusedStep(model)) == (True, True)
 
 
-@pytest.mark.parametrize("plan", ["pre", "pre+qk", "none"])
+SETTINGS = [
+    {"unrotated_layers": (1,)},
+    {"rotary_dim": 4},
+    {"sliding_window": 5, "sliding_layers": (1,), "sliding_rope_theta": 9.0},
+    {"attention_scale": 0.3, "attention_softcap": 2.0, "activation": "gelu_tanh"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_settings_that_the_operators_have(settings: dict[str, object]) -> None:
+    model = fast(**settings)
+    assert both(model, FusedStep(model)) == (True, True)
+
+
+@pytest.mark.parametrize("plan", ["pre", "pre+qk", "none", "peri", "out+qk:full"])
 def test_plans_whose_norms_operators_compute(plan: str) -> None:
     model = fast(norm_plan=plan)
     assert both(model, FusedStep(model)) == (True, True)
@@ -156,9 +170,7 @@ def test_it_steps_aside_where_a_gradient_is_needed() -> None:
         assert step(random_tokens(3, 1), cache) is not None
 
 
-@pytest.mark.parametrize(
-    "setting", [{"embedding_scale": 2.0}, {"logit_scale": 0.5}, {"logit_softcap": 30.0}, {"unrotated_layers": (1,)}]
-)
+@pytest.mark.parametrize("setting", [{"embedding_scale": 2.0}, {"logit_scale": 0.5}, {"logit_softcap": 30.0}])
 def test_it_steps_aside_for_settings_that_the_operator_has_not(setting: dict[str, object]) -> None:
     model = optimize(tiny_model(dtype=torch.bfloat16, **setting))
     assert both(model, FusedStep(model)) == (False, True)

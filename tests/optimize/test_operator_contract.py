@@ -21,9 +21,10 @@ from llama_mini.model.kv_cache import LayerCache
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import optimize
 from llama_mini.optimize.build import load_kernels
-from tests.optimize.operator_calls import WRONG, Arguments, called, valid
+from tests.optimize.operator_calls import Arguments, called, valid
 from tests.optimize.random_layers import LAYER_FORMATS
 from tests.optimize.twins import CODED, FORMATS, same_bits
+from tests.optimize.wrong_calls import WRONG
 from tests.processes import child
 from tests.tiny_models import random_tokens, tiny_model
 

@@ -14,6 +14,7 @@ from llama_mini.optimize.fusable import NormArgs
 from llama_mini.optimize.packed_linear import PackedLinear
 from llama_mini.optimize.quantized_linear import QuantizedLinear
 from tests.optimize import twins
+from tests.optimize.layer_twins import rms_norm
 from tests.optimize.twins import (
     CODED,
     FORMATS,
@@ -109,7 +110,7 @@ def test_rms_norm(isa: str, late: bool, seed: int, dtype: torch.dtype, count: in
     # In bfloat16 both round twice, by 2^-8. (AVX-512 needs fewer: 16 lanes.)
     roundings = 10 + width / 16 if dtype == torch.float32 else 4
     rtol = roundings * rounding(dtype) / 2
-    torch.testing.assert_close(y, twins.rms_norm(x, norm, dtype), rtol=rtol, atol=1e-30)
+    torch.testing.assert_close(y, rms_norm(x, norm, dtype), rtol=rtol, atol=1e-30)
     assert all(same_bits(y[i], op.rms_norm(x[i], *norm)) for i in some(count, rng))
 
 

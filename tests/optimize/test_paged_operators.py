@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from llama_mini.optimize.build import ISA_VARIANTS
+from tests.optimize.layer_twins import Step
 from tests.optimize.random_layers import LAYER_FORMATS, random_prompt, random_step
-from tests.optimize.twins import Step, each_isa, generator, same_bits
+from tests.optimize.twins import each_isa, generator, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
 PAGE = 256

@@ -11,8 +11,9 @@ from llama_mini.checkpoint.code_formats import ROW, code_format, grouped
 from llama_mini.checkpoint.source import QuantizedWeights
 from llama_mini.optimize.build import ISA_VARIANTS
 from llama_mini.optimize.quantized_linear import QuantizedLinear
+from tests.optimize.layer_twins import Step
 from tests.optimize.random_layers import random_prompt, random_step, same_caches
-from tests.optimize.twins import Step, each_isa, generator, random, random_codes, same_bits
+from tests.optimize.twins import each_isa, generator, random, random_codes, same_bits
 
 BASES = ["int2", "int3", "int4", "int5", "int6", "int8"]
 GROUPS = [64, 128, 256, ROW]

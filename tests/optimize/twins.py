@@ -6,7 +6,7 @@ than one token of a row; `isa` is the ISA variant that the native operators use.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor
 from llama_mini.checkpoint import code_formats
 from llama_mini.checkpoint.source import QuantizedWeights
 from llama_mini.optimize.build import load_kernels
-from llama_mini.optimize.fusable import NormArgs
 from llama_mini.optimize.packed_linear import FloatLinear, PackedLinear
 from llama_mini.optimize.quantized_linear import QuantizedLinear
 
 Test = TypeVar("Test", bound=Callable[..., Any])
-CODED = [*code_formats.FORMATS, "int4g64", "int8row"]  # two of those whose groups are larger than a kernel reads
+SAME = ("mxfp4", "fp4")  # to the operators, iq4 with other tables
+CODED = [name for name in code_formats.FORMATS if name not in SAME]
+CODED += ["int4g64", "int8row"]  # two of those whose groups are larger than a kernel reads
 FORMATS = ["float", *CODED]
 
 
@@ -157,143 +158,3 @@ def quantized(x: Tensor, matrix: PackedLinear, isa: str, dtype: torch.dtype) -> 
     levels = torch.where(outlier, 32512.0, 127.0)
     codes = torch.where(peak == 0, 0, steps.double() * (levels / peak).double()).round()
     return (codes * peak.double() / levels.double()).flatten(-2)[..., :columns]
-
-
-def norm_of(width: int, dtype: torch.dtype, rng: torch.Generator, late: bool) -> NormArgs:
-    return NormArgs(random_gain(width, dtype, rng), 1e-5, int(late))
-
-
-def rms_norm(x: Tensor, norm: NormArgs, dtype: torch.dtype) -> Tensor:
-    if not norm.gain.numel():
-        return x
-    y = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt()
-    if not norm.late:
-        y = y.to(dtype)
-    return (y.double() * norm.gain.double()).to(dtype)
-
-
-def turned(x: Tensor, norm: NormArgs, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-    """Heads (T, heads, D), normed where there is a norm, rotated, rounded."""
-    a, b = rms_norm(x, norm, dtype).double().chunk(2, -1)
-    cos, sin = (angle.double().view(len(x), 1, -1) for angle in (cos, sin))
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(dtype)
-
-
-class Cache(NamedTuple):
-    k: Tensor  # (K, S, D)
-    v: Tensor
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    at: Tensor,
-    cache: Cache,
-    norms: Sequence[NormArgs],
-    window: int,
-) -> Tensor:
-    """A row's new tokens, q (T, H, D), k and v (T, K, D), at positions (T,) -> (T, H * D) float64; fills the cache."""
-    dtype = cache.k.dtype
-    q, k = turned(q, norms[0], cos, sin, dtype), turned(k, norms[1], cos, sin, dtype)
-    cache.k[:, at], cache.v[:, at] = k.transpose(0, 1), v.transpose(0, 1).to(dtype)
-    group, seen = q.shape[1] // k.shape[1], torch.arange(int(at.max()) + 1)
-    keys, values = (t[:, : len(seen)].double().repeat_interleave(group, 0) for t in cache)
-    scores = torch.einsum("thd,hsd->hts", q.double(), keys) / q.shape[-1] ** 0.5
-    hidden = seen > at[:, None]
-    if window:
-        hidden |= seen <= at[:, None] - window
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return torch.einsum("hts,hsd->thd", weights, values).flatten(1)
-
-
-def silu(x: Tensor) -> Tensor:
-    return x.double() * torch.sigmoid(x.double())
-
-
-class Layer(NamedTuple):
-    """One layer as layers takes it, and its cache (B, K, S, D)."""
-
-    norms: list[NormArgs]  # before attention, of q, of k, before feed-forward
-    matrices: list[PackedLinear]  # qkv, o, gate and up, down
-    k: Tensor
-    v: Tensor
-    window: int
-
-
-def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer, isa: str) -> Tensor:
-    """x (B, T, C), cos and sin (B, T, D / 2), positions (B, T), through one layer; fills the cache."""
-    qkv, o, gate_up, down = layer.matrices
-    dtype, dim, many = x.dtype, layer.k.shape[3], x.shape[1] > 1
-
-    def times(x: Tensor, matrix: PackedLinear) -> list[Tensor]:
-        # A dot product of bfloat16 rounds its factors; the others need not, but a prompt's activations are bfloat16.
-        rounds = many or (matrix.name == "float" and isa in ("avx512_bf16", "amx"))
-        x = x.to(dtype) if rounds else x
-        if many:
-            return matrix.split(product_of_many(x, matrix, isa))
-        return matrix.split(product_of_few(x, matrix, isa, dtype))
-
-    projected = times(rms_norm(x, layer.norms[0], dtype), qkv)
-    q, k, v = ((part.to(dtype) if many else part).unflatten(-1, (-1, dim)) for part in projected)
-    rows = [
-        attend(q[b], k[b], v[b], cos[b], sin[b], at, Cache(layer.k[b], layer.v[b]), layer.norms[1:3], layer.window)
-        for b, at in enumerate(positions)
-    ]
-    x = (x.double() + times(torch.stack(rows), o)[0]).to(dtype)
-    gate, up = times(rms_norm(x, layer.norms[3], dtype), gate_up)
-    return (x.double() + times(silu(gate) * up, down)[0]).to(dtype)
-
-
-class Step(NamedTuple):
-    """One new token of each row, or a prompt: those of one row."""
-
-    x: Tensor  # (B, T, C)
-    cos: Tensor  # (B, T, D / 2)
-    sin: Tensor
-    positions: Tensor  # (B, T)
-    layers: list[Layer]
-    heads: int
-    hidden: int
-    pages: Tensor | None = None  # (B, n) of the caches; None: one for each row
-
-    def row(self, b: int) -> "Step":
-        """A row by itself, with a cache of its own."""
-        at = slice(b, b + 1)
-        layers = [layer._replace(k=layer.k[at].clone(), v=layer.v[at].clone()) for layer in self.layers]
-        return self._replace(
-            x=self.x[at], cos=self.cos[at], sin=self.sin[at], positions=self.positions[at], layers=layers
-        )
-
-    def part(self, start: int, end: int) -> "Step":
-        """Some tokens of a prompt, with the same cache."""
-        x, cos, sin, positions = (t[:, start:end].contiguous() for t in self[:4])
-        return self._replace(x=x, cos=cos, sin=sin, positions=positions)
-
-    def copy(self) -> "Step":
-        return self._replace(layers=[layer._replace(k=layer.k.clone(), v=layer.v.clone()) for layer in self.layers])
-
-    def run(self) -> Tensor:
-        norms = [norm for layer in self.layers for norm in layer.norms]
-        matrices = [matrix for layer in self.layers for matrix in layer.matrices]
-        pages = torch.arange(len(self.x))[:, None] if self.pages is None else self.pages
-        first = (*self[:3], pages, self.positions)
-        return torch.ops.llama_mini.layers(
-            *first,
-            [layer.k for layer in self.layers],
-            [layer.v for layer in self.layers],
-            *([getattr(norm, name) for norm in norms] for name in ("gain", "eps", "late")),
-            [tensor for matrix in matrices for tensor in matrix.tensors],
-            [matrix.bias_or_empty for matrix in matrices],
-            [layer.window for layer in self.layers],
-            self.heads,
-            self.hidden,
-        )
-
-    def twin(self, isa: str) -> Tensor:
-        x = self.x
-        for layer in self.layers:
-            x = through(x, *self[1:4], layer, isa)
-        return x

@@ -27,8 +27,9 @@ inline const void* data_like(const Tensor& t, const Tensor& x, int64_t n, const 
   return t.const_data_ptr();
 }
 
-inline Norm norm_args(const Tensor& gain, double eps, bool late, const Tensor& x, int64_t dim) {
-  return {data_like(gain, x, dim, "gain"), (float)eps, late};
+// flags: 1 for a late cast, 2 for a gain 1+w.
+inline Norm norm_args(const Tensor& gain, double eps, int64_t flags, const Tensor& x, int64_t dim) {
+  return {data_like(gain, x, dim, "gain"), (float)eps, (flags & 1) != 0, (float)(flags >> 1 & 1)};
 }
 
 // The row where the next part of a matrix begins, after `rows` rows: a quantized part begins with a new block.
@@ -88,7 +89,7 @@ inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& 
 
 inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool quantized, const Norm& q, const Norm& k,
                            const Tensor& k_cache, const Tensor& v_cache, const Tensor& pages, const Tensor& positions,
-                           int64_t heads, int64_t window) {
+                           int64_t heads, int64_t window, double scale, double softcap) {
   Attention a{};
   a.batch = batch, a.length = length, a.heads = heads, a.window = window, a.q = q, a.k = k;
   TORCH_CHECK(k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() && k_cache.strides() == v_cache.strides() &&
@@ -102,7 +103,7 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
               "needs a token, an even head_dim, and heads that are a multiple of the KV heads; not ", heads,
               " heads for a cache of ", k_cache.sizes());
   a.k_at = next_part(heads * a.head_dim, quantized), a.v_at = a.k_at + next_part(a.kv_heads * a.head_dim, quantized);
-  a.scale = 1.f / std::sqrt((float)a.head_dim);
+  a.scale = (float)scale, a.softcap = (float)softcap;
   TORCH_CHECK(positions.is_contiguous() && positions.scalar_type() == at::kLong && positions.numel() == batch * length,
               "positions of ", batch, " x ", length, " tokens, not ", positions.sizes());
   a.positions = positions.const_data_ptr<int64_t>();
@@ -122,10 +123,13 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
 }
 
 inline void set_rope(Attention& a, const Tensor& cos, const Tensor& sin) {
-  const int64_t angles = a.batch * a.length * a.head_dim / 2;
+  a.pairs = cos.dim() > 0 ? cos.size(-1) : 0;
+  const int64_t angles = a.batch * a.length * a.pairs;
+  TORCH_CHECK(a.pairs > 0 && 2 * a.pairs <= a.head_dim, "cosines of 1 to ", a.head_dim / 2, " pairs, not ",
+              cos.sizes());
   for (const auto* t : {&cos, &sin})
-    TORCH_CHECK(t->is_contiguous() && t->scalar_type() == at::kFloat && t->numel() == angles, "cos and sin: ", angles,
-                " float32, not ", t->sizes());
+    TORCH_CHECK(t->is_contiguous() && t->scalar_type() == at::kFloat && t->numel() == angles && t->size(-1) == a.pairs,
+                "cos and sin: ", angles, " float32, not ", t->sizes());
   a.cos = cos.const_data_ptr<float>(), a.sin = sin.const_data_ptr<float>();
 }
 

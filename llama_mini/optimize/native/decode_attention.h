@@ -12,9 +12,8 @@ namespace ISA {
 constexpr int64_t CHUNK = PAGE_MULTIPLE;             // positions
 constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;  // the score of a masked position; the initial maximum
 
-// Applies RoPE to the pairs (i, i + dim / 2) of a head.
-inline void rotate(float* head, const float* cos, const float* sin, int64_t dim) {
-  const int64_t half = dim / 2;
+// Applies RoPE to the pairs (i, i + half) of a head.
+inline void rotate(float* head, const float* cos, const float* sin, int64_t half) {
   for (int64_t i = 0; i < half; i += LANES) {
     const int64_t n = half - i;
     f32 a = load_first(head + i, n), b = load_first(head + half + i, n);
@@ -26,9 +25,10 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t dim)
 
 // Prepares a head of q or k: normalizes it if there is a norm, applies RoPE, rounds to T.
 template <typename T, typename X>
-inline void prepare_head(const X* from, const Norm& norm, const float* cos, const float* sin, int64_t dim, float* to) {
+inline void prepare_head(const X* from, const Norm& norm, const float* cos, const float* sin, int64_t pairs,
+                         int64_t dim, float* to) {
   norm_row<T>(from, norm, dim, to);
-  if (cos != nullptr) rotate(to, cos, sin, dim);
+  if (cos != nullptr) rotate(to, cos, sin, pairs);
   for (int64_t i = 0; i < dim; i += LANES) store_first(to + i, round_to<T>(load_first(to + i, dim - i)), dim - i);
 }
 
@@ -40,7 +40,26 @@ inline int64_t cache_at(const Attention& a, int64_t b, int64_t h, int64_t positi
 
 // The cosines or sines of a token; nullptr if there are none.
 inline const float* angles(const float* all, const Attention& a, int64_t token) {
-  return all == nullptr ? nullptr : all + token * a.head_dim / 2;
+  return all == nullptr ? nullptr : all + token * a.pairs;
+}
+
+// Normalizes the queries and keys of rows of q, k and v as far as that is over all heads. What is left: the heads'
+// norms.
+template <typename T, typename X, typename F>
+Attention norm_whole(Attention a, X* rows, int64_t width, int64_t count, const F& each) {
+  const int64_t q_dim = a.heads * a.head_dim, k_dim = a.kv_heads * a.head_dim;
+  if (a.whole_q || a.whole_k)
+    each(count, [&](int64_t first, int64_t last) {
+      Array<float> row(q_dim);
+      for (int64_t b = first; b < last; b++) {
+        X *q = rows + b * width, *k = q + a.k_at;
+        if (a.whole_q) rms_norm<T>((const X*)q, a.q, q_dim, row), copy_row((const float*)row, q_dim, q);
+        if (a.whole_k) rms_norm<T>((const X*)k, a.k, k_dim, row), copy_row((const float*)row, k_dim, k);
+      }
+    });
+  if (a.whole_q) a.q = Norm{};
+  if (a.whole_k) a.k = Norm{};
+  return a;
 }
 
 // Writes a token's keys, normalized and rotated, and values to the cache. `row` holds its q, k and v.
@@ -49,7 +68,7 @@ inline void append(const Attention& a, const X* row, int64_t b, int64_t position
                    float* head) {
   for (int64_t h = 0, dim = a.head_dim; h < a.kv_heads; h++) {
     const int64_t at = cache_at(a, b, h, position);
-    prepare_head<T>(row + a.k_at + h * dim, a.k, cos, sin, dim, head);
+    prepare_head<T>(row + a.k_at + h * dim, a.k, cos, sin, a.pairs, dim, head);
     copy_row((const float*)head, dim, (T*)a.k_cache + at);
     copy_row(row + a.v_at + h * dim, dim, (T*)a.v_cache + at);
   }
@@ -58,8 +77,7 @@ inline void append(const Attention& a, const X* row, int64_t b, int64_t position
 // scores[n] -> e^(score - maximum); returns their sum, and the maximum in `most`.
 inline float softmax_chunk(float* scores, int64_t n, float scale, float softcap, float& most) {
   if (softcap > 0) {
-    for (int64_t i = 0; i < n; i += LANES)  // tanh(y) = 1 - 2 / (e^2y + 1)
-      store(scores + i, softcap - 2 * softcap / (exp(load(scores + i) * (2 * scale / softcap)) + 1.f));
+    for (int64_t i = 0; i < n; i += LANES) store(scores + i, capped(load(scores + i) * scale, softcap));
     scale = 1;
   }
   for (int64_t i = n; i < (n + LANES - 1) / LANES * LANES; i++) scores[i] = MASKED;
@@ -115,7 +133,8 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
   const int64_t at = cache_at(a, b, h, from);
   const T *k = (const T*)a.k_cache + at, *v = (const T*)a.v_cache + at;
   Array<float> heads(group * dim), scores(group * CHUNK);
-  for (int64_t g = 0; g < group; g++) prepare_head<T>(row + (h * group + g) * dim, a.q, cos, sin, dim, heads + g * dim);
+  for (int64_t g = 0; g < group; g++)
+    prepare_head<T>(row + (h * group + g) * dim, a.q, cos, sin, a.pairs, dim, heads + g * dim);
   Input in;
   pack<T>(in, sizeof(T) == 4 ? Kind::FLOAT32 : Kind::BFLOAT16, heads, group, dim);
   dots(k, to - from, dim, dim, in, scores, CHUNK, (const char*)v - (const char*)k);

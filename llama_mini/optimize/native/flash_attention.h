@@ -62,10 +62,10 @@ void pack_block(const T* k, const T* v, int64_t n, int64_t dim, PackedHead<T> to
 // Attention of `count` queries (count, padded_depth) of one head, at positions from `position` on, into
 // out[q * out_next ...].
 template <typename T>
-void attend_queries(const T* queries, int64_t count, int64_t position, int64_t window, PackedHead<T> packed,
-                    int64_t dim, T* out, int64_t out_next) {
+void attend_queries(const T* queries, int64_t count, int64_t position, const Attention& a, PackedHead<T> packed, T* out,
+                    int64_t out_next) {
+  const int64_t dim = a.head_dim, window = a.window;
   const int64_t wide = padded_width(dim), depth = padded_depth<T>(dim), vectors = wide / LANES;
-  const float scale = 1.f / __builtin_sqrtf((float)dim);
   Array<float> scores(QUERY_TILE<T> * KEY_BLOCK), acc(QUERY_TILE<T> * wide);
   Array<T> weights(QUERY_TILE<T> * KEY_BLOCK);
   float most[QUERY_TILE<T>], total[QUERY_TILE<T>];
@@ -80,7 +80,8 @@ void attend_queries(const T* queries, int64_t count, int64_t position, int64_t w
       const int64_t last = position + q - s, first = window > 0 ? last - window + 1 : 0;  // in this block
       f32 top = splat(NO_SCORE), v[KEY_BLOCK / LANES], all = {};
       for (int l = 0; l < KEY_BLOCK / LANES; l++) {
-        v[l] = load(row + l * LANES) * scale;
+        v[l] = load(row + l * LANES) * a.scale;
+        if (a.softcap > 0) v[l] = capped(v[l], a.softcap);
         if (last < (l + 1) * LANES - 1 || first > l * LANES) {
           const i32 lane = lane_numbers() + l * LANES;
           v[l] = (lane > (int32_t)last) | (lane < (int32_t)first) ? splat(MASKED) : v[l];
@@ -128,7 +129,7 @@ void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int
       const T* row = qkv + t * width;
       const float *cos = angles(a.cos, a, t), *sin = angles(a.sin, a, t);
       for (int64_t h = 0; h < a.heads; h++) {
-        prepare_head<T>(row + h * dim, a.q, cos, sin, dim, head);
+        prepare_head<T>(row + h * dim, a.q, cos, sin, a.pairs, dim, head);
         copy_row((const float*)head, depth, queries + (h * a.length + t) * depth);
       }
       append<T>(a, row, 0, start + t, cos, sin, head);
@@ -154,7 +155,7 @@ void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int
       if (i >= a.heads * turns) return;
       const int64_t h = i % a.heads, t = (turns - 1 - i / a.heads) * QUERY_TILE<T>;
       const int64_t count = min(a.length - t, QUERY_TILE<T>);
-      attend_queries<T>(queries + (h * a.length + t) * depth, count, start + t, a.window, packed(h / group), dim,
+      attend_queries<T>(queries + (h * a.length + t) * depth, count, start + t, a, packed(h / group),
                         out + t * pitch + h * dim, pitch);
     }
   });

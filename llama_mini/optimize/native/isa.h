@@ -64,12 +64,21 @@ struct Matrix {
   const void* bias;        // of the model's dtype; nullptr if there is none
 };
 
-// RMSNorm, with a gain of the model's dtype; nullptr if there is no norm.
+// RMSNorm, with a gain of the model's dtype, to which `offset`, 0 or 1, is added; nullptr if there is no norm.
 struct Norm {
   const void* gain;
   float eps;
   bool late;
+  float offset;
 };
+
+// A residual sum: post(x_scale * x + y_scale * out(y)).
+struct Sum {
+  Norm out, post;
+  float x_scale, y_scale;
+};
+
+enum class Activation { SILU, GELU_TANH };
 
 static constexpr int64_t PAGE_MULTIPLE = 256;  // positions that attention reads from one page
 
@@ -78,14 +87,16 @@ struct Attention {
   int64_t heads, kv_heads, head_dim;
   int64_t k_at, v_at;  // where k and v begin in a row of q, k and v
   Norm q, k;
-  const float *cos, *sin;  // (batch, length, head_dim / 2); nullptr if q and k are rotated already
+  bool whole_q, whole_k;   // whether their norms are over all heads at once
+  const float *cos, *sin;  // (batch, length, pairs); nullptr if q and k are not rotated here
+  int64_t pairs;           // the elements i and i + pairs of a head are rotated together, from i = 0 on
   void *k_cache, *v_cache;
   int64_t cache_page, cache_head;  // elements between pages, and between heads, of the cache
   int64_t page_size, row_pages;    // positions of a page, and pages of a row
   const int64_t* pages;            // (batch, row_pages): where the cache holds the positions of each row
   const int64_t* positions;        // (batch, length): of the new tokens
   int64_t window;                  // positions that a token sees, its own included; 0: all
-  float scale, softcap;            // for decoding: the factor of q·k; c replaces a score x by c·tanh(x / c); 0: x stays
+  float scale, softcap;            // the factor of q·k; c replaces a score x by c·tanh(x / c); 0: x stays
 };
 
 // Runs work(context, first, last) on chunks of 0..n in several threads, and waits for all of them.
@@ -99,18 +110,18 @@ struct Pool {
 
 struct Kernels {
   // out (batch, dim) = x + o(attention(qkv(norm(x)))), for tokens of any rows; `next` is the gate_up that follows.
-  void (*decode_attention)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o,
+  void (*decode_attention)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o, const Sum&,
                            const Matrix& next, void* out, Pool);
   // out (batch, heads * head_dim) = attention(qkv), for tokens of any rows, without norms or a rotation.
   void (*attend)(const void* qkv, const Attention&, void* out, Pool);
-  // out (batch, dim) = x + down(silu(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up; `next` follows.
-  void (*decode_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                              const Matrix* next, int64_t batch, void* out, Pool);
+  // out (batch, dim) = x + down(act(gate(y)) * up(y)), y = norm(x); up begins at row up_at of gate_up; `next` follows.
+  void (*decode_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, Activation,
+                              const Matrix& down, const Sum&, const Matrix* next, int64_t batch, void* out, Pool);
   // The same for the tokens of one row, (length, dim).
-  void (*prefill_attention)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o, void* out,
-                            Pool);
-  void (*prefill_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                               int64_t count, void* out, Pool);
+  void (*prefill_attention)(const void* x, const Norm&, const Matrix& qkv, const Attention&, const Matrix& o,
+                            const Sum&, void* out, Pool);
+  void (*prefill_feed_forward)(const void* x, const Norm&, const Matrix& gate_up, int64_t up_at, Activation,
+                               const Matrix& down, const Sum&, int64_t count, void* out, Pool);
   // out (batch, rows) float32 = norm(x) (batch, columns) times the matrix. The other kernels' out has the model's
   // dtype.
   void (*gemv)(const void* x, const Norm&, const Matrix&, int64_t batch, void* out, Pool);

@@ -30,11 +30,19 @@ void gemv_packed(const Matrix& m, const Input& in, float* out, int64_t stride, P
   });
 }
 
-// out (batch, rows) = x + y times the matrix.
+// out (batch, rows) = the sum of x and y times the matrix.
 template <typename T>
-void gemv_add(const Matrix& m, const float* y, int64_t batch, const T* x, T* out, Pool pool) {
+void gemv_add(const Matrix& m, const float* y, int64_t batch, const T* x, const Sum& sum, T* out, Pool pool) {
   Input in;
   pack<T>(in, m, y, batch, pool);
+  if (!is_plain(sum)) {
+    const int64_t n = m.rows;
+    Array<float> all(batch * n);
+    gemv_packed<T>(m, in, all, n, pool);
+    return each_row(&pool, batch, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; b++) add_row(x + b * n, (const float*)all + b * n, sum, n, out + b * n);
+    });
+  }
   parallel(pool, n_blocks(m), [&](int64_t first, int64_t last) {
     [[maybe_unused]] const AmxRegisters registers(in.columns);
     Array<float> part(batch * BLOCK_ROWS);
@@ -58,15 +66,16 @@ void prefetch_next(Pool pool, const Matrix& m, int parts = 1) {
 
 template <typename T>
 void decode_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
-                      const Matrix& next, void* out, Pool pool) {
+                      const Sum& sum, const Matrix& next, void* out, Pool pool) {
   Array<float> projected(a.batch * qkv.rows), y(a.batch * o.columns);
   Input in;
   pack_rows<T>(in, qkv, x, norm, a.batch, pool);
   prefetch_next<T>(pool, o);
   gemv_packed<T>(qkv, in, projected, qkv.rows, pool);
-  attend_decode<T>(a, projected, qkv.rows, y, pool);
+  auto each = [&](int64_t rows, const auto& f) { each_row(&pool, rows, f); };
+  attend_decode<T>(norm_whole<T>(a, projected.data, qkv.rows, a.batch, each), projected, qkv.rows, y, pool);
   prefetch_next<T>(pool, next, 2);
-  gemv_add<T>(o, y, a.batch, (const T*)x, (T*)out, pool);
+  gemv_add<T>(o, y, a.batch, (const T*)x, sum, (T*)out, pool);
 }
 
 template <typename T>
@@ -79,8 +88,8 @@ void attend(const void* qkv, const Attention& a, void* out, Pool pool) {
 }
 
 template <typename T>
-void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                         const Matrix* next, int64_t batch, void* out, Pool pool) {
+void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, Activation act,
+                         const Matrix& down, const Sum& sum, const Matrix* next, int64_t batch, void* out, Pool pool) {
   const int64_t hidden = down.columns;
   Array<float> y(batch * hidden);
   Input in;
@@ -95,13 +104,13 @@ void decode_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up,
       gemv_block<T>(up, t, in, u);
       for (int64_t b = 0; b < batch; b++)
         for (int64_t i = 0, n = block_rows(gate, t); i < n; i += LANES) {
-          f32 v = silu(load(g + b * BLOCK_ROWS + i)) * load(u + b * BLOCK_ROWS + i);
+          f32 v = activated(act, load(g + b * BLOCK_ROWS + i)) * load(u + b * BLOCK_ROWS + i);
           store_first(y + b * hidden + t * BLOCK_ROWS + i, v, n - i);
         }
     }
   });
   if (next != nullptr) prefetch_next<T>(pool, *next);
-  gemv_add<T>(down, y, batch, (const T*)x, (T*)out, pool);
+  gemv_add<T>(down, y, batch, (const T*)x, sum, (T*)out, pool);
 }
 
 template <typename T>

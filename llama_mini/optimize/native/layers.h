@@ -33,31 +33,37 @@ void with_pool(const F& f, int64_t most = INT64_MAX) {
   if (threads > 1) teamwork.measured(__rdtsc() - begin, leader + pool.saved());
 }
 
+// The lists of a call hold so many entries for each layer.
+constexpr size_t NORMS = 8;     // attention: before, q, k, out, post; feed-forward: before, out, post; empty: no norm
+constexpr size_t MATRICES = 4;  // qkv, o, gate_up, down, each in a format of its own; and their biases, empty if none
+constexpr size_t SETTINGS = 3;  // window; 0 for SiLU, 1 for GELU (tanh); which of the rotations, -1 for none
+constexpr size_t SCALES = 6;    // attention: of x, of y, of q·k, its cap (0: none); feed-forward: of x, of y
+
 // Takes new tokens through consecutive layers. x (N, 1, dim) are tokens of any rows, which decode; x (1, T, dim) are
 // consecutive ones of one row, which prefill if T > 1. The two round differently; in neither do the bits of a token
-// depend on the others. `pages` says where the cache holds the row of each. A layer has four gains (attention, q, k,
-// feed-forward; empty if there is no norm), four matrices (qkv, o, gate_up, down), each in a format of its own, and
-// four biases (empty if there is none; the whole list is empty if no layer has any). `first` fills x, and `last` takes
-// what the layers return; `then` is the matrix that it reads.
+// depend on the others. `ropes` are cosines and sines by turns, `pages` says where the cache holds the row of each
+// token. `biases` is empty if no layer has any. `first` fills x, and `last` takes what the layers return; `then` is
+// the matrix that it reads.
 template <typename First, typename Last>
-Tensor through_layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& pages,
-                      const Tensor& positions, TensorList k_caches, TensorList v_caches, TensorList gains,
-                      at::ArrayRef<double> eps, at::IntArrayRef late, TensorList tensors, TensorList biases,
-                      at::IntArrayRef windows, int64_t heads, int64_t hidden, const First& first, const Matrix* then,
-                      const Last& last) {
+Tensor through_layers(const Tensor& x, TensorList ropes, const Tensor& pages, const Tensor& positions,
+                      TensorList k_caches, TensorList v_caches, TensorList gains, at::ArrayRef<double> eps,
+                      at::IntArrayRef flags, TensorList tensors, TensorList biases, at::IntArrayRef settings,
+                      at::ArrayRef<double> scales, int64_t heads, int64_t hidden, const First& first,
+                      const Matrix* then, const Last& last) {
   const size_t n = k_caches.size();
   const std::vector<TensorList> matrices = split_matrices(tensors);
   TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
-  TORCH_CHECK(n > 0 && hidden > 0 && v_caches.size() == n && gains.size() == 4 * n && eps.size() == 4 * n &&
-                  late.size() == 4 * n && matrices.size() == 4 * n && (biases.empty() || biases.size() == 4 * n) &&
-                  windows.size() == n,
+  TORCH_CHECK(n > 0 && hidden > 0 && v_caches.size() == n && gains.size() == NORMS * n && eps.size() == NORMS * n &&
+                  flags.size() == NORMS * n && matrices.size() == MATRICES * n &&
+                  (biases.empty() || biases.size() == MATRICES * n) && settings.size() == SETTINGS * n &&
+                  scales.size() == SCALES * n && ropes.size() % 2 == 0,
               "the lists of ", n, " layers differ in length");
   TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1),
               "x must hold one token of each row, or the tokens of one row, not ", x.sizes());
   const int64_t dim = x.size(-1), tokens = n_rows(x);
   const bool many = x.size(1) > 1;
   const Kernels& kernels = kernels_for(is_float32(x));
-  auto norm = [&](size_t i, int64_t width) { return norm_args(gains[i], eps[i], late[i], x, width); };
+  auto norm = [&](size_t i, int64_t width) { return norm_args(gains[i], eps[i], flags[i], x, width); };
   const Tensor no_bias = at::empty({0}, x.options());
   auto operand = [&](size_t i, int64_t rows, int64_t columns) {
     return matrix(matrices[i], rows, columns, biases.empty() ? no_bias : biases[i], x);
@@ -65,82 +71,101 @@ Tensor through_layers(const Tensor& x, const Tensor& cos, const Tensor& sin, con
   auto quantized = [&](size_t i) { return matrices[i].size() > 1; };
   std::vector<Attention> attentions;
   for (size_t i = 0; i < n; i++) {  // check everything before a cache is written
-    TORCH_CHECK(k_caches[i].sizes() == k_caches[0].sizes(), "the caches differ in size: ", k_caches[i].sizes());
-    attentions.push_back(attention(x, x.size(0), x.size(1), quantized(4 * i), norm(4 * i + 1, k_caches[i].size(-1)),
-                                   norm(4 * i + 2, k_caches[i].size(-1)), k_caches[i], v_caches[i], pages, positions,
-                                   heads, windows[i]));
-    set_rope(attentions[i], cos, sin);
+    const at::IntArrayRef s = settings.slice(SETTINGS * i, SETTINGS);
+    const Tensor &k = k_caches[i], &q_gain = gains[NORMS * i + 1], &k_gain = gains[NORMS * i + 2];
+    TORCH_CHECK(k.sizes() == k_caches[0].sizes(), "the caches differ in size: ", k.sizes());
+    TORCH_CHECK(s[1] == 0 || s[1] == 1, "activation ", s[1]);
+    TORCH_CHECK(s[2] >= -1 && 2 * s[2] < (int64_t)ropes.size(), "rotation ", s[2], " of ", ropes.size() / 2);
+    Attention a = attention(x, x.size(0), x.size(1), quantized(MATRICES * i), Norm{}, Norm{}, k, v_caches[i], pages,
+                            positions, heads, s[0], scales[SCALES * i + 2], scales[SCALES * i + 3]);
+    a.whole_q = q_gain.numel() > a.head_dim, a.whole_k = k_gain.numel() > a.head_dim;
+    a.q = norm(NORMS * i + 1, a.whole_q ? heads * a.head_dim : a.head_dim);
+    a.k = norm(NORMS * i + 2, a.whole_k ? a.kv_heads * a.head_dim : a.head_dim);
+    if (s[2] >= 0) set_rope(a, ropes[2 * s[2]], ropes[2 * s[2] + 1]);
+    attentions.push_back(a);
   }
   check_prompt(attentions[0]);
   std::vector<Norm> norms;
+  std::vector<Sum> sums;
   std::vector<Matrix> operands;
   std::vector<int64_t> up_at;  // where up begins in a row of gate and up
   for (size_t i = 0; i < n; i++) {
     const Attention& a = attentions[i];
-    up_at.push_back(next_part(hidden, quantized(4 * i + 2)));
-    const int64_t qkv_rows = a.v_at + next_part(a.kv_heads * a.head_dim, quantized(4 * i));
-    norms.insert(norms.end(), {norm(4 * i, dim), norm(4 * i + 3, dim)});
-    operands.insert(operands.end(), {operand(4 * i, qkv_rows, dim), operand(4 * i + 1, dim, heads * a.head_dim),
-                                     operand(4 * i + 2, 2 * up_at[i], dim), operand(4 * i + 3, dim, hidden)});
+    const size_t at = NORMS * i, m = MATRICES * i;
+    const at::ArrayRef<double> scale = scales.slice(SCALES * i, SCALES);
+    up_at.push_back(next_part(hidden, quantized(m + 2)));
+    const int64_t qkv_rows = a.v_at + next_part(a.kv_heads * a.head_dim, quantized(m));
+    norms.insert(norms.end(), {norm(at, dim), norm(at + 5, dim)});
+    sums.insert(sums.end(), {{norm(at + 3, dim), norm(at + 4, dim), (float)scale[0], (float)scale[1]},
+                             {norm(at + 6, dim), norm(at + 7, dim), (float)scale[4], (float)scale[5]}});
+    operands.insert(operands.end(), {operand(m, qkv_rows, dim), operand(m + 1, dim, heads * a.head_dim),
+                                     operand(m + 2, 2 * up_at[i], dim), operand(m + 3, dim, hidden)});
   }
   Tensor out = at::empty(x.sizes(), x.options()), between = at::empty(x.sizes(), x.options());
   with_pool([&](Pool pool) {
     first(pool);
     const void* now = x.const_data_ptr();
     for (size_t i = 0; i < n; i++) {
-      const Matrix *m = &operands[4 * i], *next = i + 1 < n ? m + 4 : then;
-      void* mid = between.data_ptr();
+      const Matrix *m = &operands[MATRICES * i], *next = i + 1 < n ? m + MATRICES : then;
+      const Norm* norm = &norms[2 * i];
+      const Sum* sum = &sums[2 * i];
+      const auto act = (Activation)settings[SETTINGS * i + 1];
+      void *mid = between.data_ptr(), *to = out.data_ptr();
       if (many) {
-        kernels.prefill_attention(now, norms[2 * i], m[0], attentions[i], m[1], mid, pool);
-        kernels.prefill_feed_forward(mid, norms[2 * i + 1], m[2], up_at[i], m[3], tokens, out.data_ptr(), pool);
+        kernels.prefill_attention(now, norm[0], m[0], attentions[i], m[1], sum[0], mid, pool);
+        kernels.prefill_feed_forward(mid, norm[1], m[2], up_at[i], act, m[3], sum[1], tokens, to, pool);
       } else {
-        kernels.decode_attention(now, norms[2 * i], m[0], attentions[i], m[1], m[2], mid, pool);
-        kernels.decode_feed_forward(mid, norms[2 * i + 1], m[2], up_at[i], m[3], next, tokens, out.data_ptr(), pool);
+        kernels.decode_attention(now, norm[0], m[0], attentions[i], m[1], sum[0], m[2], mid, pool);
+        kernels.decode_feed_forward(mid, norm[1], m[2], up_at[i], act, m[3], sum[1], next, tokens, to, pool);
       }
-      now = out.const_data_ptr();
+      now = to;
     }
     last(now, pool);
   });
   return out;
 }
 
-inline Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& pages,
-                     const Tensor& positions, TensorList k_caches, TensorList v_caches, TensorList gains,
-                     at::ArrayRef<double> eps, at::IntArrayRef late, TensorList tensors, TensorList biases,
-                     at::IntArrayRef windows, int64_t heads, int64_t hidden) {
+inline Tensor layers(const Tensor& x, TensorList ropes, const Tensor& pages, const Tensor& positions,
+                     TensorList k_caches, TensorList v_caches, TensorList gains, at::ArrayRef<double> eps,
+                     at::IntArrayRef flags, TensorList tensors, TensorList biases, at::IntArrayRef settings,
+                     at::ArrayRef<double> scales, int64_t heads, int64_t hidden) {
   return through_layers(
-      x, cos, sin, pages, positions, k_caches, v_caches, gains, eps, late, tensors, biases, windows, heads, hidden,
-      [](Pool) {}, nullptr, [](const void*, Pool) {});
+      x, ropes, pages, positions, k_caches, v_caches, gains, eps, flags, tensors, biases, settings, scales, heads,
+      hidden, [](Pool) {}, nullptr, [](const void*, Pool) {});
 }
 
 // A whole step: tokens (N, 1) of any rows -> logits (N, vocab) float32, and the likeliest token of each (N,), the
-// lowest of equals; -1 if its logits are not all finite. cos and sin (P, head_dim / 2) are those of each position.
-// `gains`, `eps` and `late` have one entry more than for `layers`: that of the norm before the head.
-inline std::tuple<Tensor, Tensor> step(const Tensor& tokens, TensorList embedding, const Tensor& cos, const Tensor& sin,
+// lowest of equals; -1 if its logits are not all finite. `ropes` (P, pairs) are those of each position. `gains`, `eps`
+// and `flags` have one entry more than for `layers`: that of the norm before the head.
+inline std::tuple<Tensor, Tensor> step(const Tensor& tokens, TensorList embedding, TensorList ropes,
                                        const Tensor& pages, const Tensor& positions, TensorList k_caches,
                                        TensorList v_caches, TensorList gains, at::ArrayRef<double> eps,
-                                       at::IntArrayRef late, TensorList tensors, TensorList biases,
-                                       at::IntArrayRef windows, int64_t heads, int64_t hidden, TensorList head,
-                                       const Tensor& head_bias, int64_t vocab) {
+                                       at::IntArrayRef flags, TensorList tensors, TensorList biases,
+                                       at::IntArrayRef settings, at::ArrayRef<double> scales, int64_t heads,
+                                       int64_t hidden, TensorList head, const Tensor& head_bias, int64_t vocab) {
   TORCH_CHECK(tokens.dim() == 2 && tokens.size(1) == 1 && tokens.is_contiguous() && tokens.scalar_type() == at::kLong,
               "tokens (N, 1), int64, not ", tokens.sizes(), " ", tokens.scalar_type());
-  const size_t n = k_caches.size();
-  TORCH_CHECK(n > 0 && gains.size() == 4 * n + 1 && eps.size() == 4 * n + 1 && late.size() == 4 * n + 1,
-              "the norms of ", n, " layers and the last one");
-  const int64_t count = tokens.size(0), dim = gains[4 * n].numel(), *each = tokens.const_data_ptr<int64_t>();
+  const size_t last = NORMS * k_caches.size();
+  TORCH_CHECK(last > 0 && gains.size() == last + 1 && eps.size() == last + 1 && flags.size() == last + 1,
+              "the norms of ", k_caches.size(), " layers and the last one");
+  const int64_t count = tokens.size(0), dim = gains[last].numel(), *each = tokens.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < count; i++)
     TORCH_CHECK_INDEX(each[i] >= 0 && each[i] < vocab, "token ", each[i], " of ", vocab);
-  for (const auto* t : {&cos, &sin}) TORCH_CHECK(t->dim() == 2, "cos and sin of positions, not ", t->sizes());
+  const Tensor rows = positions.flatten();
+  std::vector<Tensor> angles;
+  for (const Tensor& t : ropes) {
+    TORCH_CHECK(t.dim() == 2, "cosines and sines of positions, not ", t.sizes());
+    angles.push_back(t.index_select(0, rows));
+  }
   Tensor x = at::empty({count, 1, dim}, k_caches[0].options());
   Tensor logits = at::empty({count, vocab}, x.options().dtype(at::kFloat)), best = at::empty({count}, tokens.options());
   const Matrix table = matrix(embedding, vocab, dim, at::empty({0}, x.options()), x);
   const Matrix to_logits = matrix(head, vocab, dim, head_bias, x);
-  const Norm norm = norm_args(gains[4 * n], eps[4 * n], late[4 * n], x, dim);
+  const Norm norm = norm_args(gains[last], eps[last], flags[last], x, dim);
   const Kernels& kernels = kernels_for(is_float32(x));
-  const Tensor at = positions.flatten();
   through_layers(
-      x, cos.index_select(0, at), sin.index_select(0, at), pages, positions, k_caches, v_caches, gains.slice(0, 4 * n),
-      eps.slice(0, 4 * n), late.slice(0, 4 * n), tensors, biases, windows, heads, hidden,
+      x, angles, pages, positions, k_caches, v_caches, gains.slice(0, last), eps.slice(0, last), flags.slice(0, last),
+      tensors, biases, settings, scales, heads, hidden,
       [&](Pool pool) { kernels.dequantize_rows(table, each, count, x.data_ptr(), pool); }, &to_logits,
       [&](const void* now, Pool pool) {
         kernels.gemv(now, norm, to_logits, count, logits.data_ptr(), pool);

@@ -22,8 +22,8 @@ Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, c
       "one token of each row, in one piece, with the cache's head_dim, not ", qkv.sizes());
   const int64_t batch = qkv.size(0), heads = qkv.size(2) - 2 * k_cache.size(1);
   const Kernels& kernels = kernels_for(is_float32(qkv));
-  Attention a = attention(qkv, batch, 1, false, Norm{}, Norm{}, k_cache, v_cache, pages, positions, heads, window);
-  a.scale = (float)scale, a.softcap = (float)softcap;
+  const Attention a = attention(qkv, batch, 1, false, Norm{}, Norm{}, k_cache, v_cache, pages, positions, heads, window,
+                                scale, softcap);
   Tensor out = at::empty({batch, 1, heads * a.head_dim}, qkv.options());
   with_pool([&](Pool pool) { kernels.attend(qkv.const_data_ptr(), a, out.data_ptr(), pool); });
   return out;
@@ -51,12 +51,12 @@ Tensor gemm(const Tensor& x, TensorList w, const Tensor& bias, int64_t rows) {
   return times(x, w, bias, rows, x.scalar_type(), &Kernels::gemm);
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& gain, double eps, bool late) {
+Tensor rms_norm(const Tensor& x, const Tensor& gain, double eps, int64_t flags) {
   TORCH_CHECK(gain.numel() > 0, "the gain is empty");
   const int64_t count = n_rows(x), n = x.size(-1);
   const Kernels& kernels = kernels_for(is_float32(x));
   const Tensor from = x.contiguous();
-  const Norm norm = norm_args(gain, eps, late, x, n);
+  const Norm norm = norm_args(gain, eps, flags, x, n);
   Tensor out = at::empty(x.sizes(), x.options());
   with_pool([&](Pool pool) { kernels.rms_norm(from.const_data_ptr(), norm, count, n, out.data_ptr(), pool); },
             threads_for(x.numel()));
@@ -153,15 +153,15 @@ TORCH_LIBRARY(llama_mini, m) {
   m.def("isa_variants() -> str[]", isa_variants);
   m.def("use_isa(str name) -> ()", use_isa);
   m.def(
-      "layers(Tensor x, Tensor cos, Tensor sin, Tensor pages, Tensor positions, Tensor(a!)[] k_caches, "
-      "Tensor(b!)[] v_caches, Tensor[] gains, float[] eps, int[] late, Tensor[] matrices, Tensor[] biases, "
-      "int[] windows, int heads, int hidden) -> Tensor",
+      "layers(Tensor x, Tensor[] ropes, Tensor pages, Tensor positions, Tensor(a!)[] k_caches, "
+      "Tensor(b!)[] v_caches, Tensor[] gains, float[] eps, int[] flags, Tensor[] matrices, Tensor[] biases, "
+      "int[] settings, float[] scales, int heads, int hidden) -> Tensor",
       cpu(layers));
   m.def(
-      "step(Tensor tokens, Tensor[] embedding, Tensor cos, Tensor sin, Tensor pages, Tensor positions, "
-      "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor[] gains, float[] eps, int[] late, Tensor[] matrices, "
-      "Tensor[] biases, int[] windows, int heads, int hidden, Tensor[] head, Tensor head_bias, int vocab) -> "
-      "(Tensor, Tensor)",
+      "step(Tensor tokens, Tensor[] embedding, Tensor[] ropes, Tensor pages, Tensor positions, "
+      "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor[] gains, float[] eps, int[] flags, Tensor[] matrices, "
+      "Tensor[] biases, int[] settings, float[] scales, int heads, int hidden, Tensor[] head, Tensor head_bias, "
+      "int vocab) -> (Tensor, Tensor)",
       cpu(step));
   m.def(
       "attend(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pages, Tensor positions, int window, "
@@ -169,7 +169,7 @@ TORCH_LIBRARY(llama_mini, m) {
       cpu(attend));
   m.def("gemv(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor", cpu(gemv));
   m.def("gemm(Tensor x, Tensor[] w, Tensor bias, int rows) -> Tensor", cpu(gemm));
-  m.def("rms_norm(Tensor x, Tensor gain, float eps, bool late) -> Tensor", cpu(rms_norm));
+  m.def("rms_norm(Tensor x, Tensor gain, float eps, int flags) -> Tensor", cpu(rms_norm));
   m.def("dequantize_rows(Tensor[] w, Tensor at, int columns, ScalarType dtype) -> Tensor", cpu(dequantize_rows));
   m.def("quantize(Tensor x, Tensor(a!)[] w, int block) -> bool", cpu(quantize));
   m.def("pack(Tensor[] rows, Tensor(a!)[] w, int block) -> bool", cpu(pack));

@@ -85,19 +85,33 @@ auto tokens_of(const PaddedRows<T>& lines, int64_t columns, Pool pool) {
   return [&lines, columns, pool](auto& in, int64_t from, int64_t n) { pack_stored(in, lines, columns, from, n, pool); };
 }
 
-template <typename T>
-void prefill_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
-                       void* out, Pool pool) {
-  Array<T> projected(a.length * qkv.rows);
-  PaddedRows<T> y(a.length, o.columns);
-  gemm_tokens<T>(tokens_of((const T*)x, norm, qkv.columns, pool), qkv, a.length, nullptr, projected, pool);
-  attend_prefill<T>(projected, qkv.rows, a, y.at, y.pitch, pool);
-  gemm_tokens<T>(tokens_of(y, o.columns, pool), o, a.length, (const T*)x, (T*)out, pool);
+// The same plus x (count, m.rows), as `sum` says.
+template <typename T, typename F>
+void gemm_add(const F& tokens, const Matrix& m, int64_t count, const T* x, const Sum& sum, T* out, Pool pool) {
+  if (is_plain(sum)) return gemm_tokens<T>(tokens, m, count, x, out, pool);
+  const int64_t n = m.rows;
+  Array<T> y(count * n);
+  gemm_tokens<T>(tokens, m, count, nullptr, y, pool);
+  parallel(pool, count, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) add_row(x + t * n, (const T*)y + t * n, sum, n, out + t * n);
+  });
 }
 
 template <typename T>
-void prefill_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, const Matrix& down,
-                          int64_t count, void* out, Pool pool) {
+void prefill_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
+                       const Sum& sum, void* out, Pool pool) {
+  Array<T> projected(a.length * qkv.rows);
+  PaddedRows<T> y(a.length, o.columns);
+  gemm_tokens<T>(tokens_of((const T*)x, norm, qkv.columns, pool), qkv, a.length, nullptr, projected, pool);
+  auto each = [&](int64_t rows, const auto& f) { parallel(pool, rows, f); };
+  const Attention heads = norm_whole<T>(a, projected.data, qkv.rows, a.length, each);
+  attend_prefill<T>(projected, qkv.rows, heads, y.at, y.pitch, pool);
+  gemm_add<T>(tokens_of(y, o.columns, pool), o, a.length, (const T*)x, sum, (T*)out, pool);
+}
+
+template <typename T>
+void prefill_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up, int64_t up_at, Activation act,
+                          const Matrix& down, const Sum& sum, int64_t count, void* out, Pool pool) {
   const int64_t dim = gate_up.columns, hidden = down.columns;
   const Matrix gate = slice_rows<T>(gate_up, 0, hidden), up = slice_rows<T>(gate_up, up_at, hidden);
   PaddedRows<T> y(min(count, TOKENS_AT_ONCE), hidden);
@@ -120,12 +134,12 @@ void prefill_feed_forward(const void* x, const Norm& norm, const Matrix& gate_up
                        const f32 of_gate = bias(gate), of_up = bias(up);
                        for (int64_t b = 0; b < k; b++) {
                          const float* sums = v + (STRIPS * b + 2 * i) * LANES;
-                         store_first(y[token + b] + column, silu(load(sums) + of_gate) * (load(sums + LANES) + of_up),
-                                     remaining);
+                         const f32 gated = activated(act, load(sums) + of_gate);
+                         store_first(y[token + b] + column, gated * (load(sums + LANES) + of_up), remaining);
                        }
                      }
                    });
-      gemm_tokens<T>(tokens_of(y, hidden, pool), down, n, rows, (T*)out + from * dim, pool);
+      gemm_add<T>(tokens_of(y, hidden, pool), down, n, rows, sum, (T*)out + from * dim, pool);
     }
   });
 }

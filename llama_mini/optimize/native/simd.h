@@ -174,6 +174,10 @@ inline f32 reciprocal(f32 x) {
 #endif
 }
 inline f32 silu(f32 x) { return x * reciprocal(1.f + exp(-x)); }
+// x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))), as x times a sigmoid.
+inline f32 gelu_tanh(f32 x) { return x * reciprocal(1.f + exp(-x * (1.59576912f + 0.0713548163f * x * x))); }
+// c tanh(x / c), from tanh(y) = 1 - 2 / (e^2y + 1).
+inline f32 capped(f32 x, float c) { return c - 2 * c / (exp(x * (2 / c)) + 1.f); }
 
 // Transposes LANES rows of LANES dwords.
 inline void transpose(u32* rows) {

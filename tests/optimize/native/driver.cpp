@@ -117,19 +117,23 @@ struct Case {
 
 struct Heads {
   Attention a{};
-  const int64_t page_size, row_pages;  // one page that ends with the last position, or pages in any order
+  const int64_t page_size, row_pages;     // one page that ends with the last position, or pages in any order
+  const int64_t pairs, q_norms, k_norms;  // q_norms, k_norms: heads that have a norm together
   Numbers q_gain, k_gain, k, v;
   Vector<float> cos, sin;
   Vector<int64_t> pages, positions;
   Heads(const Case& c, int64_t batch, int64_t length)
       : page_size(below(2) ? c.longest : PAGE_MULTIPLE),
         row_pages((c.longest + page_size - 1) / page_size),
-        q_gain(c.wide, c.dim),
-        k_gain(c.wide, c.dim),
+        pairs(1 + below(c.dim / 2)),
+        q_norms(below(2) ? c.kv_heads * c.group : 1),
+        k_norms(below(2) ? c.kv_heads : 1),
+        q_gain(c.wide, q_norms * c.dim),
+        k_gain(c.wide, k_norms * c.dim),
         k(c.wide, batch * row_pages * c.kv_heads * page_size * c.dim),
         v(c.wide, batch * row_pages * c.kv_heads * page_size * c.dim),
-        cos(batch * length * c.dim / 2, .6f),
-        sin(batch * length * c.dim / 2, .8f),
+        cos(batch * length * pairs, .6f),
+        sin(batch * length * pairs, .8f),
         pages(batch * row_pages),
         positions(batch * length) {
     for (int64_t i = 0, n = pages.size(); i < n; i++) pages[i] = n - 1 - i;
@@ -142,7 +146,8 @@ struct Heads {
     const int64_t block = quantized(c.kind) ? 16 : 1;
     a.k_at = (a.heads * c.dim + block - 1) / block * block;
     a.v_at = a.k_at + (a.kv_heads * c.dim + block - 1) / block * block;
-    if (c.norms) a.q = {q_gain.data(), 1e-5f, true}, a.k = {k_gain.data(), 1e-5f, false};
+    a.pairs = pairs, a.whole_q = c.norms && q_norms > 1, a.whole_k = c.norms && k_norms > 1;
+    if (c.norms) a.q = {q_gain.data(), 1e-5f, true, 1}, a.k = {k_gain.data(), 1e-5f, false, 0};
     a.k_cache = k.data(), a.v_cache = v.data();
     a.cache_head = page_size * c.dim, a.cache_page = c.kv_heads * a.cache_head;
     a.page_size = page_size, a.row_pages = row_pages, a.pages = pages.data();
@@ -166,7 +171,10 @@ void run(const Kernels& kernels, const Case& c) {
   Numbers gain(c.wide, c.width), x(c.wide, c.batch * c.width), y(c.wide, c.batch * c.width),
       z(c.wide, c.batch * c.width);
   spoil(x, c.fill);
-  const Norm norm{c.norms ? gain.data() : nullptr, 1e-5f, c.batch % 2 == 0};
+  const Norm norm{c.norms ? gain.data() : nullptr, 1e-5f, c.batch % 2 == 0, (float)below(2)};
+  const Sum sum{below(2) ? norm : Norm{}, below(2) ? norm : Norm{}, below(2) ? 1 : .5f, 1};
+  const auto act = (Activation)below(2);
+  Vector<int64_t> likeliest(c.batch);
   Vector<float> projected(c.batch * c.width), gate_and_up(2 * up_at);
   Numbers activated(c.wide, c.batch * c.hidden);
   const int64_t length = 1 + below(c.longest);
@@ -176,7 +184,9 @@ void run(const Kernels& kernels, const Case& c) {
   Vector<int64_t> rows(below(20));
   for (auto& row : rows) row = below(c.width);
   Numbers floats(c.wide, rows.size() * q_dim);
-  const int64_t n = 1 + below(o.m.rows), block_bytes = c.kind == Kind::INT8 ? 34 : 18 + 2 * below(2);
+  const int64_t n = 1 + below(o.m.rows), block_bytes = c.kind == Kind::INT8      ? 34
+                                                       : c.kind == Kind::INT4SYM ? 18
+                                                                                 : 18 + 2 * below(2);
   Numbers new_rows(c.wide, n * q_dim);
   spoil(new_rows, c.fill);
   Vector<uint8_t> blocks(n * (q_dim / 32) * block_bytes);
@@ -188,20 +198,21 @@ void run(const Kernels& kernels, const Case& c) {
   spoil(stream, c.fill);
   Numbers bare_qkv(c.wide, c.batch * (q_dim + 2 * c.kv_heads * c.dim)), attended(c.wide, c.batch * q_dim);
   with_pool([&](Pool pool) {
-    kernels.decode_attention(x.data(), norm, qkv.m, heads.a, o.m, gate_up.m, y.data(), pool);
+    kernels.decode_attention(x.data(), norm, qkv.m, heads.a, o.m, sum, gate_up.m, y.data(), pool);
     Attention bare = heads.a;
-    bare.q = bare.k = Norm{}, bare.cos = bare.sin = nullptr;
+    bare.q = bare.k = Norm{}, bare.cos = bare.sin = nullptr, bare.whole_q = bare.whole_k = false;
     bare.k_at = q_dim, bare.v_at = q_dim + c.kv_heads * c.dim;  // its parts are not padded
     kernels.attend(bare_qkv.data(), bare, attended.data(), pool);
-    kernels.decode_feed_forward(y.data(), norm, gate_up.m, up_at, down.m, &qkv.m, c.batch, z.data(), pool);
-    kernels.gemv(x.data(), gate_up.m, 1, gate_and_up.data(), pool);
-    kernels.gemv(activated.data(), down.m, c.batch, projected.data(), pool);
-    kernels.prefill_attention(stream.data(), norm, qkv.m, prompt.a, o.m, between.data(), pool);
-    kernels.prefill_feed_forward(between.data(), norm, gate_up.m, up_at, down.m, length, after.data(), pool);
-    kernels.gemm(stream.data(), qkv.m, length, tokens.data(), pool);
-    kernels.rms_norm(stream.data(), Norm{gain.data(), 1e-5f, c.norms}, length, c.width, after.data(), pool);
-    if (!quantized(c.kind)) return;
+    kernels.decode_feed_forward(y.data(), norm, gate_up.m, up_at, act, down.m, sum, &qkv.m, c.batch, z.data(), pool);
+    kernels.gemv(x.data(), norm, gate_up.m, 1, gate_and_up.data(), pool);
+    kernels.gemv(activated.data(), Norm{}, down.m, c.batch, projected.data(), pool);
+    kernels.likeliest(projected.data(), c.batch, c.width, likeliest.data(), pool);
+    kernels.prefill_attention(stream.data(), norm, qkv.m, prompt.a, o.m, sum, between.data(), pool);
+    kernels.prefill_feed_forward(between.data(), norm, gate_up.m, up_at, act, down.m, sum, length, after.data(), pool);
+    kernels.gemm(stream.data(), norm, qkv.m, length, tokens.data(), pool);
+    kernels.rms_norm(stream.data(), Norm{gain.data(), 1e-5f, c.norms, 1}, length, c.width, after.data(), pool);
     kernels.dequantize_rows(o.m, rows.data(), (int64_t)rows.size(), floats.data(), pool);
+    if (!quantized(c.kind)) return;
     const Codes kind = codes_of(c.kind);
     Matrix whole = o.m;
     if (shift == 0 && (c.kind == Kind::INT8 || (kind.has_min && kind.scales == 1)))
@@ -209,7 +220,7 @@ void run(const Kernels& kernels, const Case& c) {
     whole.columns = columns;
     kernels.pack(codes.data(), new_scales.data(), kind.has_min ? new_mins.data() : nullptr, n, whole, pool);
     whole.columns = q_dim / 32 * 32;
-    if (shift == 0 && (c.kind == Kind::INT8 || c.kind == Kind::INT4))
+    if (shift == 0 && (c.kind == Kind::INT8 || c.kind == Kind::INT4 || c.kind == Kind::INT4SYM))
       kernels.repack(blocks.data(), block_bytes, n, whole, pool);
   });
 }

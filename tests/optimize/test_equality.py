@@ -135,7 +135,7 @@ def test_without_a_cache_too(tokens: tuple[int, int], quantize: str | None, kern
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("plan", OTHER_PLANS)
-def test_a_plan_that_no_operator_knows_runs_module_by_module(plan: str, quantize: str | None) -> None:
+def test_each_other_plan_equals_the_plain_model(plan: str, quantize: str | None) -> None:
     plain = tiny_model(4, norm_plan=plan, n_layers=4)
     fast = fast_of(plain, quantize)
     plain, most = plain_of(fast, plain), tolerance(torch.float32, quantize, "auto")

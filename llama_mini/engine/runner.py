@@ -65,17 +65,13 @@ class Runner:
 
     def forget(self) -> None:
         """Frees the pages that no request uses."""
+        self._end_cancelled()
         if self._prefixes is not None:
             self._prefixes.clear()
 
     def turn(self) -> bool:
         """Runs a part of the prompts, and a step; False if there is nothing to do."""
-        for request in [request for request in self.active if request.cancelled]:
-            request.end()
-            self._release(request)
-        for request in [request for request in self.waiting if request.cancelled]:
-            self.waiting.remove(request)
-            request.end()
+        self._end_cancelled()
         if self.idle:
             return False
         try:
@@ -89,6 +85,14 @@ class Runner:
                 request.end(error)
                 self._release(request)
         return True
+
+    def _end_cancelled(self) -> None:
+        for request in [request for request in self.active if request.cancelled]:
+            request.end()
+            self._release(request)
+        for request in [request for request in self.waiting if request.cancelled]:
+            self.waiting.remove(request)
+            request.end()
 
     # --- prompts
 

@@ -30,6 +30,7 @@ def test_the_editor_gives_back_what_was_taken_back(terminal: Any) -> None:
     one = terminal()
     one.say("hello")
     one.type("/un" + TAB + ENTER)
+    one.until("Removed: hello")  # Tab shows the prompt again: the next one is the one after this
     one.until(">>>")
     assert "[1 0.0 None user 'hello!']" in one.say("!")
     one.type("too long" + ENTER)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -126,3 +127,16 @@ def test_what_waits_leaves_the_queue_at_once(llm: LLM, monkeypatch: pytest.Monke
     assert len(runner._running) == 1
     running.close()
     until(lambda: runner.idle)
+
+
+def test_forgetting_frees_what_was_just_left(llm: LLM) -> None:
+    """Before a step could end it."""
+    stream = llm.stream([5], LONG)
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        with llm.exclusive():
+            forgotten = pool.submit(llm.forget)
+            until(lambda: llm._scheduler._inbox.qsize() == 1)
+            stream.close()
+        forgotten.result()
+    assert llm._scheduler._runner is None

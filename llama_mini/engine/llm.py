@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -147,7 +148,7 @@ class LLM:
         Prompts, and params for each, are taken when they are needed, so that a generator of them may be endless. A
         refused prompt gets a completion with `finish_reason="error"`; the others run.
         """
-        pairs = enumerate(with_params(prompts, params, settings))
+        pairs, n_prompts = enumerate(with_params(prompts, params, settings)), length_hint(prompts)
         with Call(self._scheduler) as call:
             began = ended = False
             while not ended:
@@ -164,7 +165,8 @@ class LLM:
                 ended = len(taken) < n
                 requests.sort(key=lambda request: request.max_tokens + len(request.prompt) / 20)  # as long as they take
                 done = list[Request]()
-                if not began and requests and 50 * requests[0].max_tokens <= sum(r.max_tokens for r in requests):
+                n_new = sum(r.max_tokens for r in requests) * max(1, n_prompts / n)  # of all prompts, about
+                if not began and requests and 50 * requests[0].max_tokens <= n_new:
                     call.submit(requests[:1])  # alone: its answer comes at once, and the others hardly later
                     requests, done = requests[1:], [call.take()[0]]
                 began = began or bool(requests or done)

@@ -20,7 +20,6 @@ from llama_mini.optimize.fused_step import FusedStep
 
 MAX_ROWS = 32  # requests that run at a time; beyond 16, more of them gain little speed
 PREFILL_SECONDS = 0.1  # that running requests wait for the prompts of others, between two of their tokens
-FEW_ROWS = 8  # where so few run and more wait, prompts get half of the time: the first answers come sooner
 LEAST_PREFILL = 32  # tokens; fewer are hardly faster
 REPLAYED = 16  # tokens that a request which was preempted runs in one step
 
@@ -37,7 +36,6 @@ class Runner:
         self._prefilling: Request | None = None
         self._running: list[Request] = []  # the newest last
         self._token_seconds = PREFILL_SECONDS / LEAST_PREFILL  # of prefill, as measured
-        self._lead = 0.0  # seconds that prompts had more than steps, PREFILL_SECONDS at most
         self._proposer = None if new_proposer is None else new_proposer()
         self._fused_step = FusedStep(model)
         config, page_bytes = model.config, cache_bytes(model.config, PAGE, model.dtype)
@@ -77,9 +75,7 @@ class Runner:
         try:
             self._prefill()
             if self._running:
-                started = time.monotonic()
                 self._step()
-                self._lead = max(0.0, self._lead - (time.monotonic() - started))
         except BaseException as error:  # of a hook, or of PyTorch: those that run get it, and the thread goes on
             for request in self.active:
                 request.end(error)
@@ -106,9 +102,6 @@ class Runner:
         """How many tokens of prompts may run before the next step."""
         if not self._running:
             return PREFILL_CHUNK
-        n = len(self._running)
-        if n <= FEW_ROWS and n < len(self.waiting) and self._lead > 0:
-            return 0
         return min(max(int(PREFILL_SECONDS / self._token_seconds), LEAST_PREFILL), PREFILL_CHUNK)
 
     def _admit(self) -> bool:
@@ -163,10 +156,8 @@ class Runner:
         if n == left:
             self._prefilling = None
             self._begin_decoding(request, x[-1])
-        seconds = time.monotonic() - started
-        self._lead = min(self._lead + seconds, PREFILL_SECONDS)
         if n >= LEAST_PREFILL:
-            self._token_seconds += 0.25 * (seconds / n - self._token_seconds)
+            self._token_seconds += 0.25 * ((time.monotonic() - started) / n - self._token_seconds)
         return n
 
     def _begin_decoding(self, request: Request, x: Tensor) -> None:

@@ -244,12 +244,17 @@ def test_completions_take_prompts_as_they_need_them(llm: LLM, expected: list[lis
 
 
 def test_a_short_answer_comes_before_the_others_begin(llm: LLM, passes: list[tuple[int, int]]) -> None:
-    """And where it would delay the others, it runs with them."""
-    for n_new, alone in ((2, True), (39, False)):
+    """And where it would delay the others, it runs with them. Of a generator, only those that were taken are known."""
+    for n, n_new, kind, alone in (
+        (16, 2, list, True),
+        (16, 39, list, False),
+        (64, 20, list, True),
+        (64, 20, lambda prompts: (prompt for prompt in prompts), False),
+    ):
         llm.forget()
-        each = [SamplingParams(max_tokens=n_new if i == 9 else 40, ignore_eos=True) for i in range(16)]
+        each = [SamplingParams(max_tokens=n_new if i == 9 else 40, ignore_eos=True) for i in range(n)]
         passes.clear()
-        index, completion = next(llm.completions([[256, i] for i in range(16)], each))
+        index, completion = next(llm.completions(kind([[256, i] for i in range(n)]), each))
         assert (index, len(completion.token_ids)) == (9, n_new)
         assert passes[0] == (1, 2)
         assert ((1, 2) not in passes[1:n_new]) == alone  # the prompt of another one, before its last step

@@ -63,7 +63,6 @@ def test_requests_for_which_the_cache_has_no_room_finish_with_the_tokens_that_th
     assert len(set(alone)) > 4
     new_llm.forget()
     monkeypatch.setattr(runner, "fitting_positions", lambda *_: 4 * PAGE)
-    monkeypatch.setattr(runner, "FEW_ROWS", 0)  # so that as many run at a time as there is room for
     preempted, preempt = list[Request](), Request.preempt
     monkeypatch.setattr(Request, "preempt", lambda request: (preempted.append(request), preempt(request)))
     settings, more = Settings(), {"temperature": 0, "max_tokens": 4, "ignore_eos": True}

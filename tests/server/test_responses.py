@@ -41,13 +41,11 @@ class Gate:
 
     def __enter__(self) -> "Gate":
         self._hook = self._llm.model.tok_embeddings.register_forward_pre_hook(self._wait)
-        self._few, runner_module.FEW_ROWS = runner_module.FEW_ROWS, 0
         return self
 
     def __exit__(self, *_: object) -> None:
         self.allow(10_000)
         self._hook.remove()
-        runner_module.FEW_ROWS = self._few
 
 
 class Visitor:

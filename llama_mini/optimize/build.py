@@ -84,7 +84,7 @@ def _register_fakes() -> None:
         "gemm": lambda x, w, bias, rows: x.new_empty(*x.shape[:-1], rows),
         "dequantize_rows": lambda w, at, columns, dtype: at.new_empty(*at.shape, columns, dtype=dtype),
         "step": lambda tokens, *rest: (
-            tokens.new_empty(len(tokens), rest[-1], dtype=torch.float32),
+            tokens.new_empty(len(tokens), rest[-4], dtype=torch.float32),
             tokens.new_empty(len(tokens)),
         ),
         "rms_norm": lambda x, gain, eps, flags: x.new_empty(x.shape),

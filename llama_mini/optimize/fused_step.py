@@ -28,9 +28,9 @@ class FusedStep:
         self._head = head.head if isinstance(head, FusedEmbedding) else head
         fused = isinstance(model.layers, FusedLayers) and isinstance(self._head, FusedHead)
         norms = isinstance(model.embed_norm, nn.Identity) and isinstance(model.norm, RMSNorm)
-        unscaled = config.embedding_scale == config.logit_scale == 1 and config.logit_softcap is None
         known = isinstance(embedding, (FusedEmbedding, Embedding))
-        self._supported = fused and norms and unscaled and known
+        self._supported = fused and norms and known
+        self._scales = config.embedding_scale, config.logit_scale, config.logit_softcap or 0.0
         self._norm = FusableNorms([module for module in model.children() if module is not model.layers], [model.norm])
         self._frequencies, self._ropes = list[Tensor](), list[Rope | None]()
 
@@ -52,7 +52,7 @@ class FusedStep:
         every = norms[0] + last[0], norms[1] + last[1], norms[2] + last[2]
         args = layer_args([layers.whole], [every], ropes, cache.layers(cache.positions(1)))
         of_head = head.tensors, head.bias_or_empty, head.width
-        found: tuple[Tensor, Tensor] = torch.ops.llama_mini.step.default(tokens, rows, *args, *of_head)
+        found: tuple[Tensor, Tensor] = torch.ops.llama_mini.step.default(tokens, rows, *args, *of_head, *self._scales)
         cache.advance(1)
         return found
 

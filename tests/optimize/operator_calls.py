@@ -95,6 +95,9 @@ def _step(format_: str, dtype: torch.dtype) -> Arguments:
         "head": head.tensors,
         "head_bias": random((VOCAB,), dtype, rng),
         "vocab": VOCAB,
+        "embedding_scale": 0.3,
+        "logit_scale": 1.4,
+        "softcap": 3.0,
     }
 
 

@@ -136,13 +136,14 @@ inline Tensor layers(const Tensor& x, TensorList ropes, const Tensor& pages, con
 
 // A whole step: tokens (N, 1) of any rows -> logits (N, vocab) float32, and the likeliest token of each (N,), the
 // lowest of equals; -1 if its logits are not all finite. `ropes` (P, pairs) are those of each position. `gains`, `eps`
-// and `flags` have one entry more than for `layers`: that of the norm before the head.
+// and `flags` have one entry more than for `layers`: that of the norm before the head. A softcap of 0 is none.
 inline std::tuple<Tensor, Tensor> step(const Tensor& tokens, TensorList embedding, TensorList ropes,
                                        const Tensor& pages, const Tensor& positions, TensorList k_caches,
                                        TensorList v_caches, TensorList gains, at::ArrayRef<double> eps,
                                        at::IntArrayRef flags, TensorList tensors, TensorList biases,
                                        at::IntArrayRef settings, at::ArrayRef<double> scales, int64_t heads,
-                                       int64_t hidden, TensorList head, const Tensor& head_bias, int64_t vocab) {
+                                       int64_t hidden, TensorList head, const Tensor& head_bias, int64_t vocab,
+                                       double embedding_scale, double logit_scale, double softcap) {
   TORCH_CHECK(tokens.dim() == 2 && tokens.size(1) == 1 && tokens.is_contiguous() && tokens.scalar_type() == at::kLong,
               "tokens (N, 1), int64, not ", tokens.sizes(), " ", tokens.scalar_type());
   const size_t last = NORMS * k_caches.size();
@@ -157,7 +158,7 @@ inline std::tuple<Tensor, Tensor> step(const Tensor& tokens, TensorList embeddin
     TORCH_CHECK(t.dim() == 2, "cosines and sines of positions, not ", t.sizes());
     angles.push_back(t.index_select(0, rows));
   }
-  Tensor x = at::empty({count, 1, dim}, k_caches[0].options());
+  Tensor x = at::empty({count, 1, dim}, gains[last].options());
   Tensor logits = at::empty({count, vocab}, x.options().dtype(at::kFloat)), best = at::empty({count}, tokens.options());
   const Matrix table = matrix(embedding, vocab, dim, at::empty({0}, x.options()), x);
   const Matrix to_logits = matrix(head, vocab, dim, head_bias, x);
@@ -166,9 +167,15 @@ inline std::tuple<Tensor, Tensor> step(const Tensor& tokens, TensorList embeddin
   through_layers(
       x, angles, pages, positions, k_caches, v_caches, gains.slice(0, last), eps.slice(0, last), flags.slice(0, last),
       tensors, biases, settings, scales, heads, hidden,
-      [&](Pool pool) { kernels.dequantize_rows(table, each, count, x.data_ptr(), pool); }, &to_logits,
+      [&](Pool pool) {
+        kernels.dequantize_rows(table, each, count, x.data_ptr(), pool);
+        if (embedding_scale != 1) x.mul_(at::empty({}, x.options()).fill_(embedding_scale));
+      },
+      &to_logits,
       [&](const void* now, Pool pool) {
         kernels.gemv(now, norm, to_logits, count, logits.data_ptr(), pool);
+        if (logit_scale != 1) logits.mul_(logit_scale);
+        if (softcap > 0) logits.div_(softcap).tanh_().mul_(softcap);
         kernels.likeliest(logits.const_data_ptr<float>(), count, vocab, best.data_ptr<int64_t>(), pool);
       });
   return {logits, best};

@@ -161,7 +161,7 @@ TORCH_LIBRARY(llama_mini, m) {
       "step(Tensor tokens, Tensor[] embedding, Tensor[] ropes, Tensor pages, Tensor positions, "
       "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor[] gains, float[] eps, int[] flags, Tensor[] matrices, "
       "Tensor[] biases, int[] settings, float[] scales, int heads, int hidden, Tensor[] head, Tensor head_bias, "
-      "int vocab) -> (Tensor, Tensor)",
+      "int vocab, float embedding_scale, float logit_scale, float softcap) -> (Tensor, Tensor)",
       cpu(step));
   m.def(
       "attend(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pages, Tensor positions, int window, "

@@ -111,7 +111,7 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams, Source]":
         from llama_mini.checkpoint.weight_formats import quantize_for, weight_bytes
         from llama_mini.engine.llm import LLM
         from llama_mini.machine import as_device, as_dtype
-        from llama_mini.memory import check_fits
+        from llama_mini.memory import cache_dtype, check_fits
 
         merged = adapters(args)
         source = open_checkpoint(resolve(checkpoint_of(args.model, merged)), adapter=merged)
@@ -119,9 +119,10 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams, Source]":
         # LLM checks that one position of cache fits. The command knows how many it needs.
         positions = min(args.max_tokens or DEFAULT_MAX_TOKENS, config.max_seq_len)
         quantize, dtype = quantize_for(source, args.quantize, args.dtype, device), as_dtype(args.dtype, device)
-        check_fits(config, partial(weight_bytes, source), dtype, positions, device, quantize=quantize)
-        guesses = {"draft": args.draft, "speculation": args.speculation}
-        llm = LLM(source, args.dtype, device, args.quantize, args.kernels, args.threads, **guesses)
+        weights, of_cache = partial(weight_bytes, source), cache_dtype(args.kv_dtype)
+        check_fits(config, weights, dtype, positions, device, quantize=quantize, kv_dtype=of_cache)
+        engine = {"draft": args.draft, "speculation": args.speculation, "kv_dtype": args.kv_dtype}
+        llm = LLM(source, args.dtype, device, args.quantize, args.kernels, args.threads, **engine)
         gc.freeze()
     finally:
         gc.enable()

@@ -6,14 +6,16 @@ from functools import partial
 
 import torch
 
-from llama_mini.errors import CapacityError
+from llama_mini.errors import CapacityError, RequestError
 from llama_mini.machine import available_memory, dtype_name, format_bytes
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import BLOCK, whole_blocks
+from llama_mini.validate import check_choice
 
 PREFILL_CHUNK = 512  # tokens of a prompt per forward pass: enough for fast matrix products, with bounded memory
 ATTENTION_BYTES_PER_THREAD = 2**18  # 64 x 512 scores in float32, and a copy
 WeightBytes = Callable[[torch.dtype, str], int]  # (dtype, quantize) -> bytes of a checkpoint's weights in memory
+SCALE_BYTES = 4  # in an int8 cache, of the key or value of a head
 CACHE_SHARE = 0.9  # of the available memory, for the engine's cache and work memory at most
 Need = Callable[[torch.dtype, str, int], int]  # (dtype, quantize, positions) -> bytes of the model and its cache
 _FORMATS = {  # what to advise where no dtype fits; the most bits come first, since they are closest to the weights
@@ -21,6 +23,12 @@ _FORMATS = {  # what to advise where no dtype fits; the most bits come first, si
     "int8": "--quantize int8",
     "int4": "--quantize int4",
 }
+
+
+def cache_dtype(name: str) -> torch.dtype | None:
+    """The dtype of a cache by its name, `int8`; None for `auto`, the model's. Raises RequestError."""
+    check_choice("kv_dtype", name, ("auto", "int8"), RequestError)
+    return torch.int8 if name == "int8" else None
 
 
 def check_fits(
@@ -31,20 +39,22 @@ def check_fits(
     device: torch.device,
     available: int | None = None,
     quantize: str = "none",
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """Checks that the weights, a cache of one row with `positions` and the work memory fit; allocates nothing.
 
-    `available` is in bytes; None asks the machine. If the machine does not say, the check passes.
-    Raises CapacityError with the numbers and with what would fit.
+    `available` is in bytes; None asks the machine. If the machine does not say, the check passes. `kv_dtype`: of the
+    cache, None: as the model. Raises CapacityError with the numbers and with what would fit.
     """
 
     def need(dtype: torch.dtype, quantize: str, positions: int) -> int:
-        return weights(dtype, quantize) + cache_bytes(config, positions, dtype) + work_bytes(config, positions, dtype)
+        cache = cache_bytes(config, positions, kv_dtype or dtype)
+        return weights(dtype, quantize) + cache + work_bytes(config, positions, dtype)
 
     available = available_memory(device) if available is None else available
     if available is None or need(dtype, quantize, positions) <= available:
         return
-    cache, work = cache_bytes(config, positions, dtype), work_bytes(config, positions, dtype)
+    cache, work = cache_bytes(config, positions, kv_dtype or dtype), work_bytes(config, positions, dtype)
     form = {"none": f"in {dtype_name(dtype)}", "auto": "as it is stored"}.get(quantize, f"in {quantize}")
     raise CapacityError(
         f"the model needs {format_bytes(need(dtype, quantize, positions))} {form} "
@@ -84,13 +94,15 @@ def check_cache_fits(
     )
 
 
-def fitting_positions(config: LlamaConfig, most: int, dtype: torch.dtype, device: torch.device) -> int:
+def fitting_positions(
+    config: LlamaConfig, most: int, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
+) -> int:
     """How many positions of cache fit beside the work memory, in whole blocks: `most`, or fewer; 0 if none."""
     available = available_memory(device)
 
     def need(positions: int) -> int:
         work = work_bytes(config, min(positions, config.max_seq_len), dtype, PREFILL_CHUNK)
-        return cache_bytes(config, positions, dtype) + work
+        return cache_bytes(config, positions, kv_dtype or dtype) + work
 
     if available is None or need(most) <= CACHE_SHARE * available:
         return most
@@ -98,9 +110,9 @@ def fitting_positions(config: LlamaConfig, most: int, dtype: torch.dtype, device
 
 
 def cache_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one cache row, in whole blocks as the cache allocates them."""
-    width = config.n_kv_heads * config.head_dim
-    return 2 * config.n_layers * width * whole_blocks(positions) * dtype.itemsize
+    """Bytes of keys and values of one cache row of this dtype, in whole blocks as the cache allocates them."""
+    head = config.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
+    return 2 * config.n_layers * config.n_kv_heads * head * whole_blocks(positions)
 
 
 def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: int | None = None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama_mini import __version__
 from llama_mini.cli.common import checkpoint_of, exit_code_of
-from llama_mini.cli.options import adapters, model_options, speculation_options
+from llama_mini.cli.options import adapters, engine_options, model_options
 from llama_mini.cli.parser import Parser
 from llama_mini.errors import LlamaMiniError
 from llama_mini.server.settings import Settings
@@ -35,7 +35,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "that run may finish; a second one ends them.",
     )
     p.add_argument("--version", action="version", version=f"llama_mini {__version__}")
-    speculation_options(model_options(p))
+    engine_options(model_options(p))
     name = "name of the model for clients; may be repeated, responses have the first; default: that of its path"
     p.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help=name)
     add = p.add_argument_group("address").add_argument
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> None:
 
     with bind(args.host, args.port, settings) as listener:
         model = checkpoint_of(args.model, merged)
-        guesses = {"draft": args.draft, "speculation": args.speculation}
-        llm = LLM(model, args.dtype, args.device, args.quantize, args.kernels, args.threads, merged, **guesses)
+        engine = {"draft": args.draft, "speculation": args.speculation, "kv_dtype": args.kv_dtype}
+        llm = LLM(model, args.dtype, args.device, args.quantize, args.kernels, args.threads, merged, **engine)
         names = args.served_model_name or [Path(model).name if Path(model).exists() else str(model)]
         settings = replace(settings, model_names=tuple(names))
         with edited_by(llm, args.edit):

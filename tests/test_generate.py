@@ -110,16 +110,16 @@ def test_formats_and_kernels_reach_the_engine(
     given: list[tuple[object, ...]] = []
 
     class Spy(LLM):
-        def __init__(self, *args: object, **guesses: object) -> None:
-            given.append((*args[1:], guesses))
-            super().__init__(*args, **guesses)
+        def __init__(self, *args: object, **engine: object) -> None:
+            given.append((*args[1:], engine))
+            super().__init__(*args, **engine)
 
     monkeypatch.setattr("llama_mini.engine.llm.LLM", Spy)
     options = ["--kernels", kernels, "--threads", "1", "--dtype", "float32", "--max-tokens", "3"]
-    guesses = {"draft": None, "speculation": "off" if quantize else "auto"}
-    more = ["--quantize", quantize, "--speculation", "off"] if quantize else []
+    engine = {"draft": None, "speculation": "off" if quantize else "auto", "kv_dtype": "int8" if quantize else "auto"}
+    more = ["--quantize", quantize, "--speculation", "off", "--kv-dtype", "int8"] if quantize else []
     assert main(["--model", str(tiny_dir), *options, *more, "hi"]) == 0
-    assert given == [("float32", torch.device("cpu"), quantize or "auto", kernels, 1, guesses)]
+    assert given == [("float32", torch.device("cpu"), quantize or "auto", kernels, 1, engine)]
 
 
 def test_a_draft_model_guesses(run: Run, tiny_dir) -> None:

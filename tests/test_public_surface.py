@@ -14,7 +14,7 @@ from llama_mini.generate import parser
 
 SIGNATURES = {
     LLM: "(model, dtype='auto', device='cpu', quantize='auto', kernels='auto', threads=None, adapter=None, "
-    "prefix_cache=True, draft=None, speculation='auto')",
+    "prefix_cache=True, draft=None, speculation='auto', kv_dtype='auto')",
     LLM.generate: "(self, prompts=None, params=None, **settings)",
     LLM.chat: "(self, messages, params=None, **settings)",
     LLM.completions: "(self, prompts, params=None, **settings)",
@@ -60,7 +60,7 @@ FIELDS = {
 
 OPTIONS = (
     "--help --prompt --file --interactive --batch --output --info --version --model --adapter --dtype --device "
-    "--edit --quantize --kernels --threads --draft --speculation "
+    "--edit --quantize --kernels --threads --kv-dtype --draft --speculation "
     "--chat --raw --system --max-tokens --min-tokens --max-time --stop --stop-token --ignore-eos --logit-bias "
     "--repetition-penalty --presence-penalty --frequency-penalty --temperature --top-k --top-p --min-p --seed "
     "--no-stream --stats --json --top-logprobs --prompt-logprobs "

@@ -42,7 +42,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     add = p.add_argument
     add("--output", metavar="FILE", help="results of --batch, - is standard output; default: FILE.results.jsonl")
     add("--version", action="version", version=f"llama_mini {__version__}", help="print the version and exit")
-    speculation_options(model_options(p))
+    engine_options(model_options(p))
     text = p.add_argument_group("text")
     mode = text.add_mutually_exclusive_group()
     mode.add_argument("--chat", action="store_true", help="answer as a chat; default if there is a chat template")
@@ -64,7 +64,7 @@ def chat_parser(prog: str) -> argparse.ArgumentParser:
     """The options of `chat`, parsed into a namespace with the defaults of `generate --interactive`."""
     description = "Chats at the terminal; /help there lists the commands."
     p = Parser(prog=prog, usage="%(prog)s [options]", description=description)
-    speculation_options(model_options(p))
+    engine_options(model_options(p))
     _text_options(p.add_argument_group("text"), "at most N tokens an answer; default: to the end of the context")
     _sampling_options(p)
     _structure_options(p)
@@ -110,8 +110,10 @@ def model_options(p: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     return group
 
 
-def speculation_options(group: "argparse._ActionsContainer") -> None:
+def engine_options(group: "argparse._ActionsContainer") -> None:
     add = group.add_argument
+    kv_dtype = "auto (default): keys and values in the model's dtype; int8: in 8 bits, half of bfloat16"
+    add("--kv-dtype", choices=["auto", "int8"], default="auto", help=kv_dtype)
     add("--draft", metavar="M", help="a smaller model of the same vocabulary, which guesses tokens; answers stay")
     auto = "auto (default): guess tokens, by --draft or earlier text, where that pays; answers stay; off: no guesses"
     add("--speculation", choices=["auto", "off"], default="auto", help=auto)

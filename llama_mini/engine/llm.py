@@ -31,6 +31,7 @@ from llama_mini.engine.speculative import LookupProposer, Proposer
 from llama_mini.engine.structured import Structures
 from llama_mini.errors import NumericalError, RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
+from llama_mini.memory import cache_dtype
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, runs_kernels, set_threads
 from llama_mini.tokenizer.tokenizer import open_tokenizer
@@ -62,6 +63,7 @@ class LLM:
             alone may also be the `model`: it names its model.)
         prefix_cache: keeps the keys and values of prompts, so that others that begin alike are prefilled from there on.
         draft: a many times smaller model with the same vocabulary, which guesses the next tokens; a checkpoint.
+        kv_dtype: `auto` keeps keys and values in the model's dtype; `int8` in codes of 8 bits, half of bfloat16.
         speculation: `auto` guesses tokens where that pays, which changes no text: by the draft model, or with the fast
             operators by what followed the same tokens earlier in the prompt and the answer. `off` guesses nothing.
 
@@ -81,6 +83,7 @@ class LLM:
         prefix_cache: bool = True,
         draft: str | Path | None = None,
         speculation: str = "auto",
+        kv_dtype: str = "auto",
     ) -> None:
         if not isinstance(model, str | Path | Source):
             expected = "model must be a path or a hub name, org/name"
@@ -89,6 +92,7 @@ class LLM:
             raise RequestError("an opened checkpoint takes no adapter: give it to open_checkpoint")
         check_flag("prefix_cache", prefix_cache, RequestError)
         check_choice("speculation", speculation, ("auto", "off"), RequestError)
+        of_cache = cache_dtype(kv_dtype)
         if draft is not None and speculation == "off":
             raise RequestError("a draft model is for speculation, which is off: leave one of them out")
         check_quantize(quantize)  # before the checkpoint is opened or fetched
@@ -109,7 +113,7 @@ class LLM:
         elif speculation == "auto" and runs_kernels(self.model):
             proposer = LookupProposer
         self.load_seconds = time.perf_counter() - started
-        self._scheduler = Scheduler(self.model, self.tokenizer.eos_ids, prefix_cache, proposer)
+        self._scheduler = Scheduler(self.model, self.tokenizer.eos_ids, prefix_cache, proposer, of_cache)
         self.structures = Structures(self.tokenizer, self.config.vocab_size)
 
     def generate(

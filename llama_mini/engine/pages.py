@@ -9,10 +9,12 @@ from torch import Tensor
 
 from llama_mini.errors import CapacityError
 from llama_mini.machine import format_bytes
+from llama_mini.memory import SCALE_BYTES
 from llama_mini.model.kv_cache import KVCache, LayerCache, whole_blocks
 from llama_mini.model.llama import Llama
 
 PAGE = 256  # positions: as many as the operators read from one page (PAGE_MULTIPLE in optimize/native/isa.h)
+LEAST_PEAK = 1e-30  # the operators' too: below it all codes are zero
 
 
 def pages_of(positions: int) -> int:
@@ -23,13 +25,15 @@ def pages_of(positions: int) -> int:
 class Pages:
     """Storage of `count` pages in every layer, and how many use each. A page without users is free.
 
+    dtype: None: the model's; or int8, where a key or value of one head is D codes and their scale, a float32.
     On the CPU its memory is taken when a page is first written. Raises CapacityError if it cannot be reserved.
     """
 
-    def __init__(self, model: Llama, count: int) -> None:
-        config = model.config
-        shape = (count, config.n_layers, 2, config.n_kv_heads, PAGE, config.head_dim)  # a page is in one piece
-        self._storage = _zeros(shape, model.dtype, model.device)
+    def __init__(self, model: Llama, count: int, dtype: torch.dtype | None = None) -> None:
+        config, dtype = model.config, dtype or model.dtype
+        width = config.head_dim + (SCALE_BYTES if dtype == torch.int8 else 0)
+        shape = (count, config.n_layers, 2, config.n_kv_heads, PAGE, width)  # a page is in one piece
+        self._storage = _zeros(shape, dtype, model.device)
         # Sliced once: slicing takes as long as a small layer.
         self.layers = [(layer[:, 0], layer[:, 1]) for layer in self._storage.unbind(1)]  # (pages, K, PAGE, D) each
         self.count, self.free = count, list(reversed(range(count)))
@@ -102,13 +106,29 @@ class PagedLayer(LayerCache):
 
     def append(self, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         pages, at = self.pages.gather(1, self.positions // PAGE), self.positions % PAGE
-        self.k.transpose(1, 2)[pages, at] = k
-        self.v.transpose(1, 2)[pages, at] = v
-        return self._read(self.k, length), self._read(self.v, length)
+        int8 = self.k.dtype == torch.int8
+        self.k.transpose(1, 2)[pages, at] = to_codes(k) if int8 else k
+        self.v.transpose(1, 2)[pages, at] = to_codes(v) if int8 else v
+        k_all, v_all = self._read(self.k, length), self._read(self.v, length)
+        return (from_codes(k_all, k.dtype), from_codes(v_all, v.dtype)) if int8 else (k_all, v_all)
 
     def _read(self, storage: Tensor, length: int) -> Tensor:
         pages = storage.transpose(0, 1)[:, self.pages[:, : pages_of(length)]]  # (K, B, n, PAGE, D)
         return pages.flatten(2, 3)[:, :, :length].transpose(0, 1)
+
+
+def to_codes(x: Tensor) -> Tensor:
+    """x (..., D) -> (..., D + 4) int8: codes and the bytes of their scale, peak / 127. The operators' own rounding."""
+    x = x.float()
+    peak = x.abs().amax(-1, keepdim=True)
+    codes = (x * torch.where(peak > LEAST_PEAK, peak.reciprocal() * 127, 0)).round().nan_to_num()
+    return torch.cat([codes.to(torch.int8), (peak / 127).view(torch.int8)], -1)
+
+
+def from_codes(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_codes`, up to rounding. What was not finite is NaN."""
+    scale = rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return (rows[..., :-SCALE_BYTES].float() * scale).to(dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -28,7 +28,12 @@ class Runner:
     """The requests that wait and run, and the cache. It knows nothing of threads: one thread at a time uses it."""
 
     def __init__(
-        self, model: Llama, eos_ids: frozenset[int], keeps_prefixes: bool, new_proposer: Callable[[], Proposer] | None
+        self,
+        model: Llama,
+        eos_ids: frozenset[int],
+        keeps_prefixes: bool,
+        new_proposer: Callable[[], Proposer] | None,
+        kv_dtype: torch.dtype,
     ) -> None:
         self.waiting: deque[Request] = deque()
         self.generated_tokens = 0
@@ -38,10 +43,10 @@ class Runner:
         self._token_seconds = PREFILL_SECONDS / LEAST_PREFILL  # of prefill, as measured
         self._proposer = None if new_proposer is None else new_proposer()
         self._fused_step = FusedStep(model)
-        config, page_bytes = model.config, cache_bytes(model.config, PAGE, model.dtype)
+        config, page_bytes = model.config, cache_bytes(model.config, PAGE, kv_dtype)
         context = pages_of(config.max_seq_len)
-        positions = fitting_positions(config, MAX_ROWS * context * PAGE, model.dtype, model.device)
-        self._pages = Pages(model, positions // PAGE)
+        positions = fitting_positions(config, MAX_ROWS * context * PAGE, model.dtype, model.device, kv_dtype)
+        self._pages = Pages(model, positions // PAGE, kv_dtype)
         self._prefixes: PrefixCache | None = None
         if keeps_prefixes:
             weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -53,8 +53,11 @@ class Scheduler:
         eos_ids: frozenset[int],
         prefix_cache: bool,
         new_proposer: Callable[[], Proposer] | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        self._model, self._runner_settings = model, (eos_ids, prefix_cache, new_proposer)
+        """kv_dtype: of the cache; None: as the model."""
+        self._model, self._kv_dtype = model, kv_dtype or model.dtype
+        self._runner_settings = eos_ids, prefix_cache, new_proposer, self._kv_dtype
         self._reset()
 
     def _reset(self) -> None:
@@ -154,7 +157,7 @@ class Scheduler:
         """Raises CapacityError for a request that can never run; a `max_tokens` that nobody gave shrinks."""
         longest = max((request.least_positions for request in requests), default=0)
         if longest > (most := runner.most_positions):
-            need = format_bytes(cache_bytes(self._model.config, longest, self._model.dtype))
+            need = format_bytes(cache_bytes(self._model.config, longest, self._kv_dtype))
             raise CapacityError(
                 f"a prompt with its new tokens has {longest} positions and needs {need} of cache, but only {most} "
                 "positions fit in the memory that is available: give a shorter prompt or fewer max_tokens"

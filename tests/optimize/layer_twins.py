@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llama_mini.engine.pages import from_codes
+from llama_mini.memory import SCALE_BYTES
 from llama_mini.optimize.fusable import NormArgs
 from llama_mini.optimize.packed_linear import PackedLinear
 from tests.optimize.twins import product_of_few, product_of_many, random_gain
@@ -38,7 +40,7 @@ def turned(x: Tensor, norm: NormArgs, cos: Tensor, sin: Tensor, dtype: torch.dty
 
 
 class Cache(NamedTuple):
-    k: Tensor  # (K, S, D)
+    k: Tensor  # (K, S, D); or (K, S, D + 4) int8
     v: Tensor
 
 
@@ -51,11 +53,23 @@ def attend(
     at: Tensor,
     cache: Cache,
     layer: "Layer",
+    dtype: torch.dtype,
 ) -> Tensor:
-    """A row's new tokens, q (T, H, D), k and v (T, K, D), at positions (T,) -> (T, H * D) float64; fills the cache."""
-    dtype, window, (scale, cap) = cache.k.dtype, layer.window, layer.scales[2:4]
+    """A row's new tokens, q (T, H, D), k and v (T, K, D), at positions (T,) -> (T, H * D) float64; fills the cache.
+
+    An int8 cache must hold the new tokens' codes: where the operator rounds otherwise than float64, both are right.
+    """
+    window, (scale, cap) = layer.window, layer.scales[2:4]
     q, k = (turned(x, norm, cos, sin, dtype, layer.rotated) for x, norm in ((q, layer.norms[1]), (k, layer.norms[2])))
-    cache.k[:, at], cache.v[:, at] = k.transpose(0, 1), v.transpose(0, 1).to(dtype)
+    new = k.transpose(0, 1), v.transpose(0, 1).to(dtype)
+    if cache.k.dtype == torch.int8:
+        cache = Cache(*(from_codes(rows, dtype if len(at) > 1 else torch.float32) for rows in cache))
+        for x, stored in zip(new, cache, strict=True):
+            peak = x.float().abs().amax(-1, keepdim=True)
+            slack = 0.51 / 127 * peak + (1e-3 if dtype == torch.float32 else 0.03) * peak.clamp_min(1)
+            assert ((stored[:, at].float() - x.float()).abs() <= slack).all()
+    else:
+        cache.k[:, at], cache.v[:, at] = new
     group, seen = q.shape[1] // k.shape[1], torch.arange(int(at.max()) + 1)
     keys, values = (t[:, : len(seen)].double().repeat_interleave(group, 0) for t in cache)
     scores = torch.einsum("thd,hsd->hts", q.double(), keys) * scale
@@ -83,7 +97,8 @@ class Layer(NamedTuple):
 def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer, isa: str) -> Tensor:
     """x (B, T, C), cos and sin (B, T, D / 2), positions (B, T), through one layer; fills the cache."""
     qkv, o, gate_up, down = layer.matrices
-    dtype, dim, many = x.dtype, layer.k.shape[3], x.shape[1] > 1
+    dtype, many = x.dtype, x.shape[1] > 1
+    dim = layer.k.shape[3] - (SCALE_BYTES if layer.k.dtype == torch.int8 else 0)
 
     def times(x: Tensor, matrix: PackedLinear) -> list[Tensor]:
         # A dot product of bfloat16 rounds its factors; the others need not, but a prompt's activations are bfloat16.
@@ -96,7 +111,7 @@ def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer
     projected = times(rms_norm(x, layer.norms[0], dtype), qkv)
     q, k, v = ((part.to(dtype) if many else part).unflatten(-1, (-1, dim)) for part in projected)
     rows = [
-        attend(q[b], k[b], v[b], cos[b], sin[b], at, Cache(layer.k[b], layer.v[b]), layer)
+        attend(q[b], k[b], v[b], cos[b], sin[b], at, Cache(layer.k[b], layer.v[b]), layer, dtype)
         for b, at in enumerate(positions)
     ]
     x = added(x, times(torch.stack(rows), o)[0], layer.norms[3:5], layer.scales[:2])

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llama_mini.engine.pages import from_codes, to_codes
+from llama_mini.memory import SCALE_BYTES
 from llama_mini.optimize.fusable import NormArgs
 from tests.optimize.layer_twins import Layer, Step, norm_of
 from tests.optimize.twins import generator, random, random_matrix, same_bits
 
 LAYER_FORMATS = ["float", "int8", "int4", "mixed"]  # mixed layers hold int5 too
+INT8_CACHE = 256  # a bit of `parts`
 NO_NORM = {dtype: NormArgs(torch.empty(0, dtype=dtype), 0.0, 0) for dtype in (torch.float32, torch.bfloat16)}
 
 
@@ -33,11 +36,11 @@ def random_step(
     """A token of each row, at random positions; a layer for each window. late: a bit for each norm of a layer.
 
     parts: bits for norms out, norms post, norms of q and k over all heads, gains 1+w, GELU, scales and caps, a rotation
-        of half of a head, and for none in the last layer.
+        of half of a head, for none in the last layer, and for an int8 cache.
     """
     rng, head_dim = generator(seed), 2 * half
     heads = kv_heads * group
-    out, post, whole, one_plus, gelu, scaled, partly, unrotated = (parts >> i & 1 for i in range(8))
+    out, post, whole, one_plus, gelu, scaled, partly, unrotated, int8 = (parts >> i & 1 for i in range(9))
     positions = torch.randint(longest, (batch, 1), generator=rng)
     angles = torch.rand(batch, 1, max(1, half // 2) if partly else half, generator=rng) * 6
     layers, none = [], NO_NORM[dtype]
@@ -51,6 +54,8 @@ def random_step(
         for cache in (k, v):
             for row, position in zip(cache, positions, strict=True):
                 row[:, int(position) :] = torch.nan
+        if int8:
+            k, v = to_codes(k), to_codes(v)
         of_heads = [n * head_dim if whole else head_dim for n in (heads, kv_heads)]
         widths = [dim, *of_heads, dim * out, dim * post, dim, dim * out, dim * post]
         late_casts = [late >> i & 1 for i in (0, 1, 2, 0, 1, 3, 2, 3)]
@@ -87,8 +92,10 @@ def random_prompt(
     rng = generator(seed + 1)
     for layer in step.layers:
         for cache in (layer.k, layer.v):
-            cache[:, :, :old] = random((1, kv_heads, old, 2 * half), dtype, rng)
-            cache[:, :, old:] = torch.nan
+            cache[:] = nothing(cache)
+            if old:
+                filled = random((1, kv_heads, old, 2 * half), dtype, rng)
+                cache[:, :, :old] = to_codes(filled) if parts & INT8_CACHE else filled
     angles = torch.rand(1, new, step.cos.shape[-1], generator=rng) * 6
     return step._replace(
         x=random((1, new, dim), dtype, rng),
@@ -96,6 +103,13 @@ def random_prompt(
         sin=angles.sin(),
         positions=torch.arange(old, old + new)[None],
     )
+
+
+def nothing(cache: Tensor) -> Tensor:
+    """A cache of this shape that was not written: NaN."""
+    if cache.dtype != torch.int8:
+        return torch.full_like(cache, torch.nan)
+    return to_codes(torch.full((*cache.shape[:-1], cache.shape[-1] - SCALE_BYTES), torch.nan))
 
 
 def assert_near(found: Tensor, expected: Tensor, share: float) -> None:
@@ -108,6 +122,8 @@ def assert_near_caches(found: Step, expected: Step, share: float) -> None:
     """And NaN where nothing was written."""
     for ours, theirs in zip(found.layers, expected.layers, strict=True):
         for k, twin in ((ours.k, theirs.k), (ours.v, theirs.v)):
+            if k.dtype == torch.int8:
+                k, twin = from_codes(k, torch.float32), from_codes(twin, torch.float32)
             assert torch.equal(k.isnan(), twin.isnan())
             assert_near(k.nan_to_num(), twin.nan_to_num(), share)
 
@@ -122,7 +138,9 @@ def follow(step: Step, isa: str, share: float, norm_share: float = torch.inf) ->
     for layer in alone.layers:
         one = alone._replace(x=x, layers=[layer])
         twin = one.copy()
-        x, expected = one.run(), twin.twin(isa)
+        x = one.run()
+        twin = one.copy() if layer.k.dtype == torch.int8 else twin
+        expected = twin.twin(isa)
         assert_near(x, expected, share)
         assert_near_caches(one, twin, share)
         assert (x - expected).norm() <= norm_share * expected.norm()

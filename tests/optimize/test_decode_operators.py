@@ -32,7 +32,7 @@ def tolerance(format_: str, dtype: torch.dtype) -> float:
     bias=st.booleans(),
     norms=st.booleans(),
     late=st.integers(0, 15),
-    parts=st.integers(0, 255),
+    parts=st.integers(0, 511),
 )
 @examples(16)
 def test_layers(

@@ -6,26 +6,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama_mini.engine.pages import to_codes
+from llama_mini.memory import SCALE_BYTES
 from llama_mini.optimize.build import ISA_VARIANTS
 from tests.optimize.layer_twins import Step
-from tests.optimize.random_layers import LAYER_FORMATS, random_prompt, random_step
+from tests.optimize.random_layers import INT8_CACHE, LAYER_FORMATS, nothing, random_prompt, random_step
 from tests.optimize.twins import each_isa, generator, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
 PAGE = 256
+
+CACHES = pytest.mark.parametrize("parts", [0, INT8_CACHE], ids=["exact cache", "int8 cache"])
 
 isa = pytest.fixture(scope="module", params=ISA_VARIANTS)(each_isa)
 
 
 def paged(step: Step, seed: int) -> Step:
     """The same caches in pages, in any order and among others that hold NaN."""
-    rows, heads, length, dim = step.layers[0].k.shape
+    rows, heads, length, width = step.layers[0].k.shape
     n = -(-length // PAGE)
     pages = torch.randperm(rows * n + 3, generator=generator(seed))[: rows * n].view(rows, n)
 
     def moved(cache: Tensor) -> Tensor:
-        pool = torch.full((rows * n + 3, heads, PAGE, dim), torch.nan, dtype=cache.dtype)
-        whole = torch.nn.functional.pad(cache, (0, 0, 0, n * PAGE - length), value=torch.nan)
+        pool = nothing(cache.new_empty(rows * n + 3, heads, PAGE, width))
+        whole = torch.cat([cache, nothing(cache.new_empty(rows, heads, n * PAGE - length, width))], 2)
         pool[pages] = whole.unflatten(2, (n, PAGE)).transpose(1, 2)
         return pool
 
@@ -44,8 +48,11 @@ def same_contents(step: Step, in_pages: Step) -> bool:
 
 @pytest.mark.parametrize("format_", LAYER_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_step_in_pages_is_the_step_of_rows_in_one_piece(isa: str, format_: str, dtype: torch.dtype) -> None:
-    step = random_step(3, format_, dtype, 5, 2, 3, 8, 40, 50, longest=1100, windows=(0, 300))
+@CACHES
+def test_a_step_in_pages_is_the_step_of_rows_in_one_piece(
+    isa: str, format_: str, dtype: torch.dtype, parts: int
+) -> None:
+    step = random_step(3, format_, dtype, 5, 2, 3, 8, 40, 50, longest=1100, windows=(0, 300), parts=parts)
     in_pages = paged(step, 1)
     assert same_bits(in_pages.run(), step.run())
     assert same_contents(step, in_pages)
@@ -53,9 +60,12 @@ def test_a_step_in_pages_is_the_step_of_rows_in_one_piece(isa: str, format_: str
 
 @pytest.mark.parametrize("format_", LAYER_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_prompt_in_pages_and_in_any_parts_is_the_prompt_at_once(isa: str, format_: str, dtype: torch.dtype) -> None:
+@CACHES
+def test_a_prompt_in_pages_and_in_any_parts_is_the_prompt_at_once(
+    isa: str, format_: str, dtype: torch.dtype, parts: int
+) -> None:
     """Parts of one token are left out: they decode."""
-    step = random_prompt(4, format_, dtype, 200, 400, 2, 3, 8, 40, 50, windows=(0, 300))
+    step = random_prompt(4, format_, dtype, 200, 400, 2, 3, 8, 40, 50, windows=(0, 300), parts=parts)
     in_pages = paged(step, 2)
     whole = step.run()
     for cuts in ([0, 400], [0, 2, 57, 60, 398, 400], [0, 56, 312, 400]):
@@ -67,10 +77,11 @@ def test_a_prompt_in_pages_and_in_any_parts_is_the_prompt_at_once(isa: str, form
 
 @pytest.mark.parametrize("format_", LAYER_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tokens_of_one_row_at_once_are_those_one_by_one(isa: str, format_: str, dtype: torch.dtype) -> None:
+@CACHES
+def test_tokens_of_one_row_at_once_are_those_one_by_one(isa: str, format_: str, dtype: torch.dtype, parts: int) -> None:
     """Forty tokens of twelve rows: some have one, some up to nine, across the end of a chunk."""
     each = [1, 1, 5, 1, 9, 2, 1, 8, 1, 3, 7, 1]
-    step = paged(random_step(5, format_, dtype, 12, 2, 3, 8, 40, 50, longest=300, windows=(0, 100)), 3)
+    step = paged(random_step(5, format_, dtype, 12, 2, 3, 8, 40, 50, longest=300, windows=(0, 100), parts=parts), 3)
     rows = torch.tensor([row for row, n in enumerate(each) for _ in range(n)])
     begin = torch.tensor([7, 255, 253, 0, 250, 20, 290, 3, 64, 255, 100, 256])
     positions = begin[rows][:, None] + torch.tensor([i for n in each for i in range(n)])[:, None]
@@ -96,4 +107,6 @@ def test_tokens_of_one_row_at_once_are_those_one_by_one(isa: str, format_: str, 
 
 
 def filled(cache: Tensor) -> Tensor:
+    if cache.dtype == torch.int8:
+        return to_codes(torch.randn((*cache.shape[:-1], cache.shape[-1] - SCALE_BYTES), generator=generator(9)))
     return torch.where(cache.isnan(), torch.randn(cache.shape, generator=generator(9)).to(cache.dtype), cache)

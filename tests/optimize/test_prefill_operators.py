@@ -62,7 +62,7 @@ def in_parts(step: Step, *ends: int) -> Tensor:
     hidden=st.integers(8, 100),
     bias=st.booleans(),
     late=st.integers(0, 15),
-    parts=st.integers(0, 255),
+    parts=st.integers(0, 511),
 )
 @examples(16)
 def test_a_prompt_through_layers(

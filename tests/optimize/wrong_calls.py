@@ -149,6 +149,8 @@ WRONG = {
     "attend: another head_dim": wrong("attend", qkv=lambda x: x[..., :10].contiguous()),
     "attend: integers": wrong("attend", qkv=as_long),
     "attend: cache of bfloat16": wrong("attend", k_cache=Tensor.bfloat16),
+    "attend: keys of int8 alone": wrong("attend", k_cache=Tensor.char),
+    "attend: int8 without scales": wrong("attend", k_cache=Tensor.char, v_cache=Tensor.char),
     "attend: cache of fewer rows": wrong("attend", v_cache=lambda t: t[:1]),
     "attend: a page past the end": wrong("attend", pages=torch.tensor([[0], [3], [2]])),
     "attend: two pages of 11 positions": wrong("attend", pages=two_columns),

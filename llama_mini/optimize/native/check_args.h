@@ -92,11 +92,14 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
                            int64_t heads, int64_t window, double scale, double softcap) {
   Attention a{};
   a.batch = batch, a.length = length, a.heads = heads, a.window = window, a.q = q, a.k = k;
+  a.codes = k_cache.scalar_type() == at::kChar;
   TORCH_CHECK(k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() && k_cache.strides() == v_cache.strides() &&
                   k_cache.stride(3) == 1 && k_cache.stride(2) == k_cache.size(3) &&
-                  k_cache.scalar_type() == x.scalar_type() && v_cache.scalar_type() == x.scalar_type(),
-              "a cache of (pages, KV heads, positions, head_dim) ", x.scalar_type(), ", not ", k_cache.sizes());
-  a.kv_heads = k_cache.size(1), a.head_dim = k_cache.size(3);
+                  (a.codes || k_cache.scalar_type() == x.scalar_type()) &&
+                  v_cache.scalar_type() == k_cache.scalar_type(),
+              "a cache of (pages, KV heads, positions, head_dim) ", x.scalar_type(),
+              ", or (..., head_dim + 4) int8, not ", k_cache.sizes(), " ", k_cache.scalar_type());
+  a.kv_heads = k_cache.size(1), a.cache_row = k_cache.size(3), a.head_dim = a.cache_row - (a.codes ? 4 : 0);
   a.cache_page = k_cache.stride(0), a.cache_head = k_cache.stride(1);
   TORCH_CHECK(batch > 0 && length > 0 && heads > 0 && a.kv_heads > 0 && a.head_dim > 0 && a.head_dim % 2 == 0 &&
                   heads % a.kv_heads == 0,

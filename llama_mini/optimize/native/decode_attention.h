@@ -11,6 +11,7 @@ namespace ISA {
 
 constexpr int64_t CHUNK = PAGE_MULTIPLE;             // positions
 constexpr float MASKED = -3e38f, NO_SCORE = -1e30f;  // the score of a masked position; the initial maximum
+constexpr float LEAST_PEAK = 1e-30f;                 // below it all codes are zero
 
 // Applies RoPE to the pairs (i, i + half) of a head.
 inline void rotate(float* head, const float* cos, const float* sin, int64_t half) {
@@ -35,7 +36,31 @@ inline void prepare_head(const X* from, const Norm& norm, const float* cos, cons
 // Where the cache holds a position of row b: an offset in elements, for the keys and for the values.
 inline int64_t cache_at(const Attention& a, int64_t b, int64_t h, int64_t position) {
   return a.pages[b * a.row_pages + position / a.page_size] * a.cache_page + h * a.cache_head +
-         position % a.page_size * a.head_dim;
+         position % a.page_size * a.cache_row;
+}
+
+// Where the scale of a position's codes is, a float32.
+inline float load_scale(const int8_t* codes, int64_t dim) { return load_as<float>(codes + dim); }
+
+// Stores a head's key or value in the cache, as codes or as T.
+template <typename T>
+inline void store_head(const Attention& a, const float* head, void* cache, int64_t at) {
+  const int64_t dim = a.head_dim;
+  if (!a.codes) return copy_row(head, dim, (T*)cache + at);
+  int8_t* to = (int8_t*)cache + at;
+  f32 top = {}, zeros = {};
+  for (int64_t i = 0; i < dim; i += LANES) {
+    const f32 x = load_first(head + i, dim - i);
+    top = max(top, max(x, -x)), zeros += x * 0.f;
+  }
+  const float peak = largest(top) + sum(zeros);  // NaN if one is not finite
+  const float scale = peak / 127, inverse = peak > LEAST_PEAK ? 1 / peak * 127 : 0;
+  for (int64_t i = 0; i < dim; i += LANES) {
+    int8_t codes[LANES];
+    store_bytes(codes, to_nearest(load_first(head + i, dim - i) * inverse));
+    std::memcpy(to + i, codes, min(dim - i, LANES));
+  }
+  std::memcpy(to + dim, &scale, sizeof scale);
 }
 
 // The cosines or sines of a token; nullptr if there are none.
@@ -69,8 +94,9 @@ inline void append(const Attention& a, const X* row, int64_t b, int64_t position
   for (int64_t h = 0, dim = a.head_dim; h < a.kv_heads; h++) {
     const int64_t at = cache_at(a, b, h, position);
     prepare_head<T>(row + a.k_at + h * dim, a.k, cos, sin, a.pairs, dim, head);
-    copy_row((const float*)head, dim, (T*)a.k_cache + at);
-    copy_row(row + a.v_at + h * dim, dim, (T*)a.v_cache + at);
+    store_head<T>(a, head, a.k_cache, at);
+    prepare_head<T>(row + a.v_at + h * dim, Norm{}, nullptr, nullptr, 0, dim, head);
+    store_head<T>(a, head, a.v_cache, at);
   }
 }
 
@@ -96,15 +122,25 @@ inline float softmax_chunk(float* scores, int64_t n, float scale, float softcap,
   return sum(total);
 }
 
+// weights[g * CHUNK + s] *= the scale of position s.
+inline void times_scales(const int8_t* rows, int64_t n, const Attention& a, float* weights) {
+  for (int64_t s = 0; s < n; s++) {
+    const float scale = load_scale(rows + s * a.cache_row, a.head_dim);
+    for (int64_t g = 0; g < a.heads / a.kv_heads; g++) weights[g * CHUNK + s] *= scale;
+  }
+}
+template <typename T>
+inline void times_scales(const T*, int64_t, const Attention&, float*) {}
+
 // out[g * stride ...] = the sum over n positions s of weights[g * CHUNK + s] * v[s], for V vectors of columns from
-// column `at` on. WHOLE: all these columns lie within the head.
+// column `at` on; positions are `pitch` apart. WHOLE: all these columns lie within the head.
 template <int G, int V, bool WHOLE, typename T>
-inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, int64_t at, float* out,
-                            int64_t stride) {
+inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, int64_t pitch, int64_t at,
+                            float* out, int64_t stride) {
   f32 acc[G][V] = {};
   for (int64_t s = 0; s < n; s++)
     for (int i = 0; i < V; i++) {
-      const T* from = v + s * dim + at + i * LANES;
+      const T* from = v + s * pitch + at + i * LANES;
       const f32 x = WHOLE ? load(from) : load_first(from, dim - at);
       for (int g = 0; g < G; g++) acc[g][i] += weights[g * CHUNK + s] * x;
     }
@@ -113,16 +149,18 @@ inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t
 }
 
 template <int G, typename T>
-inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, float* out, int64_t stride) {
+inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, int64_t pitch, float* out,
+                            int64_t stride) {
   int64_t at = 0;
   constexpr int V = LANES == 16 ? 4 : 2;  // so many that the G sums of each stay in registers
-  for (; at + V * LANES <= dim; at += V * LANES) weighted_values<G, V, true>(weights, v, n, dim, at, out, stride);
-  for (; at < dim; at += LANES) weighted_values<G, 1, false>(weights, v, n, dim, at, out, stride);
+  for (; at + V * LANES <= dim; at += V * LANES)
+    weighted_values<G, V, true>(weights, v, n, dim, pitch, at, out, stride);
+  for (; at < dim; at += LANES) weighted_values<G, 1, false>(weights, v, n, dim, pitch, at, out, stride);
 }
 
 // Computes one chunk of one KV head of one token. `part` holds, for its query heads, the sums of the weights, the
-// maxima, and the weighted values (group, stride).
-template <typename T>
+// maxima, and the weighted values (group, stride). The cache holds C: T, or codes.
+template <typename T, typename C>
 void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b, int64_t h, int64_t chunk,
                   float* part) {
   const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
@@ -131,20 +169,23 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
   const int64_t from = max(chunk * CHUNK, oldest), to = min((chunk + 1) * CHUNK, seen);
   const float *row = qkv + b * width, *cos = angles(a.cos, a, b), *sin = angles(a.sin, a, b);
   const int64_t at = cache_at(a, b, h, from);
-  const T *k = (const T*)a.k_cache + at, *v = (const T*)a.v_cache + at;
+  const C *k = (const C*)a.k_cache + at, *v = (const C*)a.v_cache + at;
   Array<float> heads(group * dim), scores(group * CHUNK);
   for (int64_t g = 0; g < group; g++)
     prepare_head<T>(row + (h * group + g) * dim, a.q, cos, sin, a.pairs, dim, heads + g * dim);
   Input in;
-  pack<T>(in, sizeof(T) == 4 ? Kind::FLOAT32 : Kind::BFLOAT16, heads, group, dim);
-  dots(k, to - from, dim, dim, in, scores, CHUNK, (const char*)v - (const char*)k);
+  pack<T>(in, sizeof(C) == 2 ? Kind::BFLOAT16 : Kind::FLOAT32, heads, group, dim);
+  const int64_t n = to - from, pitch = a.cache_row;
+  dots(k, n, dim, pitch, in, scores, CHUNK, (const char*)v - (const char*)k);
+  times_scales(k, n, a, scores);
   float* out = part + 2 * group;
   for (int64_t g = 0; g < group; g++)
-    part[g] = softmax_chunk(scores + g * CHUNK, to - from, a.scale, a.softcap, part[group + g]);
+    part[g] = softmax_chunk(scores + g * CHUNK, n, a.scale, a.softcap, part[group + g]);
+  times_scales(v, n, a, scores);
   int64_t g = 0;
-  for (; g + 4 <= group; g += 4) weighted_values<4>(scores + g * CHUNK, v, to - from, dim, out + g * stride, stride);
-  for (; g + 3 <= group; g += 3) weighted_values<3>(scores + g * CHUNK, v, to - from, dim, out + g * stride, stride);
-  for (; g < group; g++) weighted_values<1>(scores + g * CHUNK, v, to - from, dim, out + g * stride, stride);
+  for (; g + 4 <= group; g += 4) weighted_values<4>(scores + g * CHUNK, v, n, dim, pitch, out + g * stride, stride);
+  for (; g + 3 <= group; g += 3) weighted_values<3>(scores + g * CHUNK, v, n, dim, pitch, out + g * stride, stride);
+  for (; g < group; g++) weighted_values<1>(scores + g * CHUNK, v, n, dim, pitch, out + g * stride, stride);
 }
 
 // out (batch, heads * head_dim): attention of all tokens.
@@ -171,7 +212,8 @@ void attend_decode(const Attention& a, const float* qkv, int64_t width, float* o
       if (i >= pairs * chunks) return;
       const int64_t pair = i / chunks, chunk = i % chunks, b = pair / a.kv_heads;
       if (chunk < first_chunk(b) || chunk > a.positions[b] / CHUNK) continue;
-      attend_chunk<T>(a, qkv, width, b, pair % a.kv_heads, chunk, parts + i * size);
+      const auto attend = a.codes ? attend_chunk<T, int8_t> : attend_chunk<T, T>;
+      attend(a, qkv, width, b, pair % a.kv_heads, chunk, parts + i * size);
     }
   });
   each_row(&pool, pairs, [&](int64_t first, int64_t last) {

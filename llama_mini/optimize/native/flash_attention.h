@@ -59,6 +59,25 @@ void pack_block(const T* k, const T* v, int64_t n, int64_t dim, PackedHead<T> to
     }
 }
 
+// Packs a block of the cache, n positions from element `at` on.
+template <typename T>
+void pack_block(const Attention& a, int64_t at, int64_t n, PackedHead<T> to) {
+  const int64_t dim = a.head_dim;
+  if (!a.codes) return pack_block((const T*)a.k_cache + at, (const T*)a.v_cache + at, n, dim, to);
+  Array<T> floats(2 * KEY_BLOCK * dim);
+  auto unpack = [&](const void* cache, T* out) {
+    for (int64_t s = 0; s < min(n, KEY_BLOCK); s++) {
+      const int8_t* codes = (const int8_t*)cache + at + s * a.cache_row;
+      const float scale = load_scale(codes, dim);
+      for (int64_t i = 0; i < dim; i += LANES)
+        store_first(out + s * dim + i, load_first(codes + i, dim - i) * scale, dim - i);
+    }
+    return (const T*)out;
+  };
+  const T* k = unpack(a.k_cache, floats);
+  pack_block(k, unpack(a.v_cache, floats + KEY_BLOCK * dim), n, dim, to);
+}
+
 // Attention of `count` queries (count, padded_depth) of one head, at positions from `position` on, into
 // out[q * out_next ...].
 template <typename T>
@@ -142,8 +161,7 @@ void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int
     for (int64_t i = first; i < last; i++) {
       const int64_t h = i / blocks, from = i % blocks * KEY_BLOCK, at = cache_at(a, 0, h, from);
       const PackedHead<T> to = packed(h);
-      pack_block((const T*)a.k_cache + at, (const T*)a.v_cache + at, seen - from, dim,
-                 PackedHead<T>{to.k + from * depth, to.v + from * wide});
+      pack_block(a, at, seen - from, PackedHead<T>{to.k + from * depth, to.v + from * wide});
     }
   });
   const int64_t turns = (a.length + QUERY_TILE<T> - 1) / QUERY_TILE<T>;

@@ -23,7 +23,8 @@ constexpr int BATCH = 3;
   __builtin_prefetch((const char*)p + ahead, 0, 2);
 }
 
-inline f32 times(f32 acc, const float* w, const Input& in, int64_t at) {
+template <typename T>
+inline f32 times(f32 acc, const T* w, const Input& in, int64_t at) {
   for (int i = 0; i < GROUP; i += LANES) acc += load(w + i) * load(in.floats + at + i);
   return acc;
 }

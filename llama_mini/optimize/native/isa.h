@@ -91,12 +91,13 @@ struct Attention {
   const float *cos, *sin;  // (batch, length, pairs); nullptr if q and k are not rotated here
   int64_t pairs;           // the elements i and i + pairs of a head are rotated together, from i = 0 on
   void *k_cache, *v_cache;
-  int64_t cache_page, cache_head;  // elements between pages, and between heads, of the cache
-  int64_t page_size, row_pages;    // positions of a page, and pages of a row
-  const int64_t* pages;            // (batch, row_pages): where the cache holds the positions of each row
-  const int64_t* positions;        // (batch, length): of the new tokens
-  int64_t window;                  // positions that a token sees, its own included; 0: all
-  float scale, softcap;            // the factor of q·k; c replaces a score x by c·tanh(x / c); 0: x stays
+  bool codes;  // whether the cache holds codes of 8 bits, each position's before its scale, a float32; else the dtype
+  int64_t cache_page, cache_head, cache_row;  // elements between pages, heads and positions of the cache
+  int64_t page_size, row_pages;               // positions of a page, and pages of a row
+  const int64_t* pages;                       // (batch, row_pages): where the cache holds the positions of each row
+  const int64_t* positions;                   // (batch, length): of the new tokens
+  int64_t window;                             // positions that a token sees, its own included; 0: all
+  float scale, softcap;                       // the factor of q·k; c replaces a score x by c·tanh(x / c); 0: x stays
 };
 
 // Runs work(context, first, last) on chunks of 0..n in several threads, and waits for all of them.

@@ -17,13 +17,13 @@ int64_t threads_for(int64_t n) { return std::max<int64_t>(1, n >> 21); }
 // keys and values to the cache. softcap 0: none.
 Tensor attend(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& pages,
               const Tensor& positions, int64_t window, double scale, double softcap) {
-  TORCH_CHECK(
-      qkv.dim() == 4 && qkv.size(1) == 1 && qkv.is_contiguous() && k_cache.dim() == 4 && qkv.size(3) == k_cache.size(3),
-      "one token of each row, in one piece, with the cache's head_dim, not ", qkv.sizes());
+  TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 1 && qkv.is_contiguous() && k_cache.dim() == 4,
+              "one token of each row, in one piece, not ", qkv.sizes());
   const int64_t batch = qkv.size(0), heads = qkv.size(2) - 2 * k_cache.size(1);
   const Kernels& kernels = kernels_for(is_float32(qkv));
   const Attention a = attention(qkv, batch, 1, false, Norm{}, Norm{}, k_cache, v_cache, pages, positions, heads, window,
                                 scale, softcap);
+  TORCH_CHECK(qkv.size(3) == a.head_dim, "the cache's head_dim, ", a.head_dim, ", not ", qkv.size(3));
   Tensor out = at::empty({batch, 1, heads * a.head_dim}, qkv.options());
   with_pool([&](Pool pool) { kernels.attend(qkv.const_data_ptr(), a, out.data_ptr(), pool); });
   return out;

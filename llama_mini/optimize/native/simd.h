@@ -47,6 +47,8 @@ inline u32 looked_up(const uint8_t* table, u32 v) {
   return (u32)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_as<__m128i>(table)), (__m512i)v);
 }
 inline void store_bytes(int8_t* to, i32 v) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v)); }
+inline i32 to_nearest(f32 v) { return (i32)_mm512_cvtps_epi32((__m512)v); }
+inline f32 load_bytes(const int8_t* x) { return (f32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(x))); }
 #else
 inline u32 widened(u16 v) { return (u32)_mm256_cvtepu16_epi32((__m128i)v); }
 inline u16 narrowed(u32 v) {
@@ -60,6 +62,10 @@ inline void store_bytes(int8_t* to, i32 v) {
   const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(half, half));
 }
+inline i32 to_nearest(f32 v) { return (i32)_mm256_cvtps_epi32((__m256)v); }
+inline f32 load_bytes(const int8_t* x) {
+  return (f32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)));
+}
 #endif
 // For each byte, which is below 16, the byte of the table.
 inline uint32_t looked_up(const uint8_t* table, uint32_t v) {
@@ -68,6 +74,7 @@ inline uint32_t looked_up(const uint8_t* table, uint32_t v) {
 
 inline f32 load(const float* x) { return load_as<f32>(x); }
 inline f32 load(const bf16* x) { return (f32)(widened(load_as<u16>(x)) << 16); }
+inline f32 load(const int8_t* x) { return load_bytes(x); }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 inline u16 rounded(f32 v) {

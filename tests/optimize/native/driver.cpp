@@ -82,6 +82,7 @@ struct Numbers {  // of the model's dtype
     else
       halves[i] = bits >> 16;
   }
+  int64_t size() const { return floats.size() + halves.size(); }
   void* data() { return wide ? (void*)floats.data() : (void*)halves.data(); }
 };
 
@@ -119,7 +120,9 @@ struct Heads {
   Attention a{};
   const int64_t page_size, row_pages;     // one page that ends with the last position, or pages in any order
   const int64_t pairs, q_norms, k_norms;  // q_norms, k_norms: heads that have a norm together
+  const bool codes;                       // whether the cache holds them
   Numbers q_gain, k_gain, k, v;
+  Vector<int8_t> k_codes, v_codes;
   Vector<float> cos, sin;
   Vector<int64_t> pages, positions;
   Heads(const Case& c, int64_t batch, int64_t length)
@@ -128,10 +131,13 @@ struct Heads {
         pairs(1 + below(c.dim / 2)),
         q_norms(below(2) ? c.kv_heads * c.group : 1),
         k_norms(below(2) ? c.kv_heads : 1),
+        codes(below(3) == 0),
         q_gain(c.wide, q_norms * c.dim),
         k_gain(c.wide, k_norms * c.dim),
-        k(c.wide, batch * row_pages * c.kv_heads * page_size * c.dim),
-        v(c.wide, batch * row_pages * c.kv_heads * page_size * c.dim),
+        k(c.wide, codes ? 0 : batch * row_pages * c.kv_heads * page_size * c.dim),
+        v(c.wide, k.size()),
+        k_codes(codes ? batch * row_pages * c.kv_heads * page_size * (c.dim + 4) : 0),
+        v_codes(k_codes.size()),
         cos(batch * length * pairs, .6f),
         sin(batch * length * pairs, .8f),
         pages(batch * row_pages),
@@ -148,8 +154,11 @@ struct Heads {
     a.v_at = a.k_at + (a.kv_heads * c.dim + block - 1) / block * block;
     a.pairs = pairs, a.whole_q = c.norms && q_norms > 1, a.whole_k = c.norms && k_norms > 1;
     if (c.norms) a.q = {q_gain.data(), 1e-5f, true, 1}, a.k = {k_gain.data(), 1e-5f, false, 0};
-    a.k_cache = k.data(), a.v_cache = v.data();
-    a.cache_head = page_size * c.dim, a.cache_page = c.kv_heads * a.cache_head;
+    for (size_t i = 0; i < k_codes.size(); i++)
+      k_codes[i] = (int8_t)(draw() >> 24), v_codes[i] = (int8_t)(draw() >> 24);
+    a.codes = codes, a.cache_row = codes ? c.dim + 4 : c.dim;
+    a.k_cache = codes ? k_codes.data() : k.data(), a.v_cache = codes ? v_codes.data() : v.data();
+    a.cache_head = page_size * a.cache_row, a.cache_page = c.kv_heads * a.cache_head;
     a.page_size = page_size, a.row_pages = row_pages, a.pages = pages.data();
   }
 };

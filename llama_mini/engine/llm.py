@@ -55,7 +55,7 @@ class LLM:
         quantize: `auto` (or None) keeps the bits that a file has: quantised matrices stay codes of four to eight bits,
             on the CPU and unless a dtype is given. `none` makes all of them floats. `int8` and `int4` quantise the
             matrices as they are loaded; beside int4 the head has 8 bits.
-        kernels: `auto` compiles the fast operators the first time, about 20 s; `off` uses PyTorch's operators.
+        kernels: `auto` compiles the fast operators the first time, 20 to 100 s; `off` uses PyTorch's operators.
         threads: number of threads of the whole process; None keeps what OMP_NUM_THREADS, MKL_NUM_THREADS or
             torch.set_num_threads has set, and else takes one per core that the process may use.
         adapter: a LoRA adapter of PEFT or mlx-lm that is merged into the model: a directory or a hub name; several in a

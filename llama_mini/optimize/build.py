@@ -2,8 +2,8 @@
 
 The library is kept in the user's cache folder, mode 0700; where that cannot be used, in the temporary folder. Its name
 is a hash of all that it must match: the source, the flags, torch and the platform. The compiler is left out, so a
-machine without one can use a library that was built elsewhere. If none can be built or loaded, PyTorch's own operators
-do the same work more slowly.
+machine without one can use a library that was built elsewhere, and a wheel may carry it (scripts/make_wheel.py). If
+none can be built or loaded, PyTorch's own operators do the same work more slowly.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ from llama_mini.machine import temporary_folder, user_cache
 from llama_mini.validate import check_choice
 
 KERNELS = ("auto", "off")
+PREBUILT = "prebuilt"  # the folder beside native/ where a wheel has the library
 _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
 ISA_VARIANTS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -98,9 +99,10 @@ def built(cache: Path | None = None, again: bool = False) -> Path:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise OSError(f"they need x86-64; this processor is {platform.machine()}")
     folders = [user_cache() / "operators", temporary_folder() / "operators"] if cache is None else [cache]
-    with as_file(files("llama_mini.optimize") / "native") as source:
+    with as_file(files("llama_mini.optimize")) as package:
+        source = package / "native"
         name = f"operators-{_key(source)}.so"
-        for folder in folders:
+        for folder in [package / PREBUILT, *folders]:
             if not again and _is_whole(folder / name):
                 return folder / name
         compiler = _compiler()
@@ -116,7 +118,7 @@ def built(cache: Path | None = None, again: bool = False) -> Path:
                 continue
             with lock:
                 if again or not _is_whole(library):
-                    print("building the fast operators, once, about 20 s", file=sys.stderr, flush=True)
+                    print("building the fast operators, once: 20 to 100 s", file=sys.stderr, flush=True)
                     _compile(source, compiler, library)
             return library
     raise problems[0]
@@ -156,7 +158,8 @@ def _is_whole(library: Path) -> bool:
 
 
 def _key(source: Path) -> str:
-    inputs = [torch.__version__, sys.platform, platform.machine(), repr((ISA_VARIANTS, _FLAGS))]
+    version = torch.__version__.partition("+")[0]  # builds for CPUs and for CUDA have the same libtorch_cpu
+    inputs = [version, sys.platform, platform.machine(), repr((ISA_VARIANTS, _FLAGS))]
     digest = hashlib.sha256("\0".join(inputs).encode())
     for path in sorted(source.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

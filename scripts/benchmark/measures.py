@@ -1,5 +1,6 @@
 """The measures. Each adds series of one value a round, whose names begin with the name of the measure."""
 
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -172,6 +173,21 @@ def _read_speed(reader: Child, n_bytes: int, _: int) -> float:
 
 def _context_speed(child: Child, length: int, new: int, _: int) -> float:
     return new / child("decode", length, new)
+
+
+def busy(bench: Bench) -> None:
+    """Decode in int8 by all threads and by one, on quiet cores, and beside a busy process for each core."""
+    unwatched, counts = Watch(), sorted({1, bench.threads})  # a busy process would pass for a disturbance
+    with ExitStack() as stack:
+        worker = ("ours.Ours", *bench.files.ours("int8"))
+        children = {n: stack.enter_context(Child(unwatched, *worker, n)) for n in counts}
+        for where in ("on quiet cores", "beside busy processes"):
+            names = {n: f"busy int8 {n} thread{'s' * (n > 1)} {where}" for n in counts}
+            bench.take({names[n]: partial(_decode_speed, bench, children[n], "decode") for n in counts})
+            bench.pairs += [(names[n], names[1]) for n in counts[1:]]
+            for _ in range(bench.threads if where == "on quiet cores" else 0):
+                process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+                stack.callback(process.kill)
 
 
 def start(bench: Bench) -> None:

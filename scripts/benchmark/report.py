@@ -21,6 +21,7 @@ UNITS = {
     "prefill": "tok/s",
     "batch": "tok/s",
     "context": "tok/s",
+    "busy": "tok/s",
     "read": "GB/s",
     "bandwidth": "share",
     "start": "s",

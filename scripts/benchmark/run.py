@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmark import MEASURES
 from benchmark.engines import Checkpoint
-from benchmark.measures import QUICK, Bench, Sizes, against_peers, batch, context, loading, quality, say, start
+from benchmark.measures import QUICK, Bench, Sizes, against_peers, batch, busy, context, loading, quality, say, start
 from benchmark.report import as_json, conditions, ratio_table, ratios, table
 from benchmark.rounds import Child, Watch
 from benchmark.servers import command_of
@@ -45,7 +45,7 @@ def run(
 def _measure(bench: Bench, measures: Sequence[str], servers: Mapping[str, str] | None) -> None:
     if peers := [name for name in ("decode", "prefill") if name in measures]:
         against_peers(bench, peers)
-    for measure in (batch, context, start, quality):
+    for measure in (batch, context, busy, start, quality):
         if measure.__name__ in measures:
             measure(bench)
     if loads := [name for name in ("load", "memory") if name in measures]:

@@ -36,7 +36,19 @@ def test_a_quick_run_measures_everything(tmp_path: Path) -> None:
     line = run.stdout.splitlines()[-1]
     assert (tmp_path / "run.json").read_text() == line + "\n"
     found = json.loads(line)
-    measures = ["decode", "prefill", "batch", "read", "context", "bandwidth", "start", "quality", "load", "memory"]
+    measures = [
+        "decode",
+        "prefill",
+        "batch",
+        "read",
+        "context",
+        "bandwidth",
+        "busy",
+        "start",
+        "quality",
+        "load",
+        "memory",
+    ]
     assert {name.split()[0] for name in found["series"]} == {*measures, "peak"}
     assert all(len(each["values"]) == found["repeats"] for each in found["series"].values())
     positive = [each["values"][0] for name, each in found["series"].items() if " over bfloat16" not in name]
@@ -44,7 +56,7 @@ def test_a_quick_run_measures_everything(tmp_path: Path) -> None:
     names = [(ratio["over"], ratio["under"]) for ratio in found["ratios"]]
     assert len(set(names)) == len(names)
     assert {name for pair in names for name in pair} <= found["series"].keys()
-    assert {over.split()[0] for over, _ in names} == {"decode", "prefill", "batch", "context", "start", "load"}
+    assert {over.split()[0] for over, _ in names} == {"decode", "prefill", "batch", "context", "busy", "start", "load"}
     for peer, module in {"llama.cpp": "llama_cpp", "OpenVINO": "openvino_genai"}.items():
         left_out = f"{peer} is left out: {module} is not installed" in run.stderr
         assert left_out != any(name.endswith(peer) for name in found["series"])
@@ -66,7 +78,7 @@ def test_an_unknown_measure_is_an_error_that_lists_those_there_are(
     assert bench.main() == 2
     assert capsys.readouterr().err == (
         "error: unknown measure 'speed' in --only; "
-        "known: decode, prefill, batch, context, start, load, memory, quality\n"
+        "known: decode, prefill, batch, context, busy, start, load, memory, quality\n"
     )
 
 

@@ -50,7 +50,8 @@ def outcomes_of(suite: str, only: str | None = None) -> dict[str, str]:
         ini.write_text(INI)
         plugins = ["-p", SUITES[suite], "-p", "suites.running", "-p", "no:cacheprovider", "-p", "no:xdist"]
         words = ["-c", str(ini), "--rootdir", str(folder), "-q", *plugins, *plugin.FILES]
-        path = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        path = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+        path += filter(None, [os.environ.get("PYTHONPATH")])  # an empty entry would be the folder, and its `openai`
         # the copies of the checkpoint go with the folder
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), OUTCOMES: str(results), "TMPDIR": work}
         command = [sys.executable, "-P", "-m", "pytest", *words, *(["-k", only] if only else [])]

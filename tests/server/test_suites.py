@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -126,3 +127,25 @@ def test_what_a_suite_has_started_ends_with_it(end: str, status: int | None, tmp
     else:
         assert running.run_in_group(command, tmp_path, os.environ, 60) == (status, "out\n")
     assert ended(tmp_path)
+
+
+def test_modules_do_not_come_from_the_folder_of_a_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's has an `openai`, and an empty entry of PYTHONPATH is the current folder."""
+    seen: dict[str, str] = {}
+
+    def run(command: object, folder: object, environment: dict[str, str], seconds: object) -> tuple[int, str]:
+        seen.update(environment)
+        Path(environment[running.OUTCOMES]).touch()
+        return 0, ""
+
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    plugin = SimpleNamespace(REQUIREMENT="", SHA256="", FOLDER="", FILES=[])
+    for name, fake in {
+        "MODULES": (),
+        "import_module": lambda _: plugin,
+        "tests_of": lambda *_: tmp_path / "tests",
+    }.items():
+        monkeypatch.setattr(running, name, fake)
+    monkeypatch.setattr(running, "run_in_group", run)
+    assert running.outcomes_of("vllm") == {}
+    assert "" not in seen["PYTHONPATH"].split(os.pathsep)

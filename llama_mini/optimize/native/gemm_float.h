@@ -30,11 +30,12 @@ struct PaddedRows {
 
 template <typename T>
 struct FloatTokens {
-  static constexpr int STRIPS = AMX<T> ? 2 : 4;  // in a panel
-  static constexpr int64_t TOKEN_TILE = AMX<T> ? 32 : ROWS_AT_ONCE<STRIPS>;
+  using X = Operand<T>;
+  static constexpr int STRIPS = AMX<T> ? 2 : MOST_VECTORS;  // in a panel
+  static constexpr int64_t TOKEN_TILE = AMX<T> ? 32 : ROWS_AT_ONCE;
   int64_t count, columns, pitch;
-  const T* rows;
-  PaddedRows<T> storage;
+  const X* rows;
+  PaddedRows<X> storage;
 };
 
 // Packs `count` tokens; `row(i, out)` writes the i-th.
@@ -51,10 +52,14 @@ void pack(FloatTokens<T>& in, int64_t columns, int64_t count, const F& row, Pool
   });
 }
 
-// The same for tokens that are stored as padded rows already: they are not copied.
+// The same for tokens that are stored as padded rows already: they are copied only if they must be widened.
 template <typename T>
-void pack_stored(FloatTokens<T>& in, const PaddedRows<T>& lines, int64_t columns, int64_t from, int64_t count, Pool) {
-  in.count = count, in.columns = columns, in.pitch = lines.pitch, in.rows = lines[from];
+void pack_stored(FloatTokens<T>& in, const PaddedRows<T>& lines, int64_t columns, int64_t from, int64_t count,
+                 Pool pool) {
+  if constexpr (sizeof(Operand<T>) == sizeof(T))
+    in.count = count, in.columns = columns, in.pitch = lines.pitch, in.rows = lines[from];
+  else
+    pack(in, columns, count, [&](int64_t i, float* out) { copy_row(lines[from + i], columns, out); }, pool);
 }
 
 #ifdef __AMX_BF16__
@@ -83,9 +88,9 @@ inline void widen_group(const Matrix& m, int64_t block, int64_t group, int64_t g
 #endif
 
 // Fills one strip of a panel: out (columns / PAIR, STRIPS, LANES, PAIR), with zeros beyond the ends of its matrix.
-template <typename T>
-void fill_strip(T* out, Strip from, int64_t width) {
-  constexpr int64_t NEXT = FloatTokens<T>::STRIPS * LANES * PAIR<T>;
+template <typename T, typename X = Operand<T>>
+void fill_strip(X* out, Strip from, int64_t width) {
+  constexpr int64_t NEXT = FloatTokens<T>::STRIPS * LANES * PAIR<X>;
   const Matrix& m = *from.of;
 #ifdef __AMX_BF16__
   if (AMX<T> && quantized(m.kind) && from.row < m.rows)
@@ -94,20 +99,14 @@ void fill_strip(T* out, Strip from, int64_t width) {
         widen_group<KIND>(m, from.row / BLOCK_ROWS, s, width / GROUP, (bf16*)out + s * GROUP / 2 * NEXT, NEXT);
     });
 #endif
-  for (int64_t column = 0; column < width; column += LANES * PAIR<T>) {
+  for (int64_t column = 0; column < width; column += LANES * PAIR<X>) {
     u32 rows[LANES];
-    const int64_t n = min(m.columns - column, LANES * PAIR<T>);
     for (int i = 0; i < LANES; i++) {
-      rows[i] = u32{};
-      if (from.row + i >= m.rows || n <= 0) continue;
       const T* at = (const T*)m.data + (from.row + i) * m.columns + column;
-      if (n == LANES * PAIR<T>)
-        rows[i] = load_as<u32>(at);
-      else
-        std::memcpy(&rows[i], at, n * sizeof(T));
+      rows[i] = from.row + i < m.rows && column < m.columns ? dwords<X>(at, m.columns - column) : u32{};
     }
     transpose(rows);
-    for (int i = 0; i < LANES; i++) std::memcpy(out + (column / PAIR<T> + i) * NEXT, &rows[i], sizeof rows[i]);
+    for (int i = 0; i < LANES; i++) std::memcpy(out + (column / PAIR<X> + i) * NEXT, &rows[i], sizeof rows[i]);
   }
 }
 
@@ -129,13 +128,14 @@ struct Prefetcher {
 // `strip(panel, i)` names the strips of a panel.
 template <typename T, typename S, typename F>
 void times_tokens(int64_t panels, const S& strip, const FloatTokens<T>& in, Pool pool, const F& done) {
+  using X = Operand<T>;
   constexpr int STRIPS = FloatTokens<T>::STRIPS;
-  constexpr int64_t TOKEN_TILE = FloatTokens<T>::TOKEN_TILE, VECTOR = LANES * PAIR<T>, WIDTH = STRIPS * LANES;
+  constexpr int64_t TOKEN_TILE = FloatTokens<T>::TOKEN_TILE, VECTOR = LANES * PAIR<X>, WIDTH = STRIPS * LANES;
   const int64_t width = round_up(in.columns, GROUP), each = (TOKEN_TILE * GROUP + width - 1) / width;
   const int64_t lines = LANES * GROUP * 4 / 64 * TOKEN_TILE / (in.count + TOKEN_TILE) + 1;
   parallel(pool, panels, [&](int64_t first, int64_t last) {
     [[maybe_unused]] const AmxRegisters tiles;
-    Array<T> panel(width / PAIR<T> * STRIPS * VECTOR);
+    Array<X> panel(width / PAIR<X> * STRIPS * VECTOR);
     Array<float> sums(2 * TOKEN_TILE * WIDTH);
     // With AMX, the results of one tile of tokens are finished between the instructions of the next.
     int64_t panel_before = first, token_before = 0, n_before = 0, finished = 0;
@@ -149,12 +149,12 @@ void times_tokens(int64_t panels, const S& strip, const FloatTokens<T>& in, Pool
     for (int64_t p = first; p < last; p++) {
       Prefetcher prefetchers[STRIPS];
       for (int i = 0; i < STRIPS; i++) {
-        fill_strip((T*)panel + i * VECTOR, strip(p, i), width);
+        fill_strip<T>((X*)panel + i * VECTOR, strip(p, i), width);
         if (p + 1 < last) prefetchers[i] = Prefetcher(strip(p + 1, i));
       }
       for (int64_t token = 0; token < in.count; token += TOKEN_TILE) {
         const int64_t count = min(in.count - token, TOKEN_TILE);
-        microkernel<STRIPS, false>((const T*)panel, VECTOR, STRIPS * VECTOR, in.rows + token * in.pitch, in.pitch,
+        microkernel<STRIPS, false>((const X*)panel, VECTOR, STRIPS * VECTOR, in.rows + token * in.pitch, in.pitch,
                                    count, width, now, WIDTH, [&] {
                                      finish(each);
                                      for (auto& strip : prefetchers) strip.advance(lines);

@@ -2,15 +2,23 @@
 //
 // A packed vector holds one dword of each of LANES rows of the matrix: a column of float32, or a pair of columns of
 // bfloat16. One instruction multiplies it by a dword that all lanes share; an AMX instruction multiplies 16 such
-// vectors by 16 rows.
+// vectors by 16 rows. Where the processor has no product of bfloat16, its numbers are packed as float32: to widen them
+// in the inner loop would take half as long again.
 #pragma once
 
 #include "norm.h"
 
 namespace ISA {
 
+#ifdef __AVX512BF16__
 template <typename T>
-constexpr int64_t PAIR = 4 / sizeof(T);  // columns in a lane
+using Operand = T;  // what is packed of a matrix of T
+#else
+template <typename T>
+using Operand = float;
+#endif
+template <typename X>
+constexpr int64_t PAIR = 4 / sizeof(X);  // columns in a lane
 template <typename T>
 constexpr int64_t ROW_MULTIPLE = AMX<T> ? 32 : 1;  // for rows read, columns read and rows written
 
@@ -22,29 +30,26 @@ struct NoOp {
 
 // acc + PAIR elements in each lane times PAIR elements that all lanes share.
 inline f32 multiply_lanes(f32 acc, const float* w, const float* x) { return acc + load(w) * *x; }
-inline f32 multiply_lanes(f32 acc, const bf16* w, const bf16* x) {
 #ifdef __AVX512BF16__
+inline f32 multiply_lanes(f32 acc, const bf16* w, const bf16* x) {
   int32_t pair;
   std::memcpy(&pair, x, 4);
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(load_as<i32>(w)), "v"(i32{} + pair));
   return acc;
-#else
-  uint32_t pair;
-  std::memcpy(&pair, x, 4);
-  u32 pairs = load_as<u32>(w);
-  acc += (f32)(pairs << 16) * (f32)((pair << 16) - u32{});
-  return acc + (f32)(pairs & 0xffff0000u) * (f32)((pair & 0xffff0000u) - u32{});
+}
 #endif
+
+// LANES dwords of a row, of which n elements are left; what is beyond them is zero.
+template <typename X, typename T>
+inline u32 dwords(const T* row, int64_t n) {
+  if constexpr (sizeof(X) == 4) return (u32)load_first(row, n);
+  u32 v{};
+  std::memcpy(&v, row, min(max(n, 0), LANES * PAIR<X>) * sizeof(X));
+  return v;
 }
 
-// The rows of x whose L sums each fit in the registers.
-#ifdef __AVX512F__
-template <int L>
-constexpr int ROWS_AT_ONCE = 6;
-#else
-template <int L>
-constexpr int ROWS_AT_ONCE = L > 4 ? 1 : 3;
-#endif
+constexpr int MOST_VECTORS = 4;                    // of lanes, that a row is multiplied by at once
+constexpr int ROWS_AT_ONCE = LANES == 16 ? 6 : 3;  // so many that all sums stay in registers
 
 template <int Q, int L, bool ADD, typename T>
 inline void microkernel(const T* w, int64_t w_lanes, int64_t w_next, const T* x, int64_t x_next, int64_t n, float* out,
@@ -80,8 +85,8 @@ inline void microkernel(const T* w, int64_t w_lanes, int64_t w_next, const T* x,
   }
 #endif
   int64_t q = 0;
-  for (; q + ROWS_AT_ONCE<L> <= rows; q += ROWS_AT_ONCE<L>)
-    microkernel<ROWS_AT_ONCE<L>, L, ADD>(w, w_lanes, w_next, x + q * x_next, x_next, n, out + q * stride, stride);
+  for (; q + ROWS_AT_ONCE <= rows; q += ROWS_AT_ONCE)
+    microkernel<ROWS_AT_ONCE, L, ADD>(w, w_lanes, w_next, x + q * x_next, x_next, n, out + q * stride, stride);
   for (; q < rows; q++) microkernel<1, L, ADD>(w, w_lanes, w_next, x + q * x_next, x_next, n, out + q * stride, stride);
 }
 

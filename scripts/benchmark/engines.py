@@ -21,6 +21,7 @@ PEERS = {  # and the module that must be installed
     "CTranslate2": "ctranslate2",
 }
 _GGUF = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
+_OTHER_FOUR_BITS = ("Q4_0", "IQ4_NL")  # in which llama.cpp may be faster than in the kind of the file, Q4_1
 
 
 class Checkpoint:
@@ -41,18 +42,19 @@ class Checkpoint:
         return str(self.directory), number_format, None
 
     def gguf(self, number_format: str) -> str:
-        return str(self.four_bit) if number_format == "int4" else self._gguf(_GGUF[number_format])
+        return str(self.four_bit) if number_format == "int4" else self.made_gguf(_GGUF[number_format])
 
     def fastest_gguf(self, number_format: str) -> str:
         """In 4 bits the kind that llama.cpp computes fastest, whose weights are rounded once more."""
-        return self._gguf("Q4_0") if number_format == "int4" else self.gguf(number_format)
+        return self.made_gguf("Q4_0") if number_format == "int4" else self.gguf(number_format)
 
     def ctranslate2(self) -> str:
         return self._made(
             "smollm2-135m-instruct-ctranslate2", lambda files, to: files("ctranslate2", str(self.directory), to)
         )
 
-    def _gguf(self, kind: str) -> str:
+    def made_gguf(self, kind: str) -> str:
+        """A file of llama.cpp's kind, made from the 4-bit one."""
         name = f"SmolLM2-135M-Instruct.{kind}.gguf"
         return self._made(name, lambda files, to: files("gguf", str(self.four_bit), to, kind))
 
@@ -80,24 +82,27 @@ def start_engines(
             say(f"{peer} is left out: {PEERS[peer]} is not installed; pip install 'llama-mini[bench]'")
             continue
         try:
-            if (worker := _worker(peer, files, number_format, threads)) is not None:
-                children[peer] = stack.enter_context(Child(watch, *worker))
+            for name, worker in _workers(peer, files, number_format, threads).items():
+                children[name] = stack.enter_context(Child(watch, *worker))
         except LlamaMiniError as error:
             say(f"{peer} is left out in {number_format}: {error}")
     return children
 
 
-def _worker(peer: str, files: Checkpoint, number_format: str, threads: int) -> tuple[Any, ...] | None:
-    """The class in peers.py and its arguments; None if the peer does not read the format."""
+def _workers(peer: str, files: Checkpoint, number_format: str, threads: int) -> dict[str, tuple[Any, ...]]:
+    """The class in peers.py and its arguments, by the name of the series; none if the peer does not read the format."""
     if peer == "llama.cpp":
-        return "peers.LlamaCpp", files.gguf(number_format), threads
+        paths = {peer: files.gguf(number_format)}
+        for kind in _OTHER_FOUR_BITS if number_format == "int4" else ():
+            paths[f"{peer}, {kind}"] = files.made_gguf(kind)
+        return {name: ("peers.LlamaCpp", path, threads) for name, path in paths.items()}
     if peer == "transformers" and number_format in ("float32", "bfloat16"):
-        return "peers.Transformers", str(files.directory), number_format, threads
+        return {peer: ("peers.Transformers", str(files.directory), number_format, threads)}
     if peer == "OpenVINO" and number_format in ("int8", "int4"):
         if number_format == "int8" and not installed("llama.cpp"):  # which writes the file
-            return None
-        return "peers.OpenVino", files.gguf(number_format), threads
+            return {}
+        return {peer: ("peers.OpenVino", files.gguf(number_format), threads)}
     if peer == "CTranslate2" and number_format in ("float32", "int8"):
         tokenizer = str(files.directory / "tokenizer.json")
-        return "peers.CTranslate2", files.ctranslate2(), tokenizer, number_format, threads
-    return None
+        return {peer: ("peers.CTranslate2", files.ctranslate2(), tokenizer, number_format, threads)}
+    return {}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from benchmark.engines import OURS, Checkpoint, installed, start_engines
@@ -36,7 +37,7 @@ class Sizes:
     context: int = 64
     new: int = 64
     prompt: int = 512
-    sequences: int = 16
+    sequences: Sequence[int] = (16, 64)
     contexts: Sequence[int] = (64, 1024, 4096)
     new_in_context: int = 16
     shape: Mapping[str, int] = field(default_factory=dict)  # sizes that replace those of LLaMA-3.2-1B
@@ -56,7 +57,7 @@ QUICK = Sizes(
     formats=("bfloat16", "int4"),
     new=8,
     prompt=96,
-    sequences=2,
+    sequences=(2, 4),
     contexts=(64, 96),
     new_in_context=4,
     shape={"dim": 256, "hidden_dim": 512, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 1000},
@@ -127,15 +128,16 @@ def _decode_speed(bench: Bench, child: Child, method: str, number: int) -> float
 
 
 def batch(bench: Bench) -> None:
-    """Tokens per second of many sequences together and of one alone, in bfloat16."""
+    """Tokens per second of some sequences together, of more, and of one alone; after a long prompt without the most."""
     sizes = bench.sizes
-    with Child(bench.watch, "ours.Ours", *bench.files.ours("bfloat16"), bench.threads) as child:
-        for context in (sizes.context, sizes.prompt):
-            one = f"batch bfloat16 1 sequence at {context}"
-            many = f"batch bfloat16 {sizes.sequences} sequences at {context}"
-            counts = {one: 1, many: sizes.sequences}
-            bench.take({name: partial(_batch_speed, bench, child, context, n) for name, n in counts.items()})
-            bench.pairs.append((many, one))
+    some, most = sizes.sequences
+    for number_format in ("bfloat16", "int8"):
+        with Child(bench.watch, "ours.Ours", *bench.files.ours(number_format), bench.threads) as child:
+            for context, counts in {sizes.context: (1, some, most), sizes.prompt: (1, some)}.items():
+                names = [f"batch {number_format} {n} sequence{'s' * (n > 1)} at {context}" for n in counts]
+                runs = [partial(_batch_speed, bench, child, context, n) for n in counts]
+                bench.take(dict(zip(names, runs, strict=True)))
+                bench.pairs += [(more, fewer) for fewer, more in pairwise(names)]
 
 
 def _batch_speed(bench: Bench, child: Child, context: int, sequences: int, number: int) -> float:

@@ -154,6 +154,7 @@ class Files:
             "BF16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
             "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
             "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+            "IQ4_NL": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_NL,
         }[kind]
         params.allow_requantize = True
         if llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):

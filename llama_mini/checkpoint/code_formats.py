@@ -11,10 +11,14 @@ _NF4 = (-112, -78, -59, -44, -32, -21, -10, 0, 9, 18, 28, 38, 49, 63, 81, 112)
 _FP4 = (0, 1, 80, 120, 40, 60, 20, 30, 0, -1, -80, -120, -40, -60, -20, -30)
 
 
+SUPER_BLOCK = 256  # columns whose int8 scales have a common factor
+
+
 @dataclass(frozen=True)
 class CodeFormat:
-    """Codes of 2 to 8 bits, with a float16 scale, and maybe a minimum, for each `group` columns of a row.
+    """Codes of 2 to 8 bits, with a scale, and maybe a minimum, for each `group` columns of a row.
 
+    These are float16; with `super_blocks`, as in GGUF's K-quants, int8, times a float16 each for 256 columns.
     A code stands for scale · code + min with `has_min`, scale · table[code] with a table (16 whole numbers from -128
     to 127), and else scale · (code − 2^(bits − 1)).
     """
@@ -23,25 +27,32 @@ class CodeFormat:
     group: int = 32
     has_min: bool = True
     table: tuple[int, ...] | None = None
+    super_blocks: bool = False
 
     def n_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix, without the padding that it may need in memory."""
-        return rows * columns * self.bits // 8 + rows * -(-columns // self.group) * 2 * (1 + self.has_min)
+        n_scales, n_super = -(-columns // self.group), -(-columns // SUPER_BLOCK) if self.super_blocks else 0
+        of_scales = (n_scales * (1 if self.super_blocks else 2) + 2 * n_super) * (1 + self.has_min)
+        return rows * columns * self.bits // 8 + rows * of_scales
 
 
 FORMATS = {
     **{f"int{bits}": CodeFormat(bits) for bits in (2, 3, 4, 5, 6)},
     "int4sym": CodeFormat(4, has_min=False),  # Q4_0
     "int8": CodeFormat(8, has_min=False),
-    "int2g16": CodeFormat(2, 16),  # Q2_K
-    "int3g16": CodeFormat(3, 16, False),  # Q3_K
-    "int6g16": CodeFormat(6, 16, False),  # Q6_K
+    "q2_k": CodeFormat(2, 16, super_blocks=True),
+    "q3_k": CodeFormat(3, 16, False, super_blocks=True),
+    "q4_k": CodeFormat(4, super_blocks=True),
+    "q5_k": CodeFormat(5, super_blocks=True),
+    "q6_k": CodeFormat(6, 16, False, super_blocks=True),
     "iq4": CodeFormat(4, 32, False, _IQ4),
+    "iq4_xs": CodeFormat(4, 32, False, _IQ4, super_blocks=True),
     "mxfp4": CodeFormat(4, 32, False, _E2M1),
     "nvfp4": CodeFormat(4, 16, False, _E2M1),
     "nf4": CodeFormat(4, 32, False, _NF4),
     "fp4": CodeFormat(4, 32, False, _FP4),
 }
+_PLAIN = {"q4_k": "int4", "q5_k": "int5", "iq4_xs": "iq4"}  # the same codes, with scales of float16
 ROW = 1 << 30  # the group of a format with a scale for each row, however long that is
 
 
@@ -63,6 +74,8 @@ def common_format(names: Collection[str]) -> str:
     """The format of matrices that are joined into one: the most bits and the smallest groups, if it holds the codes of
     all; else int8.
     """
+    if not all(code_format(name).super_blocks for name in names):
+        names = [_PLAIN.get(name, name) for name in names]
     formats = {name: code_format(name) for name in names}
     widest = max(names, key=lambda name: (formats[name].bits, -formats[name].group, formats[name].has_min))
     group = min(kind.group for kind in formats.values())
@@ -73,10 +86,11 @@ def common_format(names: Collection[str]) -> str:
 def holds_codes(wanted: str, kept: str) -> bool:
     """Whether codes of the format `kept` are codes of `wanted` too, perhaps with their scales repeated.
 
-    Five bits with a minimum hold four, with one or without, and groups of 32 hold those of 64.
+    Five bits with a minimum hold four, with one or without, and groups of 32 hold those of 64. Scales of float16 hold
+    products, rounded.
     """
     one, other = code_format(wanted), code_format(kept)
-    same_kind = one.table == other.table and one.has_min >= other.has_min
+    same_kind = one.table == other.table and one.has_min >= other.has_min and one.super_blocks <= other.super_blocks
     wide_enough = one.bits >= other.bits if one.has_min else one.bits == other.bits
     return same_kind and wide_enough and other.group % one.group == 0
 

@@ -95,7 +95,12 @@ def with_split_pairs(source: Source) -> Source:
 
     def read_quantized(names: Collection[str]) -> Iterator[Rows[StoredCodes]]:
         split = lambda rows: [values for values in rows.unpacked() if values is not None]  # noqa: E731
-        join = lambda codes, scale, least=None: QuantizedWeights(codes, scale, least)  # noqa: E731
+
+        def join(codes: Tensor, scale: Tensor, *rest: Tensor) -> QuantizedWeights:
+            super_scales = rest[-1] if scale.dtype == torch.int8 else None
+            least = rest[0] if len(rest) > (super_scales is not None) else None
+            return QuantizedWeights(codes, scale, least, super_scales)
+
         return in_order(source.read_quantized(names), split, join)
 
     return replace(source, read_rows=read, read_quantized=read_quantized)

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from llama_mini.checkpoint.code_formats import SUPER_BLOCK
 from llama_mini.checkpoint.gguf.header import GGUFHeader
 from llama_mini.checkpoint.keys import KeyTable
 from llama_mini.model.config import LlamaConfig
@@ -26,15 +27,30 @@ BLOCK_ROWS = 16  # rows that the packed formats of optimize/ store together
 class QuantizedWeights(NamedTuple):
     """Rows of a matrix in one of code_formats.FORMATS, which says what a code stands for.
 
-    `codes` (rows, columns) uint8; `scale`, and `min` if the format has one, (rows, groups of columns) float16.
+    `codes` (rows, columns) uint8; `scale`, and `min` if the format has one, (rows, groups of columns) float16; or int8
+    with `super_scales` (rows, n) float16: a factor for the scales of 256 columns, and after it one for their minimums.
     """
 
     codes: Tensor
     scale: Tensor
     min: Tensor | None
+    super_scales: Tensor | None = None
 
     def unpacked(self) -> "QuantizedWeights":
         return self
+
+    def multiplied(self) -> "QuantizedWeights":
+        """Without `super_scales`: the products, rounded to float16. One that this cannot hold is infinite."""
+        if self.super_scales is None:
+            return self
+        numbers = [values for values in (self.scale, self.min) if values is not None]
+        super_scales, n = self.super_scales.unflatten(1, (-1, len(numbers))).unbind(-1), self.scale.shape[1]
+        each = SUPER_BLOCK * n // self.codes.shape[1]
+        products = [
+            (factor.float().repeat_interleave(each, 1)[:, :n] * values).half()
+            for factor, values in zip(super_scales, numbers, strict=True)
+        ]
+        return QuantizedWeights(self.codes, products[0], None if self.min is None else products[1])
 
 
 class StoredCodes(Protocol):

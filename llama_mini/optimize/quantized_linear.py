@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_mini.checkpoint.code_formats import code_format
+from llama_mini.checkpoint.code_formats import SUPER_BLOCK, code_format
 from llama_mini.checkpoint.gguf.blocks import Blocks
 from llama_mini.checkpoint.source import StoredCodes
 from llama_mini.errors import CheckpointFormatError
@@ -30,32 +30,37 @@ _REPACKED = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1"), "int4sym": ("Q4_0",)}
 
 
 class QuantizedLinear(PackedLinear):
-    """Weights as codes of a format, by its name in code_formats.py, with float16 scales for groups of columns."""
+    """Weights as codes of a format, by its name in code_formats.py, with scales for groups of columns."""
 
     block_rows = BLOCK_ROWS
     qweight: Tensor
     scales: Tensor
     mins: Tensor | None
     table: Tensor | None
+    super_scales: Tensor | None  # (blocks, n, 1 or 2, BLOCK_ROWS) float16: factors of int8 scales, and of minimums
 
     def __init__(self, name: str, parts: Sequence[int], columns: int, dtype: torch.dtype, *rest: Any) -> None:
         super().__init__(parts, columns, dtype, *rest)
         self.name, self.format = name, code_format(name)
         steps, blocks = -(-columns // COLUMNS), self.rows // BLOCK_ROWS
         self.n_groups = -(-steps * COLUMNS // self.format.group)
-        scales = torch.empty(blocks, self.n_groups, BLOCK_ROWS, dtype=torch.float16)
+        n_super = -(-self.columns // SUPER_BLOCK)
+        dtype_of_scales = torch.int8 if self.format.super_blocks else torch.float16
+        scales = torch.empty(blocks, self.n_groups, BLOCK_ROWS, dtype=dtype_of_scales)
+        super_scales = torch.empty(blocks, n_super, 1 + self.format.has_min, BLOCK_ROWS, dtype=torch.float16)
         buffers = {
             "qweight": torch.empty(blocks, steps, self.format.bits, BLOCK_ROWS, 4, dtype=torch.uint8),
             "scales": scales,
             "mins": torch.empty_like(scales) if self.format.has_min else None,
             "table": None if self.format.table is None else torch.tensor(self.format.table, dtype=torch.float16),
+            "super_scales": super_scales if self.format.super_blocks else None,
         }
         for buffer, tensor in buffers.items():
             self.register_buffer(buffer, tensor, persistent=False)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.qweight, self.scales, self.mins, self.table) if t is not None]
+        return [t for t in (self.qweight, self.scales, self.mins, self.table, self.super_scales) if t is not None]
 
     def load(self, part: int, weight: Tensor, first: int = 0) -> None:
         if self.kernels and supported(weight.dtype, weight.device):
@@ -77,15 +82,16 @@ class QuantizedLinear(PackedLinear):
             self._check(ops.repack(rows.rows.contiguous(), self.tensors, self.columns, block))
             return
         with one_thread():
-            codes, scale, least = rows.unpacked()
+            found = rows.unpacked()
+            codes, scale, least, super_scales = found if self.format.super_blocks else found.multiplied()
         if least is None and self.format.has_min:
             least = -8 * scale  # of int4sym, the only format without minimums whose codes one with them holds
         scale, least = self._of_groups(scale), None if least is None else self._of_groups(least)
         if self.kernels:
-            packed = [tensor.contiguous() for tensor in (codes, scale, least) if tensor is not None]
+            packed = [tensor.contiguous() for tensor in (codes, scale, least, super_scales) if tensor is not None]
             self._check(ops.pack(packed, self.tensors, block))
         else:
-            self.store(part, first, codes, scale, least)
+            self.store(part, first, codes, scale, least, super_scales)
 
     def _of_groups(self, values: Tensor) -> Tensor:
         """Scales or minimums of the file's groups, each repeated for those of this format where these are smaller."""
@@ -102,16 +108,24 @@ class QuantizedLinear(PackedLinear):
             scales = (groups.abs().amax(-1) / 127).half()
             codes = (groups / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)  # PyTorch is slow at uint8
             return codes.view(torch.uint8).add_(128).flatten(1), scales, None
-        if not self.format.has_min or self.format.group != COLUMNS:
+        if not self.format.has_min or self.format.group != COLUMNS or self.format.super_blocks:
             raise NotImplementedError(f"floats are not quantized to {self.name}")
         most, mins = 2**self.format.bits - 1, groups.amin(-1).half()
         scales = ((groups.amax(-1) - mins.float()) / most).half()
         codes = (groups - mins.float()[..., None]).div_(_divisor(scales)).round_().clamp_(0, most).to(torch.int8)
         return codes.view(torch.uint8).flatten(1), scales, mins
 
-    def store(self, part: int, first: int, codes: Tensor, scales: Tensor, mins: Tensor | None) -> None:
-        """Stores what `quantize` returns for rows of a part, from row `first` on, a multiple of BLOCK_ROWS."""
-        self._check(all(bool(torch.isfinite(t).all()) for t in (scales, mins) if t is not None))
+    def store(
+        self,
+        part: int,
+        first: int,
+        codes: Tensor,
+        scales: Tensor,
+        mins: Tensor | None,
+        super_scales: Tensor | None = None,
+    ) -> None:
+        """Stores rows of a part, as `quantize` or `unpacked` return them; `first` is a multiple of BLOCK_ROWS."""
+        self._check(all(bool(torch.isfinite(t).all()) for t in (scales, mins, super_scales) if t is not None))
         padding = -len(codes) % BLOCK_ROWS  # zeros fill the last block of a part, and the last columns of a row
         blocks = slice(self._block(part, first), self._block(part, first + len(codes) + padding))
         quads = F.pad(codes, (0, -codes.shape[1] % COLUMNS, 0, padding)).view(torch.int32)  # four columns as one number
@@ -121,6 +135,10 @@ class QuantizedLinear(PackedLinear):
             if buffer is not None and values is not None:
                 values = F.pad(values, (0, self.n_groups - values.shape[1], 0, padding))
                 buffer[blocks] = values.unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2)
+        if self.super_scales is not None:
+            assert super_scales is not None
+            factors = F.pad(super_scales, (0, 0, 0, padding)).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2)
+            self.super_scales[blocks] = factors.unflatten(1, self.super_scales.shape[1:3])
 
     def _block(self, part: int, row: int) -> int:
         return (self.offsets[part] + row) // BLOCK_ROWS
@@ -152,10 +170,10 @@ class QuantizedLinear(PackedLinear):
         return quads.flatten(1, 2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        scales, others = self.scales, (self.mins, self.table)
+        scales, others = self.scales, (self.mins, self.table, self.super_scales)
         super()._apply(fn, recurse)
         self.scales = scales.to(self.qweight.device)  # .to(dtype) changes input and output, not the scales
-        self.mins, self.table = (None if t is None else t.to(self.qweight.device) for t in others)
+        self.mins, self.table, self.super_scales = (None if t is None else t.to(self.qweight.device) for t in others)
         return self
 
     def lookup(self, rows: Tensor) -> Tensor:
@@ -169,9 +187,13 @@ class QuantizedLinear(PackedLinear):
         values = codes.float() if self.table is None else self.table.float()[codes.int()]
         if self.mins is None and self.table is None:
             values -= 2 ** (self.format.bits - 1)
-        values *= self.scales[block, :, row][:, group, None].float()
+        scales = [t[block, :, row][:, group].float() for t in (self.scales, self.mins) if t is not None]
+        if self.super_scales is not None:
+            of_group = torch.arange(codes.shape[1], device=rows.device) * width // SUPER_BLOCK
+            scales = [t * self.super_scales[block, :, i, row][:, of_group].float() for i, t in enumerate(scales)]
+        values *= scales[0][..., None]
         if self.mins is not None:
-            values += self.mins[block, :, row][:, group, None].float()
+            values += scales[1][..., None]
         return values.flatten(1)[:, : self.columns].to(self.dtype).reshape(*shape, -1)
 
     def forward_torch(self, x: Tensor) -> Tensor:

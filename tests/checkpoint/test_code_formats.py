@@ -46,7 +46,8 @@ def test_a_code_of_a_table_is_a_signed_byte(name: str) -> None:
 
 
 def test_bits_per_weight() -> None:
-    expected = {"int2": 3, "int4": 5, "int6": 7, "int8": 8.5, "int2g16": 4, "int3g16": 4, "int6g16": 7, "iq4": 4.5}
+    expected = {"int2": 3, "int4": 5, "int6": 7, "int8": 8.5, "iq4": 4.5}
+    expected |= {"q2_k": 3.125, "q3_k": 3.5625, "q4_k": 4.625, "q5_k": 5.625, "q6_k": 6.5625, "iq4_xs": 4.3125}
     expected |= {"mxfp4": 4.5, "nvfp4": 5, "nf4": 4.5, "int4sym": 4.5}
     expected |= {"int4g64": 4.5, "int4g128": 4.25, "int8g64": 8.25, "int8row": 8.0625, "int2g256": 2.125}
     assert {name: code_format(name).n_bytes(16, 256) * 8 / 4096 for name in expected} == expected
@@ -80,7 +81,10 @@ def test_a_common_format_holds_the_codes_of_all_or_is_int8() -> None:
     assert common_format(["int5g128", "int4"]) == "int5"
     assert common_format(["int8g64", "int8row"]) == "int8g64"
     assert common_format(["int8row", "int4g128"]) == "int8"
-    assert common_format(["int2g16", "int4g64"]) == "int8"  # whose scales are for 16 columns of two bits alone
-    assert (
-        common_format(["int4", "int6g16"]) == common_format(["nf4", "fp4"]) == common_format(["int4", "iq4"]) == "int8"
-    )
+    assert common_format(["q2_k", "int4g64"]) == "int8"  # whose scales are for 16 columns of two bits alone
+    assert common_format(["q4_k", "q5_k"]) == "q5_k"
+    assert common_format(["q4_k", "int4"]) == common_format(["int4sym", "q4_k"]) == "int4"
+    assert common_format(["q5_k", "int4g64"]) == "int5"
+    assert common_format(["iq4_xs", "iq4"]) == "iq4"
+    for names in (["q4_k", "q6_k"], ["nf4", "fp4"], ["int4", "iq4"]):
+        assert common_format(names) == "int8"

@@ -80,7 +80,8 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[int, int], Parts]]] = {
 }
 # How much larger a matrix is in memory, by the first word of its name. GGUF's scales and GPTQ's zero points have fewer
 # bits in the file.
-GROWING = {"MLX": 1.0, "GPTQ": 1.06, "Q2_K": 1.53, "Q3_K": 1.17, "TQ1_0": 1.26}
+GROWING = {"MLX": 1.0, "GPTQ": 1.06, "TQ1_0": 1.26}
+GROWING |= {"Q2_K": 1.2, "Q3_K": 1.04, "Q4_K": 1.03, "Q5_K": 1.03, "Q6_K": 1.0, "IQ4_XS": 1.02}
 
 
 def write(path: Path, name: str, **sizes: int) -> Path:

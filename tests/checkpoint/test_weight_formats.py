@@ -56,13 +56,15 @@ def half_a_step(values: Tensor) -> Tensor:
     return largest * (0.5 / 127 + 2**-11) + 127 * 2**-25
 
 
-def test_every_type_runs_in_a_format_that_loses_none_of_its_bits(tmp_path: Path) -> None:
-    """All of them in one file: each fused matrix has another type."""
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_every_type_runs_in_a_format_that_loses_none_of_its_bits(tmp_path: Path, family: str) -> None:
+    """All of them in one file: each fused matrix has another type. LLaMA's q and k have rotary pairs side by side."""
     fused = [f"blk.{i}.{part}" for i in range(6) for part in ("attn_[qkv].w", "attn_o", "ffn_(gate|up)", "ffn_down")]
     types = sorted({kind.name for kind in quants._type_traits} - FLOATS)
     kinds = dict(zip(fused, types, strict=False))
     assert len(kinds) == len(types)
-    path = written(tmp_path / "model", kinds, "Q8_0", "qwen3", num_hidden_layers=6)
+    kinds |= {"blk.6.attn_[qkv].w": "Q4_K", "blk.7.attn_[qkv].w": "Q6_K"}
+    path = written(tmp_path / "model", kinds, "Q8_0", family, num_hidden_layers=8)
     source, model = open_checkpoint(path), kept(path)
     weights = dict(Llama.from_pretrained(path, dtype="float32").named_parameters())
     for name, (matrix, part) in matrices(model).items():
@@ -83,12 +85,12 @@ def test_fused_matrices_take_the_widest_format_of_their_parts(tmp_path: Path, fa
     expected = {name: formats.get(f"{name}.weight", "float") for name in found}
     assert found == expected
     for layer in ("layers.0.", "layers.1."):
-        for name in ("q", "k", "v"):  # of which one has codes of int6g16: those of the others are none of it
+        for name in ("q", "k", "v"):  # of which one has codes of q6_k: those of the others are none of it
             assert found[f"{layer}attention.{name}_proj"] == "int8"
-        assert found[f"{layer}attention.o_proj"] == "int4"
-        assert found[f"{layer}feed_forward.down_proj"] == "int6g16"
-    assert [found[f"layers.{i}.feed_forward.gate_proj"] for i in range(2)] == ["int4", "float"]
-    assert (found["tok_embeddings"], found["lm_head"]) == ("int4", "int6g16")
+        assert found[f"{layer}attention.o_proj"] == "q4_k"
+        assert found[f"{layer}feed_forward.down_proj"] == "q6_k"
+    assert [found[f"layers.{i}.feed_forward.gate_proj"] for i in range(2)] == ["q4_k", "float"]
+    assert (found["tok_embeddings"], found["lm_head"]) == ("q4_k", "q6_k")
     tokens = random_tokens(1, 20, vocab_size=96)
     plain = Llama.from_pretrained(path, dtype="float32")
     assert error(model(tokens), plain(tokens)) < 0.1
@@ -109,7 +111,7 @@ def test_what_is_asked_for_wins_over_the_files_bits(tmp_path: Path, monkeypatch:
         llm = LLM(source, threads=1, **settings)
         return {module.name for module in llm.model.modules() if isinstance(module, PackedLinear)}
 
-    assert formats() == formats(quantize=None) == formats(quantize="auto") == {"int4"}
+    assert formats() == formats(quantize=None) == formats(quantize="auto") == {"q4_k"}
     assert formats(quantize="none") == formats(dtype="float32") == formats(dtype="bfloat16") == {"float"}
     assert formats(quantize="int8") == {"int8"}
     assert formats(quantize="int4", dtype="float32") == {"int4", "int8"}
@@ -119,13 +121,48 @@ def test_what_is_asked_for_wins_over_the_files_bits(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(
+    ("gate", "up", "held"), [("Q4_K", "Q4_1", "int4"), ("Q5_K", "Q4_K", "q5_k"), ("IQ4_XS", "IQ4_NL", "iq4")]
+)
+def test_k_quants_joined_with_others_are_their_numbers(
+    tmp_path: Path, gate: str, up: str, held: str, kernels: str
+) -> None:
+    path = written(tmp_path / "model", {"ffn_gate": gate, "ffn_up": up}, "Q8_0", "qwen3")
+    weights = dict(Llama.from_pretrained(path, dtype="float32").named_parameters())
+    for name, (matrix, part) in matrices(kept(path, kernels)).items():
+        if "gate" in name or "up_" in name:
+            assert matrix.name == held
+            expected = weights[f"{name}.weight"]
+            assert ((floats_of(matrix, part) - expected).abs() <= expected.abs().amax() * 2**-10).all()
+
+
+def test_a_product_of_scales_that_float16_cannot_hold(tmp_path: Path) -> None:
+    """Is held as it is in the file, and refused where scales must be float16."""
+    path = written(tmp_path / "model", {"ffn_up": "Q4_1"}, "Q4_K", "qwen3")
+    source = open_checkpoint(path)
+    for name, refused in (("ffn_down", False), ("ffn_gate", True)):
+        data = bytearray(path.read_bytes())
+        at = source.gguf.tensors[f"blk.1.{name}.weight"].offset
+        data[at : at + 2] = np.float16(6e4).tobytes()
+        data[at + 4] = 63
+        changed = tmp_path / name
+        changed.write_bytes(data)
+        if refused:
+            with pytest.raises(CheckpointFormatError, match="holds numbers that int4 cannot"):
+                kept(changed)
+        else:
+            found = matrices(kept(changed))["layers.1.feed_forward.down_proj"]
+            assert floats_of(*found).abs().amax() > 2**16
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("kind", ["Q4_K", "IQ4_XS", "MXFP4", "Q6_K"])
 def test_a_scale_that_no_format_holds_is_one_sentence(tmp_path: Path, kind: str, kernels: str) -> None:
     path = written(tmp_path / "model", {}, kind, "qwen3")
     tensor = open_checkpoint(path).gguf.tensors["blk.1.ffn_down.weight"]
     data = bytearray(path.read_bytes())
     at = tensor.offset + {"Q6_K": 208}.get(kind, 0)
-    data[at : at + 2] = b"\x50" * 2 if kind == "MXFP4" else np.float16(np.inf if kind == "Q6_K" else 6e4).tobytes()
+    data[at : at + 2] = b"\x50" * 2 if kind == "MXFP4" else np.float16(np.inf).tobytes()
     path.write_bytes(data)
     with pytest.raises(
         CheckpointFormatError,

@@ -65,7 +65,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("format_", FORMATS)
 @given(
-    seed=seeds, dtype=dtypes, batch=batches, rows=st.integers(1, 70), columns=st.integers(1, 170), bias=st.booleans()
+    seed=seeds, dtype=dtypes, batch=batches, rows=st.integers(1, 70), columns=st.integers(1, 600), bias=st.booleans()
 )
 @examples(10)
 def test_gemv(

@@ -89,7 +89,13 @@ def random_codes(format_: str, rows: int, columns: int, rng: torch.Generator) ->
     kind = code_formats.code_format(format_)
     most = 2**kind.bits if kind.table is None else max(map(abs, kind.table))
     codes = torch.randint(2**kind.bits, (rows, columns), generator=rng, dtype=torch.uint8)
-    scale, least = (random((rows, -(-columns // kind.group)), torch.float16, rng, columns**-0.5) for _ in range(2))
+    shape = rows, -(-columns // kind.group)
+    if kind.super_blocks:
+        scale, least = (torch.randint(-128, 128, shape, generator=rng, dtype=torch.int8) for _ in range(2))
+        factors = random((rows, -(-columns // 256), 1 + kind.has_min), torch.float16, rng, columns**-0.5 / 64)
+        factors[..., 0] /= most
+        return QuantizedWeights(codes, scale, least if kind.has_min else None, factors.flatten(1))
+    scale, least = (random(shape, torch.float16, rng, columns**-0.5) for _ in range(2))
     return QuantizedWeights(codes, scale / most, least if kind.has_min else None)
 
 
@@ -112,9 +118,17 @@ def dense(matrix: PackedLinear) -> Tensor:
     else:
         values = codes.double() - (0 if kind.has_min else 2 ** (kind.bits - 1))
     group = torch.arange(codes.shape[1]) // kind.group
-    values = values * matrix.scales.transpose(1, 2).reshape(matrix.rows, -1)[:, group]
-    if matrix.mins is not None:
-        values = values + matrix.mins.transpose(1, 2).reshape(matrix.rows, -1)[:, group]
+    scales, mins = (
+        None if t is None else t.transpose(1, 2).reshape(matrix.rows, -1)[:, group].double()
+        for t in (matrix.scales, matrix.mins)
+    )
+    if matrix.super_scales is not None:
+        factors = matrix.super_scales.permute(0, 3, 1, 2).reshape(matrix.rows, -1, 1 + kind.has_min)
+        factors = factors[:, torch.arange(codes.shape[1]) // 256].double()
+        scales, mins = scales * factors[..., 0], None if mins is None else mins * factors[..., 1]
+    values = values * scales
+    if mins is not None:
+        values = values + mins
     return values[:, : matrix.columns]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llama_mini.optimize.packed_linear import PackedLinear
 from tests.optimize.operator_calls import DIM, HIDDEN, KV_HEADS, VOCAB, Arguments
-from tests.optimize.twins import generator, random_matrix
+from tests.optimize.twins import generator, random_codes, random_matrix
 
 
 def wrong(name: str, **changes: Any) -> tuple[str, Callable[[Arguments], Arguments]]:
@@ -46,6 +46,11 @@ def as_long(t: Tensor) -> Tensor:
 
 def quantized(format_: str = "int8") -> PackedLinear:
     return random_matrix(format_, [HIDDEN], DIM, torch.float32, generator(0))
+
+
+def matrix_to_fill(format_: str) -> list[Tensor]:
+    """As those of `quantize`, `pack` and `repack`."""
+    return random_matrix(format_, [40], 64, torch.float32, generator(1)).tensors
 
 
 def codes(format_: str, change: Callable[[list[Tensor]], list[Tensor]]) -> tuple[str, Callable[[Arguments], Arguments]]:
@@ -179,13 +184,21 @@ WRONG = {
     "codes: of seven bits": codes("int8", cut(7)),
     "codes: of nine bits": codes("int8", cut(9)),
     "codes: groups of 16 where there are none": codes("int8", lambda t: [t[0], torch.cat((t[1], t[1]), 1)]),
-    "codes: groups of 32 where there are none": codes("int6g16", lambda t: [t[0], t[1][:, :1].contiguous()]),
-    "codes: groups of 8": codes("int6g16", lambda t: [t[0], torch.cat((t[1], t[1]), 1)]),
+    "codes: groups of 32 where there are none": codes("q6_k", lambda t: [t[0], t[1][:, :1].contiguous(), t[2]]),
+    "codes: groups of 8": codes("q6_k", lambda t: [t[0], torch.cat((t[1], t[1]), 1), t[2]]),
+    "codes: int8 scales alone": codes("q6_k", lambda t: t[:2]),
+    "codes: int8 scales and minimums alone": codes("q4_k", lambda t: t[:3]),
+    "codes: factors of float16 scales": codes("int4", lambda t: [*t, t[1][:, None].contiguous()]),
+    "codes: factors of more rows": codes("q4_k", last(two_rows)),
+    "codes: factors of scales alone": codes("q4_k", last(lambda t: t[:, :, :1].contiguous())),
+    "codes: factors of float32": codes("q4_k", last(Tensor.float)),
+    "codes: int8 minimums of float16 scales": codes("int4", last(Tensor.char)),
+    "codes: five tensors": codes("q4_k", lambda t: [*t, t[-1]]),
     "codes: scales of no group": codes("int4", lambda t: [t[0], *(values[:, :0] for values in t[1:])]),
     "codes: two bits of twice the columns": codes("int4", lambda t: [t[0].view(2, 2, 2, 16, 4), *t[1:]]),
     "codes: minimums of eight bits": codes("int8", lambda t: [*t, t[1]]),
     "codes: no minimums": codes("int5", lambda t: t[:2]),
-    "codes: minimums of half the groups": codes("int2g16", lambda t: [*t[:2], t[2][:, :1].contiguous()]),
+    "codes: minimums of half the groups": codes("q2_k", lambda t: [*t[:2], t[2][:, :1].contiguous(), t[3]]),
     "codes: no table": codes("nvfp4", lambda t: t[:2]),
     "codes: a table of 15": codes("iq4", lambda t: [*t[:2], t[2][:15]]),
     "codes: a table of 17": codes("nvfp4", lambda t: [*t[:2], torch.cat((t[2], t[2][:1]))]),
@@ -196,10 +209,8 @@ WRONG = {
         for value in (-129, 128, 0.5, float("inf"))
     },
     **{
-        f"quantize: to {name}": wrong(
-            "quantize", w=lambda _, name=name: random_matrix(name, [40], 64, torch.float32, generator(1)).tensors
-        )
-        for name in ("iq4", "int2g16")
+        f"quantize: to {name}": wrong("quantize", w=lambda _, name=name: matrix_to_fill(name))
+        for name in ("iq4", "q2_k", "q4_k")
     },
     "dequantize_rows: past the end": wrong("dequantize_rows", at=torch.tensor([0, 48])),
     "dequantize_rows: before the start": wrong("dequantize_rows", at=torch.tensor([-1])),
@@ -242,9 +253,29 @@ WRONG = {
     "pack: scales cut": wrong("pack", rows=lambda r: [r[0], r[1][:-1], r[2]]),
     "pack: scales strided": wrong("pack", rows=lambda r: [r[0], strided(r[1]), r[2]]),
     "pack: minimums of float32": wrong("pack", rows=lambda r: [*r[:2], r[2].float()]),
-    "repack: blocks for five bits": wrong(
-        "repack", w=lambda _: random_matrix("int5", [40], 64, torch.float32, generator(1)).tensors
+    **{
+        f"pack: K-quant, {what}": wrong(
+            "pack",
+            w=lambda _: matrix_to_fill("q4_k"),
+            rows=lambda _, change=change: change(list(random_codes("q4_k", 24, 64, generator(1)))),
+        )
+        for what, change in {
+            "without factors": lambda r: r[:3],
+            "factors cut": last(lambda t: t[:-1]),
+            "factors of scales alone": last(lambda t: t[:, :1].contiguous()),
+            "factors of float32": last(Tensor.float),
+            "scales of float16": lambda r: [r[0], r[1].half(), *r[2:]],
+            "minimums cut": lambda r: [*r[:2], r[2][:-1], r[3]],
+        }.items()
+    },
+    "pack: float16 scales into a K-quant": wrong("pack", w=lambda _: matrix_to_fill("q4_k")),
+    "pack: a K-quant into float16 scales": wrong(
+        "pack", rows=lambda _: list(random_codes("q4_k", 24, 64, generator(1)))
     ),
+    **{
+        f"repack: blocks for {name}": wrong("repack", w=lambda _, name=name: matrix_to_fill(name))
+        for name in ("int5", "q4_k")
+    },
     "repack: blocks of eight bits": wrong("repack", blocks=torch.zeros(24, 68, dtype=torch.uint8)),
     "repack: half a block": wrong("repack", blocks=lambda t: t[:, :-1].contiguous()),
     "repack: strided": wrong("repack", blocks=strided),

@@ -19,13 +19,15 @@ class Blocks(NamedTuple):
     number_format: str
 
     def unpacked(self) -> QuantizedWeights:
-        """Scales that are products in the file are rounded to float16; one that it cannot hold is infinite."""
+        """A scale of MXFP4, a power of two, that float16 cannot hold is infinite."""
         _, n_bytes, unpack = CODES[self.number_format]
-        codes, scale, least = unpack(self.rows.view(len(self.rows), -1, n_bytes))
-        return QuantizedWeights(codes.flatten(1), scale.flatten(1), None if least is None else least.flatten(1))
+        codes, scale, least, *super_scales = unpack(self.rows.view(len(self.rows), -1, n_bytes))
+        least = None if least is None else least.flatten(1)
+        return QuantizedWeights(codes.flatten(1), scale.flatten(1), least, *(each.flatten(1) for each in super_scales))
 
 
-_Unpacked = tuple[Tensor, Tensor, Tensor | None]  # the fields of QuantizedWeights, for (rows, blocks, bytes)
+# The fields of QuantizedWeights, for (rows, blocks, bytes).
+_Unpacked = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
 def _q4_0(blocks: Tensor) -> _Unpacked:
@@ -52,15 +54,15 @@ def _q8_0(blocks: Tensor) -> _Unpacked:
 
 def _q2_k(blocks: Tensor) -> _Unpacked:
     """A byte for each 16 columns: the low half times a float16 of the block is the scale, the high half the minimum."""
-    scale, least = _product(blocks, 80, blocks[..., :16] & 15), -_product(blocks, 82, blocks[..., :16] >> 4)
-    return _fields(blocks[..., 16:80], 2, 32), scale, least
+    scale, least = blocks[..., :16] & 15, blocks[..., :16] >> 4
+    return _fields(blocks[..., 16:80], 2, 32), scale.view(torch.int8), -least.view(torch.int8), _float16(blocks, 80, 2)
 
 
 def _q3_k(blocks: Tensor) -> _Unpacked:
     """The third bits come first. Of the scales' six bits, four lie in eight bytes and two in four bytes after them."""
     codes = _fields(blocks[..., 32:96], 2, 32) | _fields(blocks[..., :32], 1, 32) << 2
     scale = _fields(blocks[..., 96:104], 4, 8) | _fields(blocks[..., 104:108], 2, 4) << 4
-    return codes, _product(blocks, 108, scale.float() - 32), None
+    return codes, scale.view(torch.int8) - 32, None, _float16(blocks, 108)
 
 
 def _q4_k(blocks: Tensor) -> _Unpacked:
@@ -73,7 +75,7 @@ def _q5_k(blocks: Tensor) -> _Unpacked:
 
 def _q6_k(blocks: Tensor) -> _Unpacked:
     codes = _fields(blocks[..., :128], 4, 64) | _fields(blocks[..., 128:192], 2, 32) << 4
-    return codes, _product(blocks, 208, blocks[..., 192:208].view(torch.int8)), None
+    return codes, blocks[..., 192:208].view(torch.int8), None, _float16(blocks, 208)
 
 
 def _iq4_nl(blocks: Tensor) -> _Unpacked:
@@ -83,7 +85,7 @@ def _iq4_nl(blocks: Tensor) -> _Unpacked:
 def _iq4_xs(blocks: Tensor) -> _Unpacked:
     """Eight groups: four low bits of each scale, group by group, and two high ones in 16 bits before them."""
     scale = _fields(blocks[..., 4:8], 4, 1) | _fields(blocks[..., 2:4], 2, 1) << 4
-    return _fields(blocks[..., 8:], 4, 16), _product(blocks, 0, scale.float() - 32), None
+    return _fields(blocks[..., 8:], 4, 16), scale.view(torch.int8) - 32, None, _float16(blocks, 0)
 
 
 def _mxfp4(blocks: Tensor) -> _Unpacked:
@@ -122,13 +124,13 @@ CODES: dict[str, tuple[str, int, Callable[[Tensor], _Unpacked]]] = {
     "Q5_0": ("int5", 22, _q5_0),
     "Q5_1": ("int5", 24, _q5_1),
     "Q8_0": ("int8", 34, _q8_0),
-    "Q2_K": ("int2g16", 84, _q2_k),
-    "Q3_K": ("int3g16", 110, _q3_k),
-    "Q4_K": ("int4", 144, _q4_k),
-    "Q5_K": ("int5", 176, _q5_k),
-    "Q6_K": ("int6g16", 210, _q6_k),
+    "Q2_K": ("q2_k", 84, _q2_k),
+    "Q3_K": ("q3_k", 110, _q3_k),
+    "Q4_K": ("q4_k", 144, _q4_k),
+    "Q5_K": ("q5_k", 176, _q5_k),
+    "Q6_K": ("q6_k", 210, _q6_k),
     "IQ4_NL": ("iq4", 18, _iq4_nl),
-    "IQ4_XS": ("iq4", 136, _iq4_xs),
+    "IQ4_XS": ("iq4_xs", 136, _iq4_xs),
     "MXFP4": ("mxfp4", 17, _mxfp4),
     "NVFP4": ("nvfp4", 36, _nvfp4),
     "TQ1_0": ("int2g256", 54, _tq1_0),
@@ -136,13 +138,8 @@ CODES: dict[str, tuple[str, int, Callable[[Tensor], _Unpacked]]] = {
 }
 
 
-def _float16(blocks: Tensor, at: int) -> Tensor:
-    return blocks[..., at : at + 2].contiguous().view(torch.float16)
-
-
-def _product(blocks: Tensor, at: int, numbers: Tensor) -> Tensor:
-    """Small numbers, one for each group, times a float16 for the whole block."""
-    return (_float16(blocks, at).float() * numbers).half()
+def _float16(blocks: Tensor, at: int, n: int = 1) -> Tensor:
+    return blocks[..., at : at + 2 * n].contiguous().view(torch.float16)
 
 
 def _fields(packed: Tensor, bits: int, width: int) -> Tensor:
@@ -151,8 +148,8 @@ def _fields(packed: Tensor, bits: int, width: int) -> Tensor:
     return torch.stack([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], -2).flatten(-3)
 
 
-def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and minima of the eight groups of a K-quant: numbers of six bits, times a float16 for the whole block.
+def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales and minima of the eight groups of a K-quant, numbers of six bits, and a float16 each for the whole block.
 
     The first four of each lie in the low bits of eight bytes; four bits of the others follow, with their two highest
     bits in the high bits of those eight.
@@ -160,4 +157,4 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scale = torch.cat((first & 63, third & 15 | first >> 6 << 4), -1)
     least = torch.cat((second & 63, third >> 4 | second >> 6 << 4), -1)
-    return _product(blocks, 0, scale), -_product(blocks, 2, least)
+    return scale.view(torch.int8), -least.view(torch.int8), _float16(blocks, 0, 2)

@@ -116,7 +116,7 @@ def warn_of_activations(method: str) -> None:
 
 def warn_of_cache(settings: Mapping[str, Any]) -> None:
     if found := [key for key in ("kv_cache_scheme", "kv_cache_quant_algo") if settings.get(key)]:
-        warn(f"{found[0]} of quantization_config ignored: the key/value cache keeps the model's dtype")
+        warn(f"{found[0]} of quantization_config ignored: kv_dtype=int8 keeps keys and values in 8 bits")
 
 
 def expect(tensor: SafetensorsTensor, dtypes: Collection[str], shape: tuple[int, ...]) -> None:

@@ -9,7 +9,8 @@
 #include "isa.h"
 
 using at::Tensor;
-using at::TensorList;  // a matrix: {floats}, {codes, scales}, {codes, scales, mins}, or {codes, scales, table}
+// A matrix: {floats}, or {codes, scales} with minimums or a table after them, and last the factors of int8 scales.
+using at::TensorList;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -35,18 +36,20 @@ inline Norm norm_args(const Tensor& gain, double eps, int64_t flags, const Tenso
 // The row where the next part of a matrix begins, after `rows` rows: a quantized part begins with a new block.
 inline int64_t next_part(int64_t rows, bool quantized) { return quantized ? round_up(rows, 16) : rows; }
 
-// Matrices in one list: a tensor that is not float16 begins a new one.
+// Matrices in one list: a tensor that is neither float16 nor int8 begins a new one.
 inline std::vector<TensorList> split_matrices(TensorList tensors) {
   std::vector<TensorList> matrices;
   for (size_t i = 0, end; i < tensors.size(); i = end) {
-    for (end = i + 1; end < tensors.size() && tensors[end].scalar_type() == at::kHalf;) end++;
+    for (end = i + 1;
+         end < tensors.size() && (tensors[end].scalar_type() == at::kHalf || tensors[end].scalar_type() == at::kChar);)
+      end++;
     matrices.push_back(tensors.slice(i, end - i));
   }
   return matrices;
 }
 
 inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& bias, const Tensor& x) {
-  TORCH_CHECK(w.size() >= 1 && w.size() <= 3, "a matrix is one to three tensors");
+  TORCH_CHECK(w.size() >= 1 && w.size() <= 4, "a matrix is one to four tensors");
   for (const auto& t : w)
     TORCH_CHECK(t.is_contiguous() && t.device().is_cpu(), "a matrix must be contiguous and on the CPU");
   Matrix m{};
@@ -59,25 +62,36 @@ inline Matrix matrix(TensorList w, int64_t rows, int64_t columns, const Tensor& 
     return m;
   }
   const int64_t lines = round_up(rows, 16), groups = round_up(columns, 32) / 32;
-  const bool has_table = w.size() == 3 && w[2].dim() == 1;
+  const bool super_scales = w.size() > 2 && w.back().dim() == 4;  // with int8 scales
+  const size_t size = w.size() - (super_scales ? 1 : 0);
+  const bool has_table = size == 3 && w[2].dim() == 1;
   for (int i = (int)Kind::INT2; i <= (int)Kind::TABLE_G16; i++) {
     const Codes& c = CODES[i];
     // How many scales a row has tells how many groups share one: no two shifts have the same number, unless it is one.
     int64_t n = c.scales * groups;
     int shift = 0;
-    while (c.scales == 1 && n > 1 && w[1].numel() < lines * n) n = ((groups - 1) >> ++shift) + 1;
+    while (!super_scales && c.scales == 1 && n > 1 && w[1].numel() < lines * n) n = ((groups - 1) >> ++shift) + 1;
     if (w[0].sizes() == at::IntArrayRef({lines / 16, groups, c.bits, 16, 4}) && w[1].numel() == lines * n &&
-        c.has_table == has_table && c.has_min == (w.size() == 3 && !has_table))
+        c.has_table == has_table && c.has_min == (size == 3 && !has_table))
       m.kind = (Kind)i, m.row_scales = n, m.shift = shift;
   }
-  TORCH_CHECK(w[0].scalar_type() == at::kByte && w[1].scalar_type() == at::kHalf && quantized(m.kind),
+  const at::ScalarType of_scales = super_scales ? at::kChar : at::kHalf;
+  TORCH_CHECK(size < 4 && w[0].scalar_type() == at::kByte && w[1].scalar_type() == of_scales && quantized(m.kind),
               "codes and scales of ", rows, " x ", columns, " in a known format, not ", w[0].sizes(), " ",
               w[0].scalar_type(), " and ", w[1].sizes(), " ", w[1].scalar_type());
-  m.scales = (const uint16_t*)w[1].const_data_ptr();
-  if (w.size() < 3) return m;
-  TORCH_CHECK(w[2].scalar_type() == at::kHalf && w[2].numel() == (has_table ? 16 : w[1].numel()),
-              "minimums like the scales, or a table of 16, not ", w[2].sizes(), " ", w[2].scalar_type());
-  if (!has_table) m.mins = (const uint16_t*)w[2].const_data_ptr();
+  m.scales = w[1].const_data_ptr();
+  if (super_scales) {
+    m.row_super_scales = (groups + 7) / 8 * (CODES[(int)m.kind].has_min ? 2 : 1);
+    TORCH_CHECK(w.back().scalar_type() == at::kHalf && w.back().numel() == lines * m.row_super_scales,
+                "factors of the scales, float16, for 256 columns of ", lines, " rows, not ", w.back().sizes(), " ",
+                w.back().scalar_type());
+    m.super_scales = (const uint16_t*)w.back().const_data_ptr();
+  }
+  if (size < 3) return m;
+  TORCH_CHECK(
+      w[2].scalar_type() == (has_table ? at::kHalf : of_scales) && w[2].numel() == (has_table ? 16 : w[1].numel()),
+      "minimums like the scales, or a table of 16, not ", w[2].sizes(), " ", w[2].scalar_type());
+  if (!has_table) m.mins = w[2].const_data_ptr();
   for (int i = 0; has_table && i < 16; i++) {
     const float value = w[2].const_data_ptr<at::Half>()[i];
     TORCH_CHECK(value >= -128 && value <= 127 && value == std::floor(value), "whole numbers from -128 to 127, not ",

@@ -5,8 +5,9 @@
 //     scale * (q - 2^(bits - 1))   of one without
 //     scale * table[q]             of one with a table of 16 whole numbers from -128 to 127
 // with one scale, and one minimum, for each group of 32 columns of a row, for each 16 of them, or for 2, 4, 8, ... such
-// groups. Rows lie in blocks of 16. Four columns of a row, a quad, are adjacent, because one VNNI instruction
-// multiplies four columns of sixteen rows, a row in each lane.
+// groups. They are float16; or int8, as in GGUF's K-quants, times a float16 for 256 columns. Rows lie in blocks of 16.
+// Four columns of a row, a quad, are adjacent, because one VNNI instruction multiplies four columns of sixteen rows, a
+// row in each lane.
 //
 // The bits of a code are split into planes of 8, 4, 2 or 1 bits, the binary digits of their number: 6 bits are the low
 // four, then the high two. In a plane of w bits a group of a block has w vectors of 64 bytes, each of 8 / w quads: in
@@ -21,12 +22,37 @@ namespace ISA {
 constexpr int BLOCK_ROWS = 16;  // rows of a matrix that are multiplied together
 constexpr int GROUP = 32;       // columns that have a scale or two, or share one with others; read at once in bfloat16
 constexpr int QUADS = GROUP / 4;
+constexpr int SUPER_BLOCK = 8;  // groups whose scales have a common factor, if they are int8
 
 inline int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP; }
 
 // Which of a row's scales a group has, or its first or second half.
 [[gnu::always_inline]] inline int64_t scale_at(const Matrix& m, Kind kind, int64_t group, int half) {
   return codes_of(kind).scales == 1 ? group >> m.shift : 2 * group + half;
+}
+
+// Where the factor of a group's scales, or of its minimums, is for the first row of a block.
+[[gnu::always_inline]] inline int64_t super_scale_at(const Matrix& m, Kind kind, bool mins, int64_t block,
+                                                     int64_t group) {
+  return (block * m.row_super_scales + group / SUPER_BLOCK * (codes_of(kind).has_min ? 2 : 1) + mins) * BLOCK_ROWS;
+}
+
+// The scales, or minimums, of LANES rows of a block from row `lane` on, for a group or a half of it.
+[[gnu::always_inline]] inline f32 scales_of(const Matrix& m, Kind kind, bool mins, int64_t block, int64_t group,
+                                            int half, int64_t lane) {
+  const void* all = mins ? m.mins : m.scales;
+  const int64_t at = (block * m.row_scales + scale_at(m, kind, group, half)) * BLOCK_ROWS + lane;
+  if (m.super_scales == nullptr) return half_to_float((const uint16_t*)all + at);
+  return load((const int8_t*)all + at) *
+         half_to_float(m.super_scales + super_scale_at(m, kind, mins, block, group) + lane);
+}
+
+// The same of one row.
+inline float scale_of(const Matrix& m, Kind kind, bool mins, int64_t block, int64_t group, int half, int64_t lane) {
+  const void* all = mins ? m.mins : m.scales;
+  const int64_t at = (block * m.row_scales + scale_at(m, kind, group, half)) * BLOCK_ROWS + lane;
+  if (m.super_scales == nullptr) return _cvtsh_ss(((const uint16_t*)all)[at]);
+  return ((const int8_t*)all)[at] * _cvtsh_ss(m.super_scales[super_scale_at(m, kind, mins, block, group) + lane]);
 }
 
 // Calls f<KIND>() for a quantized kind.

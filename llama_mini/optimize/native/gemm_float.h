@@ -73,9 +73,9 @@ inline void widen_group(const Matrix& m, int64_t block, int64_t group, int64_t g
   const __m512i pairs = load_as<__m512i>(order);
 #pragma GCC unroll 8
   for (int quad = 0; quad < QUADS; quad++) {
-    const int64_t at = (block * m.row_scales + scale_at(m, KIND, group, quad * 2 / QUADS)) * BLOCK_ROWS;
-    const f32 scale = half_to_float(m.scales + at);
-    const f32 min = CODES.has_min ? half_to_float(m.mins + at) : scale * (float)-CODES.zero();
+    const int half = quad * 2 / QUADS;
+    const f32 scale = scales_of(m, KIND, false, block, group, half, 0);
+    const f32 min = CODES.has_min ? scales_of(m, KIND, true, block, group, half, 0) : scale * (float)-CODES.zero();
     const u32 v = load_quad<u32>(m, KIND, q, quad);
     f32 x[4];
     for (int i = 0; i < 4; i++) x[i] = __builtin_convertvector((i32)((v >> 8 * i) & 255), f32) * scale + min;

@@ -32,10 +32,10 @@ template <Kind KIND>
       std::memcpy(q + quad * 8 * LANES, &v, sizeof v);
     }
     for (int half = 0; half < CODES.scales; half++) {
-      const int64_t at = (block * m.row_scales + scale_at(m, KIND, s, half)) * BLOCK_ROWS + lane;
       const int64_t to = (2 * (s * CODES.scales + half) + strip) * LANES;
-      store(panel.scales + to, in_matrix ? half_to_float(m.scales + at) : f32{});
-      if (CODES.has_min) store(panel.mins + to, in_matrix ? half_to_float(m.mins + at) : f32{});
+      auto values = [&](bool mins) { return in_matrix ? scales_of(m, KIND, mins, block, s, half, lane) : f32{}; };
+      store(panel.scales + to, values(false));
+      if (CODES.has_min) store(panel.mins + to, values(true));
     }
   }
 }

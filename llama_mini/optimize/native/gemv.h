@@ -12,8 +12,7 @@ namespace ISA {
 template <typename T>
 inline Matrix slice_rows(Matrix m, int64_t from, int64_t rows) {
   m.data = (const char*)m.data + from * row_bytes(m);
-  if (m.scales != nullptr) m.scales += from * m.row_scales;
-  if (m.mins != nullptr) m.mins += from * m.row_scales;
+  skip_scales(m, from);
   if (m.bias != nullptr) m.bias = (const T*)m.bias + from;
   m.rows = rows;
   return m;

@@ -102,12 +102,11 @@ template <int B, Kind KIND, bool WIDE>
       }
     }
     for (int v = 0; v < VECTORS; v++) {
-      const int64_t at = (block * m.row_scales + scale_at(m, KIND, s, part)) * BLOCK_ROWS + v * LANES;
-      const f32 scale = half_to_float(m.scales + at);
+      const f32 scale = scales_of(m, KIND, false, block, s, part, v * LANES);
       for (int b = 0; b < B; b++)
         acc[b][v] += scale * in.scales[group + b] * sums[b].total(v, in.sixteen_bits[group + b]);
       if (!CODES.has_min) continue;
-      const f32 min = half_to_float(m.mins + at);
+      const f32 min = scales_of(m, KIND, true, block, s, part, v * LANES);
       for (int b = 0; b < B; b++) acc[b][v] += min * in.total[of + b];
     }
   }

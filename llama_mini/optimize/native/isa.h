@@ -56,13 +56,23 @@ struct Matrix {
   Kind kind;
   int64_t rows, columns;
   const void* data;
-  const uint16_t* scales;  // float16, of quantized weights
-  const uint16_t* mins;    // float16; nullptr if its kind has none
-  int64_t row_scales;      // scales of a row, also in its last, incomplete group
-  int shift;               // log2 of how many times 32 columns share a scale
-  uint8_t table[16];       // of a kind with a table: what each code means, plus 128
-  const void* bias;        // of the model's dtype; nullptr if there is none
+  const void* scales;            // of quantized weights, float16; with `super_scales` int8
+  const void* mins;              // the same; nullptr if its kind has none
+  const uint16_t* super_scales;  // float16, the factors of 256 columns' scales and of their minimums; nullptr if none
+  int64_t row_scales;            // scales of a row, also in its last, incomplete group
+  int64_t row_super_scales;      // of a row
+  int shift;                     // log2 of how many times 32 columns share a scale
+  uint8_t table[16];             // of a kind with a table: what each code means, plus 128
+  const void* bias;              // of the model's dtype; nullptr if there is none
 };
+
+// Moves the scales, minimums and their factors on by some rows, a multiple of 16.
+static inline void skip_scales(Matrix& m, int64_t rows) {
+  const int64_t bytes = rows * m.row_scales * (m.super_scales != nullptr ? 1 : 2);
+  if (m.scales != nullptr) m.scales = (const char*)m.scales + bytes;
+  if (m.mins != nullptr) m.mins = (const char*)m.mins + bytes;
+  if (m.super_scales != nullptr) m.super_scales += rows * m.row_super_scales;
+}
 
 // RMSNorm, with a gain of the model's dtype, to which `offset`, 0 or 1, is added; nullptr if there is no norm.
 struct Norm {
@@ -137,7 +147,8 @@ struct Kernels {
   // Quantizes rows x (n, columns) into the matrix. False if x is not finite, or a scale or minimum exceeds float16.
   bool (*quantize)(const void* x, int64_t n, const Matrix&, Pool);
   // Stores n rows of codes, a byte each, with the scales and minimums of their groups, without requantizing them.
-  bool (*pack)(const uint8_t* codes, const uint16_t* scales, const uint16_t* mins, int64_t n, const Matrix&, Pool);
+  bool (*pack)(const uint8_t* codes, const void* scales, const void* mins, const uint16_t* super_scales, int64_t n,
+               const Matrix&, Pool);
   // The same from n rows of GGUF blocks, each of 32 columns and `bytes` bytes.
   bool (*repack)(const uint8_t* blocks, int64_t bytes, int64_t n, const Matrix&, Pool);
 };

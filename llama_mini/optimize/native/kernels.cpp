@@ -167,9 +167,9 @@ void dequantize_rows(const Matrix& m, const int64_t* at, int64_t n, void* out, P
         const int64_t block = at[i] / BLOCK_ROWS, lane = at[i] % BLOCK_ROWS, group = quad / QUADS;
         const uint8_t* q = (const uint8_t*)m.data + (block * groups + group) * codes.group_bytes() + 4 * lane;
         const uint32_t four = load_quad<uint32_t>(m, m.kind, q, quad % QUADS);
-        const int64_t scale = scale_at(m, m.kind, group, quad % QUADS * 2 / QUADS);
-        const int64_t s = (block * m.row_scales + scale) * BLOCK_ROWS + lane;
-        const float step = _cvtsh_ss(m.scales[s]), min = codes.has_min ? _cvtsh_ss(m.mins[s]) : -codes.zero() * step;
+        const int half = quad % QUADS * 2 / QUADS;
+        const float step = scale_of(m, m.kind, false, block, group, half, lane);
+        const float min = codes.has_min ? scale_of(m, m.kind, true, block, group, half, lane) : -codes.zero() * step;
         for (int c = 0; c < 4; c++) row[4 * quad + c] = step * (four >> 8 * c & 255) + min;
       }
       copy_row((const float*)row, m.columns, (T*)out + i * m.columns);

@@ -87,8 +87,7 @@ Matrix blocks_of(TensorList w, int64_t block, int64_t n, int64_t columns, const 
   Matrix m = matrix(w, w[0].size(0) * 16, columns, at::empty({0}, like.options()), like);
   const int64_t groups = round_up(columns, 32) / 32;
   m.data = (const char*)m.data + block * groups * codes_of(m.kind).group_bytes();
-  m.scales += block * m.row_scales * 16;
-  if (m.mins != nullptr) m.mins += block * m.row_scales * 16;
+  skip_scales(m, block * 16);
   return m;
 }
 
@@ -97,7 +96,8 @@ bool quantize(const Tensor& x, TensorList w, int64_t block) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be two-dimensional and contiguous, not ", x.sizes());
   const Kernels& kernels = kernels_for(is_float32(x));
   const Matrix m = blocks_of(w, block, x.size(0), x.size(1), x);
-  TORCH_CHECK((m.kind == Kind::INT8 || (m.mins != nullptr && codes_of(m.kind).scales == 1)) && m.shift == 0,
+  TORCH_CHECK((m.kind == Kind::INT8 || (m.mins != nullptr && codes_of(m.kind).scales == 1)) && m.shift == 0 &&
+                  m.super_scales == nullptr,
               "floats become int8, or groups of 32 with a minimum");
   bool finite = false;
   with_pool([&](Pool pool) { finite = kernels.quantize(x.const_data_ptr(), x.size(0), m, pool); },
@@ -105,7 +105,8 @@ bool quantize(const Tensor& x, TensorList w, int64_t block) {
   return finite;
 }
 
-// from: codes, (n, columns), the scales of their groups, (n, groups), and the minimums if the matrix has them.
+// from: codes, (n, columns), the scales of their groups, (n, groups), and the minimums and factors if the matrix has
+// them.
 bool pack(TensorList from, TensorList w, int64_t block) {
   TORCH_CHECK(from.size() > 1, "needs codes and scales");
   const Tensor& codes = from[0];
@@ -114,17 +115,26 @@ bool pack(TensorList from, TensorList w, int64_t block) {
   const int64_t n = codes.size(0), columns = codes.size(1);
   const Matrix m = blocks_of(w, block, n, columns, at::empty({0}));
   const int64_t least = 32 / codes_of(m.kind).scales, groups = least == 32 ? m.row_scales : columns / least;
-  TORCH_CHECK(columns % least == 0 && from.size() == (m.mins != nullptr ? 3 : 2), "whole groups of ", least,
-              " columns, and minimums if the matrix has them; not ", columns, " columns and ", from.size(), " tensors");
-  for (const Tensor& t : from.slice(1))
-    TORCH_CHECK(t.is_contiguous() && t.scalar_type() == at::kHalf && t.numel() == n * groups, "scales and minimums of ",
-                n, " x ", groups, " groups, not ", t.sizes(), " ", t.scalar_type());
-  const auto scales = (const uint16_t*)from[1].const_data_ptr();
-  const auto mins = from.size() > 2 ? (const uint16_t*)from[2].const_data_ptr() : nullptr;
+  const size_t size = m.mins != nullptr ? 3 : 2, factors = m.super_scales != nullptr ? 1 : 0;
+  TORCH_CHECK(columns % least == 0 && from.size() == size + factors, "whole groups of ", least,
+              " columns, minimums and factors of the scales if the matrix has them; not ", columns, " columns and ",
+              from.size(), " tensors");
+  for (size_t i = 1; i < from.size(); i++) {
+    const Tensor& t = from[i];
+    const at::ScalarType dtype = i < size && factors == 1 ? at::kChar : at::kHalf;
+    const int64_t each = i < size ? groups : m.row_super_scales;
+    TORCH_CHECK(t.is_contiguous() && t.scalar_type() == dtype && t.numel() == n * each, "scales, minimums or factors, ",
+                n, " x ", each, " ", dtype, ", not ", t.sizes(), " ", t.scalar_type());
+  }
+  const void *scales = from[1].const_data_ptr(), *mins = size > 2 ? from[2].const_data_ptr() : nullptr;
+  const auto super_scales = factors == 1 ? (const uint16_t*)from[size].const_data_ptr() : nullptr;
   bool finite = false;
   const Kernels& kernels = kernels_for(true);  // the same for both dtypes
-  with_pool([&](Pool pool) { finite = kernels.pack(codes.const_data_ptr<uint8_t>(), scales, mins, n, m, pool); },
-            threads_for(codes.numel()));
+  with_pool(
+      [&](Pool pool) {
+        finite = kernels.pack(codes.const_data_ptr<uint8_t>(), scales, mins, super_scales, n, m, pool);
+      },
+      threads_for(codes.numel()));
   return finite;
 }
 
@@ -133,7 +143,7 @@ bool repack(const Tensor& blocks, TensorList w, int64_t columns, int64_t block) 
               "rows of blocks of 32 columns in one piece, not ", blocks.sizes(), " ", blocks.scalar_type());
   const Matrix m = blocks_of(w, block, blocks.size(0), columns, w[w.size() - 1]);
   const int64_t bytes = blocks.size(1) / (columns / 32);
-  TORCH_CHECK(bytes * (columns / 32) == blocks.size(1) && m.shift == 0 &&
+  TORCH_CHECK(bytes * (columns / 32) == blocks.size(1) && m.shift == 0 && m.super_scales == nullptr &&
                   ((m.kind == Kind::INT8 && bytes == 34) || (m.kind == Kind::INT4SYM && bytes == 18) ||
                    (m.kind == Kind::INT4 && (bytes == 18 || bytes == 20))),
               "Q8_0 for 8 bits, Q4_0 or Q4_1 for 4, Q4_0 for 4 without minimums, not ", blocks.size(1), " bytes for ",

@@ -47,10 +47,10 @@ inline void quantize_group(Kind kind, const f32* x, uint8_t* q, uint16_t* scale,
   store_quads(kind, quads, q);
 }
 
-// Calls f(row, group, q, scale, min, finite) for n rows of a matrix, and fills the last block up with zeros. A second
-// scale or minimum of a group is BLOCK_ROWS after the first; several groups may have one. Returns whether everything
-// was finite.
-template <typename F>
+// Calls f(row, group, q, scale, min, finite) for n rows of a matrix, and fills the last block up with zeros. `scale`
+// and `min` are S: float16, or int8. A second one of a group is BLOCK_ROWS after the first; several groups may have
+// one. Returns whether everything was finite.
+template <typename S, typename F>
 inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
   const int64_t groups = groups_of(m.columns), bytes = codes_of(m.kind).group_bytes();
   const int64_t n_scales = codes_of(m.kind).scales * BLOCK_ROWS;
@@ -62,11 +62,14 @@ inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
       for (int64_t s = 0; s < groups; s++) {
         const int64_t at = (block * m.row_scales + scale_at(m, m.kind, s, 0)) * BLOCK_ROWS;
         uint8_t* q = (uint8_t*)m.data + (block * groups + s) * bytes;
-        uint16_t *scale = (uint16_t*)m.scales + at, *min = m.mins != nullptr ? (uint16_t*)m.mins + at : nullptr;
+        S *scale = (S*)m.scales + at, *min = m.mins != nullptr ? (S*)m.mins + at : nullptr;
         if (rows < BLOCK_ROWS) {
           std::memset(q, 0, bytes);
           std::memset(scale, 0, n_scales * sizeof *scale);
           if (min != nullptr) std::memset(min, 0, n_scales * sizeof *min);
+          if (m.super_scales != nullptr && s % SUPER_BLOCK == 0)
+            std::memset((uint16_t*)m.super_scales + super_scale_at(m, m.kind, false, block, s), 0,
+                        (min != nullptr ? 2 : 1) * BLOCK_ROWS * sizeof *m.super_scales);
         }
         for (int r = 0; r < rows; r++)
           f(block * BLOCK_ROWS + r, s, q + 4 * r, scale + r, min != nullptr ? min + r : nullptr, finite);
@@ -80,43 +83,60 @@ inline bool fill(const Matrix& m, int64_t n, Pool pool, const F& f) {
 // Quantizes rows x (n, m.columns) into the blocks of m.
 template <typename T, bool HAS_MIN>
 inline bool quantize_rows(const T* x, int64_t n, const Matrix& m, Pool pool) {
-  return fill(m, n, pool, [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
+  auto one = [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
     f32 v[GROUP / LANES];
     for (int i = 0; i < GROUP; i += LANES) {
       const int64_t left = m.columns - s * GROUP - i;
       v[i / LANES] = left > 0 ? load_first(x + row * m.columns + s * GROUP + i, left) : f32{};
     }
     quantize_group<HAS_MIN>(m.kind, v, q, scale, min, finite);
-  });
+  };
+  return fill<uint16_t>(m, n, pool, one);
 }
 
-// Stores n rows of codes, (n, m.columns), with the scales and minimums of their groups. The last 16 of 32 columns may
-// be missing if they have a scale of their own.
-inline bool pack(const uint8_t* codes, const uint16_t* scales, const uint16_t* mins, int64_t n, const Matrix& m,
-                 Pool pool) {
-  const int each = codes_of(m.kind).scales, group = GROUP / each;
+inline bool is_finite(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
+inline bool is_finite(int8_t) { return true; }
+
+// Stores n rows of codes, (n, m.columns), with the scales and minimums of their groups, and their factors where they
+// are int8. The last 16 of 32 columns may be missing if they have a scale of their own.
+template <typename S>
+inline bool pack_codes(const uint8_t* codes, const S* scales, const S* mins, const uint16_t* super_scales, int64_t n,
+                       const Matrix& m, Pool pool) {
+  const int each = codes_of(m.kind).scales, group = GROUP / each, kinds = codes_of(m.kind).has_min ? 2 : 1;
   const int64_t row_scales = each == 1 ? m.row_scales : m.columns / group;
-  return fill(m, n, pool, [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* least, bool& finite) {
+  auto one = [&](int64_t row, int64_t s, uint8_t* q, S* scale, S* least, bool& finite) {
     const int64_t columns = min(m.columns - s * GROUP, GROUP), at = row * row_scales + scale_at(m, m.kind, s, 0);
     uint32_t quads[QUADS] = {};
     std::memcpy(quads, codes + row * m.columns + s * GROUP, columns);
     store_quads(m.kind, quads, q);
     for (int i = 0; i < each; i++) {
       const bool stored = i * group < columns;
-      to_half(_cvtsh_ss(scale[i * BLOCK_ROWS] = stored ? scales[at + i] : 0), finite);
-      if (least != nullptr) to_half(_cvtsh_ss(least[i * BLOCK_ROWS] = stored ? mins[at + i] : 0), finite);
+      finite &= is_finite(scale[i * BLOCK_ROWS] = stored ? scales[at + i] : 0);
+      if (least != nullptr) finite &= is_finite(least[i * BLOCK_ROWS] = stored ? mins[at + i] : 0);
     }
-  });
+    for (int i = 0; i < kinds && super_scales != nullptr && s % SUPER_BLOCK == 0; i++) {
+      const uint16_t factor = super_scales[row * m.row_super_scales + s / SUPER_BLOCK * kinds + i];
+      ((uint16_t*)m.super_scales)[super_scale_at(m, m.kind, i, row / BLOCK_ROWS, s) + row % BLOCK_ROWS] = factor;
+      finite &= is_finite(factor);
+    }
+  };
+  return fill<S>(m, n, pool, one);
+}
+
+inline bool pack(const uint8_t* codes, const void* scales, const void* mins, const uint16_t* super_scales, int64_t n,
+                 const Matrix& m, Pool pool) {
+  if (super_scales == nullptr)
+    return pack_codes(codes, (const uint16_t*)scales, (const uint16_t*)mins, super_scales, n, m, pool);
+  return pack_codes(codes, (const int8_t*)scales, (const int8_t*)mins, super_scales, n, m, pool);
 }
 
 // Repacks n rows of GGUF blocks: a scale, a minimum (in Q4_1 alone), weights; of 4 bits, columns 16 apart share a byte.
 inline bool repack(const uint8_t* from, int64_t bytes, int64_t n, const Matrix& m, Pool pool) {
   const int64_t groups = m.columns / GROUP;
-  return fill(m, n, pool, [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
+  auto one = [&](int64_t row, int64_t s, uint8_t* q, uint16_t* scale, uint16_t* min, bool& finite) {
     const uint8_t* block = from + (row * groups + s) * bytes;
     std::memcpy(scale, block, 2);
-    const float number = _cvtsh_ss(*scale);
-    to_half(number, finite);
+    finite &= is_finite(*scale);
     uint32_t stored[QUADS], quads[QUADS];
     const int64_t n_bytes = m.kind == Kind::INT8 ? GROUP : GROUP / 2;
     std::memcpy(stored, block + bytes - n_bytes, n_bytes);
@@ -126,11 +146,12 @@ inline bool repack(const uint8_t* from, int64_t bytes, int64_t n, const Matrix& 
     if (min == nullptr) return;
     if (bytes > 18) {
       std::memcpy(min, block + 2, 2);
-      to_half(_cvtsh_ss(*min), finite);
+      finite &= is_finite(*min);
     } else {
-      *min = to_half(-8 * number, finite);
+      *min = to_half(-8 * _cvtsh_ss(*scale), finite);
     }
-  });
+  };
+  return fill<uint16_t>(m, n, pool, one);
 }
 
 }  // namespace ISA

@@ -30,7 +30,7 @@ def test_codes_of_eight_bits_are_the_librarys_numbers_down_to_the_lowest(tmp_pat
     with (tmp_path / "blocks").open("rb") as file:
         ((first, blocks),) = read_blocks(file, info, at_once=ROWS)
         expected = read_tensor(file, info)
-    codes, scale, least = blocks.unpacked()
+    codes, scale, least, _ = blocks.unpacked()
     assert (first, least) == (0, None)
     assert codes.dtype == torch.uint8
     assert codes[0, 0] == 0

@@ -149,7 +149,7 @@ def test_int8(tmp_path: Path) -> None:
     expected = functional.int8_vectorwise_dequant(values, scales)
     torch.testing.assert_close(floats(matrix), expected, rtol=2**-21, atol=1e-6)
     assert matrix.codes is not None
-    ((_, (codes, scale, none)),) = read_matrix(matrix, matrix.codes, 40)
+    ((_, (codes, scale, none, _)),) = read_matrix(matrix, matrix.codes, 40)
     assert none is None
     assert np.array_equal(codes.int().numpy() - 128, values.int().numpy())
     torch.testing.assert_close(scale.float(), (scales / 127)[:, None], rtol=2**-11, atol=0)

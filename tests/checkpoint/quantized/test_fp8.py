@@ -63,7 +63,7 @@ def test_scales_of_the_matrix_rows_and_blocks(
     assert (matrix.kept, matrix.codes is None) == ("int8", block == [32, 16])
     if matrix.codes is None:
         return
-    ((_, (codes, scale, none)),) = read_matrix(matrix, matrix.codes, ROWS)
+    ((_, (codes, scale, none, _)),) = read_matrix(matrix, matrix.codes, ROWS)
     assert none is None
     groups = expected.unflatten(1, (-1, 32))
     errors = ((codes.float() - 128).unflatten(1, (-1, 32)) * scale.float()[..., None] - groups).abs()

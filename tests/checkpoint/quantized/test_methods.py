@@ -143,7 +143,9 @@ def test_a_quantised_cache_alone(tmp_path: Path) -> None:
     settings = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}, "config_groups": None}
     edit_config(tmp_path, {"quantization_config": settings | {"kv_cache_scheme": {"num_bits": 8}}})
     add(tmp_path, {f"{PROJECTION[:-6]}{end}": ONES.clone() for end in ("k_scale", "k_zero_point", "v_zero_point")})
-    with pytest.warns(LlamaMiniWarning, match="kv_cache_scheme of .* ignored: the key/value cache keeps the model's"):
+    with pytest.warns(
+        LlamaMiniWarning, match="kv_cache_scheme of .* ignored: kv_dtype=int8 keeps keys and values in 8 bits"
+    ):
         mine = Llama.from_pretrained(tmp_path, dtype="float32")
     torch.testing.assert_close(mine(TOKENS), logits(model, TOKENS), rtol=0, atol=2e-5)
 

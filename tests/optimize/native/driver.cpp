@@ -90,7 +90,7 @@ struct Weights {
   Matrix m{};
   Numbers numbers, bias;
   Vector<uint8_t> codes;
-  Vector<uint16_t> scales, mins;
+  Vector<uint16_t> scales, mins, super_scales;
   // shift: log2 of how many groups of 32 columns share a scale, where they have no two.
   Weights(Kind kind, int64_t rows, int64_t columns, bool wide, int shift = 0)
       : numbers(wide, quantized(kind) ? 0 : rows * columns), bias(wide, rows) {
@@ -102,6 +102,12 @@ struct Weights {
     for (auto& code : codes) code = (uint8_t)(draw() >> 24);
     m.shift = c.scales == 1 ? shift : 0, m.row_scales = ((groups * c.scales - 1) >> m.shift) + 1;
     scales.assign(blocks * 16 * m.row_scales, 0x2400);  // 1/64
+    m.row_super_scales = (groups + 7) / 8 * (c.has_min ? 2 : 1);
+    if (m.shift == 0 && below(2) == 0) {
+      scales.resize(scales.size() / 2);  // each is two numbers of int8, 0 and 36
+      super_scales.assign(blocks * 16 * m.row_super_scales, 0x2400);
+      m.super_scales = super_scales.data();
+    }
     for (auto& value : m.table) value = (uint8_t)(draw() >> 24);
     m.data = codes.data(), m.scales = scales.data();
     if (!c.has_min) return;
@@ -174,7 +180,7 @@ void run(const Kernels& kernels, const Case& c) {
   const int64_t up_at = (c.hidden + block - 1) / block * block;
   Heads heads(c, c.batch, 1);
   const int64_t qkv_rows = heads.a.v_at + (c.kv_heads * c.dim + block - 1) / block * block;
-  const int shift = below(4);
+  const int shift = below(2) ? below(4) : 0;
   Weights qkv(c.kind, qkv_rows, c.width, c.wide, shift), o(c.kind, c.width, q_dim, c.wide, shift);
   Weights gate_up(c.kind, 2 * up_at, c.width, c.wide, shift), down(c.kind, c.width, c.hidden, c.wide);
   Numbers gain(c.wide, c.width), x(c.wide, c.batch * c.width), y(c.wide, c.batch * c.width),
@@ -203,7 +209,7 @@ void run(const Kernels& kernels, const Case& c) {
   const int64_t columns = q_dim / 32 * 32 + (codes_of(c.kind).scales == 2 && q_dim % 32 >= 16 ? 16 : 0);
   Vector<uint8_t> codes(n * columns);
   for (auto& code : codes) code = (uint8_t)(draw() >> 24);
-  const Vector<uint16_t> new_scales = o.scales, new_mins = o.mins;
+  const Vector<uint16_t> new_scales = o.scales, new_mins = o.mins, new_super_scales = o.super_scales;
   spoil(stream, c.fill);
   Numbers bare_qkv(c.wide, c.batch * (q_dim + 2 * c.kv_heads * c.dim)), attended(c.wide, c.batch * q_dim);
   with_pool([&](Pool pool) {
@@ -224,12 +230,14 @@ void run(const Kernels& kernels, const Case& c) {
     if (!quantized(c.kind)) return;
     const Codes kind = codes_of(c.kind);
     Matrix whole = o.m;
-    if (shift == 0 && (c.kind == Kind::INT8 || (kind.has_min && kind.scales == 1)))
+    const bool plain = shift == 0 && whole.super_scales == nullptr;
+    if (plain && (c.kind == Kind::INT8 || (kind.has_min && kind.scales == 1)))
       kernels.quantize(new_rows.data(), n, whole, pool);
     whole.columns = columns;
-    kernels.pack(codes.data(), new_scales.data(), kind.has_min ? new_mins.data() : nullptr, n, whole, pool);
+    kernels.pack(codes.data(), new_scales.data(), kind.has_min ? new_mins.data() : nullptr,
+                 whole.super_scales != nullptr ? new_super_scales.data() : nullptr, n, whole, pool);
     whole.columns = q_dim / 32 * 32;
-    if (shift == 0 && (c.kind == Kind::INT8 || c.kind == Kind::INT4 || c.kind == Kind::INT4SYM))
+    if (plain && (c.kind == Kind::INT8 || c.kind == Kind::INT4 || c.kind == Kind::INT4SYM))
       kernels.repack(blocks.data(), block_bytes, n, whole, pool);
   });
 }

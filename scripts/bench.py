@@ -4,10 +4,10 @@
     python scripts/bench.py --serve [--formats F,...] [--users N,...] [--server NAME=COMMAND ...]
     python scripts/bench.py --profile
 
-Peers: llama.cpp, transformers, OpenVINO GenAI, CTranslate2; pip install -e '.[bench]'. Each engine has a process of its
-own, which loads before anything is timed. A round that other programs disturb is repeated. Progress goes to standard
-error; the conditions, a table of all series, the ratios against the peers, and one line of JSON to standard output. If
-it is stopped, they have what was measured until then.
+Peers: llama.cpp, transformers, OpenVINO, CTranslate2, ONNX Runtime; pip install -e '.[bench]'. Each has a process
+of its own, which loads before anything is timed. A round that other programs disturb is repeated. Progress goes to
+standard error; the conditions, a table of all series, the ratios against the peers, and one line of JSON to standard
+output. If it is stopped, they have what was measured until then.
 
 --serve takes 35 to 80 minutes on two cores, for 3 formats, each with 1, 4, 16 and 32 users: in 2 rounds, which are not
 repeated, 64 requests to every server. llama-server gets the settings that are its fastest on up to 24 of them.

@@ -19,6 +19,7 @@ PEERS = {  # and the module that must be installed
     "transformers": "transformers",
     "OpenVINO": "openvino_genai",
     "CTranslate2": "ctranslate2",
+    "ONNX Runtime": "onnxruntime_genai",
 }
 _GGUF = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 _OTHER_FOUR_BITS = ("Q4_0", "IQ4_NL")  # in which llama.cpp may be faster than in the kind of the file, Q4_1
@@ -52,6 +53,9 @@ class Checkpoint:
         return self._made(
             "smollm2-135m-instruct-ctranslate2", lambda files, to: files("ctranslate2", str(self.directory), to)
         )
+
+    def onnx(self) -> str:
+        return self._made("smollm2-135m-instruct-onnx", lambda files, to: files("onnx", str(self.directory), to))
 
     def made_gguf(self, kind: str) -> str:
         """A file of llama.cpp's kind, made from the 4-bit one."""
@@ -105,4 +109,6 @@ def _workers(peer: str, files: Checkpoint, number_format: str, threads: int) -> 
     if peer == "CTranslate2" and number_format in ("float32", "int8"):
         tokenizer = str(files.directory / "tokenizer.json")
         return {peer: ("peers.CTranslate2", files.ctranslate2(), tokenizer, number_format, threads)}
+    if peer == "ONNX Runtime" and number_format == "int4":
+        return {peer: ("peers.OnnxRuntime", files.onnx(), threads)}
     return {}

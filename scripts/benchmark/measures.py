@@ -48,6 +48,8 @@ class Sizes:
     users_overhead: Sequence[int] = (4, 16)  # with whom chats and the engine without a server are measured
     rounds_serving: int = 2  # each of which takes minutes
     long: int = 4096  # a prompt beside streams of so many tokens
+    longest: int = 8100  # a prompt alone
+    repeats_long: int = 3  # each of which takes a minute
     new_beside: int = 600
 
 
@@ -60,7 +62,7 @@ QUICK = Sizes(
     sequences=(2, 4),
     contexts=(64, 96),
     new_in_context=4,
-    shape={"dim": 256, "hidden_dim": 512, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 1000},
+    shape={"dim": 256, "hidden_dim": 512, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 50000},
     text=64,
     requests=4,
     users=(1, 2),
@@ -68,6 +70,8 @@ QUICK = Sizes(
     users_overhead=(2,),
     rounds_serving=1,
     long=200,
+    longest=300,
+    repeats_long=1,
     new_beside=100,
 )
 
@@ -86,9 +90,9 @@ class Bench:
     cells: list[Cell] = field(default_factory=list)  # of servers under load
     builds: dict[str, str] = field(default_factory=dict)  # how a peer was compiled or set: its version does not say
 
-    def take(self, runs: Mapping[str, Callable[[int], float]]) -> dict[str, list[float]]:
+    def take(self, runs: Mapping[str, Callable[[int], float]], repeats: int | None = None) -> dict[str, list[float]]:
         say(f"measuring {', '.join(runs)}")
-        taken = in_rounds(self.watch, runs, self.sizes.repeats, self.sizes.tries)
+        taken = in_rounds(self.watch, runs, repeats or self.sizes.repeats, self.sizes.tries)
         self.series |= taken
         return taken
 
@@ -110,19 +114,20 @@ def against_peers(bench: Bench, measures: Sequence[str]) -> None:
             ways = [(name, child, "") for name, child in children.items()]
             ways.insert(1, (STREAM, children[OURS], "stream_"))
             for measure in measures:
-                speed = _prefill_speed if measure == "prefill" else _decode_speed
+                speed = prefill_speed if measure == "prefill" else decode_speed
                 prefix = f"{measure} {number_format} "
                 bench.take({prefix + name: partial(speed, bench, child, way + measure) for name, child, way in ways})
                 peers = [name for name in children if name != OURS]
                 bench.pairs += [(prefix + ours, prefix + peer) for peer in peers for ours in (OURS, STREAM)]
+                bench.pairs.append((prefix + STREAM, prefix + OURS))
 
 
-def _prefill_speed(bench: Bench, child: Child, method: str, number: int) -> float:
+def prefill_speed(bench: Bench, child: Child, method: str, number: int) -> float:
     n = bench.sizes.prompt
     return n / child(method, bench.prompt(number, n))
 
 
-def _decode_speed(bench: Bench, child: Child, method: str, number: int) -> float:
+def decode_speed(bench: Bench, child: Child, method: str, number: int) -> float:
     new = bench.sizes.new
     return new / child(method, bench.prompt(number, bench.sizes.context), new)
 
@@ -185,7 +190,7 @@ def busy(bench: Bench) -> None:
         children = {n: stack.enter_context(Child(unwatched, *worker, n)) for n in counts}
         for where in ("on quiet cores", "beside busy processes"):
             names = {n: f"busy int8 {n} thread{'s' * (n > 1)} {where}" for n in counts}
-            bench.take({names[n]: partial(_decode_speed, bench, children[n], "decode") for n in counts})
+            bench.take({names[n]: partial(decode_speed, bench, children[n], "decode") for n in counts})
             bench.pairs += [(names[n], names[1]) for n in counts[1:]]
             for _ in range(bench.threads if where == "on quiet cores" else 0):
                 process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))

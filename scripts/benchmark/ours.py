@@ -12,14 +12,20 @@ from benchmark.profiles import profiled
 from llama_mini.checkpoint.families import key_table
 from llama_mini.checkpoint.keys import to_file_name
 from llama_mini.checkpoint.load import load_model
+from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.source import Rows, Source, StoredTensor
 from llama_mini.engine.llm import LLM
+from llama_mini.engine.next_tokens import step
+from llama_mini.engine.pages import PagedTokens, Pages, pages_of
 from llama_mini.engine.sampling_params import SamplingParams
+from llama_mini.machine import as_dtype
+from llama_mini.memory import PREFILL_CHUNK, cache_dtype
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
 from llama_mini.optimize import fuser, set_threads
 from llama_mini.optimize.build import load_kernels
+from llama_mini.optimize.fused_step import FusedStep
 from llama_mini.optimize.packed_linear import PackedLinear
 
 BILLION = {  # LLaMA-3.2-1B
@@ -45,11 +51,7 @@ class Ours:
 
     def prefill(self, ids: list[int]) -> float:
         """A prompt to its first token, by the model alone."""
-        tokens, cache = torch.tensor([ids]), self._model.new_cache(1, len(ids))
-        started = time.perf_counter()
-        with torch.inference_mode():
-            self._model.logits(self._model.hidden(tokens, cache)[0, -1]).argmax().item()
-        return time.perf_counter() - started
+        return prefill(self._model, ids)
 
     def stream_prefill(self, ids: list[int]) -> float:
         """The same through `LLM.stream`."""
@@ -57,11 +59,7 @@ class Ours:
 
     def decode(self, ids: list[int], new: int, batch: int = 1) -> float:
         """`new` steps of `batch` sequences after a prompt, by the model alone."""
-        cache = self._model.new_cache(batch, len(ids) + new)
-        with torch.inference_mode():
-            for row in range(batch):
-                self._model.hidden(torch.tensor([ids]), cache.row(row))
-        return steps(self._model, cache, new)
+        return decode(self._model, ids, new, batch)
 
     def stream_decode(self, ids: list[int], new: int) -> float:
         """The same for one sequence through `LLM.stream`: from the first token to the last."""
@@ -92,6 +90,52 @@ class Ours:
         self._llm.forget()  # a prefix kept from the last round would shorten the prefill
         started = time.perf_counter()
         return [time.perf_counter() - started for _ in self._llm.stream(ids, params)]
+
+
+class Weights:
+    """A file without a tokenizer, kept as it is stored; the model alone, and the memory that it takes."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        load_kernels()
+        self._floor, self._size = peak_bytes(), Path(path).stat().st_size
+        set_threads(threads)
+        dtype = as_dtype("auto", "cpu")
+        self._model = load_model(Llama, open_checkpoint(Path(path)), dtype, "cpu", fuser("auto"), "auto")
+
+    def prefill(self, ids: list[int]) -> float:
+        return prefill(self._model, ids)
+
+    def decode(self, ids: list[int], new: int) -> float:
+        return decode(self._model, ids, new)
+
+    def memory(self) -> float:
+        """The peak until now over the floor, by the size of the file."""
+        return (peak_bytes() - self._floor) / self._size
+
+
+class Steps:
+    """Steps of the whole model in the engine's cache, which a text has filled."""
+
+    def __init__(
+        self, path: str, dtype: str, quantize: str | None, kv_dtype: str, threads: int, ids: list[int]
+    ) -> None:
+        self._model = LLM(path, dtype=dtype, quantize=quantize, threads=threads).model
+        self._step = FusedStep(self._model)
+        self._pages = Pages(self._model, pages_of(len(ids)), cache_dtype(kv_dtype))
+        self._row = [self._pages.take() for _ in range(self._pages.count)]
+        with torch.inference_mode():
+            for first in range(0, len(ids), PREFILL_CHUNK):
+                part = ids[first : first + PREFILL_CHUNK]
+                positions = [range(first, first + len(part))]
+                self._model.hidden(torch.tensor([part]), PagedTokens(self._pages, [self._row], positions))
+
+    def at(self, context: int, tokens: int, count: int) -> float:
+        """`count` steps, each of as many tokens of the row as there are `tokens`, the first at position `context`."""
+        cache = PagedTokens(self._pages, [self._row] * tokens, [[context + i] for i in range(tokens)])
+        started = time.perf_counter()
+        for _ in range(count):
+            step(self._model, self._step, [[1]] * tokens, cache)
+        return time.perf_counter() - started
 
 
 class Billion:
@@ -159,6 +203,26 @@ def timed(run: object) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
+
+
+def prefill(model: Llama, ids: list[int]) -> float:
+    """Seconds of a prompt to its first token, in parts as the engine runs it."""
+    cache = model.new_cache(1, len(ids))
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for part in torch.tensor([ids]).split(PREFILL_CHUNK, dim=1):
+            hidden = model.hidden(part, cache)
+        model.logits(hidden[0, -1]).argmax().item()
+    return time.perf_counter() - started
+
+
+def decode(model: Llama, ids: list[int], new: int, batch: int = 1) -> float:
+    """Seconds of `new` steps of `batch` sequences after a prompt."""
+    cache = model.new_cache(batch, len(ids) + new)
+    with torch.inference_mode():
+        for row in range(batch):
+            model.hidden(torch.tensor([ids]), cache.row(row))
+    return steps(model, cache, new)
 
 
 def steps(model: Llama, cache: KVCache, new: int) -> float:

@@ -20,7 +20,10 @@ UNITS = {
     "decode": "tok/s",
     "prefill": "tok/s",
     "batch": "tok/s",
+    "verify": "s",
     "context": "tok/s",
+    "long": "tok/s",
+    "files": "tok/s",
     "busy": "tok/s",
     "read": "GB/s",
     "bandwidth": "share",
@@ -30,7 +33,16 @@ UNITS = {
     "peak": "×",
     "quality": "nats",
 }
-PACKAGES = ("torch", "transformers", "llama-cpp-python", "openvino-genai", "ctranslate2", "uvicorn", "aiohttp")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "llama-cpp-python",
+    "openvino-genai",
+    "ctranslate2",
+    "onnxruntime-genai",
+    "uvicorn",
+    "aiohttp",
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from benchmark.report import as_json, conditions, ratio_table, ratios, table
 from benchmark.rounds import Child, Watch
 from benchmark.servers import command_of
 from benchmark.serving_tables import serving_tables
+from benchmark.shapes import files, long, verify
 from llama_mini.errors import RequestError
 from llama_mini.machine import usable_cores
 from llama_mini.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ def run(
 def _measure(bench: Bench, measures: Sequence[str], servers: Mapping[str, str] | None) -> None:
     if peers := [name for name in ("decode", "prefill") if name in measures]:
         against_peers(bench, peers)
-    for measure in (batch, context, busy, start, quality):
+    for measure in (batch, verify, context, long, files, busy, start, quality):
         if measure.__name__ in measures:
             measure(bench)
     if loads := [name for name in ("load", "memory") if name in measures]:

@@ -40,8 +40,11 @@ def test_a_quick_run_measures_everything(tmp_path: Path) -> None:
         "decode",
         "prefill",
         "batch",
+        "verify",
         "read",
         "context",
+        "long",
+        "files",
         "bandwidth",
         "busy",
         "start",
@@ -50,14 +53,20 @@ def test_a_quick_run_measures_everything(tmp_path: Path) -> None:
         "memory",
     ]
     assert {name.split()[0] for name in found["series"]} == {*measures, "peak"}
-    assert all(len(each["values"]) == found["repeats"] for each in found["series"].values())
+    once = "peak over floor by size of the file, 1B Q4_K_M"
+    assert all(len(s["values"]) == found["repeats"] for name, s in found["series"].items() if name != once)
     positive = [each["values"][0] for name, each in found["series"].items() if " over bfloat16" not in name]
     assert min(positive) > 0
     names = [(ratio["over"], ratio["under"]) for ratio in found["ratios"]]
     assert len(set(names)) == len(names)
     assert {name for pair in names for name in pair} <= found["series"].keys()
-    assert {over.split()[0] for over, _ in names} == {"decode", "prefill", "batch", "context", "busy", "start", "load"}
-    for peer, module in {"llama.cpp": "llama_cpp", "OpenVINO": "openvino_genai"}.items():
+    paired = {"decode", "prefill", "batch", "verify", "context", "long", "busy", "start", "load"}
+    assert {over.split()[0] for over, _ in names} - {"files"} == paired  # files: beside llama.cpp alone
+    for peer, module in {
+        "llama.cpp": "llama_cpp",
+        "OpenVINO": "openvino_genai",
+        "ONNX Runtime": "onnxruntime_genai",
+    }.items():
         left_out = f"{peer} is left out: {module} is not installed" in run.stderr
         assert left_out != any(name.endswith(peer) for name in found["series"])
         assert left_out != any(under.endswith(peer) for _, under in names)
@@ -78,7 +87,7 @@ def test_an_unknown_measure_is_an_error_that_lists_those_there_are(
     assert bench.main() == 2
     assert capsys.readouterr().err == (
         "error: unknown measure 'speed' in --only; "
-        "known: decode, prefill, batch, context, busy, start, load, memory, quality\n"
+        "known: decode, prefill, batch, verify, context, long, files, busy, start, load, memory, quality\n"
     )
 
 

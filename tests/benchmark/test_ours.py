@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from benchmark import ours
-from benchmark.ours import Billion, Loading, Ours, matrix_bytes, random_source, steps, weight_bytes
+from benchmark.ours import Billion, Loading, Ours, Steps, Weights, matrix_bytes, random_source, steps, weight_bytes
+from benchmark.random_gguf import EIGHT_BILLION, write_random_gguf
 from llama_mini.checkpoint.load import load_model
+from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
@@ -83,6 +85,43 @@ def test_the_profile_names_operators_and_what_lies_between(tiny_dir: Path) -> No
     assert "a prompt of 37 tokens and 2 steps" in said
     assert "aten::" in said
     assert said.splitlines()[-1].endswith("Python between operators")
+
+
+@pytest.mark.parametrize(("kv_dtype", "quantize"), [("auto", None), ("int8", "int8")])
+def test_steps_in_the_engines_cache_read_the_text_before_them(
+    tiny_dir: Path, kv_dtype: str, quantize: str | None
+) -> None:
+    worker = Steps(str(tiny_dir), "float32", quantize, kv_dtype, 1, IDS)
+    seen: list[torch.Tensor] = []
+    worker._step = lambda tokens, cache: seen.append(FusedStep(worker._model)(tokens, cache)[0]) or (seen[-1], tokens)
+    assert worker.at(20, 3, 2) > 0
+    assert worker.at(30, 1, 1) > 0
+    expected = worker._model(torch.tensor([[*IDS[:20], 1, 1, 1]]))[0, -3:]
+    most = 0.05 if quantize else 1e-4
+    assert [len(logits) for logits in seen] == [3, 3, 1]
+    assert (seen[1] - expected).norm() < most * expected.norm()
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("Q4_K_M", True), ("Q4_0", False)])
+def test_a_file_of_random_weights_is_one_of_llama_cpps(tmp_path: Path, kind: str, tied: bool) -> None:
+    shape = {**EIGHT_BILLION, **SMALL, "dim": 256, "hidden_dim": 512, "n_layers": 8, "tie_word_embeddings": tied}
+    write_random_gguf(tmp_path / "model.gguf", kind, shape)
+    source = open_checkpoint(tmp_path / "model.gguf")
+    assert source.config == LlamaConfig(**shape)
+    kinds = {name: stored.number_format for name, stored in source.tensors.items() if len(stored.shape) == 2}
+    if kind == "Q4_K_M":  # as llama.cpp's own quantize mixes them
+        more = {name for name, each in kinds.items() if each == "Q6_K"}
+        assert set(kinds.values()) == {"Q4_K", "Q6_K"}
+        assert {int(name.split(".")[1]) for name in more if "attn_v" in name} == {0, 3, 6, 7}
+    else:
+        assert [name for name, each in kinds.items() if each != "Q4_0"] == ["output.weight"]
+    worker = Weights(str(tmp_path / "model.gguf"), 1)
+    assert worker.prefill(IDS) > 0
+    assert worker.decode(IDS, 2) > 0
+    assert worker.memory() > 0
+    logits = Llama.from_pretrained(tmp_path / "model.gguf", dtype="float32")(torch.tensor([IDS]))
+    assert logits.isfinite().all()
+    assert 0.01 < logits.std() < 100
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])

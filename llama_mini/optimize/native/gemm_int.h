@@ -104,6 +104,7 @@ inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* first, co
   } else {
     add_quads<N, MOST>(sums, q, first);
     if (sixteen_bits) {
+      asm("" ::: "memory");  // else GCC keeps the panel for this rare case, on the stack
       for (int b = 0; b < TILE_TOKENS; b++) sums[b][0] <<= 8, sums[b][1] <<= 8;
       add_quads<N, MOST>(sums, q, second);
     }

@@ -123,8 +123,9 @@ inline void gemv_block_int(const Matrix& m, int64_t block, const Input& in, int6
   for (int64_t s = 0; s < groups; s++, q += BYTES) {
     if (B > 1 && turns.mine())
       for (int i = 0; i < BYTES; i += 64) turns.prefetch_from(q + i, groups * BYTES);
-    // Memory limits the speed of one row, and a branch would make it slower.
-    if (B == 1 || !in_bytes(codes_of(KIND)) || std::memcmp(in.sixteen_bits + s * in.batch + row, NONE, B) != 0)
+    // With AVX-512 memory limits the speed of one row, and a branch would make it slower.
+    if ((B == 1 && LANES == 16) || !in_bytes(codes_of(KIND)) ||
+        std::memcmp(in.sixteen_bits + s * in.batch + row, NONE, B) != 0)
       add_group<B, KIND, true>(m, block, s, q, in, row, acc);
     else
       add_group<B, KIND, false>(m, block, s, q, in, row, acc);

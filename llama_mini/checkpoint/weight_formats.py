@@ -39,17 +39,22 @@ def quantize_for(source: Source, quantize: str | None, dtype: torch.dtype | str,
 def weight_formats(source: Source, quantize: str) -> dict[str, str]:
     """The format of each matrix that is held as codes, by the parameter's name; all others are floats.
 
-    "auto" takes the format that a tensor says it is kept in. Matrices that a fast model joins into one get a common
-    format, so that none loses bits.
+    "auto" takes the format that a tensor says it is kept in. Gate and up, which a fast model joins into one matrix, get
+    a common format, so that none loses bits.
     """
     if quantize != "auto":
         return uniform_formats(source.config, quantize)
     formats: dict[str, str] = {}
     for group in _joined(source.config):
         found = _found(source, group)
-        if found and all(stored.kept for stored in found):
-            common = common_format([str(stored.kept) for stored in found])
-            formats |= dict.fromkeys(group, common if _in_one_order(group, found) else "int8")
+        if found and all(stored.kept for stored in found.values()):
+            kept = {name: str(stored.kept) for name, stored in found.items()}
+            if not _in_one_order(found):
+                formats |= dict.fromkeys(group, "int8")
+            elif group[0].endswith("attention.q_proj.weight"):
+                formats |= kept
+            else:
+                formats |= dict.fromkeys(group, common_format(kept.values()))
     return formats
 
 
@@ -60,9 +65,9 @@ def column_orders(source: Source, formats: Mapping[str, str]) -> dict[str, Tenso
     """
     orders: dict[str, Tensor] = {}
     for group in _joined(source.config):
-        found, kind = _found(source, group), formats.get(group[0])
-        held = [s.order for s in found if kind and s.kept and s.order is not None and holds_codes(kind, s.kept)]
-        if held and len(held) == len(found) and _in_one_order(group, found):
+        found = _found(source, group)
+        held = [s.order for name, s in found.items() if s.order is not None and keeps_codes(s, formats.get(name), True)]
+        if held and len(held) == len(found) and _in_one_order(found):
             orders |= dict.fromkeys(group, held[0])
     return orders
 
@@ -111,16 +116,16 @@ def _joined(config: LlamaConfig) -> Iterator[list[str]]:
         yield [HEAD]
 
 
-def _found(source: Source, group: Sequence[str]) -> list[StoredTensor]:
-    return [stored for name in group if (stored := _stored(source, name)) is not None]
+def _found(source: Source, group: Sequence[str]) -> dict[str, StoredTensor]:
+    return {name: stored for name in group if (stored := _stored(source, name)) is not None}
 
 
-def _in_one_order(group: Sequence[str], found: Sequence[StoredTensor]) -> bool:
+def _in_one_order(found: Mapping[str, StoredTensor]) -> bool:
     """Whether the codes of all these parts have their columns in one order: the plain one for embedding and head."""
-    first = found[0].order
-    if first is None or group[0] in (EMBEDDING, HEAD):
-        return all(stored.order is None for stored in found)
-    return all(stored.order is not None and torch.equal(stored.order, first) for stored in found)
+    orders = [stored.order for stored in found.values()]
+    if orders[0] is None or EMBEDDING in found or HEAD in found:
+        return all(order is None for order in orders)
+    return all(order is not None and torch.equal(order, orders[0]) for order in orders)
 
 
 def _stored(source: Source, name: str) -> StoredTensor | None:

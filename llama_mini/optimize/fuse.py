@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from llama_mini.optimize.build import load_kernels
 from llama_mini.optimize.fusable import FusedRMSNorm
 from llama_mini.optimize.fused_branches import FusedAttention, FusedFeedForward
 from llama_mini.optimize.fused_layers import FusedEmbedding, FusedHead, FusedLayers
+from llama_mini.optimize.mixed_linear import MixedLinear
 from llama_mini.optimize.packed_linear import FloatLinear, PackedLinear, supported
 from llama_mini.optimize.quantized_linear import QuantizedLinear
 from llama_mini.validate import check_choice
@@ -85,19 +87,26 @@ def fuse(
     names = {module: name for name, module in model.named_modules()}
 
     def make(linears: Sequence[nn.Linear | nn.Embedding]) -> PackedLinear:
-        (name,) = {formats.get(f"{names[linear]}.weight") for linear in linears}
+        each = [packed(name, [*of_name]) for name, of_name in groupby(linears, format_of)]
+        linear = each[0] if len(each) == 1 else MixedLinear(each)
+        if (order := orders.get(f"{names[linears[0]]}.weight")) is not None:
+            linear.register_buffer("order", order, persistent=False)
+            linear.register_forward_pre_hook(_in_order)
+        return linear
+
+    def format_of(linear: nn.Linear | nn.Embedding) -> str | None:
+        return formats.get(f"{names[linear]}.weight")
+
+    def packed(name: str | None, linears: Sequence[nn.Linear | nn.Embedding]) -> PackedLinear:
         kind = FloatLinear if name is None else partial(QuantizedLinear, name)
         bias = getattr(linears[0], "bias", None) is not None
         rows, columns = [linear.weight.shape[0] for linear in linears], linears[0].weight.shape[1]
-        packed = kind(rows, columns, dtype, native, bias)
-        if (order := orders.get(f"{names[linears[0]]}.weight")) is not None:
-            packed.register_buffer("order", order, persistent=False)
-            packed.register_forward_pre_hook(_in_order)
+        matrix = kind(rows, columns, dtype, native, bias)
         for part, linear in enumerate(linears):
-            parts[f"{names[linear]}.weight"] = PackedPart(packed, part)
+            parts[f"{names[linear]}.weight"] = PackedPart(matrix, part)
             if bias:
-                parts[f"{names[linear]}.bias"] = PackedPart(packed, part, bias=True)
-        return packed
+                parts[f"{names[linear]}.bias"] = PackedPart(matrix, part, bias=True)
+        return matrix
 
     config = model.config
     with torch.device(device), torch.no_grad():

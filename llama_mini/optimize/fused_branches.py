@@ -96,6 +96,12 @@ class FusedAttention(FusedBranch, Attention):
     def project(self, x: Tensor) -> Sequence[Tensor]:
         return self.qkv_proj.split(self.qkv_proj(x))
 
+    @property
+    def apart(self) -> int:
+        """Which of q, k and v begin another matrix, for the operator: 1 for k, and 2 more for v."""
+        begins = {sum(len(each.parts) for each in self.qkv_proj.matrices[:i]) for i in (1, 2)}
+        return (1 in begins) + 2 * (2 in begins)
+
 
 class FusedFeedForward(FusedBranch, FeedForward):
     """SwiGLU whose gate and up are one matrix."""

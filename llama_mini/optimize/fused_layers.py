@@ -71,7 +71,7 @@ class LayerOperands:
             attentions.append(block.attention)
             feed_forwards.append(block.feed_forward)
         branches = [branch for pair in zip(attentions, feed_forwards, strict=True) for branch in pair]
-        linears = [linear for branch in branches for linear in branch.linears]
+        linears = [matrix for branch in branches for linear in branch.linears for matrix in linear.matrices]
         self._supported = all(branch.supported for branch in branches) and not any(block.parallel for block in blocks)
         self._norms = FusableNorms(blocks, [norm for branch in branches for norm in branch.norms])
         self.weights = [tensor for linear in linears for tensor in linear.tensors]
@@ -89,10 +89,13 @@ class LayerOperands:
         return self._norms.args(dtype) if self._supported and plain else None
 
 
-def _settings(attention: FusedAttention, feed_forward: FusedFeedForward) -> tuple[int, int, int]:
-    """Window, activation and rotation of a layer. An activation that no operator has makes the layer unsupported."""
+def _settings(attention: FusedAttention, feed_forward: FusedFeedForward) -> tuple[int, int, int, int]:
+    """Window, activation, rotation and `apart` of a layer.
+
+    An activation that no operator has makes the layer unsupported.
+    """
     known = feed_forward.activation in OPERATOR_ACTIVATIONS
-    return attention.window, OPERATOR_ACTIVATIONS.index(feed_forward.activation) if known else 0, 0
+    return attention.window, OPERATOR_ACTIVATIONS.index(feed_forward.activation) if known else 0, 0, attention.apart
 
 
 def _run(
@@ -118,7 +121,7 @@ def layer_args(
     if len(each) != 1 or any(rope is None for rope in ropes):
         numbers = dict(zip(each, range(len(each)), strict=True))
         settings = list(settings)
-        settings[2::3] = [numbers.get(id(rope), -1) for rope in ropes]
+        settings[2::4] = [numbers.get(id(rope), -1) for rope in ropes]
     return (
         [angles for rope in each.values() for angles in rope],
         caches[0].pages,

@@ -36,6 +36,11 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(self.width, dtype=dtype) if bias else None, persistent=False)
 
     @property
+    def matrices(self) -> list["PackedLinear"]:
+        """The matrices as the operators take them, each in one format."""
+        return [self]
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The weights as the operators take them."""
         raise NotImplementedError

@@ -76,17 +76,17 @@ def test_every_type_runs_in_a_format_that_loses_none_of_its_bits(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("family", "kernels"), [("llama", "auto"), ("qwen3", "off")])
-def test_fused_matrices_take_the_widest_format_of_their_parts(tmp_path: Path, family: str, kernels: str) -> None:
+def test_a_file_that_mixes_types_keeps_them(tmp_path: Path, family: str, kernels: str) -> None:
     """As llama.cpp mixes them: v has more bits than q and k. A matrix of floats makes all of its kind floats."""
-    path = written(tmp_path / "model", Q4_K_M | {"1.ffn_up": "F32"}, "Q4_K", family)
+    path = written(tmp_path / "model", Q4_K_M | {"1.ffn_up": "F32", "1.attn_k": "Q5_K"}, "Q4_K", family)
     source = open_checkpoint(path)
     formats, model = weight_formats(source, "auto"), kept(path, kernels)
     found = {name: matrix.name for name, (matrix, _) in matrices(model).items()}
     expected = {name: formats.get(f"{name}.weight", "float") for name in found}
     assert found == expected
     for layer in ("layers.0.", "layers.1."):
-        for name in ("q", "k", "v"):  # of which one has codes of q6_k: those of the others are none of it
-            assert found[f"{layer}attention.{name}_proj"] == "int8"
+        for name, kind in {"q": "q4_k", "k": "q5_k" if layer == "layers.1." else "q4_k", "v": "q6_k"}.items():
+            assert found[f"{layer}attention.{name}_proj"] == kind
         assert found[f"{layer}attention.o_proj"] == "q4_k"
         assert found[f"{layer}feed_forward.down_proj"] == "q6_k"
     assert [found[f"layers.{i}.feed_forward.gate_proj"] for i in range(2)] == ["q4_k", "float"]
@@ -98,7 +98,7 @@ def test_fused_matrices_take_the_widest_format_of_their_parts(tmp_path: Path, fa
         plain.get_parameter(f"{name}.weight").copy_(floats_of(matrix, part))
     assert error(model(tokens), plain(tokens)) < 1e-3
     held = sum(p.nbytes for p in model.parameters())
-    held += sum(module.n_bytes for module in model.modules() if isinstance(module, PackedLinear))
+    held += sum(matrix.n_bytes for matrix in {matrix for matrix, _ in matrices(model).values()})
     assert weight_bytes(source, torch.float32, "auto") == held
 
 

@@ -136,10 +136,10 @@ def test_the_default_checkpoint_and_its_gguf_file(smollm2_dir: Path, smollm2_ggu
 
 
 def test_what_is_quantised_again_is_not_said_to_be_kept(tmp_path: Path) -> None:
-    """v alone has 6 bits, so that q, k and v are joined in int8, which is no format of theirs."""
+    """Up alone has 6 bits, so that gate and up are joined in int8, which is no format of theirs."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     theirs = random_model("qwen3", 0, head_dim=64, **sizes)
-    mixed = describe(write_family(tmp_path / "mixed", theirs, types={"attn_v": "Q6_K", "": "Q4_K"}))
+    mixed = describe(write_family(tmp_path / "mixed", theirs, types={"ffn_up": "Q6_K", "": "Q4_K"}))
     assert "MiB); kept as 4-bit codes (q4_k); others quantised again to 8-bit codes (int8)\n" in mixed
     none_kept = describe(write_family(tmp_path / "none", theirs, types={"": "IQ3_XXS"}))
     assert "MiB); quantised again to 8-bit codes (int8)\n" in none_kept

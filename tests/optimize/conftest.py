@@ -3,7 +3,7 @@
 import copy
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def compiler(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def fast_of(plain: Llama, quantize: str | None = None, kernels: str = "auto") -> Llama:
-    """A fast copy. `mixed`: each matrix in a format of its own, as in files that are quantised so."""
+    """A fast copy. `mixed`: each matrix in a format of its own, some of v too, as in files that are quantised so."""
     fast = copy.deepcopy(plain)
     if quantize != "mixed":
         return optimize(fast, quantize, kernels)
@@ -56,6 +56,7 @@ def fast_of(plain: Llama, quantize: str | None = None, kernels: str = "auto") ->
     kinds = itertools.cycle(("int5", "int8", None, "int4", "int8"))
     kind_of = {matrix: next(kinds) for matrix in dict.fromkeys(fused.values())}
     formats = {name: kind for name, matrix in fused.items() if (kind := kind_of[matrix])}
+    formats |= {name: "int4" for name in formats if name.endswith("0.attention.v_proj.weight")}
     for name, part in fuse(fast, fast.dtype, fast.device, formats, kernels).items():
         part.load(tensors[name])
     return fast
@@ -81,8 +82,14 @@ def plain_of(fast: Llama, plain: Llama) -> Llama:
 
 
 def _widen(matrix: PackedLinear, linears: Sequence[Linear]) -> None:
-    for begin, rows, linear in zip(matrix.offsets, matrix.parts, linears, strict=True):
-        linear.weight.copy_(matrix.lookup(torch.arange(begin, begin + rows)))
+    weights = [each.lookup(torch.arange(at, at + n)) for each in matrix.matrices for at, n in parts_of(each)]
+    for weight, linear in zip(weights, linears, strict=True):
+        linear.weight.copy_(weight)
+
+
+def parts_of(matrix: PackedLinear) -> Iterable[tuple[int, int]]:
+    """Where each part begins, and its rows."""
+    return zip(matrix.offsets, matrix.parts, strict=True)
 
 
 def prompts(model: Llama, cache: KVCache, lengths: Sequence[int], chunks: Sequence[int] = (10**6,)) -> list[Tensor]:

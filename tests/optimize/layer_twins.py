@@ -11,7 +11,7 @@ from llama_mini.engine.pages import from_codes
 from llama_mini.memory import SCALE_BYTES
 from llama_mini.optimize.fusable import NormArgs
 from llama_mini.optimize.packed_linear import PackedLinear
-from tests.optimize.twins import product_of_few, product_of_many, random_gain
+from tests.optimize.twins import apart, product_of_few, product_of_many, random_gain
 
 
 def norm_of(width: int, dtype: torch.dtype, rng: torch.Generator, flags: int) -> NormArgs:
@@ -93,6 +93,10 @@ class Layer(NamedTuple):
     gelu: bool = False
     rotated: bool = True
 
+    @property
+    def settings(self) -> list[int]:
+        return [self.window, int(self.gelu), int(self.rotated) - 1, apart(self.matrices[0])]
+
 
 def through(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layer: Layer, isa: str) -> Tensor:
     """x (B, T, C), cos and sin (B, T, D / 2), positions (B, T), through one layer; fills the cache."""
@@ -155,7 +159,7 @@ class Step(NamedTuple):
 
     def run(self) -> Tensor:
         norms = [norm for layer in self.layers for norm in layer.norms]
-        matrices = [matrix for layer in self.layers for matrix in layer.matrices]
+        matrices = [matrix for layer in self.layers for linear in layer.matrices for matrix in linear.matrices]
         pages = torch.arange(len(self.x))[:, None] if self.pages is None else self.pages
         return torch.ops.llama_mini.layers(
             self.x,
@@ -167,7 +171,7 @@ class Step(NamedTuple):
             *([getattr(norm, name) for norm in norms] for name in ("gain", "eps", "flags")),
             [tensor for matrix in matrices for tensor in matrix.tensors],
             [matrix.bias_or_empty for matrix in matrices],
-            [n for layer in self.layers for n in (layer.window, int(layer.gelu), int(layer.rotated) - 1)],
+            [n for layer in self.layers for n in layer.settings],
             [scale for layer in self.layers for scale in layer.scales],
             self.heads,
             self.hidden,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tests.optimize.twins import generator, random, random_codes, random_gain, random_matrix
+from tests.optimize.twins import apart, generator, random, random_codes, random_gain, random_matrix
 
 Arguments = dict[str, Any]
 op = torch.ops.llama_mini
@@ -58,7 +58,8 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
     caches = [random((1 if prompt else BATCH, KV_HEADS, 11, HEAD_DIM), dtype, rng) for _ in range(2 * LAYERS)]
     heads = [random_gain(HEAD_DIM, dtype, rng) for _ in range(2)]
     shapes = [(rows, DIM), ([DIM], HEADS * HEAD_DIM), ([HIDDEN, HIDDEN], DIM), ([DIM], HIDDEN)]
-    matrices = [random_matrix(format_, *shape, dtype, rng) for shape in shapes * LAYERS]
+    linears = [random_matrix(format_, *shape, dtype, rng) for shape in shapes * LAYERS]
+    matrices = [matrix for linear in linears for matrix in linear.matrices]
     gains = [random_gain(DIM, dtype, rng) for _ in range(5)]
     return {
         "x": random((1, BATCH, DIM) if prompt else (BATCH, 1, DIM), dtype, rng),
@@ -71,8 +72,8 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
         "eps": [1e-5, 1e-6, 1e-5, 1e-5, 1e-6, 1e-5, 1e-5, 1e-6] * LAYERS,
         "flags": [0, 1, 2, 0, 3, 1, 0, 1] * LAYERS,
         "matrices": [tensor for matrix in matrices for tensor in matrix.tensors],
-        "biases": [torch.empty(0, dtype=dtype)] * 4 * LAYERS,
-        "settings": [0, 0, 0, 4, 1, -1],
+        "biases": [torch.empty(0, dtype=dtype)] * len(matrices),
+        "settings": [0, 0, 0, apart(linears[0]), 4, 1, -1, apart(linears[4])],
         "scales": [1.0, 1.0, 0.2, 0.0, 1.0, 1.0, 0.5, 1.5, 0.3, 2.0, 1.0, 2.0],
         "heads": HEADS,
         "hidden": HIDDEN,

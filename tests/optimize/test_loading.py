@@ -60,7 +60,8 @@ def parts(model: Llama) -> dict[str, tuple[PackedLinear, int]]:
             "feed_forward.down_proj": feed_forward.down_proj,
         }
         for names, matrix in matrices.items():
-            found |= {f"layers.{i}.{name}": (matrix, part) for part, name in enumerate(names.split())}
+            held = [(each, part) for each in matrix.matrices for part in range(len(each.parts))]
+            found |= {f"layers.{i}.{name}": where for name, where in zip(names.split(), held, strict=True)}
     return found
 
 

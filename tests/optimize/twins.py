@@ -6,6 +6,7 @@ than one token of a row; `isa` is the ISA variant that the native operators use.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from llama_mini.checkpoint import code_formats
 from llama_mini.checkpoint.source import QuantizedWeights
 from llama_mini.optimize.build import load_kernels
+from llama_mini.optimize.mixed_linear import MixedLinear
 from llama_mini.optimize.packed_linear import FloatLinear, PackedLinear
 from llama_mini.optimize.quantized_linear import QuantizedLinear
 
@@ -71,7 +73,12 @@ def linear_of(format_: str) -> Callable[..., PackedLinear]:
 def random_matrix(
     format_: str, parts: Sequence[int], columns: int, dtype: torch.dtype, rng: torch.Generator, bias: bool = False
 ) -> PackedLinear:
-    """A matrix in a format; `mixed`: in one at random. Codes have whole groups of 32 columns, so some stand unused."""
+    """A matrix in a format; `mixed`: in one at random, or of q, k and v in several. Some codes are unused."""
+    if format_ == "mixed" and len(parts) == 3 and torch.rand((), generator=rng) < 0.5:
+        cuts = [[0, 1, 3], [0, 2, 3], [0, 1, 2, 3]][int(torch.randint(3, (), generator=rng))]
+        kinds = [CODED[int(torch.randint(len(CODED), (), generator=rng))] for _ in cuts[1:]]
+        runs = zip(kinds, pairwise(cuts), strict=True)
+        return MixedLinear([random_matrix(kind, parts[a:b], columns, dtype, rng, bias) for kind, (a, b) in runs])
     format_ = FORMATS[int(torch.randint(len(FORMATS), (), generator=rng))] if format_ == "mixed" else format_
     matrix = linear_of(format_)(list(parts), columns, dtype, True, bias)
     for i, rows in enumerate(parts):
@@ -82,6 +89,12 @@ def random_matrix(
         if bias:
             matrix.bias_destination(i).copy_(random((rows,), dtype, rng))
     return matrix
+
+
+def apart(matrix: PackedLinear) -> int:
+    """Which of q, k and v begin another matrix, as the operators want it: 1 for k, and 2 more for v."""
+    begins = [*accumulate(len(each.parts) for each in matrix.matrices)]
+    return (1 in begins) + 2 * (2 in begins)
 
 
 def random_codes(format_: str, rows: int, columns: int, rng: torch.Generator) -> QuantizedWeights:
@@ -137,6 +150,8 @@ def product(x: Tensor, matrix: PackedLinear) -> Tensor:
 
 
 def product_of_many(x: Tensor, matrix: PackedLinear, isa: str) -> Tensor:
+    if isinstance(matrix, MixedLinear):
+        return torch.cat([product_of_many(x, each, isa) for each in matrix.matrices], -1)
     tokens, weight = multiplied(x, matrix, isa)
     return _with_bias(tokens @ weight.T, matrix)
 
@@ -157,6 +172,8 @@ def multiplied(x: Tensor, matrix: PackedLinear, isa: str) -> tuple[Tensor, Tenso
 
 def product_of_few(x: Tensor, matrix: PackedLinear, isa: str, dtype: torch.dtype) -> Tensor:
     """As gemv multiplies, in a model of `dtype`."""
+    if isinstance(matrix, MixedLinear):
+        return torch.cat([product_of_few(x, each, isa, dtype) for each in matrix.matrices], -1)
     return product(x if matrix.name == "float" else quantized(x, matrix, isa, dtype), matrix)
 
 

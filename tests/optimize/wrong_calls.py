@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.optimize.packed_linear import PackedLinear
-from tests.optimize.operator_calls import DIM, HIDDEN, KV_HEADS, VOCAB, Arguments
+from tests.optimize.operator_calls import DIM, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, Arguments
 from tests.optimize.twins import generator, random_codes, random_matrix
 
 
@@ -44,8 +44,8 @@ def as_long(t: Tensor) -> Tensor:
     return t.long()
 
 
-def quantized(format_: str = "int8") -> PackedLinear:
-    return random_matrix(format_, [HIDDEN], DIM, torch.float32, generator(0))
+def quantized(format_: str = "int8", rows: int = HIDDEN) -> PackedLinear:
+    return random_matrix(format_, [rows], DIM, torch.float32, generator(0))
 
 
 def matrix_to_fill(format_: str) -> list[Tensor]:
@@ -87,8 +87,21 @@ WRONG = {
     "step: sin of float64": wrong("layers", ropes=last(Tensor.double)),
     "step: more pairs than a head has": wrong("layers", ropes=lambda v: [longer(t) for t in v]),
     "step: cosines alone": wrong("layers", ropes=lambda v: v[:1]),
-    "step: another rotation than there are": wrong("layers", settings=last(lambda _: 1)),
-    "step: a rotation below none": wrong("layers", settings=last(lambda _: -2)),
+    "step: another rotation than there are": wrong("layers", settings=lambda v: [*v[:-2], 1, 0]),
+    "step: a rotation below none": wrong("layers", settings=lambda v: [*v[:-2], -2, 0]),
+    "step: a matrix apart that there is not": wrong("layers", settings=last(lambda _: 2)),
+    "step: more apart than q, k and v": wrong("layers", settings=last(lambda _: 4)),
+    "step: fewer than none apart": wrong("layers", settings=last(lambda _: -1)),
+    "step: codes of v beside floats": wrong(
+        "layers",
+        matrices=lambda v: [
+            v[0][: (HEADS + KV_HEADS) * HEAD_DIM],
+            *quantized(rows=KV_HEADS * HEAD_DIM).tensors,
+            *v[1:],
+        ],
+        biases=lambda v: [v[0], *v],
+        settings=lambda v: [*v[:3], 2, *v[4:]],
+    ),
     "step: an activation that there is not": wrong("layers", settings=lambda v: [v[0], 2, *v[2:]]),
     "step: position past the end": wrong("layers", positions=torch.tensor([[3], [0], [11]])),
     "step: position before the start": wrong("layers", positions=torch.tensor([[-1], [0], [10]])),

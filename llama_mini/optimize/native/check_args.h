@@ -119,7 +119,8 @@ inline Attention attention(const Tensor& x, int64_t batch, int64_t length, bool 
                   heads % a.kv_heads == 0,
               "needs a token, an even head_dim, and heads that are a multiple of the KV heads; not ", heads,
               " heads for a cache of ", k_cache.sizes());
-  a.k_at = next_part(heads * a.head_dim, quantized), a.v_at = a.k_at + next_part(a.kv_heads * a.head_dim, quantized);
+  const int64_t kv_rows = next_part(a.kv_heads * a.head_dim, quantized);
+  a.k_at = next_part(heads * a.head_dim, quantized), a.v_at = a.k_at + kv_rows, a.width = a.v_at + kv_rows;
   a.scale = (float)scale, a.softcap = (float)softcap;
   TORCH_CHECK(positions.is_contiguous() && positions.scalar_type() == at::kLong && positions.numel() == batch * length,
               "positions of ", batch, " x ", length, " tokens, not ", positions.sizes());

@@ -64,6 +64,7 @@ struct Matrix {
   int shift;                     // log2 of how many times 32 columns share a scale
   uint8_t table[16];             // of a kind with a table: what each code means, plus 128
   const void* bias;              // of the model's dtype; nullptr if there is none
+  const Matrix* rest;            // of q, k and v: the rows that follow, in another format; nullptr if there are none
 };
 
 // Moves the scales, minimums and their factors on by some rows, a multiple of 16.
@@ -95,7 +96,7 @@ static constexpr int64_t PAGE_MULTIPLE = 256;  // positions that attention reads
 struct Attention {
   int64_t batch, length;  // decoding: the tokens, of any rows, and 1; prefill: 1, and the tokens of one row
   int64_t heads, kv_heads, head_dim;
-  int64_t k_at, v_at;  // where k and v begin in a row of q, k and v
+  int64_t k_at, v_at, width;  // where k and v begin in a row of q, k and v, and its length
   Norm q, k;
   bool whole_q, whole_k;   // whether their norms are over all heads at once
   const float *cos, *sin;  // (batch, length, pairs); nullptr if q and k are not rotated here

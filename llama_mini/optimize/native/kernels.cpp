@@ -67,23 +67,26 @@ void prefetch_next(Pool pool, const Matrix& m, int parts = 1) {
 template <typename T>
 void decode_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
                       const Sum& sum, const Matrix& next, void* out, Pool pool) {
-  Array<float> projected(a.batch * qkv.rows), y(a.batch * o.columns);
-  Input in;
-  pack_rows<T>(in, qkv, x, norm, a.batch, pool);
-  prefetch_next<T>(pool, o);
-  gemv_packed<T>(qkv, in, projected, qkv.rows, pool);
+  Array<float> projected(a.batch * a.width), y(a.batch * o.columns);
+  int64_t at = 0;
+  for (const Matrix* part = &qkv; part != nullptr; at += n_blocks(*part) * BLOCK_ROWS, part = part->rest) {
+    Input in;
+    pack_rows<T>(in, *part, x, norm, a.batch, pool);
+    prefetch_next<T>(pool, part->rest != nullptr ? *part->rest : o);
+    gemv_packed<T>(*part, in, projected + at, a.width, pool);
+  }
   auto each = [&](int64_t rows, const auto& f) { each_row(&pool, rows, f); };
-  attend_decode<T>(norm_whole<T>(a, projected.data, qkv.rows, a.batch, each), projected, qkv.rows, y, pool);
+  attend_decode<T>(norm_whole<T>(a, projected.data, a.width, a.batch, each), projected, a.width, y, pool);
   prefetch_next<T>(pool, next, 2);
   gemv_add<T>(o, y, a.batch, (const T*)x, sum, (T*)out, pool);
 }
 
 template <typename T>
 void attend(const void* qkv, const Attention& a, void* out, Pool pool) {
-  const int64_t q_dim = a.heads * a.head_dim, width = q_dim + 2 * a.kv_heads * a.head_dim;
-  Array<float> rows(a.batch * width), y(a.batch * q_dim);
-  copy_row((const T*)qkv, a.batch * width, (float*)rows);
-  attend_decode<T>(a, rows, width, y, pool);
+  const int64_t q_dim = a.heads * a.head_dim;
+  Array<float> rows(a.batch * a.width), y(a.batch * q_dim);
+  copy_row((const T*)qkv, a.batch * a.width, (float*)rows);
+  attend_decode<T>(a, rows, a.width, y, pool);
   copy_row((const float*)y, a.batch * q_dim, (T*)out);
 }
 
@@ -179,7 +182,7 @@ void dequantize_rows(const Matrix& m, const int64_t* at, int64_t n, void* out, P
 
 template <typename T>
 void gemm(const void* x, const Norm& norm, const Matrix& m, int64_t count, void* out, Pool pool) {
-  gemm_tokens<T>(tokens_of((const T*)x, norm, m.columns, pool), m, count, nullptr, (T*)out, pool);
+  gemm_tokens<T>(tokens_of((const T*)x, norm, m.columns, pool), m, count, nullptr, (T*)out, m.rows, pool);
 }
 
 template <typename T>

@@ -35,9 +35,20 @@ void with_pool(const F& f, int64_t most = INT64_MAX) {
 
 // The lists of a call hold so many entries for each layer.
 constexpr size_t NORMS = 8;     // attention: before, q, k, out, post; feed-forward: before, out, post; empty: no norm
-constexpr size_t MATRICES = 4;  // qkv, o, gate_up, down, each in a format of its own; and their biases, empty if none
-constexpr size_t SETTINGS = 3;  // window; 0 for SiLU, 1 for GELU (tanh); which of the rotations, -1 for none
+constexpr size_t SETTINGS = 4;  // window; 0 for SiLU, 1 for GELU (tanh); which of the rotations, -1 for none; `apart`
 constexpr size_t SCALES = 6;    // attention: of x, of y, of q·k, its cap (0: none); feed-forward: of x, of y
+
+// The numbers of the layers' first matrices, and how many there are in all. A layer has qkv, o, gate_up and down, each
+// in a format of its own; `apart` is 1 if k begins a matrix after that of q, 2 if v begins one after that of k, or 3.
+inline std::vector<size_t> first_matrices(at::IntArrayRef settings, size_t layers) {
+  std::vector<size_t> first{0};
+  for (size_t i = 0; i < layers; i++) {
+    const int64_t apart = SETTINGS * i + 3 < settings.size() ? settings[SETTINGS * i + 3] : 0;
+    TORCH_CHECK(apart >= 0 && apart < 4, "matrices apart: ", apart);
+    first.push_back(first.back() + 4 + (apart & 1) + (apart >> 1));
+  }
+  return first;
+}
 
 // Takes new tokens through consecutive layers. x (N, 1, dim) are tokens of any rows, which decode; x (1, T, dim) are
 // consecutive ones of one row, which prefill if T > 1. The two round differently; in neither do the bits of a token
@@ -52,11 +63,12 @@ Tensor through_layers(const Tensor& x, TensorList ropes, const Tensor& pages, co
                       const Matrix* then, const Last& last) {
   const size_t n = k_caches.size();
   const std::vector<TensorList> matrices = split_matrices(tensors);
+  const std::vector<size_t> first_of = first_matrices(settings, n);
   TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
   TORCH_CHECK(n > 0 && hidden > 0 && v_caches.size() == n && gains.size() == NORMS * n && eps.size() == NORMS * n &&
-                  flags.size() == NORMS * n && matrices.size() == MATRICES * n &&
-                  (biases.empty() || biases.size() == MATRICES * n) && settings.size() == SETTINGS * n &&
-                  scales.size() == SCALES * n && ropes.size() % 2 == 0,
+                  flags.size() == NORMS * n && settings.size() == SETTINGS * n && matrices.size() == first_of[n] &&
+                  (biases.empty() || biases.size() == matrices.size()) && scales.size() == SCALES * n &&
+                  ropes.size() % 2 == 0,
               "the lists of ", n, " layers differ in length");
   TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1),
               "x must hold one token of each row, or the tokens of one row, not ", x.sizes());
@@ -76,7 +88,7 @@ Tensor through_layers(const Tensor& x, TensorList ropes, const Tensor& pages, co
     TORCH_CHECK(k.sizes() == k_caches[0].sizes(), "the caches differ in size: ", k.sizes());
     TORCH_CHECK(s[1] == 0 || s[1] == 1, "activation ", s[1]);
     TORCH_CHECK(s[2] >= -1 && 2 * s[2] < (int64_t)ropes.size(), "rotation ", s[2], " of ", ropes.size() / 2);
-    Attention a = attention(x, x.size(0), x.size(1), quantized(MATRICES * i), Norm{}, Norm{}, k, v_caches[i], pages,
+    Attention a = attention(x, x.size(0), x.size(1), quantized(first_of[i]), Norm{}, Norm{}, k, v_caches[i], pages,
                             positions, heads, s[0], scales[SCALES * i + 2], scales[SCALES * i + 3]);
     a.whole_q = q_gain.numel() > a.head_dim, a.whole_k = k_gain.numel() > a.head_dim;
     a.q = norm(NORMS * i + 1, a.whole_q ? heads * a.head_dim : a.head_dim);
@@ -88,35 +100,46 @@ Tensor through_layers(const Tensor& x, TensorList ropes, const Tensor& pages, co
   std::vector<Norm> norms;
   std::vector<Sum> sums;
   std::vector<Matrix> operands;
-  std::vector<int64_t> up_at;  // where up begins in a row of gate and up
+  std::vector<int64_t> up_at;         // where up begins in a row of gate and up
+  operands.reserve(matrices.size());  // they point to one another
   for (size_t i = 0; i < n; i++) {
     const Attention& a = attentions[i];
-    const size_t at = NORMS * i, m = MATRICES * i;
+    const size_t at = NORMS * i, m = first_of[i + 1] - 3;
     const at::ArrayRef<double> scale = scales.slice(SCALES * i, SCALES);
-    up_at.push_back(next_part(hidden, quantized(m + 2)));
-    const int64_t qkv_rows = a.v_at + next_part(a.kv_heads * a.head_dim, quantized(m));
+    up_at.push_back(next_part(hidden, quantized(m + 1)));
+    int64_t begin = 0;
+    for (size_t part = first_of[i]; part < m; part++) {
+      TORCH_CHECK(quantized(part) == quantized(first_of[i]), "q, k and v are floats, or all of them codes");
+      const int64_t apart = settings[SETTINGS * i + 3];
+      const int64_t end = (apart & 1) && begin == 0 ? a.k_at : (apart & 2) && begin < a.v_at ? a.v_at : a.width;
+      const int64_t rows = a.head_dim * (begin == 0 ? heads : a.kv_heads);
+      const bool alone = apart != 0 && end - begin == next_part(rows, true);  // and then it is not padded
+      operands.push_back(operand(part, alone ? rows : end - begin, dim));
+      if (begin > 0) operands[part - 1].rest = &operands[part];
+      begin = end;
+    }
     norms.insert(norms.end(), {norm(at, dim), norm(at + 5, dim)});
     sums.insert(sums.end(), {{norm(at + 3, dim), norm(at + 4, dim), (float)scale[0], (float)scale[1]},
                              {norm(at + 6, dim), norm(at + 7, dim), (float)scale[4], (float)scale[5]}});
-    operands.insert(operands.end(), {operand(m, qkv_rows, dim), operand(m + 1, dim, heads * a.head_dim),
-                                     operand(m + 2, 2 * up_at[i], dim), operand(m + 3, dim, hidden)});
+    operands.insert(operands.end(), {operand(m, dim, heads * a.head_dim), operand(m + 1, 2 * up_at[i], dim),
+                                     operand(m + 2, dim, hidden)});
   }
   Tensor out = at::empty(x.sizes(), x.options()), between = at::empty(x.sizes(), x.options());
   with_pool([&](Pool pool) {
     first(pool);
     const void* now = x.const_data_ptr();
     for (size_t i = 0; i < n; i++) {
-      const Matrix *m = &operands[MATRICES * i], *next = i + 1 < n ? m + MATRICES : then;
+      const Matrix *qkv = &operands[first_of[i]], *m = &operands[first_of[i + 1] - 3], *next = i + 1 < n ? m + 3 : then;
       const Norm* norm = &norms[2 * i];
       const Sum* sum = &sums[2 * i];
       const auto act = (Activation)settings[SETTINGS * i + 1];
       void *mid = between.data_ptr(), *to = out.data_ptr();
       if (many) {
-        kernels.prefill_attention(now, norm[0], m[0], attentions[i], m[1], sum[0], mid, pool);
-        kernels.prefill_feed_forward(mid, norm[1], m[2], up_at[i], act, m[3], sum[1], tokens, to, pool);
+        kernels.prefill_attention(now, norm[0], *qkv, attentions[i], m[0], sum[0], mid, pool);
+        kernels.prefill_feed_forward(mid, norm[1], m[1], up_at[i], act, m[2], sum[1], tokens, to, pool);
       } else {
-        kernels.decode_attention(now, norm[0], m[0], attentions[i], m[1], sum[0], m[2], mid, pool);
-        kernels.decode_feed_forward(mid, norm[1], m[2], up_at[i], act, m[3], sum[1], next, tokens, to, pool);
+        kernels.decode_attention(now, norm[0], *qkv, attentions[i], m[0], sum[0], m[1], mid, pool);
+        kernels.decode_feed_forward(mid, norm[1], m[1], up_at[i], act, m[2], sum[1], next, tokens, to, pool);
       }
       now = to;
     }

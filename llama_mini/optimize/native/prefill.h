@@ -41,9 +41,9 @@ void with_tokens(const Matrix& m, const F& f) {
   }
 }
 
-// out (count, m.rows) = tokens times the matrix, plus x unless it is nullptr.
+// out (count, stride) = tokens times the matrix, plus x unless it is nullptr.
 template <typename In, typename T>
-void multiply_tokens(const Matrix& m, const In& in, const T* x, T* out, Pool pool) {
+void multiply_tokens(const Matrix& m, const In& in, const T* x, T* out, int64_t stride, Pool pool) {
   constexpr int STRIPS = In::STRIPS;
   auto strip = [&](int64_t panel, int i) { return Strip{&m, (STRIPS * panel + i) * LANES}; };
   auto done = [&](int64_t panel, int64_t token, int64_t n, const float* y) {
@@ -53,7 +53,7 @@ void multiply_tokens(const Matrix& m, const In& in, const T* x, T* out, Pool poo
       if (rows <= 0) continue;
       const f32 bias = m.bias != nullptr ? load_first((const T*)m.bias + row, rows) : f32{};
       for (int64_t b = 0; b < n; b++) {
-        const int64_t at = (token + b) * m.rows + row;
+        const int64_t at = (token + b) * stride + row;
         f32 v = load(y + (STRIPS * b + i) * LANES) + bias;
         if (x != nullptr) v += load_first(x + at, rows);
         store_first(out + at, v, rows);
@@ -63,13 +63,13 @@ void multiply_tokens(const Matrix& m, const In& in, const T* x, T* out, Pool poo
   times_tokens((m.rows + STRIPS * LANES - 1) / (STRIPS * LANES), strip, in, pool, done);
 }
 
-// out (count, m.rows) = tokens times the matrix, plus `add` unless it is nullptr; `tokens(in, first, n)` packs them.
+// out (count, stride) = tokens times the matrix, plus `add` unless it is nullptr; `tokens(in, first, n)` packs them.
 template <typename T, typename F>
-void gemm_tokens(const F& tokens, const Matrix& m, int64_t count, const T* add, T* out, Pool pool) {
+void gemm_tokens(const F& tokens, const Matrix& m, int64_t count, const T* add, T* out, int64_t stride, Pool pool) {
   with_tokens<T>(m, [&](auto& in) {
     for (int64_t from = 0; from < count; from += TOKENS_AT_ONCE) {
       tokens(in, from, min(count - from, TOKENS_AT_ONCE));
-      multiply_tokens(m, in, add == nullptr ? nullptr : add + from * m.rows, out + from * m.rows, pool);
+      multiply_tokens(m, in, add == nullptr ? nullptr : add + from * stride, out + from * stride, stride, pool);
     }
   });
 }
@@ -88,10 +88,10 @@ auto tokens_of(const PaddedRows<T>& lines, int64_t columns, Pool pool) {
 // The same plus x (count, m.rows), as `sum` says.
 template <typename T, typename F>
 void gemm_add(const F& tokens, const Matrix& m, int64_t count, const T* x, const Sum& sum, T* out, Pool pool) {
-  if (is_plain(sum)) return gemm_tokens<T>(tokens, m, count, x, out, pool);
+  if (is_plain(sum)) return gemm_tokens<T>(tokens, m, count, x, out, m.rows, pool);
   const int64_t n = m.rows;
   Array<T> y(count * n);
-  gemm_tokens<T>(tokens, m, count, nullptr, y, pool);
+  gemm_tokens<T>(tokens, m, count, nullptr, (T*)y, n, pool);
   parallel(pool, count, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; t++) add_row(x + t * n, (const T*)y + t * n, sum, n, out + t * n);
   });
@@ -100,12 +100,14 @@ void gemm_add(const F& tokens, const Matrix& m, int64_t count, const T* x, const
 template <typename T>
 void prefill_attention(const void* x, const Norm& norm, const Matrix& qkv, const Attention& a, const Matrix& o,
                        const Sum& sum, void* out, Pool pool) {
-  Array<T> projected(a.length * qkv.rows);
+  Array<T> projected(a.length * a.width);
   PaddedRows<T> y(a.length, o.columns);
-  gemm_tokens<T>(tokens_of((const T*)x, norm, qkv.columns, pool), qkv, a.length, nullptr, projected, pool);
+  T* at = projected;
+  for (const Matrix* part = &qkv; part != nullptr; at += round_up(part->rows, BLOCK_ROWS), part = part->rest)
+    gemm_tokens<T>(tokens_of((const T*)x, norm, qkv.columns, pool), *part, a.length, nullptr, at, a.width, pool);
   auto each = [&](int64_t rows, const auto& f) { parallel(pool, rows, f); };
-  const Attention heads = norm_whole<T>(a, projected.data, qkv.rows, a.length, each);
-  attend_prefill<T>(projected, qkv.rows, heads, y.at, y.pitch, pool);
+  const Attention heads = norm_whole<T>(a, projected.data, a.width, a.length, each);
+  attend_prefill<T>(projected, a.width, heads, y.at, y.pitch, pool);
   gemm_add<T>(tokens_of(y, o.columns, pool), o, a.length, (const T*)x, sum, (T*)out, pool);
 }
 

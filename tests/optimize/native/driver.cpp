@@ -158,6 +158,7 @@ struct Heads {
     const int64_t block = quantized(c.kind) ? 16 : 1;
     a.k_at = (a.heads * c.dim + block - 1) / block * block;
     a.v_at = a.k_at + (a.kv_heads * c.dim + block - 1) / block * block;
+    a.width = 2 * a.v_at - a.k_at;
     a.pairs = pairs, a.whole_q = c.norms && q_norms > 1, a.whole_k = c.norms && k_norms > 1;
     if (c.norms) a.q = {q_gain.data(), 1e-5f, true, 1}, a.k = {k_gain.data(), 1e-5f, false, 0};
     for (size_t i = 0; i < k_codes.size(); i++)
@@ -179,10 +180,13 @@ void run(const Kernels& kernels, const Case& c) {
   const int64_t block = quantized(c.kind) ? 16 : 1, q_dim = c.kv_heads * c.group * c.dim;
   const int64_t up_at = (c.hidden + block - 1) / block * block;
   Heads heads(c, c.batch, 1);
-  const int64_t qkv_rows = heads.a.v_at + (c.kv_heads * c.dim + block - 1) / block * block;
   const int shift = below(2) ? below(4) : 0;
-  Weights qkv(c.kind, qkv_rows, c.width, c.wide, shift), o(c.kind, c.width, q_dim, c.wide, shift);
+  const bool apart = quantized(c.kind) && below(2);  // whether v is a matrix of another kind
+  Weights qkv(c.kind, apart ? heads.a.v_at : heads.a.width, c.width, c.wide, shift),
+      o(c.kind, c.width, q_dim, c.wide, shift);
   Weights gate_up(c.kind, 2 * up_at, c.width, c.wide, shift), down(c.kind, c.width, c.hidden, c.wide);
+  const Weights v(apart ? Kind::INT6G16 : c.kind, heads.a.width - heads.a.v_at, c.width, c.wide, 0);
+  if (apart) qkv.m.rest = &v.m;
   Numbers gain(c.wide, c.width), x(c.wide, c.batch * c.width), y(c.wide, c.batch * c.width),
       z(c.wide, c.batch * c.width);
   spoil(x, c.fill);
@@ -195,7 +199,7 @@ void run(const Kernels& kernels, const Case& c) {
   const int64_t length = 1 + below(c.longest);
   Heads prompt(c, 1, length);
   Numbers stream(c.wide, length * c.width), between(c.wide, length * c.width), after(c.wide, length * c.width);
-  Numbers tokens(c.wide, length * qkv_rows);
+  Numbers tokens(c.wide, length * qkv.m.rows);
   Vector<int64_t> rows(below(20));
   for (auto& row : rows) row = below(c.width);
   Numbers floats(c.wide, rows.size() * q_dim);
@@ -217,6 +221,7 @@ void run(const Kernels& kernels, const Case& c) {
     Attention bare = heads.a;
     bare.q = bare.k = Norm{}, bare.cos = bare.sin = nullptr, bare.whole_q = bare.whole_k = false;
     bare.k_at = q_dim, bare.v_at = q_dim + c.kv_heads * c.dim;  // its parts are not padded
+    bare.width = 2 * bare.v_at - bare.k_at;
     kernels.attend(bare_qkv.data(), bare, attended.data(), pool);
     kernels.decode_feed_forward(y.data(), norm, gate_up.m, up_at, act, down.m, sum, &qkv.m, c.batch, z.data(), pool);
     kernels.gemv(x.data(), norm, gate_up.m, 1, gate_and_up.data(), pool);

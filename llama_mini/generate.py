@@ -112,13 +112,15 @@ def _load(args: argparse.Namespace) -> "tuple[LLM, SamplingParams, Source]":
         from llama_mini.engine.llm import LLM
         from llama_mini.machine import as_device, as_dtype
         from llama_mini.memory import cache_dtype, check_fits
+        from llama_mini.optimize.build import expects_kernels
 
         merged = adapters(args)
         source = open_checkpoint(resolve(checkpoint_of(args.model, merged)), adapter=merged)
         config, device = source.config, as_device(args.device)
         # LLM checks that one position of cache fits. The command knows how many it needs.
         positions = min(args.max_tokens or DEFAULT_MAX_TOKENS, config.max_seq_len)
-        quantize, dtype = quantize_for(source, args.quantize, args.dtype, device), as_dtype(args.dtype, device)
+        quantize = quantize_for(source, args.quantize, args.dtype, device)
+        dtype = as_dtype(args.dtype, device, expects_kernels(args.kernels))
         weights, of_cache = partial(weight_bytes, source), cache_dtype(args.kv_dtype)
         check_fits(config, weights, dtype, positions, device, quantize=quantize, kv_dtype=of_cache)
         engine = {"draft": args.draft, "speculation": args.speculation, "kv_dtype": args.kv_dtype}

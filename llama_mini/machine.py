@@ -27,11 +27,17 @@ _OTHER_NAMES = {  # of llama.cpp, safetensors, NumPy and PyTorch
 }
 
 
-def as_dtype(dtype: torch.dtype | str, device: torch.device | str = "cpu") -> torch.dtype:
-    """`auto` is bfloat16 where the processor or GPU computes in it, else float32. Raises RequestError if unknown."""
+def as_dtype(dtype: torch.dtype | str, device: torch.device | str = "cpu", kernels: bool = False) -> torch.dtype:
+    """`auto` is bfloat16 where it is fast, else float32. Raises RequestError if unknown.
+
+    It is fast where the processor or GPU computes in it, and on any processor with `kernels`, the operators of
+    optimize/: they read half of the bytes, and compute in float32 where they must.
+    """
     name = dtype_name(dtype).lower()
     if name == "auto":
-        return torch.bfloat16 if _has_bfloat16(torch.device(device)) else torch.float32
+        device = torch.device(device)
+        fast = (kernels and device.type == "cpu") or _has_bfloat16(device)
+        return torch.bfloat16 if fast else torch.float32
     name = _OTHER_NAMES.get(name, name)
     if name not in DTYPES:
         raise RequestError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")

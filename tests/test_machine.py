@@ -197,6 +197,8 @@ def test_a_dtype_by_any_name_and_a_device_in_any_case(tiny_dir: Path, dtype: tor
     }
     assert {as_dtype(name) for name in names[dtype]} == {dtype}
     assert as_dtype("AUTO") == as_dtype("auto")
+    assert as_dtype("auto", CPU, kernels=True) == torch.bfloat16
+    assert as_dtype("auto", "meta", kernels=True) == torch.float32
     assert Llama.from_pretrained(tiny_dir, names[dtype][1], "CPU").dtype == dtype
     assert as_device("CPU") == CPU
     for name in ("gpu", "cuda:x", ""):

@@ -20,6 +20,7 @@ from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
 from llama_mini.model.rope_scaling import RopeScaling
+from llama_mini.optimize.build import expects_kernels
 from llama_mini.tokenizer.tokenizer import Tokenizer, open_tokenizer
 
 _NUMBERS = {  # settings of LlamaConfig, as `beyond_llama` names them
@@ -45,7 +46,7 @@ def describe(
     missing = _missing_tokenizer(source)
     tokenizer = None if missing else open_tokenizer(source)
     config, quantize = source.config, quantize_for(source, "auto", dtype, torch_device)
-    torch_dtype = as_dtype(dtype, torch_device)
+    torch_dtype = as_dtype(dtype, torch_device, expects_kernels())
     n_parameters = sum(p.numel() for p in model.parameters())
     formats = weight_formats(source, quantize)
     rows = {

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as cached
 from functools import partial
@@ -50,6 +50,16 @@ def load_kernels(kernels: str = "auto") -> bool:
     """
     check_choice("kernels", kernels, KERNELS, RequestError)
     return kernels == "auto" and _loaded()
+
+
+def expects_kernels(kernels: str = "auto") -> bool:
+    """Whether `load_kernels` will very likely succeed: there is a compiler, or a library. Nothing is built."""
+    check_choice("kernels", kernels, KERNELS, RequestError)
+    try:
+        with as_file(files("llama_mini.optimize")) as package:
+            return kernels == "auto" and (_found(package, _folders()) is not None or bool(_compiler()))
+    except OSError:
+        return False
 
 
 @cached  # a failed build would only fail again, after the same seconds
@@ -96,15 +106,12 @@ def _register_fakes() -> None:
 
 def built(cache: Path | None = None, again: bool = False) -> Path:
     """The library's path; compiles it first if necessary, or in any case `again`. Raises OSError, SubprocessError."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise OSError(f"they need x86-64; this processor is {platform.machine()}")
-    folders = [user_cache() / "operators", temporary_folder() / "operators"] if cache is None else [cache]
+    folders = _folders() if cache is None else [cache]
     with as_file(files("llama_mini.optimize")) as package:
+        if not again and (found := _found(package, folders)) is not None:
+            return found
         source = package / "native"
-        name = f"operators-{_key(source)}.so"
-        for folder in [package / PREBUILT, *folders]:
-            if not again and _is_whole(folder / name):
-                return folder / name
+        name = _name(source)
         compiler = _compiler()
         problems = []
         for folder in folders:
@@ -122,6 +129,23 @@ def built(cache: Path | None = None, again: bool = False) -> Path:
                     _compile(source, compiler, library)
             return library
     raise problems[0]
+
+
+def _folders() -> list[Path]:
+    """Where a library may be built. Raises OSError on a processor that has no operators."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise OSError(f"they need x86-64; this processor is {platform.machine()}")
+    return [user_cache() / "operators", temporary_folder() / "operators"]
+
+
+def _found(package: Path, folders: Sequence[Path]) -> Path | None:
+    """The library, if it is built."""
+    libraries = [folder / _name(package / "native") for folder in (package / PREBUILT, *folders)]
+    return next((library for library in libraries if _is_whole(library)), None)
+
+
+def _name(source: Path) -> str:
+    return f"operators-{_key(source)}.so"
 
 
 def _compiler() -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from llama_mini.engine.request import Completion
 from llama_mini.generate import main
 from llama_mini.machine import as_dtype, dtype_name
+from llama_mini.optimize.build import load_kernels
 from tests.cli.test_batch import command
 
 
@@ -98,7 +99,7 @@ def test_results_with_other_settings_are_left_alone(tiny_dir, tmp_path: Path, ca
 
 
 def test_the_dtype_counts_as_it_came_out(tiny_dir, prompts: Path) -> None:
-    auto = dtype_name(as_dtype("auto", torch.device("cpu")))
+    auto = dtype_name(as_dtype("auto", torch.device("cpu"), load_kernels()))
     base = ["--model", str(tiny_dir), "--raw", "--batch", str(prompts)]
     assert main(base) == main([*base, "--dtype", auto]) == 0
 

@@ -125,3 +125,21 @@ def test_the_temporary_files_of_the_compiler_go_beside_the_library(
     fake_compiler(compiler, log, first=f'case "$TMPDIR" in {tmp_path}/cache/*) ;; *) exit 1;; esac')
     monkeypatch.setenv("TMPDIR", "/nonexistent")
     assert is_whole(built(tmp_path / "cache"))
+
+
+def test_operators_are_expected_where_they_are_built_or_can_be(
+    tmp_path: Path, compiler: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert build.expects_kernels()
+    assert not build.expects_kernels("off")
+    assert not log.exists()  # nothing was compiled to find out
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not build.expects_kernels()
+    monkeypatch.setenv("CXX", str(compiler))
+    built()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.expects_kernels()
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert not build.expects_kernels()

@@ -96,10 +96,9 @@ class Weights:
     """A file without a tokenizer, kept as it is stored; the model alone, and the memory that it takes."""
 
     def __init__(self, path: str, threads: int) -> None:
-        load_kernels()
+        dtype = as_dtype("auto", "cpu", load_kernels())
         self._floor, self._size = peak_bytes(), Path(path).stat().st_size
         set_threads(threads)
-        dtype = as_dtype("auto", "cpu")
         self._model = load_model(Llama, open_checkpoint(Path(path)), dtype, "cpu", fuser("auto"), "auto")
 
     def prefill(self, ids: list[int]) -> float:

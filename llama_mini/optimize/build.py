@@ -32,12 +32,20 @@ from llama_mini.validate import check_choice
 KERNELS = ("auto", "off")
 PREBUILT = "prebuilt"  # the folder beside native/ where a wheel has the library
 _WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
-ISA_VARIANTS = {
+_X86_64 = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": _WIDE,
     "avx512_bf16": (*_WIDE, "-mavx512bf16"),
     "amx": (*_WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
+# For ARM, GCC would load operands long before it uses them, more than there are registers.
+_AARCH64 = {
+    "neon": ("-march=armv8.2-a+dotprod", "-fno-schedule-insns"),
+    "neon_bf16": ("-march=armv8.2-a+dotprod+bf16", "-fno-schedule-insns"),
+}
+Flags = Mapping[str, tuple[str, ...]]
+VARIANTS_OF: Mapping[str, Flags] = {"x86_64": _X86_64, "AMD64": _X86_64, "aarch64": _AARCH64, "arm64": _AARCH64}
+ISA_VARIANTS: Flags = VARIANTS_OF.get(platform.machine(), {})
 # GCC warns about partly initialized vectors in its own intrinsics, and about the ABI of vector arguments.
 _QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-Wall", *_QUIET)
@@ -55,9 +63,10 @@ def load_kernels(kernels: str = "auto") -> bool:
 def expects_kernels(kernels: str = "auto") -> bool:
     """Whether `load_kernels` will very likely succeed: there is a compiler, or a library. Nothing is built."""
     check_choice("kernels", kernels, KERNELS, RequestError)
+    machine = platform.machine()
     try:
         with as_file(files("llama_mini.optimize")) as package:
-            return kernels == "auto" and (_found(package, _folders()) is not None or bool(_compiler()))
+            return kernels == "auto" and (_found(package, _folders(machine), machine) is not None or bool(_compiler()))
     except OSError:
         return False
 
@@ -104,14 +113,18 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"llama_mini::{name}", fake, allow_override=True)
 
 
-def built(cache: Path | None = None, again: bool = False) -> Path:
-    """The library's path; compiles it first if necessary, or in any case `again`. Raises OSError, SubprocessError."""
-    folders = _folders() if cache is None else [cache]
+def built(cache: Path | None = None, again: bool = False, machine: str | None = None) -> Path:
+    """The library's path; compiles it first if necessary, or in any case `again`. Raises OSError, SubprocessError.
+
+    For another `machine` than this one, as `platform.machine()` names it, CXX must be a cross compiler.
+    """
+    machine = machine or platform.machine()
+    folders = _folders(machine) if cache is None else [cache]
     with as_file(files("llama_mini.optimize")) as package:
-        if not again and (found := _found(package, folders)) is not None:
+        if not again and (found := _found(package, folders, machine)) is not None:
             return found
         source = package / "native"
-        name = _name(source)
+        name = _name(source, machine)
         compiler = _compiler()
         problems = []
         for folder in folders:
@@ -126,26 +139,26 @@ def built(cache: Path | None = None, again: bool = False) -> Path:
             with lock:
                 if again or not _is_whole(library):
                     print("building the fast operators, once: 20 to 100 s", file=sys.stderr, flush=True)
-                    _compile(source, compiler, library)
+                    _compile(source, compiler, library, machine)
             return library
     raise problems[0]
 
 
-def _folders() -> list[Path]:
-    """Where a library may be built. Raises OSError on a processor that has no operators."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise OSError(f"they need x86-64; this processor is {platform.machine()}")
+def _folders(machine: str) -> list[Path]:
+    """Where a library may be built. Raises OSError for a processor that has no operators."""
+    if machine not in VARIANTS_OF:
+        raise OSError(f"they need x86-64 or 64-bit ARM; this processor is {machine}")
     return [user_cache() / "operators", temporary_folder() / "operators"]
 
 
-def _found(package: Path, folders: Sequence[Path]) -> Path | None:
+def _found(package: Path, folders: Sequence[Path], machine: str) -> Path | None:
     """The library, if it is built."""
-    libraries = [folder / _name(package / "native") for folder in (package / PREBUILT, *folders)]
+    libraries = [folder / _name(package / "native", machine) for folder in (package / PREBUILT, *folders)]
     return next((library for library in libraries if _is_whole(library)), None)
 
 
-def _name(source: Path) -> str:
-    return f"operators-{_key(source)}.so"
+def _name(source: Path, machine: str) -> str:
+    return f"operators-{_key(source, machine)}.so"
 
 
 def _compiler() -> list[str]:
@@ -181,25 +194,26 @@ def _is_whole(library: Path) -> bool:
     return data[-32:] == hashlib.sha256(data[:-32]).digest()
 
 
-def _key(source: Path) -> str:
+def _key(source: Path, machine: str) -> str:
     version = torch.__version__.partition("+")[0]  # builds for CPUs and for CUDA have the same libtorch_cpu
-    inputs = [version, sys.platform, platform.machine(), repr((ISA_VARIANTS, _FLAGS))]
+    inputs = [version, sys.platform, machine, repr((VARIANTS_OF[machine], _FLAGS))]
     digest = hashlib.sha256("\0".join(inputs).encode())
     for path in sorted(source.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _compile(source: Path, compiler: list[str], library: Path) -> None:
+def _compile(source: Path, compiler: list[str], library: Path, machine: str) -> None:
     """Compiles all ISA variants and the operators in parallel, links them aside, syncs the library and renames it."""
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     with new_file(library) as made:
         folder = made.parent
         run = partial(_run, environment=os.environ | {"TMPDIR": str(folder)})  # the usual one may not be writable
-        units = {isa: ["kernels.cpp", f"-DISA={isa}", *flags] for isa, flags in ISA_VARIANTS.items()}
-        # -fopenmp without linking OpenMP: the library must use torch's own.
-        units["operators"] = ["operators.cpp", "-O1", "-fopenmp", *include]
+        units = {isa: ["kernels.cpp", f"-DISA={isa}", *flags] for isa, flags in VARIANTS_OF[machine].items()}
+        # -fopenmp without linking OpenMP: the library must use torch's own. Apple's clang takes it only in this form.
+        openmp = ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+        units["operators"] = ["operators.cpp", "-O1", *openmp, *include]
 
         def compile_unit(unit: str) -> str:
             target = str(folder / f"{unit}.o")
@@ -208,7 +222,14 @@ def _compile(source: Path, compiler: list[str], library: Path) -> None:
 
         with ThreadPoolExecutor(len(units)) as pool:
             objects = list(pool.map(compile_unit, sorted(units, reverse=True)))  # the slowest first
-        run([*compiler, "-shared", *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made)])
+        libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        if sys.platform == "darwin":
+            libraries = ["-undefined", "dynamic_lookup"]
+        elif machine != platform.machine():  # torch's libraries are not for it: empty ones stand in for them
+            libraries = [f"-L{folder}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
+            for name in ("libtorch_cpu.so", "libc10.so"):
+                run([*compiler, "-shared", f"-Wl,-soname,{name}", "-xc", os.devnull, "-o", str(folder / name)])
+        run([*compiler, "-shared", *objects, *libraries, "-o", str(made)])
         made.write_bytes((data := made.read_bytes()) + hashlib.sha256(data).digest())
         made.chmod(0o700)
 

@@ -77,7 +77,7 @@ def test_a_library_that_does_not_load_is_built_again_once(
 ) -> None:
     """It is whole, but was built on another system: here it is a text with its hash."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "_compile", lambda source, compiler, library: library.write_bytes(real))
+    monkeypatch.setattr(build, "_compile", lambda source, compiler, library, machine: library.write_bytes(real))
     loaded = []
     real = signed(b"here")
 

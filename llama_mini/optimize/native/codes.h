@@ -51,8 +51,8 @@ inline int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP
 inline float scale_of(const Matrix& m, Kind kind, bool mins, int64_t block, int64_t group, int half, int64_t lane) {
   const void* all = mins ? m.mins : m.scales;
   const int64_t at = (block * m.row_scales + scale_at(m, kind, group, half)) * BLOCK_ROWS + lane;
-  if (m.super_scales == nullptr) return _cvtsh_ss(((const uint16_t*)all)[at]);
-  return ((const int8_t*)all)[at] * _cvtsh_ss(m.super_scales[super_scale_at(m, kind, mins, block, group) + lane]);
+  if (m.super_scales == nullptr) return half_to_float(((const uint16_t*)all)[at]);
+  return ((const int8_t*)all)[at] * half_to_float(m.super_scales[super_scale_at(m, kind, mins, block, group) + lane]);
 }
 
 // Calls f<KIND>() for a quantized kind.
@@ -82,6 +82,18 @@ template <typename V>
     q += width * 64, at += width;
   }
   return codes_of(kind).has_table ? looked_up(m.table, code) : code;
+}
+
+// By how much codes are lowered for products of bytes: ARM's are of signed ones.
+constexpr int lowered_by([[maybe_unused]] Codes codes) {
+#ifdef __aarch64__
+  return codes.bits == 8 || codes.has_table ? 128 : 0;
+#else
+  return 0;
+#endif
+}
+[[gnu::always_inline]] inline u32 lowered(u32 codes, Kind kind) {
+  return codes ^ (u32{} + lowered_by(codes_of(kind)) * 0x01010101u);
 }
 
 // Stores the quads of one row of a group.

@@ -152,7 +152,7 @@ template <int G, typename T>
 inline void weighted_values(const float* weights, const T* v, int64_t n, int64_t dim, int64_t pitch, float* out,
                             int64_t stride) {
   int64_t at = 0;
-  constexpr int V = LANES == 16 ? 4 : 2;  // so many that the G sums of each stay in registers
+  constexpr int V = MANY_REGISTERS ? 4 : 2;  // so many that the G sums of each stay in registers
   for (; at + V * LANES <= dim; at += V * LANES)
     weighted_values<G, V, true>(weights, v, n, dim, pitch, at, out, stride);
   for (; at < dim; at += LANES) weighted_values<G, 1, false>(weights, v, n, dim, pitch, at, out, stride);

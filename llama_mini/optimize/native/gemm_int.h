@@ -28,7 +28,7 @@ template <Kind KIND>
     const uint8_t* source = (const uint8_t*)m.data + (block * groups + s) * CODES.group_bytes() + 4 * lane;
 #pragma GCC unroll 8
     for (int quad = 0; quad < QUADS; quad++) {
-      const u32 v = in_matrix ? load_quad<u32>(m, KIND, source, quad) : u32{};
+      const u32 v = in_matrix ? lowered(load_quad<u32>(m, KIND, source, quad), KIND) : u32{};
       std::memcpy(q + quad * 8 * LANES, &v, sizeof v);
     }
     for (int half = 0; half < CODES.scales; half++) {
@@ -40,13 +40,14 @@ template <Kind KIND>
   }
 }
 
+#ifdef BYTE_DOTS
+// sums[b][strip] += some quads of the panel times the same quads of each token.
 #ifdef __AVX512VNNI__
 // In assembler: with the intrinsic, GCC 12 copies every sum before it adds to it.
 inline void add_quad(i32& sum, const i32& q, int32_t x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(q), "v"(i32{} + x));
 }
 
-// sums[b][strip] += some quads of the panel times the same quads of each token.
 template <int N>
 inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
 #pragma GCC unroll 8
@@ -58,6 +59,15 @@ inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
     }
   }
 }
+#else
+template <int N>
+inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* x) {
+  for (int i = 0; i < N; i += 4)
+    for (int b = 0; b < TILE_TOKENS; b++)
+      for (int strip = 0; strip < 2; strip++)
+        sums[b][strip] = dot_four(sums[b][strip], q + (2 * i + strip) * 4 * LANES, 8 * LANES, x + b * QUADS + i);
+}
+#endif
 
 template <int N, int>
 inline void add_quads(i32 (*sums)[2], const uint8_t* q, const int32_t* first, const int32_t* second, bool sixteen_bits,

@@ -7,16 +7,14 @@ namespace ISA {
 
 constexpr int PREFETCH_AHEAD = 14 * 1024;  // bytes: how far ahead weights are prefetched, into the second-level cache
 constexpr int ROWS = 4;                    // of the matrix, multiplied at once
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__)
 constexpr bool IN_SEQUENCE = false;  // Intel processors with AMX read four rows side by side 5 % faster than one
+#elif defined(__aarch64__)
+constexpr bool IN_SEQUENCE = false;  // one sum of four lanes would wait for itself more often than for memory
 #else
 constexpr bool IN_SEQUENCE = true;  // AMD's read one row after another a fifth faster than four side by side
 #endif
-#ifdef __AVX512F__
-constexpr int BATCH = 4;  // rows of the batch: as many as fit in the registers
-#else
-constexpr int BATCH = 3;
-#endif
+constexpr int BATCH = MANY_REGISTERS ? 4 : 3;  // rows of the batch: as many as fit in the registers
 
 // Always inline: GCC 12 takes a call of it for one without effect, and may drop it.
 [[gnu::always_inline]] inline void prefetch(const void* p, int64_t ahead = PREFETCH_AHEAD) {
@@ -30,17 +28,16 @@ inline f32 times(f32 acc, const T* w, const Input& in, int64_t at) {
 }
 
 inline f32 times(f32 acc, const bf16* w, const Input& in, int64_t at) {
-#ifdef __AVX512BF16__
-  return (f32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w),
-                               (__m512bh)_mm512_loadu_si512(in.halves + at));
+#ifdef BF16_DOTS
+  for (int i = 0; i < GROUP; i += 2 * LANES) acc = dot(acc, load_as<u32>(w + i), load_as<u32>(in.halves + at + i));
 #else
   for (int i = 0; i < GROUP / 2; i += LANES) {
     u32 pairs = load_as<u32>(w + 2 * i);
     acc += (f32)(pairs << 16) * load(in.floats + at + i);
     acc += (f32)(pairs & 0xffff0000u) * load(in.floats + at + GROUP / 2 + i);
   }
-  return acc;
 #endif
+  return acc;
 }
 
 // out[b * stride + r] = R rows of w, `pitch` apart, times B rows of the batch from `row` on.
@@ -67,7 +64,7 @@ inline void products(const T* w, int64_t n, int64_t pitch, const Input& in, int6
 #pragma GCC unroll 4
   for (int b = 0; b < B; b++) {
     if (R == 4)
-      _mm_storeu_ps(out + b * stride, sums(acc[b]));
+      store_sums(out + b * stride, acc[b]);
     else
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) out[b * stride + r] = sum(acc[b][r]);

@@ -8,22 +8,24 @@ namespace ISA {
 constexpr int VECTORS = BLOCK_ROWS / LANES;  // of the codes of a quad, or of the scales of a block
 
 // For each of sixteen rows, the sum of weights times activations of eight bits, or WIDE: of sixteen, in exact integers.
-#ifdef __AVX512VNNI__
-constexpr int INT_BATCH = 8;  // rows of the batch: as many as fit in the registers, with two or three sums each
+#ifdef BYTE_DOTS
+// Rows of the batch: as many as fit in the registers, with two or three sums each.
+constexpr int INT_BATCH = VECTORS == 1 ? 8 : 4;
 template <bool WIDE, Kind>
 struct IntSums {
-  __m512i high, low;
+  i32 high[VECTORS], low[VECTORS];
   void start(int32_t from) {
-    high = _mm512_setzero_si512();
-    low = _mm512_set1_epi32(from);
+    for (int v = 0; v < VECTORS; v++) high[v] = i32{}, low[v] = i32{} + from;
   }
   void add(const u32* q, int, const int32_t* first, const int32_t* second) {
-    if (WIDE) low = _mm512_dpbusd_epi32(low, (__m512i)q[0], _mm512_set1_epi32(*second));
-    (WIDE ? high : low) = _mm512_dpbusd_epi32(WIDE ? high : low, (__m512i)q[0], _mm512_set1_epi32(*first));
+    for (int v = 0; v < VECTORS; v++) {
+      if (WIDE) low[v] = dot(low[v], q[v], *second);
+      (WIDE ? high : low)[v] = dot((WIDE ? high : low)[v], q[v], *first);
+    }
   }
-  f32 total(int, bool sixteen_bits) const {  // an activation of eight bits has no low byte
-    const __m512i all = WIDE ? _mm512_add_epi32(_mm512_slli_epi32(high, sixteen_bits ? 8 : 0), low) : low;
-    return __builtin_convertvector((i32)all, f32);
+  f32 total(int v, bool sixteen_bits) const {  // an activation of eight bits has no low byte
+    const i32 all = WIDE ? (high[v] << (sixteen_bits ? 8 : 0)) + low[v] : low[v];
+    return __builtin_convertvector(all, f32);
   }
 };
 #else
@@ -95,7 +97,7 @@ template <int B, Kind KIND, bool WIDE>
     for (int i = part * STEP; i < (part + 1) * STEP; i++) {
       if (B == 1 && i < CODES.bits) prefetch(q + i * 64);
       u32 codes[VECTORS];
-      for (int v = 0; v < VECTORS; v++) codes[v] = load_quad<u32>(m, KIND, q + v * 4 * LANES, i);
+      for (int v = 0; v < VECTORS; v++) codes[v] = lowered(load_quad<u32>(m, KIND, q + v * 4 * LANES, i), KIND);
       for (int b = 0; b < B; b++) {
         const int64_t at = (group + b) * QUADS + i;
         sums[b].add(codes, i, in.first + at, in.second + at);

@@ -1,4 +1,4 @@
-// The kernels, compiled once for each ISA variant (avx2, avx512, avx512_bf16, amx), and their arguments.
+// The kernels, compiled once for each ISA variant (avx2, neon, ...), and their arguments.
 //
 // No inline function of a library may be used: the linker keeps one copy for all variants, maybe compiled for AVX-512.
 #pragma once
@@ -155,4 +155,8 @@ struct Kernels {
 };
 
 // [0] for a float32 model, [1] for a bfloat16 one.
+#ifdef __x86_64__
 extern const Kernels kernels_avx2[2], kernels_avx512[2], kernels_avx512_bf16[2], kernels_amx[2];
+#else
+extern const Kernels kernels_neon[2], kernels_neon_bf16[2];
+#endif

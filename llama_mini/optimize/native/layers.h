@@ -19,18 +19,18 @@ inline Teamwork teamwork;
 template <typename F>
 void with_pool(const F& f, int64_t most = INT64_MAX) {
   const bool alone = at::in_parallel_region() || !teamwork.pays();
-  const int64_t threads = alone ? 1 : std::min<int64_t>(most, at::get_num_threads()), begin = __rdtsc();
+  const int64_t threads = alone ? 1 : std::min<int64_t>(most, at::get_num_threads()), begin = ticks();
   ThreadPool pool(threads);
   int64_t leader = 0;
   // noexcept: PyTorch would wait forever for a thread that threw.
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) noexcept {
     if (first != 0) return pool.work(first);
-    const int64_t start = __rdtsc();
+    const int64_t start = ticks();
     f(Pool{ThreadPool::run, ThreadPool::prefetch_next, &pool});
-    leader = __rdtsc() - start;
+    leader = ticks() - start;
     pool.finish();
   });
-  if (threads > 1) teamwork.measured(__rdtsc() - begin, leader + pool.saved());
+  if (threads > 1) teamwork.measured(ticks() - begin, leader + pool.saved());
 }
 
 // The lists of a call hold so many entries for each layer.

@@ -10,7 +10,7 @@
 
 namespace ISA {
 
-#ifdef __AVX512BF16__
+#ifdef BF16_DOTS
 template <typename T>
 using Operand = T;  // what is packed of a matrix of T
 #else
@@ -37,6 +37,10 @@ inline f32 multiply_lanes(f32 acc, const bf16* w, const bf16* x) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(load_as<i32>(w)), "v"(i32{} + pair));
   return acc;
 }
+#elif defined(BF16_DOTS)
+inline f32 multiply_lanes(f32 acc, const bf16* w, const bf16* x) {
+  return dot(acc, load_as<u32>(w), u32{} + load_as<uint32_t>(x));
+}
 #endif
 
 // LANES dwords of a row, of which n elements are left; what is beyond them is zero.
@@ -48,8 +52,8 @@ inline u32 dwords(const T* row, int64_t n) {
   return v;
 }
 
-constexpr int MOST_VECTORS = 4;                    // of lanes, that a row is multiplied by at once
-constexpr int ROWS_AT_ONCE = LANES == 16 ? 6 : 3;  // so many that all sums stay in registers
+constexpr int MOST_VECTORS = 4;                       // of lanes, that a row is multiplied by at once
+constexpr int ROWS_AT_ONCE = MANY_REGISTERS ? 6 : 3;  // so many that all sums stay in registers
 
 template <int Q, int L, bool ADD, typename T>
 inline void microkernel(const T* w, int64_t w_lanes, int64_t w_next, const T* x, int64_t x_next, int64_t n, float* out,

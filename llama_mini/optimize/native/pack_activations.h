@@ -3,7 +3,7 @@
 // For a quantized matrix, activations are quantized too, 32 columns (a group) at a time. A group has eight bits and a
 // scale. A group that holds an outlier has sixteen bits, because its rounding errors would be large (LLM.int8, Dettmers
 // 2022, also treats outliers apart). In a float32 model every group has sixteen; so it has for codes of eight bits
-// without VNNI, where sixteen are as fast. How a row is quantized depends on that row alone, and is the same in
+// with AVX2 alone, where sixteen are as fast. How a row is quantized depends on that row alone, and is the same in
 // decoding and in a prompt.
 #pragma once
 
@@ -36,7 +36,7 @@ struct Array {
   operator const T*() const { return data; }
 };
 
-#ifndef __AVX512VNNI__
+#ifndef BYTE_DOTS
 // Products of two neighbours, a code and a byte each, are added in 16 bits.
 inline void add_bytes(__m256i& sums, __m256i codes, int32_t x) {
   sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(x)));
@@ -74,8 +74,8 @@ struct Input {
 
 constexpr float OUTLIER = 3;  // a group holds an outlier if its squared maximum exceeds so many means over the groups
 
-#ifdef __AVX512VNNI__
-constexpr int quads_in_16_bits(Codes) { return 0; }  // VNNI adds products in 32 bits
+#ifdef BYTE_DOTS
+constexpr int quads_in_16_bits(Codes) { return 0; }  // they are added in 32 bits
 constexpr bool in_bytes(Codes) { return true; }
 #else
 // The quads whose products with bytes can be added in 16 bits; none for codes of eight bits.
@@ -169,7 +169,7 @@ inline void quantize_input_row(Input& in, const float* x, int64_t b) {
     for (int i = 0; i < in.codes.scales; i++) {
       const int64_t to = (s * in.codes.scales + i) * in.batch + b;
       in.total[to] = in.scales[at] * sums[i];
-      in.start[to] = -in.codes.zero() * sums[i];
+      in.start[to] = (lowered_by(in.codes) - in.codes.zero()) * sums[i];
     }
   }
 }
@@ -218,7 +218,7 @@ inline void pack(Input& in, Kind kind, const float* x, int64_t batch, int64_t n,
     });
     return;
   }
-#ifdef __AVX512BF16__
+#ifdef BF16_DOTS
   if (kind == Kind::BFLOAT16) {
     in.halves.resize(batch * w);
     for (int64_t b = 0; b < batch; b++)

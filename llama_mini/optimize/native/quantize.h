@@ -10,7 +10,7 @@ typedef uint8_t u8 __attribute__((vector_size(LANES)));
 
 // Rounds to float16; `finite` becomes false if the result is infinite or NaN.
 inline uint16_t to_half(float x, bool& finite) {
-  const uint16_t half = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+  const uint16_t half = float_to_half(x);
   finite &= (half & 0x7c00) != 0x7c00;
   return half;
 }
@@ -31,10 +31,10 @@ inline void quantize_group(Kind kind, const f32* x, uint8_t* q, uint16_t* scale,
   float minimum = 0;
   if (HAS_MIN) {
     *min = to_half(-largest(-low), finite);
-    minimum = _cvtsh_ss(*min);
+    minimum = half_to_float(*min);
   }
   *scale = to_half((largest(high) - minimum) / most, finite);
-  const float step = _cvtsh_ss(*scale);
+  const float step = half_to_float(*scale);
   uint32_t quads[QUADS];
   for (int i = 0; i < COUNT; i++) {
     f32 v = step == 0 ? f32{} : (x[i] - minimum) / step;  // equal numbers become 0
@@ -148,7 +148,7 @@ inline bool repack(const uint8_t* from, int64_t bytes, int64_t n, const Matrix& 
       std::memcpy(min, block + 2, 2);
       finite &= is_finite(*min);
     } else {
-      *min = to_half(-8 * _cvtsh_ss(*scale), finite);
+      *min = to_half(-8 * half_to_float(*scale), finite);
     }
   };
   return fill<uint16_t>(m, n, pool, one);

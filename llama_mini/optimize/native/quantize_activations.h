@@ -5,7 +5,7 @@
 
 namespace ISA {
 
-#ifdef __AVX512VNNI__
+#ifdef BYTE_DOTS
 constexpr int TILE_TOKENS = 5;  // in a tile: as many sums as fit in the registers, beside two vectors of a panel
 #else
 constexpr int TILE_TOKENS = 3;
@@ -52,7 +52,7 @@ void quantize_tiles(QuantizedTokens& in, int64_t columns, int64_t first, int64_t
         for (int i = 0; i < in.codes.scales; i++) {
           const int64_t to = ((tile * groups + s) * in.codes.scales + i) * TILE_TOKENS + b;
           in.total[to] = in.scales[at] * sums[i];
-          in.start[to] = -in.codes.zero() * sums[i];
+          in.start[to] = (lowered_by(in.codes) - in.codes.zero()) * sums[i];
         }
       }
   }

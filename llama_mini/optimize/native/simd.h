@@ -1,18 +1,33 @@
-// Vectors of 16 numbers with AVX-512, of 8 with AVX2. GCC's vector extensions let one source serve both; only dot
-// products and conversions need intrinsics.
+// Vectors of 16 numbers with AVX-512, of 8 with AVX2, of 4 with NEON: GCC 12 keeps no larger ones in NEON's registers.
+// GCC's vector extensions let one source serve all; what needs intrinsics is in simd_x86.h and simd_arm.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#ifdef __x86_64__
 #include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
+
+// Whether one instruction adds four products of bytes to each lane, and two of bfloat16.
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#define BYTE_DOTS
+#endif
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define BF16_DOTS
+#endif
 
 namespace ISA {
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
-#else
+#elif defined(__x86_64__)
 constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
 #endif
+constexpr bool MANY_REGISTERS = LANES != 8;  // 32 vectors, not 16
 typedef float f32 __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32 __attribute__((vector_size(4 * LANES)));
 typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
@@ -39,34 +54,16 @@ inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-#ifdef __AVX512F__
-inline u32 widened(u16 v) { return (u32)_mm512_cvtepu16_epi32((__m256i)v); }
-inline u16 narrowed(u32 v) { return (u16)_mm512_cvtepi32_epi16((__m512i)v); }
-inline f32 half_to_float(const uint16_t* x) { return (f32)_mm512_cvtph_ps(load_as<__m256i>(x)); }
-inline u32 looked_up(const uint8_t* table, u32 v) {
-  return (u32)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_as<__m128i>(table)), (__m512i)v);
-}
-inline void store_bytes(int8_t* to, i32 v) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v)); }
-inline i32 to_nearest(f32 v) { return (i32)_mm512_cvtps_epi32((__m512)v); }
-inline f32 load_bytes(const int8_t* x) { return (f32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(x))); }
+}  // namespace ISA
+
+#ifdef __x86_64__
+#include "simd_x86.h"
 #else
-inline u32 widened(u16 v) { return (u32)_mm256_cvtepu16_epi32((__m128i)v); }
-inline u16 narrowed(u32 v) {
-  return (u16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x08));
-}
-inline f32 half_to_float(const uint16_t* x) { return (f32)_mm256_cvtph_ps(load_as<__m128i>(x)); }
-inline u32 looked_up(const uint8_t* table, u32 v) {
-  return (u32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_as<__m128i>(table)), (__m256i)v);
-}
-inline void store_bytes(int8_t* to, i32 v) {
-  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-  _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(half, half));
-}
-inline i32 to_nearest(f32 v) { return (i32)_mm256_cvtps_epi32((__m256)v); }
-inline f32 load_bytes(const int8_t* x) {
-  return (f32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)));
-}
+#include "simd_arm.h"
 #endif
+
+namespace ISA {
+
 // For each byte, which is below 16, the byte of the table.
 inline uint32_t looked_up(const uint8_t* table, uint32_t v) {
   return table[v & 15] | table[v >> 8 & 15] << 8 | table[v >> 16 & 15] << 16 | (uint32_t)table[v >> 24 & 15] << 24;
@@ -78,8 +75,8 @@ inline f32 load(const int8_t* x) { return load_bytes(x); }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 inline u16 rounded(f32 v) {
-#ifdef __AVX512BF16__
-  return (u16)_mm512_cvtneps_pbh((__m512)v);
+#ifdef BF16_DOTS
+  return rounded_at_once(v);
 #endif
   u32 bits = (u32)v, up = bits + 0x7fff + ((bits >> 16) & 1);
   return narrowed((v == v ? up : bits | 0x400000) >> 16);
@@ -108,39 +105,6 @@ inline void store_first(T* to, f32 v, int64_t n) {
 
 inline f32 round_to(f32 v, const float*) { return v; }
 inline f32 round_to(f32 v, const bf16*) { return (f32)(widened(rounded(v)) << 16); }
-
-// Combines halves until four lanes are left.
-template <typename F>
-inline __m128 quarter(f32 v, F both) {
-#ifdef __AVX512F__
-  const __m256 half = (__m256)both(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
-#else
-  const __m256 half = (__m256)v;
-#endif
-  return both(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-// Adds the lanes in one fixed order.
-inline float sum(f32 v) {
-  __m128 d = quarter(v, [](auto a, auto b) { return a + b; });
-  d = d + _mm_movehl_ps(d, d);
-  return _mm_cvtss_f32(d + _mm_movehdup_ps(d));
-}
-// Four sums at once, each in that order.
-inline __m128 sums(const f32* v) {
-  __m128 d[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) d[i] = quarter(v[i], [](auto a, auto b) { return a + b; });
-  const __m128 a = _mm_unpacklo_ps(d[0], d[1]) + _mm_unpackhi_ps(d[0], d[1]);
-  const __m128 b = _mm_unpacklo_ps(d[2], d[3]) + _mm_unpackhi_ps(d[2], d[3]);
-  return _mm_movelh_ps(a, b) + _mm_movehl_ps(b, a);
-}
-inline float largest(f32 v) {
-  auto both = [](auto a, auto b) { return a > b ? a : b; };
-  __m128 d = quarter(v, both);
-  d = both(d, _mm_movehl_ps(d, d));
-  return _mm_cvtss_f32(both(d, _mm_movehdup_ps(d)));
-}
 
 // e^x within 2 ULP up to x = 88; 0 below -87.3, where it would be subnormal, which costs Intel processors 150 cycles.
 // Cody and Waite's reduction, then a polynomial (Cephes).
@@ -185,23 +149,5 @@ inline f32 silu(f32 x) { return x * reciprocal(1.f + exp(-x)); }
 inline f32 gelu_tanh(f32 x) { return x * reciprocal(1.f + exp(-x * (1.59576912f + 0.0713548163f * x * x))); }
 // c tanh(x / c), from tanh(y) = 1 - 2 / (e^2y + 1).
 inline f32 capped(f32 x, float c) { return c - 2 * c / (exp(x * (2 / c)) + 1.f); }
-
-// Transposes LANES rows of LANES dwords.
-inline void transpose(u32* rows) {
-#pragma GCC unroll 4
-  for (int by = 1; by < LANES; by *= 2) {
-    u32 upper, lower;  // lanes for rows[i] and rows[i + by]; from LANES on they are those of the second
-    for (int i = 0; i < LANES; i++) {
-      upper[i] = i & by ? LANES + i - by : i;
-      lower[i] = i & by ? LANES + i : i + by;
-    }
-    for (int i = 0; i < LANES; i++) {
-      if (i & by) continue;
-      const u32 a = rows[i], b = rows[i + by];
-      rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i + by] = __builtin_shuffle(a, b, lower);
-    }
-  }
-}
 
 }  // namespace ISA

@@ -5,7 +5,9 @@
 // the system has suspended delays one chunk, not the whole job, which matters on a busy machine.
 #pragma once
 
+#ifdef __x86_64__
 #include <immintrin.h>
+#endif
 #include <sched.h>
 
 #include <algorithm>
@@ -14,6 +16,18 @@
 #include <memory>
 
 #include "isa.h"
+
+#ifdef __x86_64__
+inline int64_t ticks() { return __rdtsc(); }
+inline void pause_briefly() { _mm_pause(); }
+#else
+inline int64_t ticks() {
+  int64_t now;
+  asm volatile("mrs %0, cntvct_el0" : "=r"(now));
+  return now;
+}
+inline void pause_briefly() { asm volatile("isb"); }  // most processors take `yield` for nothing
+#endif
 
 class ThreadPool {
  public:
@@ -58,12 +72,12 @@ class ThreadPool {
     job_++;
     for (int64_t i = 0; i < threads_; i++)
       ranges_[i].unclaimed.store(job_ << 32 | chunks(i), std::memory_order_release);
-    const int64_t begin = __rdtsc();
+    const int64_t begin = ticks();
     int64_t mine = 0;
     while (run_chunk(0)) mine++;
-    const int64_t end = __rdtsc();
+    const int64_t end = ticks();
     for (int idle = 0; unfinished_.load(std::memory_order_acquire) != 0;) idle = prefetch(0) ? 0 : spin(idle);
-    if (mine > 0) saved_ += (end - begin) * (int64_t)all / mine - ((int64_t)__rdtsc() - begin);
+    if (mine > 0) saved_ += (end - begin) * (int64_t)all / mine - (ticks() - begin);
   }
 
   uint64_t chunks(int64_t i) const {
@@ -112,7 +126,7 @@ class ThreadPool {
 
   static int spin(int idle) {
     if (idle < SPIN_COUNT) {
-      _mm_pause();
+      pause_briefly();
       return idle + 1;
     }
     sched_yield();  // let another process have the core

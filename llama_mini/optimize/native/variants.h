@@ -2,7 +2,11 @@
 #pragma once
 
 #include <c10/util/Exception.h>
-#ifdef __linux__
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#elif defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -18,6 +22,24 @@ struct Variant {
   const Kernels* kernels;
 };
 
+#ifdef __aarch64__
+inline std::vector<Variant> variants() {
+#ifdef __APPLE__
+  auto has = [](const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  const bool has_dots = has("hw.optional.arm.FEAT_DotProd"), has_bf16 = has("hw.optional.arm.FEAT_BF16");
+#else
+  const bool has_dots = getauxval(AT_HWCAP) & HWCAP_ASIMDDP, has_bf16 = getauxval(AT_HWCAP2) & HWCAP2_BF16;
+#endif
+  std::vector<Variant> supported;
+  if (has_dots && has_bf16) supported.push_back({"neon_bf16", kernels_neon_bf16});
+  if (has_dots) supported.push_back({"neon", kernels_neon});
+  return supported;
+}
+#else
 // Whether the processor has AMX with bfloat16 and Linux grants it to this process, which must request it.
 inline bool amx_allowed() {
 #ifdef __linux__
@@ -43,6 +65,7 @@ inline std::vector<Variant> variants() {
     supported.push_back({"avx2", kernels_avx2});
   return supported;
 }
+#endif
 
 inline std::atomic<const Kernels*> chosen{nullptr};
 
@@ -51,7 +74,7 @@ inline const Kernels& kernels_for(bool float32) {
   const Kernels* now = chosen.load();
   if (now == nullptr) {
     const auto supported = variants();
-    TORCH_CHECK(!supported.empty(), "this processor has neither AVX-512 nor AVX2");
+    TORCH_CHECK(!supported.empty(), "this processor has neither AVX2 nor, on ARM, dot products of bytes");
     chosen.store(now = supported[0].kernels);
   }
   return now[float32 ? 0 : 1];

@@ -1,5 +1,6 @@
 // Calls every kernel of an ISA variant with odd shapes, in memory of the exact size, from several threads, under the
-// sanitizers. Other tests check the results.
+// sanitizers. Other tests check the results; `driver write FILE` writes them, so that those of another processor can be
+// compared.
 
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
@@ -83,8 +84,19 @@ struct Numbers {  // of the model's dtype
       halves[i] = bits >> 16;
   }
   int64_t size() const { return floats.size() + halves.size(); }
+  size_t bytes() const { return floats.size() * sizeof(float) + halves.size() * sizeof(uint16_t); }
   void* data() { return wide ? (void*)floats.data() : (void*)halves.data(); }
 };
+
+FILE* file = nullptr;
+// Writes a line with the name, what the bytes are (f: float32, h: bfloat16, b: bytes) and their number; then them.
+void write(const char* name, char type, const void* data, size_t bytes) {
+  if (file == nullptr) return;
+  std::fprintf(file, "%s %c %zu\n", name, type, bytes);
+  std::fwrite(data, 1, bytes, file);
+}
+void write(const char* name, Numbers& x) { write(name, x.wide ? 'f' : 'h', x.data(), x.bytes()); }
+void write(const char* name, const Vector<float>& x) { write(name, 'f', x.data(), x.size() * sizeof(float)); }
 
 struct Weights {
   Matrix m{};
@@ -101,20 +113,27 @@ struct Weights {
     codes.resize(blocks * groups * c.group_bytes());
     for (auto& code : codes) code = (uint8_t)(draw() >> 24);
     m.shift = c.scales == 1 ? shift : 0, m.row_scales = ((groups * c.scales - 1) >> m.shift) + 1;
-    scales.assign(blocks * 16 * m.row_scales, 0x2400);  // 1/64
+    const int width = c.has_table ? 8 : c.bits;
+    const uint16_t step = (uint16_t)((14 - width) << 10);  // float16: weights are below 1
+    scales.assign(blocks * 16 * m.row_scales, step);
     m.row_super_scales = (groups + 7) / 8 * (c.has_min ? 2 : 1);
     if (m.shift == 0 && below(2) == 0) {
-      scales.resize(scales.size() / 2);  // each is two numbers of int8, 0 and 36
-      super_scales.assign(blocks * 16 * m.row_super_scales, 0x2400);
+      scales.assign(scales.size() / 2, 0x2410);  // each is two numbers of int8, 16 and 36
+      super_scales.assign(blocks * 16 * m.row_super_scales, (uint16_t)(step - (4 << 10)));
       m.super_scales = super_scales.data();
     }
     for (auto& value : m.table) value = (uint8_t)(draw() >> 24);
     m.data = codes.data(), m.scales = scales.data();
     if (!c.has_min) return;
-    mins.assign(scales.size(), 0xa800);
+    mins.assign(scales.size(), 0xb4d0);  // -0.3, or -48 and -76
     m.mins = mins.data();
   }
 };
+
+void write_matrix(const char* name, const Weights& w) {
+  write(name, 'b', w.codes.data(), w.codes.size());
+  for (const auto* each : {&w.scales, &w.mins, &w.super_scales}) write(name, 'b', each->data(), 2 * each->size());
+}
 
 struct Case {
   bool wide, norms;
@@ -163,6 +182,9 @@ struct Heads {
     if (c.norms) a.q = {q_gain.data(), 1e-5f, true, 1}, a.k = {k_gain.data(), 1e-5f, false, 0};
     for (size_t i = 0; i < k_codes.size(); i++)
       k_codes[i] = (int8_t)(draw() >> 24), v_codes[i] = (int8_t)(draw() >> 24);
+    const float step = 1 / 64.f;
+    for (size_t i = c.dim; i < k_codes.size(); i += c.dim + 4)
+      std::memcpy(&k_codes[i], &step, sizeof step), std::memcpy(&v_codes[i], &step, sizeof step);
     a.codes = codes, a.cache_row = codes ? c.dim + 4 : c.dim;
     a.k_cache = codes ? k_codes.data() : k.data(), a.v_cache = codes ? v_codes.data() : v.data();
     a.cache_head = page_size * a.cache_row, a.cache_page = c.kv_heads * a.cache_head;
@@ -173,10 +195,12 @@ struct Heads {
 void spoil(Numbers& x, int64_t fill) {  // NaN and infinity must not become integers
   if (fill == 1) x.set(0, __builtin_nanf(""));
   if (fill == 2) x.set(0, -__builtin_inff());
-  if (fill == 3) x.set(0, 3e38f);
+  if (fill == 3) x.set(0, file != nullptr ? 1e30f : 3e38f);  // compared sums must not overflow in one order alone
 }
 
 void run(const Kernels& kernels, const Case& c) {
+  const uint8_t model[] = {c.wide, (uint8_t)c.kind};
+  write("case", 'b', model, sizeof model);
   const int64_t block = quantized(c.kind) ? 16 : 1, q_dim = c.kv_heads * c.group * c.dim;
   const int64_t up_at = (c.hidden + block - 1) / block * block;
   Heads heads(c, c.batch, 1);
@@ -218,32 +242,44 @@ void run(const Kernels& kernels, const Case& c) {
   Numbers bare_qkv(c.wide, c.batch * (q_dim + 2 * c.kv_heads * c.dim)), attended(c.wide, c.batch * q_dim);
   with_pool([&](Pool pool) {
     kernels.decode_attention(x.data(), norm, qkv.m, heads.a, o.m, sum, gate_up.m, y.data(), pool);
+    write("decode_attention", y);
     Attention bare = heads.a;
     bare.q = bare.k = Norm{}, bare.cos = bare.sin = nullptr, bare.whole_q = bare.whole_k = false;
     bare.k_at = q_dim, bare.v_at = q_dim + c.kv_heads * c.dim;  // its parts are not padded
     bare.width = 2 * bare.v_at - bare.k_at;
     kernels.attend(bare_qkv.data(), bare, attended.data(), pool);
+    write("attend", attended);
     kernels.decode_feed_forward(y.data(), norm, gate_up.m, up_at, act, down.m, sum, &qkv.m, c.batch, z.data(), pool);
+    write("decode_feed_forward", z);
     kernels.gemv(x.data(), norm, gate_up.m, 1, gate_and_up.data(), pool);
+    write("gemv", gate_and_up);
     kernels.gemv(activated.data(), Norm{}, down.m, c.batch, projected.data(), pool);
+    write("gemv", projected);
     kernels.likeliest(projected.data(), c.batch, c.width, likeliest.data(), pool);
+    write("likeliest", 'b', likeliest.data(), likeliest.size() * sizeof(int64_t));
     kernels.prefill_attention(stream.data(), norm, qkv.m, prompt.a, o.m, sum, between.data(), pool);
+    write("prefill_attention", between);
     kernels.prefill_feed_forward(between.data(), norm, gate_up.m, up_at, act, down.m, sum, length, after.data(), pool);
+    write("prefill_feed_forward", after);
     kernels.gemm(stream.data(), norm, qkv.m, length, tokens.data(), pool);
+    write("gemm", tokens);
     kernels.rms_norm(stream.data(), Norm{gain.data(), 1e-5f, c.norms, 1}, length, c.width, after.data(), pool);
+    write("rms_norm", after);
     kernels.dequantize_rows(o.m, rows.data(), (int64_t)rows.size(), floats.data(), pool);
+    write("dequantize_rows", floats);
     if (!quantized(c.kind)) return;
     const Codes kind = codes_of(c.kind);
     Matrix whole = o.m;
     const bool plain = shift == 0 && whole.super_scales == nullptr;
     if (plain && (c.kind == Kind::INT8 || (kind.has_min && kind.scales == 1)))
-      kernels.quantize(new_rows.data(), n, whole, pool);
+      kernels.quantize(new_rows.data(), n, whole, pool), write_matrix("quantize", o);
     whole.columns = columns;
     kernels.pack(codes.data(), new_scales.data(), kind.has_min ? new_mins.data() : nullptr,
                  whole.super_scales != nullptr ? new_super_scales.data() : nullptr, n, whole, pool);
+    write_matrix("pack", o);
     whole.columns = q_dim / 32 * 32;
     if (plain && (c.kind == Kind::INT8 || c.kind == Kind::INT4 || c.kind == Kind::INT4SYM))
-      kernels.repack(blocks.data(), block_bytes, n, whole, pool);
+      kernels.repack(blocks.data(), block_bytes, n, whole, pool), write_matrix("repack", o);
   });
 }
 
@@ -264,7 +300,8 @@ void plant(const char* what) {
 #define NAME(isa) JOIN(kernels_, isa)
 
 int main(int argc, char** argv) {
-  if (argc > 1) plant(argv[1]);
+  if (argc == 2) plant(argv[1]);
+  if (argc == 3 && (file = std::fopen(argv[2], "wb")) == nullptr) return std::perror(argv[2]), 1;
 #ifdef __AMX_BF16__
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // as operators.cpp asks
   if (syscall(SYS_arch_prctl, REQUEST, TILE_DATA) != 0) return std::puts("no tiles"), 1;
@@ -272,11 +309,12 @@ int main(int argc, char** argv) {
   int64_t cases = 0;
   for (int wide = 0; wide < 2; wide++)
     for (int format = 1; format <= (int)Kind::TABLE_G16; format++)
-      for (int i = 0; i < 16; i++, cases++) {
+      for (int i = 0; i < (file != nullptr ? 4 : 16); i++, cases++) {  // fewer where it is emulated
         const Kind kind = format > 1 ? (Kind)format : wide ? Kind::FLOAT32 : Kind::BFLOAT16;
         run(NAME(ISA)[wide ? 0 : 1],
             {wide == 1, below(4) != 0, kind, 1 + below(17), 1 + below(3), 1 + below(5), 2 + 2 * below(35),
              1 + below(90), 1 + below(90), 1 + below(i % 8 ? 70 : 1000), below(3) * below(40), below(6)});
       }
   std::printf("%ld cases\n", (long)cases);
+  return file != nullptr && std::fclose(file) != 0;
 }

@@ -122,9 +122,10 @@ def layer_args(
         numbers = dict(zip(each, range(len(each)), strict=True))
         settings = list(settings)
         settings[2::4] = [numbers.get(id(rope), -1) for rope in ropes]
+    windows = settings[::4]
     return (
         [angles for rope in each.values() for angles in rope],
-        caches[0].pages,
+        [caches[windows.index(window)].pages for window in sorted(set(windows))],  # without a window, and with one
         caches[0].positions,
         [cache.k for cache in caches],
         [cache.v for cache in caches],

@@ -140,6 +140,7 @@ class Step(NamedTuple):
     heads: int
     hidden: int
     pages: Tensor | None = None  # (B, n) of the caches; None: one for each row
+    windowed: Tensor | None = None  # of the layers with a window; None: the same
 
     def row(self, b: int) -> "Step":
         """A row by itself, with a cache of its own."""
@@ -164,7 +165,7 @@ class Step(NamedTuple):
         return torch.ops.llama_mini.layers(
             self.x,
             [self.cos, self.sin],
-            pages,
+            [pages] if self.windowed is None else [pages, self.windowed],
             self.positions,
             [layer.k for layer in self.layers],
             [layer.v for layer in self.layers],

@@ -64,7 +64,7 @@ def valid(name: str, format_: str = "float", dtype: torch.dtype = torch.float32)
     return {
         "x": random((1, BATCH, DIM) if prompt else (BATCH, 1, DIM), dtype, rng),
         "ropes": [angles.cos(), angles.sin()],
-        "pages": torch.arange(1 if prompt else BATCH)[:, None],
+        "pages": [torch.arange(1 if prompt else BATCH)[:, None]],
         "positions": torch.tensor([[5, 6, 7]] if prompt else [[3], [0], [10]]),
         "k_caches": caches[:LAYERS],
         "v_caches": caches[LAYERS:],

@@ -37,6 +37,23 @@ def paged(step: Step, seed: int) -> Step:
     return step._replace(layers=layers, pages=pages)
 
 
+def in_two_kinds(step: Step) -> Step:
+    """The layers with a window have pages of their own, one more than the others; those before it hold NaN."""
+    assert step.pages is not None
+    n = len(step.layers[0].k)
+    windowed, window = (step.pages + 1) % (n + 1), max(layer.window for layer in step.layers)
+    first = (step.positions[:, 0] + 1 - window).clamp(min=0) // PAGE
+
+    def moved(cache: Tensor) -> Tensor:
+        pool = nothing(cache.new_empty(n + 1, *cache.shape[1:]))
+        for row, old, new in zip(first, step.pages, windowed, strict=True):
+            pool[new[row:]] = cache[old[row:]]
+        return pool
+
+    layers = [layer._replace(k=moved(layer.k), v=moved(layer.v)) if layer.window else layer for layer in step.layers]
+    return step._replace(layers=layers, windowed=windowed)
+
+
 def same_contents(step: Step, in_pages: Step) -> bool:
     """The caches of rows, and in pages."""
     pairs = [pair for a, b in zip(step.layers, in_pages.layers, strict=True) for pair in ((a.k, b.k), (a.v, b.v))]
@@ -54,7 +71,10 @@ def test_a_step_in_pages_is_the_step_of_rows_in_one_piece(
 ) -> None:
     step = random_step(3, format_, dtype, 5, 2, 3, 8, 40, 50, longest=1100, windows=(0, 300), parts=parts)
     in_pages = paged(step, 1)
-    assert same_bits(in_pages.run(), step.run())
+    in_kinds = in_two_kinds(in_pages)
+    expected = step.run()
+    assert same_bits(in_pages.run(), expected)
+    assert same_bits(in_kinds.run(), expected)
     assert same_contents(step, in_pages)
 
 
@@ -73,6 +93,14 @@ def test_a_prompt_in_pages_and_in_any_parts_is_the_prompt_at_once(
         parts = [again.part(*cut)._replace(pages=again.pages).run() for cut in pairwise(cuts)]
         assert same_bits(torch.cat(parts, 1), whole), cuts
         assert same_contents(step, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@CACHES
+def test_a_prompt_reads_no_page_before_its_window(isa: str, dtype: torch.dtype, parts: int) -> None:
+    step = random_prompt(4, "int8", dtype, 700, 60, 2, 3, 8, 40, 50, windows=(0, 300), parts=parts)
+    in_kinds = in_two_kinds(paged(step, 2))
+    assert same_bits(in_kinds.run(), step.run())
 
 
 @pytest.mark.parametrize("format_", LAYER_FORMATS)

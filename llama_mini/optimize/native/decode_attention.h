@@ -39,6 +39,11 @@ inline int64_t cache_at(const Attention& a, int64_t b, int64_t h, int64_t positi
          position % a.page_size * a.cache_row;
 }
 
+// The first position that a token at `position` sees. The cache may hold none before it.
+inline int64_t first_seen(const Attention& a, int64_t position) {
+  return a.window > 0 && position + 1 > a.window ? position + 1 - a.window : 0;
+}
+
 // Where the scale of a position's codes is, a float32.
 inline float load_scale(const int8_t* codes, int64_t dim) { return load_as<float>(codes + dim); }
 
@@ -165,8 +170,7 @@ void attend_chunk(const Attention& a, const float* qkv, int64_t width, int64_t b
                   float* part) {
   const int64_t dim = a.head_dim, group = a.heads / a.kv_heads, stride = (dim + LANES - 1) / LANES * LANES;
   const int64_t seen = a.positions[b] + 1;
-  const int64_t oldest = a.window > 0 && seen > a.window ? seen - a.window : 0;
-  const int64_t from = max(chunk * CHUNK, oldest), to = min((chunk + 1) * CHUNK, seen);
+  const int64_t from = max(chunk * CHUNK, first_seen(a, a.positions[b])), to = min((chunk + 1) * CHUNK, seen);
   const float *row = qkv + b * width, *cos = angles(a.cos, a, b), *sin = angles(a.sin, a, b);
   const int64_t at = cache_at(a, b, h, from);
   const C *k = (const C*)a.k_cache + at, *v = (const C*)a.v_cache + at;
@@ -201,10 +205,7 @@ void attend_decode(const Attention& a, const float* qkv, int64_t width, float* o
     for (int64_t b = first; b < last; b++)
       append<T>(a, qkv + b * width, b, a.positions[b], angles(a.cos, a, b), angles(a.sin, a, b), head);
   });
-  auto first_chunk = [&](int64_t b) {
-    const int64_t seen = a.positions[b] + 1;
-    return a.window > 0 && seen > a.window ? (seen - a.window) / CHUNK : 0;
-  };
+  auto first_chunk = [&](int64_t b) { return first_seen(a, a.positions[b]) / CHUNK; };
   int64_t next = 0;
   parallel(pool, pairs * chunks, [&](int64_t, int64_t) {
     for (;;) {  // tokens differ in position, so a thread that is free takes the next chunk

@@ -88,8 +88,7 @@ void attend_queries(const X* queries, int64_t count, int64_t position, const Att
   float most[QUERY_TILE<T>], total[QUERY_TILE<T>];
   for (int64_t i = 0; i < QUERY_TILE<T> * wide; i++) acc[i] = 0;
   for (int64_t q = 0; q < count; q++) most[q] = NO_SCORE, total[q] = 0;
-  const int64_t seen = position + count, oldest = window > 0 && position + 1 > window ? position + 1 - window : 0;
-  for (int64_t s = oldest / KEY_BLOCK * KEY_BLOCK; s < seen; s += KEY_BLOCK) {
+  for (int64_t s = first_seen(a, position) / KEY_BLOCK * KEY_BLOCK; s < position + count; s += KEY_BLOCK) {
     for (int64_t l = 0; l < KEY_BLOCK; l += MOST_VECTORS * LANES)
       microkernel<MOST_VECTORS, false>(packed.k + (s + l) * depth, LANES * depth, LANES * PAIR<X>, queries, depth,
                                        count, depth, scores + l, KEY_BLOCK);
@@ -158,9 +157,10 @@ void attend_prefill(const T* qkv, int64_t width, const Attention& a, T* out, int
   auto packed = [&](int64_t h) {
     return PackedHead<X>{keys + h * blocks * KEY_BLOCK * depth, values + h * blocks * KEY_BLOCK * wide};
   };
-  parallel(pool, a.kv_heads * blocks, [&](int64_t first, int64_t last) {
+  const int64_t begin = first_seen(a, start) / KEY_BLOCK, read = blocks - begin;  // the blocks that a query sees
+  parallel(pool, a.kv_heads * read, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      const int64_t h = i / blocks, from = i % blocks * KEY_BLOCK, at = cache_at(a, 0, h, from);
+      const int64_t h = i / read, from = (begin + i % read) * KEY_BLOCK, at = cache_at(a, 0, h, from);
       const PackedHead<X> to = packed(h);
       pack_block<T>(a, at, seen - from, PackedHead<X>{to.k + from * depth, to.v + from * wide});
     }

@@ -53,14 +53,13 @@ inline std::vector<size_t> first_matrices(at::IntArrayRef settings, size_t layer
 // Takes new tokens through consecutive layers. x (N, 1, dim) are tokens of any rows, which decode; x (1, T, dim) are
 // consecutive ones of one row, which prefill if T > 1. The two round differently; in neither do the bits of a token
 // depend on the others. `ropes` are cosines and sines by turns, `pages` says where the cache holds the row of each
-// token. `biases` is empty if no layer has any. `first` fills x, and `last` takes what the layers return; `then` is
-// the matrix that it reads.
+// token; of two, the second is for the layers with a window. `biases` is empty if no layer has any. `first` fills x,
+// and `last` takes what the layers return; `then` is the matrix that it reads.
 template <typename First, typename Last>
-Tensor through_layers(const Tensor& x, TensorList ropes, const Tensor& pages, const Tensor& positions,
-                      TensorList k_caches, TensorList v_caches, TensorList gains, at::ArrayRef<double> eps,
-                      at::IntArrayRef flags, TensorList tensors, TensorList biases, at::IntArrayRef settings,
-                      at::ArrayRef<double> scales, int64_t heads, int64_t hidden, const First& first,
-                      const Matrix* then, const Last& last) {
+Tensor through_layers(const Tensor& x, TensorList ropes, TensorList pages, const Tensor& positions, TensorList k_caches,
+                      TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef flags,
+                      TensorList tensors, TensorList biases, at::IntArrayRef settings, at::ArrayRef<double> scales,
+                      int64_t heads, int64_t hidden, const First& first, const Matrix* then, const Last& last) {
   const size_t n = k_caches.size();
   const std::vector<TensorList> matrices = split_matrices(tensors);
   const std::vector<size_t> first_of = first_matrices(settings, n);
@@ -68,7 +67,7 @@ Tensor through_layers(const Tensor& x, TensorList ropes, const Tensor& pages, co
   TORCH_CHECK(n > 0 && hidden > 0 && v_caches.size() == n && gains.size() == NORMS * n && eps.size() == NORMS * n &&
                   flags.size() == NORMS * n && settings.size() == SETTINGS * n && matrices.size() == first_of[n] &&
                   (biases.empty() || biases.size() == matrices.size()) && scales.size() == SCALES * n &&
-                  ropes.size() % 2 == 0,
+                  ropes.size() % 2 == 0 && (pages.size() == 1 || pages.size() == 2),
               "the lists of ", n, " layers differ in length");
   TORCH_CHECK(x.dim() == 3 && (x.size(0) == 1 || x.size(1) == 1),
               "x must hold one token of each row, or the tokens of one row, not ", x.sizes());
@@ -85,11 +84,13 @@ Tensor through_layers(const Tensor& x, TensorList ropes, const Tensor& pages, co
   for (size_t i = 0; i < n; i++) {  // check everything before a cache is written
     const at::IntArrayRef s = settings.slice(SETTINGS * i, SETTINGS);
     const Tensor &k = k_caches[i], &q_gain = gains[NORMS * i + 1], &k_gain = gains[NORMS * i + 2];
-    TORCH_CHECK(k.sizes() == k_caches[0].sizes(), "the caches differ in size: ", k.sizes());
+    TORCH_CHECK(k.dim() == 4 && k_caches[0].dim() == 4 && k.sizes().slice(1) == k_caches[0].sizes().slice(1),
+                "the caches differ in the size of a page: ", k.sizes());
     TORCH_CHECK(s[1] == 0 || s[1] == 1, "activation ", s[1]);
     TORCH_CHECK(s[2] >= -1 && 2 * s[2] < (int64_t)ropes.size(), "rotation ", s[2], " of ", ropes.size() / 2);
-    Attention a = attention(x, x.size(0), x.size(1), quantized(first_of[i]), Norm{}, Norm{}, k, v_caches[i], pages,
-                            positions, heads, s[0], scales[SCALES * i + 2], scales[SCALES * i + 3]);
+    Attention a = attention(x, x.size(0), x.size(1), quantized(first_of[i]), Norm{}, Norm{}, k, v_caches[i],
+                            s[0] > 0 ? pages.back() : pages.front(), positions, heads, s[0], scales[SCALES * i + 2],
+                            scales[SCALES * i + 3]);
     a.whole_q = q_gain.numel() > a.head_dim, a.whole_k = k_gain.numel() > a.head_dim;
     a.q = norm(NORMS * i + 1, a.whole_q ? heads * a.head_dim : a.head_dim);
     a.k = norm(NORMS * i + 2, a.whole_k ? a.kv_heads * a.head_dim : a.head_dim);
@@ -148,10 +149,10 @@ Tensor through_layers(const Tensor& x, TensorList ropes, const Tensor& pages, co
   return out;
 }
 
-inline Tensor layers(const Tensor& x, TensorList ropes, const Tensor& pages, const Tensor& positions,
-                     TensorList k_caches, TensorList v_caches, TensorList gains, at::ArrayRef<double> eps,
-                     at::IntArrayRef flags, TensorList tensors, TensorList biases, at::IntArrayRef settings,
-                     at::ArrayRef<double> scales, int64_t heads, int64_t hidden) {
+inline Tensor layers(const Tensor& x, TensorList ropes, TensorList pages, const Tensor& positions, TensorList k_caches,
+                     TensorList v_caches, TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef flags,
+                     TensorList tensors, TensorList biases, at::IntArrayRef settings, at::ArrayRef<double> scales,
+                     int64_t heads, int64_t hidden) {
   return through_layers(
       x, ropes, pages, positions, k_caches, v_caches, gains, eps, flags, tensors, biases, settings, scales, heads,
       hidden, [](Pool) {}, nullptr, [](const void*, Pool) {});
@@ -160,13 +161,13 @@ inline Tensor layers(const Tensor& x, TensorList ropes, const Tensor& pages, con
 // A whole step: tokens (N, 1) of any rows -> logits (N, vocab) float32, and the likeliest token of each (N,), the
 // lowest of equals; -1 if its logits are not all finite. `ropes` (P, pairs) are those of each position. `gains`, `eps`
 // and `flags` have one entry more than for `layers`: that of the norm before the head. A softcap of 0 is none.
-inline std::tuple<Tensor, Tensor> step(const Tensor& tokens, TensorList embedding, TensorList ropes,
-                                       const Tensor& pages, const Tensor& positions, TensorList k_caches,
-                                       TensorList v_caches, TensorList gains, at::ArrayRef<double> eps,
-                                       at::IntArrayRef flags, TensorList tensors, TensorList biases,
-                                       at::IntArrayRef settings, at::ArrayRef<double> scales, int64_t heads,
-                                       int64_t hidden, TensorList head, const Tensor& head_bias, int64_t vocab,
-                                       double embedding_scale, double logit_scale, double softcap) {
+inline std::tuple<Tensor, Tensor> step(const Tensor& tokens, TensorList embedding, TensorList ropes, TensorList pages,
+                                       const Tensor& positions, TensorList k_caches, TensorList v_caches,
+                                       TensorList gains, at::ArrayRef<double> eps, at::IntArrayRef flags,
+                                       TensorList tensors, TensorList biases, at::IntArrayRef settings,
+                                       at::ArrayRef<double> scales, int64_t heads, int64_t hidden, TensorList head,
+                                       const Tensor& head_bias, int64_t vocab, double embedding_scale,
+                                       double logit_scale, double softcap) {
   TORCH_CHECK(tokens.dim() == 2 && tokens.size(1) == 1 && tokens.is_contiguous() && tokens.scalar_type() == at::kLong,
               "tokens (N, 1), int64, not ", tokens.sizes(), " ", tokens.scalar_type());
   const size_t last = NORMS * k_caches.size();

@@ -163,12 +163,12 @@ TORCH_LIBRARY(llama_mini, m) {
   m.def("isa_variants() -> str[]", isa_variants);
   m.def("use_isa(str name) -> ()", use_isa);
   m.def(
-      "layers(Tensor x, Tensor[] ropes, Tensor pages, Tensor positions, Tensor(a!)[] k_caches, "
+      "layers(Tensor x, Tensor[] ropes, Tensor[] pages, Tensor positions, Tensor(a!)[] k_caches, "
       "Tensor(b!)[] v_caches, Tensor[] gains, float[] eps, int[] flags, Tensor[] matrices, Tensor[] biases, "
       "int[] settings, float[] scales, int heads, int hidden) -> Tensor",
       cpu(layers));
   m.def(
-      "step(Tensor tokens, Tensor[] embedding, Tensor[] ropes, Tensor pages, Tensor positions, "
+      "step(Tensor tokens, Tensor[] embedding, Tensor[] ropes, Tensor[] pages, Tensor positions, "
       "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor[] gains, float[] eps, int[] flags, Tensor[] matrices, "
       "Tensor[] biases, int[] settings, float[] scales, int heads, int hidden, Tensor[] head, Tensor head_bias, "
       "int vocab, float embedding_scale, float logit_scale, float softcap) -> (Tensor, Tensor)",

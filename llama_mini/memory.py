@@ -12,6 +12,7 @@ from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import BLOCK, whole_blocks
 from llama_mini.validate import check_choice
 
+PAGE = 256  # positions: as many as the operators read from one page (PAGE_MULTIPLE in optimize/native/isa.h)
 PREFILL_CHUNK = 512  # tokens of a prompt per forward pass: enough for fast matrix products, with bounded memory
 ATTENTION_BYTES_PER_THREAD = 2**18  # 64 x 512 scores in float32, and a copy
 WeightBytes = Callable[[torch.dtype, str], int]  # (dtype, quantize) -> bytes of a checkpoint's weights in memory
@@ -41,20 +42,20 @@ def check_fits(
     quantize: str = "none",
     kv_dtype: torch.dtype | None = None,
 ) -> None:
-    """Checks that the weights, a cache of one row with `positions` and the work memory fit; allocates nothing.
+    """Checks that the weights, a cache of one sequence of `positions` and the work memory fit; allocates nothing.
 
     `available` is in bytes; None asks the machine. If the machine does not say, the check passes. `kv_dtype`: of the
     cache, None: as the model. Raises CapacityError with the numbers and with what would fit.
     """
 
     def need(dtype: torch.dtype, quantize: str, positions: int) -> int:
-        cache = cache_bytes(config, positions, kv_dtype or dtype)
+        cache = sequence_bytes(config, positions, kv_dtype or dtype)
         return weights(dtype, quantize) + cache + work_bytes(config, positions, dtype)
 
     available = available_memory(device) if available is None else available
     if available is None or need(dtype, quantize, positions) <= available:
         return
-    cache, work = cache_bytes(config, positions, kv_dtype or dtype), work_bytes(config, positions, dtype)
+    cache, work = sequence_bytes(config, positions, kv_dtype or dtype), work_bytes(config, positions, dtype)
     form = {"none": f"in {dtype_name(dtype)}", "auto": "as it is stored"}.get(quantize, f"in {quantize}")
     raise CapacityError(
         f"the model needs {format_bytes(need(dtype, quantize, positions))} {form} "
@@ -95,24 +96,55 @@ def check_cache_fits(
 
 
 def fitting_positions(
-    config: LlamaConfig, most: int, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
+    config: LlamaConfig,
+    most: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: torch.dtype | None = None,
+    windowed: int | None = None,
 ) -> int:
-    """How many positions of cache fit beside the work memory, in whole blocks: `most`, or fewer; 0 if none."""
+    """How many positions of cache fit beside the work memory, in whole blocks: `most`, or fewer; 0 if none.
+
+    The layers with a sliding window have as many, but at most `windowed`.
+    """
     available = available_memory(device)
 
     def need(positions: int) -> int:
         work = work_bytes(config, min(positions, config.max_seq_len), dtype, PREFILL_CHUNK)
-        return cache_bytes(config, positions, kv_dtype or dtype) + work
+        return cache_bytes(config, positions, kv_dtype or dtype, windowed) + work
 
     if available is None or need(most) <= CACHE_SHARE * available:
         return most
     return _longest(most, int(CACHE_SHARE * available), need)
 
 
-def cache_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one cache row of this dtype, in whole blocks as the cache allocates them."""
+def pages_of(positions: int) -> int:
+    """How many pages hold so many positions."""
+    return -(-positions // PAGE)
+
+
+def window_positions(config: LlamaConfig) -> int:
+    """How many positions of a sequence the layers with a sliding window keep at most.
+
+    Those are the window and a part of a prompt, in whole pages, of which the first and the last may be partly used.
+    """
+    return PAGE * (pages_of((config.sliding_window or 0) + PREFILL_CHUNK) + 1)
+
+
+def sequence_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that the engine keeps of one sequence."""
+    return cache_bytes(config, positions, dtype, window_positions(config))
+
+
+def cache_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, windowed: int | None = None) -> int:
+    """Bytes of keys and values of one cache row of this dtype, in whole blocks as the cache allocates them.
+
+    `windowed`: the most positions that layers with a sliding window keep; None: all.
+    """
     head = config.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
-    return 2 * config.n_layers * config.n_kv_heads * head * whole_blocks(positions)
+    near, n_near = positions if windowed is None else min(positions, windowed), len(config.sliding_layers)
+    rows = (config.n_layers - n_near) * whole_blocks(positions) + n_near * whole_blocks(near)
+    return 2 * config.n_kv_heads * head * rows
 
 
 def work_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype, n_new: int | None = None) -> int:

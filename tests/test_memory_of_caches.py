@@ -1,6 +1,7 @@
 """What cache fits beside a loaded model, and what the engine says of one that does not."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mini import LLM, Llama, SamplingParams
+from llama_mini import LLM, Llama, LlamaConfig, SamplingParams
 from llama_mini.errors import CapacityError
-from llama_mini.memory import PREFILL_CHUNK, cache_bytes, check_cache_fits, fitting_positions, work_bytes
-from tests.test_memory import CPU, LLAMA_8B, MiB
+from llama_mini.memory import (
+    PREFILL_CHUNK,
+    cache_bytes,
+    check_cache_fits,
+    check_fits,
+    fitting_positions,
+    sequence_bytes,
+    window_positions,
+    work_bytes,
+)
+from tests.test_memory import CPU, LLAMA_8B, GiB, MiB
+
+MISTRAL = replace(LLAMA_8B, max_seq_len=32_768, sliding_window=4096, sliding_layers=None)
+GEMMA = replace(MISTRAL, sliding_layers=tuple(range(0, 32, 2)))
 
 
 @given(st.integers(1, 64), st.integers(1, 50_000), st.integers(1, 10**12))
@@ -57,6 +70,35 @@ def test_the_engine_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found % 16 == 0
         assert not found or need(found) <= 0.9 * available
         assert found == 50_000 or need(found + 16) > 0.9 * available
+
+
+def test_a_sequence_needs_the_window_of_layers_with_one() -> None:
+    """Whole pages for the window and a part of a prompt: 4,608 positions and one page more."""
+    assert window_positions(MISTRAL) == 19 * 256
+    assert sequence_bytes(MISTRAL, 32_768, torch.bfloat16) == 608 * MiB
+    assert sequence_bytes(GEMMA, 32_768, torch.bfloat16) == 2 * GiB + 304 * MiB
+    for config in (MISTRAL, GEMMA):
+        assert sequence_bytes(config, 4000, torch.bfloat16) == cache_bytes(config, 4000, torch.bfloat16)
+    assert sequence_bytes(LLAMA_8B, 32_768, torch.bfloat16) == cache_bytes(LLAMA_8B, 32_768, torch.bfloat16) == 4 * GiB
+    work = work_bytes(MISTRAL, 32_768, torch.bfloat16)
+    check_fits(MISTRAL, lambda *_: GiB, torch.bfloat16, 32_768, CPU, GiB + 608 * MiB + work)
+    with pytest.raises(CapacityError, match=r"608\.0 MiB of cache for 32768 positions"):
+        check_fits(MISTRAL, lambda *_: GiB, torch.bfloat16, 32_768, CPU, GiB + 607 * MiB + work)
+
+
+@pytest.mark.parametrize("config", [MISTRAL, GEMMA])
+def test_of_two_kinds_of_pages_as_many_fit(config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    windowed, most = 2 * window_positions(config), 50_000
+    for available in (10**8, 10**9, 3 * 10**9, 10**10, 10**11):
+        monkeypatch.setattr("llama_mini.memory.available_memory", lambda device, n=available: n)
+        found = fitting_positions(config, most, torch.bfloat16, CPU, None, windowed)
+
+        def need(n: int) -> int:
+            work = work_bytes(config, min(n, config.max_seq_len), torch.bfloat16, PREFILL_CHUNK)
+            return cache_bytes(config, n, torch.bfloat16, windowed) + work
+
+        assert not found or need(found) <= 0.9 * available
+        assert found == most or need(found + 16) > 0.9 * available
 
 
 def test_a_model_is_refused_before_it_is_read(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

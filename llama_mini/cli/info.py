@@ -15,7 +15,7 @@ from llama_mini.checkpoint.source import Source
 from llama_mini.checkpoint.weight_formats import column_orders, keeps_codes, quantize_for, weight_bytes, weight_formats
 from llama_mini.cli.common import table
 from llama_mini.machine import as_device, as_dtype, available_memory, dtype_name, format_bytes
-from llama_mini.memory import cache_bytes, work_bytes
+from llama_mini.memory import sequence_bytes, work_bytes
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.llama import Llama
 from llama_mini.model.norm import Norm
@@ -157,8 +157,8 @@ def _memory(source: Source, quantize: str, dtype: torch.dtype, device: torch.dev
     form = f"{', '.join(formats)} and {dtype_name(dtype)}" if formats else dtype_name(dtype)
     return (
         f"weights {format_bytes(weight_bytes(source, dtype, quantize))} in {form}, "
-        f"cache {format_bytes(cache_bytes(config, 1024, dtype))} for 1,024 tokens and "
-        f"{format_bytes(cache_bytes(config, config.max_seq_len, dtype))} for all, "
+        f"cache {format_bytes(sequence_bytes(config, 1024, dtype))} for 1,024 tokens and "
+        f"{format_bytes(sequence_bytes(config, config.max_seq_len, dtype))} for all, "
         f"work {format_bytes(work_bytes(config, config.max_seq_len, dtype))}"
         + (f"; {format_bytes(free)} are free" if free is not None else "")
     )

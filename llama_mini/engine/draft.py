@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from llama_mini.engine.next_tokens import step
-from llama_mini.engine.pages import PAGE, PagedTokens, Pages, pages_of
+from llama_mini.engine.pages import PAGE, PagedCache, PagedTokens, SequencePages, pages_of
 from llama_mini.engine.request import Request
 from llama_mini.engine.sampling import processed, sample
 from llama_mini.engine.speculative import MOST_TOKENS, SMOOTHING, StepTimes
 from llama_mini.errors import RequestError
 from llama_mini.machine import one_thread
-from llama_mini.memory import fitting_positions
+from llama_mini.memory import fitting_positions, window_positions
 from llama_mini.model.llama import Llama
 from llama_mini.optimize.fused_step import FusedStep
 from llama_mini.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class _DraftRow:
     rate: the share of guesses that were accepted lately.
     """
 
-    pages: list[int] = field(default_factory=list)
+    pages: list[SequencePages]
     filled: int = 0
     guess: list[int] = field(default_factory=list)
     at: int = 0
@@ -48,9 +48,10 @@ class DraftProposer:
         self.times = StepTimes()
         self._model, self._vocab_size, self._fused_step = model, vocab_size, FusedStep(model)
         config, self._rows = model.config, dict[Request, _DraftRow]()
-        contexts = MOST_TOKENS // 2 * pages_of(config.max_seq_len) * PAGE
-        positions = fitting_positions(config, 8 * contexts, model.dtype, model.device) // 8
-        self._pages = Pages(model, positions // PAGE)
+        n, context = MOST_TOKENS // 2, pages_of(config.max_seq_len) * PAGE
+        windowed = n * window_positions(config)
+        fitting = fitting_positions(config, 8 * n * context, model.dtype, model.device, None, 8 * windowed)
+        self._cache = PagedCache(model, fitting // 8, windowed)
         self._seconds = 0.0  # of a step of the draft, as measured
         self._skipped = 0
 
@@ -63,7 +64,7 @@ class DraftProposer:
             return {}
         inputs: dict[Request, list[int]] = {}
         for request, limit in limits.items():
-            row = self._rows.setdefault(request, _DraftRow())
+            row = self._rows.setdefault(request, _DraftRow(self._cache.sequence()))
             if limit > 0 and self._make_room(request, row, most):
                 missing = self._prefill(request, row)
                 if len(missing) <= MOST_TOKENS:
@@ -94,7 +95,7 @@ class DraftProposer:
         positions = [range(row.filled, row.filled + len(part))]
         with torch.inference_mode():
             self._model.hidden(
-                torch.tensor([part], device=self._model.device), PagedTokens(self._pages, [row.pages], positions)
+                torch.tensor([part], device=self._model.device), PagedTokens(self._cache, [row.pages], positions)
             )
         row.filled += len(part)
         return missing[len(part) :]
@@ -112,7 +113,7 @@ class DraftProposer:
             tokens = [[token] for each in inputs.values() for token in each]
             positions = [[rows[r].filled + i] for r, each in inputs.items() for i in range(len(each))]
             pages = [rows[r].pages for r, each in inputs.items() for _ in each]
-            logits, _ = step(self._model, self._fused_step, tokens, PagedTokens(self._pages, pages, positions))
+            logits, _ = step(self._model, self._fused_step, tokens, PagedTokens(self._cache, pages, positions))
             logits = logits[[end - 1 for end in accumulate(map(len, inputs.values()))]]
             logits = F.pad(logits, (0, self._vocab_size - logits.shape[1]), value=-torch.inf).nan_to_num()
             with one_thread():
@@ -136,13 +137,15 @@ class DraftProposer:
         positions = len(request.prompt) + len(request.token_ids) + most
         if positions > self._model.config.max_seq_len:
             return False
-        while len(row.pages) < pages_of(positions) and self._pages.free:
-            row.pages.append(self._pages.take())
-        return len(row.pages) >= pages_of(positions)
+        end = pages_of(min(positions, row.filled + self.prefilled + 2 * MOST_TOKENS))  # as many as it may run now
+        for pages in row.pages:
+            pages.slide(row.filled)
+            pages.grow(end)
+        return all(pages.end >= end for pages in row.pages)
 
     def _forget(self, request: Request) -> None:
-        for page in self._rows.pop(request).pages:
-            self._pages.give_back(page)
+        for pages in self._rows.pop(request).pages:
+            pages.clear()
 
 
 def _compare(request: Request, row: _DraftRow) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_mini.engine.logprobs import token_logprobs, top_logprobs
+from llama_mini.engine.pages import SequencePages
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.engine.structured import Constraint
 from llama_mini.errors import LlamaMiniError
@@ -91,7 +92,7 @@ class Request:
         index: position of the prompt in the list of its call.
         constraint: what the answer may be. All requests of the same structure share it until they start.
         deliver: takes each chunk when it is there, in the engine's thread.
-        pages: the pages of the cache that hold its first `filled` tokens.
+        pages: the pages of the cache that hold its first `filled` tokens, one list for each kind.
         cancelled: nobody waits for it any more. Any thread may set it.
         crash: what was raised by code that is not the engine's, such as a hook of the model.
     """
@@ -109,7 +110,7 @@ class Request:
     prompt_logprobs: list[float | None] = field(default_factory=lambda: [None])
     prompt_top_logprobs: list[Alternatives | None] = field(default_factory=lambda: [None])
     deliver: Callable[["Request", Chunk], None] = lambda _request, _chunk: None
-    pages: list[int] = field(default_factory=list)
+    pages: list[SequencePages] = field(default_factory=list)
     filled: int = 0
     cancelled: bool = False
     cached_tokens: int = 0

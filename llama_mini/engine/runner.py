@@ -9,12 +9,12 @@ from torch import Tensor
 
 from llama_mini.engine.logprobs import split_logits
 from llama_mini.engine.next_tokens import append_tokens, likeliest_tokens, step
-from llama_mini.engine.pages import PAGE, PagedTokens, Pages, pages_of
+from llama_mini.engine.pages import PAGE, PagedCache, PagedTokens, pages_of
 from llama_mini.engine.prefix_cache import PrefixCache
 from llama_mini.engine.request import Request
 from llama_mini.engine.speculative import Proposer
 from llama_mini.errors import NumericalError
-from llama_mini.memory import PREFILL_CHUNK, cache_bytes, fitting_positions
+from llama_mini.memory import PREFILL_CHUNK, cache_bytes, fitting_positions, window_positions
 from llama_mini.model.llama import Llama
 from llama_mini.optimize.fused_step import FusedStep
 
@@ -43,19 +43,18 @@ class Runner:
         self._token_seconds = PREFILL_SECONDS / LEAST_PREFILL  # of prefill, as measured
         self._proposer = None if new_proposer is None else new_proposer()
         self._fused_step = FusedStep(model)
-        config, page_bytes = model.config, cache_bytes(model.config, PAGE, kv_dtype)
-        context = pages_of(config.max_seq_len)
-        positions = fitting_positions(config, MAX_ROWS * context * PAGE, model.dtype, model.device, kv_dtype)
-        self._pages = Pages(model, positions // PAGE, kv_dtype)
-        self._prefixes: PrefixCache | None = None
-        if keeps_prefixes:
-            weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-            self._prefixes = PrefixCache(self._pages, max(MAX_ROWS, context, weights // page_bytes))
+        config, context = model.config, pages_of(model.config.max_seq_len)
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        kept = max(MAX_ROWS, context, weights // cache_bytes(config, PAGE, kv_dtype)) if keeps_prefixes else 0
+        most, windowed = MAX_ROWS * context * PAGE, MAX_ROWS * window_positions(config) + kept * PAGE
+        positions = fitting_positions(config, most, model.dtype, model.device, kv_dtype, windowed)
+        self.cache = PagedCache(model, positions, windowed, kv_dtype)
+        self._prefixes = PrefixCache(self.cache.kinds, kept) if keeps_prefixes else None
 
     @property
     def most_positions(self) -> int:
         """Positions that one request can have."""
-        return self._pages.count * PAGE
+        return min(kind.most_positions for kind in self.cache.kinds)
 
     @property
     def active(self) -> list[Request]:
@@ -113,28 +112,21 @@ class Runner:
         """Begins the next prompt; False if none waits or there is no room for it."""
         if not self.waiting or len(self._running) == MAX_ROWS:
             return False
-        request, pages, prefixes = self.waiting[0], self._pages, self._prefixes
+        request, prefixes = self.waiting[0], self._prefixes
         length = len(request.prompt) + len(request.token_ids)
-        n_unused = 0 if prefixes is None else prefixes.n_unused
-        if self._running and pages_of(length + 1) > len(pages.free) + n_unused:
-            return False
+        for i, kind in enumerate(self.cache.kinds):
+            n_unused = 0 if prefixes is None else prefixes.n_unused(i)
+            if self._running and kind.needed(length + 1) > len(kind.free) + n_unused:
+                return False
         self._prefilling = self.waiting.popleft()
+        request.pages = self.cache.sequence()
         request.start()
         if prefixes is None:
             return True
         prefixes.check(self._model)
         if request.params.prompt_logprobs and not request.token_ids:  # they need the logits of every token
             return True
-        whole, partial, equal = prefixes.find(request.prompt, request.params.cache_salt)
-        request.pages = [pages.share(page) for page in whole]
-        request.filled = len(whole) * PAGE
-        if equal:
-            source = pages.share(partial)  # so that it is not evicted to make room for its copy
-            if pages.free or prefixes.evict():
-                request.pages.append(pages.take())
-                pages.copy(source, request.pages[-1], equal)
-                request.filled += equal
-            pages.give_back(source)
+        request.filled = prefixes.take_over(request.prompt, request.params.cache_salt, request.pages)
         if not request.token_ids:
             request.cached_tokens = request.filled
         return True
@@ -153,7 +145,7 @@ class Runner:
         started, at = time.monotonic(), request.filled
         tokens = torch.tensor([request.prompt[at : at + n]], device=self._model.device)
         with torch.inference_mode():
-            x = self._model.hidden(tokens, PagedTokens(self._pages, [request.pages], [range(at, at + n)]))[0]
+            x = self._model.hidden(tokens, PagedTokens(self.cache, [request.pages], [range(at, at + n)]))[0]
         request.filled += n
         if request.params.prompt_logprobs and not request.token_ids:
             for logits in split_logits(self._model, x):
@@ -183,17 +175,14 @@ class Runner:
     def _join_same_prompt(self, request: Request) -> list[Request]:
         """The next requests that wait, as far as they are other answers to the same prompt, and there is room."""
         joined: list[Request] = []
-        pages, waiting, n_whole = self._pages, self.waiting, len(request.prompt) // PAGE
+        waiting, kinds, length = self.waiting, self.cache.kinds, len(request.prompt)
         while waiting and waiting[0].prompt is request.prompt and not waiting[0].params.prompt_logprobs:
-            if waiting[0].token_ids or len(self._running) == MAX_ROWS or len(pages.free) < 2:
+            if waiting[0].token_ids or len(self._running) == MAX_ROWS or any(len(kind.free) < 2 for kind in kinds):
                 break
             other = waiting.popleft()
             other.start()
-            other.pages = [pages.share(page) for page in request.pages[:n_whole]]
-            for page in request.pages[n_whole:]:
-                other.pages.append(pages.take())
-                pages.copy(page, other.pages[-1], len(request.prompt) % PAGE)
-            other.filled = other.cached_tokens = len(request.prompt)
+            other.pages = [pages.fork(length) for pages in request.pages]
+            other.filled = other.cached_tokens = length
             self._running.append(other)
             joined.append(other)
         return joined
@@ -204,8 +193,9 @@ class Runner:
         """Runs the next input of each running request, and samples its next token."""
         inputs: dict[Request, list[int]] = {}
         for request in list(self._running):  # of which some may be preempted meanwhile, the newest first
-            if request in self._running and self._make_room(request, request.filled + len(request.new_inputs)):
-                inputs[request] = request.new_inputs[:REPLAYED]
+            each = request.new_inputs[:REPLAYED]
+            if request in self._running and self._make_room(request, request.filled + len(each)):
+                inputs[request] = each
         if not inputs:
             return
         guesses = self._add_guesses(inputs)
@@ -213,7 +203,7 @@ class Runner:
         positions = [[r.filled + i] for r, each in inputs.items() for i in range(len(each))]
         rows = [r.pages for r, each in inputs.items() for _ in each]
         started = time.monotonic()
-        cache = PagedTokens(self._pages, rows, positions)
+        cache = PagedTokens(self.cache, rows, positions)
         logits, likeliest = step(self._model, self._fused_step, tokens, cache)
         wanted, sampled, at = list[int](), list[Request](), 0
         for request, each in inputs.items():
@@ -235,7 +225,7 @@ class Runner:
         """Appends guesses of the tokens that follow, where there are any, and returns them."""
         if self._proposer is None or any(len(each) > 1 for each in inputs.values()):  # one was preempted
             return {}
-        limits = {r: min(len(r.pages) * PAGE - r.filled, r.max_tokens - len(r.token_ids)) - 1 for r in inputs}
+        limits = {r: min(r.pages[0].end * PAGE - r.filled, r.max_tokens - len(r.token_ids)) - 1 for r in inputs}
         guesses = self._proposer.propose(limits)
         for request, guess in guesses.items():
             inputs[request] += guess
@@ -255,27 +245,29 @@ class Runner:
     def _make_room(self, request: Request, positions: int) -> bool:
         """Gives a request the pages for so many positions. False if there are none: it is preempted.
 
-        First prefixes of earlier prompts are dropped, then the newest request is preempted: it runs again later.
+        First those that no token sees any more are given back. If there are too few, prefixes of earlier prompts are
+        dropped, then the newest request is preempted: it runs again later.
         """
-        pages = self._pages
-        while len(request.pages) < pages_of(positions):
-            if pages.free:
-                request.pages.append(pages.take())
-            elif self._prefixes is None or not self._prefixes.evict():
-                newest = self._prefilling or self._running[-1]
-                self._give_back(newest)
-                newest.preempt()
-                self.waiting.appendleft(newest)
-                if newest is request:
-                    return False
+        for kind, pages in enumerate(request.pages):
+            pages.slide(request.filled)
+            pages.grow(pages_of(positions))
+            while pages.end < pages_of(positions):
+                if self._prefixes is None or not self._prefixes.evict(kind):
+                    newest = self._prefilling or self._running[-1]
+                    self._give_back(newest)
+                    newest.preempt()
+                    self.waiting.appendleft(newest)
+                    if newest is request:
+                        return False
+                pages.grow(pages_of(positions))
         return True
 
     def _release(self, request: Request) -> None:
         """Takes a finished request out of the batch."""
         if isinstance(request.failure, NumericalError):  # others share the pages of a prompt that another error ends
             first = len(request.prompt) if len(request.token_ids) else request.cached_tokens
-            for i in range(first // PAGE, len(request.pages)):
-                self._pages.zero(request.pages[i], max(0, first - i * PAGE))
+            for pages in request.pages:
+                pages.zero(first)
         self._give_back(request)
 
     def _give_back(self, request: Request) -> None:
@@ -283,8 +275,8 @@ class Runner:
             self._prefilling = None
         else:
             self._running.remove(request)
-        for page in request.pages:
-            self._pages.give_back(page)
+        for pages in request.pages:
+            pages.clear()
         request.pages = []
         if self._prefixes is not None:
             self._prefixes.trim()

@@ -20,7 +20,7 @@ from llama_mini.engine.runner import Runner
 from llama_mini.engine.speculative import Proposer
 from llama_mini.errors import CapacityError, RequestError
 from llama_mini.machine import format_bytes
-from llama_mini.memory import cache_bytes
+from llama_mini.memory import sequence_bytes
 from llama_mini.model.llama import Llama
 
 Message = Callable[["Scheduler"], None]
@@ -35,7 +35,7 @@ class Activity:
         running: requests in the batch, whose prompts or answers are computed.
         waiting: requests that wait for their turn.
         generated_tokens: of all requests since the engine began.
-        cache_usage: share of the cache that running requests use, from 0 to 1.
+        cache_usage: share of the cache that running requests use, from 0 to 1; of two kinds of pages, the larger.
     """
 
     running: int = 0
@@ -136,8 +136,8 @@ class Scheduler:
             return Activity(generated_tokens=generated)
         generated += runner.generated_tokens
         running = runner.active
-        pages = {page for request in running for page in request.pages}
-        return Activity(len(running), len(runner.waiting), generated, len(pages) / max(runner._pages.count, 1))
+        usage = runner.cache.usage(request.pages for request in running)
+        return Activity(len(running), len(runner.waiting), generated, usage)
 
     def _begin(self) -> None:
         """Starts the thread if there is none."""
@@ -157,7 +157,7 @@ class Scheduler:
         """Raises CapacityError for a request that can never run; a `max_tokens` that nobody gave shrinks."""
         longest = max((request.least_positions for request in requests), default=0)
         if longest > (most := runner.most_positions):
-            need = format_bytes(cache_bytes(self._model.config, longest, self._kv_dtype))
+            need = format_bytes(sequence_bytes(self._model.config, longest, self._kv_dtype))
             raise CapacityError(
                 f"a prompt with its new tokens has {longest} positions and needs {need} of cache, but only {most} "
                 "positions fit in the memory that is available: give a shorter prompt or fewer max_tokens"

@@ -95,7 +95,7 @@ def test_an_int8_cache_changes_scores_a_little(tiny_dir, kernels: str) -> None:
 def test_it_takes_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(dtype=torch.bfloat16)
     config = model.config
-    pages = Pages(model, 5, torch.int8)
+    pages = Pages(model, 5, dtype=torch.int8)
     assert pages._storage.nbytes == 5 * cache_bytes(config, PAGE, torch.int8)
     assert cache_bytes(config, PAGE, torch.int8) == cache_bytes(config, PAGE, torch.bfloat16) * (
         config.head_dim + 4

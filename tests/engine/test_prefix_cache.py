@@ -7,7 +7,7 @@ import torch
 
 from llama_mini import LLM, SamplingParams
 from llama_mini.engine import runner as runner_module
-from llama_mini.engine.pages import PAGE, Pages, pages_of
+from llama_mini.engine.pages import PAGE, Pages, SequencePages, pages_of
 from llama_mini.engine.prefix_cache import MIN_PREFIX, PrefixCache, common_prefix_length
 from llama_mini.engine.scheduler import Scheduler
 from llama_mini.errors import NumericalError, RequestError
@@ -175,35 +175,33 @@ def test_prompt_logprobs_are_computed_anew(llm: LLM) -> None:
 
 def test_the_least_recently_used_pages_go_first() -> None:
     pages = Pages(tiny_model(dtype=torch.bfloat16), 9)
-    cache = PrefixCache(pages, most=3)
+    cache = PrefixCache([pages], most=3)
     prompts = [[i] * 40 for i in range(4)]
 
-    def enter(prompt: list[int]) -> None:
-        page = pages.take()
-        cache.insert(prompt, [page], None)
-        pages.give_back(page)
+    def enter(prompt: list[int]) -> list[int]:
+        row = SequencePages(pages)
+        row.grow(pages_of(len(prompt)))
+        cache.insert(prompt, [row], None)
+        taken = row.pages
+        row.clear()
         cache.trim()
+        return taken
 
     def found() -> list[bool]:
-        return [cache.find(prompt, None)[2] > 0 for prompt in prompts]
+        return [cache.find(prompt, None)[1] > 0 for prompt in prompts]
 
     for prompt in prompts[:3]:
         enter(prompt)
-    assert cache.find(prompts[0], None)[2] == 38
+    assert cache.find(prompts[0], None)[1] == 38
     enter(prompts[3])
     assert found() == [True, False, True, True]
-    assert cache.evict()
+    assert cache.evict(0)
     assert found() == [False, False, True, True]
     long = [7] * (2 * PAGE + 40)  # three pages, of which the last goes before those that it follows
-    row = [pages.take() for _ in range(3)]
-    cache.insert(long, row, None)
-    for page in row:
-        pages.give_back(page)
-    cache.trim()
+    row = enter(long)
     assert found() == [False] * 4
-    assert cache.evict()
-    assert cache.find(long, None)[0] == row[:2]
-    assert cache.find(long, None)[2] == 0
+    assert cache.evict(0)
+    assert cache.find(long, None) == ([row[:2]], 2 * PAGE)
 
 
 def test_no_page_is_lost_or_freed_while_it_is_used() -> None:
@@ -211,26 +209,24 @@ def test_no_page_is_lost_or_freed_while_it_is_used() -> None:
     draw = random.Random(3)
     for _ in range(10):
         pages = Pages(tiny_model(dtype=torch.bfloat16), 40)
-        cache, held = PrefixCache(pages, most=8), list[list[int]]()
+        cache, held = PrefixCache([pages], most=8), list[SequencePages]()
         stem = draw.choices(range(3), k=700)
         for _ in range(60):
             prompt = stem[: draw.choice((40, 256, 300, 600))] + draw.choices(range(5, 9), k=draw.randrange(2, 300))
-            row = [pages.share(page) for page in cache.find(prompt, None)[0]]
-            while len(row) < pages_of(len(prompt)):
-                row.append(pages.take())
-            cache.insert(prompt, row, None)
+            row = SequencePages(pages)
+            cache.take_over(prompt, None, [row])
+            row.grow(pages_of(len(prompt)))
+            cache.insert(prompt, [row], None)
             held.append(row)
             if len(held) > draw.randrange(3):
-                for page in held.pop(0):
-                    pages.give_back(page)
+                held.pop(0).clear()
                 cache.trim()
-            assert cache.n_unused <= 8
-            used = {page for row in held for page in row} | {node.page for node in cache._nodes}
+            assert cache.n_unused(0) <= 8
+            used = {page for row in held for page in row.pages} | {page for node in cache._nodes for page in node.pages}
             assert sorted([*pages.free, *used]) == list(range(40))
         cache.clear()
         for row in held:
-            for page in row:
-                pages.give_back(page)
+            row.clear()
         assert sorted(pages.free) == list(range(40))
 
 

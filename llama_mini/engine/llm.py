@@ -33,8 +33,7 @@ from llama_mini.errors import NumericalError, RequestError
 from llama_mini.machine import as_device, as_dtype, gc_paused
 from llama_mini.memory import cache_dtype
 from llama_mini.model.llama import Llama
-from llama_mini.optimize import fuser, runs_kernels, set_threads
-from llama_mini.optimize.build import load_kernels
+from llama_mini.optimize import fuser, load_kernels, runs_kernels, set_threads
 from llama_mini.tokenizer.tokenizer import open_tokenizer
 from llama_mini.validate import as_plain, check_choice, check_flag
 
@@ -104,8 +103,8 @@ class LLM:
         with gc_paused():
             self.tokenizer = open_tokenizer(source)
             self.quantize = quantize_for(source, quantize, dtype, device)
-            dtype = as_dtype(dtype, device, load_kernels(kernels))
-            self.model = load_model(Llama, source, dtype, device, fuser(kernels), self.quantize)
+            held_in = as_dtype(dtype, device, load_kernels(kernels))
+            self.model = load_model(Llama, source, held_in, device, fuser(kernels), self.quantize)
         self.config = self.model.config
         proposer: Callable[[], Proposer] | None = None
         if draft is not None:

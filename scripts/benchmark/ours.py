@@ -16,10 +16,10 @@ from llama_mini.checkpoint.open import open_checkpoint
 from llama_mini.checkpoint.source import Rows, Source, StoredTensor
 from llama_mini.engine.llm import LLM
 from llama_mini.engine.next_tokens import step
-from llama_mini.engine.pages import PagedTokens, Pages, pages_of
+from llama_mini.engine.pages import PagedCache, PagedTokens
 from llama_mini.engine.sampling_params import SamplingParams
 from llama_mini.machine import as_dtype
-from llama_mini.memory import PREFILL_CHUNK, cache_dtype
+from llama_mini.memory import PAGE, PREFILL_CHUNK, cache_dtype, pages_of
 from llama_mini.model.config import LlamaConfig
 from llama_mini.model.kv_cache import KVCache
 from llama_mini.model.llama import Llama
@@ -120,17 +120,20 @@ class Steps:
     ) -> None:
         self._model = LLM(path, dtype=dtype, quantize=quantize, threads=threads).model
         self._step = FusedStep(self._model)
-        self._pages = Pages(self._model, pages_of(len(ids)), cache_dtype(kv_dtype))
-        self._row = [self._pages.take() for _ in range(self._pages.count)]
+        n_positions = pages_of(len(ids)) * PAGE
+        self._cache = PagedCache(self._model, n_positions, n_positions, cache_dtype(kv_dtype))
+        self._row = self._cache.sequence()
+        for pages in self._row:
+            pages.grow(pages_of(len(ids)))
         with torch.inference_mode():
             for first in range(0, len(ids), PREFILL_CHUNK):
                 part = ids[first : first + PREFILL_CHUNK]
                 positions = [range(first, first + len(part))]
-                self._model.hidden(torch.tensor([part]), PagedTokens(self._pages, [self._row], positions))
+                self._model.hidden(torch.tensor([part]), PagedTokens(self._cache, [self._row], positions))
 
     def at(self, context: int, tokens: int, count: int) -> float:
         """`count` steps, each of as many tokens of the row as there are `tokens`, the first at position `context`."""
-        cache = PagedTokens(self._pages, [self._row] * tokens, [[context + i] for i in range(tokens)])
+        cache = PagedTokens(self._cache, [self._row] * tokens, [[context + i] for i in range(tokens)])
         started = time.perf_counter()
         for _ in range(count):
             step(self._model, self._step, [[1]] * tokens, cache)

@@ -6,6 +6,7 @@ import pytest
 
 from llama_mini import LLM, Llama, SamplingParams
 from llama_mini.engine import draft
+from llama_mini.engine import llm as llm_module
 from llama_mini.engine.draft import DraftProposer
 from llama_mini.errors import RequestError
 from tests.engine.test_scheduler import prompt_of
@@ -66,6 +67,14 @@ def test_a_draft_model_without_room_guesses_nothing(tiny_dir, plain: LLM, monkey
     assert isinstance(proposer, DraftProposer)
     assert llm.generate([5], max_tokens=2)
     assert len(proposer._rows) <= 1
+
+
+def test_a_draft_model_keeps_its_own_bits(tiny_dir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the dtype as it was asked for: an explicit one would make floats of its codes."""
+    asked, plain = [], llm_module.quantize_for
+    monkeypatch.setattr(llm_module, "quantize_for", lambda *args: asked.append(args[2]) or plain(*args))
+    LLM(tiny_dir, threads=1, draft=tiny_dir)
+    assert asked == ["auto", "auto"]
 
 
 def test_a_draft_model_has_the_same_vocabulary(tiny_dir, smollm2_dir) -> None:

@@ -118,7 +118,7 @@ def test_a_file_of_random_weights_is_one_of_llama_cpps(tmp_path: Path, kind: str
     worker = Weights(str(tmp_path / "model.gguf"), 1)
     assert worker.prefill(IDS) > 0
     assert worker.decode(IDS, 2) > 0
-    assert worker.memory() > 0
+    assert worker.memory() >= 0  # over the peak of this process, which may have been higher
     logits = Llama.from_pretrained(tmp_path / "model.gguf", dtype="float32")(torch.tensor([IDS]))
     assert logits.isfinite().all()
     assert 0.01 < logits.std() < 100

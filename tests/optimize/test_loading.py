@@ -61,7 +61,7 @@ def parts(model: Llama) -> dict[str, tuple[PackedLinear, int]]:
         }
         for names, matrix in matrices.items():
             held = [(each, part) for each in matrix.matrices for part in range(len(each.parts))]
-            found |= {f"layers.{i}.{name}": where for name, where in zip(names.split(), held, strict=True)}
+            found |= zip([f"layers.{i}.{name}" for name in names.split()], held, strict=True)
     return found
 
 
@@ -85,11 +85,8 @@ def stored_codes(blocks: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray
     packed = blocks[..., head:]
     codes = np.concatenate([packed & 15, packed >> 4], axis=-1).reshape(len(blocks), -1)
     scales = np.ascontiguousarray(blocks[..., :head]).view(np.float16)
-    return (
-        codes,
-        scales[..., 0],
-        scales[..., 1] if kind == Kind.Q4_1 else (-8 * scales[..., 0].astype("f4")).astype("f2"),
-    )
+    least = scales[..., 1] if kind == Kind.Q4_1 else (-8 * scales[..., 0].astype("f4")).astype("f2")
+    return codes, scales[..., 0], least
 
 
 # --- checkpoints as they are ---

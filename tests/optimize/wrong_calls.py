@@ -63,6 +63,10 @@ def cut(vectors: int) -> Callable[[list[Tensor]], list[Tensor]]:
     return lambda t: [torch.cat((t[0], t[0]), 2)[:, :, :vectors].contiguous(), *t[1:]]
 
 
+def codes_of_v(v: list[Tensor]) -> list[Tensor]:
+    return [v[0][: (HEADS + KV_HEADS) * HEAD_DIM], *quantized(rows=KV_HEADS * HEAD_DIM).tensors, *v[1:]]
+
+
 STORE = ("quantize", "pack", "repack")
 LISTS = ("k_caches", "v_caches", "gains", "eps", "flags", "matrices", "biases", "settings", "scales")
 WRONG = {
@@ -93,14 +97,7 @@ WRONG = {
     "step: more apart than q, k and v": wrong("layers", settings=last(lambda _: 4)),
     "step: fewer than none apart": wrong("layers", settings=last(lambda _: -1)),
     "step: codes of v beside floats": wrong(
-        "layers",
-        matrices=lambda v: [
-            v[0][: (HEADS + KV_HEADS) * HEAD_DIM],
-            *quantized(rows=KV_HEADS * HEAD_DIM).tensors,
-            *v[1:],
-        ],
-        biases=lambda v: [v[0], *v],
-        settings=lambda v: [*v[:3], 2, *v[4:]],
+        "layers", matrices=codes_of_v, biases=[], settings=lambda v: [*v[:3], 2, *v[4:]]
     ),
     "step: an activation that there is not": wrong("layers", settings=lambda v: [v[0], 2, *v[2:]]),
     "step: position past the end": wrong("layers", positions=torch.tensor([[3], [0], [11]])),
